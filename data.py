@@ -1,0 +1,552 @@
+"""Everything between a VPT or feature file and a batch: shards, the action scaler, the order of clips, loaders.
+
+    python -m data --inspect demo/train/shard-000000.tar      # shapes, ranges, mean and std of one batch
+
+Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed: the order of clips is a pure function of (seed, epoch), dealt to
+ranks by index, so a run resumes exactly under any number of workers, and a clip costs a seek instead of a 64 MB read. What cannot be
+sought (pipe:, http://, s3://, gs://) is streamed through webdataset. Both end in the same ClipReader.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from typing import NamedTuple
+
+import av
+import braceexpand
+import fsspec
+import numpy as np
+import torch
+import webdataset as wds
+from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+from sklearn.preprocessing import StandardScaler
+
+from checkpoint import write_atomically
+from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, packet_times, parse_ticks, step_size
+
+CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
+READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
+
+
+# --- files ---
+
+
+def is_stream(path):
+    """True for what can only be read from front to back."""
+    return path.startswith("pipe:") or "://" in path
+
+
+def expand(patterns):
+    """Paths, globs, {a..b} ranges and URLs -> files, sorted within each pattern. Raises FileNotFoundError naming what matches nothing."""
+    out = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for p in [pattern] if pattern.startswith("pipe:") else braceexpand.braceexpand(pattern):
+            found = [p] if is_stream(p) or os.path.exists(p) else sorted(glob.glob(p))
+            if not found:
+                raise FileNotFoundError(f"no shard matches {p}; make some with: python -m prepare.demo --out demo (or prepare.shards)")
+            out += found
+    return list(dict.fromkeys(out))
+
+
+class Slice(io.RawIOBase):
+    """A seekable read-only view of bytes offset..offset+size of a file: what a decoder needs of a tar, without reading the rest."""
+
+    def __init__(self, path, offset, size):
+        self.fd, self.offset, self.size, self.at, self.bytes_read = os.open(path, os.O_RDONLY), offset, size, 0, 0
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+    def readinto(self, buffer):
+        n = os.preadv(self.fd, [memoryview(buffer)[: max(self.size - self.at, 0)]], self.offset + self.at)
+        self.at += n
+        self.bytes_read += n
+        return n
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def tell(self):
+        return self.at
+
+    def close(self):
+        if not self.closed:
+            os.close(self.fd)
+        super().close()
+
+
+class Record(NamedTuple):
+    """A recording in a local shard: member offsets and sizes, and its length (frames of video, or steps of features)."""
+
+    shard: str
+    key: str
+    members: dict  # extension -> (offset, size)
+    length: int = 0
+
+
+def shard_index(path):
+    """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers only: 54 ms for 10 GB."""
+    found, bad, end = {}, [], os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                stem, extension = os.path.splitext(m.name)
+                if m.isfile() and extension in (".mp4", ".jsonl", ".safetensors"):
+                    if m.offset_data + m.size > end:
+                        raise tarfile.ReadError(f"the shard ends inside {m.name}")
+                    found.setdefault(stem, {})[extension[1:]] = (m.offset_data, m.size)
+    except tarfile.TarError as e:
+        bad.append((path, "", f"truncated or damaged tar: {e}"))
+    records = []
+    for key, members in found.items():
+        if "safetensors" in members or {"mp4", "jsonl"} <= members.keys():
+            records.append(Record(path, key, members))
+        else:
+            bad.append((path, key, "no " + ("mp4" if "jsonl" in members else "jsonl") + " beside it"))
+    if not records and not bad:
+        bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
+    return records, bad
+
+
+# --- the scaler ---
+
+
+class _ScalarsOnly(NumpyArrayWrapper):
+    """joblib reads object arrays with a bare pickle.load: refuse them."""
+
+    def read_array(self, unpickler, ensure_native_byte_order):
+        if self.dtype.hasobject:
+            raise pickle.UnpicklingError("an array of objects")
+        return super().read_array(unpickler, ensure_native_byte_order)
+
+
+class _ScalerUnpickler(NumpyUnpickler):
+    """Admits StandardScaler and numpy arrays, nothing else: a scaler file from elsewhere cannot run code."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("sklearn.preprocessing._data", "StandardScaler"):
+            return StandardScaler
+        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
+            return _ScalarsOnly
+        if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class ActionScaler(NamedTuple):
+    """Standardiser of the continuous action dimensions: mean, var, scale (A_c,) float64, n samples, meta (dict of plain values: names,
+    units, fps, frames_per_step, action_space, fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+    n: int
+    meta: dict
+
+    @classmethod
+    def from_moments(cls, count, mean, m2, meta):
+        var = np.asarray(m2, dtype=np.float64) / count
+        return cls(np.asarray(mean, dtype=np.float64), var, np.where(var > 0, np.sqrt(var), 1.0), int(count), meta)
+
+    @property
+    def hash(self):
+        return hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()[:16]
+
+    def transform(self, actions):
+        """actions (..., A) unscaled -> a copy with the leading continuous dimensions at mean 0, variance 1."""
+        out = np.array(actions, dtype=np.float64)
+        c = len(self.mean)
+        out[..., :c] = (out[..., :c] - self.mean) / self.scale
+        return out
+
+    def save(self, path):
+        """Write `.pkl` (a joblib StandardScaler) or `.safetensors`, atomically; the same numbers give the same bytes."""
+        if str(path).endswith(".safetensors"):
+            tensors = {"mean": self.mean, "var": self.var, "scale": self.scale, "count": np.array([self.n], dtype=np.int64)}
+            data = safetensors_bytes(tensors, metadata={"nanojepa": json.dumps(self.meta, sort_keys=True)})
+        else:
+            s = StandardScaler()
+            s.mean_, s.var_, s.scale_ = self.mean, self.var, self.scale
+            s.n_samples_seen_, s.n_features_in_ = self.n, len(self.mean)
+            s.nanojepa = self.meta
+            data = pickle.dumps(s, protocol=4)  # what joblib.load reads too
+        write_atomically(path, data)
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote, or any joblib StandardScaler. Raises FileNotFoundError, or ValueError for anything else."""
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no action scaler at {path}; fit one with: python fit_scaler.py --data SHARDS --output {path}")
+        try:
+            if str(path).endswith(".safetensors"):
+                with safe_open(path, "numpy") as f:
+                    meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
+                    t = {k: f.get_tensor(k) for k in ("mean", "var", "scale", "count")}
+                out = cls(t["mean"], t["var"], t["scale"], int(t["count"][0]), meta)
+            else:
+                with open(path, "rb") as f:
+                    s = _ScalerUnpickler(str(path), io.BytesIO(f.read()), True).load()
+                if not isinstance(s, StandardScaler):
+                    raise pickle.UnpicklingError(type(s).__name__)
+                meta = getattr(s, "nanojepa", {})
+                out = cls(*(np.array(x, dtype=np.float64) for x in (s.mean_, s.var_, s.scale_)), int(np.max(s.n_samples_seen_)), meta)
+        except (pickle.UnpicklingError, SafetensorError, LookupError, ValueError, EOFError, AttributeError, TypeError, ImportError) as e:
+            raise ValueError(f"{path} is not an action scaler (it holds or lacks: {e}); fit one with fit_scaler.py") from e
+        if not (out.mean.ndim == 1 and out.mean.shape == out.scale.shape and np.isfinite(out.mean).all() and (out.scale > 0).all()):
+            raise ValueError(f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py")
+        return out
+
+    def check(self, path, names, fps, frames_per_step):
+        """Refuse a scaler that was fitted for other continuous dimensions, fps or frames per step (ValueError)."""
+        if len(self.mean) != len(names) or self.meta.get("names", names) != names:
+            found = self.meta.get("names", f"{len(self.mean)} dimensions")
+            raise ValueError(f"{path} scales {found}, this run needs {names}; fit it again with fit_scaler.py")
+        for key, value in (("fps", fps), ("frames_per_step", frames_per_step)):
+            if key in self.meta and float(self.meta[key]) != float(value):
+                raise ValueError(f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}: fit it again")
+
+
+# --- indexed shards ---
+
+
+def index_shards(paths, workers=16):
+    """Local shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4 indices and feature headers only."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        indexed = list(pool.map(shard_index, paths))
+        bad = [b for _, more in indexed for b in more]
+
+        def measure(r):
+            try:
+                if "safetensors" in r.members:
+                    return r._replace(length=feature_header(r)[0]["z"]["shape"][0])
+                with Slice(r.shard, *r.members["mp4"]) as f:
+                    times = mp4_times(f)
+                    return r._replace(length=len(times) if len(times) else len(packet_times(f)))
+            except READ_ERRORS as e:
+                return (r.shard, r.key, str(e))
+
+        measured = list(pool.map(measure, [r for records, _ in indexed for r in records]))
+    return [m for m in measured if isinstance(m, Record)], bad + [m for m in measured if not isinstance(m, Record)]
+
+
+def read_ticks(record):
+    """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
+    stat = os.stat(record.shard)
+    name = f"{os.path.abspath(record.shard)} {stat.st_size} {stat.st_mtime_ns} {record.members['jsonl']} v1"
+    path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32] + ".npz")
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            return Ticks(z["motion"], z["keys"], z["hotbar"], float(z["rate"]), str(z["flaw"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not cached yet, or the cache was damaged: the recording is the truth
+    with Slice(record.shard, *record.members["jsonl"]) as f:
+        ticks = parse_ticks(f.read())
+    buffer = io.BytesIO()
+    np.savez(buffer, **ticks._asdict())
+    try:
+        write_atomically(path, buffer.getvalue())
+    except OSError as e:
+        print(f"parsed actions are not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
+    return ticks
+
+
+def feature_header(record):
+    """Header of a feature member: ({name: {dtype, shape, data_offsets}}, metadata, file offset of its data). The safetensors format."""
+    offset, size = record.members["safetensors"]
+    with Slice(record.shard, offset, size) as f:
+        n = int.from_bytes(f.read(8), "little")
+        if not 2 <= n <= min(size - 8, 1 << 20):
+            raise ValueError("not a feature file (its header is damaged)")
+        header = json.loads(f.read(n))
+    if not {"z", "actions", "states"} <= header.keys() or offset + 8 + n + header["states"]["data_offsets"][1] > offset + size:
+        raise ValueError("not a feature file, or cut")
+    return header, header.pop("__metadata__", {}), offset + 8 + n
+
+
+def feature_rows(record, name, first, last):
+    """Rows first..last of a tensor in a feature member, without reading the others."""
+    header, _, at = feature_header(record)
+    info = header[name]
+    dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[info["dtype"]]
+    row = int(np.prod(info["shape"][1:])) * dtype.itemsize
+    with Slice(record.shard, at + info["data_offsets"][0] + first * row, (last - first) * row) as f:
+        raw = bytearray(f.read())
+    return torch.frombuffer(raw, dtype=dtype).reshape(last - first, *info["shape"][1:])
+
+
+class Clips(torch.utils.data.Dataset):
+    """Map-style dataset over indexed recordings. An item is (epoch, index, record number, place): place in [0, 1) is a share of the
+    recording's valid starts, an int the number of a window (see windows). A clip that cannot be read is replaced by the next draw of that
+    index, at most 20 times (never the same again), and reported in "bad" as (file, key, reason)."""
+
+    def __init__(self, records, shares, reader, seed=0):
+        self.records, self.reader, self.seed = records, reader, seed
+        self.cumulative = np.cumsum(np.asarray(shares, dtype=np.float64))
+        self._open = functools.lru_cache(maxsize=256)(self._load)
+
+    def _load(self, number):
+        r = self.records[number]
+        if "safetensors" in r.members:
+            return feature_header(r)
+        with Slice(r.shard, *r.members["mp4"]) as f:
+            times = mp4_times(f)
+            times = times if len(times) else packet_times(f)
+        ticks = read_ticks(r)
+        return times, ticks, self.reader.starts(ticks, len(times))
+
+    def locate(self, u):
+        """u in [0, 1) -> (record number, place in [0, 1)): the recordings laid end to end, each as long as its share."""
+        at = u * self.cumulative[-1]
+        number = min(int(np.searchsorted(self.cumulative, at, side="right")), len(self.records) - 1)
+        left = self.cumulative[number - 1] if number else 0.0
+        return number, min((at - left) / (self.cumulative[number] - left), 1 - 1e-12)
+
+    def read(self, number, place, rng):
+        r = self.records[number]
+        if "safetensors" in r.members:
+            steps = self.reader.frames // self.reader.frames_per_step
+            starts = r.length - steps + 1
+            if starts < 1:
+                raise ValueError(f"too short: {r.length} steps of features, a clip needs {steps}")
+            start = int(place * starts) if isinstance(place, float) else place * steps
+            z, states = feature_rows(r, "z", start, start + steps), feature_rows(r, "states", start, start + steps)
+            actions = feature_rows(r, "actions", start, start + steps - 1).numpy()
+            states = torch.cat([torch.pi - (torch.pi - states[:, :1] + states[:1, :1]) % (2 * torch.pi), states[:, 1:]], dim=1)
+            if self.reader.scaler is not None:
+                actions = self.reader.scaler.transform(actions)
+            return {"z": z, "actions": torch.from_numpy(np.float32(actions)), "states": states.float(), "key": r.key}
+        times, ticks, starts = self._open(number)
+        start = int(place * starts) if isinstance(place, float) else place * self.reader.frames * step_size(ticks.rate, self.reader.fps)
+        if start >= starts:
+            raise ValueError(f"window {place} starts at tick {start}, the last clip at {starts - 1}")
+        with Slice(r.shard, *r.members["mp4"]) as f:
+            return self.reader(f, times, ticks, start, rng, r.key)
+
+    def __getitem__(self, item):
+        epoch, index, number, place = item
+        bad = []
+        for attempt in range(20):
+            rng = np.random.default_rng([self.seed, epoch, index, attempt])
+            if attempt:
+                number, place = self.locate(rng.random())
+            try:
+                clip = self.read(number, place, rng)
+                if clip is not None:
+                    return clip | {"bad": bad}
+            except READ_ERRORS as e:
+                bad.append((self.records[number].shard, self.records[number].key, f"{type(e).__name__}: {e}"))
+        reason = bad[-1][2] if bad else "--gui drop leaves out nearly everything"
+        raise RuntimeError(f"20 clips in a row could not be used, the last from {self.records[number].shard}: {reason}")
+
+
+class Order(torch.utils.data.Sampler):
+    """Endless batches of items from batch `itr` of `epoch` on: clips spread evenly over the timeline of all recordings, in random order, a
+    pure function of (seed, epoch) and the number of clips an epoch has; rank r takes the r-th part of each global batch."""
+
+    def __init__(self, dataset, batch_size, batches_per_epoch, epoch=0, itr=0, rank=0, world=1):
+        self.dataset, self.batch_size, self.batches = dataset, batch_size, batches_per_epoch
+        self.epoch, self.itr, self.rank, self.world = epoch, itr, rank, world
+
+    def __iter__(self):
+        n = self.batches * self.batch_size * self.world
+        for epoch in itertools.count(self.epoch):
+            rng = np.random.default_rng([self.dataset.seed, epoch])
+            u = (rng.permutation(n) + rng.random(n)) / n
+            for batch in range(self.itr if epoch == self.epoch else 0, self.batches):
+                first = (batch * self.world + self.rank) * self.batch_size
+                yield [(epoch, i, *self.dataset.locate(u[i])) for i in range(first, first + self.batch_size)]
+
+
+def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
+    """Batches of items for validation: non-overlapping windows on the step grid, at most `limit`, spread over all recordings; the batches
+    do not depend on the number of ranks that share them, and none has a single clip unless there is only one."""
+    r, steps = dataset.reader, dataset.reader.frames // dataset.reader.frames_per_step
+    stride = max(round(20 / r.fps), 1)
+    counts = [x.length // steps if "safetensors" in x.members else (x.length - 1 + stride) // (r.frames * stride) for x in dataset.records]
+    every = [(0, i, k) for i, count in enumerate(counts) for k in range(count)]
+    rng = np.random.default_rng(seed)
+    every = [every[i] for i in np.sort(rng.permutation(len(every))[:limit])]
+    items = [(0, i, number, int(k)) for i, (_, number, k) in enumerate(every[j] for j in rng.permutation(len(every)))]
+    batches = np.array_split(np.arange(len(items)), max(-(-len(items) // batch_size), 1))
+    return [[items[i] for i in b] for b in batches if len(b)][rank::world]
+
+
+def split_records(records, val_fraction):
+    """(train, val): the last shards are held out; with fewer than ten shards, recordings chosen by a hash of their key. Never windows."""
+    shards = sorted({r.shard for r in records})
+    count = lambda n: min(max(round(n * val_fraction), 1), n - 1)  # noqa: E731
+    if val_fraction <= 0 or len(records) < 2:
+        return records, []
+    if len(shards) >= 10:
+        held = set(shards[-count(len(shards)) :])
+        return [r for r in records if r.shard not in held], [r for r in records if r.shard in held]
+    ranked = sorted(records, key=lambda r: hashlib.sha256(r.key.encode()).digest())
+    held = {(r.shard, r.key) for r in ranked[: count(len(records))]}
+    return [r for r in records if (r.shard, r.key) not in held], [r for r in records if (r.shard, r.key) in held]
+
+
+# --- streamed shards ---
+
+
+def stream_recordings(url):
+    """(key, {extension: bytes}) of each complete recording of a shard that cannot be sought. Keys keep their dots; other members are
+    passed over. Raises what the transfer or the tar raises."""
+    for scheme in ("http", "https", "s3", "gs"):
+        wds.gopen.gopen_schemes[scheme] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
+    found = {}
+    opened = wds.tariterators.url_opener([{"url": url}], handler=wds.reraise_exception)
+    for member in wds.tariterators.tar_file_expander(opened, handler=wds.reraise_exception):
+        stem, extension = os.path.splitext(member["fname"])
+        if extension in (".mp4", ".jsonl"):
+            found.setdefault(stem, {})[extension[1:]] = member["data"]
+            if len(found[stem]) == 2:
+                yield stem, found.pop(stem)
+
+
+class StreamedClips(torch.utils.data.IterableDataset):
+    """Endless clips from shards that cannot be sought: several clips a recording, a small shuffle buffer. Shards are dealt to ranks x
+    workers; when there are fewer, each of them reads every shard and takes its share of the recordings, so nothing is seen twice or
+    waited for. The order depends on ranks and workers, and a resumed run starts a fresh epoch: index local copies for exact resume."""
+
+    def __init__(self, urls, reader, seed=0, epoch=0, rank=0, world=1, clips_per_recording=8, shuffle=64):
+        self.urls, self.reader, self.seed, self.epoch = urls, reader, seed, epoch
+        self.rank, self.world, self.clips, self.shuffle = rank, world, clips_per_recording, shuffle
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        units, unit = self.world * (info.num_workers if info else 1), self.rank + self.world * (info.id if info else 0)
+        bad, buffer = [], []
+        for epoch in itertools.count(self.epoch):
+            rng = np.random.default_rng([self.seed, epoch, unit])
+            urls = [self.urls[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))]
+            shared = len(urls) < units
+            yielded = 0
+            for url in urls if shared else urls[unit::units]:
+                try:
+                    for number, (key, members) in enumerate(stream_recordings(url)):
+                        if shared and number % units != unit:
+                            continue
+                        try:
+                            for clip in self.cut(key, members, rng):
+                                yielded += 1
+                                buffer.append(clip)
+                                if len(buffer) >= self.shuffle:
+                                    yield buffer.pop(rng.integers(len(buffer))) | {"bad": bad}
+                                    bad = []
+                        except READ_ERRORS as e:
+                            bad.append((url, key, f"{type(e).__name__}: {e}"))
+                except (*READ_ERRORS, tarfile.TarError) as e:
+                    bad.append((url, "", f"{type(e).__name__}: {e}"))
+            if not yielded:  # nothing of this pass was for this worker, or nothing was readable: never spin
+                if bad and not buffer:
+                    raise RuntimeError(f"no clip could be read from {bad[-1][0]}: {bad[-1][2]}")
+                yield from (clip | {"bad": []} for clip in buffer)
+                return
+
+    def cut(self, key, members, rng):
+        f = io.BytesIO(members["mp4"])
+        times = mp4_times(f)
+        times = times if len(times) else packet_times(f)
+        ticks = parse_ticks(members["jsonl"])
+        starts = self.reader.starts(ticks, len(times))
+        for start in np.floor((np.arange(self.clips) + rng.random(self.clips)) / self.clips * starts).astype(int):
+            clip = self.reader(f, times, ticks, int(start), rng, key)
+            if clip is not None:
+                yield clip
+
+
+# --- loaders ---
+
+
+def collate(clips):
+    """Clips -> a batch: tensors stacked, keys and bad clips listed."""
+    out = {k: torch.stack([c[k] for c in clips]) for k in clips[0] if isinstance(clips[0][k], torch.Tensor)}
+    return out | {"key": [c["key"] for c in clips], "bad": [b for c in clips for b in c["bad"]]}
+
+
+def open_records(data, data_weights=None, max_shards=None):
+    """--data as given ([[pattern, ...], ...], or simpler) -> ([Record], [share of the clips], [bad]); shares follow length and weights."""
+    groups = [[data]] if isinstance(data, str) else [[g] if isinstance(g, str) else g for g in data]
+    if data_weights and len(data_weights) != len(groups):
+        raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
+    records, shares, bad = [], [], []
+    for i, group in enumerate(groups):
+        paths = expand(group)
+        if max_shards:
+            paths = [paths[j] for j in np.unique(np.linspace(0, len(paths) - 1, max_shards).round().astype(int))]
+        more, more_bad = index_shards(paths)
+        total = sum(r.length for r in more)
+        records += more
+        shares += [r.length * (data_weights[i] / total if data_weights else 1.0) for r in more]
+        bad += more_bad
+    if not records:
+        raise ValueError(f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}")
+    return records, shares, bad
+
+
+def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_epoch=None, num_workers=4, seed=0, epoch=0, itr=0, rank=0,
+               world=1, pin_memory=False):  # fmt: skip
+    """Endless DataLoader over VPT (or feature) shards: batches {"video" (B, T·frames_per_step, 3, H, W) uint8, "actions" (B, T-1, A),
+    "states" (B, T, 2), "key", "bad"} (features: "z" (B, T, N, D) in place of video). data: patterns, or (records, shares) from
+    open_records. reader: a ClipReader, default ClipReader(). Without batches_per_epoch an epoch is one pass of non-overlapping clips.
+    loader.bad lists recordings left out while indexing."""
+    reader = reader or ClipReader()
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0}
+    if isinstance(data, tuple):
+        (records, shares), bad = data, []
+    else:
+        groups = [[data]] if isinstance(data, str) else [[g] if isinstance(g, str) else g for g in data]
+        urls = expand([p for g in groups for p in g])
+        if streams := [u for u in urls if is_stream(u)]:
+            if len(streams) < len(urls) or data_weights:
+                raise ValueError("streamed shards cannot be mixed with local ones or weighted; copy them to local files first")
+            dataset = StreamedClips(urls, reader, seed, epoch, rank, world)
+            loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, drop_last=True, **options)
+            loader.bad = []
+            return loader
+        records, shares, bad = open_records(groups, data_weights)
+    dataset = Clips(records, shares, reader, seed)
+    if batches_per_epoch is None:
+        steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
+        clips = sum(r.length / (steps if "safetensors" in r.members else ticks) for r in records)
+        batches_per_epoch = max(int(clips) // (batch_size * world), 1)
+    order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, **options)
+    loader.bad = bad
+    return loader
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="look into a shard: shapes, ranges, mean and std of one batch", allow_abbrev=False)
+    parser.add_argument("--inspect", metavar="SHARD", required=True, help="a shard, glob or URL")
+    parser.add_argument("--action_space", type=int, default=13, choices=ACTION_SPACES, help="which actions to show")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
+    parser.add_argument("--frames_per_clip", type=int, default=16, help="frames of a clip")
+    parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
+    args = parser.parse_args()
+    loader = vpt_loader(args.inspect, args.batch_size, num_workers=0,
+                        reader=ClipReader(args.frames_per_clip, args.fps, action_space=args.action_space))  # fmt: skip
+    batch = next(iter(loader))
+    for file, key, reason in loader.bad + batch["bad"]:
+        print(f"left out: {file} {key}: {reason}")
+    for name in [k for k in ("video", "z", "actions", "states") if k in batch]:
+        x = batch[name].float()
+        print(f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f} to {x.max():.3f}")
+    print(f"keys     {', '.join(batch['key'][:4])}")
+    print(f"{'action':18} {'min':>9} {'max':>9} {'mean':>9} {'std':>9}")
+    for name, x in zip(ACTION_SPACES[args.action_space], batch["actions"].flatten(0, 1).T):
+        print(f"{name:18} {x.min():9.3f} {x.max():9.3f} {x.mean():9.3f} {x.std():9.3f}")
