@@ -47,7 +47,7 @@ def rope_tables(pos, head_dim):
 def apply_rope(x, cos, sin):
     """(x0, x1) -> (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1) for each pair of adjacent dims, in fp32 whatever the autocast dtype."""
     x = x.float()
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    return x * cos + torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
 
 
 def sincos_table(dim, T, H, W):
@@ -352,3 +352,22 @@ def action_meter(predictor, z, actions, states, shuffle, compose):
         errors[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
         errors[f"ro_{name}"] = rollout(predictor, z[:, :1], a, compose(states[:, 0], a))
     return {name: (p - target).abs().mean((2, 3)) for name, p in errors.items()}
+
+
+def meter_summary(errors, recordings, samples=2000):
+    """Action meter of many clips -> {tf_, ro_}{true, shuffled, zero, copy} mean errors, gap = shuffled/true - 1 with its 95 % interval
+    (gap_low, gap_high: bootstrap over recordings, since clips of one recording are alike) and skill = true/copy. errors: name -> (n, K)."""
+    group = torch.tensor([sorted(set(recordings)).index(r) for r in recordings])
+    draws = torch.randint(group.max() + 1, (samples, int(group.max()) + 1), generator=torch.Generator().manual_seed(0))
+    out = {}
+    for p in ("tf", "ro"):
+        total = {}
+        for name in ("true", "shuffled", "zero", "copy"):
+            clip = errors[f"{p}_{name}"].double().mean(1)
+            out[f"{p}_{name}"] = clip.mean().item()
+            total[name] = torch.zeros(len(draws[0]), dtype=torch.double).index_add_(0, group, clip)
+        gaps = total["shuffled"][draws].sum(1) / total["true"][draws].sum(1) - 1
+        out[f"{p}_gap"] = out[f"{p}_shuffled"] / out[f"{p}_true"] - 1
+        out[f"{p}_gap_low"], out[f"{p}_gap_high"] = gaps.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        out[f"{p}_skill"] = out[f"{p}_true"] / out[f"{p}_copy"]
+    return out
