@@ -277,6 +277,19 @@ def feature_header(record):
     return header, header.pop("__metadata__", {}), offset + 8 + n
 
 
+def feature_settings(records):
+    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim). ValueError if shards disagree."""
+    out = None
+    for r in {r.shard: r for r in records}.values():
+        if "safetensors" not in r.members:
+            raise ValueError(f"{r.shard} holds video, other shards of this run hold features: pass one kind")
+        header, meta, _ = feature_header(r)
+        found = meta | {"embed_dim": header["z"]["shape"][2]}
+        if found != (out := out or found):
+            raise ValueError(f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and {out}")
+    return out
+
+
 def feature_rows(record, name, first, last):
     """Rows first..last of a tensor in a feature member, without reading the others."""
     header, _, at = feature_header(record)
@@ -324,7 +337,8 @@ class Clips(torch.utils.data.Dataset):
                 raise ValueError(f"too short: {r.length} steps of features, a clip needs {steps}")
             start = int(place * starts) if isinstance(place, float) else place * steps
             z, states = feature_rows(r, "z", start, start + steps), feature_rows(r, "states", start, start + steps)
-            actions = feature_rows(r, "actions", start, start + steps - 1).numpy()
+            names, stored = ACTION_SPACES[self.reader.action_space], ACTION_SPACES[38]
+            actions = feature_rows(r, "actions", start, start + steps - 1).numpy()[:, [stored.index(n) for n in names]]
             states = torch.cat([torch.pi - (torch.pi - states[:, :1] + states[:1, :1]) % (2 * torch.pi), states[:, 1:]], dim=1)
             if self.reader.scaler is not None:
                 actions = self.reader.scaler.transform(actions)
@@ -496,6 +510,26 @@ def open_records(data, data_weights=None, max_shards=None):
     if not records:
         raise ValueError(f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}")
     return records, shares, bad
+
+
+def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=0.01):
+    """--data and --val_data (or a --val_fraction of --data) -> (train [Record], their shares, val [Record], [bad]); train is empty for
+    streams, which their loader opens. Raises ValueError when train and val share a recording or too many recordings are bad."""
+    patterns = [p for g in ([[data]] if isinstance(data, str) else data) for p in ([g] if isinstance(g, str) else g)]
+    train, shares, val, bad = [], [], [], []
+    if not any(is_stream(p) for p in expand(patterns)):
+        records, every, bad = open_records(data, data_weights)
+        train, val = split_records(records, 0 if val_data else val_fraction)
+        share = dict(zip(((r.shard, r.key) for r in records), every))
+        shares = [share[r.shard, r.key] for r in train]
+    if val_data:
+        val, _, more = open_records(val_data)
+        bad = bad + more
+        if twice := {(r.shard, r.key) for r in val} & {(r.shard, r.key) for r in train}:
+            raise ValueError(f"--val_data and --data share {len(twice)} recordings, {min(twice)} among them: hold them out of --data")
+    if len(bad) > max_bad_fraction * (n := len(train) + len(val) + len(bad)) and n >= 100:
+        raise ValueError(f"{len(bad)} of {n} recordings cannot be read, {bad[0]} among them: mend them, or raise --max_bad_fraction")
+    return train, shares, val, bad
 
 
 def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_epoch=None, num_workers=4, seed=0, epoch=0, itr=0, rank=0,

@@ -313,7 +313,7 @@ class ClipReader:
 
     def starts(self, ticks, frames):
         """Number of ticks at which a clip can start. Raises ValueError if the recording is too short, or lines and frames disagree."""
-        ratio = self._ratio(ticks, frames)
+        ratio = self.frames_per_line(ticks, frames)
         lines = len(ticks.motion)
         if not ticks.flaw and abs(lines - frames / ratio) > 5:
             raise ValueError(f"{lines} lines but {frames} frames: which line goes with which frame is unknown")
@@ -323,8 +323,8 @@ class ClipReader:
             raise ValueError(f"too short: {lines} usable lines{flaw} and {frames} frames, a clip needs {lines - n + 1}")
         return n
 
-    def _ratio(self, ticks, frames):
-        """Frames per line: 1 in VPT; guide lines may be written at 5 Hz beside a 20 fps video."""
+    def frames_per_line(self, ticks, frames):
+        """1 in VPT; guide lines may be written at 5 Hz beside a 20 fps video."""
         return 1 if ticks.rate == 20.0 else max(round(frames / len(ticks.motion)), 1)
 
     def __call__(self, f, times, ticks, start, rng, key):
@@ -341,7 +341,7 @@ class ClipReader:
         actions, states = step_actions(ticks, ends, self.action_space)
         scale = rng.uniform(self.resize, 1.0) if self.resize < 1 else 1.0
         short = round(self.crop / scale * (1 + self.shift))
-        video = read_frames(f, times, sampled * self._ratio(ticks, len(times)), short, self.decoder)
+        video = read_frames(f, times, sampled * self.frames_per_line(ticks, len(times)), short, self.decoder)
         room = np.array([video.shape[1] - self.crop, video.shape[2] - self.crop])
         corner = room / 2 if scale == 1 and not self.shift else rng.uniform(0, 1, 2) * room
         end = np.clip(corner + rng.uniform(-1, 1, 2) * self.shift * self.crop, 0, room) if self.shift else corner

@@ -1,0 +1,156 @@
+"""Run the frozen encoder once over VPT shards and write its features as shards, from which train_ac.py trains without video or encoder.
+
+    python encode.py --data demo/train/*.tar --out demo/features/train --encoder vit_tiny --crop_size 64
+    torchrun --nproc_per_node=8 encode.py --data VPT/*.tar --out features --encoder vjepa2_vitl
+
+Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D) features of S steps, bfloat16 and not
+yet layer-normed, actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pitch in radians. START is the tick of the first step: with
+--phases P the same recording is stepped through P times, from P places spread over the first step.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as safetensors_bytes
+from tqdm import tqdm
+
+from checkpoint import write_atomically
+from data import CACHE, READ_ERRORS, Slice, expand, index_shards, read_ticks
+from model import encode_steps
+from vpt import ClipReader, mp4_times, packet_times, read_frames, step_actions, step_size
+from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
+
+# --- flags ---
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+parser.add_argument("--data", "--data_path", nargs="+", action="append", required=True, help="VPT shards: paths, globs, {a..b} ranges")
+parser.add_argument("--out", required=True, help="folder for the feature shards")
+parser.add_argument("--encoder", default="vjepa2_vitl", help="weights: a path, URL or name, or vit_tiny (random)")
+parser.add_argument("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once")
+parser.add_argument("--frames_per_clip", type=int, default=16, help="frames of a clip: what --encode clip sees at once")
+parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
+parser.add_argument("--frames_per_step", type=int, default=2, help="sampled frames a step")
+parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
+parser.add_argument("--phases", type=int, default=1, help="times each recording is stepped through, from different first frames")
+parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at once")
+parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder")
+
+
+def open_encoder(name, crop_size, frames_per_clip):
+    """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache folder), or of an architecture's name with
+    seeded random weights (which is said)."""
+    if name in ARCHITECTURES:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
+        return build_encoder(name, crop_size, frames_per_clip)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        find_encoder(name, os.path.join(CACHE, "weights"))
+    if dist.is_initialized():
+        dist.barrier()
+    return load_encoder(find_encoder(name, os.path.join(CACHE, "weights")))
+
+
+def encoder_hash(encoder):
+    """16 hex digits over names and values of all weights: which encoder features and checkpoints belong to."""
+    h = hashlib.sha256()
+    for key, value in sorted(encoder.state_dict().items()):
+        h.update(key.encode())
+        h.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
+
+def segments(lines, stride, args):
+    """(first tick, steps) of the runs of steps a recording is cut into: one per phase; for --encode clip one per clip."""
+    span, clip = stride * args.frames_per_step, args.frames_per_clip // args.frames_per_step
+    for phase in range(args.phases):
+        first = phase * span // args.phases
+        steps = (lines - first - stride * (args.frames_per_step - 1) - 1) // span + 1
+        if args.encode != "clip":
+            yield first, steps
+        else:
+            yield from ((first + w * clip * span, clip) for w in range(steps // clip))
+
+
+@torch.inference_mode()
+def encode_recording(record, encoder, reader, args, device):
+    """Yields (first tick, tensors of one segment) of a recording."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times = mp4_times(f)
+        times = times if len(times) else packet_times(f)
+        ticks = read_ticks(record)
+        reader.starts(ticks, len(times))  # raises what is wrong with the recording
+        ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, args.fps)
+        runs = [s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, args) if s[1] >= 2]
+        shown = [first + stride * np.arange(steps * args.frames_per_step).reshape(steps, -1) for first, steps in runs]
+        if args.encode == "clip":
+            parts = [[(i, s)] for i, s in enumerate(shown)]
+        else:  # phases side by side, so that each frame is decoded once
+            chunks = range(0, max(len(s) for s in shown), args.batch_size)
+            parts = [[(i, s[k : k + args.batch_size]) for i, s in enumerate(shown) if len(s) > k] for k in chunks]
+        z = [[] for _ in runs]
+        for part in parts:
+            wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
+            frames = read_frames(f, times, wanted, args.crop_size)
+            y, x = (frames.shape[1] - args.crop_size) // 2, (frames.shape[2] - args.crop_size) // 2
+            frames = frames[:, y : y + args.crop_size, x : x + args.crop_size].transpose(0, 3, 1, 2)
+            for i, s in part:
+                video = torch.from_numpy(frames[np.searchsorted(wanted, s.ravel() * ratio)]).to(device)
+                h = encode_steps(encoder, video[None], args.encode, args.frames_per_step)[0]
+                z[i].append(h.to("cpu", torch.bfloat16))
+        for (first, _), s, h in zip(runs, shown, z):
+            ends = s[:, -1] if args.encode == "tubelet" else s[:, 0]
+            actions, _ = step_actions(ticks, ends, 38)
+            states = torch.from_numpy(ticks.motion[ends, 2:].copy())
+            yield first, {"z": torch.cat(h), "actions": torch.from_numpy(actions).float(), "states": states}
+
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
+    meta = {k: str(getattr(args, k)) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
+    meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size), "action_space": "38"}
+    encoder = encoder.to(getattr(torch, args.dtype))
+    reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode)
+    paths = expand([p for group in args.data for p in group])
+    names = [os.path.basename(p) for p in paths]
+    if len(set(names)) < len(names):
+        raise SystemExit("two input shards have the same file name: encode them into different --out folders")
+    settings = os.path.join(args.out, "encode.json")
+    if os.path.exists(settings) and (old := json.load(open(settings))) != meta | {"phases": args.phases}:
+        raise SystemExit(f"{args.out} holds features made with other settings ({old}): choose another --out")
+    if rank == 0:
+        write_atomically(settings, json.dumps(meta | {"phases": args.phases}).encode())
+    mine = [p for p in paths[rank::world] if not os.path.exists(os.path.join(args.out, os.path.basename(p)))]
+    records, bad = index_shards(mine)
+    steps, size = 0, 0
+    progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")
+    for path in mine:
+
+        def write_shard(out, path=path):
+            global steps, size
+            with tarfile.open(fileobj=out, mode="w") as tar:
+                for record in (r for r in records if r.shard == path):
+                    try:
+                        for first, tensors in encode_recording(record, encoder, reader, args, device):
+                            data = safetensors_bytes(tensors, metadata=meta)
+                            member = tarfile.TarInfo(f"{record.key}@{first:05d}.safetensors")
+                            member.size = len(data)
+                            tar.addfile(member, io.BytesIO(data))
+                            steps, size = steps + len(tensors["z"]), size + len(data)
+                    except READ_ERRORS as e:
+                        bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
+                    progress.update()
+
+        write_atomically(os.path.join(args.out, os.path.basename(path)), write_shard)
+    progress.close()
+    for file, key, reason in bad:
+        print(f"left out: {file} {key}: {reason}")
+    print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {steps} steps, {size / 2**20:.1f} MiB in {args.out}")

@@ -1,0 +1,380 @@
+"""Train a frame-causal, action-conditioned predictor on the features of a frozen V-JEPA encoder (V-JEPA 2-AC, on gameplay).
+
+    python train_ac.py --data demo/train/*.tar --val_data demo/val/*.tar --encoder vit_tiny --crop_size 64 --epochs 4 --ipe 100 \\
+        --warmup 1 --anneal 1 --batch_size 16 --pred_dim 128 --pred_depth 4 --pred_heads 4       # a laptop
+    torchrun --nproc_per_node=8 train_ac.py --data VPT/*.tar                                     # 8 GPUs, released ViT-L
+
+Reads VPT shards (or the feature shards that encode.py made of them) and the scaler of fit_scaler.py. Writes to --out_dir: train.csv,
+val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Stop it whenever you like and go on with --resume.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import kernels
+import weights
+from data import ActionScaler, Clips, collate, feature_settings, open_split, vpt_loader, windows
+from encode import encoder_hash, open_encoder
+from model import ACModel, Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
+from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
+
+# --- flags ---
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+# data
+flag("--data", "--data_path", nargs="+", action="append", help="training shards: paths, globs, {a..b} ranges, URLs; may be repeated")
+flag("--data_weights", type=float, nargs="+", help="share of the clips that each --data gives (default: by length)")
+flag("--val_data", nargs="+", action="append", help="held-out shards (default: --val_fraction of --data)")
+flag("--val_fraction", type=float, default=0.1, help="share of the shards (of the recordings, below ten shards) held out")
+flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")
+flag("--scaler", default="vpt_action_scaler.pkl", help="action statistics from fit_scaler.py")
+flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
+flag("--fps", type=float, default=5.0, help="sampled frames a second")
+flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
+flag("--tubelet_size", type=int, default=2, help="frames merged in time by the patch embedding; must be the encoder's")
+flag("--crop_size", type=int, default=256, help="pixels of the square crop")
+flag("--action_space", type=int, default=13, choices=ACTION_SPACES, help="13 camera and hotbar keys, 36 all of VPT's, 38 the guides' table")
+flag("--gui", default="keep", choices=["keep", "drop"], help="drop leaves out clips with an open inventory")
+flag("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
+flag("--num_workers", type=int, default=8, help="loader processes a rank")
+flag("--max_bad_fraction", type=float, default=0.01, help="stop when more than this share of clips cannot be read (after 100 clips)")
+flag("--horizontal_flip", action=switch, default=False, help="mirror half of the clips, their actions too")
+flag("--random_resize_scale", type=float, default=1.0, help="smallest random crop as a share of the short side")
+flag("--motion_shift", type=float, default=0.0, help="move the crop over the clip by up to this share of it")
+flag("--temporal_jitter", type=int, default=0, help="move each sampled frame by up to this many ticks")
+flag("--action_noise", type=float, default=0.0, help="std of noise on the scaled continuous actions")
+# model
+flag("--encoder", help="weights of the frozen encoder: a path, URL or name (default vjepa2_vitl), or vit_tiny (random)")
+flag("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once (README)")
+flag("--feature_norm", default="layer", choices=["layer", "standardize"], help="standardize: centre and scale channels before it")
+flag("--pred_dim", "--pred_embed_dim", type=int, default=1024, help="width of the predictor")
+flag("--pred_depth", type=int, default=24, help="blocks of the predictor")
+flag("--pred_heads", "--pred_num_heads", type=int, default=16, help="attention heads of the predictor")
+flag("--init_from", help="start from another run's or Meta's AC predictor; what does not fit is listed and made anew")
+flag("--activation_checkpointing", "--use_activation_checkpointing", action=switch, default=False, help="recompute blocks, save memory")
+flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor")
+# loss
+flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
+flag("--loss_exp", type=float, default=1.0, help="1: L1, 2: half squared error")
+# optim
+flag("--batch_size", type=int, default=8, help="clips per rank and micro-batch")
+flag("--grad_accum", "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
+flag("--epochs", "--num_epochs", type=int, default=315, help="epochs of --ipe steps")
+flag("--ipe", type=int, default=300, help="steps of an epoch")
+flag("--max_steps", type=int, help="stop after this many steps, whatever the schedule says")
+flag("--lr", "--learning_rate", type=float, default=4.25e-4, help="learning rate between warm-up and anneal")
+flag("--start_lr", type=float, default=7.5e-5, help="learning rate at the start of the warm-up")
+flag("--final_lr", type=float, default=0.0, help="learning rate of the last step")
+flag("--warmup", type=int, default=15, help="epochs of linear warm-up")
+flag("--anneal", type=int, default=15, help="epochs of linear anneal at the end")
+flag("--weight_decay", type=float, default=0.04, help="AdamW decay of matrices")
+flag("--grad_clip", "--gradient_clipping", type=float, default=0.0, help="largest gradient norm; 0 is off")
+flag("--dtype", choices=["bfloat16", "float16", "float32"], help="autocast precision (default bfloat16 on a GPU, float32 on a CPU)")
+# run
+flag("--out_dir", default="out/ac", help="folder of this run")
+flag("--resume", action=switch, default=False, help="go on from the newest good checkpoint in --out_dir, if there is one")
+flag("--save_every_freq", type=int, default=25, help="keep the checkpoint of every so many epochs for good")
+flag("--keep_last", type=int, default=2, help="other checkpoints to keep (one is written each epoch)")
+flag("--save_encoder", action=switch, default=False, help="put the frozen encoder into checkpoints, in Meta's layout")
+flag("--val_every", type=int, default=1, help="epochs between validations")
+flag("--log_every", type=int, default=10, help="steps between log lines")
+flag("--seed", type=int, default=239, help="seed of weights and clip order")
+flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
+flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")
+
+
+def lr_at(k, total, ipe, args):
+    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal that ends at step `total` (vjepa2 src/utils/schedulers.py)."""
+    warmup, anneal = args.warmup * ipe, args.anneal * ipe
+    if k < warmup:
+        return args.start_lr + k / warmup * (args.lr - args.start_lr)
+    if k < total - anneal:
+        return args.lr
+    return args.lr + (k - (total - anneal)) / max(anneal, 1) * (args.final_lr - args.lr)
+
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+    if args.warmup + args.anneal > args.epochs:
+        parser.error(f"--warmup {args.warmup} and --anneal {args.anneal} epochs do not fit into --epochs {args.epochs}")
+
+    # --- distributed --- (same in every train_*.py)
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *a, **k: None
+    stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *a: stop.fill_(1))
+    torch.manual_seed(args.seed)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    autocast = contextlib.nullcontext()
+    if args.dtype != "float32":
+        autocast = torch.autocast(device.type, getattr(torch, args.dtype))
+
+    # --- data ---
+    names = ACTION_SPACES[args.action_space]
+    groups = args.data or [["VPT/*.tar"]]
+    scaler = ActionScaler.load(args.scaler)
+    scaler.check(args.scaler, CONTINUOUS, args.fps, args.frames_per_step)
+    shared = {k: getattr(args, k) for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}
+    augment = {k: getattr(args, k) for k in ("horizontal_flip", "random_resize_scale", "motion_shift", "temporal_jitter", "action_noise")}
+    reader = ClipReader(args.frames_per_clip, scaler=scaler, **shared, **augment)
+    val_reader = ClipReader(args.frames_per_clip, scaler=scaler, **shared)
+    T = args.frames_per_clip // args.frames_per_step
+    held_out = args.val_fraction if args.val_clips else 0.0
+    val_data = args.val_data if args.val_clips else None
+    train, shares, val, bad = open_split(groups, args.data_weights, val_data, held_out, args.max_bad_fraction)
+    fitted_on_val = set(scaler.meta.get("shards", [])) & {os.path.basename(r.shard) for r in val}
+    if fitted_on_val and not (val_data is None and args.val_fraction == scaler.meta.get("val_fraction")):
+        say("warning: the scaler was fitted on shards that are held out here; fit it on the training shards only (--val_fraction)")
+    features = bool(train) and "safetensors" in train[0].members
+    val_set = Clips(val, [1.0] * len(val), val_reader, args.seed)
+    val_batches = windows(val_set, args.batch_size, args.val_clips, rank, world) if val else []
+    if val and len(windows(val_set, 1, 2)) < 2:
+        raise SystemExit("the held-out recordings hold fewer than two clips: hold out more, or pass --val_clips 0")
+
+    # --- model ---
+    encoder, source = None, None
+    if features:
+        source = feature_settings(train + val)
+        for k in ("encode", "fps", "frames_per_step", "crop_size") + (("frames_per_clip",) if args.encode == "clip" else ()):
+            if source[k] != str(getattr(args, k)):
+                raise SystemExit(f"{train[0].shard} was made with --{k} {source[k]}, this run has {getattr(args, k)}: change one of them")
+        if wrong := [k for k in augment if k != "action_noise" and augment[k] != parser.get_default(k)]:
+            raise SystemExit(f"--{wrong[0]} needs pixels, and these shards hold features: train on the video shards, or drop the flag")
+    if args.encoder or not features:
+        encoder = open_encoder(args.encoder or "vjepa2_vitl", args.crop_size, args.frames_per_clip)
+        if encoder.tubelet_size != args.tubelet_size:
+            raise SystemExit(f"--tubelet_size {args.tubelet_size}, but this encoder merges {encoder.tubelet_size} frames")
+        found = {"encoder": encoder_hash(encoder), "grid": args.crop_size // encoder.patch_size, "embed_dim": encoder.embed_dim}
+        if features and found["encoder"] != source["encoder"]:
+            raise SystemExit(f"{train[0].shard} holds features of encoder {source['encoder']}, not of {args.encoder} ({found['encoder']})")
+        source = found
+        encoder = encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
+    grid = int(source["grid"])
+    say(f"encoder {source['encoder']}, {T} steps of {grid}x{grid} patches x {source['embed_dim']}, encode {args.encode}")
+    predictor = Predictor(
+        source["embed_dim"], len(names), 2, (grid, grid), pred_dim=args.pred_dim, depth=args.pred_depth, num_heads=args.pred_heads
+    ).to(device)
+    predictor.activation_checkpointing = args.activation_checkpointing
+    if args.init_from:
+        say(f"{args.init_from}: {weights.init_predictor(predictor, args.init_from)}")
+    model = ACModel(predictor, args.auto_steps, args.loss_exp)
+    stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
+
+    @torch.no_grad()
+    def inputs(batch):
+        """A batch -> (z, actions, states) on the device."""
+        if "z" in batch:
+            h = batch["z"].to(device, non_blocking=True)
+        else:
+            with autocast:
+                h = encode_steps(encoder, batch["video"].to(device, non_blocking=True), args.encode, args.frames_per_step)
+        z = normalize_features(h, **stats) if stats is not None else h.float()
+        return z, batch["actions"].to(device, non_blocking=True), batch["states"].to(device, non_blocking=True)
+
+    # --- optimizer, resume ---
+    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
+    vectors = [p for n, p in model.named_parameters() if p.ndim <= 1 and p.requires_grad]
+    decayed = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(decayed, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    step, total = 0, args.epochs * args.ipe
+    state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
+    if state is None and checkpoint.list_checkpoints(args.out_dir) and not args.dry_run:
+        raise SystemExit(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
+    if state is not None:
+        mine = {"action_names": names, "encode": args.encode, "encoder": source["encoder"], "scaler_hash": scaler.hash, "grid": grid}
+        for k, v in mine.items():
+            if state[k] != v:
+                raise SystemExit(f"{path} was trained with {k} {state[k]}, this run has {v}: resume with the same, or start anew")
+        try:
+            predictor.load_state_dict({k.removeprefix("module."): v for k, v in state["predictor"].items()})
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as e:
+            raise SystemExit(f"{path} is of another size, pass the flags it was trained with ({str(e).splitlines()[-1].strip()})") from e
+        loss_scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        stats, step = state["feature_stats"], state["epoch"] * args.ipe + state["itr"]
+        say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}")
+    if args.feature_norm == "standardize" and stats["mean"] is None:
+        moments, raw, batches = None, stats, Clips(train, [1.0] * len(train), val_reader, args.seed)
+        stats = None  # raw features while we measure
+        for items in windows(batches, args.batch_size, 256):
+            h = inputs(collate([batches[i] for i in items]))[0].flatten(0, 2)
+            moments = kernels.merge_moments(moments, kernels.moments(h)) if moments else kernels.moments(h)
+        stats = {"mean": moments[1].float().to(device), "std": (moments[2] / moments[0]).sqrt().clamp_min(1e-6).float().to(device)}
+    stats = {k: None if v is None else v.to(device) for k, v in stats.items()}
+    if args.compile:
+        model.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+    if rank == 0 and not args.dry_run:
+        os.makedirs(args.out_dir, exist_ok=True)
+        checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
+    columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
+    meters = [f"{p}_{n}" for p in ("tf", "ro") for n in ("true", "shuffled", "zero", "copy", "gap", "gap_low", "gap_high", "skill")]
+    logs = {}
+    for name, header in (("train.csv", columns), ("val.csv", ["epoch", "jloss", "sloss"] + meters)):
+        if rank == 0 and not args.dry_run:  # rows after the checkpoint are from steps that are done again
+            logs[name] = checkpoint.open_csv(os.path.join(args.out_dir, name), header, *divmod(step, args.ipe), keep=state is not None)
+    wandb_run = None
+    if args.wandb_project and rank == 0 and not args.dry_run:
+        import wandb
+
+        wandb_run = wandb.init(project=args.wandb_project, config=vars(args))
+
+    def note_bad(found):
+        """Write bad clips down; stop when there are too many of them."""
+        bad.extend(found)
+        if found and not args.dry_run:
+            os.makedirs(args.out_dir, exist_ok=True)
+            with open(os.path.join(args.out_dir, "bad_clips.jsonl"), "a") as f:
+                f.writelines(json.dumps({"file": b[0], "key": b[1], "reason": b[2]}) + "\n" for b in found)
+
+    def save(epoch, itr):
+        """Rank 0 writes a checkpoint and the curves."""
+        if rank or args.dry_run:
+            return
+        predictor_state = {k: v.cpu() for k, v in predictor.state_dict().items()}
+        state = {
+            "predictor": predictor_state, "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(),
+            "epoch": epoch, "itr": itr, "lr": args.lr, "batch_size": args.batch_size, "world_size": world, "rng": torch.get_rng_state(), "feature_stats": stats,
+            "action_names": names, "encode": args.encode, "scaler_hash": scaler.hash, "action_scaler": scaler.meta,
+            "args": vars(args), **source, "grid": grid,
+            "predictor_config": {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads},
+        }  # fmt: skip
+        if args.save_encoder:
+            state |= weights.meta_state(encoder, predictor)
+        path = checkpoint.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
+        checkpoint.plot_curves(args.out_dir)
+        return path
+
+    @torch.no_grad()
+    def validate(epoch):
+        """Losses and the action meter on the held-out clips, summed up over all ranks."""
+        rows, mean, scale = [], torch.tensor(scaler.mean, device=device).float(), torch.tensor(scaler.scale, device=device).float()
+        for batch in torch.utils.data.DataLoader(val_set, batch_sampler=val_batches, num_workers=args.num_workers, collate_fn=collate):
+            note_bad(batch["bad"])
+            z, actions, states = inputs(batch)
+            shuffle = torch.roll(torch.arange(len(z)), 1)  # neighbours in a random order: other recordings
+            with autocast:
+                losses = ac_losses(predictor, z, actions, states, None, args.auto_steps, args.loss_exp)
+                errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a: compose_states(s, a, mean, scale))
+            errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
+            rows.append(({k: x.cpu() for k, x in errors.items()}, [k.split("@")[0] for k in batch["key"]]))
+        if world > 1:
+            dist.all_gather_object(everyone := [None] * world, rows)
+            rows = [r for part in everyone for r in part]
+        errors, keys = {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]]
+        losses = {k: errors.pop(k).mean().item() for k in ("jloss", "sloss")}
+        return {"epoch": epoch} | losses | meter_summary(errors, keys)
+
+    # --- train ---
+    last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
+    per_epoch = args.ipe * args.grad_accum
+    loader = vpt_loader(
+        (train, shares) if train else groups, args.batch_size, reader=reader, batches_per_epoch=per_epoch, num_workers=args.num_workers,
+        seed=args.seed, epoch=step // args.ipe, itr=step % args.ipe * args.grad_accum, rank=rank, world=world,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    note_bad(bad if rank == 0 else [])
+    batches, seen, failed, pending, waited, began = iter(loader), 0, 0, [], 0.0, time.perf_counter()
+    model.train()
+    while step < last:
+        epoch, itr = divmod(step, args.ipe)
+        lr = lr_at(step + 1, total, args.ipe, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses, keys = torch.zeros(2, device=device), []
+        for micro in range(args.grad_accum):
+            wait = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - wait
+            if batch is None:
+                raise SystemExit(f"rank {rank} got no clip: there are fewer recordings than ranks x workers; use fewer, or local shards")
+            note_bad(batch["bad"])
+            keys, seen, failed = keys + batch["key"], seen + len(batch["key"]) + len(batch["bad"]), failed + len(batch["bad"])
+            if seen >= 100 and failed > args.max_bad_fraction * seen:
+                file, key, reason = bad[-1]
+                raise SystemExit(f"{failed} of {seen} clips cannot be read, the last from {file} ({key}: {reason}); see bad_clips.jsonl")
+            with contextlib.nullcontext() if micro == args.grad_accum - 1 or world == 1 else ddp.no_sync():
+                z, actions, states = inputs(batch)
+                with autocast:
+                    jloss, sloss = ddp(z, actions, states)
+                loss_scaler.scale((jloss + sloss) / args.grad_accum).backward()
+            losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
+        loss_scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        loss_scaler.step(optimizer)
+        loss_scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append((epoch, itr, losses, norm, lr, keys))
+        step += 1
+
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # all ranks stop after the same step
+        at_end = step % args.ipe == 0 or step == last or bool(stop)
+        if at_end or step % args.log_every == 0:
+            values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
+            if world > 1:
+                values = values.cpu()
+                dist.all_reduce(values)
+                values /= world
+            seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # peak, bytes
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            for (e, i, _, _, rate, clips), (j, s, n) in zip(pending, values.tolist()):
+                if not math.isfinite(j + s):
+                    good = (checkpoint.list_checkpoints(args.out_dir) or ["none"])[-1]
+                    where = f"epoch {e}, itr {i}; rank {rank}'s clips: {', '.join(clips)}; last good checkpoint: {good}"
+                    raise SystemExit(f"the loss is not finite ({j + s}) at {where}; lower --lr, or set --grad_clip 1")
+                speed = len(clips) * world / seconds
+                row = [e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20]
+                if logs:
+                    logs["train.csv"].write(",".join(f"{x:.9g}" for x in row) + "\n")
+                if wandb_run:
+                    wandb_run.log(dict(zip(columns, row)), step=e * args.ipe + i)
+            eta = (last - step) * seconds
+            eta = time.strftime("%H:%M:%S", time.gmtime(eta))
+            say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  "
+                f"data wait {wait / seconds:4.0%}  ETA {eta}", flush=True)  # fmt: skip
+            pending, waited, began = [], 0.0, time.perf_counter()
+        if at_end:
+            done, inside = divmod(step, args.ipe)
+            if val and not inside and (done % args.val_every == 0 or step == last) and not stop:
+                model.eval()
+                v = validate(done)
+                model.train()
+                if logs:
+                    logs["val.csv"].write(",".join(f"{v[k]:.9g}" for k in ["epoch", "jloss", "sloss"] + meters) + "\n")
+                if wandb_run:
+                    wandb_run.log({"val_" + k: x for k, x in v.items()}, step=step)
+                interval = f"[{v['tf_gap_low']:+.2%}, {v['tf_gap_high']:+.2%}]"
+                say(f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying the last step), action gap {v['tf_gap']:+.2%} "
+                    f"{interval}; rolled out {v['ro_skill']:.3f} and {v['ro_gap']:+.2%}")  # fmt: skip
+                if v["tf_gap"] < 0.02 and done > args.warmup:
+                    say("WARNING: shuffled actions cost less than 2 %: the predictor hardly uses the action (yet)")
+            path = save(done, inside)
+            began = time.perf_counter()
+            if stop:
+                say(f"stopped after epoch {epoch}, itr {itr}; saved {path}; go on with --resume")
+                break
+    if world > 1:
+        dist.destroy_process_group()
