@@ -1,0 +1,98 @@
+"""The two operations of kernels/ against their definitions."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from kernels import block_causal_attention, merge_moments, moments
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def qkv(B, nh, L, hd, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(B, nh, L, hd, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("impl", ["dense", "prefix", "auto"])
+@pytest.mark.parametrize("name, block", [("T1_H2_W2_K2", 6), ("T3_H2_W3_K3", 9), ("T4_H4_W4_K2", 18)])
+def test_mask_is_the_references(impl, name, block):
+    """Catches an off-by-one at a step's edge: with v = identity the output is the attention matrix, zero exactly where the mask is."""
+    with safe_open(FIXTURES / "ac_mask_and_shapes.safetensors", "pt") as f:
+        mask = f.get_tensor(f"out/{name}")
+    q, k, _ = qkv(1, 1, len(mask), 8)
+    weights = block_causal_attention(q, k, torch.eye(len(mask))[None, None], block, impl=impl)
+    assert torch.equal(weights[0, 0] > 0, mask)
+
+
+@pytest.mark.parametrize(
+    "B, nh, L, hd, block", [(2, 3, 7 * 18, 32, 18), (1, 2, 3 * 17, 6, 17), (2, 1, 5, 4, 1), (1, 2, 41, 10, 9), (1, 1, 7, 8, 50)]
+)
+def test_prefix_equals_dense_with_gradients(B, nh, L, hd, block):
+    """Catches lost gradient terms of shared prefixes, and lengths that are no multiple of anything, the last step cut short included."""
+    inputs = qkv(B, nh, L, hd, torch.float64)
+    grad = torch.randn(B, nh, L, hd, dtype=torch.float64)
+    results = []
+    for impl in ("dense", "prefix", "auto"):
+        out = block_causal_attention(*inputs, block, impl=impl)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["dense", "prefix"])
+def test_later_steps_cannot_be_seen(impl):
+    """Catches a leak that is too small for a tolerance: later keys are replaced by huge values, earlier outputs stay equal bit by bit."""
+    q, k, v = (x.detach() for x in qkv(1, 2, 4 * 9, 16))
+    before = block_causal_attention(q, k, v, 9, impl=impl)
+    k2, v2 = k.clone(), v.clone()
+    k2[:, :, 18:], v2[:, :, 18:] = 100.0, 1e6
+    after = block_causal_attention(q, k2, v2, 9, impl=impl)
+    assert torch.equal(before[:, :, :18], after[:, :, :18]) and not torch.equal(before[:, :, 18:], after[:, :, 18:])
+
+
+def test_unknown_impl_is_refused():
+    """Catches a misspelt impl that silently runs another one."""
+    q, k, v = qkv(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="'tritn'.*auto, dense, prefix"):
+        block_causal_attention(q, k, v, 2, impl="tritn")
+    with pytest.raises(ValueError, match="'welford'.*auto, two_pass"):
+        moments(q[0, 0], impl="welford")
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4, 1e9])
+def test_moments_survive_a_large_mean(mean):
+    """Catches E[x^2] - E[x]^2, which at mean 1e9 loses every digit of a variance of 1, and chunks merged with wrong weights."""
+    torch.manual_seed(0)
+    noise = torch.randn(200_001, 3, dtype=torch.float64)  # three full chunks and a rest
+    x = noise + mean
+    exact = x - mean  # what the rounding of x left of the noise: no cancellation in what follows
+    n, got_mean, m2 = moments(x)
+    assert n == len(x)
+    torch.testing.assert_close(got_mean - mean, exact.mean(0), rtol=0, atol=1e-15 * max(1.0, mean))
+    torch.testing.assert_close(m2, ((exact - exact.mean(0)) ** 2).sum(0), rtol=1e-12 if mean < 1e6 else 1e-9, atol=0)
+
+
+def test_moments_of_float32_are_float64():
+    """Catches sums in the dtype of the data: in float32 the mean of 300,000 values near 1000 is off in the fourth digit."""
+    x = (torch.arange(300_000) % 7 + 1000.0)[:, None]
+    n, mean, m2 = moments(x)
+    assert mean.dtype == m2.dtype == torch.float64
+    torch.testing.assert_close(m2 / n, x.double().var(0, correction=0), rtol=1e-12, atol=0)
+
+
+def test_merging_any_split_is_the_whole():
+    """Catches Chan's formula with the counts swapped, and an empty part (a rank without shards) turning everything into nan."""
+    torch.manual_seed(0)
+    x = torch.randn(1000, 2) * 3 + 50
+    whole = moments(x)
+    for cut in (0, 1, 10, 999, 1000):
+        for a, b in ((x[:cut], x[cut:]), (x[cut:], x[:cut])):
+            n, mean, m2 = merge_moments(moments(a), moments(b))
+            assert n == 1000
+            torch.testing.assert_close(torch.stack([mean, m2]), torch.stack(whole[1:]), rtol=1e-12, atol=0)
+    n, mean, m2 = merge_moments(moments(x[:0]), moments(x[:0]))
+    assert n == 0 and not mean.isnan().any() and not m2.isnan().any()
