@@ -40,6 +40,7 @@ KEYS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_
         "left.control": "SPEED"}  # fmt: skip
 MOUSE = ["ATTACK", "USE"]
 SLOTS = 7
+FOCAL = 0.78  # focal length over the picture height, measured
 NEAR = 6  # in units of the depth buffer, about 7 map units each; the player is 32 map units wide
 BUTTONS = ["TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA", *KEYS.values(), *MOUSE, *(f"SELECT_WEAPON{n + 1}" for n in range(SLOTS))]
 VARIABLES = ["ANGLE", "PITCH", "POSITION_X", "POSITION_Y", "POSITION_Z", "HEALTH", "ARMOR", "KILLCOUNT"]
@@ -64,7 +65,7 @@ class Explorer:
 
     def __init__(self, rng):
         self.rng = rng
-        self.keys, self.buttons, self.slot = {}, {}, 1  # name -> ticks it stays held
+        self.keys, self.buttons, self.rest, self.slot = {}, {}, {}, 1  # name -> ticks it stays held
         self.turn, self.turn_goal, self.turn_left = 0.0, 0.0, 0  # degrees a tick, its goal, ticks that the goal lasts
         self.look_goal, self.look_speed, self.look_left = 0.0, 2.0, 0
         self.trail = []
@@ -76,55 +77,59 @@ class Explorer:
     def act(self, depth, pitch, position):
         """Depth (H, W) of the picture, pitch in degrees, position (x, y) -> dx, dy in pixels, keys, mouse buttons, hotbar slot, wheel."""
         rng = self.rng
-        for held in (self.keys, self.buttons):
+        for held in (self.keys, self.buttons, self.rest):
             for name in [n for n, left in held.items() if left <= 0]:
                 del held[name]
             for name in held:
                 held[name] -= 1
         h, w = depth.shape
-        horizon = int(np.clip(h / 2 - np.tan(np.radians(pitch)) * w / 2, h / 8, 7 * h / 8))
-        room = np.median(depth[max(horizon - h // 16, 0) : horizon + h // 16], axis=0)  # distance to what each column shows
-        left, ahead, right = (np.median(part) for part in np.array_split(room, 3))
-        blocked = np.quantile(room[w // 3 : 2 * w // 3], 0.25) < NEAR
+        horizon = int(np.clip(h / 2 - np.tan(np.radians(pitch)) * h * FOCAL, h / 8, 7 * h / 8))
+        room = np.median(depth[horizon - h // 16 : horizon + h // 16], axis=0)  # distance to what each column shows
+        left, right = np.median(room[: w // 3]), np.median(room[-w // 3 :])
+        ahead = np.quantile(room[w // 3 : 2 * w // 3], 0.25)
         self.trail = self.trail[-11:] + [position]
         stuck = "w" in self.keys and len(self.trail) == 12 and np.hypot(*np.subtract(self.trail[0], position)) < 24
+        avoid = stuck or ahead < 1.5 * NEAR
         # camera: turns, drifts and pauses, each a goal that the turning speed approaches
-        if stuck or self.turn_left <= 0 or (blocked and abs(self.turn_goal) < 2):
-            kind = 0.9 if stuck or blocked else rng.random()
+        if stuck or self.turn_left <= 0 or (avoid and abs(self.turn_goal) < 2):
+            kind = 1.0 if avoid else rng.random()
             self.turn_left = int(rng.integers(5, 16))
-            self.turn_goal = 0.0 if kind < 0.2 else rng.normal(0, 1.2) if kind < 0.55 else rng.uniform(2.5, 7.5)
-            if kind >= 0.55 and rng.random() < (0.15 if left > right else 0.85) * (0.9 if stuck or blocked else 0.5) + 0.25 * (not blocked):
-                self.turn_goal = abs(self.turn_goal)
-            elif kind >= 0.55:
-                self.turn_goal = -abs(self.turn_goal)
+            speed = 0.0 if kind < 0.25 else abs(rng.normal(0, 1.2)) if kind < 0.55 else rng.uniform(2.0, 7.0)
+            self.turn_goal = speed if rng.random() < (0.5 if not avoid else 0.85 if right > left else 0.15) else -speed
             if stuck:
                 self.keys, self.trail = {}, []
         self.turn_left -= 1
-        self.turn += 0.45 * (self.turn_goal - self.turn)
         if self.look_left <= 0:
             self.look_goal = rng.normal(0, 4) if rng.random() < 0.4 else np.clip(rng.normal(0, 18), -28, 28)
-            self.look_speed, self.look_left = rng.uniform(0.8, 4.5), int(rng.integers(6, 26))
+            self.look_speed, self.look_left = rng.uniform(0.8, 4.5), int(rng.integers(5, 22))
         self.look_left -= 1
+        self.hold(self.rest, "rest", 0.01, 4, 16)
+        if self.rest:
+            self.keys, self.buttons, self.turn_goal, self.look_goal = {}, {}, 0.0, pitch
+        self.turn += 0.45 * (self.turn_goal - self.turn)
         look = np.clip(0.35 * (self.look_goal - pitch), -self.look_speed, self.look_speed)
-        moving = rng.random() < 0.9 and (abs(self.turn) > 0.15 or abs(look) > 0.15)  # a hand at rest sends exact zeros
-        dx = round(self.turn * rng.normal(1, 0.25) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) if moving else 0
-        dy = round(look * rng.normal(1, 0.25) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) if moving else 0
+        turns, looks = abs(self.turn) > 0.15, abs(look) > 0.15  # a hand at rest sends exact zeros
+        dx = round(self.turn * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) if turns or looks else 0
+        dy = round(look * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) if turns or looks else 0
         dy = int(np.clip(dy, (-PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL, (PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL))
-        # feet
-        if blocked:
+        if self.rest:
+            return dx, dy, [], [], self.slot, 0
+        # feet and hands
+        if ahead < NEAR:
             self.keys.pop("w", None)
             self.hold(self.buttons, 1, 0.15, 1, 3)  # it may be a door
-            self.hold(self.keys, "s", 0.08, 4, 10)
+            self.hold(self.keys, "s", 0.05, 4, 10)
         elif "s" not in self.keys:
-            self.hold(self.keys, "w", 0.12, 8, 40)
+            self.hold(self.keys, "w", 0.15, 8, 40)
         for here, there in (("a", "d"), ("d", "a")):
             if there not in self.keys:
                 self.hold(self.keys, here, 0.025, 4, 16)
-        self.hold(self.keys, "s", 0.006, 4, 12)
+        if "w" not in self.keys:
+            self.hold(self.keys, "s", 0.01, 4, 12)
         self.hold(self.keys, "space", 0.025, 2, 6)
-        self.hold(self.keys, "left.shift", 0.012, 6, 20)
+        self.hold(self.keys, "left.shift", 0.008, 6, 20)
         self.hold(self.keys, "left.control", 0.02, 10, 40)
-        self.hold(self.buttons, 0, 0.03, 2, 14)
+        self.hold(self.buttons, 0, 0.018, 2, 14)
         self.hold(self.buttons, 1, 0.005, 1, 3)
         wheel, keys = 0, sorted(self.keys)
         if rng.random() < 0.02:
@@ -155,7 +160,7 @@ def open_game(size, seed, folder):
     game.set_episode_timeout(0)
     game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
     game.set_seed(seed)
-    game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1")
+    game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
     game.init()
     return game
 
@@ -165,11 +170,12 @@ def play(game, map_number, points, length, size, rng):
     game.set_seed(int(rng.integers(2**31)))
     game.set_doom_map(f"map{map_number:02d}")
     game.new_episode()
-    for command in ("iddqd", "give weapons", "give ammo", "warp {} {}".format(*points[rng.integers(len(points))])):
+    for command in ("iddqd", "give weapons", "give ammo", "give keys", "warp {} {}".format(*points[rng.integers(len(points))])):
         game.send_game_command(command)
     player, video, lines = Explorer(rng), io.BytesIO(), []
     counts = dict.fromkeys(("jump", "attack", "use"), 0)
     yaw = angle = cm = 0.0
+    dx = 0
     held, held_buttons, before = [], [], None
     width, height = map(int, size.split("x"))
     with av.open(video, "w", format="mp4") as container:
@@ -203,8 +209,8 @@ def play(game, map_number, points, length, size, rng):
                 counts["attack"] += 0 in buttons and 0 not in held_buttons
                 counts["use"] += 1 in buttons and 1 not in held_buttons
                 lines.append({
-                    "mouse": {"x": 640.0, "y": 360.0, "dx": float(dx), "dy": float(dy), "scaledX": 0.0, "scaledY": 0.0, "dwheel": float(wheel),
-                              "buttons": buttons, "newButtons": [b for b in buttons if b not in held_buttons]},
+                    "mouse": {"x": 640.0, "y": 360.0, "dx": float(dx), "dy": float(dy), "scaledX": 0.0, "scaledY": 0.0,
+                              "dwheel": float(wheel), "buttons": buttons, "newButtons": [b for b in buttons if b not in held_buttons]},
                     "keyboard": {"keys": [f"key.keyboard.{k}" for k in keys],
                                  "newKeys": [f"key.keyboard.{k}" for k in keys if k not in held], "chars": ""},
                     "isGuiOpen": False, "isGuiInventory": False, "hotbar": slot, "yaw": round(yaw, 5), "pitch": round(pitch, 5),
@@ -304,12 +310,12 @@ if __name__ == "__main__":
         for name in os.listdir(os.path.join(args.out, split)):
             if name.endswith(".tmp"):  # of a run that was killed
                 os.unlink(os.path.join(args.out, split, name))
-    frames = 0
-    with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, tqdm(total=sum(len(r) for _, r in todo) * length, unit="frame") as bar:
-        jobs = [pool.submit(make_shard, path, records, length, args.size, args.seed, args.lines == "guide") for path, records in todo]
+    total, frames = sum(len(records) for _, records in todo) * length, 0
+    with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, tqdm(total=total, unit="frame") as bar:
+        jobs = {pool.submit(make_shard, *shard, length, args.size, args.seed, args.lines == "guide"): shard for shard in todo}
         for job in concurrent.futures.as_completed(jobs):
             frames += job.result()
-            bar.update(frames - bar.n)
+            bar.update(len(jobs[job][1]) * length)
     size = sum(os.path.getsize(path) for path, _ in shards) / 2**20
     print(f"{args.out}: {len(shards)} shards, {size:.1f} MiB, {sum(len(r) for _, r in shards)} recordings of {length / FPS:g} s; "
           f"{len(shards) - len(todo)} shards were there already")  # fmt: skip
