@@ -22,6 +22,8 @@ import os
 import struct
 import tarfile
 import tempfile
+import threading
+import time
 
 import av
 import numpy as np
@@ -165,7 +167,7 @@ def open_game(size, seed, folder):
     return game
 
 
-def play(game, map_number, points, length, size, rng):
+def play(game, map_number, points, length, size, rng, parent):
     """Play one recording -> mp4 bytes, list of lines (dicts, contractor format). It ends early if the level does, or at a teleporter."""
     game.set_seed(int(rng.integers(2**31)))
     game.set_doom_map(f"map{map_number:02d}")
@@ -186,6 +188,8 @@ def play(game, map_number, points, length, size, rng):
             state = None if game.is_episode_finished() or game.is_player_dead() else game.get_state()
             if state is None or t == length:
                 break
+            if os.getppid() != parent:
+                raise RuntimeError("the program that this game was played for is gone")
             v = dict(zip(VARIABLES, state.game_variables.tolist()))
             pitch, x, y, z = v["PITCH"], v["POSITION_Y"] / 32, v["POSITION_Z"] / 32, v["POSITION_X"] / 32
             turned = (angle - v["ANGLE"] + 180) % 360 - 180  # the engine's angle grows to the left and wraps
@@ -238,7 +242,7 @@ def guide_line(line):
     }
 
 
-def make_shard(path, recordings, length, size, seed, guide):
+def make_shard(path, recordings, length, size, seed, guide, parent):
     """Play recordings, [(number, map)], and write them as one shard. Returns the number of frames."""
     points, frames = start_points(), 0
     tar_bytes = io.BytesIO()
@@ -247,7 +251,7 @@ def make_shard(path, recordings, length, size, seed, guide):
         for number, map_number in recordings:
             for attempt in range(10):  # a recording cut short by the end of its level or a teleporter is played again elsewhere
                 rng = np.random.default_rng([seed, number, attempt])
-                video, lines = play(game, map_number, points[map_number], length, size, rng)
+                video, lines = play(game, map_number, points[map_number], length, size, rng, parent)
                 if len(lines) > length / 2:
                     break
             frames += len(lines)
@@ -258,6 +262,18 @@ def make_shard(path, recordings, length, size, seed, guide):
                 tar.addfile(member, io.BytesIO(data))
     write_atomically(path, tar_bytes.getvalue())
     return frames
+
+
+def die_with(parent):
+    """A pool's workers outlive a parent that was killed, waiting for work for ever; this ends them, `play` having closed their game."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(3)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def plan(minutes, out, seed):
@@ -311,8 +327,9 @@ if __name__ == "__main__":
             if name.endswith(".tmp"):  # of a run that was killed
                 os.unlink(os.path.join(args.out, split, name))
     total, frames = sum(len(records) for _, records in todo) * length, 0
-    with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, tqdm(total=total, unit="frame") as bar:
-        jobs = {pool.submit(make_shard, *shard, length, args.size, args.seed, args.lines == "guide"): shard for shard in todo}
+    pool = concurrent.futures.ProcessPoolExecutor(args.workers, initializer=die_with, initargs=(os.getpid(),))
+    with pool, tqdm(total=total, unit="frame") as bar:
+        jobs = {pool.submit(make_shard, *shard, length, args.size, args.seed, args.lines == "guide", os.getpid()): shard for shard in todo}
         for job in concurrent.futures.as_completed(jobs):
             frames += job.result()
             bar.update(len(jobs[job][1]) * length)
