@@ -172,7 +172,8 @@ def flip_actions(actions, states, action_space):
 
 
 def mp4_times(f):
-    """A seekable mp4 -> (frames,) int64 presentation times in stream units, in display order; empty if the file is fragmented.
+    """A seekable mp4 -> (frames,) int64 presentation times in stream units, in display order: from its index, or from every packet if the
+    index does not tell (fragments, edit lists that cut frames out).
 
     Also the guard against truncated files: the top-level boxes must hold moov and mdat and end where the file ends (ISO 14496-12)."""
 
@@ -200,6 +201,11 @@ def mp4_times(f):
         dtype = np.dtype(v1 if version and v1 else v0)
         return np.frombuffer(f.read(min(count * dtype.itemsize, span[1] - f.tell())), dtype)
 
+    def spread(rows):  # (count, value) -> a value per frame
+        if rows["f0"].sum() > end:
+            raise ValueError("the mp4's index is damaged: it claims more frames than the file has bytes")
+        return np.repeat(rows["f1"], rows["f0"]).astype(np.int64)
+
     def timescale(span):
         f.seek(span[0])
         head = f.read(24)
@@ -218,18 +224,19 @@ def mp4_times(f):
             if f.read(4) != b"vide":
                 continue
             stbl = boxes(child(track, b"mdia", b"minf", b"stbl"))
-            stts = table(stbl[b"stts"][0], ">u4,>u4")
-            times = np.repeat(stts["f1"], stts["f0"]).astype(np.int64).cumsum()
-            times -= times[0] if len(times) else 0
-            if b"ctts" in stbl:  # display minus decode time; an edit list then moves the start: libav does the same
-                ctts = table(stbl[b"ctts"][0], ">u4,>i4")
-                times += np.repeat(ctts["f1"], ctts["f0"])[: len(times)]
-            if b"edts" in boxes(track):
-                for duration, start, _ in table(child(track, b"edts", b"elst"), ">u4,>i4,>i4", ">u8,>i8,>i4").tolist():
-                    if start >= 0:
-                        times -= start
-                        break
-                    times += duration * timescale(child(track, b"mdia", b"mdhd")) // timescale(moov[b"mvhd"][0])
+            steps = spread(table(stbl[b"stts"][0], ">u4,>u4"))
+            times = np.cumsum(steps) - steps
+            if b"ctts" in stbl:  # display minus decode time
+                times += spread(table(stbl[b"ctts"][0], ">u4,>i4"))[: len(times)]
+            if b"moof" in top or not len(times):
+                return packet_times(f)
+            if b"edts" in boxes(track):  # usually takes off the delay that B-frames cause, and nothing else
+                edits = table(child(track, b"edts", b"elst"), ">u4,>i4,>i4", ">u8,>i8,>i4")
+                duration, start, _ = edits[0].tolist()
+                shown = duration * timescale(child(track, b"mdia", b"mdhd")) / timescale(moov[b"mvhd"][0])
+                if len(edits) > 1 or times.min() != start or times.max() >= start + shown:
+                    return packet_times(f)
+                times -= start
             return np.sort(times)
     except (KeyError, struct.error, IndexError, ZeroDivisionError) as e:
         raise ValueError(f"the mp4's index is damaged ({e!r})") from e
@@ -237,10 +244,10 @@ def mp4_times(f):
 
 
 def packet_times(f):
-    """Presentation times by reading every packet: for files whose index does not tell (fragmented mp4)."""
+    """Presentation times of the frames that a decoder will show, by reading every packet."""
     f.seek(0)
     with av.open(f) as container:
-        return np.sort(np.array([p.pts for p in container.demux(video=0) if p.pts is not None], dtype=np.int64))
+        return np.sort(np.array([p.pts for p in container.demux(video=0) if p.pts is not None and not p.is_discard], dtype=np.int64))
 
 
 def read_frames(f, times, wanted, short_side, decoder="pyav"):
