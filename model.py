@@ -45,8 +45,7 @@ def rope_tables(pos, head_dim):
 
 
 def apply_rope(x, cos, sin):
-    """(x0, x1) -> (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1) for each pair of adjacent dims, in fp32 whatever the autocast dtype."""
-    x = x.float()
+    """(x0, x1) -> (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1) for each pair of adjacent dims; bf16 x is promoted to the fp32 of the tables."""
     return x * cos + torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
 
 
@@ -211,6 +210,12 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(pred_dim, embed_dim)
         init_weights(self, self.predictor_blocks)
 
+    def positions(self, T, C, device=None):
+        """(t, row, col) of every token (L, 3): the condition tokens at (t, 0, 0), columns in units of the grid height, as upstream."""
+        H, W = self.grid
+        pos = grid_positions(T, H, W, device) * torch.tensor([1, 1, H / W], device=device)
+        return torch.cat([pos[:, :1].expand(-1, C, -1), pos], dim=1).view(-1, 3)  # the first patch is at (t, 0, 0)
+
     def forward(self, z, actions, states, extrinsics=None):
         """(B, T*N, E), (B, T, A), (B, T, S), (B, T, 6) -> (B, T*N, E)."""
         (H, W), T = self.grid, actions.shape[1]
@@ -226,11 +231,7 @@ class Predictor(nn.Module):
         C, S = len(tokens), len(tokens) + H * W
         x = self.predictor_embed(z).unflatten(1, (T, H * W))
         x = torch.cat([torch.stack(tokens, dim=2), x], dim=2).flatten(1, 2)  # (B, L, D)
-
-        pos = grid_positions(T, H, W, z.device)
-        pos = torch.cat([pos[:, :1].expand(-1, C, -1), pos], dim=1).view(-1, 3)  # the first patch is (t, 0, 0)
-        pos = pos * pos.new_tensor([1, 1, H / W])  # upstream measures columns in units of the grid height
-        rope = rope_tables(pos, self.head_dim)
+        rope = rope_tables(self.positions(T, C, z.device), self.head_dim)
         for blk in self.predictor_blocks:
             x = run_block(self, blk, x, rope, S)
         x = x.unflatten(1, (T, S))[:, :, C:].flatten(1, 2)  # (B, T*N, D)

@@ -218,6 +218,12 @@ def test_rope_angles_do_not_depend_on_autocast():
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
+def test_columns_count_in_units_of_the_grid_height():
+    """Catches plain column indices, which on a grid that is not square are not upstream's; condition tokens have no place in space."""
+    pos = Predictor(E, A, S, (2, 4), pred_dim=24, depth=1, num_heads=2).positions(3, 2).view(3, 10, 3)
+    assert pos[2].tolist() == [[2, 0, 0]] * 2 + [[2, row, col / 2] for row in range(2) for col in range(4)]
+
+
 def test_odd_head_dim_is_refused():
     """Catches an unreadable shape error from the middle of the attention."""
     with pytest.raises(ValueError, match="head dim of 15 is odd"):
@@ -305,6 +311,8 @@ def test_bf16_autocast_end_to_end():
     exact = ac_losses(predictor, z, actions, states)
     with torch.autocast("cpu", torch.bfloat16):
         losses = ac_losses(predictor, z, actions, states)
+        prediction = predict(predictor, z[:, :-1], actions, states)
+    assert prediction.dtype == torch.float32 and (prediction != prediction.bfloat16()).any()  # the layer norm is not rounded to bf16
     sum(losses).backward()
     assert all(p.grad.isfinite().all() for p in predictor.parameters())
     for a, b in zip(losses, exact):
