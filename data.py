@@ -31,6 +31,7 @@ from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
+from webdataset.gopen import gopen_schemes
 
 from checkpoint import write_atomically
 from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, packet_times, parse_ticks, step_size
@@ -420,10 +421,10 @@ def stream_recordings(url):
     """(key, {extension: bytes}) of each complete recording of a shard that cannot be sought. Keys keep their dots; other members are
     passed over. Raises what the transfer or the tar raises."""
     for scheme in ("http", "https", "s3", "gs"):
-        wds.gopen.gopen_schemes[scheme] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
+        gopen_schemes[scheme] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
     found = {}
     opened = wds.tariterators.url_opener([{"url": url}], handler=wds.reraise_exception)
-    for member in wds.tariterators.tar_file_expander(opened, handler=wds.reraise_exception):
+    for member in wds.tariterators.tar_file_expander(opened, handler=wds.reraise_exception, eof_value=None):
         stem, extension = os.path.splitext(member["fname"])
         if extension in (".mp4", ".jsonl"):
             found.setdefault(stem, {})[extension[1:]] = member["data"]
