@@ -6,6 +6,7 @@ at ends[t]. Angles are radians, yaw to the right and pitch downwards are positiv
 """
 
 import io
+import math
 import os
 import struct
 from typing import NamedTuple
@@ -57,7 +58,9 @@ def _line(line):
     cut = line.find(b', "inventory"')
     if cut > 0:
         try:
-            return orjson.loads(line[:cut] + b"}")
+            d = orjson.loads(line[:cut] + b"}")
+            if {"mouse", "isGuiOpen", "pitch"} <= d.keys():  # else the fields stand in another order
+                return d
         except orjson.JSONDecodeError:
             pass  # the words stood inside something else: the whole line decides
     return orjson.loads(line)
@@ -86,8 +89,9 @@ def parse_ticks(data):
                 if not (stuck and button == 0):
                     bits |= BUTTON_BIT.get(button, 0)
             slot = d.get("hotbar", 0)
-            if not 0 <= slot <= 8:
-                raise ValueError(f"hotbar slot {slot} is not 0..8")
+            if not (math.isfinite(sum(row)) and 0 <= slot <= 8):
+                raise ValueError(f"motion {row} or hotbar slot {slot} is out of range")
+            times.append(float(d["timestamp"]) if "timestamp" in d else None)
         except (ValueError, TypeError, KeyError, AttributeError) as e:  # orjson.JSONDecodeError is a ValueError
             reason = f"no {e}" if isinstance(e, KeyError) else "no yaw or camera" if "unpack" in str(e) else str(e)
             flaw = f"line {i}: {reason}"
@@ -96,16 +100,9 @@ def parse_ticks(data):
         motion.append(row)
         keys.append(bits)
         hotbar.append(slot)
-        times.append(d.get("timestamp"))
     if not motion:
         raise ValueError(f"no usable line ({flaw or 'the file is empty'})")
     motion = np.array(motion, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(motion).all(axis=1))
-    if len(bad):
-        flaw = f"line {bad[0]}: not finite"
-        motion, keys, hotbar, times = motion[: bad[0]], keys[: bad[0]], hotbar[: bad[0]], times[: bad[0]]
-        if not len(motion):
-            raise ValueError(f"no usable line ({flaw})")
     if degrees:
         motion[:, 2:] = np.radians(motion[:, 2:])
     elif (largest := np.abs(motion[:, 2:]).max()) > 2 * np.pi + 1e-3:
@@ -266,20 +263,20 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
         except ImportError as e:
             raise RuntimeError("--decoder decord needs: pip install decord2") from e
         raw = f.read()
-        probe = decord.VideoReader(io.BytesIO(raw), num_threads=1)
-        h, w = probe[0].shape[:2]
-        width, height = size_of(w, h)
-        return decord.VideoReader(io.BytesIO(raw), width=width, height=height, num_threads=1).get_batch(list(wanted)).asnumpy()
+        with av.open(io.BytesIO(raw)) as container:
+            width, height = size_of(container.streams.video[0].width, container.streams.video[0].height)
+        try:
+            return decord.VideoReader(io.BytesIO(raw), width=width, height=height, num_threads=1).get_batch(list(wanted)).asnumpy()
+        except (decord.DECORDError, IndexError, RuntimeError) as e:
+            raise ValueError("decord cannot read it: " + str(e).partition("\n")[0]) from e
     out, left = {}, set(map(int, wanted))
     with av.open(f) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        back = 0  # an open GOP's leading frames cannot be decoded from its own keyframe: start before it
-        while left and back < 4:
-            first = min(left)
-            container.seek(int(times[max(first - (0, 1, 64, first)[back], 0)]), stream=stream, backward=True)
+        for back in (0, 1, 64, len(times)):  # an open GOP's leading frames cannot be decoded from its own keyframe: start before it
+            container.seek(int(times[max(min(left) - back, 0)]), stream=stream, backward=True)
             for frame in container.decode(stream):
-                number = int(np.searchsorted(times, frame.pts))
+                number = len(times) if frame.pts is None else int(np.searchsorted(times, frame.pts))
                 if number >= len(times) or times[number] != frame.pts:
                     raise ValueError(f"frame time {frame.pts} is not in the mp4's index")
                 if number in left:
@@ -288,7 +285,8 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
                     left.discard(number)
                 if not left or number > max(left):
                     break
-            back += 1
+            if not left:
+                break
     if left:
         raise ValueError(f"frames {sorted(left)[:4]} cannot be decoded")
     return np.stack([out[int(i)] for i in wanted])
@@ -322,25 +320,28 @@ class ClipReader:
         """Number of ticks at which a clip can start. Raises ValueError if the recording is too short, or lines and frames disagree."""
         ratio = self.frames_per_line(ticks, frames)
         lines = len(ticks.motion)
-        if not ticks.flaw and abs(lines - frames / ratio) > 5:
-            raise ValueError(f"{lines} lines but {frames} frames: which line goes with which frame is unknown")
+        flaw = f" ({ticks.flaw})" if ticks.flaw else ""
+        if abs(lines - frames / ratio) > 5 and not (flaw and ticks.rate > 15):  # at 20 Hz a line is a frame, however many are lost
+            raise ValueError(f"{lines} lines{flaw} but {frames} frames: which line goes with which frame is unknown")
         n = min(lines, frames // ratio) - step_size(ticks.rate, self.fps) * (self.frames - 1)
         if n < 1:
-            flaw = f" ({ticks.flaw})" if ticks.flaw else ""
             raise ValueError(f"too short: {lines} usable lines{flaw} and {frames} frames, a clip needs {lines - n + 1}")
         return n
 
     def frames_per_line(self, ticks, frames):
-        """1 in VPT; guide lines may be written at 5 Hz beside a 20 fps video."""
-        return 1 if ticks.rate == 20.0 else max(round(frames / len(ticks.motion)), 1)
+        """1 in VPT, and where the video runs at the line rate; more for lines that are fewer than the frames of a 20 fps video."""
+        ratio, lines = max(round(20 / ticks.rate), 1), len(ticks.motion)
+        return ratio if abs(lines * ratio - frames) < abs(lines - frames) else 1
 
     def __call__(self, f, times, ticks, start, rng, key):
         """A clip from tick `start` of a recording, or None if --gui drop leaves it out. rng is used by the augmentations only."""
         stride = step_size(ticks.rate, self.fps)
         sampled = start + stride * np.arange(self.frames)
         if self.jitter:
-            sampled = np.clip(sampled + rng.integers(-self.jitter, self.jitter + 1, self.frames), 0, len(ticks.motion) - 1)
-            sampled = np.maximum.accumulate(sampled + np.arange(self.frames)) - np.arange(self.frames)
+            order = np.arange(self.frames)  # each frame stays after the one before, inside the recording
+            last = min(len(ticks.motion), len(times) // self.frames_per_line(ticks, len(times))) - self.frames
+            sampled = sampled + rng.integers(-self.jitter, self.jitter + 1, self.frames)
+            sampled = np.clip(np.maximum.accumulate(sampled - order), 0, last) + order
         shown = sampled.reshape(-1, self.frames_per_step)
         ends = shown[:, -1] if self.encode == "tubelet" else shown[:, 0]
         if self.gui == "drop" and (ticks.keys[sampled[0] : sampled[-1] + 1] & GUI).any():
