@@ -14,10 +14,10 @@ chosen by number key or by wheel. Play is a function of --seed alone, whatever t
 
 import argparse
 import concurrent.futures
-import contextlib
+import glob
 import io
-import itertools
 import json
+import math
 import os
 import struct
 import tarfile
@@ -38,13 +38,14 @@ PITCH_LIMIT = 31.0  # the software renderer stops at 32 upwards
 EPOCH = 1_600_000_000_000  # milliseconds; a fixed one, so that the same seed gives the same bytes
 MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}
 WAD = os.path.join(os.path.dirname(vizdoom.__file__), "freedoom2.wad")
-KEYS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_RIGHT", "space": "JUMP", "left.shift": "CROUCH",
-        "left.control": "SPEED"}  # fmt: skip
-MOUSE = ["ATTACK", "USE"]
+INPUTS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_RIGHT", "space": "JUMP", "left.shift": "CROUCH",
+          "left.control": "SPEED", "attack": "ATTACK", "use": "USE"}  # fmt: skip
+MOUSE = ["attack", "use"]
+SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]  # yuv420p has no odd sizes
 SLOTS = 7
 FOCAL = 0.78  # focal length over the picture height, measured
 NEAR = 6  # in units of the depth buffer, about 7 map units each; the player is 32 map units wide
-BUTTONS = ["TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA", *KEYS.values(), *MOUSE, *(f"SELECT_WEAPON{n + 1}" for n in range(SLOTS))]
+BUTTONS = ["TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA", *INPUTS.values(), *(f"SELECT_WEAPON{n + 1}" for n in range(SLOTS))]
 VARIABLES = ["ANGLE", "PITCH", "POSITION_X", "POSITION_Y", "POSITION_Z", "HEALTH", "ARMOR", "KILLCOUNT"]
 
 
@@ -66,31 +67,28 @@ class Explorer:
     """The player. Wanders by random chords of keys and random camera moves, which the picture does not give away; depth keeps it moving."""
 
     def __init__(self, rng):
-        self.rng = rng
-        self.keys, self.buttons, self.rest, self.slot = {}, {}, {}, 1  # name -> ticks it stays held
+        self.rng, self.slot, self.trail = rng, 1, []
+        self.held = {}  # key, mouse button or "rest" -> ticks it stays held
         self.turn, self.turn_goal, self.turn_left = 0.0, 0.0, 0  # degrees a tick, its goal, ticks that the goal lasts
         self.look_goal, self.look_speed, self.look_left = 0.0, 2.0, 0
-        self.trail = []
 
-    def hold(self, held, name, chance, low, high):
-        if name not in held and self.rng.random() < chance:
-            held[name] = int(self.rng.integers(low, high))
+    def hold(self, name, chance, low, high):
+        if name not in self.held and self.rng.random() < chance:
+            self.held[name] = int(self.rng.integers(low, high))
 
     def act(self, depth, pitch, position):
-        """Depth (H, W) of the picture, pitch in degrees, position (x, y) -> dx, dy in pixels, keys, mouse buttons, hotbar slot, wheel."""
+        """Depth (H, W) of the picture, pitch in degrees, position (x, y) -> dx, dy in pixels, keys, mouse buttons, wheel; sets slot."""
         rng = self.rng
-        for held in (self.keys, self.buttons, self.rest):
-            for name in [n for n, left in held.items() if left <= 0]:
-                del held[name]
-            for name in held:
-                held[name] -= 1
+        self.held = {name: left - 1 for name, left in self.held.items() if left > 0}
         h, w = depth.shape
         horizon = int(np.clip(h / 2 - np.tan(np.radians(pitch)) * h * FOCAL, h / 8, 7 * h / 8))
         room = np.median(depth[horizon - h // 16 : horizon + h // 16], axis=0)  # distance to what each column shows
         left, right = np.median(room[: w // 3]), np.median(room[-w // 3 :])
         ahead = np.quantile(room[w // 3 : 2 * w // 3], 0.25)
         self.trail = self.trail[-11:] + [position]
-        stuck = "w" in self.keys and len(self.trail) == 12 and np.hypot(*np.subtract(self.trail[0], position)) < 24
+        stuck = "w" in self.held and len(self.trail) == 12 and np.hypot(*np.subtract(self.trail[0], position)) < 24
+        if stuck:
+            self.held, self.trail = {}, []
         avoid = stuck or ahead < 1.5 * NEAR
         # camera: turns, drifts and pauses, each a goal that the turning speed approaches
         if stuck or self.turn_left <= 0 or (avoid and abs(self.turn_goal) < 2):
@@ -98,50 +96,39 @@ class Explorer:
             self.turn_left = int(rng.integers(5, 16))
             speed = 0.0 if kind < 0.25 else abs(rng.normal(0, 1.2)) if kind < 0.55 else rng.uniform(2.0, 7.0)
             self.turn_goal = speed if rng.random() < (0.5 if not avoid else 0.85 if right > left else 0.15) else -speed
-            if stuck:
-                self.keys, self.trail = {}, []
-        self.turn_left -= 1
         if self.look_left <= 0:
             self.look_goal = rng.normal(0, 4) if rng.random() < 0.4 else np.clip(rng.normal(0, 18), -28, 28)
             self.look_speed, self.look_left = rng.uniform(0.8, 4.5), int(rng.integers(5, 22))
-        self.look_left -= 1
-        self.hold(self.rest, "rest", 0.01, 4, 16)
-        if self.rest:
-            self.keys, self.buttons, self.turn_goal, self.look_goal = {}, {}, 0.0, pitch
+        self.hold("rest", 0.01, 4, 16)
+        if "rest" in self.held:
+            self.held, self.turn_goal, self.look_goal = {"rest": self.held["rest"]}, 0.0, pitch
+        self.turn_left, self.look_left = self.turn_left - 1, self.look_left - 1
         self.turn += 0.45 * (self.turn_goal - self.turn)
         look = np.clip(0.35 * (self.look_goal - pitch), -self.look_speed, self.look_speed)
-        turns, looks = abs(self.turn) > 0.15, abs(look) > 0.15  # a hand at rest sends exact zeros
-        dx = round(self.turn * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) if turns or looks else 0
-        dy = round(look * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) if turns or looks else 0
-        dy = int(np.clip(dy, (-PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL, (PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL))
-        if self.rest:
-            return dx, dy, [], [], self.slot, 0
+        dx = dy = 0  # a hand at rest sends exact zeros
+        if abs(self.turn) > 0.15 or abs(look) > 0.15:
+            dx, dy = (round(v * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5)) for v in (self.turn, look))
+            dy = int(np.clip(dy, (-PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL, (PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL))
+        if "rest" in self.held:
+            return dx, dy, [], [], 0
         # feet and hands
         if ahead < NEAR:
-            self.keys.pop("w", None)
-            self.hold(self.buttons, 1, 0.15, 1, 3)  # it may be a door
-            self.hold(self.keys, "s", 0.05, 4, 10)
-        elif "s" not in self.keys:
-            self.hold(self.keys, "w", 0.15, 8, 40)
-        for here, there in (("a", "d"), ("d", "a")):
-            if there not in self.keys:
-                self.hold(self.keys, here, 0.025, 4, 16)
-        if "w" not in self.keys:
-            self.hold(self.keys, "s", 0.01, 4, 12)
-        self.hold(self.keys, "space", 0.025, 2, 6)
-        self.hold(self.keys, "left.shift", 0.008, 6, 20)
-        self.hold(self.keys, "left.control", 0.02, 10, 40)
-        self.hold(self.buttons, 0, 0.018, 2, 14)
-        self.hold(self.buttons, 1, 0.005, 1, 3)
-        wheel, keys = 0, sorted(self.keys)
-        if rng.random() < 0.02:
-            if rng.random() < 0.5:
-                wheel = int(rng.choice([-1, 1]))
-                self.slot = (self.slot - wheel) % SLOTS  # wheel up is the slot to the left
-            else:
-                self.slot = int(rng.integers(SLOTS))
-                keys.append(str(self.slot + 1))
-        return dx, dy, keys, sorted(self.buttons), self.slot, wheel
+            self.held.pop("w", None)
+            self.hold("use", 0.15, 1, 3)  # it may be a door
+        chords = {"s": (0.05 if ahead < NEAR else 0.01, 4, 12), "w": (0.15 if ahead > NEAR else 0, 8, 40), "a": (0.025, 4, 16),
+                  "d": (0.025, 4, 16), "space": (0.025, 2, 6), "left.shift": (0.008, 6, 20), "left.control": (0.02, 10, 40),
+                  "attack": (0.018, 2, 14), "use": (0.005, 1, 3)}  # fmt: skip
+        for name, how in chords.items():
+            if {"w": "s", "s": "w", "a": "d", "d": "a"}.get(name) not in self.held:
+                self.hold(name, *how)
+        keys, wheel = sorted(self.held.keys() - set(MOUSE)), 0
+        if rng.random() < 0.01:
+            wheel = int(rng.choice([-1, 1]))
+            self.slot = (self.slot - wheel) % SLOTS  # wheel up is the slot to the left
+        elif rng.random() < 0.01:
+            self.slot = int(rng.integers(SLOTS))
+            keys.append(str(self.slot + 1))
+        return dx, dy, keys, [b for b, name in enumerate(MOUSE) if name in self.held], wheel
 
 
 def open_game(size, seed, folder):
@@ -158,8 +145,6 @@ def open_game(size, seed, folder):
         getattr(game, f"set_render_{part}")(False)
     game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
     game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in VARIABLES])
-    game.set_mode(vizdoom.Mode.PLAYER)
-    game.set_episode_timeout(0)
     game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
     game.set_seed(seed)
     game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
@@ -175,57 +160,47 @@ def play(game, map_number, points, length, size, rng, parent):
     for command in ("iddqd", "give weapons", "give ammo", "give keys", "warp {} {}".format(*points[rng.integers(len(points))])):
         game.send_game_command(command)
     player, video, lines = Explorer(rng), io.BytesIO(), []
-    counts = dict.fromkeys(("jump", "attack", "use"), 0)
-    yaw = angle = cm = 0.0
-    dx = 0
-    held, held_buttons, before = [], [], None
-    width, height = map(int, size.split("x"))
+    yaw, angle, dx, held, held_buttons = 0.0, 0.0, 0, [], []
     with av.open(video, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "20", "g": "60"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream = container.add_stream("libx264", rate=FPS, pix_fmt="yuv420p", options={"preset": "veryfast", "crf": "20", "g": "60"})
+        stream.width, stream.height = map(int, size.split("x"))
         stream.codec_context.thread_count = 1  # the same bytes on every machine, and the workers share the cores already
-        for t in itertools.count(-FPS):  # a second to come out of the start position, not recorded
-            state = None if game.is_episode_finished() or game.is_player_dead() else game.get_state()
-            if state is None or t == length:
+        for t in range(-FPS, length):  # a second to come out of the start position, not recorded
+            if game.is_episode_finished() or game.is_player_dead():
                 break
             if os.getppid() != parent:
                 raise RuntimeError("the program that this game was played for is gone")
+            state = game.get_state()
             v = dict(zip(VARIABLES, state.game_variables.tolist()))
             pitch, x, y, z = v["PITCH"], v["POSITION_Y"] / 32, v["POSITION_Z"] / 32, v["POSITION_X"] / 32
             turned = (angle - v["ANGLE"] + 180) % 360 - 180  # the engine's angle grows to the left and wraps
             if t > 0 and abs(turned - dx * DEGREES_PER_PIXEL) > 1:
                 break  # a teleporter turned the player
             yaw, angle = yaw + turned, v["ANGLE"]
-            dx, dy, keys, buttons, slot, wheel = player.act(state.depth_buffer, pitch, (v["POSITION_X"], v["POSITION_Y"]))
+            slot_before = player.slot
+            dx, dy, keys, buttons, wheel = player.act(state.depth_buffer, pitch, (v["POSITION_X"], v["POSITION_Y"]))
             buttons = buttons if t else []  # attack held from line 0 is how a known recorder fault looks
             action = dict.fromkeys(BUTTONS, 0.0)
-            # per tic; aimed at the intended angle, since the engine rounds what it is given to 1/182 of a degree
-            action["TURN_LEFT_RIGHT_DELTA"], action["LOOK_UP_DOWN_DELTA"] = dx * DEGREES_PER_PIXEL / TICS, -dy * DEGREES_PER_PIXEL / TICS
-            action.update({KEYS[k]: 1.0 for k in keys if k in KEYS}, **{MOUSE[b]: 1.0 for b in buttons})
-            if wheel or len(keys[-1:]) and keys[-1].isdigit():
-                action[f"SELECT_WEAPON{slot + 1}"] = 1.0
+            action["TURN_LEFT_RIGHT_DELTA"] = dx * DEGREES_PER_PIXEL / TICS  # the engine turns by this much every tic
+            action["LOOK_UP_DOWN_DELTA"] = -dy * DEGREES_PER_PIXEL / TICS
+            action.update({INPUTS[name]: 1.0 for name in [*keys, *(MOUSE[b] for b in buttons)] if name in INPUTS})
+            action[f"SELECT_WEAPON{player.slot + 1}"] = float(player.slot != slot_before)
             if t >= 0:
                 frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
                 frame.pts = t
                 container.mux(stream.encode(frame))
-                cm += 100 * float(np.hypot(x - before[0], z - before[1]))
-                counts["jump"] += "space" in keys and "space" not in held
-                counts["attack"] += 0 in buttons and 0 not in held_buttons
-                counts["use"] += 1 in buttons and 1 not in held_buttons
                 lines.append({
                     "mouse": {"x": 640.0, "y": 360.0, "dx": float(dx), "dy": float(dy), "scaledX": 0.0, "scaledY": 0.0,
                               "dwheel": float(wheel), "buttons": buttons, "newButtons": [b for b in buttons if b not in held_buttons]},
                     "keyboard": {"keys": [f"key.keyboard.{k}" for k in keys],
                                  "newKeys": [f"key.keyboard.{k}" for k in keys if k not in held], "chars": ""},
-                    "isGuiOpen": False, "isGuiInventory": False, "hotbar": slot, "yaw": round(yaw, 5), "pitch": round(pitch, 5),
+                    "isGuiOpen": False, "isGuiInventory": False, "hotbar": player.slot, "yaw": round(yaw, 5), "pitch": round(pitch, 5),
                     "xpos": x, "ypos": y, "zpos": z, "tick": t, "milli": EPOCH + t * 1000 // FPS,
                     "inventory": [{"type": "health", "quantity": int(v["HEALTH"])}, {"type": "armor", "quantity": int(v["ARMOR"])}],
                     "serverTick": t, "serverTickDurationMs": 1000 / 35 * TICS,
-                    "stats": {"minecraft.custom:minecraft.play_one_minute": t, "minecraft.custom:minecraft.walk_one_cm": round(cm),
-                              "minecraft.custom:minecraft.mob_kills": int(v["KILLCOUNT"]),
-                              **{f"minecraft.custom:minecraft.{name}": n for name, n in counts.items()}},
+                    "stats": {"minecraft.custom:minecraft.play_one_minute": t, "minecraft.custom:minecraft.mob_kills": int(v["KILLCOUNT"])},
                 })  # fmt: skip
-            held, held_buttons, before = keys, buttons, (x, z)
+            held, held_buttons = keys, buttons
             game.make_action(list(action.values()), TICS)
         container.mux(stream.encode())
     return video.getvalue(), lines
@@ -233,35 +208,33 @@ def play(game, map_number, points, length, size, rng, parent):
 
 def guide_line(line):
     """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and only what they list."""
-    return {
-        "timestamp": line["tick"] / FPS,
-        "mouse": {"dx": line["mouse"]["dx"], "dy": line["mouse"]["dy"]},
-        "keyboard": {"keys": line["keyboard"]["keys"]},
-        "camera": [float(np.pi - (np.pi - np.radians(line["yaw"])) % (2 * np.pi)), float(np.radians(line["pitch"]))],
-        "hotbar": line["hotbar"],
-    }
+    camera = [math.pi - (math.pi - math.radians(line["yaw"])) % (2 * math.pi), math.radians(line["pitch"])]
+    mouse, keyboard = {k: line["mouse"][k] for k in ("dx", "dy")}, {"keys": line["keyboard"]["keys"]}
+    return {"timestamp": line["tick"] / FPS, "mouse": mouse, "keyboard": keyboard, "camera": camera, "hotbar": line["hotbar"]}
 
 
 def make_shard(path, recordings, length, size, seed, guide, parent):
-    """Play recordings, [(number, map)], and write them as one shard. Returns the number of frames."""
-    points, frames = start_points(), 0
-    tar_bytes = io.BytesIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(open_game(size, seed, folder)) as game, \
-            tarfile.open(fileobj=tar_bytes, mode="w") as tar:  # fmt: skip
-        for number, map_number in recordings:
-            for attempt in range(10):  # a recording cut short by the end of its level or a teleporter is played again elsewhere
-                rng = np.random.default_rng([seed, number, attempt])
-                video, lines = play(game, map_number, points[map_number], length, size, rng, parent)
-                if len(lines) > length / 2:
-                    break
-            frames += len(lines)
-            text = "".join(json.dumps(guide_line(line) if guide else line) + "\n" for line in lines).encode()
-            for extension, data in (("mp4", video), ("jsonl", text)):
-                member = tarfile.TarInfo(f"map{map_number:02d}-{number:06d}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    write_atomically(path, tar_bytes.getvalue())
-    return frames
+    """Play recordings [(number, map), ...] and write them as one shard."""
+    points, packed = start_points(), io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w") as tar:
+        game = open_game(size, seed, folder)
+        try:
+            for number, map_number in recordings:
+                for attempt in range(20):  # what its level's end or a teleporter cut short is played again elsewhere
+                    rng = np.random.default_rng([seed, number, attempt])
+                    video, lines = play(game, map_number, points[map_number], length, size, rng, parent)
+                    if len(lines) > length / 2:
+                        break
+                else:
+                    raise RuntimeError(f"map {map_number} ends every recording before {length / 2 / FPS:g} s: take another --seed")
+                text = "".join(json.dumps(guide_line(line) if guide else line) + "\n" for line in lines).encode()
+                for extension, data in (("mp4", video), ("jsonl", text)):
+                    member = tarfile.TarInfo(f"map{map_number:02d}-{number:06d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        finally:
+            game.close()
+    write_atomically(path, packed.getvalue())
 
 
 def die_with(parent):
@@ -287,51 +260,40 @@ def plan(minutes, out, seed):
         for i, part in enumerate(np.array_split(np.arange(n), max(fewest, round(n / 3)))):
             shards.append((os.path.join(out, split, f"shard-{i:06d}.tar"), [recordings[j] for j in part]))
         first += n
-    return round(minutes * 60 * FPS / count), shards
+    return max(round(minutes * 60 * FPS / count), FPS), shards
 
 
 if __name__ == "__main__":
     # --- flags ---
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=10, help="of play, train and held-out together")
-    parser.add_argument("--size", default="256x144", help="a resolution of the engine: 256x144, 320x240, 640x360, ...")
+    parser.add_argument("--size", default="256x144", choices=SIZES, metavar="WxH", help="256x144, 320x240, 640x360, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="demo", help="folder; its finished shards are kept if the arguments above are the same")
     parser.add_argument("--lines", choices=["contractor", "guide"], default="contractor", help="JSONL format")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="games at a time")
     args = parser.parse_args()
-    if not hasattr(vizdoom.ScreenResolution, f"RES_{args.size.upper()}"):
-        sizes = sorted((n[4:].lower() for n in vizdoom.ScreenResolution.__members__), key=lambda s: int(s.split("x")[0]))
-        raise SystemExit(f"--size {args.size} is not a resolution of the engine, which has {' '.join(sizes)}")
-    if args.minutes < 0.1:
-        raise SystemExit(f"--minutes {args.minutes:g} is too short: six recordings of one second are 0.1")
 
     # --- resume ---
     made = {"minutes": args.minutes, "size": args.size, "seed": args.seed, "lines": args.lines}
-    note = os.path.join(args.out, "demo.json")
+    note, found = os.path.join(args.out, "demo.json"), "something else"
     if os.path.exists(note):
         with open(note) as f:
             found = json.load(f)
-        if found != made:
-            raise SystemExit(f"{args.out} holds a demo made with {found}, not {made}: give another --out or remove that folder")
-    elif os.path.isdir(args.out) and os.listdir(args.out):
-        raise SystemExit(f"{args.out} is not empty and holds no demo.json, so it is not a demo of ours: give another --out")
+    if found != made and os.path.isdir(args.out) and os.listdir(args.out):
+        raise SystemExit(f"{args.out} holds {found}, not a demo made with {made}: give another --out or remove that folder")
     write_atomically(note, json.dumps(made).encode() + b"\n")
     length, shards = plan(args.minutes, args.out, args.seed)
 
     # --- play ---
     todo = [s for s in shards if not os.path.exists(s[0])]  # a shard appears by renaming, whole or not at all
-    for split in MAPS:
-        os.makedirs(os.path.join(args.out, split), exist_ok=True)
-        for name in os.listdir(os.path.join(args.out, split)):
-            if name.endswith(".tmp"):  # of a run that was killed
-                os.unlink(os.path.join(args.out, split, name))
-    total, frames = sum(len(records) for _, records in todo) * length, 0
+    for rest in glob.glob(os.path.join(args.out, "*", "*.tmp")):  # of a run that was killed
+        os.unlink(rest)
     pool = concurrent.futures.ProcessPoolExecutor(args.workers, initializer=die_with, initargs=(os.getpid(),))
-    with pool, tqdm(total=total, unit="frame") as bar:
+    with pool, tqdm(total=sum(len(r) for _, r in todo) * length, unit="frame") as bar:
         jobs = {pool.submit(make_shard, *shard, length, args.size, args.seed, args.lines == "guide", os.getpid()): shard for shard in todo}
         for job in concurrent.futures.as_completed(jobs):
-            frames += job.result()
+            job.result()
             bar.update(len(jobs[job][1]) * length)
     size = sum(os.path.getsize(path) for path, _ in shards) / 2**20
     print(f"{args.out}: {len(shards)} shards, {size:.1f} MiB, {sum(len(r) for _, r in shards)} recordings of {length / FPS:g} s; "

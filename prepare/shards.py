@@ -1,0 +1,266 @@
+"""Pack downloaded VPT recordings (NAME.mp4 + NAME.jsonl, in any folders) into WebDataset shards; with --index, download them first.
+
+    python -m prepare.shards recordings --out VPT                                            # what is in the folder
+    python -m prepare.shards recordings --out VPT --index all_7xx_Apr_6.json --max_files 100 # first what OpenAI's index lists
+
+Writes OUT/shard-%06d.tar of at most --shard_size bytes and OUT/skipped.jsonl (file and reason of what was left out). A recording is packed
+if its video is a whole mp4 whose first frame decodes, its lines are good by the rules of the loader (vpt.py), and there are as many of
+them as frames, give or take five. Run it again after a kill or when more recordings have arrived: what is in OUT already stays.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import glob
+import http.client
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+
+import av
+from tqdm import tqdm
+
+from checkpoint import write_atomically
+from vpt import mp4_times, packet_times, parse_ticks, read_frames
+
+SLACK = 5  # lines and frames of a real recording may differ by a few
+
+
+# --- download ---
+
+
+def fetch(url, path, retries, wait):
+    """Download url to path by way of path.part, going on where a broken transfer stopped. Returns the bytes that came, None for a 404.
+
+    Retries what may pass (no connection, a transfer cut short, 429, 5xx) after wait, 2 wait, 4 wait... seconds; then raises OSError."""
+    part, came = path + ".part", 0
+    for attempt in range(retries + 1):
+        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                have = have if resumed else 0
+                length = reply.headers.get("Content-Length")
+                with open(part, "ab" if resumed else "wb") as f:
+                    shutil.copyfileobj(reply, f, 1 << 20)
+                    f.flush()
+                    os.fsync(f.fileno())
+                    got = f.tell()
+            came += got - have
+            if length is None or got == have + int(length):
+                os.replace(part, path)
+                return came
+            problem = f"{got} of {have + int(length)} bytes arrived"
+        except urllib.error.HTTPError as e:
+            problem = f"HTTP {e.code} {e.reason}"
+            if e.code in (404, 410):
+                return None
+            if e.code == 416 and have:
+                os.unlink(part)  # longer than the file is: not a piece of it
+            elif e.code < 500 and e.code != 429:
+                break
+        except (OSError, http.client.HTTPException) as e:
+            problem = str(e) or type(e).__name__
+    raise OSError(f"{url}: {problem} ({attempt + 1} attempts)")
+
+
+def download(index, folder, jobs, max_files, retries, wait):
+    """Fetch the recordings of an index file ({"basedir": url, "relpaths": ["data/6.13/NAME.mp4", ...]}) into folder. Returns a Counter."""
+    with open(index) as f:
+        listing = json.load(f)
+    if not isinstance(listing, dict) or not {"basedir", "relpaths"} <= listing.keys():
+        raise ValueError(f"{index} is no index file: it should hold basedir and relpaths")
+
+    def one(relpath):
+        stem = os.path.normpath(os.path.splitext(relpath)[0])
+        if stem.startswith(("..", "/")):
+            raise ValueError(f"{index} lists {relpath}, which lies outside its folder")
+        os.makedirs(os.path.dirname(os.path.join(folder, stem)), exist_ok=True)
+        came = 0
+        for extension in (".jsonl", ".mp4"):  # the small one first: without it the video is of no use
+            path = os.path.join(folder, stem) + extension
+            if not os.path.exists(path):
+                new = fetch(listing["basedir"].rstrip("/") + "/" + urllib.parse.quote(stem + extension), path, retries, wait)
+                if new is None:
+                    return "missing", 0
+                came += new
+        return ("new" if came else "there"), came
+
+    counts, broken = collections.Counter(), []
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        tasks = [pool.submit(one, relpath) for relpath in listing["relpaths"][:max_files]]
+        with tqdm(total=len(tasks), unit="recording", desc="download") as bar:
+            for task in concurrent.futures.as_completed(tasks):
+                try:
+                    outcome, came = task.result()
+                except OSError as e:
+                    outcome, came = "broken", 0
+                    broken.append(str(e))
+                counts.update({outcome: 1, "bytes": came})
+                bar.set_postfix_str(f"{counts['bytes'] / 2**20:.0f} MiB, {counts['missing']} missing")
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    recordings = len(listing["relpaths"][:max_files])
+    print(f"index       {recordings:7d} recordings: {counts['new']} fetched ({counts['bytes'] / 2**20:.1f} MiB), "
+          f"{counts['there']} were there, {counts['missing']} missing on the server (404)")  # fmt: skip
+    if broken:
+        more = "run again to go on, or without --index to pack what has come"
+        raise OSError(f"{len(broken)} downloads broke off, such as {broken[0]}; {more}")
+    return counts
+
+
+# --- pack ---
+
+
+def key_of(stem):
+    """The WebDataset key of a recording: a function of its path below IN_DIR alone, so that it stays when others are added.
+
+    A key ends at its first dot, so `6.10_a` and `6.13_b` would be one; what is not safe becomes _, and a checksum keeps the keys apart."""
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", stem.replace("/", "-"))
+    return safe if safe == stem else f"{safe}-{zlib.crc32(stem.encode()):08x}"
+
+
+def check(folder, stem, extensions):
+    """Why a recording cannot be packed, or "" if it can, and its number of frames."""
+    for extension in ("mp4", "jsonl"):
+        if extension not in extensions:
+            return f"no .{extension} beside it", 0
+    try:
+        with open(os.path.join(folder, stem + ".jsonl"), "rb") as f:
+            ticks = parse_ticks(f.read())
+        if ticks.flaw:
+            return f"jsonl: {ticks.flaw}", 0
+        with open(os.path.join(folder, stem + ".mp4"), "rb") as f:
+            times = mp4_times(f)
+            times = times if len(times) else packet_times(f)
+            if not len(times):
+                return "the video has no frames", 0
+            read_frames(f, times, [0], 64)
+    except (ValueError, OSError, EOFError, av.FFmpegError) as e:
+        return " ".join(str(e).split()), 0
+    lines, frames = len(ticks.motion), len(times)
+    ratio = 1 if ticks.rate == 20.0 else max(round(frames / lines), 1)  # the guides' lines may be fewer than the frames
+    return (f"{lines} lines but {frames} frames" if abs(lines - frames / ratio) > SLACK else ""), frames
+
+
+def packed_already(out):
+    """{key: {extension: size}} of the finished shards, and the number of the next shard."""
+    found, following = collections.defaultdict(dict), 0
+    for path in sorted(glob.glob(os.path.join(out, "shard-*.tar"))):
+        following = int(re.findall(r"\d+", os.path.basename(path))[0]) + 1
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, extension = member.name.split(".")
+                found[key][extension] = member.size
+    return found, following
+
+
+def write_shard(path, folder, recordings, bar):
+    """Write recordings [(key, stem, sizes)] as one tar; the same recordings give the same bytes."""
+
+    def write(f):
+        with tarfile.open(fileobj=f, mode="w") as tar:
+            for key, stem, _ in recordings:
+                for extension in ("mp4", "jsonl"):
+                    source = os.path.join(folder, f"{stem}.{extension}")
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = os.path.getsize(source)
+                    with open(source, "rb") as data:
+                        tar.addfile(member, data)
+                    bar.update(member.size)
+
+    write_atomically(path, write)
+
+
+def pack(folder, out, shard_size, jobs):
+    """Pack every good recording below folder that no shard of out holds. Returns the number packed, [{"file", "reason"}, ...] left out."""
+    found = collections.defaultdict(dict)  # stem -> {extension: size}
+    for root, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            stem, extension = os.path.splitext(os.path.relpath(os.path.join(root, name), folder))
+            if extension in (".mp4", ".jsonl"):
+                found[stem][extension[1:]] = os.path.getsize(os.path.join(root, name))
+    if not found:
+        raise FileNotFoundError(f"no .mp4 or .jsonl below {folder}; --index downloads some")
+    os.makedirs(out, exist_ok=True)
+    for rest in glob.glob(os.path.join(out, "*.tmp")):  # of a run that was killed
+        os.unlink(rest)
+    done, number = packed_already(out)
+    keys, todo, before = {}, [], 0
+    for stem in sorted(found):
+        key = key_of(stem)
+        if keys.setdefault(key, stem) != stem:
+            raise ValueError(f"{keys[key]} and {stem} both give the key {key}: rename one")
+        if key not in done:
+            todo.append(stem)
+        elif done[key] == found[stem]:
+            before += 1
+        else:
+            raise ValueError(f"{out} holds another recording as {key} than {os.path.join(folder, stem)}: give another --out")
+
+    skipped, batch, filled, packed, frames, first = [], [], 0, 0, 0, number
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    total = sum(sum(found[stem].values()) for stem in todo)
+    try:
+        checks = [pool.submit(check, folder, stem, found[stem]) for stem in todo]
+        with tqdm(total=total, unit="B", unit_scale=True, desc="pack") as bar:
+            for i, stem in enumerate(todo):
+                reason, n = checks[i].result()
+                size = sum(1024 + s for s in found[stem].values())  # a header and padding for each member
+                if reason:
+                    skipped.append({"file": stem + (".mp4" if "mp4" in found[stem] else ".jsonl"), "reason": reason})
+                    bar.update(sum(found[stem].values()))
+                    continue
+                if batch and filled + size > shard_size:
+                    write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
+                    number, batch, filled = number + 1, [], 0
+                batch.append((key_of(stem), stem, found[stem]))
+                packed, frames, filled = packed + 1, frames + n, filled + size
+            if batch:
+                write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
+                number += 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+    write_atomically(os.path.join(out, "skipped.jsonl"), "".join(json.dumps(s) + "\n" for s in skipped).encode())
+
+    kinds = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)
+    print(f"found       {len(found):7d} recordings below {folder}")
+    print(f"packed      {packed:7d} now ({frames / 20 / 3600:.2f} hours), in {number - first} shards; {before} were packed before")
+    print(f"left out    {len(skipped):7d}" + (f", see {os.path.join(out, 'skipped.jsonl')}" if skipped else ""))
+    for kind, n in kinds.most_common(8):
+        print(f"            {n:7d} {kind}")
+    return packed, skipped
+
+
+if __name__ == "__main__":
+    # --- flags ---
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("in_dir", metavar="IN_DIR", help="folder of recordings, searched recursively; --index downloads into it")
+    parser.add_argument("--out", default="VPT", help="folder of the shards")
+    parser.add_argument("--shard_size", type=float, default=1e9, help="bytes a shard may hold (one recording at least)")
+    parser.add_argument("--jobs", type=int, default=8, help="downloads, and checks, at a time")
+    parser.add_argument("--index", help='file {"basedir": url, "relpaths": [...]} that says what to download')
+    parser.add_argument("--max_files", type=int, help="take only that many recordings of the index")
+    parser.add_argument("--retries", type=int, default=5, help="further attempts at a download that broke off")
+    parser.add_argument("--retry_wait", type=float, default=1.0, help="seconds before the first of them; doubled each time")
+    args = parser.parse_args()
+
+    # --- run ---
+    try:
+        if args.index:
+            download(args.index, args.in_dir, args.jobs, args.max_files, args.retries, args.retry_wait)
+        pack(args.in_dir, args.out, args.shard_size, args.jobs)
+    except (OSError, ValueError) as e:
+        sys.exit(str(e))
