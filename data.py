@@ -9,16 +9,16 @@ sought (pipe:, http://, s3://, gs://) is streamed through webdataset. Both end i
 
 import argparse
 import concurrent.futures
-import functools
 import glob
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import tarfile
-import zipfile
+import urllib.request
 from typing import NamedTuple
 
 import av
@@ -31,10 +31,9 @@ from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
-from webdataset.gopen import gopen_schemes
 
 from checkpoint import write_atomically
-from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, packet_times, parse_ticks, step_size
+from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
@@ -49,15 +48,17 @@ def is_stream(path):
 
 
 def expand(patterns):
-    """Paths, globs, {a..b} ranges and URLs -> files, sorted within each pattern. Raises FileNotFoundError naming what matches nothing."""
+    """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each pattern. Raises FileNotFoundError
+    naming what matches nothing."""
+    if not isinstance(patterns, str):
+        return list(dict.fromkeys(path for p in patterns for path in expand(p)))
     out = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for p in [pattern] if pattern.startswith("pipe:") else braceexpand.braceexpand(pattern):
-            found = [p] if is_stream(p) or os.path.exists(p) else sorted(glob.glob(p))
-            if not found:
-                raise FileNotFoundError(f"no shard matches {p}; make some with: python -m prepare.demo --out demo (or prepare.shards)")
-            out += found
-    return list(dict.fromkeys(out))
+    for p in braceexpand.braceexpand(patterns):
+        found = [p] if is_stream(p) or os.path.exists(p) else sorted(glob.glob(p))
+        out += found
+        if not found:
+            raise FileNotFoundError(f"no shard matches {p}; make some with: python -m prepare.demo --out demo (or prepare.shards)")
+    return out
 
 
 class Slice(io.RawIOBase):
@@ -110,6 +111,9 @@ def shard_index(path):
                     if m.offset_data + m.size > end:
                         raise tarfile.ReadError(f"the shard ends inside {m.name}")
                     found.setdefault(stem, {})[extension[1:]] = (m.offset_data, m.size)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut or damaged header for the end and says nothing
+                raise tarfile.ReadError(f"no tar header and no end mark at byte {tar.offset}")
     except tarfile.TarError as e:
         bad.append((path, "", f"truncated or damaged tar: {e}"))
     records = []
@@ -235,8 +239,7 @@ def index_shards(paths, workers=16):
                 if "safetensors" in r.members:
                     return r._replace(length=feature_header(r)[0]["z"]["shape"][0])
                 with Slice(r.shard, *r.members["mp4"]) as f:
-                    times = mp4_times(f)
-                    return r._replace(length=len(times) if len(times) else len(packet_times(f)))
+                    return r._replace(length=len(mp4_times(f)))
             except READ_ERRORS as e:
                 return (r.shard, r.key, str(e))
 
@@ -247,19 +250,20 @@ def index_shards(paths, workers=16):
 def read_ticks(record):
     """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
     stat = os.stat(record.shard)
-    name = f"{os.path.abspath(record.shard)} {stat.st_size} {stat.st_mtime_ns} {record.members['jsonl']} v1"
-    path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32] + ".npz")
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return Ticks(z["motion"], z["keys"], z["hotbar"], float(z["rate"]), str(z["flaw"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not cached yet, or the cache was damaged: the recording is the truth
+    name = f"{os.path.abspath(record.shard)} {stat.st_size} {stat.st_mtime_ns} {record.members['jsonl']} v2"
+    path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            digest, raw = f.read(32), f.read()
+        if hashlib.sha256(raw).digest() == digest:  # else the cache was damaged: the recording is the truth
+            with np.load(io.BytesIO(raw)) as z:
+                return Ticks(z["motion"], z["keys"], z["hotbar"], float(z["rate"]), str(z["flaw"]))
     with Slice(record.shard, *record.members["jsonl"]) as f:
         ticks = parse_ticks(f.read())
     buffer = io.BytesIO()
     np.savez(buffer, **ticks._asdict())
     try:
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
     except OSError as e:
         print(f"parsed actions are not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
     return ticks
@@ -273,9 +277,10 @@ def feature_header(record):
         if not 2 <= n <= min(size - 8, 1 << 20):
             raise ValueError("not a feature file (its header is damaged)")
         header = json.loads(f.read(n))
-    if not {"z", "actions", "states"} <= header.keys() or offset + 8 + n + header["states"]["data_offsets"][1] > offset + size:
+    meta = header.pop("__metadata__", {})
+    if header.keys() != {"z", "actions", "states"} or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
         raise ValueError("not a feature file, or cut")
-    return header, header.pop("__metadata__", {}), offset + 8 + n
+    return header, meta, offset + 8 + n
 
 
 def feature_settings(records):
@@ -291,15 +296,17 @@ def feature_settings(records):
     return out
 
 
-def feature_rows(record, name, first, last):
-    """Rows first..last of a tensor in a feature member, without reading the others."""
+def feature_rows(record, first, last):
+    """Steps first..last of a feature member -> z (S, N, D) bfloat16, actions (S-1, 38), states (S, 2), without reading the others."""
     header, _, at = feature_header(record)
-    info = header[name]
-    dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[info["dtype"]]
-    row = int(np.prod(info["shape"][1:])) * dtype.itemsize
-    with Slice(record.shard, at + info["data_offsets"][0] + first * row, (last - first) * row) as f:
-        raw = bytearray(f.read())
-    return torch.frombuffer(raw, dtype=dtype).reshape(last - first, *info["shape"][1:])
+    out = []
+    for name, count in (("z", last - first), ("actions", last - first - 1), ("states", last - first)):
+        dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[header[name]["dtype"]]
+        shape = (count, *header[name]["shape"][1:])
+        row = math.prod(shape[1:]) * dtype.itemsize
+        with Slice(record.shard, at + header[name]["data_offsets"][0] + first * row, count * row) as f:
+            out.append(torch.frombuffer(bytearray(f.read()), dtype=dtype).reshape(shape))
+    return out
 
 
 class Clips(torch.utils.data.Dataset):
@@ -310,17 +317,18 @@ class Clips(torch.utils.data.Dataset):
     def __init__(self, records, shares, reader, seed=0):
         self.records, self.reader, self.seed = records, reader, seed
         self.cumulative = np.cumsum(np.asarray(shares, dtype=np.float64))
-        self._open = functools.lru_cache(maxsize=256)(self._load)
+        self.opened = {}  # a plain dict, since macOS starts workers by pickling
 
-    def _load(self, number):
-        r = self.records[number]
-        if "safetensors" in r.members:
-            return feature_header(r)
-        with Slice(r.shard, *r.members["mp4"]) as f:
-            times = mp4_times(f)
-            times = times if len(times) else packet_times(f)
-        ticks = read_ticks(r)
-        return times, ticks, self.reader.starts(ticks, len(times))
+    def _open(self, number):
+        if number not in self.opened:
+            r = self.records[number]
+            with Slice(r.shard, *r.members["mp4"]) as f:
+                times = mp4_times(f)
+            ticks = read_ticks(r)
+            if len(self.opened) == 256:
+                self.opened.popitem()
+            self.opened[number] = times, ticks, self.reader.starts(ticks, len(times))
+        return self.opened[number]
 
     def locate(self, u):
         """u in [0, 1) -> (record number, place in [0, 1)): the recordings laid end to end, each as long as its share."""
@@ -337,13 +345,16 @@ class Clips(torch.utils.data.Dataset):
             if starts < 1:
                 raise ValueError(f"too short: {r.length} steps of features, a clip needs {steps}")
             start = int(place * starts) if isinstance(place, float) else place * steps
-            z, states = feature_rows(r, "z", start, start + steps), feature_rows(r, "states", start, start + steps)
-            names, stored = ACTION_SPACES[self.reader.action_space], ACTION_SPACES[38]
-            actions = feature_rows(r, "actions", start, start + steps - 1).numpy()[:, [stored.index(n) for n in names]]
-            states = torch.cat([torch.pi - (torch.pi - states[:, :1] + states[:1, :1]) % (2 * torch.pi), states[:, 1:]], dim=1)
+            z, actions, states = feature_rows(r, start, start + steps)
+            names, actions, states = ACTION_SPACES[38], actions.numpy(), states.double().numpy()
+            if self.reader.gui == "drop" and actions[:, names.index("gui_open")].any():
+                return None
+            actions = actions[:, [names.index(n) for n in ACTION_SPACES[self.reader.action_space]]]
+            states = np.stack([wrap(states[:, 0] - states[0, 0]), states[:, 1]], axis=1)
             if self.reader.scaler is not None:
                 actions = self.reader.scaler.transform(actions)
-            return {"z": z, "actions": torch.from_numpy(np.float32(actions)), "states": states.float(), "key": r.key}
+            actions[:, :4] += self.reader.noise * rng.standard_normal(actions[:, :4].shape)
+            return {"z": z, "actions": torch.from_numpy(np.float32(actions)), "states": torch.from_numpy(np.float32(states)), "key": r.key}
         times, ticks, starts = self._open(number)
         start = int(place * starts) if isinstance(place, float) else place * self.reader.frames * step_size(ticks.rate, self.reader.fps)
         if start >= starts:
@@ -388,53 +399,64 @@ class Order(torch.utils.data.Sampler):
 
 def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     """Batches of items for validation: non-overlapping windows on the step grid, at most `limit`, spread over all recordings; the batches
-    do not depend on the number of ranks that share them, and none has a single clip unless there is only one."""
+    do not depend on the number of ranks that share them; with a batch_size above 1 none has a single clip unless there is only one."""
     r, steps = dataset.reader, dataset.reader.frames // dataset.reader.frames_per_step
     stride = max(round(20 / r.fps), 1)
     counts = [x.length // steps if "safetensors" in x.members else (x.length - 1 + stride) // (r.frames * stride) for x in dataset.records]
-    every = [(0, i, k) for i, count in enumerate(counts) for k in range(count)]
-    rng = np.random.default_rng(seed)
-    every = [every[i] for i in np.sort(rng.permutation(len(every))[:limit])]
-    items = [(0, i, number, int(k)) for i, (_, number, k) in enumerate(every[j] for j in rng.permutation(len(every)))]
-    batches = np.array_split(np.arange(len(items)), max(-(-len(items) // batch_size), 1))
+    every = [(number, k) for number, count in enumerate(counts) for k in range(count)]
+    chosen = np.random.default_rng(seed).permutation(len(every))[:limit]
+    items = [(0, i, *every[j]) for i, j in enumerate(chosen)]
+    parts = -(-len(items) // batch_size) if batch_size != 2 else len(items) // 2
+    batches = np.array_split(np.arange(len(items)), max(parts, 1))
     return [[items[i] for i in b] for b in batches if len(b)][rank::world]
 
 
 def split_records(records, val_fraction):
     """(train, val): the last shards are held out; with fewer than ten shards, recordings chosen by a hash of their key. Never windows."""
-    shards = sorted({r.shard for r in records})
-    count = lambda n: min(max(round(n * val_fraction), 1), n - 1)  # noqa: E731
-    if val_fraction <= 0 or len(records) < 2:
+    names = sorted({r.shard for r in records}, reverse=True)
+    group = [r.shard for r in records]
+    if len(names) < 10:  # feature members of one recording (KEY@START) stay together
+        group = [r.key.rpartition("@")[0] if "safetensors" in r.members else r.key for r in records]
+        names = sorted(set(group), key=lambda key: hashlib.sha256(key.encode()).digest())
+    if val_fraction <= 0 or len(names) < 2:
         return records, []
-    if len(shards) >= 10:
-        held = set(shards[-count(len(shards)) :])
-        return [r for r in records if r.shard not in held], [r for r in records if r.shard in held]
-    ranked = sorted(records, key=lambda r: hashlib.sha256(r.key.encode()).digest())
-    held = {(r.shard, r.key) for r in ranked[: count(len(records))]}
-    return [r for r in records if (r.shard, r.key) not in held], [r for r in records if (r.shard, r.key) in held]
+    held = set(names[: min(max(round(len(names) * val_fraction), 1), len(names) - 1)])
+    return [r for r, g in zip(records, group) if g not in held], [r for r, g in zip(records, group) if g in held]
 
 
 # --- streamed shards ---
 
 
 def stream_recordings(url):
-    """(key, {extension: bytes}) of each complete recording of a shard that cannot be sought. Keys keep their dots; other members are
-    passed over. Raises what the transfer or the tar raises."""
-    for scheme in ("http", "https", "s3", "gs"):
-        gopen_schemes[scheme] = lambda url, mode, bufsize: fsspec.open(url, mode).open()
-    found = {}
-    opened = wds.tariterators.url_opener([{"url": url}], handler=wds.reraise_exception)
-    for member in wds.tariterators.tar_file_expander(opened, handler=wds.reraise_exception, eof_value=None):
-        stem, extension = os.path.splitext(member["fname"])
-        if extension in (".mp4", ".jsonl"):
-            found.setdefault(stem, {})[extension[1:]] = member["data"]
-            if len(found[stem]) == 2:
-                yield stem, found.pop(stem)
+    """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever is wrong with the shard is raised
+    (OSError, ValueError, tarfile.TarError). Keys keep their dots; other members are passed over."""
+    if url.startswith("pipe:"):
+        source = wds.gopen(url)
+    elif url.startswith("http"):
+        source = urllib.request.urlopen(url, timeout=60)
+    else:
+        source = fsspec.open(url).open()
+    found, whole = {}, 0
+    with tarfile.open(fileobj=source, mode="r|*") as tar:
+        for m in tar:
+            stem, extension = os.path.splitext(m.name)
+            if m.isfile() and extension in (".mp4", ".jsonl"):
+                found.setdefault(stem, {})[extension[1:]] = tar.extractfile(m).read()
+                if len(found[stem]) == 2:
+                    whole += 1
+                    yield stem, found.pop(stem)
+        if tar.fileobj.tell() < tar.offset + 512:
+            raise tarfile.ReadError("the stream ends before the tar does")
+    while source.read(1 << 20):  # a command that is still writing would fail
+        pass
+    source.close()  # raises OSError if the command failed
+    if found or not whole:
+        raise ValueError("no mp4 and jsonl beside each other " + (f"for {', '.join(found)}" if found else "in it"))
 
 
 class StreamedClips(torch.utils.data.IterableDataset):
     """Endless clips from shards that cannot be sought: several clips a recording, a small shuffle buffer. Shards are dealt to ranks x
-    workers; when there are fewer, each of them reads every shard and takes its share of the recordings, so nothing is seen twice or
+    workers; when there are fewer, each of them reads every shard and takes its share of the clips, so nothing is seen twice or
     waited for. The order depends on ranks and workers, and a resumed run starts a fresh epoch: index local copies for exact resume."""
 
     def __init__(self, urls, reader, seed=0, epoch=0, rank=0, world=1, clips_per_recording=8, shuffle=64):
@@ -444,42 +466,40 @@ class StreamedClips(torch.utils.data.IterableDataset):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         units, unit = self.world * (info.num_workers if info else 1), self.rank + self.world * (info.id if info else 0)
-        bad, buffer = [], []
+        bad, buffer, room = [], [], self.shuffle
         for epoch in itertools.count(self.epoch):
             rng = np.random.default_rng([self.seed, epoch, unit])
             urls = [self.urls[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))]
-            shared = len(urls) < units
-            yielded = 0
+            shared, seen, dealt, used = len(urls) < units, 0, 0, 0
             for url in urls if shared else urls[unit::units]:
                 try:
-                    for number, (key, members) in enumerate(stream_recordings(url)):
-                        if shared and number % units != unit:
-                            continue
+                    for key, members in stream_recordings(url):
+                        mine = [i for i in range(self.clips) if not shared or (seen + i) % units == unit]
+                        seen, dealt = seen + self.clips, dealt + len(mine)
                         try:
-                            for clip in self.cut(key, members, rng):
-                                yielded += 1
+                            for clip in self.cut(key, members, mine, rng):
+                                used += 1
                                 buffer.append(clip)
-                                if len(buffer) >= self.shuffle:
+                                if len(buffer) >= room:
                                     yield buffer.pop(rng.integers(len(buffer))) | {"bad": bad}
                                     bad = []
                         except READ_ERRORS as e:
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
                 except (*READ_ERRORS, tarfile.TarError) as e:
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
-            if not yielded:  # nothing of this pass was for this worker, or nothing was readable: never spin
-                if bad and not buffer:
-                    raise RuntimeError(f"no clip could be read from {bad[-1][0]}: {bad[-1][2]}")
-                yield from (clip | {"bad": []} for clip in buffer)
-                return
+            if not used:  # never spin
+                if bad or dealt or unit < self.world:
+                    reason = bad[-1] if bad else "--gui drop leaves out everything" if dealt else f"{seen} clips for {self.world} ranks"
+                    raise RuntimeError(f"no clip could be read from {urls[0]} and the others: {reason}")
+                return  # fewer clips than workers: this one is not needed
+            room = min(room, len(buffer) + 1)  # few clips: do not read everything many times over before the first batch
 
-    def cut(self, key, members, rng):
+    def cut(self, key, members, places, rng):
         f = io.BytesIO(members["mp4"])
-        times = mp4_times(f)
-        times = times if len(times) else packet_times(f)
-        ticks = parse_ticks(members["jsonl"])
+        times, ticks = mp4_times(f), parse_ticks(members["jsonl"])
         starts = self.reader.starts(ticks, len(times))
-        for start in np.floor((np.arange(self.clips) + rng.random(self.clips)) / self.clips * starts).astype(int):
-            clip = self.reader(f, times, ticks, int(start), rng, key)
+        for i in places:
+            clip = self.reader(f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key)
             if clip is not None:
                 yield clip
 
@@ -493,17 +513,14 @@ def collate(clips):
     return out | {"key": [c["key"] for c in clips], "bad": [b for c in clips for b in c["bad"]]}
 
 
-def open_records(data, data_weights=None, max_shards=None):
+def open_records(data, data_weights=None):
     """--data as given ([[pattern, ...], ...], or simpler) -> ([Record], [share of the clips], [bad]); shares follow length and weights."""
-    groups = [[data]] if isinstance(data, str) else [[g] if isinstance(g, str) else g for g in data]
+    groups = [data] if isinstance(data, str) else data
     if data_weights and len(data_weights) != len(groups):
         raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
     records, shares, bad = [], [], []
     for i, group in enumerate(groups):
-        paths = expand(group)
-        if max_shards:
-            paths = [paths[j] for j in np.unique(np.linspace(0, len(paths) - 1, max_shards).round().astype(int))]
-        more, more_bad = index_shards(paths)
+        more, more_bad = index_shards(expand(group))
         total = sum(r.length for r in more)
         records += more
         shares += [r.length * (data_weights[i] / total if data_weights else 1.0) for r in more]
@@ -516,9 +533,8 @@ def open_records(data, data_weights=None, max_shards=None):
 def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=0.01):
     """--data and --val_data (or a --val_fraction of --data) -> (train [Record], their shares, val [Record], [bad]); train is empty for
     streams, which their loader opens. Raises ValueError when train and val share a recording or too many recordings are bad."""
-    patterns = [p for g in ([[data]] if isinstance(data, str) else data) for p in ([g] if isinstance(g, str) else g)]
     train, shares, val, bad = [], [], [], []
-    if not any(is_stream(p) for p in expand(patterns)):
+    if not any(is_stream(p) for p in expand(data)):
         records, every, bad = open_records(data, data_weights)
         train, val = split_records(records, 0 if val_data else val_fraction)
         share = dict(zip(((r.shard, r.key) for r in records), every))
@@ -544,8 +560,7 @@ def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_
     if isinstance(data, tuple):
         (records, shares), bad = data, []
     else:
-        groups = [[data]] if isinstance(data, str) else [[g] if isinstance(g, str) else g for g in data]
-        urls = expand([p for g in groups for p in g])
+        urls = expand(data)
         if streams := [u for u in urls if is_stream(u)]:
             if len(streams) < len(urls) or data_weights:
                 raise ValueError("streamed shards cannot be mixed with local ones or weighted; copy them to local files first")
@@ -553,7 +568,7 @@ def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_
             loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, drop_last=True, **options)
             loader.bad = []
             return loader
-        records, shares, bad = open_records(groups, data_weights)
+        records, shares, bad = open_records(data, data_weights)
     dataset = Clips(records, shares, reader, seed)
     if batches_per_epoch is None:
         steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
