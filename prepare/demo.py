@@ -43,6 +43,7 @@ INPUTS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOV
 MOUSE = ["attack", "use"]
 SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]  # yuv420p has no odd sizes
 SLOTS = 7
+X264 = {"preset": "veryfast", "crf": "20", "g": "60", "x264-params": "mbtree=0"}  # mbtree reads unset memory at heights such as 120 or 360
 FOCAL = 0.78  # focal length over the picture height, measured
 NEAR = 6  # in units of the depth buffer, about 7 map units each; the player is 32 map units wide
 BUTTONS = ["TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA", *INPUTS.values(), *(f"SELECT_WEAPON{n + 1}" for n in range(SLOTS))]
@@ -132,17 +133,15 @@ class Explorer:
 
 
 def open_game(size, seed, folder):
-    """A headless game, ready for new_episode."""
+    """A headless game, ready for new_episode. folder: for its settings file."""
     game = vizdoom.DoomGame()
-    game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))  # else the engine writes one into the current folder
+    game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
     game.set_doom_game_path(WAD)
     game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}"))
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
-    game.set_window_visible(False)
-    game.set_sound_enabled(False)
-    for part in ("hud", "messages", "crosshair", "screen_flashes"):
-        getattr(game, f"set_render_{part}")(False)
+    for off in ("window_visible", "sound_enabled", "render_hud", "render_messages", "render_crosshair", "render_screen_flashes"):
+        getattr(game, f"set_{off}")(False)
     game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
     game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in VARIABLES])
     game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
@@ -157,12 +156,13 @@ def play(game, map_number, points, length, size, rng, parent):
     game.set_seed(int(rng.integers(2**31)))
     game.set_doom_map(f"map{map_number:02d}")
     game.new_episode()
-    for command in ("iddqd", "give weapons", "give ammo", "give keys", "warp {} {}".format(*points[rng.integers(len(points))])):
+    x, y = points[rng.integers(len(points))]
+    for command in ("iddqd", "give weapons", "give ammo", "give keys", f"warp {x} {y}"):
         game.send_game_command(command)
     player, video, lines = Explorer(rng), io.BytesIO(), []
     yaw, angle, dx, held, held_buttons = 0.0, 0.0, 0, [], []
     with av.open(video, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, pix_fmt="yuv420p", options={"preset": "veryfast", "crf": "20", "g": "60"})
+        stream = container.add_stream("libx264", rate=FPS, pix_fmt="yuv420p", options=X264)
         stream.width, stream.height = map(int, size.split("x"))
         stream.codec_context.thread_count = 1  # the same bytes on every machine, and the workers share the cores already
         for t in range(-FPS, length):  # a second to come out of the start position, not recorded

@@ -26,10 +26,11 @@ import urllib.request
 import zlib
 
 import av
+import orjson
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from vpt import mp4_times, packet_times, parse_ticks, read_frames
+from vpt import ClipReader, mp4_times, packet_times, parse_ticks, read_frames
 
 SLACK = 5  # lines and frames of a real recording may differ by a few
 
@@ -139,9 +140,15 @@ def check(folder, stem, extensions):
             return f"no .{extension} beside it", 0
     try:
         with open(os.path.join(folder, stem + ".jsonl"), "rb") as f:
-            ticks = parse_ticks(f.read())
+            text = f.read()
+        ticks = parse_ticks(text)
         if ticks.flaw:
             return f"jsonl: {ticks.flaw}", 0
+        for i, line in enumerate(text.splitlines()):  # the loader does not look at inventory and stats
+            try:
+                orjson.loads(line)
+            except orjson.JSONDecodeError:
+                return f"jsonl: line {i} is not JSON", 0
         with open(os.path.join(folder, stem + ".mp4"), "rb") as f:
             times = mp4_times(f)
             times = times if len(times) else packet_times(f)
@@ -151,7 +158,7 @@ def check(folder, stem, extensions):
     except (ValueError, OSError, EOFError, av.FFmpegError) as e:
         return " ".join(str(e).split()), 0
     lines, frames = len(ticks.motion), len(times)
-    ratio = 1 if ticks.rate == 20.0 else max(round(frames / lines), 1)  # the guides' lines may be fewer than the frames
+    ratio = ClipReader().frames_per_line(ticks, frames)
     return (f"{lines} lines but {frames} frames" if abs(lines - frames / ratio) > SLACK else ""), frames
 
 
