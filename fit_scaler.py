@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -208,7 +207,7 @@ if __name__ == "__main__":
             # Rounds read little more than what will be used, and what is used follows from the order of jobs alone.
             left = args.max_samples - total[0]
             needed = math.ceil(left * at / total[0]) if total[0] else len(jobs)
-            take = max(min(needed, max(args.num_workers * world, at // 4)), 1)
+            take = max(min(needed, max(max(args.num_workers, 1) * world, at // 4)), 1)
             work = functools.partial(read_job, fps=args.fps, frames_per_step=args.frames_per_step, limit=left)
             results = list((pool.map if pool else map)(work, jobs[at : at + take][rank::world]))
             if world > 1:
@@ -253,7 +252,6 @@ if __name__ == "__main__":
                 "fingerprint": hashlib.sha256(listing.encode()).hexdigest()[:16]}  # fmt: skip
         if len(used) <= 1000:
             meta["recordings"] = sorted(f"{file} {key}" for file, key, _ in used)
-        meta = json.loads(json.dumps(meta))  # pickle writes an object met twice as a reference: fresh ones make equal files equal bytes
         scaler = ActionScaler.from_moments(count, mean, m2, meta)
         scaler.save(args.output)
         off = verify(args.output, parts)

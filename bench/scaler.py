@@ -116,11 +116,11 @@ def bytes_read():
 
 
 def measured(work, paths):
-    """Result, seconds, bytes asked for and bytes from the disk of work(), which starts with a cold page cache."""
+    """Result, and (seconds, CPU seconds, bytes asked for, bytes from the disk) of work(), which starts with a cold page cache."""
     evict(paths)
-    before, began = bytes_read(), time.perf_counter()
+    before, cpu, began = bytes_read(), sum(os.times()[:4]), time.perf_counter()
     result = work()
-    return result, time.perf_counter() - began, *(bytes_read() - before)
+    return result, np.array([time.perf_counter() - began, sum(os.times()[:4]) - cpu, *(bytes_read() - before)])
 
 
 if __name__ == "__main__":
@@ -150,34 +150,34 @@ if __name__ == "__main__":
         output, workers, commands = os.path.join(folder, "scaler.pkl"), str(args.num_workers), {}
         for samples in args.samples:
             data, repeats = list(args.data or made), args.repeats if samples <= 200_000 else 1
-            while not args.data and (len(data) - 1) * PER_SHARD * STEPS < samples:
+            while not args.data and (unique + (len(data) - len(made)) * PER_SHARD) * STEPS < samples:
                 data.append(os.path.join(folder, f"again-{len(data):06d}.tar"))
                 if not os.path.exists(data[-1]):
                     os.symlink(made[len(data) % (len(made) - 1)], data[-1])  # not the last: it may be short
             command = [sys.executable, "fit_scaler.py", "--output", output, "--num_workers", workers, "--no_convergence_check"]
             command += ["--max_samples", str(samples), "--data", *data]
-            _, imports, asked_by_imports, _ = measured(functools.partial(run, [*command, "--help"]), [])
+            _, imports = measured(functools.partial(run, [*command, "--help"]), [])
             jobs = open_shards([data], None, 0.0)[0]
             jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
             best = {}
             for _ in range(repeats):  # the rows take turns, so that a busy neighbour hits all of them
-                done, seconds, asked, disk = measured(functools.partial(run, command), data)
+                done, cost = measured(functools.partial(run, command), data)
                 jobs = jobs[: int(re.search(r"^(\d+) recordings, ", done.stdout, re.M)[1])]
                 inner = float(re.search(r"JSONL in ([\d.]+) s", done.stdout)[1])
-                turn = {"fit_scaler.py, from shards to scaler": (inner, asked - asked_by_imports, disk)}
-                turn["fit_scaler.py, the whole command"] = (seconds, asked - asked_by_imports, disk)
+                turn = {"fit_scaler.py, from shards to scaler": np.array([inner, *(cost - imports)[1:]])}
+                turn["fit_scaler.py, the whole command"] = cost
                 for name, loads in (("read + orjson, whole lines", orjson.loads), ("read + json, whole lines", json.loads)):
-                    total, *turn[name] = measured(functools.partial(bare, jobs, loads, args.num_workers), data)
-                best = {k: min(tuple(v), best.get(k, (np.inf,))) for k, v in turn.items()}
+                    total, turn[name] = measured(functools.partial(bare, jobs, loads, args.num_workers), data)
+                best = {k: min(v, best.get(k, v), key=lambda cost: cost[0]) for k, v in turn.items()}
             commands[samples] = best["fit_scaler.py, the whole command"][0]
             print(f"\n{samples:,} samples: {len(jobs)} recordings, {total / 1e6:,.0f} MB of JSONL, {args.num_workers} processes, "
-                  f"best of {repeats}, page cache dropped before each; {imports:.1f} s of the command are imports")  # fmt: skip
-            columns = ("seconds", "/ orjson", "/ json", "MB asked", "/ JSONL", "MB disk", "/ JSONL")
+                  f"best of {repeats}, page cache dropped before each; {imports[0]:.1f} s of the command are imports")  # fmt: skip
+            columns = ("seconds", "/ orjson", "/ json", "CPU s", "/ orjson", "MB asked", "/ JSONL", "MB disk", "/ JSONL")
             print(f"{'':37}" + "".join(f"{c:>10}" for c in columns))
-            for name, (seconds, asked, disk) in best.items():
-                ratios = [seconds / best[f"read + {loads}, whole lines"][0] for loads in ("orjson", "json")]
-                numbers = f"{asked / 1e6:10,.0f}{asked / total:10.3f}{disk / 1e6:10,.0f}{disk / total:10.3f}"
-                print(f"{name:37}{seconds:10.2f}{ratios[0]:10.2f}{ratios[1]:10.2f}{numbers}")
+            fast, slow = best["read + orjson, whole lines"], best["read + json, whole lines"]
+            for name, (seconds, cpu, asked, disk) in best.items():
+                times = f"{seconds:10.2f}{seconds / fast[0]:10.2f}{seconds / slow[0]:10.2f}{cpu:10.2f}{cpu / fast[1]:10.2f}"
+                print(f"{name:37}{times}{asked / 1e6:10,.0f}{asked / total:10.3f}{disk / 1e6:10,.0f}{disk / total:10.3f}")
         batches, part, clips = iter(vpt_loader([(args.data or made)[:1]], 10, num_workers=args.num_workers)), None, 0
         for _ in range(3 * args.num_workers):  # workers start, the queue fills, and the actions of the shard are parsed and cached
             next(batches)
