@@ -276,7 +276,7 @@ def feature_header(record):
         n = int.from_bytes(f.read(8), "little")
         if not 2 <= n <= min(size - 8, 1 << 20):
             raise ValueError("not a feature file (its header is damaged)")
-        header = json.loads(f.read(n))
+        header = dict(json.loads(f.read(n)))
     meta = header.pop("__metadata__", {})
     if header.keys() != {"z", "actions", "states"} or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
         raise ValueError("not a feature file, or cut")

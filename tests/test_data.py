@@ -1,0 +1,663 @@
+"""data.py: shards, order, windows, streams, features. Shards are real tar files of real recordings (tests/conftest.py)."""
+
+import collections
+import http.server
+import io
+import itertools
+import os
+import pickle
+import signal
+import tarfile
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import HEIGHT, contractor, jsonl, read_number, write_tar
+from safetensors.torch import save as safetensors_bytes
+
+import data
+import vpt
+from data import (
+    ActionScaler,
+    Clips,
+    Order,
+    Slice,
+    StreamedClips,
+    expand,
+    feature_settings,
+    index_shards,
+    is_stream,
+    open_records,
+    open_split,
+    read_ticks,
+    shard_index,
+    split_records,
+    stream_recordings,
+    vpt_loader,
+    windows,
+)
+from vpt import ClipReader
+
+READER = ClipReader(crop_size=HEIGHT)
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A loader that hangs is a failure, not a test run that never ends."""
+    signal.signal(signal.SIGALRM, lambda *a: pytest.fail("hangs: 60 s without an end"))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+def records_of(*paths):
+    return index_shards([str(p) for p in paths])
+
+
+def fingerprint(batch):
+    """What identifies the clips of a batch: keys, first frame numbers, and every action."""
+    return [(k, read_number(v[0]), a.numpy().tobytes()) for k, v, a in zip(batch["key"], batch["video"], batch["actions"])]
+
+
+def take(loader, n):
+    return [fingerprint(b) for b in itertools.islice(loader, n)]
+
+
+# --- files and tars ---
+
+
+def test_expand_globs_ranges_and_lists(tmp_path):
+    """Bug: a range or glob that matches nothing is passed over, and the run trains on less data than it was given."""
+    for name in ("s-000000.tar", "s-000001.tar", "s-000002.tar", "t.tar"):
+        (tmp_path / name).touch()
+    d = str(tmp_path)
+    every = [f"{d}/s-{i:06d}.tar" for i in range(3)]
+    assert expand(d + "/s-*.tar") == expand(d + "/s-{000000..000002}.tar") == expand([[every[0], d + "/s-*.tar"], [every[2]]]) == every
+    assert expand([d + "/t.tar", d + "/s-*1.tar"]) == [d + "/t.tar", every[1]]  # the user's order between patterns
+    for pattern, named in (("/s-{000001..000004}.tar", "/s-000003.tar"), ("/none*.tar", "/none*.tar"), ("/x.tar", "/x.tar")):
+        with pytest.raises(FileNotFoundError) as e:
+            expand([d + "/t.tar", d + pattern])
+        assert d + named in str(e.value) and "prepare" in str(e.value)
+    assert expand("pipe:cat a{0..1}.tar") == ["pipe:cat a0.tar", "pipe:cat a1.tar"] and is_stream("pipe:x") and not is_stream(d)
+
+
+def test_slice_is_the_member_and_nothing_else(tmp_path):
+    """Bug: reads that run over into the next member, or count fewer bytes than were read."""
+    path = write_tar(tmp_path / "a.tar", {"a.mp4": b"A" * 700, "a.jsonl": bytes(range(256)) * 4, "b.mp4": b"B" * 700})
+    members = shard_index(path)[0][0].members
+    with Slice(path, *members["jsonl"]) as f:
+        assert f.read() == bytes(range(256)) * 4 and f.read(10) == b"" and f.bytes_read == 1024
+        assert f.seek(-4, os.SEEK_END) == 1020 and f.read(99) == bytes([252, 253, 254, 255])
+        f.seek(2000)
+        assert f.read(5) == b"" and f.tell() == 2000
+        buffered = io.BufferedReader(Slice(path, *members["mp4"]))
+        assert buffered.read() == b"A" * 700
+
+
+def test_keys_keep_their_dots_and_folders(tmp_path, mp4):
+    """Bug: WebDataset cuts keys at the first dot, so that all 6.x recordings melt into one sample."""
+    lines = jsonl(contractor())
+    names = ["6.10_a", "6.10_b", "v7/6.10_a", "6"]
+    members = {f"{n}.{e}": d for n in names for e, d in (("mp4", mp4), ("jsonl", lines))}
+    path = write_tar(tmp_path / "a.tar", members | {"6-options.json": b"{}", "notes.txt": b"x"})
+    records, bad = records_of(path)
+    assert [r.key for r in records] == names and not bad and {r.length for r in records} == {300}
+    assert [k for k, _ in stream_recordings("pipe:cat " + path)] == names
+
+
+@pytest.mark.parametrize("how", ["inside_video", "inside_header", "at_boundary", "header_damaged", "zero", "end_only", "text"])
+def test_cut_and_empty_tars_keep_what_is_whole_and_say_so(tmp_path, mp4, how):
+    """Bug: tarfile takes a cut or damaged header for the end of the archive: half of the data is gone without a word."""
+    whole = write_tar(tmp_path / "w.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor()), "b.mp4": mp4, "b.jsonl": jsonl(contractor())})
+    raw, records = open(whole, "rb").read(), shard_index(whole)[0]
+    header = records[1].members["mp4"][0] - 512
+    cut = {"inside_video": raw[: header + 5000], "inside_header": raw[: header + 200], "at_boundary": raw[:header], "zero": b"",
+           "header_damaged": raw[:header] + b"x" * 512 + raw[header + 512 :],
+           "end_only": bytes(10240), "text": b"no tar\n" * 900}[how]  # fmt: skip
+    path = tmp_path / "cut.tar"
+    path.write_bytes(cut)
+    records, bad = records_of(path)
+    assert [r.key for r in records] == ([] if how in ("zero", "end_only", "text") else ["a"])
+    assert bad and bad[0][0] == str(path) and bad[0][2]
+    if not records:
+        with pytest.raises(ValueError, match="cut.tar"):
+            open_records([str(path)])
+
+
+def test_missing_partner_and_bad_videos_are_listed_by_reason(tmp_path, mp4):
+    """Bug: a recording that cannot be used disappears without a trace, or takes the whole shard with it."""
+    lines = jsonl(contractor())
+    bad = {"lone.mp4": mp4, "lonely.jsonl": lines, "empty.mp4": b"", "empty.jsonl": lines, "text.mp4": b"hello" * 99, "text.jsonl": lines}
+    for percent in (5, 50, 95):
+        bad |= {f"cut{percent}.mp4": mp4[: len(mp4) * percent // 100], f"cut{percent}.jsonl": lines}
+    path = write_tar(tmp_path / "a.tar", {"ok.mp4": mp4, "ok.jsonl": lines} | bad)
+    records, found = records_of(path)
+    assert [r.key for r in records] == ["ok"]
+    reasons = {key: reason for _, key, reason in found}
+    expected = {"lone": "no jsonl", "lonely": "no mp4", "empty": "zero bytes", "text": "", "cut5": "", "cut50": "", "cut95": ""}
+    assert reasons.keys() == expected.keys() and all(v in reasons[k] for k, v in expected.items())
+
+
+# --- the tick cache ---
+
+
+def test_ticks_are_read_once_then_from_the_cache(shards, monkeypatch):
+    """Bug: 15 MB of JSON parsed for every clip."""
+    record = records_of(shards / "shard-000001.tar")[0][0]
+    first = read_ticks(record)
+    monkeypatch.setattr(data, "parse_ticks", lambda raw: pytest.fail("the JSONL was read again"))
+    monkeypatch.setattr(data, "Slice", lambda *a: pytest.fail("the shard was opened"))
+    second = read_ticks(record)
+    assert all(np.array_equal(x, y) for x, y in zip(first, second)) and first.motion.dtype == second.motion.dtype
+    assert type(second.rate) is float and type(second.flaw) is str
+
+
+def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4, monkeypatch):
+    """Bug: a half-written or flipped cache file gives other actions, or stops the run; or an old cache serves a new shard."""
+    path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=1))})
+    record = records_of(path)[0][0]
+    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
+    good = read_ticks(record)
+    (cache,) = (tmp_path / "cache" / "ticks").iterdir()
+    raw, rng = open(cache, "rb").read(), np.random.default_rng(0)
+    damages = [b"", raw[:20], raw[:-1], raw[: len(raw) // 2], raw + b"x", b"x" * len(raw)]
+    damages += [raw[:i] + bytes([raw[i] ^ 64]) + raw[i + 1 :] for i in rng.integers(0, len(raw), 60)]
+    damages += [raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :] for i in range(0, 300, 3)]
+    for damage in damages:
+        with open(cache, "wb") as f:
+            f.write(damage)
+        ticks = read_ticks(record)
+        assert np.array_equal(ticks.motion, good.motion) and np.array_equal(ticks.keys, good.keys) and ticks.flaw == ""
+    assert open(cache, "rb").read() == raw
+    write_tar(path, {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=2))})  # the same names and very nearly the same sizes
+    os.utime(path, ns=(1, 1))
+    assert not np.array_equal(read_ticks(records_of(path)[0][0]).motion, good.motion)
+
+
+def test_an_unwritable_cache_only_costs_time(shards, monkeypatch, capsys, tmp_path):
+    """Bug: a read-only home folder stops the run."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(data, "CACHE", str(tmp_path / "file"))
+    assert len(read_ticks(records_of(shards / "shard-000000.tar")[0][0]).motion) == 300
+    assert "NANOJEPA_CACHE" in capsys.readouterr().out
+
+
+# --- order ---
+
+
+def loader_of(shards, batch_size=4, **options):
+    return vpt_loader(
+        str(shards / "*.tar"), batch_size, **{"reader": READER, "num_workers": 0, "batches_per_epoch": 3, "seed": 5} | options
+    )
+
+
+def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
+    """Bug: workers deal clips by their own random state, so that a run can only be resumed with the same number of them, or not at all."""
+    plain = take(loader_of(shards), 7)
+    assert plain[:3] != plain[3:6] and take(loader_of(shards), 7) == plain
+    assert take(loader_of(shards, num_workers=2), 7) == plain
+    assert take(loader_of(shards, epoch=1, itr=2), 2) == plain[5:7]
+    assert take(loader_of(shards, epoch=0, itr=3), 1) == plain[3:4]
+    assert take(loader_of(shards, seed=6), 1) != plain[:1]
+
+
+def test_augmentations_follow_the_clip_not_the_worker(shards):
+    """Bug: augmentation noise from a worker's own generator: the same run with other workers or after a resume sees other pixels."""
+    reader = ClipReader(
+        crop_size=HEIGHT, horizontal_flip=True, random_resize_scale=0.7, motion_shift=0.1, temporal_jitter=1, action_noise=0.1
+    )
+    runs = [list(itertools.islice(loader_of(shards, reader=reader, **o), 2)) for o in ({}, {"num_workers": 2}, {"itr": 1})]
+    for x, y in ((runs[0][0], runs[1][0]), (runs[0][1], runs[1][1]), (runs[0][1], runs[2][0])):
+        assert all(torch.equal(x[k], y[k]) for k in ("video", "actions", "states")) and x["key"] == y["key"]
+    assert not torch.equal(runs[0][0]["video"], runs[0][1]["video"])
+
+
+def test_resuming_decodes_nothing_that_was_seen(shards, monkeypatch):
+    """Bug: the first half of an epoch is decoded again to be thrown away."""
+    calls, read = [], vpt.read_frames
+    monkeypatch.setattr(vpt, "read_frames", lambda *a: calls.append(a) or read(*a))
+    take(loader_of(shards, batches_per_epoch=1000, itr=998), 1)
+    assert len(calls) == 4
+
+
+def test_two_ranks_together_see_the_batches_of_one(shards):
+    """Bug: ranks share clips or leave some out; the same global batch on other hardware is another run."""
+    one = take(loader_of(shards, batch_size=4), 4)
+    two = [take(loader_of(shards, batch_size=2, rank=r, world=2), 4) for r in range(2)]
+    assert [a + b for a, b in zip(*two)] == one
+
+
+def test_an_epoch_is_spread_evenly_over_the_timeline(shards):
+    """Bug: independent draws: a third of the play unseen in every epoch, other parts seen thrice."""
+    records = records_of(*sorted(shards.glob("*.tar")))[0]
+    dataset = Clips(records, [r.length for r in records], READER)
+    batches = list(itertools.islice(Order(dataset, 10, 24, epoch=3), 24))
+    items = [i for b in batches for i in b]
+    assert sorted(i[1] for i in items) == list(range(240)) and {i[0] for i in items} == {3}
+    at = np.array([(i[2] + i[3]) * 300 for i in items])  # tick on the timeline of 1800
+    assert (np.histogram(at, np.linspace(0, 1800, 241))[0] == 1).all()
+    assert np.abs(np.corrcoef(at[1:], at[:-1])[0, 1]) < 0.2  # and in random order
+    starts = [int(i[3] * 240) for i in items]
+    assert min(starts) < 8 and max(starts) > 231
+    again = [i for b in itertools.islice(Order(dataset, 10, 24, epoch=3), 24) for i in b]
+    other = [i for b in itertools.islice(Order(dataset, 10, 24, epoch=4), 24) for i in b]
+    assert items == again and items != other
+
+
+def test_locate_covers_every_recording_by_its_share():
+    """Bug: rounding at the borders of the timeline: a place of 1.0 is one start too far."""
+    dataset = Clips([f"r{i}" for i in range(5)], [1, 0, 3, 0.5, 0], READER)
+    seen = collections.Counter()
+    for u in np.linspace(0, 1, 9001)[:-1]:
+        number, place = dataset.locate(u)
+        assert 0 <= place < 1 and int(place * 6000) < 6000
+        seen[number] += 1
+    assert [round(seen[i] / 2000, 2) for i in range(5)] == [1, 0, 3, 0.5, 0]
+    assert dataset.locate(np.nextafter(1, 0))[0] == 3
+
+
+def test_data_weights_are_shares_of_clips(shards, tmp_path, mp4):
+    """Bug: weights per shard instead of per dataset, so that the larger dataset wins whatever the weights say."""
+    write_tar(tmp_path / "b.tar", {"b.mp4": mp4, "b.jsonl": jsonl(contractor())})
+    groups = [[str(shards / "*.tar")], [str(tmp_path / "b.tar")]]
+    for weights, share in (([0.25, 0.75], 0.75), ([3, 1], 0.25), (None, 1 / 7)):
+        records, shares, _ = open_records(groups, weights)
+        items = next(iter(Order(Clips(records, shares, READER), 400, 1)))
+        assert sum(records[i[2]].key == "b" for i in items) / 400 == pytest.approx(share, abs=0.006)
+    with pytest.raises(ValueError, match="--data_weights has 1 numbers for 2 --data"):
+        open_records(groups, [1.0])
+
+
+def test_clips_can_be_sent_to_workers_by_pickling(shards):
+    """Bug: macOS starts workers by pickling the dataset, after it has been used."""
+    records = records_of(shards / "shard-000000.tar")[0]
+    dataset = Clips(records, [1, 1], READER)
+    item = (0, 0, 1, 0.3)
+    clip = dataset[item]
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[item]["video"], clip["video"])
+    dataset.opened.update({i: None for i in range(100, 356)})  # as after many recordings: bounded
+    dataset.opened.pop(1)
+    dataset[item]
+    assert len(dataset.opened) <= 257
+
+
+# --- damaged recordings ---
+
+
+@pytest.fixture(scope="module")
+def partly_bad(tmp_path_factory, mp4):
+    """Five recordings, of which two fail only when a clip is cut: pictures zeroed, and 30 lines short."""
+    hole = bytearray(mp4)
+    hole[200 : mp4.index(b"moov") - 4] = bytes(mp4.index(b"moov") - 204)
+    members = {}
+    for key, video, lines in (("a", mp4, 300), ("hole", bytes(hole), 300), ("b", mp4, 300), ("short", mp4, 270), ("c", mp4, 297)):
+        members |= {f"{key}.mp4": video, f"{key}.jsonl": jsonl(contractor(lines, seed=ord(key[0])))}
+    members |= {"none.mp4": mp4, "none.jsonl": b"", "nan.mp4": mp4, "nan.jsonl": b'{"yaw": NaN}\n' * 300}
+    return write_tar(tmp_path_factory.mktemp("bad") / "bad.tar", members)
+
+
+def test_a_bad_clip_is_replaced_by_the_same_one_everywhere(partly_bad):
+    """Bug: batches shrink, ranks fall out of step, or a resumed run gets another replacement; bad files never become known."""
+    runs = []
+    for options in ({}, {"num_workers": 2}, {"itr": 2}):
+        loader = vpt_loader(partly_bad, 8, reader=READER, batches_per_epoch=4, **{"num_workers": 0} | options)
+        runs.append(list(itertools.islice(loader, 4 - options.get("itr", 0))))
+    for batch in runs[0]:
+        assert len(batch["video"]) == 8 and set(batch["key"]) <= {"a", "b", "c"}
+    assert [fingerprint(b) for b in runs[0]] == [fingerprint(b) for b in runs[1]]
+    assert [fingerprint(b) for b in runs[0][2:]] == [fingerprint(b) for b in runs[2]]
+    bad = [x for b in runs[0] for x in b["bad"]]
+    assert bad == [x for b in runs[1] for x in b["bad"]]
+    reasons = {key: reason for _, key, reason in bad}
+    assert reasons.keys() == {"hole", "short", "none", "nan"} and {x[0] for x in bad} == {partly_bad}
+    assert "270 lines but 300 frames" in reasons["short"] and "empty" in reasons["none"] and "line 0" in reasons["nan"]
+    first = [fingerprint(b) for b in runs[0]]
+    assert len({c for b in first for c in b}) == 32  # the replacements are no copies of other clips
+
+
+def test_nothing_but_bad_clips_is_an_error_that_names_the_file(tmp_path, mp4):
+    """Bug: an endless search for a clip that can be read."""
+    path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(270))})
+    with pytest.raises(RuntimeError, match="a.tar.*270 lines"):
+        next(iter(vpt_loader(path, 2, reader=READER, num_workers=0)))
+    path = write_tar(tmp_path / "g.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))})
+    with pytest.raises(RuntimeError, match="--gui drop"):
+        next(iter(vpt_loader(path, 2, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0)))
+
+
+def test_our_own_bugs_are_not_taken_for_bad_clips(shards, monkeypatch):
+    """Bug: a blind except turns a TypeError of ours into a million skipped clips."""
+    monkeypatch.setattr(vpt, "step_actions", lambda *a: None + 1)
+    with pytest.raises(TypeError):
+        next(iter(loader_of(shards)))
+
+
+def test_gui_drop_replaces_clips(tmp_path, mp4):
+    """Bug: a dropped clip leaves a hole in the batch, or is listed as damage."""
+    lines = jsonl(contractor(isGuiOpen=lambda i: i < 150))
+    path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": lines})
+    batch = next(iter(vpt_loader(path, 12, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0)))
+    assert min(read_number(v[0]) for v in batch["video"]) >= 150 and not batch["bad"] and len(batch["video"]) == 12
+
+
+# --- splits and windows ---
+
+
+def many_records(shards, recordings, suffixes=("",)):
+    member = {"safetensors": (0, 1)} if suffixes != ("",) else {"mp4": (0, 1), "jsonl": (0, 1)}
+    return [data.Record(f"s{s:02d}.tar", f"r{s}-{k}{x}", member, 100) for s in range(shards) for k in range(recordings) for x in suffixes]
+
+
+@pytest.mark.parametrize(
+    "shards, recordings, fraction, held", [(20, 3, 0.1, 6), (10, 3, 0.01, 3), (3, 10, 0.2, 6), (1, 2, 0.01, 1), (1, 2, 0.99, 1)]
+)
+def test_split_holds_out_whole_shards_or_recordings(shards, recordings, fraction, held):
+    """Bug: windows of one recording on both sides: validation measures memory."""
+    records = many_records(shards, recordings)
+    train, val = split_records(records, fraction)
+    assert len(val) == held and sorted(train + val) == sorted(records) and not {r.key for r in train} & {r.key for r in val}
+    if shards >= 10:
+        assert not {r.shard for r in train} & {r.shard for r in val} and max(r.shard for r in train) < min(r.shard for r in val)
+    assert split_records(records[::-1], fraction)[1] == val[::-1]
+    assert split_records(records, 0) == (records, []) and split_records(records[:1], 0.5) == (records[:1], [])
+
+
+def test_split_keeps_the_phases_of_a_recording_together_and_agrees_with_its_video():
+    """Bug: encode.py --phases writes one recording as several members; split by member, validation is the training data 2 ticks later."""
+    for shards, recordings in ((4, 5), (12, 2)):
+        _, videos = split_records(many_records(shards, recordings), 0.2)
+        train, val = split_records(many_records(shards, recordings, ("@00000", "@00004")), 0.2)
+        name = lambda r: r.key.partition("@")[0]  # noqa: E731
+        assert not {name(r) for r in train} & {name(r) for r in val} and {name(r) for r in val} == {r.key for r in videos}
+
+
+def test_open_split_refuses_a_recording_on_both_sides(shards):
+    """Bug: --val_data inside --data is trained on, and the validation curve shows nothing."""
+    train, shares, val, bad = open_split([[str(shards / "*.tar")]], val_fraction=0.34)
+    assert len(train) == len(shares) == 4 and len(val) == 2 and not bad
+    every, last = str(shards / "*.tar"), str(shards / "shard-000002.tar")
+    with pytest.raises(ValueError, match="share 2 recordings"):
+        open_split([[every]], val_data=[[last]])
+    train, _, val, _ = open_split([[str(shards / "shard-00000[01].tar")]], val_data=[[last]])
+    assert len(train) == 4 and {r.shard for r in val} == {last}
+
+
+def test_windows_do_not_overlap_and_do_not_depend_on_the_world(shards):
+    """Bug: the validation number changes with the number of GPUs, or counts clips twice."""
+    dataset = Clips(records_of(*sorted(shards.glob("*.tar")))[0], [1] * 6, READER)
+    every = windows(dataset, 4, 1000)
+    items = [i for b in every for i in b]
+    assert len(items) == 6 * 4 and len({i[2:] for i in items}) == 24 and {len(b) for b in every} == {4}  # 300 ticks hold 4 of 64
+    for world in (2, 3, 5):
+        parts = [windows(dataset, 4, 1000, r, world) for r in range(world)]
+        assert [b for group in itertools.zip_longest(*parts) for b in group if b] == every
+    clips = {(number, place): dataset[(e, i, number, place)] for e, i, number, place in items}
+    assert all(not c["bad"] and read_number(c["video"][0]) == 64 * place for (_, place), c in clips.items())
+    assert len({i[2] for b in windows(dataset, 4, 12) for i in b}) >= 4  # a few windows come from many recordings
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 8])
+def test_no_window_is_alone_in_its_batch(shards, batch_size):
+    """Bug: the action meter shuffles actions inside the batch; a batch of one has no other clip's action."""
+    dataset = Clips(records_of(*sorted(shards.glob("*.tar")))[0], [1] * 6, READER)
+    for limit in range(2, 24):
+        batches = windows(dataset, batch_size, limit)
+        assert sum(map(len, batches)) == limit and min(map(len, batches)) > 1
+
+
+# --- streams ---
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """A folder over HTTP; paths that start with /cut send half of the bytes they promise, /gone is 404, /fail is 500."""
+
+    def do_GET(self):
+        if self.path.startswith("/fail"):
+            return self.send_error(500)
+        if not self.path.startswith("/cut/"):
+            return super().do_GET()
+        with open(self.directory + self.path[4:], "rb") as f:
+            raw = f.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw[: len(raw) // 2])
+        self.close_connection = True
+
+    def log_message(self, *a):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url(shards):
+    handler = lambda *a: Server(*a, directory=str(shards))  # noqa: E731
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_streams_give_the_recordings_of_the_files(shards, url):
+    """Bug: keys cut at dots, members mixed up, or bytes lost on the way."""
+    path = str(shards / "shard-000001.tar")
+    with tarfile.open(path) as tar:
+        expected = {m.name: tar.extractfile(m).read() for m in tar}
+    for source in (f"pipe:cat {path}", f"{url}/shard-000001.tar", f"pipe:gzip -c {path}"):
+        found = {f"{key}.{e}": raw for key, members in stream_recordings(source) for e, raw in members.items()}
+        assert found == expected
+
+
+def test_streamed_clips_are_the_indexed_clips(shards):
+    """Bug: two paths to a clip that differ in pixels, in scaling or in where an action starts."""
+    scaler = ActionScaler.from_moments(10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {})
+    reader = ClipReader(crop_size=HEIGHT, scaler=scaler, action_space=36)
+    path = str(shards / "shard-000002.tar")
+    records = records_of(path)[0]
+    dataset = Clips(records, [1, 1], reader)
+    stream = StreamedClips([f"pipe:cat {path}"], reader, shuffle=1)
+    for clip in itertools.islice(stream, 16):
+        number = [r.key for r in records].index(clip["key"])
+        twin = dataset.read(number, (read_number(clip["video"][0]) + 0.5) / 240, np.random.default_rng(0))
+        assert all(torch.equal(clip[k], twin[k]) for k in ("video", "actions", "states"))
+
+
+@pytest.mark.parametrize("world, workers", [(1, 1), (1, 2), (2, 2), (3, 3), (4, 8)])
+def test_fewer_shards_than_readers_neither_repeat_nor_drop(shards, world, workers, monkeypatch):
+    """Bug: readers without a shard hang or end early (ranks then wait for each other), or every reader gives every clip."""
+    urls = [f"pipe:cat {p}" for p in sorted(shards.glob("*.tar"))]  # 3 shards of 2 recordings, 8 clips each: 48 clips a pass
+    units, parts = world * workers, []
+    for rank, worker in itertools.product(range(world), range(workers)):
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda w=worker: types.SimpleNamespace(id=w, num_workers=workers))
+        unit = rank + world * worker
+        share = len(range(unit, 48, units)) if units > 3 else 16 * len(range(unit, 3, units))
+        stream = StreamedClips(urls, READER, seed=3, rank=rank, world=world, shuffle=1)
+        parts.append([(c["key"], read_number(c["video"][0])) for c in itertools.islice(stream, share)])
+    clips = [c for part in parts for c in part]
+    assert all(parts) and len(clips) == 48 == len(set(clips))
+    assert set(collections.Counter(k for k, _ in clips).values()) == {8}
+    for key in {k for k, _ in clips}:  # eight places spread over the recording
+        starts = sorted(s for k, s in clips if k == key)
+        assert all(30 * i <= s < 30 * (i + 1) for i, s in enumerate(starts))
+
+
+def test_one_shard_serves_two_ranks_with_two_workers_for_ever(shards):
+    """Bug: the loader of a rank ends after one pass, or waits for a worker that has nothing."""
+    url = f"pipe:cat {shards / 'shard-000000.tar'}"
+    for rank in range(2):
+        loader = vpt_loader(url, 3, reader=READER, num_workers=2, rank=rank, world=2)
+        batches = list(itertools.islice(loader, 8))
+        assert all(len(b["video"]) == 3 and not b["bad"] for b in batches)
+        assert len({c for b in batches for c in fingerprint(b)}) > 8  # 16 clips a pass, 4 readers, 24 clips each rank
+
+
+def test_streams_change_with_the_epoch_and_follow_the_seed(shards):
+    """Bug: webdataset re-seeds its shuffle, so that every epoch has the same order."""
+    urls = [f"pipe:cat {p}" for p in sorted(shards.glob("*.tar"))]
+
+    def run(seed, epoch=0):
+        clips = itertools.islice(StreamedClips(urls, READER, seed, epoch, shuffle=1), 96)
+        return [c["key"] + str(read_number(c["video"][0])) for c in clips]
+
+    one = run(seed=1)
+    assert one == run(seed=1) and one[48:] == run(seed=1, epoch=1)[:48] and one[:48] != one[48:] and one != run(seed=2)
+
+
+def test_shuffle_buffer_loses_nothing(shards):
+    """Bug: clips left behind in the buffer, or a wait for a buffer that so few clips can never fill."""
+    url = f"pipe:cat {shards / 'shard-000000.tar'}"
+    clips = [(c["key"], c["actions"].numpy().tobytes()) for c in itertools.islice(StreamedClips([url], READER, shuffle=5), 40)]
+    assert len(set(clips)) == 40 and clips[:8] != sorted(clips[:8])
+    first = next(iter(StreamedClips([url], READER, shuffle=10_000)))
+    assert first["key"].startswith("6.10")
+
+
+@pytest.mark.parametrize("broken", ["/cut/shard-000001.tar", "/gone.tar", "/fail.tar", "pipe:head -c 90000 {}",
+    "pipe:cat {} | head -c 40000; exit 3", "pipe:cat /nonexistent", "pipe:cat {}; exit 4"])  # fmt: skip
+def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
+    """Bug: a transfer that ends early counts as the end of the shard, is retried for ever, or stops the run."""
+    source = broken.format(shards / "shard-000001.tar") if "pipe" in broken else url + broken
+    stream = StreamedClips([source, f"{url}/shard-000000.tar"], READER, shuffle=1, seed=1)
+    clips = list(itertools.islice(stream, 40))
+    bad = [x for c in clips for x in c["bad"]]
+    assert {x[0] for x in bad} == {source} and 1 <= len(bad) <= 3 and all(x[2] for x in bad)
+
+
+def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4):
+    """Bug: a loader that spins for ever over shards that give nothing."""
+    empty = write_tar(tmp_path / "empty.tar", {"notes.txt": b"x"})
+    short = write_tar(tmp_path / "short.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(270))})
+    gui = write_tar(tmp_path / "gui.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))})
+    for source, reason in ((f"{url}/gone.tar", "404"), (f"pipe:cat {empty}", "no mp4 and jsonl"), (f"pipe:cat {short}", "270 lines"),
+                           ("pipe:cat /nonexistent", ""), (f"pipe:cat {gui}", "--gui drop")):  # fmt: skip
+        reader = ClipReader(crop_size=HEIGHT, gui="drop")
+        with pytest.raises(RuntimeError, match=f"no clip could be read.*{reason}"):
+            next(iter(vpt_loader(source, 1, reader=reader, num_workers=0)))
+    one = write_tar(tmp_path / "one.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor())})
+    stream = StreamedClips([f"pipe:cat {one}"], READER, rank=2, world=3, clips_per_recording=2)
+    with pytest.raises(RuntimeError, match="2 clips for 3 ranks"):
+        next(iter(stream))
+
+
+def test_a_recording_without_its_partner_is_reported_in_streams(tmp_path, mp4):
+    """Bug: the lone member is held in memory until the end and never mentioned."""
+    path = write_tar(tmp_path / "a.tar", {"lone.mp4": mp4, "a.mp4": mp4, "a.jsonl": jsonl(contractor())})
+    clips = list(itertools.islice(StreamedClips([f"pipe:cat {path}"], READER, shuffle=1), 9))
+    assert {c["key"] for c in clips} == {"a"} and "lone" in clips[8]["bad"][0][2]
+
+
+def test_streams_and_files_cannot_be_mixed(shards):
+    """Bug: the local half is silently left out."""
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        vpt_loader([str(shards / "*.tar"), "pipe:cat x.tar"], 2, reader=READER)
+
+
+# --- features ---
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Two feature shards as encode.py writes them; every number tells where it belongs."""
+    folder = tmp_path_factory.mktemp("features")
+    tensors = {}
+    for s in range(2):
+        members = {}
+        for k in range(2):
+            base = 1000 * (2 * s + k)
+            z = (torch.arange(STEPS)[:, None, None] + base / 1000 * 64 + torch.zeros(1, 4, 8)).to(torch.bfloat16)
+            actions = (base + torch.arange(STEPS - 1)[:, None] * 38 + torch.arange(38)).float()
+            actions[:, 37] = (torch.arange(STEPS - 1) == 30).float()
+            yaw = torch.arange(STEPS, dtype=torch.float64) * 0.5 + 100
+            states = torch.stack([yaw, torch.linspace(-1, 1, STEPS, dtype=torch.float64)], dim=1).float()
+            name = f"r{s}{k}@00000"
+            tensors[name] = {"z": z, "actions": actions, "states": states}
+            meta = {"encode": "tubelet", "fps": "5.0", "crop_size": "64"}
+            members[f"{name}.safetensors"] = safetensors_bytes(tensors[name], metadata=meta)
+        write_tar(folder / f"shard-{s:06d}.tar", members)
+    return folder, tensors
+
+
+@pytest.mark.parametrize("space", [13, 36, 38])
+def test_feature_clips_are_the_right_rows(features, space):
+    """Bug: a row too early or late against the actions; columns of another action space; absolute yaw where the model expects relative."""
+    folder, tensors = features
+    scaler = ActionScaler.from_moments(10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {})
+    reader = ClipReader(action_space=space, scaler=scaler)
+    records, bad = records_of(*sorted(folder.glob("*.tar")))
+    assert not bad and [r.length for r in records] == [STEPS] * 4
+    dataset = Clips(records, [STEPS] * 4, reader)
+    columns = [vpt.ACTION_SPACES[38].index(n) for n in vpt.ACTION_SPACES[space]]
+    for number, record in enumerate(records):
+        t = tensors[record.key]
+        for place, start in ((0, 0), (2, 16), (4, 32), (0.0, 0), (0.5, 16), (1 - 1e-12, 32)):  # a window, or a share of 33 starts
+            clip = dataset[(0, 0, number, place)]
+            assert clip["key"] == record.key and torch.equal(clip["z"], t["z"][start : start + 8]) and clip["z"].dtype == torch.bfloat16
+            expected = t["actions"][start : start + 7].double().numpy()[:, columns]
+            expected[:, :4] = (expected[:, :4] - scaler.mean) / scaler.scale
+            np.testing.assert_allclose(clip["actions"], expected, rtol=1e-6)
+            yaw = 0.5 * np.arange(8)
+            np.testing.assert_allclose(clip["states"][:, 0], np.arctan2(np.sin(yaw), np.cos(yaw)), atol=1e-5)
+            assert torch.equal(clip["states"][:, 1], t["states"][start : start + 8, 1])
+
+
+def test_feature_clips_read_their_own_rows_only(features, monkeypatch):
+    """Bug: the whole member read for eight steps."""
+    folder, _ = features
+    records = records_of(*sorted(folder.glob("*.tar")))[0]
+    opened = []
+
+    class Counted(Slice):
+        def close(self):
+            opened.append(self.bytes_read)
+            super().close()
+
+    monkeypatch.setattr(data, "Slice", Counted)
+    Clips(records, [1] * 4, READER).read(0, 2, np.random.default_rng(0))
+    header = 8 + 400
+    assert sum(opened) <= 8 * 4 * 8 * 2 + 7 * 38 * 4 + 8 * 2 * 4 + header
+
+
+def test_noise_and_gui_drop_work_on_features_too(features):
+    """Bug: flags that only the video path obeys."""
+    folder, _ = features
+    plain, noisy = (vpt_loader(str(folder / "*.tar"), 16, reader=ClipReader(action_noise=n), num_workers=0) for n in (0.0, 0.5))
+    a, b = next(iter(plain)), next(iter(noisy))
+    diff = (b["actions"] - a["actions"]).numpy()
+    assert a["key"] == b["key"] and 0.3 < diff[..., :4].std() < 0.7 and not diff[..., 4:].any() and torch.equal(a["z"], b["z"])
+    reader = ClipReader(gui="drop", action_space=38)
+    batch = next(iter(vpt_loader(str(folder / "*.tar"), 40, reader=reader, num_workers=0)))
+    assert not batch["actions"][..., 37].any() and not batch["bad"]
+
+
+def test_damaged_features_are_reported(features, tmp_path):
+    """Bug: z stands last in the file: a cut there went unnoticed until a clip needed it."""
+    raw = safetensors_bytes(features[1]["r00@00000"])
+    cases = {"cut": raw[:-4], "half": raw[: len(raw) // 2], "empty": b"", "text": b"hello" * 9, "header": b"\xff" * 8 + raw[8:],
+             "other": safetensors_bytes({"x": torch.zeros(3)}), "list": (2).to_bytes(8, "little") + b"[]"}  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", {f"{k}@00000.safetensors": v for k, v in cases.items()} | {"ok@00000.safetensors": raw})
+    records, bad = records_of(path)
+    assert [r.key for r in records] == ["ok@00000"] and {b[1].partition("@")[0] for b in bad} == set(cases)
+
+
+def test_feature_shards_that_disagree_are_refused(features, shards, tmp_path):
+    """Bug: features of two encoders or crops in one run."""
+    folder, tensors = features
+    records = records_of(*sorted(folder.glob("*.tar")))[0]
+    assert feature_settings(records) == {"encode": "tubelet", "fps": "5.0", "crop_size": "64", "embed_dim": 8}
+    raw = safetensors_bytes(tensors["r00@00000"], metadata={"encode": "tubelet", "fps": "5.0", "crop_size": "128"})
+    other = records_of(write_tar(tmp_path / "other.tar", {"x@00000.safetensors": raw}))[0]
+    with pytest.raises(ValueError, match="other.tar.*other settings"):
+        feature_settings(records + other)
+    with pytest.raises(ValueError, match="holds video"):
+        feature_settings(records + records_of(shards / "shard-000000.tar")[0])
+
+
+def test_an_epoch_without_a_number_is_one_pass(shards, features):
+    """Bug: an epoch of one batch, or of millions of overlapping clips."""
+    count = lambda loader: loader.batch_sampler.batches  # noqa: E731
+    assert count(loader_of(shards, batch_size=2, batches_per_epoch=None)) == 6 * 300 // 64 // 2
+    assert count(loader_of(shards, batch_size=1, batches_per_epoch=None, world=4)) == 6 * 300 // 64 // 4
+    assert count(vpt_loader(str(features[0] / "*.tar"), 2, reader=READER, num_workers=0)) == 4 * STEPS // 8 // 2
