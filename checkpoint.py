@@ -6,15 +6,23 @@ A checkpoint is `checkpoint-epochNNN.pth.tar` (N whole epochs done) or `checkpoi
 
 import csv
 import io
+import json
 import os
 import re
+import sys
 import zipfile
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 LATEST = "checkpoint-latest.pth.tar"
+
+
+def one_sentence(kind, error, traceback):
+    """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1) a traceback."""
+    if issubclass(kind, (ValueError, OSError)) and not os.environ.get("NANOJEPA_DEBUG"):
+        print(f"error: {error} (NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def write_atomically(path, data):
@@ -98,39 +106,23 @@ def load_latest(out_dir):
 
 
 def open_csv(path, header, epoch, itr, keep):
-    """A log opened for appending, line-buffered. With `keep`, rows before (epoch, itr) of an earlier run stay; else it starts empty."""
+    """A log as a function that appends a row (dict). With `keep`, rows before (epoch, itr) of an earlier run stay; else it starts empty."""
     rows = []
     if keep and os.path.exists(path):
         with open(path, newline="") as f:
-            old = list(csv.DictReader(f))
-        rows = [r for r in old if (int(r["epoch"]), int(r.get("itr") or -1)) < (epoch, itr)]
+            rows = [r for r in csv.DictReader(f) if (int(r["epoch"]), int(r.get("itr") or -1)) < (epoch, itr)]
     text = io.StringIO()
     writer = csv.DictWriter(text, header)
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
-    return open(path, "a", buffering=1)
+    f = open(path, "a", buffering=1)
+    return lambda row: f.write(",".join(f"{row[k]:.9g}" for k in header) + "\n")
 
 
-def plot_curves(out_dir):
-    """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv."""
-    train, val = (np.genfromtxt(os.path.join(out_dir, n), delimiter=",", names=True, ndmin=1) for n in ("train.csv", "val.csv"))
-    fig = Figure(figsize=(13, 4), layout="constrained")
-    axes = fig.subplots(1, 3)
-    ipe = max(train["itr"].max() + 1, 1)
-    axes[0].plot(train["epoch"] + train["itr"] / ipe, train["jloss"], lw=0.5, label="jloss, training")
-    axes[0].plot(train["epoch"] + train["itr"] / ipe, train["sloss"], lw=0.5, label="sloss, training")
-    if len(val):
-        axes[0].plot(val["epoch"], val["jloss"], "o-", label="jloss, held out")
-        for name in ("tf_true", "tf_shuffled", "tf_zero", "tf_copy"):
-            axes[1].plot(val["epoch"], val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
-        axes[2].fill_between(val["epoch"], 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
-        axes[2].plot(val["epoch"], 100 * val["tf_gap"], "o-", label="one step ahead")
-        axes[2].plot(val["epoch"], 100 * val["ro_gap"], "o--", label="rolled out")
-        axes[2].axhline(0, color="grey", lw=0.5)
-    titles = ("loss", "held-out error one step ahead", "action gap (shuffled / true - 1)")
-    for ax, title, unit in zip(axes, titles, ("mean |error|, layer-normed features", "mean |error|", "%")):
-        ax.set(title=title, xlabel="epoch", ylabel=unit)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=9)
-    write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
+def append_jsonl(path, rows):
+    """Dicts as lines at the end of a file; several processes may write to it."""
+    if rows:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "a") as f:
+            f.write("".join(json.dumps(r) + "\n" for r in rows))

@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from data import CACHE, READ_ERRORS, Slice, expand, index_shards, read_ticks
+from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks
 from model import encode_steps
 from vpt import ClipReader, mp4_times, packet_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
@@ -43,8 +43,8 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 
 
 def open_encoder(name, crop_size, frames_per_clip):
-    """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache folder), or of an architecture's name with
-    seeded random weights (which is said)."""
+    """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache folder), or of an architecture with
+    seeded random weights, which is said."""
     if name in ARCHITECTURES:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
@@ -63,6 +63,27 @@ def encoder_hash(encoder):
         h.update(key.encode())
         h.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
+
+
+def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frames_per_clip):
+    """Where a run's features come from: (encoder or None, {"encoder_hash", "grid", "embed_dim"}).
+
+    records of features need no encoder (None comes back if none is named), but ValueError says if other settings made them."""
+    source = None
+    if records and "safetensors" in records[0].members:
+        made = feature_settings(records)
+        wanted = {"encode": encode, "fps": fps, "frames_per_step": frames_per_step, "crop_size": crop_size}
+        for k, v in (wanted | ({"frames_per_clip": frames_per_clip} if encode == "clip" else {})).items():
+            if made[k] != str(v):
+                raise ValueError(f"{records[0].shard} was made with --{k} {made[k]}, this run has {v}: change one of them")
+        source = {"encoder_hash": made["encoder"], "grid": int(made["grid"]), "embed_dim": made["embed_dim"]}
+        if name is None:
+            return None, source
+    encoder = open_encoder(name or "vjepa2_vitl", crop_size, frames_per_clip)
+    found = {"encoder_hash": encoder_hash(encoder), "grid": crop_size // encoder.patch_size, "embed_dim": encoder.embed_dim}
+    if source and found != source:
+        raise ValueError(f"{records[0].shard} holds features of encoder {source}, --encoder {name} is {found}")
+    return encoder, found
 
 
 def segments(lines, stride, args):

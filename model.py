@@ -238,6 +238,14 @@ class Predictor(nn.Module):
         return self.predictor_proj(self.predictor_norm(x))
 
 
+def copy_fitting(module, state):
+    """Copy the tensors of a state dict that fit into a module; returns (taken, made anew, left over) as lists of names."""
+    own = module.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    module.load_state_dict(own | fits)
+    return sorted(fits), sorted(own.keys() - fits.keys()), sorted(state.keys() - fits.keys())
+
+
 # --- features ---
 
 
@@ -355,8 +363,11 @@ def action_meter(predictor, z, actions, states, shuffle, compose):
     return {name: (p - target).abs().mean((2, 3)) for name, p in errors.items()}
 
 
+METERS = [f"{p}_{n}" for p in ("tf", "ro") for n in ("true", "shuffled", "zero", "copy", "gap", "gap_low", "gap_high", "skill")]
+
+
 def meter_summary(errors, recordings, samples=2000):
-    """Action meter of many clips -> {tf_, ro_}{true, shuffled, zero, copy} mean errors, gap = shuffled/true - 1 with its 95 % interval
+    """Action meter of many clips -> METERS: {tf_, ro_}{true, shuffled, zero, copy} mean errors, gap = shuffled/true - 1, its 95 % interval
     (gap_low, gap_high: bootstrap over recordings, since clips of one recording are alike) and skill = true/copy. errors: name -> (n, K)."""
     group = torch.tensor([sorted(set(recordings)).index(r) for r in recordings])
     draws = torch.randint(group.max() + 1, (samples, int(group.max()) + 1), generator=torch.Generator().manual_seed(0))

@@ -10,23 +10,28 @@ val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Stop it wheneve
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
 import resource
+import shutil
 import signal
+import sys
 import time
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import checkpoint
 import kernels
 import weights
-from data import ActionScaler, Clips, collate, feature_settings, open_split, vpt_loader, windows
-from encode import encoder_hash, open_encoder
-from model import ACModel, Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
+from data import ActionScaler, Clips, collate, open_split, vpt_loader, windows
+from encode import open_source
+from eval import held_out, plot_curves
+from model import METERS, ACModel, Predictor, copy_fitting, encode_steps, meter_summary, normalize_features
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
 # --- flags ---
@@ -95,7 +100,7 @@ flag("--dry_run", action=switch, default=False, help="check everything, run thre
 
 
 def lr_at(k, total, ipe, args):
-    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal that ends at step `total` (vjepa2 src/utils/schedulers.py)."""
+    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal that ends at step `total` (vjepa2 schedulers.py)."""
     warmup, anneal = args.warmup * ipe, args.anneal * ipe
     if k < warmup:
         return args.start_lr + k / warmup * (args.lr - args.start_lr)
@@ -106,6 +111,7 @@ def lr_at(k, total, ipe, args):
 
 if __name__ == "__main__":
     args = parser.parse_args()
+    sys.excepthook = checkpoint.one_sentence
     if args.warmup + args.anneal > args.epochs:
         parser.error(f"--warmup {args.warmup} and --anneal {args.anneal} epochs do not fit into --epochs {args.epochs}")
 
@@ -123,168 +129,140 @@ if __name__ == "__main__":
         signal.signal(name, lambda *a: stop.fill_(1))
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    autocast = contextlib.nullcontext()
-    if args.dtype != "float32":
-        autocast = torch.autocast(device.type, getattr(torch, args.dtype))
+    autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # --- data ---
     names = ACTION_SPACES[args.action_space]
     groups = args.data or [["VPT/*.tar"]]
     scaler = ActionScaler.load(args.scaler)
     scaler.check(args.scaler, CONTINUOUS, args.fps, args.frames_per_step)
-    shared = {k: getattr(args, k) for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}
+    source = {k: getattr(args, k) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
+    options = {"action_space": args.action_space, "scaler": scaler, "decoder": args.decoder, "gui": args.gui}
     augment = {k: getattr(args, k) for k in ("horizontal_flip", "random_resize_scale", "motion_shift", "temporal_jitter", "action_noise")}
-    reader = ClipReader(args.frames_per_clip, scaler=scaler, **shared, **augment)
-    val_reader = ClipReader(args.frames_per_clip, scaler=scaler, **shared)
-    T = args.frames_per_clip // args.frames_per_step
-    held_out = args.val_fraction if args.val_clips else 0.0
-    val_data = args.val_data if args.val_clips else None
-    train, shares, val, bad = open_split(groups, args.data_weights, val_data, held_out, args.max_bad_fraction)
-    fitted_on_val = set(scaler.meta.get("shards", [])) & {os.path.basename(r.shard) for r in val}
-    if fitted_on_val and not (val_data is None and args.val_fraction == scaler.meta.get("val_fraction")):
+    reader, val_reader = ClipReader(**source, **options, **augment), ClipReader(**source, **options)
+    val_data, fraction = (args.val_data, args.val_fraction) if args.val_clips else (None, 0.0)
+    train, shares, val, bad = open_split(groups, args.data_weights, val_data, fraction, args.max_bad_fraction)
+    fitted_on = set(scaler.meta.get("shards", [])) & {os.path.basename(r.shard) for r in val}
+    if fitted_on and (val_data or fraction != scaler.meta.get("val_fraction")):
         say("warning: the scaler was fitted on shards that are held out here; fit it on the training shards only (--val_fraction)")
-    features = bool(train) and "safetensors" in train[0].members
     val_set = Clips(val, [1.0] * len(val), val_reader, args.seed)
-    val_batches = windows(val_set, args.batch_size, args.val_clips, rank, world) if val else []
-    if val and len(windows(val_set, 1, 2)) < 2:
-        raise SystemExit("the held-out recordings hold fewer than two clips: hold out more, or pass --val_clips 0")
+    if val and sum(map(len, windows(val_set, 1, 2))) < 2:
+        raise ValueError("the held-out recordings hold fewer than two clips: hold out more, or pass --val_clips 0")
+    pixels = [k for k, v in augment.items() if v != parser.get_default(k) and k != "action_noise"]
+    if pixels and train and "safetensors" in train[0].members:
+        raise ValueError(f"--{pixels[0]} needs pixels, and these shards hold features: train on the video shards, or drop the flag")
 
     # --- model ---
-    encoder, source = None, None
-    if features:
-        source = feature_settings(train + val)
-        for k in ("encode", "fps", "frames_per_step", "crop_size") + (("frames_per_clip",) if args.encode == "clip" else ()):
-            if source[k] != str(getattr(args, k)):
-                raise SystemExit(f"{train[0].shard} was made with --{k} {source[k]}, this run has {getattr(args, k)}: change one of them")
-        if wrong := [k for k in augment if k != "action_noise" and augment[k] != parser.get_default(k)]:
-            raise SystemExit(f"--{wrong[0]} needs pixels, and these shards hold features: train on the video shards, or drop the flag")
-    if args.encoder or not features:
-        encoder = open_encoder(args.encoder or "vjepa2_vitl", args.crop_size, args.frames_per_clip)
+    encoder, source = open_source(train + val if train else [], args.encoder, **source)
+    if encoder is not None:
         if encoder.tubelet_size != args.tubelet_size:
-            raise SystemExit(f"--tubelet_size {args.tubelet_size}, but this encoder merges {encoder.tubelet_size} frames")
-        found = {"encoder": encoder_hash(encoder), "grid": args.crop_size // encoder.patch_size, "embed_dim": encoder.embed_dim}
-        if features and found["encoder"] != source["encoder"]:
-            raise SystemExit(f"{train[0].shard} holds features of encoder {source['encoder']}, not of {args.encoder} ({found['encoder']})")
-        source = found
-        encoder = encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
-    grid = int(source["grid"])
-    say(f"encoder {source['encoder']}, {T} steps of {grid}x{grid} patches x {source['embed_dim']}, encode {args.encode}")
-    predictor = Predictor(
-        source["embed_dim"], len(names), 2, (grid, grid), pred_dim=args.pred_dim, depth=args.pred_depth, num_heads=args.pred_heads
-    ).to(device)
+            raise ValueError(f"--tubelet_size {args.tubelet_size}, but this encoder merges {encoder.tubelet_size} frames")
+        encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
+    grid, size = source["grid"], {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
+    predictor = Predictor(source["embed_dim"], len(names), 2, (grid, grid), **size).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
+    count, T = sum(p.numel() for p in predictor.parameters()), args.frames_per_clip // args.frames_per_step
+    say(f"predictor {count:,} parameters; {T} steps of {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}")
     if args.init_from:
-        say(f"{args.init_from}: {weights.init_predictor(predictor, args.init_from)}")
+        taken, anew, left = copy_fitting(predictor, weights.part_of(args.init_from, "predictor", "predictor_embed.weight"))
+        say(f"--init_from: {len(taken)} tensors taken; made anew: {weights.some(anew)}; left over: {weights.some(left)}")
     model = ACModel(predictor, args.auto_steps, args.loss_exp)
     stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
 
     @torch.no_grad()
-    def inputs(batch):
+    def inputs(batch, normalize=True):
         """A batch -> (z, actions, states) on the device."""
-        if "z" in batch:
-            h = batch["z"].to(device, non_blocking=True)
-        else:
+        h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
+        if "z" not in batch:
             with autocast:
-                h = encode_steps(encoder, batch["video"].to(device, non_blocking=True), args.encode, args.frames_per_step)
-        z = normalize_features(h, **stats) if stats is not None else h.float()
-        return z, batch["actions"].to(device, non_blocking=True), batch["states"].to(device, non_blocking=True)
+                h = encode_steps(encoder, h, args.encode, args.frames_per_step)
+        return normalize_features(h, **stats) if normalize else h.float(), actions, states
 
     # --- optimizer, resume ---
-    matrices = [p for n, p in model.named_parameters() if p.ndim > 1 and p.requires_grad]
-    vectors = [p for n, p in model.named_parameters() if p.ndim <= 1 and p.requires_grad]
-    decayed = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(decayed, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    decay = [{"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay}]
+    no_decay = [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(decay + no_decay, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     step, total = 0, args.epochs * args.ipe
+    belongs = {"action_names": names, "encode": args.encode, "scaler_hash": scaler.hash} | source | size
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
-    if state is None and checkpoint.list_checkpoints(args.out_dir) and not args.dry_run:
-        raise SystemExit(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
     if state is not None:
-        mine = {"action_names": names, "encode": args.encode, "encoder": source["encoder"], "scaler_hash": scaler.hash, "grid": grid}
-        for k, v in mine.items():
-            if state[k] != v:
-                raise SystemExit(f"{path} was trained with {k} {state[k]}, this run has {v}: resume with the same, or start anew")
-        try:
-            predictor.load_state_dict({k.removeprefix("module."): v for k, v in state["predictor"].items()})
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as e:
-            raise SystemExit(f"{path} is of another size, pass the flags it was trained with ({str(e).splitlines()[-1].strip()})") from e
+        for k, v in belongs.items():
+            if state.get(k) != v:
+                raise ValueError(f"{path} was trained with {k} {state.get(k)}, this run has {v}: resume with the same, or start anew")
+        predictor.load_state_dict({k.removeprefix("module."): v for k, v in state["predictor"].items()}, strict=not args.save_encoder)
+        optimizer.load_state_dict(state["optimizer"])
         loss_scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         stats, step = state["feature_stats"], state["epoch"] * args.ipe + state["itr"]
         say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}")
-    if args.feature_norm == "standardize" and stats["mean"] is None:
-        moments, raw, batches = None, stats, Clips(train, [1.0] * len(train), val_reader, args.seed)
-        stats = None  # raw features while we measure
-        for items in windows(batches, args.batch_size, 256):
-            h = inputs(collate([batches[i] for i in items]))[0].flatten(0, 2)
-            moments = kernels.merge_moments(moments, kernels.moments(h)) if moments else kernels.moments(h)
-        stats = {"mean": moments[1].float().to(device), "std": (moments[2] / moments[0]).sqrt().clamp_min(1e-6).float().to(device)}
+    elif checkpoint.list_checkpoints(args.out_dir) and not args.dry_run:
+        raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
+    elif args.feature_norm == "standardize":
+        if not train:
+            raise ValueError("--feature_norm standardize measures the features first, which needs local shards")
+        sample = Clips(train, shares, val_reader, args.seed)
+        raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256))
+        moments = [kernels.moments(inputs(batch, normalize=False)[0].flatten(0, 2)) for batch in raw]
+        n, mean, m2 = functools.reduce(kernels.merge_moments, moments)
+        stats = {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
     stats = {k: None if v is None else v.to(device) for k, v in stats.items()}
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    if rank == 0 and not args.dry_run:
-        os.makedirs(args.out_dir, exist_ok=True)
-        checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
     columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    meters = [f"{p}_{n}" for p in ("tf", "ro") for n in ("true", "shuffled", "zero", "copy", "gap", "gap_low", "gap_high", "skill")]
-    logs = {}
-    for name, header in (("train.csv", columns), ("val.csv", ["epoch", "jloss", "sloss"] + meters)):
-        if rank == 0 and not args.dry_run:  # rows after the checkpoint are from steps that are done again
-            logs[name] = checkpoint.open_csv(os.path.join(args.out_dir, name), header, *divmod(step, args.ipe), keep=state is not None)
-    wandb_run = None
-    if args.wandb_project and rank == 0 and not args.dry_run:
-        import wandb
+    writes, logs, wandb = rank == 0 and not args.dry_run, {}, None
+    if writes:
+        checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
+        for name, header in (("train", columns), ("val", ["epoch", "jloss", "sloss", *METERS])):
+            path = os.path.join(args.out_dir, name + ".csv")
+            logs[name] = checkpoint.open_csv(path, header, *divmod(step, args.ipe), keep=state is not None)
+        if args.wandb_project:
+            import wandb
 
-        wandb_run = wandb.init(project=args.wandb_project, config=vars(args))
+            wandb.init(project=args.wandb_project, config=vars(args))
+
+    def log(name, row, step):
+        """A row (dict) of train.csv or val.csv, and to wandb."""
+        if writes:
+            logs[name](row)
+        if wandb:
+            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
 
     def note_bad(found):
-        """Write bad clips down; stop when there are too many of them."""
+        """Clips that could not be read go into bad_clips.jsonl."""
         bad.extend(found)
-        if found and not args.dry_run:
-            os.makedirs(args.out_dir, exist_ok=True)
-            with open(os.path.join(args.out_dir, "bad_clips.jsonl"), "a") as f:
-                f.writelines(json.dumps({"file": b[0], "key": b[1], "reason": b[2]}) + "\n" for b in found)
+        if not args.dry_run:
+            checkpoint.append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
 
     def save(epoch, itr):
         """Rank 0 writes a checkpoint and the curves."""
-        if rank or args.dry_run:
+        if not writes:
             return
-        predictor_state = {k: v.cpu() for k, v in predictor.state_dict().items()}
         state = {
-            "predictor": predictor_state, "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(),
-            "epoch": epoch, "itr": itr, "lr": args.lr, "batch_size": args.batch_size, "world_size": world, "rng": torch.get_rng_state(), "feature_stats": stats,
-            "action_names": names, "encode": args.encode, "scaler_hash": scaler.hash, "action_scaler": scaler.meta,
-            "args": vars(args), **source, "grid": grid,
-            "predictor_config": {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads},
+            "predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(),
+            "epoch": epoch, "itr": itr, "lr": args.lr, "batch_size": args.batch_size, "world_size": world, "args": vars(args),
+            "rng": torch.get_rng_state(), "feature_stats": stats,
+            "action_scaler": {k: torch.tensor(v) if k in ("mean", "var", "scale") else v for k, v in scaler._asdict().items()},
         }  # fmt: skip
-        if args.save_encoder:
-            state |= weights.meta_state(encoder, predictor)
+        state |= belongs | (weights.meta_state(encoder, predictor) if args.save_encoder else {})
         path = checkpoint.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
-        checkpoint.plot_curves(args.out_dir)
+        plot_curves(args.out_dir)
         return path
 
-    @torch.no_grad()
     def validate(epoch):
         """Losses and the action meter on the held-out clips, summed up over all ranks."""
-        rows, mean, scale = [], torch.tensor(scaler.mean, device=device).float(), torch.tensor(scaler.scale, device=device).float()
-        for batch in torch.utils.data.DataLoader(val_set, batch_sampler=val_batches, num_workers=args.num_workers, collate_fn=collate):
-            note_bad(batch["bad"])
-            z, actions, states = inputs(batch)
-            shuffle = torch.roll(torch.arange(len(z)), 1)  # neighbours in a random order: other recordings
-            with autocast:
-                losses = ac_losses(predictor, z, actions, states, None, args.auto_steps, args.loss_exp)
-                errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a: compose_states(s, a, mean, scale))
-            errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
-            rows.append(({k: x.cpu() for k, x in errors.items()}, [k.split("@")[0] for k in batch["key"]]))
-        if world > 1:
-            dist.all_gather_object(everyone := [None] * world, rows)
-            rows = [r for part in everyone for r in part]
-        errors, keys = {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]]
+        batches = DataLoader(val_set, batch_sampler=windows(val_set, args.batch_size, args.val_clips, rank, world),
+                             num_workers=args.num_workers, collate_fn=collate)  # fmt: skip
+        model.eval()
+        with autocast:
+            errors, recordings, failed = held_out(predictor, batches, inputs, scaler, device, args.auto_steps, args.loss_exp)
+        model.train()
+        note_bad(failed)
         losses = {k: errors.pop(k).mean().item() for k in ("jloss", "sloss")}
-        return {"epoch": epoch} | losses | meter_summary(errors, keys)
+        return {"epoch": epoch} | losses | meter_summary(errors, recordings)
 
     # --- train ---
     last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
@@ -308,12 +286,12 @@ if __name__ == "__main__":
             batch = next(batches, None)
             waited += time.perf_counter() - wait
             if batch is None:
-                raise SystemExit(f"rank {rank} got no clip: there are fewer recordings than ranks x workers; use fewer, or local shards")
+                raise ValueError(f"rank {rank} got no clip: there are fewer recordings than ranks x workers; use fewer, or local shards")
             note_bad(batch["bad"])
             keys, seen, failed = keys + batch["key"], seen + len(batch["key"]) + len(batch["bad"]), failed + len(batch["bad"])
             if seen >= 100 and failed > args.max_bad_fraction * seen:
                 file, key, reason = bad[-1]
-                raise SystemExit(f"{failed} of {seen} clips cannot be read, the last from {file} ({key}: {reason}); see bad_clips.jsonl")
+                raise ValueError(f"{failed} of {seen} clips cannot be read, the last from {file} ({key}: {reason}); see bad_clips.jsonl")
             with contextlib.nullcontext() if micro == args.grad_accum - 1 or world == 1 else ddp.no_sync():
                 z, actions, states = inputs(batch)
                 with autocast:
@@ -344,31 +322,22 @@ if __name__ == "__main__":
                 if not math.isfinite(j + s):
                     good = (checkpoint.list_checkpoints(args.out_dir) or ["none"])[-1]
                     where = f"epoch {e}, itr {i}; rank {rank}'s clips: {', '.join(clips)}; last good checkpoint: {good}"
-                    raise SystemExit(f"the loss is not finite ({j + s}) at {where}; lower --lr, or set --grad_clip 1")
+                    raise ValueError(f"the loss is not finite ({j + s}) at {where}; lower --lr, or set --grad_clip 1")
                 speed = len(clips) * world / seconds
-                row = [e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20]
-                if logs:
-                    logs["train.csv"].write(",".join(f"{x:.9g}" for x in row) + "\n")
-                if wandb_run:
-                    wandb_run.log(dict(zip(columns, row)), step=e * args.ipe + i)
-            eta = (last - step) * seconds
-            eta = time.strftime("%H:%M:%S", time.gmtime(eta))
+                row = (e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20)
+                log("train", dict(zip(columns, row)), e * args.ipe + i)
+            eta = time.strftime("%H:%M:%S", time.gmtime((last - step) * seconds))
             say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  "
                 f"data wait {wait / seconds:4.0%}  ETA {eta}", flush=True)  # fmt: skip
             pending, waited, began = [], 0.0, time.perf_counter()
         if at_end:
             done, inside = divmod(step, args.ipe)
             if val and not inside and (done % args.val_every == 0 or step == last) and not stop:
-                model.eval()
                 v = validate(done)
-                model.train()
-                if logs:
-                    logs["val.csv"].write(",".join(f"{v[k]:.9g}" for k in ["epoch", "jloss", "sloss"] + meters) + "\n")
-                if wandb_run:
-                    wandb_run.log({"val_" + k: x for k, x in v.items()}, step=step)
+                log("val", v, step)
                 interval = f"[{v['tf_gap_low']:+.2%}, {v['tf_gap_high']:+.2%}]"
-                say(f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying the last step), action gap {v['tf_gap']:+.2%} "
-                    f"{interval}; rolled out {v['ro_skill']:.3f} and {v['ro_gap']:+.2%}")  # fmt: skip
+                say(f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying), action gap {v['tf_gap']:+.2%} {interval}; "
+                    f"rolled out {v['ro_skill']:.3f} and {v['ro_gap']:+.2%}")  # fmt: skip
                 if v["tf_gap"] < 0.02 and done > args.warmup:
                     say("WARNING: shuffled actions cost less than 2 %: the predictor hardly uses the action (yet)")
             path = save(done, inside)
@@ -376,5 +345,12 @@ if __name__ == "__main__":
             if stop:
                 say(f"stopped after epoch {epoch}, itr {itr}; saved {path}; go on with --resume")
                 break
+    if args.dry_run:
+        kept, saved = args.keep_last + args.epochs // args.save_every_freq, 12 * count / 2**30  # with Adam's moments
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(args.out_dir))).free / 2**30
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
+        say(f"dry run, nothing written\n{len(train)} recordings to train on, {len(val)} held out, {len(bad)} unusable; a batch: {shapes}")
+        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h, with {memory / 2**30:.1f} GiB of memory at the peak")
+        say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
     if world > 1:
         dist.destroy_process_group()

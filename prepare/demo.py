@@ -137,7 +137,9 @@ def open_game(size, seed, folder):
     game = vizdoom.DoomGame()
     game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
     game.set_doom_game_path(WAD)
-    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}"))
+    width, height = map(int, size.split("x"))  # rendered twice as large where the engine can: without antialias a texture is noise
+    twice = f"RES_{2 * width}X{2 * height}"
+    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, twice, getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}")))
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
     for off in ("window_visible", "sound_enabled", "render_hud", "render_messages", "render_crosshair", "render_screen_flashes"):
@@ -178,7 +180,8 @@ def play(game, map_number, points, length, size, rng, parent):
                 break  # a teleporter turned the player
             yaw, angle = yaw + turned, v["ANGLE"]
             slot_before = player.slot
-            dx, dy, keys, buttons, wheel = player.act(state.depth_buffer, pitch, (v["POSITION_X"], v["POSITION_Y"]))
+            by = state.depth_buffer.shape[1] // stream.width
+            dx, dy, keys, buttons, wheel = player.act(state.depth_buffer[::by, ::by], pitch, (v["POSITION_X"], v["POSITION_Y"]))
             buttons = buttons if t else []  # attack held from line 0 is how a known recorder fault looks
             action = dict.fromkeys(BUTTONS, 0.0)
             action["TURN_LEFT_RIGHT_DELTA"] = dx * DEGREES_PER_PIXEL / TICS  # the engine turns by this much every tic
@@ -187,6 +190,7 @@ def play(game, map_number, points, length, size, rng, parent):
             action[f"SELECT_WEAPON{player.slot + 1}"] = float(player.slot != slot_before)
             if t >= 0:
                 frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
+                frame = frame.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")  # as VPT's 1280x720 to 640x360
                 frame.pts = t
                 container.mux(stream.encode(frame))
                 lines.append({

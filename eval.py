@@ -1,0 +1,151 @@
+"""Does the model use the action? Held-out error of an action-conditioned predictor by horizon, under true, shuffled and zero actions.
+
+    python eval.py --checkpoint out/demo --data 'demo/features/val/*.tar'
+
+Reads a run folder or checkpoint of train_ac.py and held-out shards (video, or features of the same encoder). Prints a table and writes
+report.json beside the checkpoint.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+import checkpoint
+from data import ActionScaler, Clips, collate, open_records, windows
+from encode import open_source
+from model import Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
+from vpt import ClipReader
+
+
+@torch.no_grad()
+def held_out(predictor, batches, inputs, scaler, device, auto_steps=2, loss_exp=1.0):
+    """Losses and action meter of `batches` (each rank its own, all get everyone's): ({name: (n, K) errors}, [recording], [bad clip of this
+    rank]).
+
+    inputs(batch) -> z, actions, states. "jloss" and "sloss" are (n, 1). Actions are shuffled by taking those of the next clip of the
+    batch; windows() deals clips in random order, so that is another recording nearly always."""
+    rows, bad = [], []
+    mean, scale = torch.tensor(scaler.mean, device=device).float(), torch.tensor(scaler.scale, device=device).float()
+    for batch in batches:
+        bad += batch["bad"]
+        z, actions, states = inputs(batch)
+        losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
+        shuffle = torch.roll(torch.arange(len(z)), 1)
+        errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a: compose_states(s, a, mean, scale))
+        errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
+        rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.split("@")[0] for k in batch["key"]]))
+    if dist.is_initialized():
+        dist.all_gather_object(everyone := [None] * dist.get_world_size(), rows)
+        rows = [r for part in everyone for r in part]
+    return {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]], bad
+
+
+def table(errors, summary, seconds):
+    """What the action meter says, as lines for a person; `seconds` is the length of a step."""
+    interval = f"[{summary['tf_gap_low']:+.2%}, {summary['tf_gap_high']:+.2%}]"
+    lines = ["one step ahead"]
+    lines.append(f"  skill (error / copying the last step)  {summary['tf_skill']:.3f}")
+    lines.append(f"  action gap (shuffled / true - 1)       {summary['tf_gap']:+.2%}, 95 % interval over recordings {interval}")
+    lines.append("rolled out: mean |error|" + "".join(f"{f'+{(k + 1) * seconds:.1f} s':>9}" for k in range(errors["ro_true"].shape[1])))
+    for name in ("true", "shuffled", "zero", "copy"):
+        label = name + (" actions" if name != "copy" else " first step")
+        lines.append(f"  {label:22}" + "".join(f"{x:9.4f}" for x in errors[f"ro_{name}"].mean(0).tolist()))
+    gap = errors["ro_shuffled"].mean(0) / errors["ro_true"].mean(0) - 1
+    skill = errors["ro_true"].mean(0) / errors["ro_copy"].mean(0)
+    lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
+    lines.append(f"  {'skill':22}" + "".join(f"{x:9.3f}" for x in skill.tolist()))
+    return "\n".join(lines)
+
+
+def plot_curves(out_dir):
+    """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv."""
+    train, val = (np.genfromtxt(os.path.join(out_dir, n), delimiter=",", names=True, ndmin=1) for n in ("train.csv", "val.csv"))
+    fig = Figure(figsize=(13, 4), layout="constrained")
+    axes = fig.subplots(1, 3)
+    ipe = max(train["itr"].max() + 1, 1)
+    axes[0].plot(train["epoch"] + train["itr"] / ipe, train["jloss"], lw=0.5, label="jloss, training")
+    axes[0].plot(train["epoch"] + train["itr"] / ipe, train["sloss"], lw=0.5, label="sloss, training")
+    if len(val):
+        axes[0].plot(val["epoch"], val["jloss"], "o-", label="jloss, held out")
+        for name in ("tf_true", "tf_shuffled", "tf_zero", "tf_copy"):
+            axes[1].plot(val["epoch"], val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
+        axes[2].fill_between(val["epoch"], 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
+        axes[2].plot(val["epoch"], 100 * val["tf_gap"], "o-", label="one step ahead")
+        axes[2].plot(val["epoch"], 100 * val["ro_gap"], "o--", label="rolled out")
+        axes[2].axhline(0, color="grey", lw=0.5)
+    titles = ("loss", "held-out error one step ahead", "action gap (shuffled / true - 1)")
+    for ax, title, unit in zip(axes, titles, ("mean |error|, layer-normed features", "mean |error|", "%")):
+        ax.set(title=title, xlabel="epoch", ylabel=unit)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=9)
+    checkpoint.write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
+
+
+def open_run(path):
+    """A run folder or checkpoint -> (Predictor in eval mode, its checkpoint dictionary, ActionScaler, file path)."""
+    if os.path.isdir(path):
+        state, path = checkpoint.load_latest(path)
+        if state is None:
+            raise FileNotFoundError(f"no checkpoint in {path}")
+    else:
+        state = checkpoint.load(path)
+    size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
+    predictor = Predictor(state["embed_dim"], len(state["action_names"]), 2, (state["grid"],) * 2, **size)
+    predictor.load_state_dict({k.removeprefix("module."): v for k, v in state["predictor"].items()})
+    s = state["action_scaler"]
+    return predictor.eval(), state, ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"]), path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="run folder of train_ac.py, or one of its checkpoints")
+    parser.add_argument("--data", nargs="+", action="append", required=True, help="held-out shards, of video or of features")
+    parser.add_argument("--encoder", help="weights of the encoder, for video shards (default: what the run used)")
+    parser.add_argument("--val_clips", type=int, default=512, help="clips to evaluate")
+    parser.add_argument("--batch_size", type=int, default=32, help="clips at once")
+    parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
+    args = parser.parse_args()
+    sys.excepthook = checkpoint.one_sentence
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    predictor, state, scaler, path = open_run(args.checkpoint)
+    run = state["args"]
+    records, _, bad = open_records(args.data)
+    keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode")}
+    dataset = Clips(records, [1.0] * len(records), ClipReader(run["frames_per_clip"], scaler=scaler, **keep), run["seed"])
+    source = {k: run[k] for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
+    features = "safetensors" in records[0].members
+    encoder, source = open_source(records, None if features else args.encoder or run["encoder"] or "vjepa2_vitl", **source)
+    if source["encoder_hash"] != state["encoder_hash"]:
+        raise ValueError(f"{path} was trained on features of encoder {state['encoder_hash']}, these are of {source['encoder_hash']}")
+    stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
+    predictor.to(device)
+    if encoder is not None:
+        encoder.to(device)
+
+    def inputs(batch):
+        if encoder is None:
+            h = batch["z"].to(device)
+        else:
+            h = encode_steps(encoder, batch["video"].to(device), run["encode"], run["frames_per_step"])
+        return normalize_features(h, **stats), batch["actions"].to(device), batch["states"].to(device)
+
+    items = windows(dataset, args.batch_size, args.val_clips)
+    batches = DataLoader(dataset, batch_sampler=items, num_workers=args.num_workers, collate_fn=collate)
+    errors, recordings, more = held_out(predictor, batches, inputs, scaler, device, run["auto_steps"], run["loss_exp"])
+    summary = meter_summary({k: v for k, v in errors.items() if k[2:3] == "_"}, recordings)
+    for file, key, reason in bad + more:
+        print(f"left out: {file} {key}: {reason}")
+    print(f"{path}: {len(recordings)} clips of {len(set(recordings))} held-out recordings")
+    print(table(errors, summary, run["frames_per_step"] / run["fps"]))
+    report = {"checkpoint": path, "clips": len(recordings), "recordings": len(set(recordings))} | summary
+    report |= {"by_horizon": {k: v.mean(0).tolist() for k, v in errors.items() if k.startswith("ro_")}}
+    out = os.path.join(os.path.dirname(path), "report.json")
+    checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
+    print(f"written to {out}")
