@@ -78,6 +78,9 @@ class Slice(io.RawIOBase):
         self.bytes_read += n
         return n
 
+    def readall(self):  # the default reads 8 KB at a time
+        return self.read(max(self.size - self.at, 0))
+
     def seek(self, offset, whence=os.SEEK_SET):
         self.at = offset + (0, self.at, self.size)[whence]
         return self.at
