@@ -85,9 +85,6 @@ class Slice(io.RawIOBase):
         self.at = offset + (0, self.at, self.size)[whence]
         return self.at
 
-    def tell(self):
-        return self.at
-
     def close(self):
         if not self.closed:
             os.close(self.fd)
@@ -119,15 +116,11 @@ def shard_index(path):
                 raise tarfile.ReadError(f"no tar header and no end mark at byte {tar.offset}")
     except tarfile.TarError as e:
         bad.append((path, "", f"truncated or damaged tar: {e}"))
-    records = []
-    for key, members in found.items():
-        if "safetensors" in members or {"mp4", "jsonl"} <= members.keys():
-            records.append(Record(path, key, members))
-        else:
-            bad.append((path, key, "no " + ("mp4" if "jsonl" in members else "jsonl") + " beside it"))
-    if not records and not bad:
+    lone = {key: m for key, m in found.items() if len(m) == 1 and "safetensors" not in m}
+    bad += [(path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it") for key, m in lone.items()]
+    if not found and not bad:
         bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
-    return records, bad
+    return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
 
 
 # --- the scaler ---
@@ -188,9 +181,8 @@ class ActionScaler(NamedTuple):
             data = safetensors_bytes(tensors, metadata={"nanojepa": json.dumps(self.meta, sort_keys=True)})
         else:
             s = StandardScaler()
-            s.mean_, s.var_, s.scale_ = self.mean, self.var, self.scale
-            s.n_samples_seen_, s.n_features_in_ = self.n, len(self.mean)
-            s.nanojepa = self.meta
+            s.mean_, s.var_, s.scale_, s.n_samples_seen_ = self.mean, self.var, self.scale, self.n
+            s.n_features_in_, s.nanojepa = len(self.mean), self.meta
             data = pickle.dumps(s, protocol=4)  # what joblib.load reads too
         write_atomically(path, data)
 
@@ -233,21 +225,21 @@ class ActionScaler(NamedTuple):
 
 def index_shards(paths, workers=16):
     """Local shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4 indices and feature headers only."""
+
+    def measure(r):
+        try:
+            if "safetensors" in r.members:
+                return r._replace(length=feature_header(r)[0]["z"]["shape"][0])
+            with Slice(r.shard, *r.members["mp4"]) as f:
+                return r._replace(length=len(mp4_times(f)))
+        except READ_ERRORS as e:
+            return r.shard, r.key, str(e)
+
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         indexed = list(pool.map(shard_index, paths))
-        bad = [b for _, more in indexed for b in more]
-
-        def measure(r):
-            try:
-                if "safetensors" in r.members:
-                    return r._replace(length=feature_header(r)[0]["z"]["shape"][0])
-                with Slice(r.shard, *r.members["mp4"]) as f:
-                    return r._replace(length=len(mp4_times(f)))
-            except READ_ERRORS as e:
-                return (r.shard, r.key, str(e))
-
         measured = list(pool.map(measure, [r for records, _ in indexed for r in records]))
-    return [m for m in measured if isinstance(m, Record)], bad + [m for m in measured if not isinstance(m, Record)]
+    records = [m for m in measured if isinstance(m, Record)]
+    return records, [b for _, bad in indexed for b in bad] + [m for m in measured if not isinstance(m, Record)]
 
 
 def read_ticks(record):
@@ -433,12 +425,10 @@ def split_records(records, val_fraction):
 def stream_recordings(url):
     """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever is wrong with the shard is raised
     (OSError, ValueError, tarfile.TarError). Keys keep their dots; other members are passed over."""
-    if url.startswith("pipe:"):
-        source = wds.gopen(url)
-    elif url.startswith("http"):
+    if url.startswith("http"):
         source = urllib.request.urlopen(url, timeout=60)
     else:
-        source = fsspec.open(url).open()
+        source = wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url).open()
     found, whole = {}, 0
     with tarfile.open(fileobj=source, mode="r|*") as tar:
         for m in tar:
@@ -560,25 +550,21 @@ def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_
     loader.bad lists recordings left out while indexing."""
     reader = reader or ClipReader()
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0}
-    if isinstance(data, tuple):
-        (records, shares), bad = data, []
+    urls = [] if isinstance(data, tuple) else expand(data)
+    if any(map(is_stream, urls)):
+        if data_weights or not all(map(is_stream, urls)):
+            raise ValueError("streamed shards cannot be mixed with local ones or weighted; copy them to local files first")
+        bad, options = [], options | {"batch_size": batch_size, "drop_last": True}
+        dataset = StreamedClips(urls, reader, seed, epoch, rank, world)
     else:
-        urls = expand(data)
-        if streams := [u for u in urls if is_stream(u)]:
-            if len(streams) < len(urls) or data_weights:
-                raise ValueError("streamed shards cannot be mixed with local ones or weighted; copy them to local files first")
-            dataset = StreamedClips(urls, reader, seed, epoch, rank, world)
-            loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, drop_last=True, **options)
-            loader.bad = []
-            return loader
-        records, shares, bad = open_records(data, data_weights)
-    dataset = Clips(records, shares, reader, seed)
-    if batches_per_epoch is None:
-        steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
-        clips = sum(r.length / (steps if "safetensors" in r.members else ticks) for r in records)
-        batches_per_epoch = max(int(clips) // (batch_size * world), 1)
-    order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, **options)
+        records, shares, bad = (*data, []) if isinstance(data, tuple) else open_records(data, data_weights)
+        dataset = Clips(records, shares, reader, seed)
+        if batches_per_epoch is None:
+            steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
+            clips = sum(r.length / (steps if "safetensors" in r.members else ticks) for r in records)
+            batches_per_epoch = max(int(clips) // (batch_size * world), 1)
+        options["batch_sampler"] = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
+    loader = torch.utils.data.DataLoader(dataset, **options)
     loader.bad = bad
     return loader
 
@@ -588,11 +574,8 @@ if __name__ == "__main__":
     parser.add_argument("--inspect", metavar="SHARD", required=True, help="a shard, glob or URL")
     parser.add_argument("--action_space", type=int, default=13, choices=ACTION_SPACES, help="which actions to show")
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
-    parser.add_argument("--frames_per_clip", type=int, default=16, help="frames of a clip")
-    parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
     args = parser.parse_args()
-    loader = vpt_loader(args.inspect, args.batch_size, num_workers=0,
-                        reader=ClipReader(args.frames_per_clip, args.fps, action_space=args.action_space))  # fmt: skip
+    loader = vpt_loader(args.inspect, args.batch_size, num_workers=0, reader=ClipReader(action_space=args.action_space))
     batch = next(iter(loader))
     for file, key, reason in loader.bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")
