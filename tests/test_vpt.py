@@ -92,11 +92,14 @@ def test_stuck_attack_of_line_0_is_released(new, expected):
 
 
 def test_null_mouse_and_keyboard_are_no_input():
-    """Bug: recorder 6.13 writes null; the recording would be dropped from there."""
+    """Bug: recorder 6.13 writes null and those before 6.11 no hotbar; the recording would be dropped from there, or get a made-up slot."""
     lines = contractor(10)
+    for line in lines:
+        del line["hotbar"]
     lines[4] |= {"mouse": None, "keyboard": None}
     ticks = parse_ticks(jsonl(lines))
     assert len(ticks.motion) == 10 and not ticks.flaw and (ticks.motion[4, :2] == 0).all() and ticks.keys[4] == 0
+    assert (ticks.hotbar == 0).all()
     assert ticks.motion[4, 2] == pytest.approx(np.radians(lines[4]["yaw"]))
 
 
