@@ -11,6 +11,7 @@ machine meets both.
 """
 
 import argparse
+import atexit
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import tempfile
 import time
 
 SCRATCH = tempfile.mkdtemp(prefix="nanojepa-bench-")
+atexit.register(shutil.rmtree, SCRATCH)
 os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py once, when it is imported
 
 import av  # noqa: E402
@@ -156,29 +158,26 @@ if __name__ == "__main__":
     os.makedirs(folder, exist_ok=True)
     data.Slice = CountedSlice
     lines = []
-    try:
-        for gop in args.gop:
-            path = os.path.join(folder, f"{args.size}-{args.minutes:g}min-gop{gop}.tar")
-            if not os.path.exists(path):
-                make_recording(path, round(args.minutes * 1200), [int(x) for x in args.size.split("x")], gop)
-            megabytes = os.path.getsize(path.replace(".tar", ".mp4")) / 1e6
-            t0 = time.perf_counter()
-            records = data.index_shards([path])[0]
-            t1 = time.perf_counter()
-            data.read_ticks(records[0])
-            t2 = time.perf_counter()
-            data.read_ticks(records[0])
-            t3 = time.perf_counter()
-            lines.append(
-                f"GOP {gop}: {records[0].length} frames, {megabytes:.1f} MB; index {1e3 * (t1 - t0):.1f} ms, actions parsed in "
-                f"{1e3 * (t2 - t1):.0f} ms, from the cache in {1e3 * (t3 - t2):.1f} ms"
-            )
-            for decoder in args.decoder:
-                bare, loader, ratio, workers, read, share = row(path, decoder, args)
-                lines.append(f"{gop:>5} {decoder:>8} {bare:>8.2f} {loader:>8.2f} {ratio:>7.2f} {workers:>10.2f} {read:>9.2f} {share:>8.1f}")
-        head = f"{'GOP':>5} {'decoder':>8} {'bare':>8} {'loader':>8} {'ratio':>7} {'2 workers':>10} {'MB/clip':>9} {'% video':>8}"
-        notes, rows = [x for x in lines if x.startswith("GOP")], [x for x in lines if not x.startswith("GOP")]
-        print("\n".join(notes), f"\nclips/s, {args.clips} clips of 16 frames at 5 fps, {args.size} -> {args.crop_size} px", head, sep="\n")
-        print("\n".join(rows))
-    finally:
-        shutil.rmtree(SCRATCH)
+    for gop in args.gop:
+        path = os.path.join(folder, f"{args.size}-{args.minutes:g}min-gop{gop}.tar")
+        if not os.path.exists(path):
+            make_recording(path, round(args.minutes * 1200), [int(x) for x in args.size.split("x")], gop)
+        megabytes = os.path.getsize(path.replace(".tar", ".mp4")) / 1e6
+        t0 = time.perf_counter()
+        records = data.index_shards([path])[0]
+        t1 = time.perf_counter()
+        data.read_ticks(records[0])
+        t2 = time.perf_counter()
+        data.read_ticks(records[0])
+        t3 = time.perf_counter()
+        lines.append(
+            f"GOP {gop}: {records[0].length} frames, {megabytes:.1f} MB; index {1e3 * (t1 - t0):.1f} ms, actions parsed in "
+            f"{1e3 * (t2 - t1):.0f} ms, from the cache in {1e3 * (t3 - t2):.1f} ms"
+        )
+        for decoder in args.decoder:
+            bare, loader, ratio, workers, read, share = row(path, decoder, args)
+            lines.append(f"{gop:>5} {decoder:>8} {bare:>8.2f} {loader:>8.2f} {ratio:>7.2f} {workers:>10.2f} {read:>9.2f} {share:>8.1f}")
+    head = f"{'GOP':>5} {'decoder':>8} {'bare':>8} {'loader':>8} {'ratio':>7} {'2 workers':>10} {'MB/clip':>9} {'% video':>8}"
+    notes, rows = [x for x in lines if x.startswith("GOP")], [x for x in lines if not x.startswith("GOP")]
+    print("\n".join(notes), f"\nclips/s, {args.clips} clips of 16 frames at 5 fps, {args.size} -> {args.crop_size} px", head, sep="\n")
+    print("\n".join(rows))

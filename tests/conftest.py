@@ -85,6 +85,10 @@ def write_tar(path, members):
     return str(path)
 
 
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["NANOJEPA_CACHE"], ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def mp4():
     """300 numbered frames, closed GOP of 60, B-frames."""
