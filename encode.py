@@ -5,7 +5,7 @@
 
 Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D) features of S steps, bfloat16 and not
 yet layer-normed, actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pitch in radians. START is the tick of the first step: with
---phases P the same recording is stepped through P times, from P places spread over the first step.
+--phases P the same recording is stepped through P times, from P places spread over the first step (the first clip, for --encode clip).
 """
 
 import argparse
@@ -90,7 +90,7 @@ def segments(lines, stride, args):
     """(first tick, steps) of the runs of steps a recording is cut into: one per phase; for --encode clip one per clip."""
     span, clip = stride * args.frames_per_step, args.frames_per_clip // args.frames_per_step
     for phase in range(args.phases):
-        first = phase * span // args.phases
+        first = phase * span * (clip if args.encode == "clip" else 1) // args.phases
         steps = (lines - first - stride * (args.frames_per_step - 1) - 1) // span + 1
         if args.encode != "clip":
             yield first, steps
