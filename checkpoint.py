@@ -1,20 +1,22 @@
 """Atomic, checksummed, rotated save and load of a training run.
 
 A checkpoint is `checkpoint-epochNNN.pth.tar` (N whole epochs done) or `checkpoint-epochNNN-itrNNNNN.pth.tar` (stopped inside one), and
-`checkpoint-latest.pth.tar` is a symlink to the newest. It is a zip whose every record carries a CRC-32, so a cut or flipped file is known.
+`checkpoint-latest.pth.tar` is a symlink to the newest. It is what torch.save writes and then, in eight hex digits, the CRC-32 of all that:
+the CRCs inside the zip do not cover its directory, where one flipped bit makes torch.load return garbage.
 """
 
-import csv
-import io
+import glob
 import json
 import os
+import pickle
 import re
 import sys
-import zipfile
+import zlib
 
 import torch
 
 LATEST = "checkpoint-latest.pth.tar"
+NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
 
 
 def one_sentence(kind, error, traceback):
@@ -31,7 +33,7 @@ def write_atomically(path, data):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     tmp = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(tmp, "wb") as f:
+        with open(tmp, "w+b") as f:
             data(f) if callable(data) else f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -44,49 +46,50 @@ def write_atomically(path, data):
             os.unlink(tmp)
 
 
-def _position(name):
-    """(epoch, itr) of a checkpoint's file name, None for other files."""
-    m = re.fullmatch(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar", name)
-    return m and (int(m[1]), int(m[2] or 0))
-
-
 def list_checkpoints(out_dir):
-    """Paths of the checkpoints of a run, oldest first."""
-    names = [n for n in os.listdir(out_dir) if _position(n)] if os.path.isdir(out_dir) else []
-    return [os.path.join(out_dir, n) for n in sorted(names, key=_position)]
+    """{path: (epoch, itr)} of the checkpoints of a run, oldest first."""
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
+    found = {os.path.join(out_dir, n): (int(m[1]), int(m[2] or 0)) for n in names if (m := NAME.fullmatch(n))}
+    return dict(sorted(found.items(), key=lambda x: x[1]))
+
+
+def _crc(f, size):
+    """CRC-32 of the first `size` bytes of an open file, as eight hex digits; the file then stands after them."""
+    f.seek(0)
+    crc = 0
+    while size > 0 and (data := f.read(min(size, 1 << 24))):
+        size, crc = size - len(data), zlib.crc32(data, crc)
+    return b"%08x" % crc
 
 
 def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
-    """Write a checkpoint, point `latest` at it, then delete older ones except the last `keep_last` and each `keep_every`-th epoch.
-
-    Raises OSError naming the last good checkpoint when it cannot be written (disk full); that one is then untouched."""
-    path = os.path.join(out_dir, f"checkpoint-epoch{epoch:03d}" + (f"-itr{itr:05d}" if itr else "") + ".pth.tar")
-    before = list_checkpoints(out_dir)
+    """Write a checkpoint, point `latest` at it, then delete older ones except the last `keep_last` and each `keep_every`-th epoch. Raises
+    OSError naming the last good checkpoint when it cannot be written (disk full); that one is then untouched."""
+    name = f"checkpoint-epoch{epoch:03d}" + (f"-itr{itr:05d}" if itr else "") + ".pth.tar"
+    path, link, before = os.path.join(out_dir, name), os.path.join(out_dir, LATEST), [*list_checkpoints(out_dir)] or ["none"]
+    for left in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*.tmp")):
+        os.unlink(left)  # by a run that was killed while it saved
     try:
-        write_atomically(path, lambda f: torch.save(state, f))
+        write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
-        free = os.statvfs(out_dir)
-        last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
-        space = f"{free.f_bavail * free.f_frsize / 2**20:.0f} MiB are free"
-        raise OSError(f"could not write {path} ({str(e).splitlines()[0]}; {space}): {last}") from e
-    link = os.path.join(out_dir, f"{LATEST}.{os.getpid()}.tmp")
-    os.symlink(os.path.basename(path), link)
-    os.replace(link, os.path.join(out_dir, LATEST))
-    for old in list_checkpoints(out_dir)[:-keep_last]:
-        e, i = _position(os.path.basename(old))
-        if old != path and (i or e % keep_every):
+        raise OSError(f"could not write {path} ({str(e).splitlines()[0]}); last good checkpoint: {before[-1]}") from e
+    os.symlink(name, link + ".tmp")
+    os.replace(link + ".tmp", link)
+    every = list_checkpoints(out_dir)
+    for old, (e, i) in [*every.items()][: max(len(every) - keep_last, 0)]:
+        if old != path and (i or not keep_every or e % keep_every):
             os.unlink(old)
     return path
 
 
-def load(path, map_location="cpu"):
-    """A checkpoint's dictionary, after checking every CRC. Raises ValueError for a cut, damaged or foreign file; runs no pickled code."""
+def load(path):
+    """A checkpoint's dictionary, after checking its CRC. Raises ValueError for a cut, damaged or foreign file; runs no pickled code."""
     try:
-        with zipfile.ZipFile(path) as z:
-            if record := z.testzip():
-                raise ValueError(f"the checksum of {record} is wrong")
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, KeyError, NotImplementedError) as e:
+        with open(path, "rb") as f:
+            if _crc(f, os.path.getsize(path) - 8) != f.read():
+                raise ValueError("its checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise ValueError(f"{path} is damaged or no checkpoint of ours: {str(e).splitlines()[0]}") from e
 
 
@@ -94,7 +97,7 @@ def load_latest(out_dir):
     """(dictionary, path) of the newest good checkpoint of a run, saying which newer ones are damaged; (None, None) if there is none.
 
     Raises ValueError when there are checkpoints and all of them are damaged."""
-    paths = list_checkpoints(out_dir)
+    paths = [*list_checkpoints(out_dir)]
     for path in reversed(paths):
         try:
             return load(path), path
@@ -107,15 +110,14 @@ def load_latest(out_dir):
 
 def open_csv(path, header, epoch, itr, keep):
     """A log as a function that appends a row (dict). With `keep`, rows before (epoch, itr) of an earlier run stay; else it starts empty."""
-    rows = []
+    lines = [",".join(header)]
     if keep and os.path.exists(path):
-        with open(path, newline="") as f:
-            rows = [r for r in csv.DictReader(f) if (int(r["epoch"]), int(r.get("itr") or -1)) < (epoch, itr)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+        with open(path) as f:
+            for line in f.read().split("\n")[1:-1]:  # what follows the last newline was torn by a kill
+                row = dict(zip(header, line.split(",")))
+                if (int(row["epoch"]), int(row.get("itr", -1))) < (epoch, itr):
+                    lines.append(line)
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
     f = open(path, "a", buffering=1)
     return lambda row: f.write(",".join(f"{row[k]:.9g}" for k in header) + "\n")
 
