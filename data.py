@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import tarfile
 import urllib.request
 from typing import NamedTuple
@@ -500,6 +501,12 @@ class StreamedClips(torch.utils.data.IterableDataset):
 # --- loaders ---
 
 
+def leave_signals(worker):
+    """A loader process must not die of a SIGTERM or Ctrl-C to the process group: the run needs its clips to finish the step and save."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def collate(clips):
     """Clips -> a batch: tensors stacked, keys and bad clips listed."""
     out = {k: torch.stack([c[k] for c in clips]) for k in clips[0] if isinstance(clips[0][k], torch.Tensor)}
@@ -549,7 +556,8 @@ def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_
     open_records. reader: a ClipReader, default ClipReader(). Without batches_per_epoch an epoch is one pass of non-overlapping clips.
     loader.bad lists recordings left out while indexing."""
     reader = reader or ClipReader()
-    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0}
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0,
+               "worker_init_fn": leave_signals}  # fmt: skip
     urls = [] if isinstance(data, tuple) else expand(data)
     if any(map(is_stream, urls)):
         if data_weights or not all(map(is_stream, urls)):

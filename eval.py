@@ -7,6 +7,7 @@ report.json beside the checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -18,31 +19,47 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import checkpoint
-from data import ActionScaler, Clips, collate, open_records, windows
+from data import ActionScaler, Clips, collate, leave_signals, open_records, windows
 from encode import open_source
 from model import Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
 from vpt import ClipReader
 
 
-@torch.no_grad()
-def held_out(predictor, batches, inputs, scaler, device, auto_steps=2, loss_exp=1.0):
-    """Losses and action meter of `batches` (each rank its own, all get everyone's): ({name: (n, K) errors}, [recording], [bad clip of this
-    rank]).
+def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
+    """A function from a batch of data.py to (z, actions, states) on the device; stats ("mean", "std") of channels may be set later."""
 
-    inputs(batch) -> z, actions, states. "jloss" and "sloss" are (n, 1). Actions are shuffled by taking those of the next clip of the
-    batch; windows() deals clips in random order, so that is another recording nearly always."""
-    rows, bad = [], []
-    mean, scale = torch.tensor(scaler.mean, device=device).float(), torch.tensor(scaler.scale, device=device).float()
-    for batch in batches:
+    @torch.no_grad()
+    def inputs(batch, normalize=True):
+        h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
+        if "z" not in batch:
+            with autocast():
+                h = encode_steps(encoder, h, encode, frames_per_step)
+        return normalize_features(h, **stats) if normalize else h.float(), actions, states
+
+    return inputs
+
+
+@torch.no_grad()
+def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_steps, loss_exp, autocast=contextlib.nullcontext):
+    """Losses and action meter of at most `clips` windows of a Clips dataset, shared among ranks (all get everyone's):
+    ({name: (n, K) errors}, [recording], [bad clip of this rank]); "jloss" and "sloss" are (n, 1).
+
+    Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in random order, so that is another
+    recording nearly always. A lone clip would get its own, so a batch has two at least."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    items, rows, bad = windows(dataset, max(batch_size, 2), clips, rank, world), [], []
+    for batch in DataLoader(dataset, batch_sampler=items, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals):
         bad += batch["bad"]
         z, actions, states = inputs(batch)
-        losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
+        mean, scale = (torch.tensor(x, device=z.device).float() for x in (dataset.reader.scaler.mean, dataset.reader.scaler.scale))
         shuffle = torch.roll(torch.arange(len(z)), 1)
-        errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a: compose_states(s, a, mean, scale))
+        with autocast():
+            losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
+            errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose_states(s, a, m, d))
         errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
         rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.split("@")[0] for k in batch["key"]]))
     if dist.is_initialized():
-        dist.all_gather_object(everyone := [None] * dist.get_world_size(), rows)
+        dist.all_gather_object(everyone := [None] * world, rows)
         rows = [r for part in everyone for r in part]
     return {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]], bad
 
@@ -88,17 +105,23 @@ def plot_curves(out_dir):
     checkpoint.write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
 
 
+def own_predictor(state):
+    """The predictor's weights in a checkpoint; --save_encoder writes them in Meta's layout, with a prefix and an unused layer."""
+    return {k.removeprefix("module."): v for k, v in state["predictor"].items() if "extrinsics_encoder" not in k}
+
+
 def open_run(path):
     """A run folder or checkpoint -> (Predictor in eval mode, its checkpoint dictionary, ActionScaler, file path)."""
     if os.path.isdir(path):
-        state, path = checkpoint.load_latest(path)
+        folder = path
+        state, path = checkpoint.load_latest(folder)
         if state is None:
-            raise FileNotFoundError(f"no checkpoint in {path}")
+            raise FileNotFoundError(f"no checkpoint in {folder}")
     else:
         state = checkpoint.load(path)
     size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
     predictor = Predictor(state["embed_dim"], len(state["action_names"]), 2, (state["grid"],) * 2, **size)
-    predictor.load_state_dict({k.removeprefix("module."): v for k, v in state["predictor"].items()})
+    predictor.load_state_dict(own_predictor(state))
     s = state["action_scaler"]
     return predictor.eval(), state, ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"]), path
 
@@ -117,28 +140,21 @@ if __name__ == "__main__":
     predictor, state, scaler, path = open_run(args.checkpoint)
     run = state["args"]
     records, _, bad = open_records(args.data)
-    keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode")}
+    keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}
     dataset = Clips(records, [1.0] * len(records), ClipReader(run["frames_per_clip"], scaler=scaler, **keep), run["seed"])
     source = {k: run[k] for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
     features = "safetensors" in records[0].members
     encoder, source = open_source(records, None if features else args.encoder or run["encoder"] or "vjepa2_vitl", **source)
     if source["encoder_hash"] != state["encoder_hash"]:
         raise ValueError(f"{path} was trained on features of encoder {state['encoder_hash']}, these are of {source['encoder_hash']}")
-    stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
     predictor.to(device)
     if encoder is not None:
         encoder.to(device)
-
-    def inputs(batch):
-        if encoder is None:
-            h = batch["z"].to(device)
-        else:
-            h = encode_steps(encoder, batch["video"].to(device), run["encode"], run["frames_per_step"])
-        return normalize_features(h, **stats), batch["actions"].to(device), batch["states"].to(device)
-
-    items = windows(dataset, args.batch_size, args.val_clips)
-    batches = DataLoader(dataset, batch_sampler=items, num_workers=args.num_workers, collate_fn=collate)
-    errors, recordings, more = held_out(predictor, batches, inputs, scaler, device, run["auto_steps"], run["loss_exp"])
+    stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
+    inputs = make_inputs(encoder, run["encode"], run["frames_per_step"], stats, device)
+    errors, recordings, more = held_out(
+        predictor, dataset, inputs, args.batch_size, args.val_clips, args.num_workers, run["auto_steps"], run["loss_exp"]
+    )
     summary = meter_summary({k: v for k, v in errors.items() if k[2:3] == "_"}, recordings)
     for file, key, reason in bad + more:
         print(f"left out: {file} {key}: {reason}")

@@ -6,6 +6,7 @@ Shapes, one alphabet for the whole project:
 Submodule names are Meta's, so that released weights load by key.
 """
 
+import functools
 import math
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import block_causal_attention
+from kernels import block_causal_attention, merge_moments, moments
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -282,6 +283,12 @@ def normalize_features(h, mean=None, std=None):
     if std is not None:
         h = h / std
     return F.layer_norm(h, h.shape[-1:])
+
+
+def channel_stats(batches):
+    """Mean and std {"mean", "std"} (D,) of every channel over batches of features (B, T, N, D), for `normalize_features`."""
+    n, mean, m2 = functools.reduce(merge_moments, (moments(h.flatten(0, 2)) for h in batches))
+    return {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
 
 
 # --- losses and rollouts ---

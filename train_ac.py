@@ -10,6 +10,7 @@ val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Stop it wheneve
 
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -23,15 +24,13 @@ import time
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import checkpoint
-import kernels
 import weights
 from data import ActionScaler, Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
-from eval import held_out, plot_curves
-from model import METERS, ACModel, Predictor, copy_fitting, encode_steps, meter_summary, normalize_features
+from eval import held_out, make_inputs, own_predictor, plot_curves
+from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
 # --- flags ---
@@ -124,12 +123,9 @@ if __name__ == "__main__":
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *a, **k: None
-    stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *a: stop.fill_(1))
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+    autocast = functools.partial(torch.autocast, device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # --- data ---
     names = ACTION_SPACES[args.action_space]
@@ -142,9 +138,13 @@ if __name__ == "__main__":
     reader, val_reader = ClipReader(**source, **options, **augment), ClipReader(**source, **options)
     val_data, fraction = (args.val_data, args.val_fraction) if args.val_clips else (None, 0.0)
     train, shares, val, bad = open_split(groups, args.data_weights, val_data, fraction, args.max_bad_fraction)
-    fitted_on = set(scaler.meta.get("shards", [])) & {os.path.basename(r.shard) for r in val}
-    if fitted_on and (val_data or fraction != scaler.meta.get("val_fraction")):
-        say("warning: the scaler was fitted on shards that are held out here; fit it on the training shards only (--val_fraction)")
+    if bad:
+        say(f"{len(bad)} recordings cannot be used, {' '.join(bad[0])} among them; all are listed in bad_clips.jsonl")
+    if args.val_clips and not val:
+        say("WARNING: nothing to validate on: streams and single recordings cannot be split; pass --val_data")
+    held, known = {f"{os.path.basename(r.shard)} {r.key.partition('@')[0]}" for r in val}, scaler.meta.get("recordings")
+    if held & set(known) if known else val and not val_data and fraction != scaler.meta.get("val_fraction", fraction):
+        say("warning: the scaler was fitted on recordings held out here; fit it on the training shards only (fit_scaler.py --val_fraction)")
     val_set = Clips(val, [1.0] * len(val), val_reader, args.seed)
     if val and sum(map(len, windows(val_set, 1, 2))) < 2:
         raise ValueError("the held-out recordings hold fewer than two clips: hold out more, or pass --val_clips 0")
@@ -157,7 +157,9 @@ if __name__ == "__main__":
     if encoder is not None:
         if encoder.tubelet_size != args.tubelet_size:
             raise ValueError(f"--tubelet_size {args.tubelet_size}, but this encoder merges {encoder.tubelet_size} frames")
-        encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
+        encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" and not args.save_encoder else torch.float32)
+    elif args.save_encoder:
+        raise ValueError("--save_encoder: these shards hold features, so name the --encoder that made them")
     grid, size = source["grid"], {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor = Predictor(source["embed_dim"], len(names), 2, (grid, grid), **size).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
@@ -168,15 +170,7 @@ if __name__ == "__main__":
         say(f"--init_from: {len(taken)} tensors taken; made anew: {weights.some(anew)}; left over: {weights.some(left)}")
     model = ACModel(predictor, args.auto_steps, args.loss_exp)
     stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
-
-    @torch.no_grad()
-    def inputs(batch, normalize=True):
-        """A batch -> (z, actions, states) on the device."""
-        h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
-        if "z" not in batch:
-            with autocast:
-                h = encode_steps(encoder, h, args.encode, args.frames_per_step)
-        return normalize_features(h, **stats) if normalize else h.float(), actions, states
+    inputs = make_inputs(encoder, args.encode, args.frames_per_step, stats, device, autocast)
 
     # --- optimizer, resume ---
     params = [p for p in model.parameters() if p.requires_grad]
@@ -191,12 +185,14 @@ if __name__ == "__main__":
         for k, v in belongs.items():
             if state.get(k) != v:
                 raise ValueError(f"{path} was trained with {k} {state.get(k)}, this run has {v}: resume with the same, or start anew")
-        predictor.load_state_dict({k.removeprefix("module."): v for k, v in state["predictor"].items()}, strict=not args.save_encoder)
+        predictor.load_state_dict(own_predictor(state))
         optimizer.load_state_dict(state["optimizer"])
         loss_scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        stats, step = state["feature_stats"], state["epoch"] * args.ipe + state["itr"]
-        say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}")
+        stats |= {k: v if v is None else v.to(device) for k, v in state["feature_stats"].items()}
+        step = state["epoch"] * args.ipe + state["itr"]
+        changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k) and k != "resume"]
+        say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}; changed flags: {', '.join(changed) or 'none'}")
     elif checkpoint.list_checkpoints(args.out_dir) and not args.dry_run:
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
     elif args.feature_norm == "standardize":
@@ -204,10 +200,7 @@ if __name__ == "__main__":
             raise ValueError("--feature_norm standardize measures the features first, which needs local shards")
         sample = Clips(train, shares, val_reader, args.seed)
         raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256))
-        moments = [kernels.moments(inputs(batch, normalize=False)[0].flatten(0, 2)) for batch in raw]
-        n, mean, m2 = functools.reduce(kernels.merge_moments, moments)
-        stats = {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
-    stats = {k: None if v is None else v.to(device) for k, v in stats.items()}
+        stats |= channel_stats(inputs(batch, normalize=False)[0] for batch in raw)
     if args.compile:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -233,7 +226,6 @@ if __name__ == "__main__":
 
     def note_bad(found):
         """Clips that could not be read go into bad_clips.jsonl."""
-        bad.extend(found)
         if not args.dry_run:
             checkpoint.append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
 
@@ -254,11 +246,9 @@ if __name__ == "__main__":
 
     def validate(epoch):
         """Losses and the action meter on the held-out clips, summed up over all ranks."""
-        batches = DataLoader(val_set, batch_sampler=windows(val_set, args.batch_size, args.val_clips, rank, world),
-                             num_workers=args.num_workers, collate_fn=collate)  # fmt: skip
         model.eval()
-        with autocast:
-            errors, recordings, failed = held_out(predictor, batches, inputs, scaler, device, args.auto_steps, args.loss_exp)
+        errors, recordings, failed = held_out(predictor, val_set, inputs, args.batch_size, args.val_clips, args.num_workers,
+                                              args.auto_steps, args.loss_exp, autocast)  # fmt: skip
         model.train()
         note_bad(failed)
         losses = {k: errors.pop(k).mean().item() for k in ("jloss", "sloss")}
@@ -266,15 +256,19 @@ if __name__ == "__main__":
 
     # --- train ---
     last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
-    per_epoch = args.ipe * args.grad_accum
+    if step >= last:
+        say(f"nothing left to do: {step} steps are done")
+        sys.exit()
+    stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *a: stop.fill_(1))
     loader = vpt_loader(
-        (train, shares) if train else groups, args.batch_size, reader=reader, batches_per_epoch=per_epoch, num_workers=args.num_workers,
-        seed=args.seed, epoch=step // args.ipe, itr=step % args.ipe * args.grad_accum, rank=rank, world=world,
-        pin_memory=device.type == "cuda",
+        (train, shares) if train else groups, args.batch_size, reader=reader, data_weights=args.data_weights, num_workers=args.num_workers,
+        batches_per_epoch=args.ipe * args.grad_accum, epoch=step // args.ipe, itr=step % args.ipe * args.grad_accum, seed=args.seed,
+        rank=rank, world=world, pin_memory=device.type == "cuda",
     )  # fmt: skip
     note_bad(bad if rank == 0 else [])
-    batches, seen, failed, pending, waited, began = iter(loader), 0, 0, [], 0.0, time.perf_counter()
-    model.train()
+    batches, seen, failed, pending, waited, began = iter(loader), 0, [], [], 0.0, time.perf_counter()
     while step < last:
         epoch, itr = divmod(step, args.ipe)
         lr = lr_at(step + 1, total, args.ipe, args)
@@ -288,13 +282,12 @@ if __name__ == "__main__":
             if batch is None:
                 raise ValueError(f"rank {rank} got no clip: there are fewer recordings than ranks x workers; use fewer, or local shards")
             note_bad(batch["bad"])
-            keys, seen, failed = keys + batch["key"], seen + len(batch["key"]) + len(batch["bad"]), failed + len(batch["bad"])
-            if seen >= 100 and failed > args.max_bad_fraction * seen:
-                file, key, reason = bad[-1]
-                raise ValueError(f"{failed} of {seen} clips cannot be read, the last from {file} ({key}: {reason}); see bad_clips.jsonl")
+            keys, failed, seen = keys + batch["key"], failed + batch["bad"], seen + len(batch["key"]) + len(batch["bad"])
+            if seen >= 100 and len(failed) > args.max_bad_fraction * seen:
+                raise ValueError(f"{len(failed)} of {seen} clips cannot be read, {' '.join(failed[-1])} the last; see bad_clips.jsonl")
             with contextlib.nullcontext() if micro == args.grad_accum - 1 or world == 1 else ddp.no_sync():
                 z, actions, states = inputs(batch)
-                with autocast:
+                with autocast():
                     jloss, sloss = ddp(z, actions, states)
                 loss_scaler.scale((jloss + sloss) / args.grad_accum).backward()
             losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
@@ -306,9 +299,10 @@ if __name__ == "__main__":
         pending.append((epoch, itr, losses, norm, lr, keys))
         step += 1
 
+        halt = stop.clone()  # a signal may come at any line: all ranks must decide on the same value
         if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # all ranks stop after the same step
-        at_end = step % args.ipe == 0 or step == last or bool(stop)
+            dist.all_reduce(halt, dist.ReduceOp.MAX)
+        at_end = step % args.ipe == 0 or step == last or bool(halt)
         if at_end or step % args.log_every == 0:
             values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
             if world > 1:
@@ -316,23 +310,23 @@ if __name__ == "__main__":
                 dist.all_reduce(values)
                 values /= world
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # peak, bytes
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else rss
             for (e, i, _, _, rate, clips), (j, s, n) in zip(pending, values.tolist()):
                 if not math.isfinite(j + s):
-                    good = (checkpoint.list_checkpoints(args.out_dir) or ["none"])[-1]
-                    where = f"epoch {e}, itr {i}; rank {rank}'s clips: {', '.join(clips)}; last good checkpoint: {good}"
+                    good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
+                    where = f"epoch {e}, itr {i} (rank {rank}'s clips: {', '.join(clips)}); last good checkpoint: {good}"
                     raise ValueError(f"the loss is not finite ({j + s}) at {where}; lower --lr, or set --grad_clip 1")
                 speed = len(clips) * world / seconds
                 row = (e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20)
                 log("train", dict(zip(columns, row)), e * args.ipe + i)
-            eta = time.strftime("%H:%M:%S", time.gmtime((last - step) * seconds))
+            ahead = datetime.timedelta(seconds=round((last - step) * seconds))
             say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  "
-                f"data wait {wait / seconds:4.0%}  ETA {eta}", flush=True)  # fmt: skip
+                f"data wait {wait / seconds:4.0%}  ETA {ahead}", flush=True)  # fmt: skip
             pending, waited, began = [], 0.0, time.perf_counter()
         if at_end:
             done, inside = divmod(step, args.ipe)
-            if val and not inside and (done % args.val_every == 0 or step == last) and not stop:
+            if val and not inside and (done % args.val_every == 0 or step == last) and not halt:
                 v = validate(done)
                 log("val", v, step)
                 interval = f"[{v['tf_gap_low']:+.2%}, {v['tf_gap_high']:+.2%}]"
@@ -342,15 +336,15 @@ if __name__ == "__main__":
                     say("WARNING: shuffled actions cost less than 2 %: the predictor hardly uses the action (yet)")
             path = save(done, inside)
             began = time.perf_counter()
-            if stop:
+            if halt:
                 say(f"stopped after epoch {epoch}, itr {itr}; saved {path}; go on with --resume")
                 break
     if args.dry_run:
-        kept, saved = args.keep_last + args.epochs // args.save_every_freq, 12 * count / 2**30  # with Adam's moments
+        kept, saved = args.keep_last + args.epochs // (args.save_every_freq or total + 1), 12 * count / 2**30  # with Adam's moments
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(args.out_dir))).free / 2**30
         shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
         say(f"dry run, nothing written\n{len(train)} recordings to train on, {len(val)} held out, {len(bad)} unusable; a batch: {shapes}")
-        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h, with {memory / 2**30:.1f} GiB of memory at the peak")
+        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 2**30:.1f} GiB of memory at the peak")
         say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
     if world > 1:
         dist.destroy_process_group()
