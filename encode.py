@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 
 import numpy as np
@@ -21,8 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from checkpoint import write_atomically
-from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks
+from checkpoint import one_sentence, write_atomically
+from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
 from model import encode_steps
 from vpt import ClipReader, mp4_times, packet_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
@@ -133,8 +134,11 @@ def encode_recording(record, encoder, reader, args, device):
 
 if __name__ == "__main__":
     args = parser.parse_args()
+    sys.excepthook = one_sentence
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if world > 1:
+        dist.init_process_group("gloo")  # so that rank 0 alone fetches the encoder
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
     meta = {k: str(getattr(args, k)) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
     meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size), "action_space": "38"}
@@ -143,12 +147,20 @@ if __name__ == "__main__":
     paths = expand([p for group in args.data for p in group])
     names = [os.path.basename(p) for p in paths]
     if len(set(names)) < len(names):
-        raise SystemExit("two input shards have the same file name: encode them into different --out folders")
-    settings = os.path.join(args.out, "encode.json")
-    if os.path.exists(settings) and (old := json.load(open(settings))) != meta | {"phases": args.phases}:
-        raise SystemExit(f"{args.out} holds features made with other settings ({old}): choose another --out")
+        raise ValueError("two input shards have the same file name: encode them into different --out folders")
+    settings, made = os.path.join(args.out, "encode.json"), meta | {"phases": args.phases, "dtype": args.dtype}
+    if os.path.exists(settings):
+        with open(settings) as f:
+            if (old := json.load(f)) != made:
+                raise ValueError(f"{args.out} holds features made with other settings ({old}): choose another --out")
+    for path in (p for p in paths if os.path.exists(os.path.join(args.out, os.path.basename(p)))):  # done in an earlier run, or not ours
+        keys = {r.key.rpartition("@")[0] for r in shard_index(os.path.join(args.out, os.path.basename(path)))[0]}
+        if foreign := keys - {r.key for r in shard_index(path)[0]}:
+            raise ValueError(f"{args.out} holds a {os.path.basename(path)} of other recordings ({min(foreign)}): choose another --out")
+    if world > 1:
+        dist.barrier()  # before rank 0 writes what the others have just looked at
     if rank == 0:
-        write_atomically(settings, json.dumps(meta | {"phases": args.phases}).encode())
+        write_atomically(settings, json.dumps(made).encode())
     mine = [p for p in paths[rank::world] if not os.path.exists(os.path.join(args.out, os.path.basename(p)))]
     records, bad = index_shards(mine)
     steps, size = 0, 0
@@ -175,3 +187,5 @@ if __name__ == "__main__":
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")
     print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {steps} steps, {size / 2**20:.1f} MiB in {args.out}")
+    if world > 1:
+        dist.destroy_process_group()
