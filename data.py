@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import tarfile
 import urllib.request
@@ -28,10 +27,6 @@ import fsspec
 import numpy as np
 import torch
 import webdataset as wds
-from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as safetensors_bytes
-from sklearn.preprocessing import StandardScaler
 
 from checkpoint import write_atomically
 from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
@@ -122,103 +117,6 @@ def shard_index(path):
     if not found and not bad:
         bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
     return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
-
-
-# --- the scaler ---
-
-
-class _ScalarsOnly(NumpyArrayWrapper):
-    """joblib reads object arrays with a bare pickle.load: refuse them."""
-
-    def read_array(self, unpickler, ensure_native_byte_order):
-        if self.dtype.hasobject:
-            raise pickle.UnpicklingError("an array of objects")
-        return super().read_array(unpickler, ensure_native_byte_order)
-
-
-class _ScalerUnpickler(NumpyUnpickler):
-    """Admits StandardScaler and numpy arrays, nothing else: a scaler file from elsewhere cannot run code."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("sklearn.preprocessing._data", "StandardScaler"):
-            return StandardScaler
-        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
-            return _ScalarsOnly
-        if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-class ActionScaler(NamedTuple):
-    """Standardiser of the continuous action dimensions: mean, var, scale (A_c,) float64, n samples, meta (dict of plain values: names,
-    units, fps, frames_per_step, action_space, fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
-
-    mean: np.ndarray
-    var: np.ndarray
-    scale: np.ndarray
-    n: int
-    meta: dict
-
-    @classmethod
-    def from_moments(cls, count, mean, m2, meta):
-        var = np.asarray(m2, dtype=np.float64) / count
-        return cls(np.asarray(mean, dtype=np.float64), var, np.where(var > 0, np.sqrt(var), 1.0), int(count), meta)
-
-    @property
-    def hash(self):
-        return hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()[:16]
-
-    def transform(self, actions):
-        """actions (..., A) unscaled -> a copy with the leading continuous dimensions at mean 0, variance 1."""
-        out = np.array(actions, dtype=np.float64)
-        c = len(self.mean)
-        out[..., :c] = (out[..., :c] - self.mean) / self.scale
-        return out
-
-    def save(self, path):
-        """Write `.pkl` (a joblib StandardScaler) or `.safetensors`, atomically; the same numbers give the same bytes."""
-        if str(path).endswith(".safetensors"):
-            tensors = {"mean": self.mean, "var": self.var, "scale": self.scale, "count": np.array([self.n], dtype=np.int64)}
-            data = safetensors_bytes(tensors, metadata={"nanojepa": json.dumps(self.meta, sort_keys=True)})
-        else:
-            s = StandardScaler()
-            s.mean_, s.var_, s.scale_, s.n_samples_seen_ = self.mean, self.var, self.scale, self.n
-            s.n_features_in_, s.nanojepa = len(self.mean), self.meta
-            data = pickle.dumps(s, protocol=4)  # what joblib.load reads too
-        write_atomically(path, data)
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote, or any joblib StandardScaler. Raises FileNotFoundError, or ValueError for anything else."""
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no action scaler at {path}; fit one with: python fit_scaler.py --data SHARDS --output {path}")
-        try:
-            if str(path).endswith(".safetensors"):
-                with safe_open(path, "numpy") as f:
-                    meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
-                    t = {k: f.get_tensor(k) for k in ("mean", "var", "scale", "count")}
-                out = cls(t["mean"], t["var"], t["scale"], int(t["count"][0]), meta)
-            else:
-                with open(path, "rb") as f:
-                    s = _ScalerUnpickler(str(path), io.BytesIO(f.read()), True).load()
-                if not isinstance(s, StandardScaler):
-                    raise pickle.UnpicklingError(type(s).__name__)
-                meta = getattr(s, "nanojepa", {})
-                out = cls(*(np.array(x, dtype=np.float64) for x in (s.mean_, s.var_, s.scale_)), int(np.max(s.n_samples_seen_)), meta)
-        except (pickle.UnpicklingError, SafetensorError, LookupError, ValueError, EOFError, AttributeError, TypeError, ImportError) as e:
-            raise ValueError(f"{path} is not an action scaler (it holds or lacks: {e}); fit one with fit_scaler.py") from e
-        if not (out.mean.ndim == 1 and out.mean.shape == out.scale.shape and np.isfinite(out.mean).all() and (out.scale > 0).all()):
-            raise ValueError(f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py")
-        return out
-
-    def check(self, path, names, fps, frames_per_step):
-        """Refuse a scaler that was fitted for other continuous dimensions, fps or frames per step (ValueError)."""
-        if len(self.mean) != len(names) or self.meta.get("names", names) != names:
-            found = self.meta.get("names", f"{len(self.mean)} dimensions")
-            raise ValueError(f"{path} scales {found}, this run needs {names}; fit it again with fit_scaler.py")
-        for key, value in (("fps", fps), ("frames_per_step", frames_per_step)):
-            if key in self.meta and float(self.meta[key]) != float(value):
-                raise ValueError(f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}: fit it again")
 
 
 # --- indexed shards ---
@@ -528,6 +426,33 @@ def open_records(data, data_weights=None):
     if not records:
         raise ValueError(f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}")
     return records, shares, bad
+
+
+def spread(items, count):
+    """At most `count` of the items, uniformly over the list."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))] if count else items
+
+
+def open_lines(data, max_shards, val_fraction):
+    """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] of what cannot be read). Reads tar headers. Splits
+    before it thins out, so that nothing held out is used whatever max_shards is; below ten shards the split counts recordings, so videos
+    that cannot be read must be known."""
+    paths = expand([p for group in data for p in group])
+    streams, files = [p for p in paths if is_stream(p)], [p for p in paths if not is_stream(p)]
+    if streams and (files or val_fraction):
+        raise ValueError(f"{streams[0]} cannot be sought: it goes neither with local shards nor with --val_fraction; copy it to a file")
+    if streams:
+        return spread(streams, max_shards), []
+    if val_fraction and len(files) < 10:
+        records, bad = index_shards(files)
+    else:
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            indexed = list(pool.map(shard_index, files if val_fraction else spread(files, max_shards)))
+        records, bad = ([x for part in parts for x in part] for parts in zip(*indexed))
+    bad += [(r.shard, r.key, "features; fit on the recordings they were made from") for r in records if "jsonl" not in r.members]
+    records = split_records([r for r in records if "jsonl" in r.members], val_fraction)[0]
+    keep = set(spread(sorted({r.shard for r in records}), max_shards))
+    return [r for r in records if r.shard in keep], bad
 
 
 def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=0.01):

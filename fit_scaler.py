@@ -13,20 +13,29 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import io
+import json
 import math
 import multiprocessing
 import os
+import pickle
 import sys
 import tarfile
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from data import READ_ERRORS, ActionScaler, Record, Slice, expand, index_shards, is_stream, shard_index, split_records, stream_recordings
-from kernels import merge_moments, moments
+from checkpoint import write_atomically
+from data import READ_ERRORS, Record, Slice, is_stream, open_lines, stream_recordings
+from kernels import merge_moments, moments, standard_errors
 from vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 
 # --- flags ---
@@ -44,37 +53,108 @@ parser.add_argument("--num_workers", type=int, default=8, help="processes that r
 parser.add_argument("--no_convergence_check", action="store_true", help="do not stop before --max_samples")
 parser.add_argument("--seed", type=int, default=0, help="order of the recordings")
 
+# --- the scaler, as other stages use it ---
+
+
+class _ScalarsOnly(NumpyArrayWrapper):
+    """joblib reads object arrays with a bare pickle.load: refuse them."""
+
+    def read_array(self, unpickler, ensure_native_byte_order):
+        if self.dtype.hasobject:
+            raise pickle.UnpicklingError("an array of objects")
+        return super().read_array(unpickler, ensure_native_byte_order)
+
+
+class _ScalerUnpickler(NumpyUnpickler):
+    """Admits StandardScaler and numpy arrays, nothing else: a scaler file from elsewhere cannot run code."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("sklearn.preprocessing._data", "StandardScaler"):
+            return StandardScaler
+        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
+            return _ScalarsOnly
+        if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class ActionScaler(NamedTuple):
+    """Standardiser of the continuous action dimensions: mean, var, scale (A_c,) float64, n samples, meta (dict of plain values: names,
+    units, fps, frames_per_step, action_space, fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+    n: int
+    meta: dict
+
+    @classmethod
+    def from_moments(cls, count, mean, m2, meta):
+        var = np.asarray(m2, dtype=np.float64) / count
+        var = np.where(var <= (count * np.finfo(np.float64).eps * mean) ** 2, 0.0, var)  # rounding alone: scikit-learn's bound
+        return cls(np.asarray(mean, dtype=np.float64), var, np.where(var > 0, np.sqrt(var), 1.0), int(count), meta)
+
+    @property
+    def hash(self):
+        return hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()[:16]
+
+    def transform(self, actions):
+        """actions (..., A) unscaled -> a copy with the leading continuous dimensions at mean 0, variance 1."""
+        out = np.array(actions, dtype=np.float64)
+        c = len(self.mean)
+        out[..., :c] = (out[..., :c] - self.mean) / self.scale
+        return out
+
+    def save(self, path):
+        """Write `.pkl` (a joblib StandardScaler) or `.safetensors`, atomically; the same numbers give the same bytes."""
+        if str(path).endswith(".safetensors"):
+            tensors = {"mean": self.mean, "var": self.var, "scale": self.scale, "count": np.array([self.n], dtype=np.int64)}
+            data = safetensors_bytes(tensors, metadata={"nanojepa": json.dumps(self.meta, sort_keys=True)})
+        else:
+            s = StandardScaler()
+            s.mean_, s.var_, s.scale_, s.n_samples_seen_ = self.mean, self.var, self.scale, self.n
+            s.n_features_in_, s.nanojepa = len(self.mean), self.meta
+            data = pickle.dumps(s, protocol=4)  # what joblib.load reads too
+        write_atomically(path, data)
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote, or any joblib StandardScaler. Raises FileNotFoundError, or ValueError for anything else."""
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no action scaler at {path}; fit one with: python fit_scaler.py --data SHARDS --output {path}")
+        try:
+            if str(path).endswith(".safetensors"):
+                with safe_open(path, "numpy") as f:
+                    mean, var, scale, n = (f.get_tensor(k) for k in ("mean", "var", "scale", "count"))
+                    meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
+            else:
+                with open(path, "rb") as f:
+                    s = _ScalerUnpickler(str(path), io.BytesIO(f.read()), True).load()
+                mean, var, scale, n, meta = s.mean_, s.var_, s.scale_, s.n_samples_seen_, getattr(s, "nanojepa", {})
+            out = cls(*(np.array(x, dtype=np.float64) for x in (mean, var, scale)), int(np.max(n)), meta)
+        except (pickle.UnpicklingError, SafetensorError, LookupError, ValueError, EOFError, AttributeError, TypeError, ImportError) as e:
+            raise ValueError(f"{path} is not an action scaler (it holds or lacks: {e}); fit one with fit_scaler.py") from e
+        if not (out.mean.ndim == 1 and out.mean.shape == out.scale.shape and np.isfinite(out.mean).all() and (out.scale > 0).all()):
+            raise ValueError(f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py")
+        return out
+
+    def check(self, path, names, fps, frames_per_step):
+        """Refuse a scaler that was fitted for other continuous dimensions, fps or frames per step (ValueError)."""
+        if len(self.mean) != len(names) or self.meta.get("names", names) != names:
+            found = self.meta.get("names", f"{len(self.mean)} dimensions")
+            raise ValueError(f"{path} scales {found}, this run needs {names}; fit it again with fit_scaler.py")
+        for key, value in (("fps", fps), ("frames_per_step", frames_per_step)):
+            if key in self.meta and float(self.meta[key]) != float(value):
+                raise ValueError(f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}: fit it again")
+
+
+# --- fitting ---
+
 # Converged: no standard error above 3 % of its std. A recording's own std is some 30 % off the average, 3 % no layer notices; the guide's
 # 1/sqrt(2n) = 0.2 % at 100,000 holds for independent samples, and the steps of one recording are not.
 TOLERANCE, MIN_SAMPLES, MIN_RECORDINGS = 0.03, 10_000, 20
 STD_RANGE = {"pixels": (5.0, 500.0), "radians": (0.01, 1.0)}  # of sums over all ticks of a step of real play
 COLUMNS = [ACTION_SPACES[38].index(name) for name in [*CONTINUOUS, "gui_open"]]
-
-
-def spread(items, count):
-    """At most `count` of the items, uniformly over the list."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))] if count else items
-
-
-def open_shards(data, max_shards, val_fraction):
-    """--data -> ([Record or URL] to read, [(file, key, reason)] of what cannot be). Reads tar headers. Splits before it thins out, so that
-    nothing held out is used whatever --max_shards is; below ten shards the split counts recordings, so unreadable videos must be known."""
-    paths = expand([p for group in data for p in group])
-    streams, files = [p for p in paths if is_stream(p)], [p for p in paths if not is_stream(p)]
-    if streams and (files or val_fraction):
-        raise ValueError(f"{streams[0]} cannot be sought: it goes neither with local shards nor with --val_fraction; copy it to a file")
-    if streams:
-        return spread(streams, max_shards), []
-    if val_fraction and len(files) < 10:
-        records, bad = index_shards(files)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            indexed = list(pool.map(shard_index, files if val_fraction else spread(files, max_shards)))
-        records, bad = ([x for part in parts for x in part] for parts in zip(*indexed))
-    bad += [(r.shard, r.key, "features; fit on the recordings they were made from") for r in records if "jsonl" not in r.members]
-    records = split_records([r for r in records if "jsonl" in r.members], val_fraction)[0]
-    keep = set(spread(sorted({r.shard for r in records}), max_shards))
-    return [r for r in records if r.shard in keep], bad
 
 
 def read_steps(jsonl, fps, frames_per_step):
@@ -108,6 +188,7 @@ def read_job(job, fps, frames_per_step, limit):
         except (*READ_ERRORS, tarfile.TarError) as e:
             out.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
     else:
+
         def read():
             with Slice(job.shard, *job.members["jsonl"]) as f:
                 if hasattr(os, "posix_fadvise"):
@@ -116,23 +197,6 @@ def read_job(job, fps, frames_per_step, limit):
 
         add(job.shard, job.key, job.members["jsonl"][1], read)
     return out
-
-
-def standard_errors(parts):
-    """[(n, mean, M2)] of k recordings -> standard errors of the mean and of the std, both relative to the std, each (4,).
-
-    Between recordings, not between steps: those of one recording resemble each other. Ratio estimators over clusters, linearised."""
-    n = np.array([p[0] for p in parts], dtype=np.float64)[:, None]
-    mean, m2 = (np.stack([p[i] for p in parts]) for i in (1, 2))
-    centre = (n * mean).sum(0) / n.sum()
-    squares = m2 + n * (mean - centre) ** 2  # around the common mean
-    var = squares.sum(0) / n.sum()
-    scale = np.where(var > 0, var, 1.0)  # a constant is known exactly
-    factor = np.sqrt(len(n) / (len(n) - 1)) / n.sum() if len(n) > 1 else math.inf
-    with np.errstate(invalid="ignore"):
-        of_mean = factor * np.sqrt(((n * (mean - centre)) ** 2).sum(0) / scale)
-        of_std = factor * np.sqrt(((squares - n * var) ** 2).sum(0)) / (2 * scale)
-    return np.nan_to_num(of_mean, nan=math.inf), np.nan_to_num(of_std, nan=math.inf)
 
 
 def has_converged(parts):
@@ -158,9 +222,8 @@ def warnings_for(scaler, slope):
 
 
 def verify(path, parts):
-    """Reload the file and transform the samples of every recording: mean 0 and std 1 (or 0, if constant) must come out.
-
-    The transform is affine, so that a recording's mean and mean + std tell what happens to all of its samples."""
+    """Reload the file; the samples must come out at mean 0 and std 1 (0 if constant). The transform is affine, so that a recording's mean
+    and mean + std tell what happens to all of its samples."""
     scaler = ActionScaler.load(path)
     total = (0, np.zeros(len(CONTINUOUS)), np.zeros(len(CONTINUOUS)))
     for n, mean, m2 in parts:
@@ -187,7 +250,7 @@ if __name__ == "__main__":
 
     # --- data ---
     data, began = args.data or [["VPT/*.tar"]], time.time()
-    jobs, bad = open_shards(data, args.max_shards, args.val_fraction)
+    jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
     jobs = [jobs[i] for i in np.random.default_rng(args.seed).permutation(len(jobs))]
     if rank == 0:
         shards = len({j.shard if isinstance(j, Record) else j for j in jobs})
@@ -195,7 +258,7 @@ if __name__ == "__main__":
         print(f"{shards} shards {how}" if how else f"{len(jobs)} recordings in {shards} shards, JSONL only")
 
     # --- fit ---
-    parts, used, flawed, size = [], [], [], 0  # parts: (count, mean, M2) of each recording, in the order of jobs
+    parts, used, flawed = [], [], []  # parts: (count, mean, M2) of each recording, in the order of jobs
     total = (0, torch.zeros(len(CONTINUOUS), dtype=torch.float64), torch.zeros(len(CONTINUOUS), dtype=torch.float64))
     slope_sums = np.zeros(3)  # dx · yaw, dx · dx, steps with motion: the slope is that of a line through the origin
     at, next_check, done = 0, MIN_SAMPLES, False
@@ -228,7 +291,6 @@ if __name__ == "__main__":
                 total = merge_moments(total, part)
                 parts.append((part[0], part[1].numpy(), part[2].numpy()))
                 used.append((os.path.basename(file), key, nbytes))
-                size += nbytes
                 seen = steps[(steps[:, 4] == 0) & (np.abs(steps[:, 0]) < 600)]  # 600 px is a quarter turn: yaw_diff has not wrapped
                 slope_sums += seen[:, 0] @ seen[:, 2], seen[:, 0] @ seen[:, 0], np.count_nonzero(seen[:, 0])
                 progress.update(len(steps))
@@ -244,8 +306,6 @@ if __name__ == "__main__":
     # --- save, verify, report ---
     if rank == 0:
         count, mean, m2 = (np.asarray(x) for x in total)
-        limit = count * np.finfo(np.float64).eps * np.abs(mean)
-        m2 = np.where(m2 / count <= limit**2, 0.0, m2)  # rounding alone: a constant must not get a scale of 1e-17 (scikit-learn's bound)
         listing = "\n".join(f"{file} {key} {nbytes}" for file, key, nbytes in sorted(used))
         meta = {"names": CONTINUOUS, "units": UNITS, "fps": args.fps, "frames_per_step": args.frames_per_step, "seed": args.seed,
                 "action_space": args.action_space, "val_fraction": args.val_fraction, "shards": sorted({file for file, _, _ in used}),
@@ -270,7 +330,7 @@ if __name__ == "__main__":
         for i, (name, unit) in enumerate(zip(CONTINUOUS, UNITS)):
             std = math.sqrt(scaler.var[i])
             print(f"  {name:10} - Mean: {mean[i]:9.3f} (se {of_mean[i]:6.2%}), Std: {std:9.3f} (se {of_std[i]:6.2%}) {unit}")
-        print(f"{rule}\n{len(used)} recordings, {size / 2**20:.1f} MiB of JSONL in {time.time() - began:.1f} s")
+        print(f"{rule}\n{len(used)} recordings, {sum(u[2] for u in used) / 2**20:.1f} MiB of JSONL in {time.time() - began:.1f} s")
         print(f"Reloaded and verified: the samples come out at mean 0 and std 1 within {max(off, 1e-16):.0e}")
         for line in warnings_for(scaler, slope_sums[0] / slope_sums[1] if slope_sums[2] >= 100 else None):
             print(f"WARNING: {line}")

@@ -134,8 +134,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.tmp, prefix="bench-scaler-") as folder:
         os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")  # before data is imported: no parsed actions from earlier runs
-        from data import vpt_loader
-        from fit_scaler import open_shards
+        from data import open_lines, vpt_loader
         from kernels import merge_moments, moments
 
         if not args.data:
@@ -157,7 +156,7 @@ if __name__ == "__main__":
             command = [sys.executable, "fit_scaler.py", "--output", output, "--num_workers", workers, "--no_convergence_check"]
             command += ["--max_samples", str(samples), "--data", *data]
             _, imports = measured(functools.partial(run, [*command, "--help"]), [])
-            jobs = open_shards([data], None, 0.0)[0]
+            jobs = open_lines([data], None, 0.0)[0]
             jobs = [jobs[i] for i in np.random.default_rng(0).permutation(len(jobs))]
             best = {}
             for _ in range(repeats):  # the rows take turns, so that a busy neighbour hits all of them

@@ -1,8 +1,8 @@
 """Two operations that have more than one implementation. reference.py says what they compute; `impl="auto"` picks by what was measured."""
 
-from .reference import attention_dense, attention_prefix, merge_moments, moments_two_pass
+from .reference import attention_dense, attention_prefix, merge_moments, moments_two_pass, standard_errors
 
-__all__ = ["block_causal_attention", "merge_moments", "moments"]
+__all__ = ["block_causal_attention", "merge_moments", "moments", "standard_errors"]
 
 ATTENTION = {"dense": attention_dense, "prefix": attention_prefix}
 MOMENTS = {"two_pass": moments_two_pass}

@@ -1,5 +1,8 @@
 """The specification: what every faster kernel in this folder must compute, in plain PyTorch."""
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -38,3 +41,20 @@ def moments_two_pass(x, chunk=65536):
         slip = rows.sum(0) / n  # what rounding left in the mean: zero in exact arithmetic
         total = merge_moments(total, (n, mean + slip, (rows**2).sum(0) - n * slip**2))
     return total
+
+
+def standard_errors(parts):
+    """[(n, mean, M2)] of k recordings -> standard errors of the mean and of the std, both relative to the std, each (4,).
+
+    Between recordings, not between steps: those of one recording resemble each other. Ratio estimators over clusters, linearised."""
+    n = np.array([p[0] for p in parts], dtype=np.float64)[:, None]
+    mean, m2 = (np.stack([p[i] for p in parts]) for i in (1, 2))
+    centre = (n * mean).sum(0) / n.sum()
+    squares = m2 + n * (mean - centre) ** 2  # around the common mean
+    var = squares.sum(0) / n.sum()
+    scale = np.where(var > 0, var, 1.0)  # a constant is known exactly
+    factor = np.sqrt(len(n) / (len(n) - 1)) / n.sum() if len(n) > 1 else math.inf
+    with np.errstate(invalid="ignore"):
+        of_mean = factor * np.sqrt(((n * (mean - centre)) ** 2).sum(0) / scale)
+        of_std = factor * np.sqrt(((squares - n * var) ** 2).sum(0)) / (2 * scale)
+    return np.nan_to_num(of_mean, nan=math.inf), np.nan_to_num(of_std, nan=math.inf)

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import fit_scaler
-from data import ActionScaler, Record
+from data import Record
+from fit_scaler import ActionScaler
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -299,7 +300,7 @@ def test_shards_chosen_and_held_out(tmp_path):
     """Bug: --max_shards takes the first ones; validation shards leak into the scaler when the choice comes before the split."""
     for s in range(12):
         write_shard(tmp_path / f"{s:02d}.tar", {f"r{s}": play(s, 100)[1]})
-    pick = lambda *rest: sorted({os.path.basename(r.shard) for r in fit_scaler.open_shards([[str(tmp_path / "*.tar")]], *rest)[0]})  # noqa: E731
+    pick = lambda *rest: sorted({os.path.basename(r.shard) for r in fit_scaler.open_lines([[str(tmp_path / "*.tar")]], *rest)[0]})  # noqa: E731
     assert pick(3, 0.0) == ["00.tar", "06.tar", "11.tar"] or pick(3, 0.0) == ["00.tar", "05.tar", "11.tar"]
     assert pick(None, 0.25) == [f"{s:02d}.tar" for s in range(9)]
     assert pick(2, 0.25) == ["00.tar", "08.tar"]
@@ -326,7 +327,7 @@ def test_streams_give_the_same_scaler(shards, tmp_path):
         np.testing.assert_allclose(scaler.var, local.var, rtol=1e-12)
     assert remote.meta["fingerprint"] == local.meta["fingerprint"]
     with pytest.raises(ValueError, match="cannot be sought"):
-        fit_scaler.open_shards([[str(folder / "*.tar")], ["pipe:cat x.tar"]], None, 0.0)
+        fit_scaler.open_lines([[str(folder / "*.tar")], ["pipe:cat x.tar"]], None, 0.0)
 
 
 def test_file_that_does_not_standardise_is_refused(tmp_path):

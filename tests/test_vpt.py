@@ -11,7 +11,8 @@ import pytest
 from conftest import HEIGHT, contractor, film, jsonl, read_number
 
 import vpt
-from data import READ_ERRORS, ActionScaler
+from data import READ_ERRORS
+from fit_scaler import ActionScaler
 from vpt import ACTION_SPACES, ClipReader, mp4_times, parse_ticks, read_frames, step_actions, step_size, wrap
 
 TABLE = (  # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
