@@ -2,8 +2,8 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
-TRAIN = --scaler demo/scaler.pkl --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --loss_exp 2 --num_workers 0 \
-	--pred_dim 192 --pred_depth 4 --pred_heads 4 --batch_size 32 --lr 2e-3
+TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
+	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
 .PHONY: demo demo-long demo-clip test test-all lint clean
 
@@ -13,13 +13,29 @@ TRAIN = --scaler demo/scaler.pkl --action_space 36 --crop_size 32 --fps 10 --fea
 	touch $@
 
 demo: .venv/installed
-	$(PY) -m prepare.demo --minutes 10 --out demo
+	$(PY) -m prepare.demo --minutes 20 --out demo
 	$(PY) fit_scaler.py --data 'demo/train/*.tar' --fps 10 --output demo/scaler.pkl
 	$(PY) encode.py --data 'demo/train/*.tar' --out demo/features/train $(FEATURES) --phases 2
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/features/val $(FEATURES)
-	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo --resume $(TRAIN) \
-		--epochs 8 --ipe 150 --warmup 1 --anneal 3 --val_every 2 --log_every 50
+	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl \
+		--out_dir out/demo $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar'
+
+demo-long: .venv/installed  # an hour of play, seven times the training
+	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo/long
+	$(PY) fit_scaler.py --data 'demo/long/train/*.tar' --fps 10 --output demo/long/scaler.pkl
+	$(PY) encode.py --data 'demo/long/train/*.tar' --out demo/long/features/train $(FEATURES) --phases 2
+	$(PY) encode.py --data 'demo/long/val/*.tar' --out demo/long/features/val $(FEATURES)
+	$(PY) train_ac.py --data 'demo/long/features/train/*.tar' --val_data 'demo/long/features/val/*.tar' --scaler demo/long/scaler.pkl \
+		--out_dir out/demo-long $(TRAIN) --epochs 20 --ipe 400 --anneal 8
+	$(PY) eval.py --checkpoint out/demo-long --data 'demo/long/features/val/*.tar'
+
+demo-clip: demo  # the same training on features of the whole clip, in which every step has seen the future
+	$(PY) encode.py --data 'demo/train/*.tar' --out demo/clip/train $(FEATURES) --encode clip --phases 8
+	$(PY) encode.py --data 'demo/val/*.tar' --out demo/clip/val $(FEATURES) --encode clip
+	$(PY) train_ac.py --data 'demo/clip/train/*.tar' --val_data 'demo/clip/val/*.tar' --scaler demo/scaler.pkl --encode clip \
+		--out_dir out/demo-clip $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
+	$(PY) eval.py --checkpoint out/demo-clip --data 'demo/clip/val/*.tar'
 
 test: .venv/installed lint
 	$(PY) -m pytest

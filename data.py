@@ -434,7 +434,7 @@ def spread(items, count):
 
 
 def open_lines(data, max_shards, val_fraction):
-    """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] of what cannot be read). Reads tar headers. Splits
+    """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] that cannot be read). Reads tar headers. Splits
     before it thins out, so that nothing held out is used whatever max_shards is; below ten shards the split counts recordings, so videos
     that cannot be read must be known."""
     paths = expand([p for group in data for p in group])

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import checkpoint
-from data import Clips
+from data import Clips, collate, leave_signals, open_records, windows
 from encode import open_source
-from fit_scaler import ActionScaler, collate, leave_signals, open_records, windows
+from fit_scaler import ActionScaler
 from model import Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
 from vpt import ClipReader
 

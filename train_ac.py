@@ -27,10 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import weights
-from data import Clips
+from data import Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
 from eval import held_out, make_inputs, own_predictor, plot_curves
-from fit_scaler import ActionScaler, collate, open_split, vpt_loader, windows
+from fit_scaler import ActionScaler
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
