@@ -22,13 +22,13 @@ demo: .venv/installed
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar'
 
 demo-long: .venv/installed  # an hour of play, seven times the training
-	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo/long
-	$(PY) fit_scaler.py --data 'demo/long/train/*.tar' --fps 10 --output demo/long/scaler.pkl
-	$(PY) encode.py --data 'demo/long/train/*.tar' --out demo/long/features/train $(FEATURES) --phases 2
-	$(PY) encode.py --data 'demo/long/val/*.tar' --out demo/long/features/val $(FEATURES)
-	$(PY) train_ac.py --data 'demo/long/features/train/*.tar' --val_data 'demo/long/features/val/*.tar' --scaler demo/long/scaler.pkl \
+	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
+	$(PY) fit_scaler.py --data 'demo-long/train/*.tar' --fps 10 --output demo-long/scaler.pkl
+	$(PY) encode.py --data 'demo-long/train/*.tar' --out demo-long/features/train $(FEATURES) --phases 2
+	$(PY) encode.py --data 'demo-long/val/*.tar' --out demo-long/features/val $(FEATURES)
+	$(PY) train_ac.py --data 'demo-long/features/train/*.tar' --val_data 'demo-long/features/val/*.tar' --scaler demo-long/scaler.pkl \
 		--out_dir out/demo-long $(TRAIN) --epochs 20 --ipe 400 --anneal 8
-	$(PY) eval.py --checkpoint out/demo-long --data 'demo/long/features/val/*.tar'
+	$(PY) eval.py --checkpoint out/demo-long --data 'demo-long/features/val/*.tar'
 
 demo-clip: demo  # the same training on features of the whole clip, in which every step has seen the future
 	$(PY) encode.py --data 'demo/train/*.tar' --out demo/clip/train $(FEATURES) --encode clip --phases 8
@@ -48,4 +48,4 @@ lint: .venv/installed
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv demo out
+	rm -rf .venv demo demo-long out

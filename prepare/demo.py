@@ -221,6 +221,7 @@ def make_shard(path, recordings, length, size, seed, guide, parent):
     """Play recordings [(number, map), ...] and write them as one shard."""
     points, packed = start_points(), io.BytesIO()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w") as tar:
+        os.chdir(folder)  # the engine makes a folder where it starts; two that start together in one place would collide
         game = open_game(size, seed, folder)
         try:
             for number, map_number in recordings:
@@ -287,7 +288,7 @@ if __name__ == "__main__":
     if found != made and os.path.isdir(args.out) and os.listdir(args.out):
         raise SystemExit(f"{args.out} holds {found}, not a demo made with {made}: give another --out or remove that folder")
     write_atomically(note, json.dumps(made).encode() + b"\n")
-    length, shards = plan(args.minutes, args.out, args.seed)
+    length, shards = plan(args.minutes, os.path.abspath(args.out), args.seed)
 
     # --- play ---
     todo = [s for s in shards if not os.path.exists(s[0])]  # a shard appears by renaming, whole or not at all
