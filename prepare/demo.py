@@ -1,15 +1,14 @@
 """Real gameplay as VPT shards: ViZDoom on Freedoom 2, played by an exploring policy, recorded as contractors' Minecraft was.
 
-    python -m prepare.demo --minutes 10 --size 256x144 --out demo     # under a minute on two cores
+    python -m prepare.demo --minutes 10 --size 256x144 --out demo     # half a minute on two cores
 
 Writes OUT/train/shard-%06d.tar and OUT/val/shard-%06d.tar (about a sixth of the minutes, on maps that train never shows) of KEY.mp4 (H.264,
 yuv420p, 20 frames a second) and KEY.jsonl (one line a frame), and OUT/demo.json (the arguments; finished shards are kept on a re-run).
 
 Line t goes with frame t and its effect is visible in frame t+1. The engine runs at 35 tics a second and a line is 2 tics, so the recording
-plays 1.14 times slower than the game: 57 ms of game in the 50 ms of a line. As in Minecraft a pixel of mouse motion is 0.15 degrees, yaw
-is unbounded and grows to the right, pitch grows downwards. Angles and position are read back from the game (32 map units are a block).
-Keys: w a s d, space jump, left.shift crouch, left.control sprint, mouse 0 attack, mouse 1 use (doors); hotbar slots 0..6 are weapons,
-chosen by number key or by wheel. Play is a function of --seed alone, whatever the number of workers.
+plays 1.14 times slower than the game. As in Minecraft a pixel of mouse motion is 0.15 degrees, yaw is unbounded and grows to the right,
+pitch grows downwards; both and the position are read back from the game (32 map units are a block). Keys: w a s d, space, left.shift crouch,
+left.control sprint, mouse 0 attack, mouse 1 use; hotbar slots 0..6 are weapons. Play is a function of --seed alone, not of --workers.
 """
 
 import argparse
@@ -31,18 +30,15 @@ import vizdoom
 from tqdm import tqdm
 
 from checkpoint import write_atomically
+from vpt import DEGREES_PER_PIXEL
 
-FPS, TICS = 20, 2
-DEGREES_PER_PIXEL = 0.15
-PITCH_LIMIT = 31.0  # the software renderer stops at 32 upwards
-EPOCH = 1_600_000_000_000  # milliseconds; a fixed one, so that the same seed gives the same bytes
+FPS, TICS, PITCH_LIMIT = 20, 2, 31.0  # the software renderer stops at 32 upwards
 MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}
 WAD = os.path.join(os.path.dirname(vizdoom.__file__), "freedoom2.wad")
+MOUSE, SLOTS = ["attack", "use"], 7
 INPUTS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_RIGHT", "space": "JUMP", "left.shift": "CROUCH",
           "left.control": "SPEED", "attack": "ATTACK", "use": "USE"}  # fmt: skip
-MOUSE = ["attack", "use"]
 SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]  # yuv420p has no odd sizes
-SLOTS = 7
 X264 = {"preset": "veryfast", "crf": "20", "g": "60", "x264-params": "mbtree=0"}  # mbtree reads unset memory at heights such as 120 or 360
 FOCAL = 0.78  # focal length over the picture height, measured
 NEAR = 6  # in units of the depth buffer, about 7 map units each; the player is 32 map units wide
@@ -137,8 +133,7 @@ def open_game(size, seed, folder):
     game = vizdoom.DoomGame()
     game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
     game.set_doom_game_path(WAD)
-    width, height = map(int, size.split("x"))  # rendered twice as large where the engine can: without antialias a texture is noise
-    twice = f"RES_{2 * width}X{2 * height}"
+    twice = "RES_" + "X".join(str(2 * int(n)) for n in size.split("x"))  # where the engine can: without antialias a texture is noise
     game.set_screen_resolution(getattr(vizdoom.ScreenResolution, twice, getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}")))
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
@@ -199,7 +194,7 @@ def play(game, map_number, points, length, size, rng, parent):
                     "keyboard": {"keys": [f"key.keyboard.{k}" for k in keys],
                                  "newKeys": [f"key.keyboard.{k}" for k in keys if k not in held], "chars": ""},
                     "isGuiOpen": False, "isGuiInventory": False, "hotbar": player.slot, "yaw": round(yaw, 5), "pitch": round(pitch, 5),
-                    "xpos": x, "ypos": y, "zpos": z, "tick": t, "milli": EPOCH + t * 1000 // FPS,
+                    "xpos": x, "ypos": y, "zpos": z, "tick": t, "milli": 1_600_000_000_000 + t * 1000 // FPS,
                     "inventory": [{"type": "health", "quantity": int(v["HEALTH"])}, {"type": "armor", "quantity": int(v["ARMOR"])}],
                     "serverTick": t, "serverTickDurationMs": 1000 / 35 * TICS,
                     "stats": {"minecraft.custom:minecraft.play_one_minute": t, "minecraft.custom:minecraft.mob_kills": int(v["KILLCOUNT"])},
@@ -273,7 +268,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=10, help="of play, train and held-out together")
     parser.add_argument("--size", default="256x144", choices=SIZES, metavar="WxH", help="256x144, 320x240, 640x360, ...")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of play and maps")
     parser.add_argument("--out", default="demo", help="folder; its finished shards are kept if the arguments above are the same")
     parser.add_argument("--lines", choices=["contractor", "guide"], default="contractor", help="JSONL format")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="games at a time")
