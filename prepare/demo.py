@@ -7,7 +7,7 @@ yuv420p, 20 frames a second) and KEY.jsonl (one line a frame), and OUT/demo.json
 
 Line t goes with frame t and its effect is visible in frame t+1. The engine runs at 35 tics a second and a line is 2 tics, so the recording
 plays 1.14 times slower than the game. As in Minecraft a pixel of mouse motion is 0.15 degrees, yaw is unbounded and grows to the right,
-pitch grows downwards; both and the position are read back from the game (32 map units are a block). Keys: w a s d, space, left.shift crouch,
+pitch grows downwards; both and the position are read back from the game (32 units are a block). Keys: w a s d, space, left.shift crouch,
 left.control sprint, mouse 0 attack, mouse 1 use; hotbar slots 0..6 are weapons. Play is a function of --seed alone, not of --workers.
 """
 
