@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import tarfile
+import threading
 import urllib.request
 from typing import NamedTuple
 
@@ -400,9 +401,18 @@ class StreamedClips(torch.utils.data.IterableDataset):
 
 
 def leave_signals(worker):
-    """A loader process must not die of a SIGTERM or Ctrl-C to the process group: the run needs its clips to finish the step and save."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    """A loader process must not die of a SIGTERM or Ctrl-C to everybody (scancel, timeout, a terminal): the run needs its clips to finish
+    the step and save. A SIGTERM of its parent it obeys: so are loader processes ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+
+        def obey():
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey, daemon=True).start()
 
 
 def collate(clips):
