@@ -327,12 +327,11 @@ if __name__ == "__main__":
             pending, waited, began = [], 0.0, time.perf_counter()
         if at_end:
             done, inside = divmod(step, args.ipe)
-            if val and not inside and (done % args.val_every == 0 or step == last) and not halt:
+            if val and (args.dry_run or not inside) and (done % args.val_every == 0 or step == last) and not halt:
                 v = validate(done)
                 log("val", v, step)
-                interval = f"[{v['tf_gap_low']:+.2%}, {v['tf_gap_high']:+.2%}]"
-                say(f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying), action gap {v['tf_gap']:+.2%} {interval}; "
-                    f"rolled out {v['ro_skill']:.3f} and {v['ro_gap']:+.2%}")  # fmt: skip
+                gap = f"{v['tf_gap']:+.2%} [{v['tf_gap_low']:+.2%}, {v['tf_gap_high']:+.2%}]; rolled out {v['ro_gap']:+.2%}"
+                say(f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying), action gap {gap}")
                 if v["tf_gap"] < 0.02 and done > args.warmup:
                     say("WARNING: shuffled actions cost less than 2 %: the predictor hardly uses the action (yet)")
             path = save(done, inside)
