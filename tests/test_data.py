@@ -20,7 +20,6 @@ from safetensors.torch import save as safetensors_bytes
 import data
 import vpt
 from data import (
-    ActionScaler,
     Clips,
     Order,
     Slice,
@@ -38,6 +37,7 @@ from data import (
     vpt_loader,
     windows,
 )
+from fit_scaler import ActionScaler
 from vpt import ClipReader
 
 READER = ClipReader(crop_size=HEIGHT)
