@@ -22,7 +22,7 @@ NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
 def one_sentence(kind, error, traceback):
     """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1) a traceback."""
     if issubclass(kind, (ValueError, OSError)) and not os.environ.get("NANOJEPA_DEBUG"):
-        print(f"error: {error} (NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
+        print("error:", str(error).rpartition("\nValueError: ")[2], "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

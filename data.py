@@ -4,7 +4,7 @@
 
 Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed: the order of clips is a pure function of (seed, epoch), dealt to
 ranks by index, so a run resumes exactly under any number of workers, and a clip costs a seek instead of a 64 MB read. What cannot be
-sought (pipe:, http://, s3://, gs://) is streamed through webdataset. Both end in the same ClipReader.
+sought (pipe:, http://, s3://, gs://) is streamed. Both end in the same ClipReader.
 """
 
 import argparse
@@ -271,7 +271,7 @@ class Clips(torch.utils.data.Dataset):
             except READ_ERRORS as e:
                 bad.append((self.records[number].shard, self.records[number].key, f"{type(e).__name__}: {e}"))
         reason = bad[-1][2] if bad else "--gui drop leaves out nearly everything"
-        raise RuntimeError(f"20 clips in a row could not be used, the last from {self.records[number].shard}: {reason}")
+        raise ValueError(f"20 clips in a row cannot be used, the last from {self.records[number].shard}: {reason}")
 
 
 class Order(torch.utils.data.Sampler):
@@ -421,21 +421,14 @@ def collate(clips):
     return out | {"key": [c["key"] for c in clips], "bad": [b for c in clips for b in c["bad"]]}
 
 
-def open_records(data, data_weights=None):
-    """--data as given ([[pattern, ...], ...], or simpler) -> ([Record], [share of the clips], [bad]); shares follow length and weights."""
-    groups = [data] if isinstance(data, str) else data
-    if data_weights and len(data_weights) != len(groups):
-        raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
-    records, shares, bad = [], [], []
-    for i, group in enumerate(groups):
-        more, more_bad = index_shards(expand(group))
-        total = sum(r.length for r in more)
-        records += more
-        shares += [r.length * (data_weights[i] / total if data_weights else 1.0) for r in more]
-        bad += more_bad
+def open_records(data):
+    """Shards -> ([Record], [(file, key, reason)] of what cannot be used). Raises ValueError if nothing can."""
+    if streams := [p for p in expand(data) if is_stream(p)]:
+        raise ValueError(f"{streams[0]} cannot be sought, which is needed here: copy it to a file")
+    records, bad = index_shards(expand(data))
     if not records:
         raise ValueError(f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}")
-    return records, shares, bad
+    return records, bad
 
 
 def spread(items, count):
@@ -447,49 +440,58 @@ def open_lines(data, max_shards, val_fraction):
     """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] that cannot be read). Reads tar headers. Splits
     before it thins out, so that nothing held out is used whatever max_shards is; below ten shards the split counts recordings, so videos
     that cannot be read must be known."""
-    paths = expand([p for group in data for p in group])
-    streams, files = [p for p in paths if is_stream(p)], [p for p in paths if not is_stream(p)]
-    if streams and (files or val_fraction):
-        raise ValueError(f"{streams[0]} cannot be sought: it goes neither with local shards nor with --val_fraction; copy it to a file")
-    if streams:
+    paths, records, bad = expand([p for group in data for p in group]), [], []
+    if streams := [p for p in paths if is_stream(p)]:
+        if len(streams) < len(paths) or val_fraction:
+            raise ValueError(f"{streams[0]} cannot be sought: it goes neither with local shards nor with --val_fraction; copy it to a file")
         return spread(streams, max_shards), []
-    if val_fraction and len(files) < 10:
-        records, bad = index_shards(files)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            indexed = list(pool.map(shard_index, files if val_fraction else spread(files, max_shards)))
-        records, bad = ([x for part in parts for x in part] for parts in zip(*indexed))
-    bad += [(r.shard, r.key, "features; fit on the recordings they were made from") for r in records if "jsonl" not in r.members]
-    records = split_records([r for r in records if "jsonl" in r.members], val_fraction)[0]
+    wanted = set(paths if val_fraction else spread(paths, max_shards))
+    for group in data:
+        files = [p for p in expand(group) if p in wanted]
+        if val_fraction and len(files) < 10:
+            indexed = [index_shards(files)]
+        else:
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                indexed = list(pool.map(shard_index, files))
+        found = [r for more, _ in indexed for r in more]
+        bad += [b for _, more in indexed for b in more]
+        bad += [(r.shard, r.key, "features; fit on the recordings they were made from") for r in found if "jsonl" not in r.members]
+        records += split_records([r for r in found if "jsonl" in r.members], val_fraction)[0]
     keep = set(spread(sorted({r.shard for r in records}), max_shards))
     return [r for r in records if r.shard in keep], bad
 
 
-def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=0.01):
-    """--data and --val_data (or a --val_fraction of --data) -> (train [Record], their shares, val [Record], [bad]); train is empty for
-    streams, which their loader opens. Raises ValueError when train and val share a recording or too many recordings are bad."""
+def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0):
+    """--data as given ([[pattern, ...], ...], or simpler) and --val_data, or a val_fraction of each --data -> (train [Record], [share of
+    the clips], val [Record], [bad]). Shares follow length and data_weights; train is empty for streams, which their loader opens. Raises
+    ValueError when train and val share a recording, a --data gives none to train on, or too many are bad."""
+    groups = [data] if isinstance(data, str) else data
+    if data_weights and len(data_weights) != len(groups):
+        raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
     train, shares, val, bad = [], [], [], []
-    if not any(is_stream(p) for p in expand(data)):
-        records, every, bad = open_records(data, data_weights)
-        train, val = split_records(records, 0 if val_data else val_fraction)
-        share = dict(zip(((r.shard, r.key) for r in records), every))
-        shares = [share[r.shard, r.key] for r in train]
+    for i, group in enumerate([] if any(map(is_stream, expand(data))) else groups):
+        records, more = open_records(group)
+        kept, held = split_records(records, 0 if val_data else val_fraction)
+        total = sum(r.length for r in kept)
+        shares += [r.length * (data_weights[i] / total if data_weights else 1.0) for r in kept]
+        train, val, bad = train + kept, val + held, bad + more
     if val_data:
-        val, _, more = open_records(val_data)
+        val, more = open_records(val_data)
         bad = bad + more
-        if twice := {(r.shard, r.key) for r in val} & {(r.shard, r.key) for r in train}:
+        if twice := {(os.path.realpath(r.shard), r.key) for r in val} & {(os.path.realpath(r.shard), r.key) for r in train}:
             raise ValueError(f"--val_data and --data share {len(twice)} recordings, {min(twice)} among them: hold them out of --data")
     if len(bad) > max_bad_fraction * (n := len(train) + len(val) + len(bad)) and n >= 100:
-        raise ValueError(f"{len(bad)} of {n} recordings cannot be read, {bad[0]} among them: mend them, or raise --max_bad_fraction")
+        worst = " ".join(bad[0])
+        raise ValueError(f"{len(bad)} of {n} recordings cannot be read, {worst} among them: mend them, or raise --max_bad_fraction")
     return train, shares, val, bad
 
 
 def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_epoch=None, num_workers=4, seed=0, epoch=0, itr=0, rank=0,
                world=1, pin_memory=False):  # fmt: skip
     """Endless DataLoader over VPT (or feature) shards: batches {"video" (B, T·frames_per_step, 3, H, W) uint8, "actions" (B, T-1, A),
-    "states" (B, T, 2), "key", "bad"} (features: "z" (B, T, N, D) in place of video). data: patterns, or (records, shares) from
-    open_records. reader: a ClipReader, default ClipReader(). Without batches_per_epoch an epoch is one pass of non-overlapping clips.
-    loader.bad lists recordings left out while indexing."""
+    "states" (B, T, 2), "key", "bad"} (features: "z" (B, T, N, D) in place of video). data: patterns, or (records, shares) of open_split.
+    reader: a ClipReader, default ClipReader(). Without batches_per_epoch an epoch is one pass of non-overlapping clips. loader.bad lists
+    recordings left out while indexing."""
     reader = reader or ClipReader()
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0,
                "worker_init_fn": leave_signals}  # fmt: skip
@@ -500,7 +502,7 @@ def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_
         bad, options = [], options | {"batch_size": batch_size, "drop_last": True}
         dataset = StreamedClips(urls, reader, seed, epoch, rank, world)
     else:
-        records, shares, bad = (*data, []) if isinstance(data, tuple) else open_records(data, data_weights)
+        records, shares, _, bad = (*data, [], []) if isinstance(data, tuple) else open_split(data, data_weights)
         dataset = Clips(records, shares, reader, seed)
         if batches_per_epoch is None:
             steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps

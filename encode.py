@@ -9,6 +9,7 @@ yet layer-normed, actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pit
 """
 
 import argparse
+import datetime
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import os
 import sys
 import tarfile
 
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import one_sentence, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
 from model import encode_steps
-from vpt import ClipReader, mp4_times, packet_times, read_frames, step_actions, step_size
+from vpt import ClipReader, mp4_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
 
 # --- flags ---
@@ -38,6 +40,7 @@ parser.add_argument("--frames_per_clip", type=int, default=16, help="frames of a
 parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
 parser.add_argument("--frames_per_step", type=int, default=2, help="sampled frames a step")
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
+parser.add_argument("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
 parser.add_argument("--phases", type=int, default=1, help="times each recording is stepped through, from different first frames")
 parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at once")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder")
@@ -50,10 +53,13 @@ def open_encoder(name, crop_size, frames_per_clip):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
         return build_encoder(name, crop_size, frames_per_clip)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        find_encoder(name, os.path.join(CACHE, "weights"))
-    if dist.is_initialized():
-        dist.barrier()
+    ranks = [0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0]  # rank 0, then one of each other node
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)) if dist.is_initialized() else None
+    for one in ranks:
+        if not dist.is_initialized() or dist.get_rank() == one:
+            find_encoder(name, os.path.join(CACHE, "weights"))
+        if waiting:
+            dist.barrier(waiting)
     return load_encoder(find_encoder(name, os.path.join(CACHE, "weights")))
 
 
@@ -81,6 +87,8 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
         if name is None:
             return None, source
     encoder = open_encoder(name or "vjepa2_vitl", crop_size, frames_per_clip)
+    if crop_size % encoder.patch_size:
+        raise ValueError(f"--crop_size {crop_size} is no multiple of the encoder's patches of {encoder.patch_size} pixels")
     found = {"encoder_hash": encoder_hash(encoder), "grid": crop_size // encoder.patch_size, "embed_dim": encoder.embed_dim}
     if source and found != source:
         raise ValueError(f"{records[0].shard} holds features of encoder {source}, --encoder {name} is {found}")
@@ -104,7 +112,6 @@ def encode_recording(record, encoder, reader, args, device):
     """Yields (first tick, tensors of one segment) of a recording."""
     with Slice(record.shard, *record.members["mp4"]) as f:
         times = mp4_times(f)
-        times = times if len(times) else packet_times(f)
         ticks = read_ticks(record)
         reader.starts(ticks, len(times))  # raises what is wrong with the recording
         ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, args.fps)
@@ -118,7 +125,7 @@ def encode_recording(record, encoder, reader, args, device):
         z = [[] for _ in runs]
         for part in parts:
             wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
-            frames = read_frames(f, times, wanted, args.crop_size)
+            frames = read_frames(f, times, wanted, args.crop_size, args.decoder)
             y, x = (frames.shape[1] - args.crop_size) // 2, (frames.shape[2] - args.crop_size) // 2
             frames = frames[:, y : y + args.crop_size, x : x + args.crop_size].transpose(0, 3, 1, 2)
             for i, s in part:
@@ -172,14 +179,18 @@ if __name__ == "__main__":
             with tarfile.open(fileobj=out, mode="w") as tar:
                 for record in (r for r in records if r.shard == path):
                     try:
-                        for first, tensors in encode_recording(record, encoder, reader, args, device):
-                            data = safetensors_bytes(tensors, metadata=meta)
-                            member = tarfile.TarInfo(f"{record.key}@{first:05d}.safetensors")
-                            member.size = len(data)
-                            tar.addfile(member, io.BytesIO(data))
-                            steps, size = steps + len(tensors["z"]), size + len(data)
+                        encoded = list(encode_recording(record, encoder, reader, args, device))
                     except READ_ERRORS as e:
+                        if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
+                            raise  # the disk, not the recording: the shard must not be finished without it
+                        encoded = []
                         bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
+                    for first, tensors in encoded:
+                        data = safetensors_bytes(tensors, metadata=meta)
+                        member = tarfile.TarInfo(f"{record.key}@{first:05d}.safetensors")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                        steps, size = steps + len(tensors["z"]), size + len(data)
                     progress.update()
 
         write_atomically(os.path.join(args.out, os.path.basename(path)), write_shard)

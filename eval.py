@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import checkpoint
-from data import Clips, collate, leave_signals, open_records, windows
+from data import Clips, collate, leave_signals, open_records, open_split, windows
 from encode import open_source
 from fit_scaler import ActionScaler
 from model import Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
@@ -130,7 +130,7 @@ def open_run(path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, help="run folder of train_ac.py, or one of its checkpoints")
-    parser.add_argument("--data", nargs="+", action="append", required=True, help="held-out shards, of video or of features")
+    parser.add_argument("--data", "--data_path", nargs="+", action="append", help="held-out shards (default: what the run held out)")
     parser.add_argument("--encoder", help="weights of the encoder, for video shards (default: what the run used)")
     parser.add_argument("--val_clips", type=int, default=512, help="clips to evaluate")
     parser.add_argument("--batch_size", type=int, default=32, help="clips at once")
@@ -140,7 +140,13 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
     run = state["args"]
-    records, _, bad = open_records(args.data)
+    if args.data:
+        records, bad = open_records(args.data)
+    else:
+        _, _, records, bad = open_split(run["data"] or [["VPT/*.tar"]], None, run["val_data"], run["val_fraction"])
+    unknown = {f"{os.path.basename(r.shard)} {r.key}" for r in records} - set(state["held_out"])
+    if unknown:
+        print(f"{len(unknown)} of {len(records)} recordings are not among those the run held out: was it trained on them?")
     keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}
     dataset = Clips(records, [1.0] * len(records), ClipReader(run["frames_per_clip"], scaler=scaler, **keep), run["seed"])
     source = {k: run[k] for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
@@ -159,7 +165,7 @@ if __name__ == "__main__":
     summary = meter_summary({k: v for k, v in errors.items() if k[2:3] == "_"}, recordings)
     for file, key, reason in bad + more:
         print(f"left out: {file} {key}: {reason}")
-    print(f"{path}: {len(recordings)} clips of {len(set(recordings))} held-out recordings")
+    print(f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings")
     print(table(errors, summary, run["frames_per_step"] / run["fps"]))
     report = {"checkpoint": path, "clips": len(recordings), "recordings": len(set(recordings))} | summary
     report |= {"by_horizon": {k: v.mean(0).tolist() for k, v in errors.items() if k.startswith("ro_")}}

@@ -33,7 +33,7 @@ from safetensors.numpy import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from checkpoint import one_sentence, write_atomically
 from data import READ_ERRORS, Record, Slice, is_stream, open_lines, stream_recordings
 from kernels import merge_moments, moments, standard_errors
 from vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
@@ -118,10 +118,10 @@ class ActionScaler(NamedTuple):
         write_atomically(path, data)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, flags="--data SHARDS"):
         """Read what `save` wrote, or any joblib StandardScaler. Raises FileNotFoundError, or ValueError for anything else."""
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no action scaler at {path}; fit one with: python fit_scaler.py --data SHARDS --output {path}")
+            raise FileNotFoundError(f"no action scaler at {path}; fit one with: python fit_scaler.py {flags} --output {path}")
         try:
             if str(path).endswith(".safetensors"):
                 with safe_open(path, "numpy") as f:
@@ -237,6 +237,7 @@ def verify(path, parts):
 
 if __name__ == "__main__":
     args = parser.parse_args()
+    sys.excepthook = one_sentence
     if not args.output.endswith((".pkl", ".safetensors")):
         raise SystemExit(f"--output {args.output} must end in .pkl or .safetensors")
     for name in ("max_samples", "max_shards", "frames_per_step", "batch_size", "fps"):

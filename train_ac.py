@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -59,7 +60,7 @@ flag("--random_resize_scale", type=float, default=1.0, help="smallest random cro
 flag("--motion_shift", type=float, default=0.0, help="move the crop over the clip by up to this share of it")
 flag("--temporal_jitter", type=int, default=0, help="move each sampled frame by up to this many ticks")
 flag("--action_noise", type=float, default=0.0, help="std of noise on the scaled continuous actions")
-# model
+# model, loss
 flag("--encoder", help="weights of the frozen encoder: a path, URL or name (default vjepa2_vitl), or vit_tiny (random)")
 flag("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once (README)")
 flag("--feature_norm", default="layer", choices=["layer", "standardize"], help="standardize: centre and scale channels before it")
@@ -69,7 +70,6 @@ flag("--pred_heads", "--pred_num_heads", type=int, default=16, help="attention h
 flag("--init_from", help="start from another run's or Meta's AC predictor; what does not fit is listed and made anew")
 flag("--activation_checkpointing", "--use_activation_checkpointing", action=switch, default=False, help="recompute blocks, save memory")
 flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor")
-# loss
 flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
 flag("--loss_exp", type=float, default=1.0, help="1: L1, 2: half squared error")
 # optim
@@ -131,20 +131,22 @@ if __name__ == "__main__":
     # --- data ---
     names = ACTION_SPACES[args.action_space]
     groups = args.data or [["VPT/*.tar"]]
-    scaler = ActionScaler.load(args.scaler)
+    fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
+    how = f"--data {' '.join(sum(groups, []))} --fps {args.fps:g} --frames_per_step {args.frames_per_step} --val_fraction {fraction:g}"
+    scaler = ActionScaler.load(args.scaler, how)
     scaler.check(args.scaler, CONTINUOUS, args.fps, args.frames_per_step)
     source = {k: getattr(args, k) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
     options = {"action_space": args.action_space, "scaler": scaler, "decoder": args.decoder, "gui": args.gui}
     augment = {k: getattr(args, k) for k in ("horizontal_flip", "random_resize_scale", "motion_shift", "temporal_jitter", "action_noise")}
     reader, val_reader = ClipReader(**source, **options, **augment), ClipReader(**source, **options)
-    val_data, fraction = (args.val_data, args.val_fraction) if args.val_clips else (None, 0.0)
+    val_data = args.val_data if args.val_clips else None
     train, shares, val, bad = open_split(groups, args.data_weights, val_data, fraction, args.max_bad_fraction)
     if bad:
         say(f"{len(bad)} recordings cannot be used, {' '.join(bad[0])} among them; all are listed in bad_clips.jsonl")
     if args.val_clips and not val:
         say("WARNING: nothing to validate on: streams and single recordings cannot be split; pass --val_data")
     held, known = {f"{os.path.basename(r.shard)} {r.key.partition('@')[0]}" for r in val}, scaler.meta.get("recordings")
-    if held & set(known) if known else val and not val_data and fraction != scaler.meta.get("val_fraction", fraction):
+    if held & set(known) if known else val and fraction and fraction != scaler.meta.get("val_fraction", fraction):
         say("warning: the scaler was fitted on recordings held out here; fit it on the training shards only (fit_scaler.py --val_fraction)")
     val_set = Clips(val, [1.0] * len(val), val_reader, args.seed)
     if val and sum(map(len, windows(val_set, 1, 2))) < 2:
@@ -164,23 +166,20 @@ if __name__ == "__main__":
     grid, size = source["grid"], {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor = Predictor(source["embed_dim"], len(names), 2, (grid, grid), **size).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
-    count, T = sum(p.numel() for p in predictor.parameters()), args.frames_per_clip // args.frames_per_step
-    say(f"predictor {count:,} parameters; {T} steps of {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}")
-    if args.init_from:
-        taken, anew, left = copy_fitting(predictor, weights.part_of(args.init_from, "predictor", "predictor_embed.weight"))
-        say(f"--init_from: {len(taken)} tensors taken; made anew: {weights.some(anew)}; left over: {weights.some(left)}")
+    count = sum(p.numel() for p in predictor.parameters())
+    say(f"predictor {count:,} parameters; steps of {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}")
     model = ACModel(predictor, args.auto_steps, args.loss_exp)
     stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
     inputs = make_inputs(encoder, args.encode, args.frames_per_step, stats, device, autocast)
 
     # --- optimizer, resume ---
     params = [p for p in model.parameters() if p.requires_grad]
-    decay = [{"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay}]
-    no_decay = [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(decay + no_decay, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    decays = [{"params": [p for p in params if (p.ndim > 1) == big], "weight_decay": args.weight_decay * big} for big in (True, False)]
+    optimizer = torch.optim.AdamW(decays, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     step, total = 0, args.epochs * args.ipe
-    belongs = {"action_names": names, "encode": args.encode, "scaler_hash": scaler.hash} | source | size
+    belongs = {"action_names": names, "scaler_hash": scaler.hash} | source | size
+    belongs |= {k: getattr(args, k) for k in ("encode", "fps", "frames_per_step", "frames_per_clip", "feature_norm", "ipe")}
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
         for k, v in belongs.items():
@@ -192,11 +191,15 @@ if __name__ == "__main__":
         torch.set_rng_state(state["rng"])
         stats |= {k: v if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         step = state["epoch"] * args.ipe + state["itr"]
-        changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k) and k != "resume"]
-        say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}; changed flags: {', '.join(changed) or 'none'}")
+        changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k)]
+        say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}; changed flags:", *changed)
     elif checkpoint.list_checkpoints(args.out_dir) and not args.dry_run:
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
-    elif args.feature_norm == "standardize":
+    elif args.init_from:
+        start = os.path.join(args.init_from, checkpoint.LATEST) if os.path.isdir(args.init_from) else args.init_from
+        taken, anew, left = copy_fitting(predictor, weights.part_of(start, "predictor", "predictor_embed.weight"))
+        say(f"--init_from: {len(taken)} tensors taken; made anew: {weights.some(anew)}; left over: {weights.some(left)}")
+    if state is None and args.feature_norm == "standardize":
         if not train:
             raise ValueError("--feature_norm standardize measures the features first, which needs local shards")
         sample = Clips(train, shares, val_reader, args.seed)
@@ -231,16 +234,14 @@ if __name__ == "__main__":
             checkpoint.append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
 
     def save(epoch, itr):
-        """Rank 0 writes a checkpoint and the curves."""
-        if not writes:
-            return
+        """Write a checkpoint and the curves (rank 0)."""
         state = {
             "predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(),
             "epoch": epoch, "itr": itr, "lr": args.lr, "batch_size": args.batch_size, "world_size": world, "args": vars(args),
             "rng": torch.get_rng_state(), "feature_stats": stats,
             "action_scaler": {k: torch.tensor(v) if k in ("mean", "var", "scale") else v for k, v in scaler._asdict().items()},
         }  # fmt: skip
-        state |= belongs | (weights.meta_state(encoder, predictor) if args.save_encoder else {})
+        state |= belongs | {"held_out": sorted(held)} | (weights.meta_state(encoder, predictor) if args.save_encoder else {})
         path = checkpoint.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         plot_curves(args.out_dir)
         return path
@@ -258,8 +259,7 @@ if __name__ == "__main__":
     # --- train ---
     last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
     if step >= last:
-        say(f"nothing left to do: {step} steps are done")
-        sys.exit()
+        sys.exit(say(f"nothing left to do: {step} steps are done"))
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))
@@ -311,19 +311,20 @@ if __name__ == "__main__":
                 dist.all_reduce(values)
                 values /= world
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
-            rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else rss
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
             for (e, i, _, _, rate, clips), (j, s, n) in zip(pending, values.tolist()):
-                if not math.isfinite(j + s):
+                if not math.isfinite(j + s + (n if args.dtype != "float16" else 0)):  # float16 skips those steps
                     good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
-                    where = f"epoch {e}, itr {i} (rank {rank}'s clips: {', '.join(clips)}); last good checkpoint: {good}"
-                    raise ValueError(f"the loss is not finite ({j + s}) at {where}; lower --lr, or set --grad_clip 1")
+                    where = f"epoch {e}, itr {i}, clips {', '.join(clips)}; last good checkpoint: {good}"
+                    raise ValueError(
+                        f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}; lower --lr or set --grad_clip 1"
+                    )
                 speed = len(clips) * world / seconds
-                row = (e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20)
+                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20
                 log("train", dict(zip(columns, row)), e * args.ipe + i)
-            ahead = datetime.timedelta(seconds=round((last - step) * seconds))
-            say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  "
-                f"data wait {wait / seconds:4.0%}  ETA {ahead}", flush=True)  # fmt: skip
+            say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  data "
+                f"wait {wait / seconds:4.0%}  ETA {datetime.timedelta(seconds=round((last - step) * seconds))}", flush=True)  # fmt: skip
             pending, waited, began = [], 0.0, time.perf_counter()
         if at_end:
             done, inside = divmod(step, args.ipe)
@@ -334,16 +335,17 @@ if __name__ == "__main__":
                 say(f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying), action gap {gap}")
                 if v["tf_gap"] < 0.02 and done > args.warmup:
                     say("WARNING: shuffled actions cost less than 2 %: the predictor hardly uses the action (yet)")
-            path = save(done, inside)
+            path = save(done, inside) if writes else None
             began = time.perf_counter()
             if halt:
                 say(f"stopped after epoch {epoch}, itr {itr}; saved {path}; go on with --resume")
                 break
     if args.dry_run:
         kept, saved = args.keep_last + args.epochs // (args.save_every_freq or total + 1), 12 * count / 2**30  # with Adam's moments
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(args.out_dir))).free / 2**30
-        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
-        say(f"dry run, nothing written\n{len(train)} recordings to train on, {len(val)} held out, {len(bad)} unusable; a batch: {shapes}")
+        out = pathlib.Path(args.out_dir).absolute()
+        free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 2**30
+        shapes = [f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)]
+        say(f"dry run, nothing written; {len(train)} recordings to train on, {len(val)} held out, {len(bad)} unusable; a batch:", *shapes)
         say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 2**30:.1f} GiB of memory at the peak")
         say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
     if world > 1:

@@ -56,7 +56,7 @@ class Ticks(NamedTuple):
 def _line(line):
     """One JSONL line as a dict; what follows "inventory" is most of the bytes and says nothing about actions."""
     cut = line.find(b', "inventory"')
-    if cut > 0:
+    if cut > 0 and line.endswith(b"}"):  # a torn line does not
         try:
             d = orjson.loads(line[:cut] + b"}")
             if {"mouse", "isGuiOpen", "pitch"} <= d.keys():  # else the fields stand in another order

@@ -115,7 +115,7 @@ def row(path, decoder, args):
         f.seek(0)
         while f.read(1 << 24):  # into the page cache
             pass
-    records, _, _ = data.open_records(path)
+    records, _ = data.open_records(path)
     reader = ClipReader(crop_size=args.crop_size, decoder=decoder)
     batches = -(-args.clips // BATCH)
     options = {"reader": reader, "batches_per_epoch": batches + 1}
