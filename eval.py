@@ -144,7 +144,7 @@ if __name__ == "__main__":
         records, bad = open_records(args.data)
     else:
         _, _, records, bad = open_split(run["data"] or [["VPT/*.tar"]], None, run["val_data"], run["val_fraction"])
-    unknown = {f"{os.path.basename(r.shard)} {r.key}" for r in records} - set(state["held_out"])
+    unknown = {f"{os.path.basename(r.shard)} {r.key.partition('@')[0]}" for r in records} - set(state["held_out"])
     if unknown:
         print(f"{len(unknown)} of {len(records)} recordings are not among those the run held out: was it trained on them?")
     keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}

@@ -316,10 +316,8 @@ if __name__ == "__main__":
             for (e, i, _, _, rate, clips), (j, s, n) in zip(pending, values.tolist()):
                 if not math.isfinite(j + s + (n if args.dtype != "float16" else 0)):  # float16 skips those steps
                     good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
-                    where = f"epoch {e}, itr {i}, clips {', '.join(clips)}; last good checkpoint: {good}"
-                    raise ValueError(
-                        f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}; lower --lr or set --grad_clip 1"
-                    )
+                    where = f"epoch {e}, itr {i}, clips {', '.join(clips)}; last good checkpoint: {good}; lower --lr or set --grad_clip 1"
+                    raise ValueError(f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}")
                 speed = len(clips) * world / seconds
                 row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20
                 log("train", dict(zip(columns, row)), e * args.ipe + i)

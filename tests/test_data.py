@@ -326,7 +326,7 @@ def test_nothing_but_bad_clips_is_an_error_that_names_the_file(tmp_path, mp4):
     with pytest.raises(ValueError, match="a.tar.*270 lines"):
         next(iter(vpt_loader(path, 2, reader=READER, num_workers=0)))
     path = write_tar(tmp_path / "g.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))})
-    with pytest.raises(RuntimeError, match="--gui drop"):
+    with pytest.raises(ValueError, match="--gui drop"):
         next(iter(vpt_loader(path, 2, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0)))
 
 
