@@ -273,6 +273,15 @@ def test_data_weights_are_shares_of_clips(shards, tmp_path, mp4):
         open_split(groups, [1.0])
 
 
+def test_each_data_is_split_and_weighed_by_itself(shards, tmp_path, mp4):
+    """Bug: the last shards of all --data together are held out, so that one --data is validated on and never trained on."""
+    path = write_tar(tmp_path / "z.tar", {f"{k}.{x}": v for k in "bcde" for x, v in (("mp4", mp4), ("jsonl", jsonl(contractor())))})
+    train, shares, val, _ = open_split([[str(shards / "*.tar")], [str(path)]], [0.7, 0.3], val_fraction=0.25)
+    mine = [r.shard == str(path) for r in train]
+    assert sum(mine) == 3 and sum(r.shard == str(path) for r in val) == 1 and len(val) > 1
+    assert sum(s for s, m in zip(shares, mine) if m) == pytest.approx(0.3) and sum(shares) == pytest.approx(1.0)
+
+
 def test_clips_can_be_sent_to_workers_by_pickling(shards):
     """Bug: macOS starts workers by pickling the dataset, after it has been used."""
     records = records_of(shards / "shard-000000.tar")[0]

@@ -553,11 +553,11 @@ def test_streams_train_with_local_validation(world, tmp_path):
 
 def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
     """Bug: the doctor leaves files behind, takes a folder for used, or says nothing about memory, disk and time."""
-    flags = [*world.video, "--epochs 9 --warmup 1 --anneal 1 --ipe 50 --save_every_freq 0 --out_dir", tmp_path / "run", "--dry_run"]
+    flags = [*world.video, "--epochs 9 --warmup 1 --anneal 1 --ipe 50 --save_every_freq 0 --out_dir", tmp_path / "new" / "run", "--dry_run"]
     text = run(tmp_path, "train_ac.py", *flags)
     assert "4 recordings to train on, 2 held out, 0 unusable" in text and "video (4, 16, 3, 32, 32)" in text
     assert "450 steps x" in text and "GiB of disk free: enough" in text and "held out after" in text
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
