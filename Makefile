@@ -13,15 +13,15 @@ TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --n
 	touch $@
 
 demo: .venv/installed
-	$(PY) -m prepare.demo --minutes 20 --out demo
+	$(PY) -m prepare.demo --minutes 30 --out demo
 	$(PY) fit_scaler.py --data 'demo/train/*.tar' --fps 10 --output demo/scaler.pkl
-	$(PY) encode.py --data 'demo/train/*.tar' --out demo/features/train $(FEATURES) --phases 2
+	$(PY) encode.py --data 'demo/train/*.tar' --out demo/features/train $(FEATURES) --phases 4
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/features/val $(FEATURES)
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl \
-		--out_dir out/demo $(TRAIN) --epochs 12 --ipe 150 --anneal 4 --val_every 2
+		--out_dir out/demo $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar'
 
-demo-long: .venv/installed  # an hour of play, four times the training
+demo-long: .venv/installed  # an hour of play, seven times the training
 	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
 	$(PY) fit_scaler.py --data 'demo-long/train/*.tar' --fps 10 --output demo-long/scaler.pkl
 	$(PY) encode.py --data 'demo-long/train/*.tar' --out demo-long/features/train $(FEATURES) --phases 2
@@ -34,7 +34,7 @@ demo-clip: demo  # the same training on features of the whole clip, in which eve
 	$(PY) encode.py --data 'demo/train/*.tar' --out demo/clip/train $(FEATURES) --encode clip --phases 8
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/clip/val $(FEATURES) --encode clip
 	$(PY) train_ac.py --data 'demo/clip/train/*.tar' --val_data 'demo/clip/val/*.tar' --scaler demo/scaler.pkl --encode clip \
-		--out_dir out/demo-clip $(TRAIN) --epochs 12 --ipe 150 --anneal 4 --val_every 2
+		--out_dir out/demo-clip $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
 	$(PY) eval.py --checkpoint out/demo-clip --data 'demo/clip/val/*.tar'
 
 test: .venv/installed lint
