@@ -430,7 +430,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):
     error = fails(tmp_path, "train_ac.py", *flags, "--data", poison, "--out_dir", out, "--resume --log_every 50")
     assert "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error and "6.11_player-1@00000" in error
     assert f"last good checkpoint: {out}/checkpoint-epoch001.pth.tar" in error
-    itr = int(error.split("itr ")[1].split()[0])
+    itr = int(error.split("itr ")[1].split(",")[0])
     bad = [r for r in rows_of(out / "train.csv") if not np.isfinite(r[2])]
     assert not bad and rows_of(out / "train.csv")[-1][:2] == ([1, itr - 1] if itr else [0, 24])
     (kept,) = checkpoint.list_checkpoints(out)
