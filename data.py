@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import sys
 import tarfile
 import threading
 import urllib.request
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from checkpoint import write_atomically
+from checkpoint import one_sentence, write_atomically
 from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
@@ -520,6 +521,7 @@ if __name__ == "__main__":
     parser.add_argument("--action_space", type=int, default=13, choices=ACTION_SPACES, help="which actions to show")
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
     args = parser.parse_args()
+    sys.excepthook = one_sentence
     loader = vpt_loader(args.inspect, args.batch_size, num_workers=0, reader=ClipReader(action_space=args.action_space))
     batch = next(iter(loader))
     for file, key, reason in loader.bad + batch["bad"]:

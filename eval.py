@@ -113,6 +113,8 @@ def own_predictor(state):
 
 def open_run(path):
     """A run folder or checkpoint -> (Predictor in eval mode, its checkpoint dictionary, ActionScaler, file path)."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
     if os.path.isdir(path):
         folder = path
         state, path = checkpoint.load_latest(folder)
@@ -146,12 +148,14 @@ if __name__ == "__main__":
         _, _, records, bad = open_split(run["data"] or [["VPT/*.tar"]], None, run["val_data"], run["val_fraction"])
     unknown = {f"{os.path.basename(r.shard)} {r.key.partition('@')[0]}" for r in records} - set(state["held_out"])
     if unknown:
-        print(f"{len(unknown)} of {len(records)} recordings are not among those the run held out: was it trained on them?")
+        print(f"WARNING: {len(unknown)} of {len(records)} recordings are not among those the run held out: was it trained on them?")
     keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}
     dataset = Clips(records, [1.0] * len(records), ClipReader(run["frames_per_clip"], scaler=scaler, **keep), run["seed"])
     source = {k: run[k] for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
     features = "safetensors" in records[0].members
-    encoder, source = open_source(records, None if features else args.encoder or run["encoder"] or "vjepa2_vitl", **source)
+    if not features and not (args.encoder or run["encoder"]):
+        raise ValueError("these shards hold video: name the --encoder of the run (train_ac.py's default is vjepa2_vitl)")
+    encoder, source = open_source(records, None if features else args.encoder or run["encoder"], **source)
     if source["encoder_hash"] != state["encoder_hash"]:
         raise ValueError(f"{path} was trained on features of encoder {state['encoder_hash']}, these are of {source['encoder_hash']}")
     predictor.to(device)
