@@ -39,10 +39,10 @@ demo-clip: demo  # what --encode clip hides: half of the demo's training, on fea
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo-tubelet $(SHORT)
 
 test: .venv/installed lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest
 
 test-all: .venv/installed lint
-	$(PY) -m pytest -m ""
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m ""
 
 lint: .venv/installed
 	$(PY) -m ruff check .
