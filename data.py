@@ -97,6 +97,16 @@ class Record(NamedTuple):
     members: dict  # extension -> (offset, size)
     length: int = 0
 
+    @property
+    def recording(self):
+        """The key without the @TICK that encode.py adds: one recording gives several members of features."""
+        return self.key.rpartition("@")[0] if "safetensors" in self.members else self.key
+
+    @property
+    def name(self):
+        """Shard and recording: what scalers and checkpoints remember of it."""
+        return f"{os.path.basename(self.shard)} {self.recording}"
+
 
 def shard_index(path):
     """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers only: 54 ms for 10 GB."""
@@ -312,7 +322,7 @@ def split_records(records, val_fraction):
     names = sorted({r.shard for r in records}, reverse=True)
     group = [r.shard for r in records]
     if len(names) < 10:  # feature members of one recording (KEY@START) stay together
-        group = [r.key.rpartition("@")[0] if "safetensors" in r.members else r.key for r in records]
+        group = [r.recording for r in records]
         names = sorted(set(group), key=lambda key: hashlib.sha256(key.encode()).digest())
     if val_fraction <= 0 or len(names) < 2:
         return records, []

@@ -161,7 +161,7 @@ if __name__ == "__main__":
             if (old := json.load(f)) != made:
                 raise ValueError(f"{args.out} holds features made with other settings ({old}): choose another --out")
     for path in (p for p in paths if os.path.exists(os.path.join(args.out, os.path.basename(p)))):  # done in an earlier run, or not ours
-        keys = {r.key.rpartition("@")[0] for r in shard_index(os.path.join(args.out, os.path.basename(path)))[0]}
+        keys = {r.recording for r in shard_index(os.path.join(args.out, os.path.basename(path)))[0]}
         if foreign := keys - {r.key for r in shard_index(path)[0]}:
             raise ValueError(f"{args.out} holds a {os.path.basename(path)} of other recordings ({min(foreign)}): choose another --out")
     if world > 1:

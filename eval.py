@@ -58,7 +58,7 @@ def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_st
             losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
             errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose_states(s, a, m, d))
         errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
-        rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.split("@")[0] for k in batch["key"]]))
+        rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]]))
     if dist.is_initialized():
         dist.all_gather_object(everyone := [None] * world, rows)
         rows = [r for part in everyone for r in part]
@@ -146,7 +146,7 @@ if __name__ == "__main__":
         records, bad = open_records(args.data)
     else:
         _, _, records, bad = open_split(run["data"] or [["VPT/*.tar"]], None, run["val_data"], run["val_fraction"])
-    unknown = {f"{os.path.basename(r.shard)} {r.key.partition('@')[0]}" for r in records} - set(state["held_out"])
+    unknown = {r.name for r in records} - set(state["held_out"])
     if unknown:
         print(f"WARNING: {len(unknown)} of {len(records)} recordings are not among those the run held out: was it trained on them?")
     keep = {k: run[k] for k in ("fps", "frames_per_step", "crop_size", "action_space", "encode", "decoder", "gui")}

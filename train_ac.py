@@ -145,7 +145,7 @@ if __name__ == "__main__":
         say(f"{len(bad)} recordings cannot be used, {' '.join(bad[0])} among them; all are listed in bad_clips.jsonl")
     if args.val_clips and not val:
         say("WARNING: nothing to validate on: streams and single recordings cannot be split; pass --val_data")
-    held, known = {f"{os.path.basename(r.shard)} {r.key.partition('@')[0]}" for r in val}, scaler.meta.get("recordings")
+    held, known = {r.name for r in val}, scaler.meta.get("recordings")
     if held & set(known) if known else val and fraction and fraction != scaler.meta.get("val_fraction", fraction):
         say("warning: the scaler was fitted on recordings held out here; fit it on the training shards only (fit_scaler.py --val_fraction)")
     val_set = Clips(val, [1.0] * len(val), val_reader, args.seed)

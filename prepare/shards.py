@@ -30,7 +30,7 @@ import orjson
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from vpt import ClipReader, mp4_times, packet_times, parse_ticks, read_frames
+from vpt import ClipReader, mp4_times, parse_ticks, read_frames
 
 SLACK = 5  # lines and frames of a real recording may differ by a few
 
@@ -151,7 +151,6 @@ def check(folder, stem, extensions):
                 return f"jsonl: line {i} is not JSON", 0
         with open(os.path.join(folder, stem + ".mp4"), "rb") as f:
             times = mp4_times(f)
-            times = times if len(times) else packet_times(f)
             if not len(times):
                 return "the video has no frames", 0
             read_frames(f, times, [0], 64)
