@@ -10,6 +10,7 @@ import functools
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -390,3 +391,245 @@ def meter_summary(errors, recordings, samples=2000):
         out[f"{p}_gap_low"], out[f"{p}_gap_high"] = gaps.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
         out[f"{p}_skill"] = out[f"{p}_true"] / out[f"{p}_copy"]
     return out
+
+
+# --- latent actions ---
+
+
+def kmeans(x, K, generator, iterations=20):
+    """K centres (K, D) of x (n, D): k-means++, then Lloyd; an empty cluster keeps its centre."""
+    centres = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
+    for _ in range(K - 1):
+        far = torch.cdist(x, centres).amin(1).square() + 1e-12
+        centres = torch.cat([centres, x[torch.multinomial(far.cpu(), 1, generator=generator).to(x.device)]])
+    for _ in range(iterations):
+        member = F.one_hot(torch.cdist(x, centres).argmin(1), K).to(x)  # (n, K)
+        centres = torch.where(member.any(0)[:, None], member.T @ x / member.sum(0)[:, None].clamp_min(1), centres)
+    return centres
+
+
+class VectorQuantizer(nn.Module):
+    """K codes for each of `slots` vectors of D dims, and what keeps them alive: `warmup` steps without quantisation, then k-means on the
+    last encoder outputs; codes with under a tenth of their fair share are replaced. codebook: "ema" (decay 0.99) or "loss" (a gradient);
+    a `shared` table serves all slots. `update`, once an optimizer step, changes the tables alike on every rank."""
+
+    def __init__(self, slots, K, dim, *, codebook="ema", shared=False, kmeans=True, revive=True, warmup=500):
+        super().__init__()
+        self.tables, self.K, self.ema = 1 if shared else slots, K, codebook == "ema"
+        self.kmeans, self.revive, self.warmup = kmeans, revive, warmup
+        self.codebook = nn.Parameter(torch.empty(self.tables, K, dim).uniform_(-1 / K, 1 / K), requires_grad=not self.ema)
+        self.register_buffer("mass", torch.ones(self.tables, K))
+        self.register_buffer("sums", self.codebook.detach().clone())
+        self.register_buffer("recent", torch.zeros(1024, self.tables, dim))  # the last encoder outputs, newest first
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.long))  # updates made, encoder outputs seen
+        self.pending = []
+
+    def active(self):
+        return bool(self.seen[0] >= self.warmup)
+
+    def lookup(self, indices):
+        """(..., slots) -> (..., slots, D)."""
+        return self.codebook[torch.arange(self.tables), indices.reshape(-1, self.tables)].view(*indices.shape, -1)
+
+    def forward(self, z_e):
+        """z_e (..., slots, D) -> (z_q, indices (..., slots), codebook loss, commitment loss) in float32; z_q is z_e while warming up."""
+        with torch.autocast(z_e.device.type, enabled=False):
+            z = z_e.float()
+            rows = z.detach().reshape(-1, self.tables, z.shape[-1])
+            nearest = torch.cdist(rows.transpose(0, 1), self.codebook.detach()).argmin(-1).T  # (n, tables)
+            indices = nearest.reshape(z.shape[:-1])
+            if self.training:
+                self.pending.append((rows, nearest))
+            if not self.active():
+                return z, indices, 0 * self.codebook.sum(), 0 * z.sum()
+            z_q = self.lookup(indices)
+            return z + (z_q - z).detach(), indices, F.mse_loss(z_q, z.detach()), F.mse_loss(z, z_q.detach())
+
+    @torch.no_grad()
+    def update(self, settle=False):
+        """Counts and sums over all ranks in float32, EMA, k-means at the end of the warm-up, dead codes (not to `settle`, at the end)."""
+        (z, nearest), self.pending = (torch.cat(x) for x in zip(*self.pending)), []
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        member = F.one_hot(nearest, self.K).to(z)  # (n, tables, K)
+        stats = torch.cat([member.sum(0).unsqueeze(-1), torch.einsum("ntk,ntd->tkd", member, z)], dim=-1)
+        sample = z[: len(self.recent) // world]
+        if world > 1:
+            dist.all_reduce(stats)
+            dist.all_gather(parts := [torch.empty_like(sample) for _ in range(world)], sample.contiguous())
+            sample = torch.cat(parts)
+        self.recent.copy_(torch.cat([sample, self.recent])[: len(self.recent)])
+        self.seen += torch.tensor([1, len(sample)], device=z.device)
+        steps, rows = int(self.seen[0]), self.recent[: int(self.seen[1])]
+        generator = torch.Generator().manual_seed(steps)
+        if self.kmeans and steps == max(self.warmup, 1):
+            self.codebook.copy_(torch.stack([kmeans(rows[:, t], self.K, generator) for t in range(self.tables)]))
+            self.mass.fill_(len(z) * world / self.K)
+            self.sums.copy_(self.codebook * self.mass.unsqueeze(-1))
+        elif steps > self.warmup:
+            self.mass.lerp_(stats[..., 0], 0.01)
+            self.sums.lerp_(stats[..., 1:], 0.01)
+            total = self.mass.sum(1, keepdim=True)
+            if self.ema:  # Laplace smoothing: a code that nobody chooses does not divide by zero
+                self.codebook.copy_(self.sums / ((self.mass + 1e-5) * total / (total + self.K * 1e-5)).unsqueeze(-1))
+            for t, code in (self.mass < 0.1 * total / self.K).nonzero().tolist() if self.revive and not settle else []:
+                self.codebook[t, code] = rows[torch.randint(len(rows), (1,), generator=generator).item(), t]
+                self.mass[t, code] = total[t, 0] / self.K
+                self.sums[t, code] = self.codebook[t, code] * self.mass[t, code]
+
+
+class FiniteScalars(nn.Module):
+    """FSQ (arXiv 2309.15505): each slot is one bounded number rounded to K levels; no table to keep alive."""
+
+    def __init__(self, K, dim):
+        super().__init__()
+        self.K, self.down, self.up = K, nn.Linear(dim, 1), nn.Linear(1, dim)
+
+    def lookup(self, indices):
+        return self.up(2 * indices.unsqueeze(-1).float() / (self.K - 1) - 1)
+
+    def forward(self, z_e):
+        x = (self.down(z_e).float().tanh() + 1) * (self.K - 1) / 2  # (..., slots, 1), 0 to K-1
+        indices = x.detach().round()
+        return self.lookup((x + (indices - x).detach()).squeeze(-1)), indices.squeeze(-1).long(), 0 * x.sum(), 0 * x.sum()
+
+
+def attend(layer, x, causal=False):
+    q, k, v = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, nh, L, hd)
+    return layer.proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+
+
+class SpaceTimeBlock(nn.Module):
+    """Each patch over time (causal attention), a depthwise 3x3 convolution (it tells neighbours apart; LAPA's PEG), attention inside a
+    step, MLP. Tokens of a step: `extra` others, then H x W patches. With a condition (B, T, A), tokens are scaled and moved by it first."""
+
+    def __init__(self, dim, num_heads, grid, extra=0, condition=0):
+        super().__init__()
+        self.grid, self.extra = grid, extra
+        self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
+        self.time, self.attn, self.mlp = Attention(dim, num_heads), Attention(dim, num_heads), MLP(dim, 4 * dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        if condition:
+            self.film = nn.Linear(condition, 2 * dim)
+            nn.init.zeros_(self.film.weight)
+
+    def forward(self, x, condition=None):
+        B, T, S, _ = x.shape
+        if condition is not None:
+            scale, move = self.film(condition).unsqueeze(2).chunk(2, dim=-1)
+            x = x * (1 + scale) + move
+        x = x + attend(self.time, self.norm0(x).transpose(1, 2).flatten(0, 1), causal=True).unflatten(0, (B, S)).transpose(1, 2)
+        x = x.flatten(0, 1)  # (B*T, S, D)
+        near = self.conv(x[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+        x = x + F.pad(near, (0, 0, self.extra, 0))
+        x = x + attend(self.attn, self.norm1(x))
+        return (x + self.mlp(self.norm2(x))).unflatten(0, (B, T))
+
+
+class LatentActionModel(nn.Module):
+    """Latent actions of video-VAE latents z (B, T, C, H, W): the encoder says by `num_codes` codes of `num_embeddings` each what happened
+    from step t to t+1, the decoder predicts z_t+1 from z_<=t and those codes, in training, rollout and generation alike.
+
+    The encoder sees one pair of steps at a time: no code knows the future or how its clip began. In training both of a pair are moved by
+    a random `shift`, the decoder's input is not: else a code can name places instead of motion. Errors are of standardised latents."""
+
+    activation_checkpointing = False
+
+    def __init__(
+        self, channels=16, size=(64, 64), *, patch_size=4, patch_dim=256, embed_dim=512, encoder_depth=3, decoder_depth=3, num_heads=8,
+        num_codes=3, num_embeddings=12, codebook_dim=128, commitment_weight=0.25, rollout_horizon=2, quantizer="vq", codebook="ema",
+        shared_codebook=False, kmeans=True, revive=True, vq_warmup_steps=500, mean=0.0, std=1.0,
+    ):  # fmt: skip
+        super().__init__()
+        if any(s % patch_size for s in size):
+            raise ValueError(f"latents of {size[0]}x{size[1]} are no whole number of patches of {patch_size}")
+        self.grid = (size[0] // patch_size, size[1] // patch_size)
+        self.num_codes, self.commitment_weight, self.rollout_horizon = num_codes, commitment_weight, rollout_horizon
+        self.register_buffer("scale", torch.tensor([mean, std]))
+        self.adapter = nn.Conv2d(channels, patch_dim, patch_size, patch_size)
+        self.encoder_embed, self.decoder_embed = nn.Linear(2 * patch_dim, embed_dim), nn.Linear(patch_dim, embed_dim)
+        self.encoder_pos, self.decoder_pos = (nn.Parameter(0.02 * torch.randn(math.prod(self.grid), embed_dim)) for _ in range(2))
+        self.query = nn.Parameter(0.02 * torch.randn(num_codes, embed_dim))
+        self.encoder = nn.ModuleList(SpaceTimeBlock(embed_dim, num_heads, self.grid, num_codes) for _ in range(encoder_depth))
+        self.encoder_norm, self.to_code = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, codebook_dim)
+        self.quantizer = None  # continuous: the upper bound
+        if quantizer == "vq":
+            options = {"codebook": codebook, "shared": shared_codebook, "kmeans": kmeans, "revive": revive, "warmup": vq_warmup_steps}
+            self.quantizer = VectorQuantizer(num_codes, num_embeddings, codebook_dim, **options)
+        elif quantizer == "fsq":
+            self.quantizer = FiniteScalars(num_embeddings, codebook_dim)
+        width = num_codes * codebook_dim
+        self.decoder = nn.ModuleList(SpaceTimeBlock(embed_dim, num_heads, self.grid, 0, width) for _ in range(decoder_depth))
+        self.decoder_norm, self.decoder_out = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, patch_dim)
+        self.out_adapter = nn.ConvTranspose2d(patch_dim, channels, patch_size, patch_size)
+
+    def normalize(self, z):
+        return (z.float() - self.scale[0]) / self.scale[1]
+
+    def patches(self, z):  # standardised (B, T, C, H, W) -> (B, T, N, patch_dim)
+        return self.adapter(z.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, z.shape[:2])
+
+    def quantize_pairs(self, x, shift=None):
+        """Patches (B, T, N, patch_dim) -> z_e (B, T-1, num_codes, codebook_dim), then what the quantizer makes of it."""
+        B, T = x.shape[:2]
+        pairs = torch.stack([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)  # (B*(T-1), 2, N, patch_dim)
+        if shift is not None:  # (B, T-1, 2) whole patches, down and right, around the edges
+            (H, W), (dy, dx) = self.grid, shift.flatten(0, 1).unsqueeze(-1).unbind(1)
+            rows, cols = (torch.arange(H, device=x.device) - dy) % H, (torch.arange(W, device=x.device) - dx) % W
+            source = (rows.unsqueeze(2) * W + cols.unsqueeze(1)).flatten(1)  # (B*(T-1), N)
+            pairs = pairs.gather(2, source[:, None, :, None].expand_as(pairs))
+        # each step beside the one before it, so that comparing two of the same patch need not be learned; the first beside nothing
+        pairs = torch.cat([pairs, F.pad(pairs[:, :1], (0, 0, 0, 0, 1, 0))], dim=-1)
+        h = self.encoder_embed(pairs) + self.encoder_pos
+        h = torch.cat([self.query.expand(len(h), 2, -1, -1), h], dim=2)
+        for blk in self.encoder:
+            h = run_block(self, blk, h)
+        z_e = self.to_code(self.encoder_norm(h[:, 1, : self.num_codes])).unflatten(0, (B, T - 1)).float()
+        if self.quantizer is not None:
+            return z_e, *self.quantizer(z_e)
+        return z_e, z_e, torch.zeros(z_e.shape[:-1], dtype=torch.long, device=z_e.device), 0 * z_e.sum(), 0 * z_e.sum()
+
+    def predict(self, z, codes, x=None):
+        """Standardised z (B, T, C, H, W), its patches if known, codes (B, T, num_codes, codebook_dim) -> the step after each of z."""
+        h = self.decoder_embed(self.patches(z) if x is None else x) + self.decoder_pos
+        for blk in self.decoder:
+            h = run_block(self, blk, h, codes.flatten(2).to(h.dtype))
+        h = self.decoder_out(self.decoder_norm(h)).flatten(0, 1).transpose(1, 2).unflatten(2, self.grid)
+        return z + self.out_adapter(h).unflatten(0, z.shape[:2]).float()
+
+    def codes(self, indices):  # a continuous model's are vectors already
+        return indices if indices.is_floating_point() else self.quantizer.lookup(indices)
+
+    def encode(self, z, shift=None):
+        """z (B, T, C, H, W) -> indices (B, T-1, num_codes), z_e and z_q (B, T-1, num_codes, codebook_dim)."""
+        z_e, z_q, indices = self.quantize_pairs(self.patches(self.normalize(z)), shift)[:3]
+        return indices, z_e, z_q
+
+    def decode(self, z, indices):
+        """Steps z (B, T, C, H, W), or one (B, C, H, W), and the codes of each -> the step after each, of the same shape."""
+        if z.ndim == 4:
+            return self.decode(z.unsqueeze(1), indices.unsqueeze(1)).squeeze(1)
+        return self.predict(self.normalize(z), self.codes(indices)) * self.scale[1] + self.scale[0]
+
+    def rollout(self, z_0, indices):
+        """z_0 (B, C, H, W) and the codes of K steps (B, K, num_codes) -> those steps (B, K, C, H, W), on the model's own predictions."""
+        z, codes = self.normalize(z_0).unsqueeze(1), self.codes(indices)
+        for k in range(codes.shape[1]):
+            z = torch.cat([z, self.predict(z, codes[:, : k + 1])[:, -1:]], dim=1)
+        return z[:, 1:] * self.scale[1] + self.scale[0]
+
+    def forward(self, z, shift=None):
+        """z (B, T, C, H, W) -> {loss, mse, mae, codebook, commitment, rollout, indices (B, T-1, num_codes)}. rollout: MSE of the 2nd to
+        `rollout_horizon`-th pass of the decoder, each on what the one before predicted: pass k is k steps ahead from every step."""
+        horizon = self.rollout_horizon
+        if z.shape[1] <= horizon:
+            raise ValueError(f"--rollout_horizon {horizon} needs windows of {horizon + 1} steps, --sequence_length is {z.shape[1]}")
+        z = self.normalize(z)
+        x = self.patches(z)
+        _, z_q, indices, codebook, commitment = self.quantize_pairs(x, shift)
+        out = ahead = self.predict(z[:, :-1], z_q, x[:, :-1])
+        mse, mae, rollout = F.mse_loss(out, z[:, 1:]), F.l1_loss(out, z[:, 1:]), 0 * out.sum()
+        for k in range(1, horizon):
+            ahead = self.predict(torch.cat([z[:, :1], ahead[:, :-1]], dim=1), z_q)
+            rollout = rollout + F.mse_loss(ahead[:, k:], z[:, k + 1 :]) / (horizon - 1)
+        out = {"mse": mse, "mae": mae, "codebook": codebook, "commitment": commitment, "rollout": rollout, "indices": indices}
+        return {"loss": mse + codebook + self.commitment_weight * commitment + rollout} | out

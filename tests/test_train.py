@@ -158,7 +158,7 @@ def server():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(ROOT)  # the server finds what it imports beforehand from here
-        FORK.set_forkserver_preload(["train_ac", "encode", "eval", "fit_scaler"])
+        FORK.set_forkserver_preload(["train_ac", "encode", "eval", "fit_scaler", "train_lam", "probe", "prepare.manifest"])
         multiprocessing.forkserver.ensure_running()
         yield
 

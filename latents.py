@@ -1,0 +1,141 @@
+"""Video-VAE latents in HDF5 files as windows of steps: what train_lam.py and probe.py read.
+
+KEY.h5 holds one dataset (chunks, C, T, H, W), any name, HDF5 chunking or compression, float16 or float32; chunk n holds the latent steps
+n*T to n*T + T-1 (T = 2: 8 frames, merged 4 in time). Beside it may lie KEY.actions.npz, what truly happened: integer arrays of length
+chunks*T - 1, entry t between steps t and t+1, one or more labels by name; training never sees them. `python -m prepare.manifest` checks
+and splits a folder.
+"""
+
+import functools
+import json
+import os
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+
+from data import Order, collate, leave_signals
+
+
+class LatentFile(NamedTuple):
+    path: str
+    steps: int
+    shape: tuple  # of its dataset
+
+
+def open_dataset(path):
+    """The one dataset of an H5 file. Raises ValueError if there is none or more than one, OSError if it is no H5 file."""
+    found, file = [], h5py.File(path, "r")
+    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} datasets ({', '.join(found[:4])})" if found else "no dataset")
+    return file[found[0]]
+
+
+@functools.lru_cache(maxsize=64)
+def _open(path, process):
+    """One handle per file and process: HDF5 does not survive a fork."""
+    return open_dataset(path)
+
+
+def read_steps(path, first, stop):
+    """Steps first..stop-1 of a file: (stop - first, C, H, W) float32; reads the chunks they lie in and no others."""
+    try:
+        data = _open(path, os.getpid())
+        T = data.shape[2]
+        x = data[first // T : -(-stop // T)].swapaxes(1, 2).reshape(-1, data.shape[1], *data.shape[3:])
+    except OSError as e:
+        where = f"{path}, steps {first} to {stop - 1}"
+        raise ValueError(f"{where}, cannot be read ({str(e).splitlines()[0]}): run prepare.manifest again, which leaves it out") from e
+    return np.ascontiguousarray(x[first % T : first % T + stop - first], dtype=np.float32)
+
+
+def read_labels(path, steps):
+    """{name: (steps - 1,) int64} from KEY.actions.npz beside KEY.h5; {} without one. Raises ValueError for another length."""
+    truth = os.path.splitext(path)[0] + ".actions.npz"
+    if not os.path.exists(truth):
+        return {}
+    with np.load(truth) as arrays:
+        labels = {k: arrays[k].astype(np.int64) for k in sorted(arrays.files)}
+    if wrong := [k for k, v in labels.items() if v.shape != (steps - 1,)]:
+        raise ValueError(f"{truth}: {wrong[0]} has shape {labels[wrong[0]].shape}, {steps} steps need ({steps - 1},)")
+    return labels
+
+
+def open_manifest(manifest_path, data_dir=None):
+    """(metadata, {"train", "validation", "test": [LatentFile]}) of prepare.manifest; paths are relative to data_dir, by default the
+    manifest's folder. Raises FileNotFoundError or ValueError for files that are gone or no longer as they were."""
+    if not os.path.exists(manifest_path):
+        raise FileNotFoundError(f"no {manifest_path}; make it with: python -m prepare.manifest {data_dir or 'DIR'}")
+    with open(manifest_path) as f:
+        manifest = json.load(f)
+    if not isinstance(manifest, dict) or not {"metadata", "splits"} <= manifest.keys():
+        raise ValueError(f"{manifest_path} is no manifest of ours: make it again with python -m prepare.manifest")
+    folder, splits = data_dir or os.path.dirname(os.path.abspath(manifest_path)), {}
+    for split, entries in manifest["splits"].items():
+        splits[split] = []
+        for e in entries:
+            path = os.path.join(folder, e["path"])
+            if not os.path.exists(path) or os.path.getsize(path) != e["bytes"]:
+                raise ValueError(f"{path} is {'not as it was' if os.path.exists(path) else 'gone'}: run python -m prepare.manifest again")
+            splits[split].append(LatentFile(path, e["shape"][0] * e["shape"][2], tuple(e["shape"])))
+    return manifest["metadata"], splits
+
+
+class Latents(torch.utils.data.Dataset):
+    """Windows of `length` steps. An item is (epoch, index, file number, first step); the dict has z (T, C, H, W), shift (T-1, 2) uniform
+    in [0, 1) by (seed, epoch, index), labels (T-1, L) int64 where every file has the same ones (names in `.labels`), and key."""
+
+    def __init__(self, files, length, seed=0):
+        self.files, self.length, self.seed = files, length, seed
+        self.starts = np.array([max(f.steps - length + 1, 0) for f in files])
+        if not self.starts.sum():
+            raise ValueError(f"no file has the {length} steps of a window: lower --sequence_length")
+        self.truth = [read_labels(f.path, f.steps) for f in files]
+        self.labels = sorted(self.truth[0]) if len({tuple(sorted(t)) for t in self.truth}) == 1 else []
+
+    def locate(self, u):
+        """(file number, first step) at place u in [0, 1) of all possible windows, in the order of the files."""
+        ends = self.starts.cumsum()
+        at = min(int(u * ends[-1]), int(ends[-1]) - 1)
+        number = int(np.searchsorted(ends, at, side="right"))
+        return number, at - int(ends[number] - self.starts[number])
+
+    def __getitem__(self, item):
+        epoch, index, number, first = item
+        path, stop = self.files[number].path, first + self.length
+        clip = {"z": torch.from_numpy(read_steps(path, first, stop)), "key": f"{os.path.basename(path)}@{first}", "bad": []}
+        clip["shift"] = torch.from_numpy(np.random.default_rng([self.seed, epoch, index]).random((self.length - 1, 2), dtype=np.float32))
+        if self.labels:
+            clip["labels"] = torch.from_numpy(np.stack([self.truth[number][k][first : stop - 1] for k in self.labels], axis=1))
+        return clip
+
+    def windows(self, batch_size, limit, rank=0, world=1):
+        """Batches of items for validation: windows that do not overlap, at most `limit`, from all files, in a fixed random order; the
+        batches do not depend on the number of ranks that share them, and none has a single window unless there is only one."""
+        every = [(n, k) for n, f in enumerate(self.files) for k in range(0, f.steps - self.length + 1, self.length)]
+        items = [(0, i, *every[j]) for i, j in enumerate(np.random.default_rng(0).permutation(len(every))[:limit])]
+        parts = np.array_split(np.arange(len(items)), max(round(len(items) / batch_size), 1))
+        return [[items[i] for i in part] for part in parts if len(part)][rank::world]
+
+
+def latent_sequences(
+    dataset, batch_size, *, batches_per_epoch=None, num_workers=0, epoch=0, itr=0, rank=0, world=1, items=None, pin_memory=False
+):
+    """Endless DataLoader from batch `itr` of `epoch` on: {"z" (B, T, C, H, W) float32, "shift", "labels"?, "key"}; or of given `items`. The
+    order is a pure function of (seed, epoch) and the size of an epoch, by default one pass of windows that do not overlap."""
+    batches = batches_per_epoch or max(sum(f.steps // dataset.length for f in dataset.files) // (batch_size * world), 1)
+    order = items if items is not None else Order(dataset, batch_size, batches, epoch, itr, rank, world)
+    options = {"persistent_workers": num_workers > 0 and items is None, "worker_init_fn": leave_signals, "pin_memory": pin_memory}
+    return torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate, **options)
+
+
+def pack_codes(indices, K):
+    """Indices (..., slots) below K -> one number (...) below K^slots, the first slot the most significant."""
+    return sum(indices[..., i] * K ** (indices.shape[-1] - 1 - i) for i in range(indices.shape[-1]))
+
+
+def unpack_codes(ids, K, slots):
+    """The inverse of pack_codes."""
+    return torch.stack([ids // K ** (slots - 1 - i) % K for i in range(slots)], dim=-1)

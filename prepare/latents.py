@@ -1,0 +1,167 @@
+"""Video-VAE latents with known actions in the guide's format: a synthetic world, or ViZDoom play through a small autoencoder.
+
+    python -m prepare.latents --out latents                                    # sprite world, (16, 2, 64, 64) a chunk
+    python -m prepare.latents --out latents-play --data 'demo/*/*.tar'         # recordings of prepare.demo, or any VPT shards
+
+Writes OUT/KEY.h5, dataset `latents` [chunks, 16, 2, size, size] float16, and OUT/KEY.actions.npz, the truth between steps t and t+1.
+
+Sprite world: on a torus, noise and a patterned square that each step moves by one of nine moves (patches of 4 down and right, each -1, 0 or
+1), `move` in the npz. --distractor adds another pattern: `steady` keeps one velocity a file, `random` moves as the first does,
+independently, which no model without labels can tell from it.
+
+Play: 8 frames a second; 4 of them (half a second) at 8 times the size make one step of 16 channels, alone, so no step knows the next (a
+video VAE's second step of a chunk may). The autoencoder, three strided convolutions and back, is trained here on those frames: it stands in
+for a video VAE at the same shapes, no more. The npz has `yaw` (-1 left, 0, 1 right; 0 within --still degrees) and `forward` (key w).
+"""
+
+import argparse
+import os
+import sys
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from checkpoint import one_sentence, write_atomically
+from data import Slice, expand, index_shards, read_ticks
+from vpt import ACTION_SPACES, mp4_times, read_frames, step_actions
+
+PATCH, CHANNELS, FRAMES, FPS = 4, 16, 4, 8
+
+
+def write_latents(folder, key, z, labels):
+    """Steps (S, C, H, W), an even number of them used, as KEY.h5 of chunks of two; labels {name: (S - 1,)} as KEY.actions.npz."""
+    S = len(z) // 2 * 2
+    chunks = z[:S].reshape(-1, 2, *z.shape[1:]).swapaxes(1, 2).astype(np.float16)
+
+    def write(f):
+        with h5py.File(f, "w") as file:
+            file.create_dataset("latents", data=chunks, chunks=(1, *chunks.shape[1:]))
+
+    write_atomically(os.path.join(folder, f"{key}.actions.npz"), lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}))
+    write_atomically(os.path.join(folder, f"{key}.h5"), write)
+
+
+# --- sprite world ---
+
+
+def pattern(number, size):
+    """What moves: (16, size/4, size/4), unit variance times four, smooth over pixels so that it has structure; always the same."""
+    noise = torch.from_numpy(np.random.default_rng([77, number]).standard_normal((1, CHANNELS, 4, 4)).astype(np.float32))
+    return 2 * F.interpolate(noise, size=(size // 4, size // 4), mode="nearest")[0].numpy()
+
+
+def sprite_file(rng, steps, size, noise, distractor):
+    """(z (steps, 16, size, size), moves (steps - 1,) 0..8: 3 * (down + 1) + right + 1)."""
+    z = noise * rng.standard_normal((steps, CHANNELS, size, size), dtype=np.float32)
+    walks = [rng.integers(-1, 2, (steps - 1, 2))]
+    if distractor != "none":
+        walks.append(rng.integers(-1, 2, (steps - 1, 2)) if distractor == "random" else np.tile(rng.integers(-1, 2, 2), (steps - 1, 1)))
+    for number, walk in enumerate(walks):
+        at = rng.integers(0, size // PATCH, 2) + np.concatenate([np.zeros((1, 2), int), walk.cumsum(0)])
+        canvas = np.zeros((CHANNELS, size, size), np.float32)
+        canvas[:, : size // 4, : size // 4] = pattern(number, size)
+        for t, (y, x) in enumerate(PATCH * at):
+            z[t] += np.roll(canvas, (y, x), (1, 2))
+    return z, 3 * (walks[0][:, 0] + 1) + walks[0][:, 1] + 1
+
+
+# --- play ---
+
+
+class Autoencoder(nn.Module):
+    """Four frames (B, 12, 8s, 8s) in [-1, 1] <-> one latent step (B, 16, s, s) of unit variance (after `fit`)."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        w = width
+        self.down = nn.Sequential(nn.Conv2d(3 * FRAMES, w, 4, 2, 1), nn.GELU(), nn.Conv2d(w, 2 * w, 4, 2, 1), nn.GELU(),
+                                  nn.Conv2d(2 * w, 2 * w, 4, 2, 1), nn.GELU(), nn.Conv2d(2 * w, CHANNELS, 1))  # fmt: skip
+        self.up = nn.Sequential(nn.Conv2d(CHANNELS, 2 * w, 3, 1, 1), nn.GELU(), nn.ConvTranspose2d(2 * w, 2 * w, 4, 2, 1), nn.GELU(),
+                                nn.ConvTranspose2d(2 * w, w, 4, 2, 1), nn.GELU(), nn.ConvTranspose2d(w, 3 * FRAMES, 4, 2, 1))  # fmt: skip
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+def steps_of(record, size, still):
+    """(frames of the latent steps (S, 12, 8*size, 8*size) uint8, {"yaw", "forward"} between them) of a recording."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times, ticks = mp4_times(f), read_ticks(record)
+        n = min(len(times), len(ticks.motion))
+        shown = np.floor(np.arange(0, n / 20 * FPS - 1e-9) * 20 / FPS).astype(int)
+        shown = shown[shown < n][: len(shown) // FRAMES * FRAMES]
+        shown = shown[: len(shown) // FRAMES * FRAMES]
+        frames = read_frames(f, times, shown, 8 * size)
+    y, x = (frames.shape[1] - 8 * size) // 2, (frames.shape[2] - 8 * size) // 2
+    frames = frames[:, y : y + 8 * size, x : x + 8 * size].transpose(0, 3, 1, 2).reshape(-1, 3 * FRAMES, 8 * size, 8 * size)
+    actions, _ = step_actions(ticks, shown[FRAMES - 1 :: FRAMES], 36)  # after the last frame of step t until that of step t+1
+    yaw, forward = (actions[:, ACTION_SPACES[36].index(k)] for k in ("yaw_diff", "w"))
+    return frames, {"yaw": np.sign(yaw) * (np.abs(yaw) > np.radians(still)), "forward": forward}
+
+
+def fit(model, frames, steps, batch, seed):
+    """Train the autoencoder on uint8 frames (S, 12, H, W); returns its mean squared error on pixels in [-1, 1]."""
+    rng, optimizer = np.random.default_rng(seed), torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in (bar := tqdm(range(steps), unit="step", desc="autoencoder")):
+        x = torch.from_numpy(frames[np.sort(rng.choice(len(frames), min(batch, len(frames)), replace=False))]).float() / 127.5 - 1
+        z = model.down(x)
+        error = F.mse_loss(model.up(z), x)
+        (error + 1e-3 * (z.square().mean() - 1).square()).backward()  # keeps the latents near unit scale
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(mse=f"{error.item():.4f}")
+    return error.item()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", required=True, help="folder for the H5 files")
+    parser.add_argument("--size", type=int, default=64, help="height and width of the latents, a multiple of 16")
+    parser.add_argument("--seed", type=int, default=0, help="of the synthetic world, or of the autoencoder")
+    parser.add_argument("--files", type=int, default=20, help="sprite world: files")
+    parser.add_argument("--chunks", type=int, default=64, help="sprite world: chunks of two steps a file")
+    parser.add_argument("--noise", type=float, default=0.05, help="sprite world: std of the noise (the sprite's is 2)")
+    parser.add_argument(
+        "--distractor", default="none", choices=["none", "steady", "random"], help="sprite world: something else that moves"
+    )
+    parser.add_argument("--data", nargs="+", help="play: VPT shards")
+    parser.add_argument("--ae_steps", type=int, default=1500, help="play: training steps of the autoencoder")
+    parser.add_argument("--ae_batch", type=int, default=16, help="play: latent steps in a batch")
+    parser.add_argument("--still", type=float, default=3.0, help="play: degrees of yaw in half a second that count as none")
+    args = parser.parse_args()
+    sys.excepthook = one_sentence
+    if args.size % 16:
+        raise ValueError(f"--size {args.size} is no multiple of 16")
+    if os.path.isdir(args.out) and any(name.endswith(".h5") for name in os.listdir(args.out)):
+        raise ValueError(f"{args.out} holds H5 files already: give another --out, or remove them")
+    torch.manual_seed(args.seed)
+    if not args.data:
+        for i in tqdm(range(args.files), unit="file", desc="sprite world"):
+            rng = np.random.default_rng([args.seed, i])
+            z, moves = sprite_file(rng, 2 * args.chunks, args.size, args.noise, args.distractor)
+            write_latents(args.out, f"sprite-{i:04d}", z, {"move": moves})
+        print(f"{args.out}: {args.files} files of {2 * args.chunks} steps of (16, {args.size}, {args.size}); truth: move, 9 values")
+    else:
+        records, bad = index_shards(expand(args.data))
+        for file, key, reason in bad:
+            print(f"left out: {file} {key}: {reason}")
+        made = {}
+        for r in tqdm(records, unit="recording", desc="frames"):
+            made[r.key] = steps_of(r, args.size, args.still)
+        model = Autoencoder()
+        error = fit(model, np.concatenate([x for x, _ in made.values()]), args.ae_steps, args.ae_batch, args.seed)
+        with torch.inference_mode():
+            for key, (frames, labels) in tqdm(made.items(), unit="recording", desc="latents"):
+                z = [model.down(torch.from_numpy(x).float() / 127.5 - 1) for x in np.array_split(frames, max(len(frames) // 16, 1))]
+                write_latents(args.out, key, torch.cat(z).numpy(), labels)
+        shares = {k: np.unique(np.concatenate([v[k] for _, v in made.values()]), return_counts=True) for k in ("yaw", "forward")}
+        print(
+            f"{args.out}: {len(made)} recordings, {sum(len(x) for x, _ in made.values())} steps; pixel MSE of the autoencoder {error:.4f}"
+        )
+        print("truth:", "; ".join(f"{k} " + ", ".join(f"{v:g}: {c / n.sum():.0%}" for v, c in zip(x, n)) for k, (x, n) in shares.items()))
