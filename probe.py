@@ -27,7 +27,7 @@ import checkpoint
 from latents import Latents, latent_sequences, open_manifest, pack_codes, unpack_codes
 from model import LatentActionModel
 
-ERRORS = ("own", "copy", "zero", "marginal", "random", "same", "rollout", "rollout_4", "copy_4")  # see held_out_codes
+ERRORS = ("own", "copy", "zero", "marginal", "random", "same", "rollout_4", "copy_4")  # see held_out_codes
 RATIOS = ("mse_over_copy", "mse_over_zero", "mse_over_marginal", "nmse", "psnr_random", "psnr_same", "same_over_own", "rollout_over_copy")
 CODES = ("joint_codes", "joint_perplexity", "slot_perplexity", "codebook_usage", "purity", "nmi", "ami")
 
@@ -35,40 +35,32 @@ CODES = ("joint_codes", "joint_perplexity", "slot_perplexity", "codebook_usage",
 @torch.no_grad()
 def held_out_codes(model, dataset, batch_size, clips, num_workers=0, autocast=contextlib.nullcontext):
     """What a model does with at most `clips` windows of a Latents dataset, shared among ranks (all get everyone's): a dict of arrays over
-    n transitions. codes (n, slots), z_e (n, slots, D), labels (n, L), and mean squared errors of the step after, in standardised units:
-    own (its code), copy (of the step before), zero (zeroed codes), marginal (mean of the predictions under the codes of four other
-    clips: what can be known without the action), random (uniform codes: Genie's measure), same (the code of another clip with the same
-    labels; nan if the batch has none), by clip rollout and rollout_4 (steps 1 to horizon, step 4 of a rollout from step 0), copy_4; loss
-    terms of forward; var is the variance of z."""
+    n transitions. codes (n, slots), labels (n, L), and mean squared errors of the step after, in standardised units: own (its code), copy
+    (of the step before), zero (zeroed codes), marginal (mean prediction under the codes of four other clips: what can be known without
+    the action), random (uniform codes: Genie's measure), same (the code of another clip of the batch with the same labels, nan without);
+    by clip rollout_4 and copy_4 (four steps ahead), the loss terms of forward, and var, the variance of z."""
     device, rank, world = next(model.parameters()).device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
     items, rows = dataset.windows(max(batch_size, 2), clips, rank, world), []
     for batch in latent_sequences(dataset, batch_size, num_workers=num_workers, items=items):
         raw = batch["z"].to(device, non_blocking=True)
         with autocast():
             losses = model(raw)
-            indices, z_e, z_q = model.encode(raw)
+            indices, _, z_q = model.encode(raw)
             z, (B, T) = model.normalize(raw), z_q.shape[:2]
 
             def error(codes, z=z):
                 return (model.predict(z[:, :-1], codes) - z[:, 1:]).square().mean((2, 3, 4)).flatten()
 
-            others = [torch.roll(z_q, k, 0) for k in range(1, min(B, 5))]
+            others = [torch.roll(z_q, k, 0) for k in range(1, max(min(B, 5), 2))]
             marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
             uniform = others[0]
-            if model.quantizer is not None:
-                draw = torch.randint(model.quantizer.K, indices.shape, generator=torch.Generator().manual_seed(batch_number(items, rows)))
-                uniform = model.codes(draw.to(device))
-            row = {
-                "own": error(z_q),
-                "zero": error(0 * z_q),
-                "random": error(uniform),
-                "copy": (z[:, 1:] - z[:, :-1]).square().mean((2, 3, 4)).flatten(),
-            }
-            row["marginal"] = (marginal - z[:, 1:]).square().mean((2, 3, 4)).flatten()
-            K = min(max(model.rollout_horizon, 4), T)
-            ahead = (model.normalize(model.rollout(raw[:, 0], z_q[:, :K])) - z[:, 1 : K + 1]).square().mean((2, 3, 4))
-            row |= {"rollout": ahead[:, : model.rollout_horizon].mean(1), "rollout_4": ahead[:, -1]}
-            row["copy_4"] = (z[:, K] - z[:, 0]).square().mean((1, 2, 3))
+            if model.quantizer is not None:  # seeded by the number of a window: the same for any number of ranks
+                generator = torch.Generator().manual_seed(items[len(rows)][0][1])
+                uniform = model.codes(torch.randint(model.quantizer.K, indices.shape, generator=generator).to(device))
+            row = {"own": error(z_q), "zero": error(0 * z_q), "random": error(uniform)}
+            row |= {k: (x - z[:, 1:]).square().mean((2, 3, 4)).flatten() for k, x in (("copy", z[:, :-1]), ("marginal", marginal))}
+            ahead = model.normalize(model.rollout(raw[:, 0], z_q[:, :4]))[:, -1]
+            row |= {k: (x - z[:, min(4, T)]).square().mean((1, 2, 3)) for k, x in (("rollout_4", ahead), ("copy_4", z[:, 0]))}
             row["same"] = torch.full_like(row["own"], math.nan)
             labels = batch.get("labels", torch.zeros(B, T, 0, dtype=torch.long)).flatten(0, 1)
             if dataset.labels:
@@ -77,18 +69,13 @@ def held_out_codes(model, dataset, batch_size, clips, num_workers=0, autocast=co
                 later = torch.where(fits, B * T - (number - number[:, None]) % (B * T), 0)  # the next one, so that all are used alike
                 found = error(z_q.flatten(0, 1)[later.argmax(1).to(device)].view_as(z_q))
                 row["same"] = torch.where(fits.any(1).to(device), found, row["same"])
-        row |= {"codes": indices.flatten(0, 1), "z_e": z_e.flatten(0, 1), "labels": labels, "var": z.var((0, 1, 3, 4)).mean().expand(B)}
+        row |= {"codes": indices.flatten(0, 1), "labels": labels, "var": z.var((0, 1, 3, 4)).mean().expand(B)}
         row |= {k: v.expand(B) for k, v in losses.items() if k != "indices"}
         rows.append({k: v.cpu().float().numpy() if v.is_floating_point() else v.cpu().numpy() for k, v in row.items()})
     if dist.is_initialized():
         dist.all_gather_object(everyone := [None] * world, rows)
         rows = [r for group in zip(*(p + [None] * (max(map(len, everyone)) - len(p)) for p in everyone)) for r in group if r is not None]
     return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-
-
-def batch_number(items, rows):
-    """The number of a window of the batch at hand: a seed that does not depend on the ranks."""
-    return items[len(rows)][0][1]
 
 
 def purity(codes, actions):
@@ -112,13 +99,12 @@ def perplexity(values):
 
 
 def code_summary(found, K):
-    """What `held_out_codes` found -> {RATIOS, CODES}: errors against the baselines, delta PSNR in dB (positive: own codes are better), codes
-    in use, and with labels purity, NMI and AMI of codes and actions (nan without). K: codes a slot, None for a continuous model."""
+    """What `held_out_codes` found -> {RATIOS, CODES}: errors against the baselines, delta PSNR in dB (positive: its own are better), codes
+    in use, with labels purity, NMI and AMI of codes and actions (nan without). K: codes a slot, None for a continuous model."""
     mean = {k: float(np.nanmean(found[k])) if np.isfinite(found[k]).any() else math.nan for k in ERRORS}
-    out = {f"mse_over_{k}": mean["own"] / mean[k] for k in ("copy", "zero", "marginal")} | {
-        "nmse": mean["own"] / float(found["var"].mean())
-    }
-    out |= {f"psnr_{k}": 10 * math.log10(mean[k] / mean["own"]) for k in ("random", "same")} | {"same_over_own": mean["same"] / mean["own"]}
+    out = {f"mse_over_{k}": mean["own"] / mean[k] for k in ("copy", "zero", "marginal")}
+    out |= {f"psnr_{k}": 10 * math.log10(mean[k] / mean["own"]) for k in ("random", "same")}
+    out |= {"nmse": mean["own"] / float(found["var"].mean()), "same_over_own": mean["same"] / mean["own"]}
     out |= {"rollout_over_copy": mean["rollout_4"] / mean["copy_4"]} | dict.fromkeys(CODES, math.nan)
     if K:
         ids = pack_codes(found["codes"], K)
@@ -139,7 +125,8 @@ def complaints(summary, quantised):
     if min(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:
         yield "the decoder ignores the code: other codes cost it less than 10 %"
     if summary["same_over_own"] > 2:
-        yield f"the code of another clip with the same action costs {summary['same_over_own']:.1f} times the error: codes are no actions (--encoder_shift)"
+        cost = f"{summary['same_over_own']:.1f} times the error"
+        yield f"the code of another clip with the same action costs {cost}: the codes are no actions (--encoder_shift)"
 
 
 def plot_curves(out_dir):
@@ -204,10 +191,9 @@ def ceiling(x, y, x_test, y_test, steps=600):
     names, y = np.unique(y, return_inverse=True)
     x, x_test, y = torch.from_numpy(x), torch.from_numpy(x_test), torch.from_numpy(y)
     weight = len(y) / (len(names) * torch.bincount(y)).float()
-    net = nn.Sequential(nn.Conv2d(x.shape[1], 48, 3, padding=1), nn.GELU(), nn.Conv2d(48, 48, 3, 2, 1), nn.GELU(), nn.Conv2d(48, 48, 3, 2, 1),
-                        nn.GELU(), nn.Flatten(), nn.Dropout(0.3), nn.LazyLinear(len(names)))  # fmt: skip
-    net(x[:1])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+    net = nn.Sequential(nn.Conv2d(x.shape[1], 48, 3, 1, 1), nn.GELU(), nn.Conv2d(48, 48, 3, 2, 1), nn.GELU(), nn.Conv2d(48, 48, 3, 2, 1),
+                        nn.GELU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(48 * (x.shape[2] // 4) ** 2, len(names)))  # fmt: skip
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         rows = torch.randint(len(x), (64,))
@@ -226,40 +212,28 @@ def displacement(model, z, code):
     after = model.decode(z, code.expand(len(z), -1))
     a, b = (torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)) for x in (z, after))
     peak = torch.fft.irfft2((b * a.conj()).sum(1), s=z.shape[2:]).flatten(1).argmax(1)
-    H, W = z.shape[2:]
-    down, right = peak // W, peak % W
+    (H, W), (down, right) = z.shape[2:], (peak // z.shape[3], peak % z.shape[3])
     return ((down + H // 2) % H - H // 2).median().item(), ((right + W // 2) % W - W // 2).median().item()
 
 
 def plot_codes(path, ids, actions, names, moves):
     """codes.png: the motion that each of the most used codes causes, and how often each true action goes with it."""
-    values, at = np.unique(actions, return_inverse=True)
-    table = np.array([[np.mean(at[ids == code] == k) for k in range(len(values))] for code in moves])
+    values = np.unique(actions)
+    table = np.array([[np.mean(actions[ids == code] == v) for v in values] for code in moves])
     share = [np.mean(ids == code) for code in moves]
     order = np.lexsort((-np.array(share), table.argmax(1)))
     codes = [list(moves)[i] for i in order]
     fig = Figure(figsize=(13, 1.6 + 0.32 * len(codes)), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
     reach = max(1, max(max(map(abs, m)) for m in moves.values()))
-    for row, code in enumerate(codes):
-        down, across = moves[code]
-        if down or across:
-            left.annotate(
-                "",
-                (0.42 * across / reach, row + 0.42 * down / reach),
-                (0, row),
-                arrowprops={"arrowstyle": "->", "color": "tab:blue", "lw": 2},
-            )
-        else:
-            left.plot(0, row, "o", color="tab:blue")
-        left.text(0.6, row, f"{down:+.0f} down, {across:+.0f} right", va="center", fontsize=11)
-    left.set(
-        xlim=(-0.6, 2.2),
-        ylim=(len(codes) - 0.4, -0.6),
-        xticks=[],
-        title="motion it causes, latent pixels a step",
-        ylabel="code (share of steps)",
+    down, across = np.array([moves[code] for code in codes], dtype=float).T
+    left.quiver(
+        0 * down, range(len(codes)), across, -down, angles="uv", scale_units="inches", scale=5 * reach, width=0.012, color="tab:blue"
     )
+    for row, code in enumerate(codes):
+        left.text(0.6, row, "{:+.0f} down, {:+.0f} right".format(*moves[code]), va="center", fontsize=11)
+    left.set(xlim=(-0.6, 2.2), ylim=(len(codes) - 0.4, -0.6), xticks=[], title="motion it causes, latent pixels a step")
+    left.set_ylabel("code (share of steps)")
     labels = [f"{'-'.join(map(str, names[code]))}  ({share[i]:.0%})" for code, i in zip(codes, order)]
     left.set_yticks(range(len(codes)), labels, fontsize=11)
     image = right.imshow(table[order], cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -313,7 +287,7 @@ if __name__ == "__main__":
             report[f"probe_{name}"] = row
     if K:
         values, counts = np.unique(pack_codes(found["codes"], K), return_counts=True)
-        top, names = values[np.argsort(-counts)[:16]].tolist(), {}
+        top = values[np.argsort(-counts)[:16]].tolist()
         z = torch.stack([test[0, 0, n, k]["z"][0] for _, _, n, k in sum(test.windows(8, 32), [])]).to(model.scale.device)
         names = {code: unpack_codes(torch.tensor(code), K, model.num_codes).tolist() for code in top}
         moves = {code: displacement(model, z, torch.tensor(names[code], device=z.device)) for code in top}

@@ -150,9 +150,7 @@ if __name__ == "__main__":
     count = sum(p.numel() for p in model.parameters())
     vq = model.quantizer if isinstance(model.quantizer, VectorQuantizer) else None
     actions = f"{args.num_embeddings}^{args.num_codes} actions" if model.quantizer else "continuous actions"
-    say(
-        f"latent action model {count:,} parameters, {actions}; steps of {'x'.join(map(str, model.grid))} patches; labels {val_set and val_set.labels}"
-    )
+    say(f"latent action model {count:,} parameters, {actions}; steps of {'x'.join(map(str, model.grid))} patches")
 
     # --- optimizer, resume ---
     params = [p for p in model.parameters() if p.requires_grad]
@@ -203,9 +201,9 @@ if __name__ == "__main__":
     def save(epoch, itr):
         """Write a checkpoint and the curves (rank 0)."""
         state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(), "epoch": epoch, "itr": itr,
-            "batch_size": args.batch_size, "world_size": world, "args": vars(args), "manifest": os.path.abspath(manifest),
-            "rng": torch.get_rng_state(),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(),
+            "epoch": epoch, "itr": itr, "batch_size": args.batch_size, "world_size": world, "args": vars(args),
+            "manifest": os.path.abspath(manifest), "rng": torch.get_rng_state(),
         }  # fmt: skip
         path = checkpoint.save(args.out_dir, state | belongs, epoch, itr, args.keep_last, args.save_every_freq)
         plot_curves(args.out_dir)
@@ -306,10 +304,11 @@ if __name__ == "__main__":
             if val_set and (args.dry_run or not inside) and (done % args.val_every == 0 or step == last) and not halt:
                 v = validate(done)
                 log("val", v, step)
-                over = f"{v['mse_over_copy']:.3f} of copying, {v['mse_over_zero']:.3f} of zeroed codes, {v['mse_over_marginal']:.3f} of any codes"
+                copy, zero, marginal = (v[f"mse_over_{k}"] for k in ("copy", "zero", "marginal"))
                 known = f"; purity {v['purity']:.3f}, AMI {v['ami']:.3f}, same action {v['same_over_own']:.2f} x" if val_set.labels else ""
                 alive = f"{v['joint_codes']:.0f} actions, perplexity {v['joint_perplexity']:.1f}" if model.quantizer else "continuous"
-                say(f"held out after epoch {done}: error {over}; {alive}{known}")
+                say(f"held out after epoch {done}: error {copy:.3f} of copying, {zero:.3f} of zeroed codes, "
+                    f"{marginal:.3f} of other clips' codes; {alive}{known}")  # fmt: skip
                 for sentence in complaints(v, model.quantizer is not None) if vq is None or vq.active() else []:
                     say(f"WARNING: {sentence}")
             path = save(done, inside) if writes else None

@@ -54,7 +54,7 @@ def split_counts(n, ratios):
     """How many of n files each split gets: ratios rounded, but one at least where the ratio is not zero and n allows."""
     counts = [max(round(n * r), 1) if r else 0 for r in ratios[1:]]
     while n - sum(counts) < 1 and sum(counts):
-        counts[counts.index(max(counts))] -= 1
+        counts[max((1, 0), key=lambda i: counts[i])] -= 1  # rather the test files than the validation files
     return [n - sum(counts), *counts]
 
 

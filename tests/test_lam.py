@@ -41,9 +41,9 @@ def tiny(**change):
     return model.eval()
 
 
-def write_h5(path, chunks, name="embeddings", **options):
+def write_h5(path, values, name="embeddings", **options):
     with h5py.File(path, "w") as f:
-        f.create_dataset(name, data=chunks, **options)
+        f.create_dataset(name, data=values, **options)
 
 
 def some(seed, n=20, T=2, size=8, C=16, dtype=np.float32):
@@ -275,7 +275,7 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     """Bug: the baselines are mixed up: a decoder that ignores its code, or codes that name the next frame, look good."""
 
     class Oracle(LatentActionModel):
-        """Steps count up by 1 or 2 everywhere; codes say which."""
+        """Steps count up by 1, 2 or 3 everywhere; codes say which."""
 
         deaf = False
 
@@ -288,12 +288,12 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
             return indices if indices.is_floating_point() else indices.unsqueeze(-1).expand(*indices.shape, 8).float()
 
         def predict(self, z, codes, x=None):
-            return z + (1.4 if self.deaf else codes.mean((2, 3))[:, :, None, None, None] + 0.01)
+            return z + (2.0 if self.deaf else codes.mean((2, 3))[:, :, None, None, None] + 0.01)
 
     class Windows(Latents):
         def __init__(self):
             self.files, self.length, self.seed, self.labels = [latents.LatentFile("", 400, ())], 4, 0, ["step"]
-            self.step = np.random.default_rng(0).integers(1, 3, 399)
+            self.step = np.random.default_rng(0).integers(1, 4, 399)
 
         def __getitem__(self, item):
             at = np.concatenate([[0], self.step.cumsum()])[item[3] : item[3] + 4]
@@ -304,7 +304,7 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     found = probe.held_out_codes(model, Windows(), 10, 60)
     s = probe.code_summary(found, 12)
     assert len(found["own"]) == 180 and found["own"].mean() == pytest.approx(1e-4, rel=0.01)
-    assert s["purity"] == 1 and s["ami"] == pytest.approx(1) and s["joint_codes"] == 2 and s["same_over_own"] == pytest.approx(1, rel=0.01)
+    assert s["purity"] == 1 and s["ami"] == pytest.approx(1) and s["joint_codes"] == 3 and s["same_over_own"] == pytest.approx(1, rel=0.01)
     assert s["mse_over_copy"] < 1e-4 and s["mse_over_zero"] < 1e-4 and 1e-4 < s["mse_over_marginal"] < 1e-3 and s["psnr_random"] > 30
     assert not list(probe.complaints(s, True))
     model.deaf = True
@@ -431,7 +431,7 @@ def trained(folder):
     return folder / "run"
 
 
-@pytest.mark.parametrize("cut", [4, 8, 23])
+@pytest.mark.parametrize("cut", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(23, marks=pytest.mark.slow)])
 def test_resume_is_exact(folder, trained, tmp_path, cut):
     """Bug: k-means, EMA sums, the buffered encoder outputs or the step of the warm-up do not survive; the order depends on workers."""
     flags = ["--data_dir", folder, SMALL, PLAN, "--out_dir", tmp_path / "run"]
@@ -452,7 +452,7 @@ def test_a_signal_saves_and_resumes_exactly(folder, trained, tmp_path):
     same_run(trained, tmp_path / "run")
 
 
-@pytest.mark.parametrize("codebook", ["ema", "loss"])
+@pytest.mark.parametrize("codebook", ["ema", pytest.param("loss", marks=pytest.mark.slow)])
 def test_two_ranks_and_micro_batches_are_one_batch(folder, tmp_path, codebook):
     """Bug: counts and sums of the codebook are of one rank only, k-means differs between ranks, or the tables drift apart."""
     flags = ["--data_dir", folder, SMALL, PLAN, f"--codebook {codebook} --lr 5e-4"]
@@ -465,7 +465,7 @@ def test_two_ranks_and_micro_batches_are_one_batch(folder, tmp_path, codebook):
     assert len(one) == 30 and one[-1, 2] > 0
     for name in ("two", "accumulated"):
         np.testing.assert_allclose(numbers(tmp_path / name, "mse_loss", "rollout_loss", "vq_loss"), one, rtol=1e-3, atol=1e-5, err_msg=name)
-        val = [numbers(tmp_path / n, "mse_loss", "mse_over_zero", "psnr_same", "joint_codes", log="val.csv") for n in ("one", name)]
+        val = [numbers(tmp_path / n, "mse_loss", "mse_over_zero", "joint_codes", log="val.csv") for n in ("one", name)]
         np.testing.assert_allclose(val[1], val[0], rtol=1e-2)
 
 
@@ -558,3 +558,27 @@ def test_every_metric_of_the_guide_is_logged(trained):
     vq, codebook, commitment = numbers(trained, "vq_loss", "codebook_loss", "commitment_loss").T
     np.testing.assert_allclose(vq, codebook + 0.25 * commitment, rtol=1e-5)
     assert (trained / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
+    """Bug: the recipe no longer learns actions, or the measures no longer tell it from a collapsed codebook and from codes of places."""
+    import bench.lam
+
+    good = bench.lam.measure(str(tmp_path), "default", 0)
+    assert bench.lam.passes(good), good
+    plain = bench.lam.measure(str(tmp_path), "plain", 0)
+    assert not bench.lam.passes(plain) and plain["joint_codes"] < 3
+    trap = bench.lam.measure(str(tmp_path), "no_shift", 0)
+    assert not bench.lam.passes(trap) and trap["purity"] < 0.6
+
+
+@pytest.mark.slow
+def test_probe_reads_a_run(folder, trained, tmp_path):
+    """Bug: probe.py cannot read what train_lam.py wrote, judges the files of training, or writes its picture elsewhere."""
+    text = run(tmp_path, "probe.py", "--checkpoint", trained, "--val_clips 8 --batch_size 4")
+    report = json.load(open(trained / "report.json"))
+    assert report["split"] == "test" and f"{report['transitions']} transitions of 1 files (test)" in text
+    assert report["probe_move"]["chance"] == pytest.approx(1 / 9) and 0 <= report["probe_move"]["codes"] < 0.5
+    assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
+    assert "is damaged or no checkpoint of ours" in fails(tmp_path, "probe.py", "--checkpoint", folder / "run" / "args.json")
