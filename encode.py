@@ -2,10 +2,14 @@
 
     python encode.py --data demo/train/*.tar --out demo/features/train --encoder vit_tiny --crop_size 64
     torchrun --nproc_per_node=8 encode.py --data VPT/*.tar --out features --encoder vjepa2_vitl
+    python encode.py --data VPT/*.tar --out latents --vae diffusers:CogVideoX-2b/vae        # for train_lam.py
 
 Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D) features of S steps, bfloat16 and not
 yet layer-normed, actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pitch in radians. START is the tick of the first step: with
 --phases P the same recording is stepped through P times, from P places spread over the first step (the first clip, for --encode clip).
+
+With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2, h, w) float16 of chunks of 8 frames, each encoded alone, at 8 frames a second
+and 512 pixels unless told otherwise, and KEY.actions.npz: yaw and forward between latent steps, for probe.py.
 """
 
 import argparse
@@ -26,8 +30,9 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
+from latents import write_latents
 from model import encode_steps
-from vpt import ClipReader, mp4_times, read_frames, step_actions, step_size
+from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
 
 # --- flags ---
@@ -35,6 +40,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", "--data_path", nargs="+", action="append", required=True, help="VPT shards: paths, globs, {a..b} ranges")
 parser.add_argument("--out", required=True, help="folder for the feature shards")
 parser.add_argument("--encoder", default="vjepa2_vitl", help="weights: a path, URL or name, or vit_tiny (random)")
+parser.add_argument("--vae", metavar="diffusers:FOLDER", help="folder of a video VAE (Wan, CogVideoX): write H5 latents")
 parser.add_argument("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once")
 parser.add_argument("--frames_per_clip", type=int, default=16, help="frames of a clip: what --encode clip sees at once")
 parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
@@ -139,11 +145,98 @@ def encode_recording(record, encoder, reader, args, device):
             yield first, {"z": torch.cat(h), "actions": torch.from_numpy(actions).float(), "states": states}
 
 
+# --- video VAE ---
+
+VAE_FRAMES = 4  # merged in time
+
+
+def latent_frames(record, fps, crop_size, part=64):
+    """A recording for a video VAE: (frames, labels), frames a generator of uint8 (n, 4, 3, crop, crop), n latent steps. Labels
+    say what happened between the steps, after the last frame of one up to that of the next: yaw -1 (left), 0 (under 3 degrees), 1
+    (right), and whether forward was held. Raises like read_frames, and ValueError where lines and frames do not belong together."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times, ticks = mp4_times(f), read_ticks(record)
+    reader = ClipReader(frames_per_clip=2, fps=20, frames_per_step=1)
+    reader.starts(ticks, len(times))
+    ratio = reader.frames_per_line(ticks, len(times))
+    lines = min(len(ticks.motion), len(times) // ratio)
+    shown = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
+    shown = np.floor(shown[: len(shown) // VAE_FRAMES * VAE_FRAMES]).astype(int).reshape(-1, VAE_FRAMES)
+    if len(shown) < 2:
+        raise ValueError(f"{lines} usable lines are less than two latent steps")
+    actions, _ = step_actions(ticks, shown[:, -1], 36)
+    yaw, forward = (actions[:, ACTION_SPACES[36].index(k)] for k in ("yaw_diff", "key.w"))
+
+    def frames():
+        with Slice(record.shard, *record.members["mp4"]) as f:
+            for rows in (shown[i : i + part] for i in range(0, len(shown), part)):
+                x = read_frames(f, times, rows.ravel() * ratio, crop_size)
+                top, left = (x.shape[1] - crop_size) // 2, (x.shape[2] - crop_size) // 2
+                x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
+                yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
+
+    return frames(), {"yaw": np.sign(yaw) * (np.abs(yaw) > np.radians(3)), "forward": forward}
+
+
+def open_vae(spec, dtype):
+    """A video VAE of diffusers from a local folder."""
+    kind, _, folder = spec.partition(":")
+    if kind != "diffusers" or not os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of AutoencoderKLWan or AutoencoderKLCogVideoX")
+    try:
+        import diffusers
+    except ImportError as e:
+        raise ValueError("--vae needs: pip install diffusers") from e
+    with open(os.path.join(folder, "config.json")) as f:
+        name = json.load(f).get("_class_name")
+    if name not in ("AutoencoderKLWan", "AutoencoderKLCogVideoX"):
+        raise ValueError(f"--vae {spec} is a {name}: AutoencoderKLWan and AutoencoderKLCogVideoX are known")
+    return getattr(diffusers, name).from_pretrained(folder, local_files_only=True, torch_dtype=dtype).eval()
+
+
+@torch.inference_mode()
+def vae_latents(vae, frames):
+    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means. Wan gives the first frame a latent of its own, which a
+    repeated frame takes, so that 4 frames go into each."""
+    x = (frames.transpose(1, 2).float() / 127.5 - 1).to(next(vae.parameters()))  # (B, 3, 8, H, W)
+    wan = type(vae).__name__ == "AutoencoderKLWan"
+    z = vae.encode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).latent_dist.mode()
+    return z[:, :, -2:].transpose(1, 2).float()
+
+
+def encode_latents(records, bad, args, device):
+    """Write KEY.h5 for each recording; those that are there are kept."""
+    vae = open_vae(args.vae, getattr(torch, args.dtype)).to(device)
+    for record in tqdm(records, unit="recording", desc="encode"):
+        if os.path.exists(os.path.join(args.out, record.key + ".h5")):
+            continue
+        try:
+            frames, labels = latent_frames(record, args.fps, args.crop_size)
+            z = []
+            for x in frames:
+                chunks = torch.from_numpy(x[: len(x) // 2 * 2]).reshape(-1, 2 * VAE_FRAMES, *x.shape[2:])
+                z += [vae_latents(vae, c.to(device)).flatten(0, 1).cpu() for c in chunks.split(max(args.batch_size // 8, 1))]
+            write_latents(args.out, record.key, torch.cat(z).numpy(), labels)
+        except READ_ERRORS as e:
+            if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
+                raise
+            bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
+
+
 if __name__ == "__main__":
     args = parser.parse_args()
+    if args.vae:
+        parser.set_defaults(fps=8.0, crop_size=512)
+        args = parser.parse_args()
     sys.excepthook = one_sentence
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if args.vae:
+        records, bad = index_shards(expand([p for group in args.data for p in group])[rank::world])
+        encode_latents(records, bad, args, device)
+        for file, key, reason in bad:
+            print(f"left out: {file} {key}: {reason}")
+        sys.exit(f"nothing could be encoded for {args.out}" if len(bad) >= len(records) else None)
     if world > 1:
         dist.init_process_group("gloo")  # so that rank 0 alone fetches the encoder
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)

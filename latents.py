@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import torch
 
+from checkpoint import write_atomically
 from data import Order, collate, leave_signals
 
 
@@ -81,6 +82,19 @@ def open_manifest(manifest_path, data_dir=None):
                 raise ValueError(f"{path} is {'not as it was' if os.path.exists(path) else 'gone'}: run python -m prepare.manifest again")
             splits[split].append(LatentFile(path, e["shape"][0] * e["shape"][2], tuple(e["shape"])))
     return manifest["metadata"], splits
+
+
+def write_latents(folder, key, z, labels):
+    """Steps (S, C, H, W), an even number of them used, as KEY.h5 of chunks of two; labels {name: (S - 1,)} as KEY.actions.npz."""
+    S = len(z) // 2 * 2
+    chunks = z[:S].reshape(-1, 2, *z.shape[1:]).swapaxes(1, 2).astype(np.float16)
+
+    def write(f):
+        with h5py.File(f, "w") as file:
+            file.create_dataset("latents", data=chunks, chunks=(1, *chunks.shape[1:]))
+
+    write_atomically(os.path.join(folder, f"{key}.actions.npz"), lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}))
+    write_atomically(os.path.join(folder, f"{key}.h5"), write)
 
 
 class Latents(torch.utils.data.Dataset):

@@ -11,38 +11,25 @@ independently, which no model without labels can tell from it.
 
 Play: 8 frames a second; 4 of them (half a second) at 8 times the size make one step of 16 channels, alone, so no step knows the next (a
 video VAE's second step of a chunk may). The autoencoder, three strided convolutions and back, is trained here on those frames: it stands in
-for a video VAE at the same shapes, no more. The npz has `yaw` (-1 left, 0, 1 right; 0 within --still degrees) and `forward` (key w).
+for a video VAE at the same shapes, no more. The npz has `yaw` (-1 left, 0, 1 right; 0 within 3 degrees) and `forward` (key w).
 """
 
 import argparse
 import os
 import sys
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import one_sentence, write_atomically
-from data import Slice, expand, index_shards, read_ticks
-from vpt import ACTION_SPACES, mp4_times, read_frames, step_actions
+from checkpoint import one_sentence
+from data import expand, index_shards
+from encode import VAE_FRAMES, latent_frames
+from latents import write_latents
 
-PATCH, CHANNELS, FRAMES, FPS = 4, 16, 4, 8
-
-
-def write_latents(folder, key, z, labels):
-    """Steps (S, C, H, W), an even number of them used, as KEY.h5 of chunks of two; labels {name: (S - 1,)} as KEY.actions.npz."""
-    S = len(z) // 2 * 2
-    chunks = z[:S].reshape(-1, 2, *z.shape[1:]).swapaxes(1, 2).astype(np.float16)
-
-    def write(f):
-        with h5py.File(f, "w") as file:
-            file.create_dataset("latents", data=chunks, chunks=(1, *chunks.shape[1:]))
-
-    write_atomically(os.path.join(folder, f"{key}.actions.npz"), lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}))
-    write_atomically(os.path.join(folder, f"{key}.h5"), write)
+PATCH, CHANNELS, FPS = 4, 16, 8
 
 
 # --- sprite world ---
@@ -77,30 +64,14 @@ class Autoencoder(nn.Module):
 
     def __init__(self, width=48):
         super().__init__()
-        w = width
-        self.down = nn.Sequential(nn.Conv2d(3 * FRAMES, w, 4, 2, 1), nn.GELU(), nn.Conv2d(w, 2 * w, 4, 2, 1), nn.GELU(),
-                                  nn.Conv2d(2 * w, 2 * w, 4, 2, 1), nn.GELU(), nn.Conv2d(2 * w, CHANNELS, 1))  # fmt: skip
-        self.up = nn.Sequential(nn.Conv2d(CHANNELS, 2 * w, 3, 1, 1), nn.GELU(), nn.ConvTranspose2d(2 * w, 2 * w, 4, 2, 1), nn.GELU(),
-                                nn.ConvTranspose2d(2 * w, w, 4, 2, 1), nn.GELU(), nn.ConvTranspose2d(w, 3 * FRAMES, 4, 2, 1))  # fmt: skip
+        w, frames = width, 3 * VAE_FRAMES
+        down = [nn.Conv2d(a, b, 4, 2, 1) for a, b in ((frames, w), (w, 2 * w), (2 * w, 2 * w))]
+        up = [nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in ((2 * w, 2 * w), (2 * w, w), (w, frames))]
+        layers = [*down, nn.Conv2d(2 * w, CHANNELS, 1)], [nn.Conv2d(CHANNELS, 2 * w, 3, 1, 1), *up]
+        self.down, self.up = (nn.Sequential(*sum(([x, nn.GELU()] for x in part), [])[:-1]) for part in layers)
 
     def forward(self, x):
         return self.up(self.down(x))
-
-
-def steps_of(record, size, still):
-    """(frames of the latent steps (S, 12, 8*size, 8*size) uint8, {"yaw", "forward"} between them) of a recording."""
-    with Slice(record.shard, *record.members["mp4"]) as f:
-        times, ticks = mp4_times(f), read_ticks(record)
-        n = min(len(times), len(ticks.motion))
-        shown = np.floor(np.arange(0, n / 20 * FPS - 1e-9) * 20 / FPS).astype(int)
-        shown = shown[shown < n][: len(shown) // FRAMES * FRAMES]
-        shown = shown[: len(shown) // FRAMES * FRAMES]
-        frames = read_frames(f, times, shown, 8 * size)
-    y, x = (frames.shape[1] - 8 * size) // 2, (frames.shape[2] - 8 * size) // 2
-    frames = frames[:, y : y + 8 * size, x : x + 8 * size].transpose(0, 3, 1, 2).reshape(-1, 3 * FRAMES, 8 * size, 8 * size)
-    actions, _ = step_actions(ticks, shown[FRAMES - 1 :: FRAMES], 36)  # after the last frame of step t until that of step t+1
-    yaw, forward = (actions[:, ACTION_SPACES[36].index(k)] for k in ("yaw_diff", "w"))
-    return frames, {"yaw": np.sign(yaw) * (np.abs(yaw) > np.radians(still)), "forward": forward}
 
 
 def fit(model, frames, steps, batch, seed):
@@ -133,7 +104,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", nargs="+", help="play: VPT shards")
     parser.add_argument("--ae_steps", type=int, default=1500, help="play: training steps of the autoencoder")
     parser.add_argument("--ae_batch", type=int, default=16, help="play: latent steps in a batch")
-    parser.add_argument("--still", type=float, default=3.0, help="play: degrees of yaw in half a second that count as none")
     args = parser.parse_args()
     sys.excepthook = one_sentence
     if args.size % 16:
@@ -153,7 +123,8 @@ if __name__ == "__main__":
             print(f"left out: {file} {key}: {reason}")
         made = {}
         for r in tqdm(records, unit="recording", desc="frames"):
-            made[r.key] = steps_of(r, args.size, args.still)
+            frames, labels = latent_frames(r, FPS, 8 * args.size)
+            made[r.key] = np.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in frames]), labels
         model = Autoencoder()
         error = fit(model, np.concatenate([x for x, _ in made.values()]), args.ae_steps, args.ae_batch, args.seed)
         with torch.inference_mode():

@@ -568,7 +568,7 @@ def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
     good = bench.lam.measure(str(tmp_path), "default", 0)
     assert bench.lam.passes(good), good
     plain = bench.lam.measure(str(tmp_path), "plain", 0)
-    assert not bench.lam.passes(plain) and plain["joint_codes"] < 3
+    assert not bench.lam.passes(plain), plain
     trap = bench.lam.measure(str(tmp_path), "no_shift", 0)
     assert not bench.lam.passes(trap) and trap["purity"] < 0.6
 
@@ -582,3 +582,39 @@ def test_probe_reads_a_run(folder, trained, tmp_path):
     assert report["probe_move"]["chance"] == pytest.approx(1 / 9) and 0 <= report["probe_move"]["codes"] < 0.5
     assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
     assert "is damaged or no checkpoint of ours" in fails(tmp_path, "probe.py", "--checkpoint", folder / "run" / "args.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderKLCogVideoX"])
+def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
+    """Bug: latents are of other frames than their labels, a VAE's lone first frame shifts all that follow, or chunks see each other."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    if name == "AutoencoderKLWan":
+        vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    else:
+        blocks = {f"{d}_block_types": (f"CogVideoX{d.title()}Block3D",) * 4 for d in ("down", "up")}
+        size = {"block_out_channels": (8,) * 4, "latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 2}
+        vae = diffusers.AutoencoderKLCogVideoX(**blocks, **size)
+    vae.save_pretrained(tmp_path / "vae")
+    out = tmp_path / "latents"
+    flags = ["--data", shards / "shard-000000.tar", "--vae", f"diffusers:{tmp_path / 'vae'}", "--crop_size 32 --out", out]
+    run(tmp_path, "encode.py", *flags)
+    paths = sorted(out.glob("*.h5"))
+    assert len(paths) == 2
+    steps = latents.open_dataset(str(paths[0]))
+    assert steps.shape == (15, 16, 2, 4, 4) and steps.dtype == np.float16  # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
+    from data import Slice, index_shards, read_ticks
+    from encode import vae_latents
+    from vpt import mp4_times, read_frames
+
+    record = next(r for r in index_shards([str(shards / "shard-000000.tar")])[0] if r.key == paths[0].stem)
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        frames = read_frames(f, mp4_times(f), np.floor(np.arange(40, 48) * 2.5).astype(int), 32)[:, :, 4:36]
+    mine = vae_latents(vae.eval(), torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None])[0]  # chunk 5
+    np.testing.assert_allclose(steps[5].swapaxes(0, 1), mine.numpy(), atol=2e-3, rtol=2e-3)
+    labels = latents.read_labels(str(paths[0]), 30)
+    yaw = np.degrees(np.diff(read_ticks(record).motion[(np.arange(3, 120, 4) * 2.5).astype(int), 2]))
+    assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist() and set(labels["forward"]) <= {0, 1}
+    error = fails(tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}")
+    assert "give diffusers:FOLDER, with config.json and weights" in error
