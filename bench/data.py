@@ -2,6 +2,7 @@
 
     python -m bench.data                       # two recordings of 5 minutes at 640x360, deleted afterwards; 4 minutes on two cores
     python -m bench.data --minutes 1 --clips 16 --gop 60
+    python -m bench.data --only latents        # windows of 8 steps of (16, 64, 64) from H5 against bare h5py reads: 20 seconds
 
 The recording is made here: a texture that pans as under a moving camera, 20 fps, H.264 High with B-frames, 1.7 Mbit/s, one keyframe
 every --gop frames (GOP and bitrate of real VPT files are assumptions). The bare loop opens
@@ -25,10 +26,12 @@ atexit.register(shutil.rmtree, SCRATCH)
 os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py once, when it is imported
 
 import av  # noqa: E402
+import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
+import latents  # noqa: E402
 from vpt import ClipReader, mp4_times  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -38,6 +41,7 @@ parser.add_argument("--gop", type=int, nargs="+", default=[250, 60], help="frame
 parser.add_argument("--clips", type=int, default=48, help="clips timed a row")
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
 parser.add_argument("--decoder", nargs="+", default=["pyav", "decord"], choices=["pyav", "decord"], help="decoders to time")
+parser.add_argument("--only", choices=["clips", "latents"], help="half of it")
 parser.add_argument("--keep", metavar="FOLDER", help="keep the recordings there, and use the ones that are there")
 BATCH = 8
 
@@ -152,8 +156,37 @@ def row(path, decoder, args):
     return *rates, seconds["bare"] / seconds["loader"], with_workers, per_clip / 1e6, 100 * per_clip / os.path.getsize(video)
 
 
+def latent_rows(folder, windows=256):
+    """Lines of the table on H5 latents: windows a second of the loader and of bare reads of the same chunks, by HDF5 layout."""
+    rng, rows = np.random.default_rng(0), []
+    for name, options in (("contiguous", {}), ("a chunk each", {"chunks": (1, 16, 2, 64, 64)}), ("gzip", {"compression": "gzip"})):
+        path = os.path.join(folder, f"{name}.h5")
+        with h5py.File(path, "w") as f:
+            f.create_dataset("latents", data=rng.standard_normal((400, 16, 2, 64, 64)).astype(np.float16), **options)
+        dataset = latents.Latents([latents.LatentFile(path, 800, (400, 16, 2, 64, 64))], 8)
+        loader = latents.latent_sequences(dataset, BATCH)
+        items, ours, seconds = list(itertools.islice(loader.batch_sampler, windows // BATCH)), iter(loader), {"bare": 0.0, "loader": 0.0}
+        with h5py.File(path) as f:
+            for k, batch in enumerate(items):
+                t0 = time.perf_counter()
+                for _, _, _, first in batch:
+                    f["latents"][first // 2 : -(-(first + 8) // 2)].astype(np.float32)
+                t1 = time.perf_counter()
+                next(ours)
+                if k:  # the first opens files
+                    seconds = {"bare": seconds["bare"] + t1 - t0, "loader": seconds["loader"] + time.perf_counter() - t1}
+        n = (len(items) - 1) * BATCH
+        rates = n / seconds["bare"], n / seconds["loader"]
+        rows.append(f"{name:>14} {rates[0]:>8.1f} {rates[1]:>8.1f} {seconds['bare'] / seconds['loader']:>7.2f}")
+    return [f"{'H5 layout':>14} {'bare':>8} {'loader':>8} {'ratio':>7}   windows of 8 steps a second, float16, one process", *rows]
+
+
 if __name__ == "__main__":
     args = parser.parse_args()
+    if args.only != "clips":
+        print("\n".join(latent_rows(SCRATCH)))
+    if args.only == "latents":
+        raise SystemExit
     folder = args.keep or SCRATCH
     os.makedirs(folder, exist_ok=True)
     data.Slice = CountedSlice

@@ -38,7 +38,7 @@ ROWS = {  # name -> (world, flags of train_lam.py)
     "none": ("sprite", f"{RUN} --quantizer none"),
     "steady": ("steady", RUN),
     "random": ("random", RUN),
-    "guide_shape": ("guide", f"{SMALL} --batch_size 8 --sequence_length 4 --epochs 3 --ipe 500 --val_clips 128"),
+    "guide_shape": ("guide", f"{SMALL} --batch_size 8 --sequence_length 4 --epochs 2 --ipe 500 --val_clips 64"),
 }
 WORLDS = {
     "sprite": ("--size 16 --files 20 --chunks 256", 16),
