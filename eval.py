@@ -122,6 +122,8 @@ def open_run(path):
             raise FileNotFoundError(f"no checkpoint in {folder}")
     else:
         state = checkpoint.load(path)
+    if "lam" in state:
+        raise ValueError(f"{path} is a run of train_lam.py: judge it with probe.py")
     size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
     predictor = Predictor(state["embed_dim"], len(state["action_names"]), 2, (state["grid"],) * 2, **size)
     predictor.load_state_dict(own_predictor(state))

@@ -181,7 +181,7 @@ def encode_all(model, dataset, batch_size, clips):
 def linear_probe(x, y, x_test, y_test):
     """Balanced accuracy of a logistic regression fitted on (x, y)."""
     mean, std = x.mean(0), x.std(0) + 1e-6
-    found = LogisticRegression(max_iter=300, class_weight="balanced").fit((x - mean) / std, y)
+    found = LogisticRegression(max_iter=3000, class_weight="balanced").fit((x - mean) / std, y)
     return balanced_accuracy_score(y_test, found.predict((x_test - mean) / std))
 
 

@@ -9,7 +9,7 @@ Sprite world: on a torus, noise and a patterned square that each step moves by o
 1), `move` in the npz. --distractor adds another pattern: `steady` keeps one velocity a file, `random` moves as the first does,
 independently, which no model without labels can tell from it.
 
-Play: 8 frames a second; 4 of them (half a second) at 8 times the size make one step of 16 channels, alone, so no step knows the next (a
+Play: --fps frames a second; 4 of them (half a second) at 8 times the size make one step of 16 channels, alone, so no step knows the next (a
 video VAE's second step of a chunk may). The autoencoder, three strided convolutions and back, is trained here on those frames: it stands in
 for a video VAE at the same shapes, no more. The npz has `yaw` (-1 left, 0, 1 right; 0 within 3 degrees) and `forward` (key w).
 """
@@ -29,7 +29,7 @@ from data import expand, index_shards
 from encode import VAE_FRAMES, latent_frames
 from latents import write_latents
 
-PATCH, CHANNELS, FPS = 4, 16, 8
+PATCH, CHANNELS = 4, 16
 
 
 # --- sprite world ---
@@ -102,6 +102,7 @@ if __name__ == "__main__":
         "--distractor", default="none", choices=["none", "steady", "random"], help="sprite world: something else that moves"
     )
     parser.add_argument("--data", nargs="+", help="play: VPT shards")
+    parser.add_argument("--fps", type=float, default=8.0, help="play: frames a second, four of which make a step")
     parser.add_argument("--ae_steps", type=int, default=1500, help="play: training steps of the autoencoder")
     parser.add_argument("--ae_batch", type=int, default=16, help="play: latent steps in a batch")
     args = parser.parse_args()
@@ -123,7 +124,7 @@ if __name__ == "__main__":
             print(f"left out: {file} {key}: {reason}")
         made = {}
         for r in tqdm(records, unit="recording", desc="frames"):
-            frames, labels = latent_frames(r, FPS, 8 * args.size)
+            frames, labels = latent_frames(r, args.fps, 8 * args.size)
             made[r.key] = np.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in frames]), labels
         model = Autoencoder()
         error = fit(model, np.concatenate([x for x, _ in made.values()]), args.ae_steps, args.ae_batch, args.seed)

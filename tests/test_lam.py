@@ -581,6 +581,7 @@ def test_probe_reads_a_run(folder, trained, tmp_path):
     assert report["split"] == "test" and f"{report['transitions']} transitions of 1 files (test)" in text
     assert report["probe_move"]["chance"] == pytest.approx(1 / 9) and 0 <= report["probe_move"]["codes"] < 0.5
     assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
+    assert "is a run of train_lam.py: judge it with probe.py" in fails(tmp_path, "eval.py", "--checkpoint", trained)
     assert "is damaged or no checkpoint of ours" in fails(tmp_path, "probe.py", "--checkpoint", folder / "run" / "args.json")
 
 
