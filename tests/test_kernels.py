@@ -16,7 +16,7 @@ def qkv(B, nh, L, hd, dtype=torch.float32):
     return [torch.randn(B, nh, L, hd, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
-@pytest.mark.parametrize("impl", ["dense", "prefix", "auto"])
+@pytest.mark.parametrize("impl", ["reference", "prefix", "auto"])
 @pytest.mark.parametrize("name, block", [("T1_H2_W2_K2", 6), ("T3_H2_W3_K3", 9), ("T4_H4_W4_K2", 18)])
 def test_mask_is_the_references(impl, name, block):
     """Catches an off-by-one at a step's edge: with v = identity the output is the attention matrix, zero exactly where the mask is."""
@@ -35,7 +35,7 @@ def test_prefix_equals_dense_with_gradients(B, nh, L, hd, block):
     inputs = qkv(B, nh, L, hd, torch.float64)
     grad = torch.randn(B, nh, L, hd, dtype=torch.float64)
     results = []
-    for impl in ("dense", "prefix", "auto"):
+    for impl in ("reference", "prefix", "auto"):
         out = block_causal_attention(*inputs, block, impl=impl)
         results.append([out, *torch.autograd.grad(out, inputs, grad)])
     for other in results[1:]:
@@ -43,7 +43,7 @@ def test_prefix_equals_dense_with_gradients(B, nh, L, hd, block):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["dense", "prefix"])
+@pytest.mark.parametrize("impl", ["reference", "prefix"])
 def test_later_steps_cannot_be_seen(impl):
     """Catches a leak that is too small for a tolerance: later keys are replaced by huge values, earlier outputs stay equal bit by bit."""
     q, k, v = (x.detach() for x in qkv(1, 2, 4 * 9, 16))
@@ -57,7 +57,7 @@ def test_later_steps_cannot_be_seen(impl):
 def test_unknown_impl_is_refused():
     """Catches a misspelt impl that silently runs another one."""
     q, k, v = qkv(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="'tritn'.*auto, dense, prefix"):
+    with pytest.raises(ValueError, match="'tritn'.*auto, reference, prefix, triton"):
         block_causal_attention(q, k, v, 2, impl="tritn")
     with pytest.raises(ValueError, match="'welford'.*auto, two_pass"):
         moments(q[0, 0], impl="welford")
