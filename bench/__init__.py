@@ -50,13 +50,15 @@ def machine(device):
 
 
 def report(rows, as_json, device):
-    """Rows (dicts with the same keys) as an aligned table under the machine's name, or as one JSON object a line."""
+    """Rows (dicts with the same keys) as one JSON object a line, or as an aligned table headed by the machine and what all rows share."""
     if as_json:
         for row in rows:
             print(json.dumps(machine(device) | row))
         return
-    print(", ".join(f"{k} {v}" for k, v in machine(device).items()))
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(rows[0], *cells)]
-    for line in [list(rows[0]), *cells]:
+    same = {k: v for k, v in rows[0].items() if all(row[k] == v for row in rows) and len(rows) > 1}
+    print(", ".join(f"{k} {v}" for k, v in (machine(device) | same).items()))
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k not in same] for row in rows]
+    heads = [k for k in rows[0] if k not in same]
+    widths = [max(map(len, column)) for column in zip(heads, *cells)]
+    for line in [heads, *cells]:
         print("  ".join(c.rjust(w) for c, w in zip(line, widths)))

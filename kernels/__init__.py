@@ -45,7 +45,8 @@ def moments(x, impl="auto"):
 def linear(x, weight, bias, impl="auto"):
     """x (..., K) times weight (N, K) transposed plus bias (N,) -> (..., N)."""
     if impl == "auto":
-        large = ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) > 2**22
+        # below 2**26 products (rows x K x N) a convolution costs more to set up than it gains
+        large = ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) > 2**26
         impl = "onednn" if large and not torch.is_autocast_enabled("cpu") else "blas"
     return pick(LINEAR, impl)(x, weight, bias)
 

@@ -21,7 +21,7 @@ GROUP = tl.constexpr(32)  # heads that run side by side: their keys and values f
 PAD = 128  # rows of the backward's lse and delta are padded to this, so that their loads are wide and unmasked
 
 # (architecture, width of a head) -> rows, keys, warps, stages of the forward, dK/dV and dQ kernel. Chosen by bench/compile.py, no GPU timed
-# them: no spill anywhere, the forward and, where it goes, dQ small enough for two tiles at a time on a multiprocessor.
+# them: no spill anywhere; on sm_90 and sm_100 two programs of the forward and of dQ share a multiprocessor up to hd = 64.
 TILES = {
     (80, 32): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
     (80, 64): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
