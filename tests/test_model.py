@@ -480,6 +480,27 @@ def test_rollout_feeds_itself():
     close(rollout(predictor, torch.cat([z[:, :1], steps[:, :1]], 1), actions, states), steps[:, 1:])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_going_on_from_keys_and_values_is_exact(checkpointing):
+    """Catches positions that start at 0 again, condition tokens lost from the cache, and gradients cut at the cached keys and values."""
+    predictor, (z, actions, states) = small_predictor(use_extrinsics=True), small_batch()
+    predictor.activation_checkpointing = checkpointing
+    extrinsics, steps = torch.randn(B, T, 6), []
+    given = [x[:, : T - 1] for x in (z, actions, states, extrinsics)]
+    whole, _ = predictor.extend(given[0].flatten(1, 2), *given[1:])
+    past = None
+    for t in range(T - 1):
+        at, *rest = (x[:, t : t + 1] for x in given)
+        out, past = predictor.extend(at.flatten(1, 2), *rest, past)
+        steps.append(out)
+    close(torch.cat(steps, 1), whole)
+    a, b = (torch.autograd.grad(x.square().sum(), list(predictor.parameters())) for x in (whole, torch.cat(steps, 1)))
+    for x, y in zip(a, b):
+        close(x, y, atol=1e-4)
+    with pytest.raises(ValueError, match="2 steps cannot follow"):
+        predictor.extend(*(x[:, :2].flatten(1, 2) if i == 0 else x[:, :2] for i, x in enumerate(given)), past)
+
+
 def test_composed_states():
     """Catches angles left scaled, an action applied one step early, and yaw outside (-pi, pi]."""
     actions = torch.zeros(1, 4, 13)
