@@ -33,11 +33,31 @@ def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contex
     def inputs(batch, normalize=True):
         h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
         if "z" not in batch:
-            with autocast():
+            with torch.inference_mode(), autocast():
                 h = encode_steps(encoder, h, encode, frames_per_step)
         return normalize_features(h, **stats) if normalize else h.float(), actions, states
 
     return inputs
+
+
+def prefetch(batches, device):
+    """The same batches; on a GPU each one's copy (from pinned memory, on a stream of its own) runs while the one before is computed on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in batch.values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.record_stream(torch.cuda.current_stream(device))
+        ahead = batch
+    if ahead is not None:
+        yield ahead
 
 
 @torch.no_grad()

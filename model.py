@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import block_causal_attention, merge_moments, moments
+from kernels import apply_rope, block_causal_attention, linear, merge_moments, merge_over_ranks, moments
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,11 +46,6 @@ def rope_tables(pos, head_dim):
     return angle.cos(), angle.sin() * sign
 
 
-def apply_rope(x, cos, sin):
-    """(x0, x1) -> (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1) for each pair of adjacent dims; bf16 x is promoted to the fp32 of the tables."""
-    return x * cos + torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
-
-
 def sincos_table(dim, T, H, W):
     """V-JEPA 1's fixed table (1, T*H*W, D), `uniform_power`: [sin | cos] for time, rows, columns, each ceil(D/6) wide, cut to D."""
     half = math.ceil(dim / 6)
@@ -62,30 +57,40 @@ def sincos_table(dim, T, H, W):
 # --- transformer ---
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x, rope=None, block=None):
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, nh, L, hd)
-        qk, v = qkv[:2], qkv[2]
+    def forward(self, x, rope=None, block=None, past=None):
+        """(B, L, D) -> (B, L, D) and (k, v) (B, nh, L, hd). `past` is the (k, v) of earlier steps, all of which one further step sees."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, nh, L, hd); not slices: the gradient of one is a full tensor of zeros
         if rope is not None:
-            qk = apply_rope(qk, *rope).to(v.dtype)
-        attend = F.scaled_dot_product_attention if block is None else block_causal_attention
-        x = attend(*qk, v) if block is None else attend(*qk, v, block)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
+            q, k = apply_rope((q, k), *rope)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        if block is None or past is not None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = block_causal_attention(q, k, v, block)
+        return self.proj(x.transpose(1, 2).flatten(2)), (k, v)
 
 
 class MLP(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -101,9 +106,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, mlp_dim)
 
-    def forward(self, x, rope=None, block=None):
-        x = x + self.attn(self.norm1(x), rope, block)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, rope=None, block=None, past=None):
+        h, present = self.attn(self.norm1(x), rope, block, past)
+        x = x + h
+        return x + self.mlp(self.norm2(x)), present
 
 
 def init_weights(model, blocks):
@@ -176,7 +182,7 @@ class Encoder(nn.Module):
             rope = rope and [table[masks].unsqueeze(1) for table in rope]
         outputs = []
         for i, blk in enumerate(self.blocks):
-            x = run_block(self, blk, x, rope)
+            x, _ = run_block(self, blk, x, rope)
             if out_layers is not None and i in out_layers:
                 outputs.append(self.norm(x))
         return self.norm(x) if out_layers is None else outputs
@@ -203,23 +209,28 @@ class Predictor(nn.Module):
     ):
         super().__init__()
         self.grid, self.head_dim, self.use_extrinsics = tuple(grid), pred_dim // num_heads, use_extrinsics
-        self.predictor_embed = nn.Linear(embed_dim, pred_dim)
+        self.predictor_embed = Linear(embed_dim, pred_dim)
         self.action_encoder = nn.Linear(action_dim, pred_dim)
         self.state_encoder = nn.Linear(state_dim, pred_dim) if state_dim else None
         self.extrinsics_encoder = nn.Linear(6, pred_dim) if use_extrinsics else None
         self.predictor_blocks = nn.ModuleList(Block(pred_dim, num_heads, mlp_dim or 4 * pred_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(pred_dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(pred_dim, embed_dim)
+        self.predictor_proj = Linear(pred_dim, embed_dim)
         init_weights(self, self.predictor_blocks)
 
-    def positions(self, T, C, device=None):
+    def positions(self, T, C, device=None, start=0):
         """(t, row, col) of every token (L, 3): the condition tokens at (t, 0, 0), columns in units of the grid height, as upstream."""
         H, W = self.grid
-        pos = grid_positions(T, H, W, device) * torch.tensor([1, 1, H / W], device=device)
+        pos = grid_positions(start + T, H, W, device)[start:] * torch.tensor([1, 1, H / W], device=device)
         return torch.cat([pos[:, :1].expand(-1, C, -1), pos], dim=1).view(-1, 3)  # the first patch is at (t, 0, 0)
 
     def forward(self, z, actions, states, extrinsics=None):
         """(B, T*N, E), (B, T, A), (B, T, S), (B, T, 6) -> (B, T*N, E)."""
+        return self.extend(z, actions, states, extrinsics)[0]
+
+    def extend(self, z, actions, states, extrinsics=None, past=None):
+        """The same, and the keys and values of every block, [(k, v)] of (B, nh, L, hd). Given back as `past` with the one step that
+        follows, they stand for all steps before it: earlier steps never see later ones, so nothing is computed twice."""
         (H, W), T = self.grid, actions.shape[1]
         if z.shape[1] != T * H * W:
             raise ValueError(f"{z.shape[1]} patch tokens are not {T} actions x {H * W} patches (grid {H}x{W})")
@@ -233,11 +244,15 @@ class Predictor(nn.Module):
         C, S = len(tokens), len(tokens) + H * W
         x = self.predictor_embed(z).unflatten(1, (T, H * W))
         x = torch.cat([torch.stack(tokens, dim=2), x], dim=2).flatten(1, 2)  # (B, L, D)
-        rope = rope_tables(self.positions(T, C, z.device), self.head_dim)
-        for blk in self.predictor_blocks:
-            x = run_block(self, blk, x, rope, S)
+        if past is not None and T > 1:
+            raise ValueError(f"{T} steps cannot follow the steps of `past` at once: extend it by one")
+        start = past[0][0].shape[2] // S if past is not None else 0
+        rope, present = rope_tables(self.positions(T, C, z.device, start), self.head_dim), []
+        for i, blk in enumerate(self.predictor_blocks):
+            x, kv = run_block(self, blk, x, rope, S, past and past[i])
+            present.append(kv)
         x = x.unflatten(1, (T, S))[:, :, C:].flatten(1, 2)  # (B, T*N, D)
-        return self.predictor_proj(self.predictor_norm(x))
+        return self.predictor_proj(self.predictor_norm(x)), present
 
 
 def copy_fitting(module, state):
@@ -286,9 +301,11 @@ def normalize_features(h, mean=None, std=None):
     return F.layer_norm(h, h.shape[-1:])
 
 
-def channel_stats(batches):
-    """Mean and std {"mean", "std"} (D,) of every channel over batches of features (B, T, N, D), for `normalize_features`."""
-    n, mean, m2 = functools.reduce(merge_moments, (moments(h.flatten(0, 2)) for h in batches))
+def channel_stats(batches, width, device):
+    """Mean and std {"mean", "std"} (D,) of every channel over all ranks' batches of features (B, T, N, D), for `normalize_features`."""
+    zeros = torch.zeros(width, dtype=torch.float64, device=device)  # of a rank without a batch
+    part = functools.reduce(merge_moments, (moments(h.flatten(0, 2)) for h in batches), (0, zeros, zeros))
+    n, mean, m2 = merge_over_ranks(part) if dist.is_initialized() else part
     return {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
 
 
@@ -297,36 +314,47 @@ def channel_stats(batches):
 
 def predict(predictor, z, actions, states, extrinsics=None):
     """Layer-normed prediction of the step after each of z's steps (B, T, N, E); longer actions, states, extrinsics are cut to T."""
-    T = z.shape[1]
-    out = predictor(z.flatten(1, 2), actions[:, :T], states[:, :T], None if extrinsics is None else extrinsics[:, :T])
-    return normalize_features(out).view(z.shape)
+    return predict_on(predictor, z, actions, states, extrinsics)[0]
 
 
-def rollout(predictor, z, actions, states, extrinsics=None):
+def predict_on(predictor, z, actions, states, extrinsics=None, past=None, start=0):
+    """`predict` for the steps from `start` on, and the keys and values to go on from; those of the steps before come as `past`."""
+    steps = slice(start, start + z.shape[1])
+    given = actions[:, steps], states[:, steps], None if extrinsics is None else extrinsics[:, steps]
+    out, present = predictor.extend(z.flatten(1, 2), *given, past)
+    return normalize_features(out).view(z.shape), present
+
+
+def rollout(predictor, z, actions, states, extrinsics=None, past=None):
     """Context z (B, c, N, E) and actions (B, c-1+K, A), with their states -> the K steps that follow (B, K, N, E), each from all before.
 
-    States are taken as given; gradients flow through the whole chain.
+    `past`: what `predict_on` returned for all of z but its last step. States are taken as given; gradients flow through the whole chain.
     """
-    c = z.shape[1]
-    for _ in range(c, actions.shape[1] + 1):
-        z = torch.cat([z, predict(predictor, z, actions, states, extrinsics)[:, -1:]], dim=1)
-    return z[:, c:]
+    c, steps = z.shape[1], []
+    start = 0 if past is None else c - 1
+    z = z[:, start:]
+    for t in range(c, actions.shape[1] + 1):
+        out, past = predict_on(predictor, z, actions, states, extrinsics, past, start)
+        z, start = out[:, -1:], t
+        steps.append(z)
+    return torch.cat(steps, dim=1)
 
 
 def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss_exp=1.0):
     """Teacher forcing and rollout losses (jloss, sloss) of V-JEPA 2-AC: arXiv 2506.09985 section 3, vjepa2 app/vjepa_droid/train.py.
 
     z (B, T, N, E) layer-normed features, actions (B, T-1, A), states (B, T, S). Both are mean |prediction - z|^loss_exp / loss_exp. Teacher
-    forcing is one causal pass; the rollout takes `auto_steps` steps from step 1, the first of them shared with teacher forcing.
+    forcing is one causal pass; the rollout takes `auto_steps` steps from step 1 and shares the first with it, keys and values too.
     """
     T = z.shape[1]
     if not 1 <= auto_steps < T:
         raise ValueError(f"auto_steps={auto_steps} needs 1 <= auto_steps < T, and these clips have T={T} steps")
     z = z.float()
-    z_tf = predict(predictor, z[:, :-1], actions, states, extrinsics)
+    z_tf, present = predict_on(predictor, z[:, :-1], actions, states, extrinsics)
     z_ar = z_tf[:, :1]
     if auto_steps > 1:
-        z_ar = torch.cat([z_ar, rollout(predictor, torch.cat([z[:, :1], z_ar], dim=1), actions[:, :auto_steps], states, extrinsics)], dim=1)
+        first = [[x[:, :, : x.shape[2] // (T - 1)] for x in kv] for kv in present]
+        z_ar = torch.cat([z_ar, rollout(predictor, torch.cat([z[:, :1], z_ar], 1), actions[:, :auto_steps], states, extrinsics, first)], 1)
     jloss, sloss = (((p - t).abs() ** loss_exp).mean() / loss_exp for p, t in ((z_tf, z[:, 1:]), (z_ar, z[:, 1 : auto_steps + 1])))
     return jloss, sloss
 

@@ -30,8 +30,9 @@ import checkpoint
 import weights
 from data import Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
-from eval import held_out, make_inputs, own_predictor, plot_curves
+from eval import held_out, make_inputs, own_predictor, plot_curves, prefetch
 from fit_scaler import ActionScaler
+from kernels import attention_impl
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
@@ -69,7 +70,7 @@ flag("--pred_depth", type=int, default=24, help="blocks of the predictor")
 flag("--pred_heads", "--pred_num_heads", type=int, default=16, help="attention heads of the predictor")
 flag("--init_from", help="start from another run's or Meta's AC predictor; what does not fit is listed and made anew")
 flag("--activation_checkpointing", "--use_activation_checkpointing", action=switch, default=False, help="recompute blocks, save memory")
-flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor")
+flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor and the encoder")
 flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
 flag("--loss_exp", type=float, default=1.0, help="1: L1, 2: half squared error")
 # optim
@@ -129,8 +130,7 @@ if __name__ == "__main__":
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # --- data ---
-    names = ACTION_SPACES[args.action_space]
-    groups = args.data or [["VPT/*.tar"]]
+    names, groups = ACTION_SPACES[args.action_space], args.data or [["VPT/*.tar"]]
     fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
     how = f"--data {' '.join(sum(groups, []))} --fps {args.fps:g} --frames_per_step {args.frames_per_step} --val_fraction {fraction:g}"
     scaler = ActionScaler.load(args.scaler, how)
@@ -167,7 +167,9 @@ if __name__ == "__main__":
     predictor = Predictor(source["embed_dim"], len(names), 2, (grid, grid), **size).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
     count = sum(p.numel() for p in predictor.parameters())
-    say(f"predictor {count:,} parameters; steps of {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}")
+    S, before = grid**2 + 2, args.frames_per_clip // args.frames_per_step - 1  # tokens a step, steps that predict one
+    attention = attention_impl(device, getattr(torch, args.dtype), predictor.head_dim, S, before * S)
+    say(f"predictor {count:,} parameters; {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}; {attention=}")
     model = ACModel(predictor, args.auto_steps, args.loss_exp)
     stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
     inputs = make_inputs(encoder, args.encode, args.frames_per_step, stats, device, autocast)
@@ -203,10 +205,10 @@ if __name__ == "__main__":
         if not train:
             raise ValueError("--feature_norm standardize measures the features first, which needs local shards")
         sample = Clips(train, shares, val_reader, args.seed)
-        raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256))
-        stats |= channel_stats(inputs(batch, normalize=False)[0] for batch in raw)
-    if args.compile:
-        model.compile()
+        raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256, rank, world))
+        stats |= channel_stats((inputs(batch, normalize=False)[0] for batch in raw), source["embed_dim"], device)
+    for module in filter(None, (model, encoder) if args.compile else ()):
+        module.compile(dynamic=False)  # the shapes of training never change
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
@@ -269,7 +271,7 @@ if __name__ == "__main__":
         rank=rank, world=world, pin_memory=device.type == "cuda",
     )  # fmt: skip
     note_bad(bad if rank == 0 else [])
-    batches, seen, failed, pending, waited, began = iter(loader), 0, [], [], 0.0, time.perf_counter()
+    batches, seen, failed, pending, waited, began = prefetch(loader, device), 0, [], [], 0.0, time.perf_counter()
     while step < last:
         epoch, itr = divmod(step, args.ipe)
         lr = lr_at(step + 1, total, args.ipe, args)
@@ -307,9 +309,7 @@ if __name__ == "__main__":
         if at_end or step % args.log_every == 0:
             values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
             if world > 1:
-                values = values.cpu()
-                dist.all_reduce(values)
-                values /= world
+                dist.all_reduce(values := values.cpu() / world)
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory

@@ -1,25 +1,88 @@
-"""Two operations that have more than one implementation. reference.py says what they compute; `impl="auto"` picks by what was measured."""
+"""Operations that have more than one implementation. reference.py says what they compute; `impl="auto"` picks by what was measured."""
 
-from .reference import attention_dense, attention_prefix, merge_moments, moments_two_pass, standard_errors
+import importlib.util
 
-__all__ = ["block_causal_attention", "merge_moments", "moments", "standard_errors"]
+import torch
+import torch.nn.functional as F
 
-ATTENTION = {"dense": attention_dense, "prefix": attention_prefix}
+from .linear import ONEDNN, linear_onednn
+from .reference import (
+    attention_dense,
+    attention_prefix,
+    check_finite,
+    merge_moments,
+    merge_over_ranks,
+    moments_two_pass,
+    rope_plain,
+    standard_errors,
+)
+
+__all__ = [
+    "apply_rope",
+    "attention_impl",
+    "block_causal_attention",
+    "linear",
+    "merge_moments",
+    "merge_over_ranks",
+    "moments",
+    "standard_errors",
+]
+
+ATTENTION = {"reference": attention_dense, "prefix": attention_prefix}
 MOMENTS = {"two_pass": moments_two_pass}
+ROPE = {"plain": rope_plain}
+LINEAR = {"blas": F.linear, "onednn": linear_onednn}
+if importlib.util.find_spec("triton"):  # not on macOS
+    from .attention import attention_triton, served
+    from .rope import TYPES, rope_triton
+    from .stats import moments_triton
+
+    ATTENTION["triton"], MOMENTS["triton"], ROPE["triton"] = attention_triton, moments_triton, rope_triton
+
+
+def attention_impl(device, dtype, head_dim, block, length):
+    """What impl="auto" means for (B, nh, length, head_dim) tensors."""
+    if device.type == "cuda" and "triton" in ATTENTION and served(device, dtype, head_dim):
+        return "triton"
+    # time of reference over prefix, forward + backward on one CPU thread: 0.95 at 7 x 18 tokens (bf16 0.62), 1.32 at 7 x 66 (0.92),
+    # 1.70 at 7 x 258 (1.32); forward alone 1.3 to 1.8.
+    return "reference" if device.type == "cpu" and block < length <= 256 else "prefix"
 
 
 def block_causal_attention(q, k, v, block, impl="auto"):
-    """Attention over (B, nh, L, hd) where token i sees the keys j < (i // block + 1) * block: full inside a step, causal across steps."""
+    """Attention over (B, nh, L, hd) where token i sees the keys j < (i // block + 1) * block: full inside a step, causal across steps.
+
+    impl: "triton" (fused, CUDA), "prefix" (one unmasked call a step, any device), "reference" (dense mask), "auto" (`attention_impl`)."""
     if impl == "auto":
-        # time of dense over prefix, forward + backward on one CPU thread: 0.95 at 7 x 18 tokens (bf16 0.62), 1.32 at 7 x 66 (0.92),
-        # 1.70 at 7 x 258 (1.32); forward alone 1.3 to 1.8. CUDA is not measured.
-        impl = "dense" if q.device.type == "cpu" and block < q.shape[2] <= 256 else "prefix"
+        impl = attention_impl(q.device, q.dtype, q.shape[3], block, q.shape[2])
     return pick(ATTENTION, impl)(q, k, v, block)
 
 
 def moments(x, impl="auto"):
-    """Count, mean and sum of squared deviations (float64) of the columns of x (n, d); merge parts with `merge_moments`."""
-    return pick(MOMENTS, "two_pass" if impl == "auto" else impl)(x)
+    """Count, mean and sum of squared deviations (float64) of the columns of x (n, d); merge parts with `merge_moments`.
+    Raises ValueError that says how many values are nan or inf, and in which columns."""
+    if impl == "auto":
+        impl = "triton" if x.device.type == "cuda" and "triton" in MOMENTS else "two_pass"
+    return check_finite(x, pick(MOMENTS, impl)(x))
+
+
+def apply_rope(qk, cos, sin, impl="auto"):
+    """Rotated (q, k), in their dtype, of a pair or stack `qk` of two (B, nh, L, hd), by tables of model.rope_tables, (L, hd) or (masked)
+    what broadcasts against q. impl: "triton" (one launch, CUDA, (L, hd)), "plain" (any device; torch.compile makes one loop of it)."""
+    if impl == "auto":
+        eager = not torch.compiler.is_compiling()
+        fits = qk[0].device.type == "cuda" and cos.dim() == 2 and "triton" in ROPE and qk[0].dtype in TYPES
+        impl = "triton" if eager and fits else "plain"
+    return pick(ROPE, impl)(qk, cos, sin)
+
+
+def linear(x, weight, bias, impl="auto"):
+    """x (..., K) times weight (N, K) transposed plus bias (N,) -> (..., N)."""
+    if impl == "auto":
+        # below 2**26 products (rows x K x N) a convolution costs more to set up than it gains
+        large = ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) > 2**26
+        impl = "onednn" if large and not torch.is_autocast_enabled("cpu") else "blas"
+    return pick(LINEAR, impl)(x, weight, bias)
 
 
 def pick(table, impl):
