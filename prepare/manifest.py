@@ -1,6 +1,7 @@
 """Check a folder of video-VAE latents (*.h5) and split it by file at random: what train_lam.py trains from.
 
     python -m prepare.manifest latents --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1 --seed 42
+    python -m prepare.manifest latents-play --size 16 --test_files 'map2[5-9]*' 'map30*'            # hold out maps of the demo's play
 
 Reads every value once. Each file must hold one dataset (chunks, 16, T, 64, 64) of finite numbers, T 1 or 2, and enough steps for a window;
 what does not is left out and listed. Writes DIR/manifest.json: {"metadata": ratios, seed, counts, mean and std of the training latents (of
@@ -10,6 +11,7 @@ bytes}]}}, paths relative to DIR.
 
 import argparse
 import collections
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -64,6 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--train_ratio", type=float, default=0.8, help="share of the files to train on")
     parser.add_argument("--val_ratio", type=float, default=0.1, help="share of the files to validate on")
     parser.add_argument("--test_ratio", type=float, default=0.1, help="share of the files left for the end")
+    parser.add_argument("--test_files", nargs="+", help="patterns of the names of the test files; the others are split train : val")
     parser.add_argument("--seed", type=int, default=42, help="seed of the split")
     parser.add_argument("--sequence_length", type=int, default=8, help="steps that a file must have")
     parser.add_argument("--channels", type=int, default=16, help="channels of the latents")
@@ -93,10 +96,16 @@ if __name__ == "__main__":
         steps = shapes.most_common(1)[0][0]
         if len(shapes) > 1:
             raise ValueError(f"files of 1 and of 2 steps a chunk ({dict(shapes)}) are at different rates: keep them in different folders")
-    names = np.random.default_rng(args.seed).permutation(sorted(good)).tolist()
+    test = sorted(name for name in good if any(fnmatch.fnmatchcase(name, p) for p in args.test_files or []))
+    names = np.random.default_rng(args.seed).permutation(sorted(good.keys() - test)).tolist()
+    if args.test_files and not (test and names):
+        raise ValueError(f"--test_files {' '.join(args.test_files)} takes {len(test)} of {len(good)} files: give patterns that take some")
+    if test:
+        ratios = (ratios[0] / sum(ratios[:2]), ratios[1] / sum(ratios[:2]), 0.0)
     counts = dict(zip(("train", "validation", "test"), split_counts(len(names), ratios)))
     ends = np.cumsum([0, *counts.values()])
-    splits = {k: sorted(names[i:j]) for k, i, j in zip(counts, ends, ends[1:])}
+    splits = {k: sorted(names[i:j]) for k, i, j in zip(counts, ends, ends[1:])} | ({"test": test} if test else {})
+    counts = {k: len(v) for k, v in splits.items()}
     n, mean, m2 = functools.reduce(merge_moments, (good[name][1] for name in splits["train"]))
     every = functools.reduce(merge_moments, ((n, m, v) for m, v in zip(mean, m2)))
     digest = hashlib.sha256(json.dumps([[name, good[name][0]["shape"], good[name][2]] for name in sorted(good)]).encode())

@@ -405,6 +405,10 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
     run(tmp_path, *make, "--seed 1 --output", tmp_path / "other.json", env={"PYTHONPATH": ROOT})
     other = json.load(open(tmp_path / "other.json"))
     assert other["splits"] != manifest["splits"] and other["metadata"]["fingerprint"] == manifest["metadata"]["fingerprint"]
+    run(tmp_path, *make, "--test_files good[34]* --output", tmp_path / "held.json", env={"PYTHONPATH": ROOT})
+    held = {k: [e["path"] for e in v] for k, v in json.load(open(tmp_path / "held.json"))["splits"].items()}
+    assert held["test"] == ["good3.h5", "good4.h5"] and sorted(map(len, held.values())) == [1, 2, 7]
+    assert "--test_files nothing* takes 0 of 10 files" in fails(tmp_path, *make, "--test_files nothing*", env={"PYTHONPATH": ROOT})
     assert split_counts(2, (0.8, 0.1, 0.1)) == [1, 1, 0] and split_counts(1, (0.8, 0.1, 0.1)) == [1, 0, 0]
     write_h5(tmp_path / "good0.h5", some(1, n=30))
     with pytest.raises(ValueError, match="good0.h5 is not as it was: run python -m prepare.manifest again"):
