@@ -71,7 +71,7 @@ if __name__ == "__main__":
                     "bwd of matmul": 2.5 * useful / (two[name] - seconds[name]) / ceiling,
                     "TFLOP/s, both": 3.5 * useful / two[name] / 1e12,
                 }
-                row |= {"MiB": bench.peak_memory(both[name], device)}
+                row |= bench.peak_memory(both[name], device)
             rows.append({"dtype": args.dtype, "B": args.batch_size, "nh": args.heads, "hd": hd, "block": args.block} | row)
     heads = list(dict.fromkeys(k for row in rows for k in row))
     rows = [{k: row.get(k, "no backward") for k in heads} for row in rows]

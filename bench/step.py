@@ -196,5 +196,5 @@ if __name__ == "__main__":
     seconds = bench.medians(calls, device, args.repeats)
     useful, ceiling = useful_flops(encoder, base, B, T), bench.ceilings(device, dtype)[0]
     rows = [{"step": k, "ms": 1e3 * s, "clips/s": B / s, "reference / it": seconds["reference"] / s, "useful TFLOP/s": useful / s / 1e12,
-             "of matmul": useful / s / ceiling, "MiB": bench.peak_memory(calls[k], device)} for k, s in seconds.items()]  # fmt: skip
+             "of matmul": useful / s / ceiling} | bench.peak_memory(calls[k], device) for k, s in seconds.items()]  # fmt: skip
     bench.report(rows, args.json, device)
