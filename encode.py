@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
+from kernels import chosen
 from latents import write_latents
 from model import encode_steps
 from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, step_size
@@ -231,6 +232,8 @@ if __name__ == "__main__":
     sys.excepthook = one_sentence
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if args.vae:
         records, bad = index_shards(expand([p for group in args.data for p in group])[rank::world])
         encode_latents(records, bad, args, device)
@@ -242,7 +245,9 @@ if __name__ == "__main__":
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
     meta = {k: str(getattr(args, k)) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
     meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size), "action_space": "38"}
-    encoder = encoder.to(getattr(torch, args.dtype))
+    encoder = encoder.to(dtype := getattr(torch, args.dtype))
+    if rank == 0:
+        print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}")
     reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode)
     paths = expand([p for group in args.data for p in group])
     names = [os.path.basename(p) for p in paths]

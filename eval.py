@@ -22,6 +22,7 @@ import checkpoint
 from data import Clips, collate, leave_signals, open_records, open_split, windows
 from encode import open_source
 from fit_scaler import ActionScaler
+from kernels import chosen
 from model import Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
 from vpt import ClipReader
 
@@ -33,7 +34,8 @@ def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contex
     def inputs(batch, normalize=True):
         h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
         if "z" not in batch:
-            with torch.inference_mode(), autocast():
+            cast = autocast() if encoder.patch_embed.proj.weight.dtype == torch.float32 else contextlib.nullcontext()
+            with torch.inference_mode(), cast:  # bf16 weights need none, which would only go back and forth
                 h = encode_steps(encoder, h, encode, frames_per_step)
         return normalize_features(h, **stats) if normalize else h.float(), actions, states
 
@@ -191,7 +193,9 @@ if __name__ == "__main__":
     summary = meter_summary({k: v for k, v in errors.items() if k[2:3] == "_"}, recordings)
     for file, key, reason in bad + more:
         print(f"left out: {file} {key}: {reason}")
-    print(f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings")
+    T, S = run["frames_per_clip"] // run["frames_per_step"], state["grid"] ** 2 + 2
+    kernels = chosen(device, torch.float32, head_dim=predictor.head_dim, block=S, length=(T - 1) * S)
+    print(f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings; {kernels}")
     print(table(errors, summary, run["frames_per_step"] / run["fps"]))
     report = {"checkpoint": path, "clips": len(recordings), "recordings": len(set(recordings))} | summary
     report |= {"by_horizon": {k: v.mean(0).tolist() for k, v in errors.items() if k.startswith("ro_")}}

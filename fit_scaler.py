@@ -253,16 +253,17 @@ if __name__ == "__main__":
     data, began = args.data or [["VPT/*.tar"]], time.time()
     jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
     jobs = [jobs[i] for i in np.random.default_rng(args.seed).permutation(len(jobs))]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if rank == 0:
         shards = len({j.shard if isinstance(j, Record) else j for j in jobs})
         how = "which cannot be sought: reading on through the video bytes" if any(map(is_stream, map(str, jobs))) else ""
-        print(f"{shards} shards {how}" if how else f"{len(jobs)} recordings in {shards} shards, JSONL only")
+        shown = f"{shards} shards {how}" if how else f"{len(jobs)} recordings in {shards} shards, JSONL only"
+        print(f"{shown}; statistics on the {device}")
 
     # --- fit ---
     parts, used, flawed = [], [], []  # parts: (count, mean, M2) of each recording, in the order of jobs
     total = (0, torch.zeros(len(CONTINUOUS), dtype=torch.float64), torch.zeros(len(CONTINUOUS), dtype=torch.float64))
     slope_sums = np.zeros(3)  # dx · yaw, dx · dx, steps with motion: the slope is that of a line through the origin
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     at, next_check, done = 0, MIN_SAMPLES, False
     start = "fork" if sys.platform == "linux" else None  # workers parse only; elsewhere fork is not safe
     pool = concurrent.futures.ProcessPoolExecutor(args.num_workers, multiprocessing.get_context(start)) if args.num_workers > 1 else None

@@ -221,7 +221,8 @@ class Predictor(nn.Module):
     def positions(self, T, C, device=None, start=0):
         """(t, row, col) of every token (L, 3): the condition tokens at (t, 0, 0), columns in units of the grid height, as upstream."""
         H, W = self.grid
-        pos = grid_positions(start + T, H, W, device)[start:] * torch.tensor([1, 1, H / W], device=device)
+        pos = grid_positions(start + T, H, W, device)[start:].float()
+        pos[:, :, 2] *= H / W
         return torch.cat([pos[:, :1].expand(-1, C, -1), pos], dim=1).view(-1, 3)  # the first patch is at (t, 0, 0)
 
     def forward(self, z, actions, states, extrinsics=None):
@@ -266,6 +267,13 @@ def copy_fitting(module, state):
 # --- features ---
 
 
+@functools.cache
+def imagenet(device):
+    """Mean and std (3, 1, 1) of the pixels that encoders were trained on, copied to a device once: a copy makes the host wait."""
+    with torch.inference_mode(False):
+        return [torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
 def encode_steps(encoder, video, mode, frames_per_step):
     """Features (B, T, N, D), not yet normalised, of uint8 frames (B, T*frames_per_step, 3, H, W).
 
@@ -285,7 +293,7 @@ def encode_steps(encoder, video, mode, frames_per_step):
         video = video.unflatten(1, (T, frames_per_step)).flatten(0, 1)  # (B*T, frames_per_step, 3, H, W)
         if mode == "frame" or frames_per_step == 1:
             video = video[:, :1].expand(-1, tubelet, -1, -1, -1)
-    mean, std = (torch.tensor(c, device=video.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = imagenet(video.device)
     video = (video.float() / 255 - mean) / std
     h = encoder(video.to(encoder.patch_embed.proj.weight.dtype).transpose(1, 2))
     return h.reshape(B, T, -1, h.shape[-1])  # (B, T, N, D)
@@ -306,6 +314,8 @@ def channel_stats(batches, width, device):
     zeros = torch.zeros(width, dtype=torch.float64, device=device)  # of a rank without a batch
     part = functools.reduce(merge_moments, (moments(h.flatten(0, 2)) for h in batches), (0, zeros, zeros))
     n, mean, m2 = merge_over_ranks(part) if dist.is_initialized() else part
+    if not n:
+        raise ValueError("no features to take channel statistics of")
     return {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
 
 
@@ -353,7 +363,7 @@ def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss
     z_tf, present = predict_on(predictor, z[:, :-1], actions, states, extrinsics)
     z_ar = z_tf[:, :1]
     if auto_steps > 1:
-        first = [[x[:, :, : x.shape[2] // (T - 1)] for x in kv] for kv in present]
+        first = [[x[:, :, : x.shape[2] // (T - 1)].clone() for x in kv] for kv in present]  # a view would keep all of it until backward
         z_ar = torch.cat([z_ar, rollout(predictor, torch.cat([z[:, :1], z_ar], 1), actions[:, :auto_steps], states, extrinsics, first)], 1)
     jloss, sloss = (((p - t).abs() ** loss_exp).mean() / loss_exp for p, t in ((z_tf, z[:, 1:]), (z_ar, z[:, 1 : auto_steps + 1])))
     return jloss, sloss

@@ -32,7 +32,7 @@ from data import Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
 from eval import held_out, make_inputs, own_predictor, plot_curves, prefetch
 from fit_scaler import ActionScaler
-from kernels import attention_impl
+from kernels import chosen
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
@@ -168,8 +168,8 @@ if __name__ == "__main__":
     predictor.activation_checkpointing = args.activation_checkpointing
     count = sum(p.numel() for p in predictor.parameters())
     S, before = grid**2 + 2, args.frames_per_clip // args.frames_per_step - 1  # tokens a step, steps that predict one
-    attention = attention_impl(device, getattr(torch, args.dtype), predictor.head_dim, S, before * S)
-    say(f"predictor {count:,} parameters; {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}; {attention=}")
+    kernels = chosen(device, getattr(torch, args.dtype), head_dim=predictor.head_dim, block=S, length=before * S)
+    say(f"predictor {count:,} parameters; {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}; {kernels}")
     model = ACModel(predictor, args.auto_steps, args.loss_exp)
     stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
     inputs = make_inputs(encoder, args.encode, args.frames_per_step, stats, device, autocast)

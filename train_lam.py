@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+from eval import prefetch
 from latents import Latents, latent_sequences, open_manifest
 from model import LatentActionModel, VectorQuantizer
 from probe import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
@@ -175,7 +176,7 @@ if __name__ == "__main__":
     elif checkpoint.list_checkpoints(args.out_dir) and not (args.dry_run or args.test_mode):
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
 
     terms = ["loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss", "commitment_loss", "rollout_loss"]
@@ -233,9 +234,9 @@ if __name__ == "__main__":
         train_set, args.batch_size, batches_per_epoch=args.ipe * args.grad_accum, num_workers=args.num_workers, epoch=step // args.ipe,
         itr=step % args.ipe * args.grad_accum, rank=rank, world=world, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    batches, passed, verdict, pending, waited, began = iter(loader), False, "", [], 0.0, time.perf_counter()
+    batches, passed, verdict, pending, waited, began = prefetch(loader, device), False, "", [], 0.0, time.perf_counter()
     used = torch.zeros(args.num_codes, args.num_embeddings, device=device)  # codes chosen since the last log line
-    batch = None
+    batch, grid = None, torch.tensor(model.grid, device=device)
     while step < last and not passed:
         epoch, itr = divmod(step, args.ipe)
         lr = lr_at(step + 1, total, warmup, args)
@@ -249,7 +250,7 @@ if __name__ == "__main__":
             keys = keys + batch["key"]
             z, shift = batch["z"].to(device, non_blocking=True), None
             if args.encoder_shift and not args.test_mode:
-                shift = (batch["shift"].to(device) * torch.tensor(model.grid, device=device)).long()
+                shift = (batch["shift"].to(device) * grid).long()
             with contextlib.nullcontext() if micro == args.grad_accum - 1 or world == 1 else ddp.no_sync():
                 with autocast():
                     out = ddp(z, shift)

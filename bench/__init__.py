@@ -1,5 +1,7 @@
 """What the kernel and step benchmarks share: interleaved medians, the machine's ceilings, and rows for people or as JSON lines."""
 
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
@@ -7,28 +9,41 @@ import time
 
 import torch
 
+from kernels import linear
+
 
 def medians(calls, device, repeats=10, warmup=2):
     """Median seconds of each of {name: function}, called in turn, round after round, so that a slow minute hits all of them alike."""
-    times = {name: [] for name in calls}
+    times, events = {name: [] for name in calls}, []
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    for i in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         for name, call in calls.items():
-            if device.type == "cuda":
+            if device.type == "cuda":  # the host runs ahead, so that what it takes to launch a short kernel is not timed
                 flush.zero_()  # what the last call left in the L2 cache
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
+                events.append((name, *(torch.cuda.Event(enable_timing=True) for _ in range(2))))
+                events[-1][1].record()
                 call()
-                end.record()
-                torch.cuda.synchronize()
-                seconds = begin.elapsed_time(end) / 1e3
+                events[-1][2].record()
             else:
                 began = time.perf_counter()
                 call()
-                seconds = time.perf_counter() - began
-            if i >= warmup:
-                times[name].append(seconds)
-    return {name: statistics.median(t) for name, t in times.items()}
+                times[name].append(time.perf_counter() - began)
+    if events:
+        torch.cuda.synchronize()
+    for name, begin, end in events:
+        times[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(t[warmup:]) for name, t in times.items()}
+
+
+def peak_memory(call, device):
+    """{"MiB": what a call needs above what is allocated before it}; {} on a CPU, where bench.scaling asks processes."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return {"MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
 
 
 def ceilings(device, dtype):
@@ -37,16 +52,15 @@ def ceilings(device, dtype):
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    found = medians({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device)
+    found = medians({"matmul": lambda: linear(a, b, None), "copy": lambda: target.copy_(source)}, device)
     return 2 * n**3 / found["matmul"], 2 * size / found["copy"]
 
 
 def machine(device):
     """Device and versions, for every row."""
-    import triton
-
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"device": name, "torch": torch.__version__, "triton": triton, "python": platform.python_version()}
 
 
 def report(rows, as_json, device):

@@ -62,13 +62,19 @@ if __name__ == "__main__":
                 "auto": attention_impl(device, dtype, hd, args.block, L) == name,
                 "fwd ms": 1e3 * seconds[name],
             }
-            row |= {"reference / it": seconds["reference"] / seconds[name], "of matmul": useful / seconds[name] / ceiling}
+            row |= {f"{other} / it": seconds[other] / seconds[name] for other in ("reference", "prefix", "flex") if other in seconds}
+            row |= {"of matmul": useful / seconds[name] / ceiling}
             if name in two:
-                row |= {"fwd+bwd ms": 1e3 * two[name], "reference / it, both": two["reference"] / two[name]}
-                row |= {"useful TFLOP/s, both": 3.5 * useful / two[name] / 1e12}
-            else:
-                row |= dict.fromkeys(("fwd+bwd ms", "reference / it, both", "useful TFLOP/s, both"), "no backward")
+                row |= {"fwd+bwd ms": 1e3 * two[name]}
+                row |= {f"{other} / it, both": two[other] / two[name] for other in ("reference", "prefix", "flex") if other in two}
+                row |= {
+                    "bwd of matmul": 2.5 * useful / (two[name] - seconds[name]) / ceiling,
+                    "TFLOP/s, both": 3.5 * useful / two[name] / 1e12,
+                }
+                row |= bench.peak_memory(both[name], device)
             rows.append({"dtype": args.dtype, "B": args.batch_size, "nh": args.heads, "hd": hd, "block": args.block} | row)
+    heads = list(dict.fromkeys(k for row in rows for k in row))
+    rows = [{k: row.get(k, "no backward") for k in heads} for row in rows]
     if not cuda:
         print("triton: needs a GPU")
     bench.report(rows, args.json, device)

@@ -2,7 +2,7 @@
 
 python -m bench.compile                                      # everything, sm_80, sm_90 and sm_100
 python -m bench.compile --arch 90 --kernel 'dkdv bf16.*HD=64'
-python -m bench.compile --arch 90 --kernel moments --control  # must fail: adds a tile that spills
+python -m bench.compile --arch 90 --kernel stats --control  # must fail: adds a tile that spills
 
 Needs no GPU: ptxas and cuobjdump come with triton. Exit code 1 and one line for every kernel that spills registers, asks for
 more shared memory than there is, does not use the tensor cores, or copies to shared memory four bytes at a time.

@@ -26,6 +26,9 @@ import time
 import av
 import numpy as np
 import orjson
+import torch
+
+import bench
 
 PER_SHARD, LINES = 12, 6000
 STEPS, CLIP_ACTIONS = 749, 7  # in a recording of 6000 lines; in a clip of 16 frames
@@ -131,7 +134,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3, help="runs of each row up to 200,000 samples; the fastest counts")
     parser.add_argument("--clips", type=int, default=300, help="clips to decode for the comparison")
     parser.add_argument("--tmp", default=tempfile.gettempdir(), help="folder for the made shards (2.1 GB)")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON lines, and the rest on stderr")
     args = parser.parse_args()
+    rows, say = [], functools.partial(print, file=sys.stderr if args.json else sys.stdout)
     with tempfile.TemporaryDirectory(dir=args.tmp, prefix="bench-scaler-") as folder:
         os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")  # before data is imported: no parsed actions from earlier runs
         from data import open_lines, vpt_loader
@@ -144,7 +149,7 @@ if __name__ == "__main__":
                 videos = [video] + [len(video)] * (shards - 1)
                 made = list(pool.map(write_shard, range(shards), [folder] * shards, [unique] * shards, videos))
             used = sum(os.stat(p).st_blocks for p in made) * 512 / 1e9
-            print(f"made {unique} recordings, videos of {len(video) / 1e6:.0f} MB in {time.time() - began:.0f} s, {used:.2f} GB on disk")
+            say(f"made {unique} recordings, videos of {len(video) / 1e6:.0f} MB in {time.time() - began:.0f} s, {used:.2f} GB on disk")
         run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
         output, workers, commands = os.path.join(folder, "scaler.pkl"), str(args.num_workers), {}
         for samples in args.samples:
@@ -169,14 +174,12 @@ if __name__ == "__main__":
                     total, turn[name] = measured(functools.partial(bare, jobs, loads, args.num_workers), data)
                 best = {k: min(v, best.get(k, v), key=lambda cost: cost[0]) for k, v in turn.items()}
             commands[samples] = best["fit_scaler.py, the whole command"][0]
-            print(f"\n{samples:,} samples: {len(jobs)} recordings, {total / 1e6:,.0f} MB of JSONL, {args.num_workers} processes, "
+            say(f"{samples:,} samples: {len(jobs)} recordings, {total / 1e6:,.0f} MB of JSONL, {args.num_workers} processes, "
                   f"best of {repeats}, page cache dropped before each; {imports[0]:.1f} s of the command are imports")  # fmt: skip
-            columns = ("seconds", "/ orjson", "/ json", "CPU s", "/ orjson", "MB asked", "/ JSONL", "MB disk", "/ JSONL")
-            print(f"{'':37}" + "".join(f"{c:>10}" for c in columns))
             fast, slow = best["read + orjson, whole lines"], best["read + json, whole lines"]
-            for name, (seconds, cpu, asked, disk) in best.items():
-                times = f"{seconds:10.2f}{seconds / fast[0]:10.2f}{seconds / slow[0]:10.2f}{cpu:10.2f}{cpu / fast[1]:10.2f}"
-                print(f"{name:37}{times}{asked / 1e6:10,.0f}{asked / total:10.3f}{disk / 1e6:10,.0f}{disk / total:10.3f}")
+            rows += [{"samples": samples, "row": name, "seconds": s, "/ orjson": s / fast[0], "/ json": s / slow[0],
+                      "CPU s": cpu, "CPU / orjson": cpu / fast[1], "MB asked": asked / 1e6, "asked / JSONL": asked / total,
+                      "MB disk": disk / 1e6, "disk / JSONL": disk / total} for name, (s, cpu, asked, disk) in best.items()]  # fmt: skip
         batches, part, clips = iter(vpt_loader([(args.data or made)[:1]], 10, num_workers=args.num_workers)), None, 0
         for _ in range(3 * args.num_workers):  # workers start, the queue fills, and the actions of the shard are parsed and cached
             next(batches)
@@ -186,8 +189,12 @@ if __name__ == "__main__":
             part = moments(actions) if part is None else merge_moments(part, moments(actions))
             clips += 10
         each = (time.perf_counter() - began) / clips
-        print(f"\nthrough decoded clips: {clips} clips of 16 frames at 256 px in {each * clips:.1f} s, {args.num_workers} workers")
+        say(f"through decoded clips: {clips} clips of 16 frames at 256 px in {each * clips:.1f} s, {args.num_workers} workers")
         for samples, seconds in commands.items():
             clips, decoding = samples / CLIP_ACTIONS, each * samples / CLIP_ACTIONS
-            print(f"{samples:,} samples = {clips:,.0f} clips: {decoding:,.0f} s (extrapolated), {decoding / seconds:.0f} x the command")
+            say(f"{samples:,} samples = {clips:,.0f} clips: {decoding:,.0f} s (extrapolated), {decoding / seconds:.0f} x the command")
+            rows.append(
+                dict.fromkeys(rows[0], "") | {"samples": samples, "row": "through decoded clips, extrapolated", "seconds": decoding}
+            )
+        bench.report(rows, args.json, torch.device("cpu"))
         del batches

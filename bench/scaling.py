@@ -19,17 +19,17 @@ from eval import make_inputs
 from model import ACModel, Predictor
 from weights import ARCHITECTURES, build_encoder
 
-SWEEPS = {"T": (2, 4, 8, 16, 32), "batch": (1, 2, 4, 8, 16), "width": (96, 192, 384, 768), "depth": (3, 6, 12, 24)}
+SWEEPS = {"T": (2, 4, 8, 16, 32), "batch": (1, 2, 4, 8, 16), "width": (128, 256, 512, 1024), "depth": (3, 6, 12, 24)}
 CENTRE = {"T": 8, "batch": 4, "width": 384, "depth": 6}
 
 
 def measure(encoder_name, crop_size, repeats, T, batch, width, depth):
-    """(seconds, peak bytes above what was there before the first step) of a training step of these sizes."""
+    """(seconds, peak bytes) of a training step of these sizes; bytes on a CPU above what was there before the first step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     encoder, grid = build_encoder(encoder_name).to(device, dtype), crop_size // 16
-    model = ACModel(Predictor(encoder.embed_dim, 13, 2, (grid, grid), pred_dim=width, depth=depth, num_heads=width // 64 or 1).to(device))
+    model = ACModel(Predictor(encoder.embed_dim, 13, 2, (grid, grid), pred_dim=width, depth=depth, num_heads=width // 64).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     video = torch.randint(256, (batch, 2 * T, 3, crop_size, crop_size), dtype=torch.uint8)
     data = {"video": video, "actions": torch.randn(batch, T - 1, 13), "states": torch.randn(batch, T, 2)}

@@ -6,12 +6,14 @@
 
 The baseline does what vjepa2's app/vjepa_droid does, in plain PyTorch, on the same weights: a dense mask over all tokens, RoPE angles
 rebuilt in every layer, q, k, v of each condition token projected apart from the patches', the rollout from scratch, losses read back to the
-host every step, AdamW without fusion. Its losses and gradients are compared with ours before anything is timed.
+host every step, AdamW without fusion. Its losses and gradients are compared with ours before anything is timed. Useful FLOPs: 2 a
+weight and token forward, 4 backward, and the attention scores that the mask lets through; `of matmul` is of a large one timed in the run.
 """
 
 import argparse
 import contextlib
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,19 @@ def reference_losses(predictor, z, actions, states, mask):
     return (z_tf - z[:, 1:]).abs().mean(), (z_ar - z[:, 1:3]).abs().mean()
 
 
+def useful_flops(encoder, predictor, B, T):
+    """Of one step: the encoder forward; T-1 steps of teacher forcing and one of rollout, forward and backward."""
+
+    def weights(blocks):
+        return sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
+
+    N, D, width = math.prod(predictor.grid), encoder.embed_dim, predictor.predictor_embed.out_features
+    encode = B * T * N * (2 * (weights(encoder.blocks) + weights(encoder.patch_embed)) + 4 * D * N * len(encoder.blocks))
+    scores = 4 * width * (N + 2) ** 2 * len(predictor.predictor_blocks) * B * ((T - 1) * T / 2 + 2)
+    tokens = 2 * weights(predictor.predictor_blocks) * (N + 2) + 4 * D * width * N  # of a step; embedding and projection see patches
+    return encode + 3 * B * T * tokens + 3.5 * scores
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
@@ -163,7 +178,7 @@ if __name__ == "__main__":
         if compiled:
             model.compile(dynamic=False)
             frozen.compile(dynamic=False)
-        inputs = make_inputs(frozen, "tubelet", 2, {"mean": None, "std": None}, device)
+        inputs = make_inputs(frozen, "tubelet", 2, {"mean": None, "std": None}, device, autocast)
         return model.predictor, step
 
     calls, wanted = {}, None
@@ -179,5 +194,7 @@ if __name__ == "__main__":
         predictor.zero_grad()
         calls[name] = step
     seconds = bench.medians(calls, device, args.repeats)
-    rows = [{"step": k, "ms": 1e3 * s, "clips/s": B / s, "reference / it": seconds["reference"] / s} for k, s in seconds.items()]
+    useful, ceiling = useful_flops(encoder, base, B, T), bench.ceilings(device, dtype)[0]
+    rows = [{"step": k, "ms": 1e3 * s, "clips/s": B / s, "reference / it": seconds["reference"] / s, "useful TFLOP/s": useful / s / 1e12,
+             "of matmul": useful / s / ceiling} | bench.peak_memory(calls[k], device) for k, s in seconds.items()]  # fmt: skip
     bench.report(rows, args.json, device)

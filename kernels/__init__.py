@@ -21,6 +21,7 @@ __all__ = [
     "apply_rope",
     "attention_impl",
     "block_causal_attention",
+    "chosen",
     "linear",
     "merge_moments",
     "merge_over_ranks",
@@ -33,7 +34,7 @@ MOMENTS = {"two_pass": moments_two_pass}
 ROPE = {"plain": rope_plain}
 LINEAR = {"blas": F.linear, "onednn": linear_onednn}
 if importlib.util.find_spec("triton"):  # not on macOS
-    from .attention import attention_triton, served
+    from .attention import attention_triton, runs_triton, served
     from .rope import TYPES, rope_triton
     from .stats import moments_triton
 
@@ -42,11 +43,28 @@ if importlib.util.find_spec("triton"):  # not on macOS
 
 def attention_impl(device, dtype, head_dim, block, length):
     """What impl="auto" means for (B, nh, length, head_dim) tensors."""
-    if device.type == "cuda" and "triton" in ATTENTION and served(device, dtype, head_dim):
+    # fp32 is multiplied without tensor cores: PyTorch's kernels until a GPU has said otherwise
+    if device.type == "cuda" and "triton" in ATTENTION and dtype != torch.float32 and served(device, dtype, head_dim):
         return "triton"
     # time of reference over prefix, forward + backward on one CPU thread: 0.95 at 7 x 18 tokens (bf16 0.62), 1.32 at 7 x 66 (0.92),
     # 1.70 at 7 x 258 (1.32); forward alone 1.3 to 1.8.
     return "reference" if device.type == "cpu" and block < length <= 256 else "prefix"
+
+
+def moments_impl(device):
+    return "triton" if "triton" in MOMENTS and runs_triton(device) else "two_pass"
+
+
+def rope_impl(device, dtype):
+    """Of a call that torch.compile does not see; it makes one loop of "plain"."""
+    return "triton" if "triton" in ROPE and runs_triton(device) and dtype in TYPES else "plain"
+
+
+def chosen(device, dtype, head_dim=0, block=0, length=0):
+    """What "auto" means to a script, for it to print; attention for those that give its sizes, as to `attention_impl`."""
+    found = {"attention": attention_impl(device, dtype, head_dim, block, length)} if length else {}
+    found |= {"rope": rope_impl(device, dtype), "moments": moments_impl(device)}
+    return "kernels: " + ", ".join(" ".join(pair) for pair in found.items())
 
 
 def block_causal_attention(q, k, v, block, impl="auto"):
@@ -62,7 +80,7 @@ def moments(x, impl="auto"):
     """Count, mean and sum of squared deviations (float64) of the columns of x (n, d); merge parts with `merge_moments`.
     Raises ValueError that says how many values are nan or inf, and in which columns."""
     if impl == "auto":
-        impl = "triton" if x.device.type == "cuda" and "triton" in MOMENTS else "two_pass"
+        impl = moments_impl(x.device)
     return check_finite(x, pick(MOMENTS, impl)(x))
 
 
@@ -70,9 +88,7 @@ def apply_rope(qk, cos, sin, impl="auto"):
     """Rotated (q, k), in their dtype, of a pair or stack `qk` of two (B, nh, L, hd), by tables of model.rope_tables, (L, hd) or (masked)
     what broadcasts against q. impl: "triton" (one launch, CUDA, (L, hd)), "plain" (any device; torch.compile makes one loop of it)."""
     if impl == "auto":
-        eager = not torch.compiler.is_compiling()
-        fits = qk[0].device.type == "cuda" and cos.dim() == 2 and "triton" in ROPE and qk[0].dtype in TYPES
-        impl = "triton" if eager and fits else "plain"
+        impl = rope_impl(qk[0].device, qk[0].dtype) if cos.dim() == 2 and not torch.compiler.is_compiling() else "plain"
     return pick(ROPE, impl)(qk, cos, sin)
 
 

@@ -51,10 +51,14 @@ def tiles(device, dtype, head_dim, length, block):
     return TILES[kind, triton.next_power_of_2(head_dim)]
 
 
+def runs_triton(device):
+    """Whether our Triton kernels run there: NVIDIA from compute capability 8.0 (bf16)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def served(device, dtype, head_dim):
-    """Whether attention_triton runs on these inputs: NVIDIA from compute capability 8.0, or anything in Triton's interpreter."""
-    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    return (nvidia or INTERPRET) and dtype in DTYPES and head_dim in HEAD_DIMS
+    """Whether attention_triton runs on these inputs: such a GPU, or anything in Triton's interpreter."""
+    return (runs_triton(device) or INTERPRET) and dtype in DTYPES and head_dim in HEAD_DIMS
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-# MKL runs AVX2 code on AMD processors, oneDNN AVX-512: 200 against 450 GFLOP/s on two cores of an EPYC (python -m bench.linear)
+# MKL runs AVX2 code on AMD processors, oneDNN AVX-512: 200 against 450 GFLOP/s on two cores of an EPYC (python -m bench.linear).
+# Not measured on Intel's, where MKL uses AVX-512 too.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

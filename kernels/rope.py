@@ -51,10 +51,11 @@ def rope_op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
         width = triton.next_power_of_2(hd)
         blocks = triton.cdiv(L, TILE // width)
         groups = min(nh, triton.cdiv(PROGRAMS, blocks * B))
-        rope_kernel[(blocks, B * groups)](
-            q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], nh, L, groups,
-            hd=hd, rows=TILE // width, width=width, transpose=transpose, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):  # Triton launches on the current GPU, whatever holds the tensors
+            rope_kernel[(blocks, B * groups)](
+                q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], nh, L, groups,
+                hd=hd, rows=TILE // width, width=width, transpose=transpose, num_warps=WARPS,
+            )  # fmt: skip
     return q_out, k_out
 
 

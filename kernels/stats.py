@@ -129,9 +129,10 @@ def moments_triton(x):
     splits = triton.cdiv(n, rows)
     parts = [torch.empty(splits, d, dtype=torch.float64, device=x.device) for _ in range(2)]  # mean, M2
     bf16 = x.dtype == torch.bfloat16
-    partial_kernel[(blocks, splits)](x, *parts, n, d, rows, *x.stride(), K=K, R=R, BC=BC, BF16=bf16, num_warps=THREADS // 32)
-    BC = min(triton.next_power_of_2(d), 8)
-    merge_kernel[(triton.cdiv(d, BC),)](*parts, out, n, d, rows, splits, P=512 // BC, BC=BC, num_warps=THREADS // 32)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, whatever holds the tensors
+        partial_kernel[(blocks, splits)](x, *parts, n, d, rows, *x.stride(), K=K, R=R, BC=BC, BF16=bf16, num_warps=THREADS // 32)
+        BC = min(triton.next_power_of_2(d), 8)
+        merge_kernel[(triton.cdiv(d, BC),)](*parts, out, n, d, rows, splits, P=512 // BC, BC=BC, num_warps=THREADS // 32)
     return n, out[0] + x[0].double(), out[1]
 
 

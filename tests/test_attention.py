@@ -3,7 +3,11 @@
 TRITON_INTERPRET=1 pytest tests/test_attention.py      # Triton reads the variable when a kernel is imported: a process of its own
 """
 
+import contextlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 pytest tests/test_attention.py", allow_module_level=True)
 
+import kernels  # noqa: E402
 from kernels import attention  # noqa: E402
 from kernels.attention import HEAD_DIMS, INTERPRET, TILES, attention_triton  # noqa: E402
 from kernels.reference import attention_dense, attention_prefix  # noqa: E402
+from model import ACModel, Predictor  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 
@@ -194,6 +200,79 @@ def test_activation_checkpointing():
     plain = run(attention_triton, qkv, 10)
     again = run(lambda *a: checkpoint(attention_triton, *a, use_reentrant=False), qkv, 10)
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize("dtype, checkpointing", [(torch.float32, False), (torch.bfloat16, True)])
+def test_the_losses_are_one_graph(monkeypatch, dtype, checkpointing):
+    """Catches a graph break or other numbers where compiling, autocast, checkpointing and the rollout's kept keys and values meet."""
+    monkeypatch.setattr(kernels, "attention_impl", lambda *a: "triton")
+    torch.manual_seed(0)
+    ac = ACModel(Predictor(24, 3, 2, (2, 3), pred_dim=64, depth=2, num_heads=2)).to(DEVICE)
+    data = [torch.randn(*shape, device=DEVICE) for shape in ((1, 4, 6, 24), (1, 3, 3), (1, 4, 2))]
+
+    def step(module):
+        ac.zero_grad()
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            losses = module(*data)
+        sum(losses).backward()
+        return torch.stack([x.detach().float() for x in losses]), torch.cat([p.grad.flatten() for p in ac.parameters()])
+
+    plain = step(ac)
+    ac.predictor.activation_checkpointing = checkpointing
+    for a, b in zip(plain, step(torch.compile(ac, fullgraph=True, dynamic=False, backend="aot_eager"))):
+        assert ((a - b).norm() / a.norm()).item() < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+DDP = """
+import os, sys, torch, torch.distributed as dist
+import kernels
+from model import ACModel, Predictor
+kernels.attention_impl = lambda *a: "triton"
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+ac = ACModel(Predictor(24, 3, 2, (2, 3), pred_dim=64, depth=2, num_heads=2))
+data = torch.load(sys.argv[1])
+whole = torch.autograd.grad(sum(ac(*data)), list(ac.parameters()))
+ddp = torch.nn.parallel.DistributedDataParallel(ac, gradient_as_bucket_view=True)
+sum(ddp(*(x[dist.get_rank() :: 2] for x in data))).backward()
+for a, p in zip(whole, ac.parameters()):
+    torch.testing.assert_close(p.grad, a, rtol=1e-5, atol=1e-6)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not INTERPRET, reason="two processes on CPUs")
+def test_two_ranks_are_one(tmp_path):
+    """Catches a custom op whose gradients DDP does not see."""
+    (tmp_path / "ranks.py").write_text(DDP)
+    torch.save([torch.randn(*shape) for shape in ((2, 3, 6, 24), (2, 2, 3), (2, 3, 2))], tmp_path / "data.pt")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "ranks.py",
+        tmp_path / "data.pt",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+    """Catches a launch on GPU 0 of pointers of GPU 3: Triton takes the current device, whatever holds the tensors."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or contextlib.nullcontext())
+    q, k, v = (torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True) for _ in range(3))
+    kernels.block_causal_attention(q, k, v, 4, impl="triton").sum().backward()
+    assert len(entered) == 2
+    sum(
+        x.sum() for x in kernels.apply_rope((q, k), torch.ones(12, 32, device=DEVICE), torch.ones(12, 32, device=DEVICE), "triton")
+    ).backward()
+    assert len(entered) == 4
+    kernels.moments(q[0, 0].detach(), "triton")
+    assert len(entered) == 5
 
 
 def test_gradients_of_gradients_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kernels import attention_impl, block_causal_attention, linear, merge_moments, moments
+from kernels import ATTENTION, attention_impl, block_causal_attention, linear, merge_moments, moments
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -57,7 +57,7 @@ def test_later_steps_cannot_be_seen(impl):
 def test_unknown_impl_is_refused():
     """Catches a misspelt impl that silently runs another one."""
     q, k, v = qkv(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="'tritn'.*auto, reference, prefix, triton"):
+    with pytest.raises(ValueError, match="'tritn'.*auto, " + ", ".join(ATTENTION)):
         block_causal_attention(q, k, v, 2, impl="tritn")
     with pytest.raises(ValueError, match="'welford'.*auto, two_pass"):
         moments(q[0, 0], impl="welford")
