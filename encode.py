@@ -176,7 +176,7 @@ def latent_frames(record, fps, crop_size, part=64):
                 x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
                 yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
 
-    return frames(), {"yaw": np.sign(yaw) * (np.abs(yaw) > np.radians(3)), "forward": forward}
+    return frames(), {"yaw": (np.sign(yaw) * (np.abs(yaw) > np.radians(3))).astype(int), "forward": forward.astype(int)}
 
 
 def open_vae(spec, dtype):
