@@ -99,7 +99,7 @@ def commands(text):
                     yield word, parts[i + 1 :]
 
 
-@pytest.mark.parametrize("path", ["README.md", *SCRIPTS])
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md", *SCRIPTS])
 def test_commands_name_real_scripts_and_flags(path):
     """Bug: a command in the README or in a docstring that argparse refuses, or a script that was renamed."""
     if not os.path.exists(os.path.join(ROOT, path)):
