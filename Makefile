@@ -5,7 +5,7 @@ FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
 TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
 	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
-.PHONY: demo demo-long demo-clip test test-all lint clean
+.PHONY: demo demo-long demo-clip demo-lam test test-all lint clean
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,13 @@ demo-clip: demo  # what --encode clip hides: half of the demo's training, on fea
 	$(PY) train_ac.py --data 'demo/clip/train/*.tar' --val_data 'demo/clip/val/*.tar' --encode clip --out_dir out/demo-clip $(SHORT)
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo-tubelet $(SHORT)
 
+demo-lam: .venv/installed  # latent actions of nine known moves: do the codes name them? 3 minutes
+	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --chunks 256
+	test -e demo-lam/manifest.json || $(PY) -m prepare.manifest demo-lam --size 16
+	$(PY) train_lam.py --data_dir demo-lam --out_dir out/demo-lam --embed_dim 48 --encoder_depth 2 --decoder_depth 2 --num_heads 4 \
+		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume
+	$(PY) probe.py --checkpoint out/demo-lam
+
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 
 test: .venv/installed lint
@@ -53,4 +60,4 @@ lint: .venv/installed
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv demo demo-long out
+	rm -rf .venv demo demo-long demo-lam out
