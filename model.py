@@ -421,3 +421,94 @@ def meter_summary(errors, recordings, samples=2000):
         out[f"{p}_gap_low"], out[f"{p}_gap_high"] = gaps.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
         out[f"{p}_skill"] = out[f"{p}_true"] / out[f"{p}_copy"]
     return out
+
+
+# --- LoRA ---
+
+# target -> (layer of a block, which third of its rows): q, k and v are one fused layer here, as in Meta's files. PEFT knows the layer names.
+TARGETS = {"q_proj": ("attn.qkv", 0), "k_proj": ("attn.qkv", 1), "v_proj": ("attn.qkv", 2), "o_proj": ("attn.proj", None)}
+TARGETS |= {"mlp.fc1": ("mlp.fc1", None), "mlp.fc2": ("mlp.fc2", None)}
+
+
+class LoRALinear(Linear):
+    """A frozen linear layer and its low-rank update W + scale B A (arXiv 2106.09685): A (r, in) Kaiming, B (out, r) zero, both fp32.
+    With `thirds`, k of the three parts of a fused qkv, each has its own: A (k r, in), B (k, out / 3, r). Weight and bias keep their names."""
+
+    merged = False
+
+    def __init__(self, base, r, scale, dropout=0.0, thirds=None):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias, self.thirds = base.weight.requires_grad_(False), base.bias.requires_grad_(False), thirds
+        self.r, self.scale, self.dropout, k, device = r, scale, dropout, len(thirds or [0]), base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(k * r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*((k, base.out_features // 3) if thirds else (base.out_features,)), r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def full_B(self):
+        """B as one matrix (out, rows of A): block-diagonal for thirds, with zeros for those that have none."""
+        if not self.thirds:
+            return self.lora_B
+        full = self.lora_B.new_zeros(3, self.out_features // 3, len(self.thirds), self.r)
+        full[list(self.thirds), :, list(range(len(self.thirds)))] = self.lora_B
+        return full.view(self.out_features, -1)
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):  # once, not for either branch
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = super().forward(x)
+        if self.merged:
+            return y
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), h, self.full_B().t(), alpha=self.scale).view(y.shape)  # one pass over y, not three
+
+
+def lora_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def put_lora(model, name, r, scale, dropout, thirds=None):
+    """Replace the layer `name` of a model by a LoRALinear around it, which is returned."""
+    parent, _, last = name.rpartition(".")
+    layer = LoRALinear(model.get_submodule(name), r, scale, dropout, thirds)
+    setattr(model.get_submodule(parent), last, layer)
+    return layer
+
+
+def add_lora(model, targets=tuple(TARGETS), r=16, alpha=32, dropout=0.0, rslora=True, fused_qkv=False):
+    """Freeze a predictor and put adapters of rank r on the targets of all its blocks; scale is alpha / sqrt(r) (arXiv 2312.03732), without
+    rslora alpha / r. `fused_qkv` shares one adapter among q, k and v (PEFT's stock form). Returns the number of trainable parameters."""
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"LoRA targets {', '.join(sorted(unknown))} are unknown, choose from: {', '.join(TARGETS)}")
+    if not targets or r < 1 or lora_layers(model):
+        raise ValueError(f"LoRA with r={r} on {len(targets)} targets: give r >= 1 and a target, and adapt a model once")
+    thirds = tuple(sorted(TARGETS[t][1] for t in targets if t in ("q_proj", "k_proj", "v_proj")))
+    if fused_qkv and len(thirds) in (1, 2):
+        raise ValueError("--fused_qkv is one adapter for q, k and v: name all three as targets, or none")
+    model.requires_grad_(False)
+    for name in [f"predictor_blocks.{i}.{n}" for i in range(len(model.predictor_blocks)) for n in {TARGETS[t][0]: 0 for t in targets}]:
+        own = thirds if name.endswith("attn.qkv") and not fused_qkv else None
+        put_lora(model, name, r, alpha / (math.sqrt(r) if rslora else r), dropout, own)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def merge_lora(model, sign=1):
+    """Add the adapters to the weights, at full precision; ValueError if they are in already."""
+    layers = lora_layers(model)
+    if not layers or any(m.merged != (sign < 0) for m in layers.values()):
+        raise ValueError(f"no adapters to {'merge' if sign > 0 else 'unmerge'}: there are none, or that is done already")
+    if sign < 0 and any(m.weight.dtype != torch.float32 for m in layers.values()):
+        raise ValueError("unmerging in 16 bits does not give the base back (a sixth of its weights change): load the base again")
+    for m in layers.values():  # in float64: a GPU may multiply fp32 matrices in TF32
+        m.weight.copy_(m.weight.double() + sign * m.scale * (m.full_B().double() @ m.lora_A.double()))
+        m.merged = sign > 0
+
+
+def unmerge_lora(model):
+    """Take merged adapters out of fp32 weights again, to 1e-7."""
+    merge_lora(model, -1)
+
+
+def lora_state_dict(model, also=()):
+    """{name: tensor} of what training changes: the adapters, and the modules named in `also`."""
+    return {k: v for k, v in model.state_dict().items() if "lora_" in k.rpartition(".")[2] or k.startswith(tuple(f"{m}." for m in also))}
