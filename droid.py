@@ -1,80 +1,283 @@
-"""Everything between robot episodes (DROID and one's own) and a batch: RLDS TFRecords without TensorFlow, raw DROID, npz + mp4.
+"""Everything between robot episodes and a batch: DROID's RLDS TFRecords (without TensorFlow), raw DROID, and episodes of one's own.
 
-    python -m droid --inspect droid_100/1.0.0/r2d2_faceblur-train.tfrecord-00000-of-00031     # shapes, ranges, mean, std, idle share
-    python -m droid --inspect 'gs://gresearch/robotics/droid/1.0.1/*-0000?-of-02048' --batch_size 4
+    python -m droid --inspect droid_100/1.0.0/r2d2_faceblur-train.tfrecord-00000-of-00031      # shapes, ranges, mean, std, idle share
 
-INTERFACE (being filled in): what train_lora.py, fit_scaler.py and eval.held_out may rely on.
+  *.tfrecord*     RLDS as released, on a disk (mmap) or at any fsspec URL (gs://gresearch/robotics/droid/1.0.1/*.tfrecord*)
+  trajectory.h5   raw DROID, with recordings/MP4/*.mp4 and metadata_*.json beside it; or folders of them, or Meta's .csv of folders
+  NAME.npz        one's own robot (prepare/robot.py says what is in it), with NAME.mp4 or NAME.CAMERA.mp4 beside it
+They are indexed once (cached under NANOJEPA_CACHE), so that shuffling is data.Order's, by index: it mixes everything, resumes exactly and
+costs nothing, while a shuffle buffer of 100,000 pictures takes 17 GB, mixes only neighbours and is lost when a run stops.
 """
 
-from typing import NamedTuple
+import argparse
+import glob
+import hashlib
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
-from data import Clips
+import braceexpand
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
 
-POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]  # names of a pose state, and of its differences; ActionScaler names
-POSE_UNITS = ["metres"] * 3 + ["radians"] * 3 + ["share closed"]
-CAMERAS = ("exterior_1", "exterior_2", "wrist")
+from checkpoint import one_sentence
+from data import Clips, Order, collate, leave_signals
+from episodes import DAMAGE, STATES, Episode, filesystem, index_file, keep_ranges, read_fields, read_pictures
+
+POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]  # of a state, and of the action to the next one
+POSE_UNITS = ["metres"] * 3 + ["radians"] * 3 + ["closed"]
+# --- the episodes of a run ---
 
 
-class Episode(NamedTuple):
-    """A stretch of an episode (a data.Record to data.py): whole, or one record per range that the idle filter keeps. length is in ticks
-    of 1/20 s, what data.windows counts in; first..last are the episode's own steps."""
+def find_episodes(data):
+    """Paths, globs, {a..b}, folders, URLs, .csv lists of them -> [file or URL] of episodes. FileNotFoundError for what matches nothing."""
+    if not isinstance(data, str):
+        return list(dict.fromkeys(x for p in data for x in find_episodes(p)))
+    out = []
+    for p in braceexpand.braceexpand(data):
+        if "://" in p:
+            fs, name = filesystem(p + "*.tfrecord*" * p.endswith("/"))
+            found = sorted(map(fs.unstrip_protocol, fs.glob(name))) if "*" in name or "?" in name else [p]
+        elif p.endswith(".csv"):  # Meta's list: a folder a line, then a label
+            with open(p) as f:
+                found = find_episodes([line.split()[0] for line in f if line.strip()])
+        elif os.path.isdir(p):
+            inside = [os.path.join(glob.escape(p), "**", n) for n in ("*.tfrecord*", "trajectory.h5", "*.npz")]
+            found = sorted(x for i in inside for x in glob.glob(i, recursive=True))
+        else:
+            found = [p] if os.path.isfile(p) else find_episodes(sorted(glob.glob(p)))
+        if not found:
+            raise FileNotFoundError(f"no episode at {p}: name *.tfrecord* files, trajectory.h5, NAME.npz, or folders of them")
+        out += found
+    return out
 
-    shard: str  # file that holds it
-    key: str  # RLDS: recording_folderpath--file_path, as openpi's files of ranges name it
-    members: dict  # feature or video -> (offset, size), or file name
-    length: int = 0
-    kind: str = "rlds"  # or raw, robot
-    first: int = 0
-    last: int = 0
-    rate: float = 15.0  # steps a second
+
+def open_episodes(data, reader, idle_filter, success, verify, log):
+    """Patterns -> ([Episode], [bad]); what the filters leave out goes to the log."""
+    paths, out, bad = find_episodes(data), [], []
+    with ThreadPoolExecutor(16) as pool:
+        indexed = list(pool.map(lambda path: index_file(path, verify), paths))
+    seen = failures = short = possible = 0
+    for path, (kind, episodes, more) in zip(paths, indexed):
+        bad += [tuple(b) for b in more]
+        keys = {*reader.camera, *(reader.state_keys or STATES[kind]), *(reader.action_keys or ())}  # what must stay in memory
+        for e in episodes:
+            m = (
+                e["members"]
+                if kind != "rlds"
+                else {k: (*v[:2], v[2] and np.array(v[2], np.uint32)) for k, v in e["members"].items() if k in keys}
+            )
+            whole = Episode(path, e["key"], kind, m, e["steps"], e.get("rate", 15.0), 0, e.get("last", e["steps"]), 0)
+            if flaw := reader.flaw(whole) or (e["idle"] is None and idle_filter != "off" and "no joint velocities for --idle_filter"):
+                bad.append((path, whole.key, flaw))
+                continue
+            stride, starts, seen = reader.stride_of(whole), reader.starts(whole), seen + 1
+            failures += (failed := success == "only" and not e["success"])
+            short += not failed and not starts
+            if starts and not failed:
+                possible += starts
+                ranges = keep_ranges(e["idle"], whole.last, idle_filter, (reader.frames - 1) * stride + 1)
+                ticks = max(round(20 / reader.fps), 1)  # as data.windows has it
+                out += [whole._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1) for a, b in ranges if b > a]
+    out = [r for r in out if reader.starts(r)]
+    share = sum(map(reader.starts, out)) / max(possible, 1)
+    log(f"{seen} episodes: {failures} without success left out, {short} shorter than a clip; of {possible} places where a clip of the others "
+        f"can start, --idle_filter {idle_filter} keeps {share:.1%}, in {len(out)} stretches of {len({r.key for r in out})} episodes")  # fmt: skip
+    if not out:
+        reason = "; ".join(" ".join(b) for b in bad[:3]) or "the filters leave nothing (--idle_filter off --success all keep everything)"
+        raise ValueError(f"no usable episode in {data}: {reason}")
+    return out, bad
+
+
+def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filter="light", success="all", max_bad_fraction=1.0, verify=None,
+               log=print):  # fmt: skip
+    """Patterns, folders and URLs -> (train [Episode], val [Episode], bad [(file, key, reason)]). Held out: episodes whose key has a hash
+    below val_fraction, wherever they lie. idle_filter: off | openpi | light (keep_ranges); success: all | only; verify: check all checksums
+    while indexing, which reads everything once (default: of local files). ValueError when nothing is left or too many are bad."""
+    reader = reader or DroidReader()
+    train, bad = open_episodes(data, reader, idle_filter, success, verify, log)
+    if val_data:
+        val, more = open_episodes(val_data, reader, idle_filter, success, verify, log)
+        bad = bad + more
+        if twice := {r.key for r in train} & {r.key for r in val}:
+            raise ValueError(f"--val_data and --data share {len(twice)} episodes, {min(twice)} among them: hold them out of --data")
+    else:
+        place = {r.key: int.from_bytes(hashlib.sha256(r.key.encode()).digest()[:8], "big") / 2**64 for r in train}
+        count = max(sum(x < val_fraction for x in place.values()), 1) if val_fraction > 0 else 0
+        held = set(sorted(place, key=place.get)[: min(count, len(place) - 1)])
+        train, val = [r for r in train if r.key not in held], [r for r in train if r.key in held]
+    if len(bad) > max_bad_fraction * (n := len({r.key for r in train + val}) + len(bad)) and n >= 100:
+        raise ValueError(
+            f"{len(bad)} of {n} episodes cannot be read, {' '.join(bad[0])} among them: mend them, or raise --max_bad_fraction"
+        )
+    reader.motion(train[0], np.array([train[0].first, train[0].last - 1]))  # learns the dimensions
+    return train, val, bad
+
+
+# --- clips ---
+
+
+def pose_actions(states):
+    """states (T, 7) [xyz, extrinsic xyz Euler, gripper] -> actions (T-1, 7): differences, of the rotation the Euler angles of R[t+1] R[t]^T
+    (vjepa2 app/vjepa_droid/droid.py)."""
+    turn = Rotation.from_euler("xyz", states[:, 3:6])
+    actions = np.diff(states, axis=0)
+    actions[:, 3:6] = (turn[1:] * turn[:-1].inv()).as_euler("xyz")
+    return actions
+
+
+def compose_poses(state0, actions, mean, scale):
+    """model.compose_states for poses: states (B, K, 7) before each of K scaled actions (B, K, 7), from the first (B, 7). The gripper stays
+    within [0, 1] (vjepa2 compute_new_pose)."""
+    moves, poses = (actions * scale + mean).double().cpu().numpy(), [state0.double().cpu().numpy()]
+    for a in moves.swapaxes(0, 1)[:-1]:
+        p = poses[-1]
+        turn = (Rotation.from_euler("xyz", a[:, 3:6]) * Rotation.from_euler("xyz", p[:, 3:6])).as_euler("xyz")
+        poses.append(np.concatenate([p[:, :3] + a[:, :3], turn, np.clip(p[:, 6:] + a[:, 6:], 0, 1)], axis=1))
+    return torch.from_numpy(np.stack(poses, axis=1)).to(state0)
+
+
+def crop_resize(frames, size, low, high):
+    """[(H, W, 3)] uint8 -> (T, 3, size, size) uint8: the centre, cut to a width/height within [low, high], squeezed to a square, bilinear
+    without antialias: what vjepa2's random_resized_crop comes to with its settings for DROID (0.75, 1.35)."""
+    h, w = frames[0].shape[:2]
+    ch, cw = min(h, round(w / low)), min(w, round(h * high))
+    y, x = (h - ch) // 2, (w - cw) // 2
+    video = torch.from_numpy(np.stack([f[y : y + ch, x : x + cw] for f in frames])).permute(0, 3, 1, 2).float()
+    return torch.nn.functional.interpolate(video, (size, size), mode="bilinear").round_().to(torch.uint8)
 
 
 class DroidReader:
-    """What a clip is (the ClipReader of robot data): frames sampled every `stride` steps, one frame a step, T = frames_per_clip.
+    """What a clip is (the ClipReader of robots): frames every `stride` steps, one frame a step of the model, so T = frames_per_clip.
 
-    stride: default ceil(rate/fps): 4 of DROID's 15 Hz at --fps 4; 15 repeats Meta's released loader, which took the mp4s' 60 fps for true.
-    crop: "reference" (centre 1.35:1 squeezed to a square, no antialias, as Meta's) or "square" (centre square).
-    camera: names of CAMERAS (own episodes: of their videos); several: one is drawn for each clip.
-    state_keys, action_keys: fields to read instead of [cartesian_position, gripper_position] and of their pose differences; actions given
-    by key are summed over the steps between two frames ("key:last" takes the last of them).
-    extrinsics: also give the camera's (T, 6), where the episode has them (raw DROID). scaler: an ActionScaler or None.
-    Attributes: frames, fps, frames_per_step (1), stride, scaler, names, units (of the actions), state_dim, action_dim."""
+    stride: default ceil(rate / fps), 4 of DROID's 15 Hz at 4 fps; 15 is what Meta's loader makes of raw DROID, whose mp4s claim 60 fps.
+    camera: names, of which each clip draws one: exterior_1, exterior_2, wrist; raw also left, right; an own NAME.mp4 is taken for any.
+    crop: "reference" or "square". state_keys, action_keys: fields in place of the pose and its differences; actions given by key are means
+    over the steps between two frames. extrinsics: also give the camera's (T, 6). scaler: ActionScaler or None.
+    After open_droid: names (of the actions), units, state_dim."""
+
+    frames_per_step = 1
 
     def __init__(self, frames_per_clip=8, fps=4.0, crop_size=256, crop="reference", camera=("exterior_1",), stride=None, state_keys=None,
                  action_keys=None, scaler=None, extrinsics=False):  # fmt: skip
-        raise NotImplementedError
+        if frames_per_clip < 2 or fps <= 0 or (stride or 1) < 1:
+            raise ValueError(f"--frames_per_clip {frames_per_clip} --fps {fps:g} --stride {stride} make no clip of two frames")
+        self.frames, self.fps, self.crop_size, self.stride = frames_per_clip, fps, crop_size, stride
+        self.aspect = {"reference": (0.75, 1.35), "square": (1.0, 1.0)}[crop]
+        self.camera = (camera,) if isinstance(camera, str) else tuple(camera)
+        self.state_keys, self.action_keys, self.scaler, self.extrinsics = state_keys, action_keys, scaler, extrinsics
+        self.names, self.units, self.state_dim = POSE, POSE_UNITS, 7
+
+    def stride_of(self, r):
+        return self.stride or max(math.ceil(r.rate / self.fps - 1e-6), 1)
+
+    def starts(self, r):
+        """Number of steps at which a clip can start."""
+        return max(r.last - r.first - (self.frames - 1) * self.stride_of(r), 0)
+
+    def views(self, r):
+        return [c for c in self.camera if c in r.members] or [c for c in r.members if c == "video"]
+
+    def flaw(self, r):
+        """Why an episode cannot be used, or ''."""
+        missing = [k for k in (*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())) if r.kind == "rlds" and k not in r.members]
+        if not r.steps or missing or not self.views(r):
+            return f"no {'steps' if not r.steps else f'steps/{missing[0]}' if missing else f'camera {self.camera}'} in it"
+        no_extrinsics = self.extrinsics and (r.kind == "rlds" or any(r.members[c][1] is None for c in self.views(r)))
+        return "no camera extrinsics in it (raw DROID has them)" if no_extrinsics else ""
+
+    def motion(self, r, sampled):
+        """Episode, increasing steps (T,) -> actions (T-1, A) unscaled, states (T, S), float64. Reads low-dimensional fields only."""
+        keys = [*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())]
+        found = read_fields(r, keys)
+        n = len(keys) - len(self.action_keys or ())
+        states = np.concatenate(found[:n], axis=1)[sampled]
+        if self.action_keys:
+            rows = np.concatenate(found[n:], axis=1)[sampled[0] : sampled[-1]]
+            actions = np.add.reduceat(rows, sampled[:-1] - sampled[0]) / np.diff(sampled)[:, None]
+            self.names = [f"{k}.{i}" for k, x in zip(self.action_keys, found[n:]) for i in range(x.shape[1])]
+            self.units = ["mean"] * len(self.names)
+        elif states.shape[1] != 7:
+            raise ValueError(f"{' '.join(keys)} are {states.shape[1]} numbers, and pose differences need 7: name --action_keys too")
+        else:
+            actions = pose_actions(states)
+        if not (np.isfinite(actions).all() and np.isfinite(states).all()):
+            raise ValueError("states or actions are not finite")
+        self.state_dim = states.shape[1]
+        return actions, states
+
+    def __call__(self, r, start, rng):
+        """A clip from step `start`; rng draws the camera."""
+        sampled = start + self.stride_of(r) * np.arange(self.frames)
+        actions, states = self.motion(r, sampled)
+        views = self.views(r)
+        camera = views[rng.integers(len(views))]
+        frames = read_pictures(r, camera, sampled)
+        actions = actions if self.scaler is None else self.scaler.transform(actions)
+        clip = {"actions": actions, "states": states}
+        if self.extrinsics:
+            clip["extrinsics"] = read_fields(r, [r.members[camera][1]])[0][sampled]
+        clip = {k: torch.from_numpy(np.float32(x)) for k, x in clip.items()}
+        return clip | {"video": crop_resize(frames, self.crop_size, *self.aspect), "key": r.key}
 
 
 class DroidClips(Clips):
-    """data.Clips over Episodes: an item is the same (epoch, index, record number, place), so that Order, windows, collate and
-    eval.held_out work on it. DroidClips(records, reader, seed)."""
+    """data.Clips over Episodes, for Order, windows, collate and eval.held_out: an item is (epoch, index, record number, place)."""
 
     def __init__(self, records, reader, seed=0):
-        raise NotImplementedError
+        super().__init__(records, [reader.starts(r) for r in records], reader, seed)
 
-
-def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filter="openpi", success="all", max_bad_fraction=1.0,
-               verify=None):  # fmt: skip
-    """Patterns, folders and URLs -> (train [Episode], val [Episode], bad [(file, key, reason)]); held out by a hash of the episode's key.
-    idle_filter: off | openpi | light; success: all | only; verify: check the CRC of every record while indexing (default: local files).
-    Prints what the filters leave out. Raises ValueError when nothing is left, train and val share an episode, or too many are bad."""
-    raise NotImplementedError
+    def read(self, number, place, rng):
+        r, starts = self.records[number], self.reader.starts(self.records[number])
+        start = int(place * starts) if isinstance(place, float) else place * self.reader.frames * self.reader.stride_of(r)
+        if start >= starts:
+            raise ValueError(f"window {place} starts at step {start}, the last clip at {starts - 1}")
+        try:
+            return self.reader(r, r.first + start, rng)
+        except DAMAGE as e:
+            raise ValueError(f"damaged or changed since it was indexed ({type(e).__name__}: {e})") from e
 
 
 def droid_clips(data, batch_size, *, reader=None, batches_per_epoch=None, num_workers=4, prefetch_factor=2, seed=0, epoch=0, itr=0, rank=0,
                 world=1, pin_memory=False):  # fmt: skip
     """Endless DataLoader: batches {"video" (B, T, 3, H, W) uint8, "actions" (B, T-1, A) scaled, "states" (B, T, S), "key", "bad", and
-    "extrinsics" (B, T, 6) if the reader asks}. data: patterns, or [Episode] of open_droid. Order and resume as data.vpt_loader; loader.bad."""
-    raise NotImplementedError
+    "extrinsics" (B, T, 6) if the reader is asked for them}. data: patterns, or [Episode] of open_droid. Order and resume are those of
+    data.vpt_loader; without batches_per_epoch an epoch is one pass of clips that do not overlap. loader.bad: left out while indexing."""
+    reader, bad = reader or DroidReader(), []
+    if not isinstance(data[0], Episode):
+        data, _, bad = open_droid(data, reader=reader)
+    clips = sum(max((r.last - r.first) // (reader.frames * reader.stride_of(r)), 1) for r in data)
+    dataset, batches_per_epoch = DroidClips(data, reader, seed), batches_per_epoch or max(clips // (batch_size * world), 1)
+    order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=order, num_workers=num_workers, prefetch_factor=prefetch_factor if num_workers else None, collate_fn=collate,
+        persistent_workers=num_workers > 0, worker_init_fn=leave_signals, pin_memory=pin_memory,
+    )  # fmt: skip
+    loader.bad = bad
+    return loader
 
 
-def pose_actions(states):
-    """states (..., T, 7) tensor [xyz, extrinsic xyz Euler, gripper] -> actions (..., T-1, 7): xyz and gripper differences, Euler angles of
-    R[t+1] R[t]^T (vjepa2 app/vjepa_droid/droid.py)."""
-    raise NotImplementedError
-
-
-def compose_poses(state0, actions, mean, scale):
-    """What model.compose_states is for VPT: states (B, K, 7) before each of K scaled actions (B, K, 7), from the first (B, 7); gripper
-    clipped to [0, 1] (vjepa2 compute_new_pose). Inverse of pose_actions."""
-    raise NotImplementedError
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="look into episodes: shapes, ranges, mean and std of one batch", allow_abbrev=False)
+    parser.add_argument("--inspect", metavar="SHARD", required=True, nargs="+", help="shards, episodes, folders, globs, URLs")
+    parser.add_argument("--camera", nargs="+", default=["exterior_1"], help="views to draw from")
+    parser.add_argument("--state_keys", nargs="+", help="fields of the state (default: the pose)")
+    parser.add_argument("--action_keys", nargs="+", help="fields of the action (default: differences of the pose)")
+    parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
+    args = parser.parse_args()
+    sys.excepthook = one_sentence
+    reader = DroidReader(camera=args.camera, state_keys=args.state_keys, action_keys=args.action_keys)
+    for rule in ("openpi", "light", "off"):
+        records, _, bad = open_droid(args.inspect, reader=reader, idle_filter=rule)
+    batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))
+    for file, key, reason in bad + batch["bad"]:
+        print(f"left out: {file} {key}: {reason}")
+    for name in ("video", "actions", "states"):
+        x = batch[name].float()
+        print(f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f} to {x.max():.3f}")
+    print(f"keys     {', '.join(batch['key'][:2])}")
+    print(f"{'action':18} {'min':>9} {'max':>9} {'mean':>9} {'std':>9}")
+    for name, x in zip(reader.names, batch["actions"].flatten(0, 1).T):
+        print(f"{name:18} {x.min():9.4f} {x.max():9.4f} {x.mean():9.4f} {x.std():9.4f}")

@@ -430,6 +430,25 @@ TARGETS = {"q_proj": ("attn.qkv", 0), "k_proj": ("attn.qkv", 1), "v_proj": ("att
 TARGETS |= {"mlp.fc1": ("mlp.fc1", None), "mlp.fc2": ("mlp.fc2", None)}
 
 
+class LowRank(torch.autograd.Function):
+    """x W' + b + scale drop A' B' for a frozen W, in one pass over the output and one over x's gradient; `drop` None stands for x itself.
+    All are of one dtype; of x or drop only what A's gradient needs is kept."""
+
+    @staticmethod
+    def forward(ctx, x, drop, weight, bias, A, B, scale):
+        ctx.scale, low_in = scale, x if drop is None else drop
+        h = F.linear(low_in, A)
+        ctx.save_for_backward(low_in, weight, A, B, h)
+        return linear(x, weight, bias).addmm_(h, B.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx, g):
+        low_in, weight, A, B, h = ctx.saved_tensors
+        low, gx = (g @ B).mul_(ctx.scale), linear(g, weight.t(), None)
+        gdrop = low @ A if ctx.needs_input_grad[1] else gx.addmm_(low, A) and None
+        return gx, gdrop, None, None, low.t() @ low_in, (g.t() @ h).mul_(ctx.scale), None
+
+
 class LoRALinear(Linear):
     """A frozen linear layer and its low-rank update W + scale B A (arXiv 2106.09685): A (r, in) Kaiming, B (out, r) zero, both fp32.
     With `thirds`, k of the three parts of a fused qkv, each has its own: A (k r, in), B (k, out / 3, r). Weight and bias keep their names."""
@@ -453,13 +472,14 @@ class LoRALinear(Linear):
         return full.view(self.out_features, -1)
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):  # once, not for either branch
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = super().forward(x)
         if self.merged:
-            return y
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), h, self.full_B().t(), alpha=self.scale).view(y.shape)  # one pass over y, not three
+            return super().forward(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        drop = F.dropout(x, self.dropout).flatten(0, -2) if self.training and self.dropout else None
+        weights = [t.to(x.dtype) for t in (self.weight, self.bias, self.lora_A, self.full_B())]
+        with torch.autocast(x.device.type, enabled=False):
+            return LowRank.apply(x.flatten(0, -2), drop, *weights, self.scale).view(*x.shape[:-1], -1)
 
 
 def lora_layers(model):
