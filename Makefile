@@ -38,11 +38,15 @@ demo-clip: demo  # what --encode clip hides: half of the demo's training, on fea
 	$(PY) train_ac.py --data 'demo/clip/train/*.tar' --val_data 'demo/clip/val/*.tar' --encode clip --out_dir out/demo-clip $(SHORT)
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo-tubelet $(SHORT)
 
+KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
+
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest $(KERNELS)
 
 test-all: .venv/installed lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m ""
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -m "" $(KERNELS)
 
 lint: .venv/installed
 	$(PY) -m ruff check .

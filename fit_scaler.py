@@ -262,6 +262,7 @@ if __name__ == "__main__":
     parts, used, flawed = [], [], []  # parts: (count, mean, M2) of each recording, in the order of jobs
     total = (0, torch.zeros(len(CONTINUOUS), dtype=torch.float64), torch.zeros(len(CONTINUOUS), dtype=torch.float64))
     slope_sums = np.zeros(3)  # dx · yaw, dx · dx, steps with motion: the slope is that of a line through the origin
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     at, next_check, done = 0, MIN_SAMPLES, False
     start = "fork" if sys.platform == "linux" else None  # workers parse only; elsewhere fork is not safe
     pool = concurrent.futures.ProcessPoolExecutor(args.num_workers, multiprocessing.get_context(start)) if args.num_workers > 1 else None
@@ -288,7 +289,8 @@ if __name__ == "__main__":
                 if flaw:
                     flawed.append((file, key, flaw))
                 steps = steps[: args.max_samples - total[0]]
-                part = moments(torch.from_numpy(steps[:, :4].copy()))
+                n, *spread = moments(torch.from_numpy(steps[:, :4].copy()).to(device))
+                part = (n, *(x.cpu() for x in spread))
                 total = merge_moments(total, part)
                 parts.append((part[0], part[1].numpy(), part[2].numpy()))
                 used.append((os.path.basename(file), key, nbytes))

@@ -10,11 +10,12 @@ import functools
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import block_causal_attention, linear, merge_moments, moments
+from kernels import apply_rope, block_causal_attention, linear, merge_moments, merge_over_ranks, moments
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,11 +46,6 @@ def rope_tables(pos, head_dim):
     return angle.cos(), angle.sin() * sign
 
 
-def apply_rope(x, cos, sin):
-    """(x0, x1) -> (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1) for each pair of adjacent dims; bf16 x is promoted to the fp32 of the tables."""
-    return x * cos + torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) * sin
-
-
 def sincos_table(dim, T, H, W):
     """V-JEPA 1's fixed table (1, T*H*W, D), `uniform_power`: [sin | cos] for time, rows, columns, each ceil(D/6) wide, cut to D."""
     half = math.ceil(dim / 6)
@@ -77,10 +73,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=None, block=None, past=None):
         """(B, L, D) -> (B, L, D) and (k, v) (B, nh, L, hd). `past` is the (k, v) of earlier steps, all of which one further step sees."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, nh, L, hd)
-        qk, v = qkv.split([2, 1])  # not qkv[:2]: the gradient of a slice is a full tensor of zeros
-        q, k = (qk if rope is None else apply_rope(qk, *rope).to(v.dtype)).unbind(0)
-        v = v.squeeze(0)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, nh, L, hd); not slices: the gradient of one is a full tensor of zeros
+        if rope is not None:
+            q, k = apply_rope((q, k), *rope)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         if block is None or past is not None:
@@ -305,9 +301,11 @@ def normalize_features(h, mean=None, std=None):
     return F.layer_norm(h, h.shape[-1:])
 
 
-def channel_stats(batches):
-    """Mean and std {"mean", "std"} (D,) of every channel over batches of features (B, T, N, D), for `normalize_features`."""
-    n, mean, m2 = functools.reduce(merge_moments, (moments(h.flatten(0, 2)) for h in batches))
+def channel_stats(batches, width, device):
+    """Mean and std {"mean", "std"} (D,) of every channel over all ranks' batches of features (B, T, N, D), for `normalize_features`."""
+    zeros = torch.zeros(width, dtype=torch.float64, device=device)  # of a rank without a batch
+    part = functools.reduce(merge_moments, (moments(h.flatten(0, 2)) for h in batches), (0, zeros, zeros))
+    n, mean, m2 = merge_over_ranks(part) if dist.is_initialized() else part
     return {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
 
 

@@ -205,8 +205,8 @@ if __name__ == "__main__":
         if not train:
             raise ValueError("--feature_norm standardize measures the features first, which needs local shards")
         sample = Clips(train, shares, val_reader, args.seed)
-        raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256))
-        stats |= channel_stats(inputs(batch, normalize=False)[0] for batch in raw)
+        raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256, rank, world))
+        stats |= channel_stats((inputs(batch, normalize=False)[0] for batch in raw), source["embed_dim"], device)
     for module in filter(None, (model, encoder) if args.compile else ()):
         module.compile(dynamic=False)  # the shapes of training never change
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model

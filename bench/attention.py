@@ -69,6 +69,6 @@ if __name__ == "__main__":
             else:
                 row |= dict.fromkeys(("fwd+bwd ms", "reference / it, both", "useful TFLOP/s, both"), "no backward")
             rows.append({"dtype": args.dtype, "B": args.batch_size, "nh": args.heads, "hd": hd, "block": args.block} | row)
-    if not cuda and not args.json:
+    if not cuda:
         print("triton: needs a GPU")
     bench.report(rows, args.json, device)

@@ -53,7 +53,8 @@ def measure(encoder_name, crop_size, repeats, T, batch, width, depth):
 
 def plot(rows, path):
     fig = Figure(figsize=(13, 3.6), layout="constrained")
-    for ax, name in zip(fig.subplots(1, len(SWEEPS)), SWEEPS):
+    names = list(dict.fromkeys(r["sweep"] for r in rows))
+    for ax, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names):
         sizes, times, memory = zip(*[(r["size"], r["ms"], r["MiB"]) for r in rows if r["sweep"] == name])
         ax.loglog(sizes, times, "o-", base=2, label="time, ms")
         ax.loglog(sizes, memory, "s--", base=2, label="peak memory, MiB")
@@ -70,13 +71,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--encoder", default="vit_tiny", choices=ARCHITECTURES, help="architecture of the frozen encoder, random weights")
     parser.add_argument("--crop_size", type=int, default=128, help="pixels of a frame")
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS, help="what to vary")
     parser.add_argument("--repeats", type=int, default=5, help="steps timed of each row")
     parser.add_argument("--out", help="write the plot here (PNG)")
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     rows = []
-    for name, sizes in SWEEPS.items():
-        for i, size in enumerate(sizes):
+    for name in args.sweeps:
+        for i, size in enumerate(SWEEPS[name]):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 seconds, peak = pool.apply(measure, (args.encoder, args.crop_size, args.repeats), CENTRE | {name: size})
             growth = 1e3 * seconds / rows[-1]["ms"] if i else ""

@@ -6,17 +6,38 @@ import torch
 import torch.nn.functional as F
 
 from .linear import ONEDNN, linear_onednn
-from .reference import attention_dense, attention_prefix, merge_moments, moments_two_pass, standard_errors
+from .reference import (
+    attention_dense,
+    attention_prefix,
+    check_finite,
+    merge_moments,
+    merge_over_ranks,
+    moments_two_pass,
+    rope_plain,
+    standard_errors,
+)
 
-__all__ = ["attention_impl", "block_causal_attention", "linear", "merge_moments", "moments", "standard_errors"]
+__all__ = [
+    "apply_rope",
+    "attention_impl",
+    "block_causal_attention",
+    "linear",
+    "merge_moments",
+    "merge_over_ranks",
+    "moments",
+    "standard_errors",
+]
 
 ATTENTION = {"reference": attention_dense, "prefix": attention_prefix}
 MOMENTS = {"two_pass": moments_two_pass}
+ROPE = {"plain": rope_plain}
 LINEAR = {"blas": F.linear, "onednn": linear_onednn}
 if importlib.util.find_spec("triton"):  # not on macOS
     from .attention import attention_triton, served
+    from .rope import TYPES, rope_triton
+    from .stats import moments_triton
 
-    ATTENTION["triton"] = attention_triton
+    ATTENTION["triton"], MOMENTS["triton"], ROPE["triton"] = attention_triton, moments_triton, rope_triton
 
 
 def attention_impl(device, dtype, head_dim, block, length):
@@ -38,8 +59,21 @@ def block_causal_attention(q, k, v, block, impl="auto"):
 
 
 def moments(x, impl="auto"):
-    """Count, mean and sum of squared deviations (float64) of the columns of x (n, d); merge parts with `merge_moments`."""
-    return pick(MOMENTS, "two_pass" if impl == "auto" else impl)(x)
+    """Count, mean and sum of squared deviations (float64) of the columns of x (n, d); merge parts with `merge_moments`.
+    Raises ValueError that says how many values are nan or inf, and in which columns."""
+    if impl == "auto":
+        impl = "triton" if x.device.type == "cuda" and "triton" in MOMENTS else "two_pass"
+    return check_finite(x, pick(MOMENTS, impl)(x))
+
+
+def apply_rope(qk, cos, sin, impl="auto"):
+    """Rotated (q, k), in their dtype, of a pair or stack `qk` of two (B, nh, L, hd), by tables of model.rope_tables, (L, hd) or (masked)
+    what broadcasts against q. impl: "triton" (one launch, CUDA, (L, hd)), "plain" (any device; torch.compile makes one loop of it)."""
+    if impl == "auto":
+        eager = not torch.compiler.is_compiling()
+        fits = qk[0].device.type == "cuda" and cos.dim() == 2 and "triton" in ROPE and qk[0].dtype in TYPES
+        impl = "triton" if eager and fits else "plain"
+    return pick(ROPE, impl)(qk, cos, sin)
 
 
 def linear(x, weight, bias, impl="auto"):

@@ -2,8 +2,8 @@
 
 A program walks its rows in tiles of K x R rows by BC columns. Each of the R x BC running (n, mean, M2) takes K values at a time by the
 corrected two-pass sum of kernels/reference.py and merges them (Chan, Golub, LeVeque 1983): the K lie in the registers of one thread, so
-that the loop has neither shuffles nor barriers. The R of a program are merged at its end, the programs by a second, small kernel. Running
-means are kept relative to a pivot, one of the rows: a mean of 1e9 has no digits to spare for hundreds of merges.
+that the loop has neither shuffles nor barriers. The R of a program are merged at its end, the programs by a second, small kernel. All means
+are relative to the first row until the last line: one of 1e9 has no digits to spare for hundreds of merges.
 """
 
 import torch
@@ -52,15 +52,15 @@ def load_float64(x, inside, BF16: tl.constexpr):
 def partial_kernel(
     x, means, squares, n, d, rows, stride_row, stride_column, K: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, BF16: tl.constexpr
 ):
-    """mean and M2 of `rows` rows by BC columns -> means, squares (splits, d)."""
+    """mean, less x[0], and M2 of `rows` rows by BC columns -> means, squares (splits, d)."""
     columns = tl.program_id(0) * BC + tl.max_contiguous(tl.arange(0, BC), 4)
     first = tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, n)
     wanted = columns < d
-    x += first * stride_row + columns.to(tl.int64) * stride_column  # (BC,)
+    x += columns.to(tl.int64) * stride_column  # (BC,)
     pivot = load_float64(x, wanted, BF16)
     at = tl.arange(0, K)[:, None, None] * R + tl.arange(0, R)[None, :, None]  # (K, R, 1)
-    x = x[None, None, :] + at.to(tl.int64) * stride_row
+    x = x[None, None, :] + (first + at) * stride_row
     wanted = wanted[None, None, :]
     mean = tl.zeros((R, BC), dtype=tl.float64)
     m2 = tl.zeros((R, BC), dtype=tl.float64)
@@ -85,7 +85,7 @@ def partial_kernel(
     count, mean, m2 = merge(count, mean, m2, here, middle + slip, spread)
     mean, m2 = merge_rows(count, mean, m2)
     out = tl.program_id(1) * d + columns
-    tl.store(means + out, mean + pivot, mask=columns < d)
+    tl.store(means + out, mean, mask=columns < d)
     tl.store(squares + out, m2, mask=columns < d)
 
 
@@ -93,7 +93,6 @@ def partial_kernel(
 def merge_kernel(means, squares, out, n, d, rows, splits, P: tl.constexpr, BC: tl.constexpr):
     """Partials (splits, d) of `rows` rows each, the last one of what is left -> out (2, d) = mean, M2."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
-    pivot = tl.load(means + columns, mask=columns < d, other=0.0)
     mean = tl.zeros((P, BC), dtype=tl.float64)
     m2 = tl.zeros((P, BC), dtype=tl.float64)
     count = tl.zeros((P, 1), dtype=tl.float64)
@@ -103,9 +102,9 @@ def merge_kernel(means, squares, out, n, d, rows, splits, P: tl.constexpr, BC: t
         here = tl.minimum(tl.maximum(left, 0), rows).to(tl.float64)
         at, inside = split * d + columns[None, :], (split < splits) & (columns < d)[None, :]
         part_mean, part_m2 = tl.load(means + at, mask=inside, other=0.0), tl.load(squares + at, mask=inside, other=0.0)
-        count, mean, m2 = merge(count, mean, m2, here, part_mean - pivot[None], part_m2)
+        count, mean, m2 = merge(count, mean, m2, here, part_mean, part_m2)
     mean, m2 = merge_rows(count, mean, m2)
-    tl.store(out + columns, mean + pivot, mask=columns < d)
+    tl.store(out + columns, mean, mask=columns < d)
     tl.store(out + d + columns, m2, mask=columns < d)
 
 
@@ -128,12 +127,12 @@ def moments_triton(x):
     blocks = triton.cdiv(d, BC)
     rows = K * R * triton.cdiv(triton.cdiv(n, K * R), max(PROGRAMS // blocks, 1))  # whole tiles
     splits = triton.cdiv(n, rows)
-    parts = torch.empty(2, splits, d, dtype=torch.float64, device=x.device)
+    parts = [torch.empty(splits, d, dtype=torch.float64, device=x.device) for _ in range(2)]  # mean, M2
     bf16 = x.dtype == torch.bfloat16
     partial_kernel[(blocks, splits)](x, *parts, n, d, rows, *x.stride(), K=K, R=R, BC=BC, BF16=bf16, num_warps=THREADS // 32)
     BC = min(triton.next_power_of_2(d), 8)
     merge_kernel[(triton.cdiv(d, BC),)](*parts, out, n, d, rows, splits, P=512 // BC, BC=BC, num_warps=THREADS // 32)
-    return n, *out
+    return n, out[0] + x[0].double(), out[1]
 
 
 def compile_rows(arch):

@@ -1,4 +1,4 @@
-"""The two operations of kernels/ against their definitions."""
+"""The operations of kernels/ against their definitions (the Triton ones: test_attention.py, test_stats.py)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kernels import block_causal_attention, merge_moments, moments
+from kernels import attention_impl, block_causal_attention, linear, merge_moments, moments
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -61,6 +61,29 @@ def test_unknown_impl_is_refused():
         block_causal_attention(q, k, v, 2, impl="tritn")
     with pytest.raises(ValueError, match="'welford'.*auto, two_pass"):
         moments(q[0, 0], impl="welford")
+
+
+def test_auto_attention_on_a_cpu():
+    """Catches short sequences paying for a loop over steps, long ones for an L x L mask, and Triton chosen where there is no GPU."""
+    cpu = torch.device("cpu")
+    assert attention_impl(cpu, torch.float32, 64, 6, 42) == "reference"
+    assert attention_impl(cpu, torch.float32, 64, 258, 7 * 258) == "prefix"
+    assert attention_impl(cpu, torch.bfloat16, 64, 258, 258) == "prefix"  # a single step needs no mask
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (1, 1, 5)])
+def test_linear_by_onednn_is_linear(shape):
+    """Catches rows and columns mixed up in the detour over a convolution, forward or in any of the three gradients; strided input."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape), torch.randn(6, 5), torch.randn(6)]
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    grad, results = torch.randn(*shape[:-1], 6), []
+    for impl in ("blas", "onednn"):
+        live = [x.clone().requires_grad_() for x in inputs]
+        out = linear(*live, impl=impl)
+        results.append([out, *torch.autograd.grad(out, live, grad)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mean, rtol", [(0.0, 1e-14), (1e4, 1e-13), (1e9, 2e-9)])

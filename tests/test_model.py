@@ -205,7 +205,7 @@ def test_rope_rotates_only_its_share(head_dim, rotated):
     """Catches a head dim split into three without remainder: the last h - 3k dims must pass unchanged, at any position."""
     pos = torch.tensor([[3.0, 5.0, 7.0]])
     x = torch.randn(1, head_dim)
-    y = apply_rope(x, *rope_tables(pos, head_dim))
+    y, _ = apply_rope((x, x), *rope_tables(pos, head_dim))
     assert torch.equal(x[:, rotated:], y[:, rotated:]) and (not rotated or not torch.isclose(x[:, :rotated], y[:, :rotated]).all())
 
 
@@ -361,10 +361,10 @@ def test_compile_without_graph_breaks():
         close(a, b, atol=1e-6)
     encoder, _, tensors = encoder_of("encoder_rope_hd16")
     x = tensors["in/native/x"]
-    close(torch.compile(encoder, fullgraph=True, backend="aot_eager")(x), encoder(x), atol=1e-6)
+    close(torch.compile(encoder, fullgraph=True, backend="aot_eager")(x), encoder(x), atol=5e-6)
     encoder, _, tensors = encoder_of("encoder_sincos_v1")
     x = tensors["in/shorter/x"]
-    close(torch.compile(encoder, fullgraph=True, backend="aot_eager")(x), encoder(x), atol=1e-6)
+    close(torch.compile(encoder, fullgraph=True, backend="aot_eager")(x), encoder(x), atol=5e-6)
 
 
 def test_every_trained_parameter_gets_a_gradient():
@@ -478,6 +478,27 @@ def test_rollout_feeds_itself():
     again = predict(predictor, torch.cat([z[:, :1], steps[:, :2]], 1), actions, states)
     close(steps[:, 1:], again[:, 1:])
     close(rollout(predictor, torch.cat([z[:, :1], steps[:, :1]], 1), actions, states), steps[:, 1:])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_going_on_from_keys_and_values_is_exact(checkpointing):
+    """Catches positions that start at 0 again, condition tokens lost from the cache, and gradients cut at the cached keys and values."""
+    predictor, (z, actions, states) = small_predictor(use_extrinsics=True), small_batch()
+    predictor.activation_checkpointing = checkpointing
+    extrinsics, steps = torch.randn(B, T, 6), []
+    given = [x[:, : T - 1] for x in (z, actions, states, extrinsics)]
+    whole, _ = predictor.extend(given[0].flatten(1, 2), *given[1:])
+    past = None
+    for t in range(T - 1):
+        at, *rest = (x[:, t : t + 1] for x in given)
+        out, past = predictor.extend(at.flatten(1, 2), *rest, past)
+        steps.append(out)
+    close(torch.cat(steps, 1), whole)
+    a, b = (torch.autograd.grad(x.square().sum(), list(predictor.parameters())) for x in (whole, torch.cat(steps, 1)))
+    for x, y in zip(a, b):
+        close(x, y, atol=1e-4)
+    with pytest.raises(ValueError, match="2 steps cannot follow"):
+        predictor.extend(*(x[:, :2].flatten(1, 2) if i == 0 else x[:, :2] for i, x in enumerate(given)), past)
 
 
 def test_composed_states():
