@@ -46,6 +46,18 @@ parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder")
 
 
+def fetch(name):
+    """The local file of a path, a URL or a released name: fetched once, by rank 0 and then one rank of each other node, into the cache."""
+    ranks = [0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0]
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)) if dist.is_initialized() else None
+    for one in ranks:
+        if not dist.is_initialized() or dist.get_rank() == one:
+            find_encoder(name, os.path.join(CACHE, "weights"))
+        if waiting:
+            dist.barrier(waiting)
+    return find_encoder(name, os.path.join(CACHE, "weights"))
+
+
 def open_encoder(name, crop_size, frames_per_clip):
     """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache folder), or of an architecture with
     seeded random weights, which is said."""
@@ -53,14 +65,7 @@ def open_encoder(name, crop_size, frames_per_clip):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
         return build_encoder(name, crop_size, frames_per_clip)
-    ranks = [0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0]  # rank 0, then one of each other node
-    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)) if dist.is_initialized() else None
-    for one in ranks:
-        if not dist.is_initialized() or dist.get_rank() == one:
-            find_encoder(name, os.path.join(CACHE, "weights"))
-        if waiting:
-            dist.barrier(waiting)
-    return load_encoder(find_encoder(name, os.path.join(CACHE, "weights")))
+    return load_encoder(fetch(name))
 
 
 def encoder_hash(encoder):

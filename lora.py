@@ -9,23 +9,24 @@ rank_pattern and alpha_pattern such that the scale stays; `fused_qkv` is PEFT's 
 too is one of PEFT's modules_to_save. Files are made for the base's own action scale: they fit the base as it was released.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import weights
 from fit_scaler import ActionScaler
-from kernels import linear
-from model import ACModel, Linear, Predictor
+from kernels import low_rank
+from model import Linear, Predictor
 
 TARGETS = {"q_proj": ("attn.qkv", 0), "k_proj": ("attn.qkv", 1), "v_proj": ("attn.qkv", 2), "o_proj": ("attn.proj", None)}
 TARGETS |= {"mlp.fc1": ("mlp.fc1", None), "mlp.fc2": ("mlp.fc2", None)}  # -> (layer of a block, which third of its rows)
@@ -35,34 +36,12 @@ CONDITION = ("action_encoder", "state_encoder")
 # --- layers ---
 
 
-class LowRank(torch.autograd.Function):
-    """x W' + b + scale drop A' B' for a frozen W, in one pass over the output and one over x's gradient; `drop` None stands for x itself.
-    Of the activations A's input and the r numbers a token are kept; weights are cast to x's dtype in both passes, not kept twice."""
-
-    @staticmethod
-    def forward(ctx, x, drop, weight, bias, A, B, scale):
-        ctx.scale, low_in = scale, x if drop is None else drop
-        h = F.linear(low_in, A.to(x.dtype))
-        ctx.save_for_backward(low_in, weight, A, B, h)
-        return linear(x, weight.to(x.dtype), bias.to(x.dtype)).addmm_(h, B.to(x.dtype).t(), alpha=scale)
-
-    @staticmethod
-    def backward(ctx, g):
-        low_in, weight, A, B, h = ctx.saved_tensors
-        low = (g @ B.to(g.dtype)).mul_(ctx.scale)
-        gx = linear(g, weight.to(g.dtype).t(), None) if ctx.needs_input_grad[0] else None
-        gdrop = low @ A.to(g.dtype) if ctx.needs_input_grad[1] else None
-        if gx is not None and gdrop is None:
-            gx.addmm_(low, A.to(g.dtype))
-        return gx, gdrop, None, None, (low.t() @ low_in).to(A.dtype), (g.t() @ h).mul_(ctx.scale).to(B.dtype), None
-
-
 class LoRALinear(Linear):
     """A frozen linear layer and its low-rank update W + scale B A (arXiv 2106.09685): A (r, in) Kaiming, B (out, r) zero, both fp32.
     scale is alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), without rslora alpha / r. With `thirds`, k of the three parts of a fused qkv, each
     has its own: A (k r, in), B (k, out / 3, r). Weight and bias keep their names."""
 
-    merged = False
+    merged = off = False
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=True, thirds=None):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -86,18 +65,27 @@ class LoRALinear(Linear):
         return (self.weight.double() + sign * self.scale * (self.full_B().double() @ self.lora_A.double())).to(self.weight.dtype)
 
     def forward(self, x):
-        if self.merged:
+        if self.merged or self.off:
             return super().forward(x)
         autocast = torch.is_autocast_enabled(x.device.type)
         x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
         drop = F.dropout(x, self.dropout).flatten(0, -2) if self.training and self.dropout else None
-        with torch.autocast(x.device.type, enabled=False):
-            y = LowRank.apply(x.flatten(0, -2), drop, self.weight, self.bias, self.lora_A, self.full_B(), self.scale)
+        y = low_rank(x.flatten(0, -2), drop, self.weight, self.bias, self.lora_A, self.full_B(), self.scale)
         return y.view(*x.shape[:-1], -1)
 
 
 def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextlib.contextmanager
+def without_lora(model):
+    """The model as it was before add_lora, its adapters switched off."""
+    for m in lora_layers(model).values():
+        m.off = True
+    yield
+    for m in lora_layers(model).values():
+        m.off = False
 
 
 def put_lora(model, name, r, alpha, dropout, rslora=True, thirds=None):
@@ -142,9 +130,9 @@ def unmerge_lora(model):
     merge_lora(model, -1)
 
 
-def lora_state_dict(model, also=()):
-    """{name: tensor} of what training changes: the adapters, and the modules named in `also`."""
-    return {k: v for k, v in model.state_dict().items() if "lora_" in k.rpartition(".")[2] or k.startswith(tuple(f"{m}." for m in also))}
+def lora_state_dict(model):
+    """{name: tensor} of the adapters alone."""
+    return {k: v for k, v in model.state_dict().items() if "lora_" in k.rpartition(".")[2]}
 
 
 @torch.no_grad()
@@ -157,10 +145,12 @@ def merged_state(model):
 # --- PEFT's files ---
 
 
-def save_adapter(model, folder, base="", also=None):
+def save_adapter(model, folder, base="", also=(), action_encoder=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft.PeftModel.from_pretrained loads onto the same predictor.
-    also: {name: tensor} of whole modules that were trained (modules_to_save)."""
-    layers, tensors, sizes, thirds = lora_layers(model), {f"base_model.model.{k}": v for k, v in (also or {}).items()}, {}, {}
+    also: whole modules that were trained (modules_to_save); action_encoder: of fold_scaler, what to write for it."""
+    own = model.state_dict() | {f"action_encoder.{k}": v for k, v in (action_encoder or {}).items()}
+    tensors = {f"base_model.model.{k}": v for k, v in own.items() if k.rpartition(".")[0] in also}
+    layers, sizes, thirds = lora_layers(model), {}, {}
     names = [n for n, _ in model.named_modules()]
     for name, m in layers.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": m.lora_A, f"base_model.model.{name}.lora_B.weight": m.full_B()}
@@ -176,7 +166,7 @@ def save_adapter(model, folder, base="", also=None):
               "use_rslora": one.rslora, "bias": "none", "target_modules": [*sizes], "inference_mode": True,
               "rank_pattern": {k: r for k, (r, _) in sizes.items() if r != usual[0]},
               "alpha_pattern": {k: a for k, (_, a) in sizes.items() if a != usual[1]},
-              "modules_to_save": sorted({k.rpartition(".")[0] for k in also or {}}) or None}  # fmt: skip
+              "modules_to_save": sorted(also) or None}  # fmt: skip
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = {"format": "pt", "nanojepa_thirds": json.dumps(thirds)}
     checkpoint.write_atomically(os.path.join(folder, "adapter_config.json"), json.dumps(config, indent=1).encode())
@@ -236,77 +226,78 @@ def load_adapter(model, folder):
 # --- the base ---
 
 
-def open_base(path, grid, num_heads=None):
-    """Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, or an export -> (Predictor for a grid x grid of
-    patches, the ActionScaler it was trained with or None for unscaled actions, the file's dictionary, memory-mapped)."""
+def open_base(path, source, action_dim, state_dim, size):
+    """Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, an export, or "none": random weights of this size
+    (pred_dim, depth, num_heads; of a file only the heads may be unknown). source: of encode.open_source. -> (Predictor, the ActionScaler it
+    was trained with or None for unscaled actions, the file's dictionary, condition encoders made anew since theirs have another size)."""
+    if path == "none":
+        size = size | {"num_heads": size["num_heads"] or 16}
+        return Predictor(source["embed_dim"], action_dim, state_dim, (source["grid"],) * 2, **size), None, {}, [*CONDITION]
     file = os.path.join(path, checkpoint.LATEST) if os.path.isdir(path) else path
     if not os.path.exists(file):
         raise FileNotFoundError(f"--base {path}: no such file or run folder")
     known = weights.read_file(file)
     if "adapter" in known:
-        raise ValueError(
-            f"{file} holds an adapter alone: name what its run wrote with --export, or give the folder adapter/ to --init_from"
-        )
-    predictor = weights.load_predictor(file, num_heads or known.get("num_heads"), (grid, grid))
+        raise ValueError(f"{file} holds an adapter alone: name what its run wrote with --export, or give adapter/ to --init_from")
+    predictor = weights.load_predictor(file, size["num_heads"] or known.get("num_heads"), (source["grid"],) * 2)
+    width, anew = predictor.predictor_proj.out_features, []
+    if width != source["embed_dim"] or known.get("encoder_hash", source["encoder_hash"]) != source["encoder_hash"]:
+        raise ValueError(f"{file} was trained on features ({width} wide) of encoder {known.get('encoder_hash', 'of its own')}, --encoder "
+                         f"gives {source['embed_dim']} of {source['encoder_hash']}: name the one of that run")  # fmt: skip
+    for name, dim in zip(CONDITION, (action_dim, state_dim)):
+        if (old := getattr(predictor, name)) is not None and old.in_features != dim:
+            anew.append(name)
+            predictor.set_submodule(name, nn.Linear(dim, old.out_features))
+            nn.init.trunc_normal_(getattr(predictor, name).weight, std=0.02)
     s = known.get("action_scaler")
-    scaler = s and ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"])
-    return predictor, scaler, known
+    return predictor, s and ActionScaler(*(s[k].numpy() for k in ("mean", "var", "scale")), s["n"], s["meta"]), known, anew
+
+
+def adapt(predictor, base_scaler, anew, scaler, options, init_from=None, condition=False):
+    """Make the predictor of open_base ready to train on actions scaled by `scaler`: adapters (options of add_lora, None to train all of it;
+    or of the PEFT folder init_from), trainable condition encoders, the scaler folded in. -> (names of the condition encoders that belong
+    into adapter files, the scaler they have there: the base's own, None where made anew, whether step 0 gives what the base gives)."""
+    also, file_scaler = {*CONDITION} if condition else {*anew}, None if "action_encoder" in anew else base_scaler
+    whole = load_adapter(predictor, init_from) if init_from else []
+    if options and not init_from:
+        add_lora(predictor, **options)
+    for name in also | {*whole}:
+        getattr(predictor, name).requires_grad_(True)
+    if "action_encoder" not in anew or "action_encoder" in whole:
+        predictor.action_encoder.load_state_dict(fold_scaler(predictor.action_encoder, file_scaler, scaler))
+    return also | {*whole}, file_scaler, not anew and not whole
 
 
 @torch.no_grad()
-def fold_scaler(weight, bias, old, new):
-    """Weight (D, A) and bias (D,) of an action encoder made for actions scaled by `old` -> those that give the same for actions scaled by
-    `new` (ActionScaler, or None for unscaled): W diag(s/s0), b + W (m - m0)/s0, in float64."""
+def fold_scaler(layer, old, new):
+    """{"weight" (D, A), "bias" (D,)} that give for actions scaled by `new` what the layer gives for those scaled by `old` (ActionScaler, or
+    None for unscaled): W diag(s/s0), b + W (m - m0)/s0, in float64."""
 
     def affine(scaler):
-        out = torch.zeros(weight.shape[1]).double(), torch.ones(weight.shape[1]).double()
+        out = torch.zeros(layer.in_features).double(), torch.ones(layer.in_features).double()
         for full, part in zip(out, (scaler.mean, scaler.scale) if scaler else ()):
             full[: len(part)] = torch.tensor(part)  # a scaler may leave the last dimensions alone
-        return (x.to(weight.device) for x in out)
+        return (x.to(layer.weight.device) for x in out)
 
     (mean0, scale0), (mean, scale) = affine(old), affine(new)
-    shift = weight.double() @ ((mean - mean0) / scale0)
-    return (weight.double() * (scale / scale0)).to(weight.dtype), (bias.double() + shift).to(bias.dtype)
+    W, b = layer.weight.double(), layer.bias.double()
+    return {"weight": (W * (scale / scale0)).to(layer.weight.dtype), "bias": (b + W @ ((mean - mean0) / scale0)).to(layer.bias.dtype)}
 
 
-# --- memory ---
+def export(predictor, path, action_encoder, known, facts):
+    """Write the merged predictor in Meta's layout, with the encoders of the file it started from (`known`) if that has them.
+    action_encoder: of fold_scaler; facts: plain values that our --base reads and Meta's loader passes over."""
+    state = merged_state(predictor) | {f"action_encoder.{k}": v for k, v in action_encoder.items()}
+    bias = torch.zeros(predictor.predictor_embed.out_features)  # upstream always builds the extrinsics layer and loads strictly
+    state = {"extrinsics_encoder.weight": bias.new_zeros(len(bias), 6), "extrinsics_encoder.bias": bias} | state
+    file = {k: known[k] for k in ("encoder", "target_encoder") if k in known} | facts
+    file["predictor"] = {f"module.{k}": v.cpu() for k, v in state.items()}
+    checkpoint.write_atomically(path, lambda f: torch.save(file, f))
 
 
-def activation_bytes(model, *inputs):
-    """Bytes that autograd keeps between forward and backward of an ACModel, parameters not counted."""
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes(), t  # holding t, so that no other tensor gets its address
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        outputs = model(*inputs)  # noqa: F841, the graph must live while it is counted
-    return sum(n for n, _ in kept.values())
-
-
-def estimate_memory(encoder, size, lora, batch_size, steps, dtype, optim_bytes):
-    """Rows (what, bytes) that a step will need, from shapes alone: nothing is allocated. encoder: (embed_dim, grid, parameters, bytes of
-    one); size: of the Predictor; lora: arguments of add_lora, or None to train all of it."""
-    embed_dim, grid, count, width = encoder
-    rows = [("encoder weights", count * width)]
-    for checkpointing in (False, True):
-        kept = []
-        for depth in (1, 2, size["depth"]):  # each further block and clip keeps the same
-            with torch.device("meta"):
-                model = ACModel(Predictor(embed_dim, 7, 7, (grid, grid), **size | {"depth": depth}))
-            base = sum(p.numel() for p in model.parameters())
-            trained = add_lora(model.predictor, **lora) if lora else base
-            model.predictor.activation_checkpointing = checkpointing
-            if len(kept) < 2:
-                with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    z, a, s = (torch.zeros(1, *x) for x in ((steps, grid * grid, embed_dim), (steps - 1, 7), (steps, 7)))
-                    kept.append(activation_bytes(model.to_empty(device="cpu"), z, a, s))
-        if not checkpointing:
-            rows += [("predictor weights (fp32)", 4 * base), ("adapter weights (fp32)", 4 * trained * bool(lora))]
-            rows += [("gradients (fp32)", 4 * trained), ("optimizer moments", optim_bytes * trained)]
-        n = batch_size * (kept[0] + (size["depth"] - 1) * (kept[1] - kept[0]))
-        rows.append((f"activations{', with --activation_checkpointing' * checkpointing}", n))
-    return rows
+def scale_warnings(names, std, scalers):
+    """Lines about action dimensions whose std in the data (A,) is over three times off that of scalers [(whose, ActionScaler or None)]."""
+    for whose, other in scalers:
+        for name, x in zip(names, std / other.scale if other and len(other.scale) == len(std) else np.ones(len(std))):
+            if x > 1e-6 and not 1 / 3 < x < 3:
+                yield f"WARNING: {name} is {x:.3g} times as large in the data as in {whose} action scale: other units, --fps or robot?"
