@@ -21,13 +21,15 @@ import braceexpand
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
+from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import Clips, Order, collate, leave_signals
-from episodes import DAMAGE, STATES, Episode, filesystem, index_file, keep_ranges, read_fields, read_pictures
+from data import Clips, Order, collate, leave_signals, spread
+from episodes import DAMAGE, STATES, Episode, filesystem, index_file, read_fields, read_pictures
 
 POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]  # of a state, and of the action to the next one
-POSE_UNITS = ["metres"] * 3 + ["radians"] * 3 + ["closed"]
+POSE_UNITS = ["m"] * 3 + ["rad"] * 3 + ["closed"]
+
 # --- the episodes of a run ---
 
 
@@ -54,48 +56,59 @@ def find_episodes(data):
     return out
 
 
+def keep_ranges(idle, steps, rule, span):
+    """Idle runs of an episode -> [(first, last)] that clips of `span` steps may be cut from. off: everything. openpi: what is left without
+    idle runs of 7 steps or more, if 16 steps long, less its last 10. light: only clips in which nothing moves are left out."""
+    if rule == "off":
+        return [(0, steps)]
+    edges = [0, *(x for a, b in idle if b - a >= (7 if rule == "openpi" else span - 1) for x in (a, b)), steps]
+    pieces = [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
+    if rule == "openpi":
+        return [(a, b - 10) for a, b in pieces if b - a >= 16]
+    return [(max(a - span + 1, 0), min(b + span - 2, steps)) for a, b in pieces]
+
+
 def open_episodes(data, reader, idle_filter, success, verify, log):
     """Patterns -> ([Episode], [bad]); what the filters leave out goes to the log."""
     paths, out, bad = find_episodes(data), [], []
     with ThreadPoolExecutor(16) as pool:
-        indexed = list(pool.map(lambda path: index_file(path, verify), paths))
-    seen = failures = short = possible = 0
+        indexed = list(tqdm(pool.map(lambda path: index_file(path, verify), paths), "index", len(paths), unit=" files", delay=10))
+    seen = failures = short = unknown = possible = 0
     for path, (kind, episodes, more) in zip(paths, indexed):
         bad += [tuple(b) for b in more]
-        keys = {*reader.camera, *(reader.state_keys or STATES[kind]), *(reader.action_keys or ())}  # what must stay in memory
+        needed = {*reader.camera, *(reader.state_keys or STATES[kind]), *(reader.action_keys or ())}  # the rest need not stay in memory
         for e in episodes:
-            m = (
-                e["members"]
-                if kind != "rlds"
-                else {k: (*v[:2], v[2] and np.array(v[2], np.uint32)) for k, v in e["members"].items() if k in keys}
-            )
-            whole = Episode(path, e["key"], kind, m, e["steps"], e.get("rate", 15.0), 0, e.get("last", e["steps"]), 0)
-            if flaw := reader.flaw(whole) or (e["idle"] is None and idle_filter != "off" and "no joint velocities for --idle_filter"):
-                bad.append((path, whole.key, flaw))
+            members = e["members"]
+            if kind == "rlds":
+                members = {k: (*v[:2], v[2] and np.array(v[2], np.uint32)) for k, v in members.items() if k in needed}
+            r = Episode(path, e["key"], kind, members, e["steps"], e.get("rate", 15.0), 0, e.get("last", e["steps"]), 0)
+            if flaw := reader.flaw(r):
+                bad.append((path, r.key, flaw))
                 continue
-            stride, starts, seen = reader.stride_of(whole), reader.starts(whole), seen + 1
-            failures += (failed := success == "only" and not e["success"])
-            short += not failed and not starts
-            if starts and not failed:
-                possible += starts
-                ranges = keep_ranges(e["idle"], whole.last, idle_filter, (reader.frames - 1) * stride + 1)
-                ticks = max(round(20 / reader.fps), 1)  # as data.windows has it
-                out += [whole._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1) for a, b in ranges if b > a]
+            seen, failed, starts = seen + 1, success == "only" and not e["success"], reader.starts(r)
+            failures, short = failures + failed, short + (not failed and not starts)
+            if failed or not starts:
+                continue
+            unknown, possible, stride = unknown + (e["idle"] is None), possible + starts, reader.stride_of(r)
+            rule = "off" if e["idle"] is None else idle_filter
+            ticks = max(round(20 / reader.fps), 1)  # as data.windows has it
+            ranges = keep_ranges(e["idle"], r.last, rule, (reader.frames - 1) * stride + 1)
+            out += [r._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1) for a, b in ranges if b > a]
     out = [r for r in out if reader.starts(r)]
-    share = sum(map(reader.starts, out)) / max(possible, 1)
-    log(f"{seen} episodes: {failures} without success left out, {short} shorter than a clip; of {possible} places where a clip of the others "
-        f"can start, --idle_filter {idle_filter} keeps {share:.1%}, in {len(out)} stretches of {len({r.key for r in out})} episodes")  # fmt: skip
     if not out:
         reason = "; ".join(" ".join(b) for b in bad[:3]) or "the filters leave nothing (--idle_filter off --success all keep everything)"
         raise ValueError(f"no usable episode in {data}: {reason}")
+    share, still = sum(map(reader.starts, out)) / possible, f" ({unknown} without joint velocities are taken whole)" * (unknown > 0)
+    log(f"{seen} episodes: {failures} without success left out, {short} shorter than a clip; --idle_filter {idle_filter} keeps {share:.1%} "
+        f"of {possible} starts of clips in the others{still}: {len(out)} stretches of {len({r.key for r in out})} episodes")  # fmt: skip
     return out, bad
 
 
 def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filter="light", success="all", max_bad_fraction=1.0, verify=None,
                log=print):  # fmt: skip
-    """Patterns, folders and URLs -> (train [Episode], val [Episode], bad [(file, key, reason)]). Held out: episodes whose key has a hash
-    below val_fraction, wherever they lie. idle_filter: off | openpi | light (keep_ranges); success: all | only; verify: check all checksums
-    while indexing, which reads everything once (default: of local files). ValueError when nothing is left or too many are bad."""
+    """Patterns, folders and URLs -> (train [Episode], val [Episode], bad [(file, key, reason)]). Held out: that share of the episodes whose
+    keys have the lowest hashes, wherever they lie. idle_filter: off | openpi | light (keep_ranges); success: all | only; verify: check all
+    checksums while indexing, which reads everything once (default: of local files). ValueError when nothing is left or too many are bad."""
     reader = reader or DroidReader()
     train, bad = open_episodes(data, reader, idle_filter, success, verify, log)
     if val_data:
@@ -104,14 +117,12 @@ def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filte
         if twice := {r.key for r in train} & {r.key for r in val}:
             raise ValueError(f"--val_data and --data share {len(twice)} episodes, {min(twice)} among them: hold them out of --data")
     else:
-        place = {r.key: int.from_bytes(hashlib.sha256(r.key.encode()).digest()[:8], "big") / 2**64 for r in train}
-        count = max(sum(x < val_fraction for x in place.values()), 1) if val_fraction > 0 else 0
-        held = set(sorted(place, key=place.get)[: min(count, len(place) - 1)])
+        keys = sorted({r.key for r in train}, key=lambda key: hashlib.sha256(key.encode()).digest())
+        held = set(keys[: min(max(round(len(keys) * val_fraction), int(val_fraction > 0)), len(keys) - 1)])
         train, val = [r for r in train if r.key not in held], [r for r in train if r.key in held]
     if len(bad) > max_bad_fraction * (n := len({r.key for r in train + val}) + len(bad)) and n >= 100:
-        raise ValueError(
-            f"{len(bad)} of {n} episodes cannot be read, {' '.join(bad[0])} among them: mend them, or raise --max_bad_fraction"
-        )
+        worst = " ".join(bad[0])
+        raise ValueError(f"{len(bad)} of {n} episodes cannot be read, {worst} among them: mend them, or raise --max_bad_fraction")
     reader.motion(train[0], np.array([train[0].first, train[0].last - 1]))  # learns the dimensions
     return train, val, bad
 
@@ -153,7 +164,8 @@ class DroidReader:
     """What a clip is (the ClipReader of robots): frames every `stride` steps, one frame a step of the model, so T = frames_per_clip.
 
     stride: default ceil(rate / fps), 4 of DROID's 15 Hz at 4 fps; 15 is what Meta's loader makes of raw DROID, whose mp4s claim 60 fps.
-    camera: names, of which each clip draws one: exterior_1, exterior_2, wrist; raw also left, right; an own NAME.mp4 is taken for any.
+    camera: names, of which each clip draws one: exterior_1, exterior_2, wrist; raw also left, right; an own NAME.mp4 is taken for any; none
+    to read actions only.
     crop: "reference" or "square". state_keys, action_keys: fields in place of the pose and its differences; actions given by key are means
     over the steps between two frames. extrinsics: also give the camera's (T, 6). scaler: ActionScaler or None.
     After open_droid: names (of the actions), units, state_dim."""
@@ -183,8 +195,10 @@ class DroidReader:
     def flaw(self, r):
         """Why an episode cannot be used, or ''."""
         missing = [k for k in (*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())) if r.kind == "rlds" and k not in r.members]
-        if not r.steps or missing or not self.views(r):
-            return f"no {'steps' if not r.steps else f'steps/{missing[0]}' if missing else f'camera {self.camera}'} in it"
+        if not r.steps or missing:
+            return f"no {f'steps/{missing[0]}' if r.steps else 'steps'} in it"
+        if self.camera and not self.views(r):
+            return f"no camera {' or '.join(self.camera)} in it"
         no_extrinsics = self.extrinsics and (r.kind == "rlds" or any(r.members[c][1] is None for c in self.views(r)))
         return "no camera extrinsics in it (raw DROID has them)" if no_extrinsics else ""
 
@@ -221,6 +235,27 @@ class DroidReader:
             clip["extrinsics"] = read_fields(r, [r.members[camera][1]])[0][sampled]
         clip = {k: torch.from_numpy(np.float32(x)) for k, x in clip.items()}
         return clip | {"video": crop_resize(frames, self.crop_size, *self.aspect), "key": r.key}
+
+
+class DroidSteps:
+    """Actions alone, for fit_scaler.py: all those between frames a stride apart, from each episode's first row on. No picture is read."""
+
+    def __init__(self, fps, stride, state_keys, action_keys):
+        self.reader = DroidReader(fps=fps, stride=stride, camera=(), state_keys=state_keys, action_keys=action_keys)
+
+    def open(self, data, max_shards, val_fraction, log):
+        """-> [Episode] less those that open_droid holds out, of max_shards files spread over all; bad; names and units of the actions."""
+        found, _, bad = open_droid(data, None, val_fraction, self.reader, idle_filter="off", verify=False, log=log)
+        kept = set(spread(sorted({r.shard for r in found}), max_shards))
+        return [r for r in found if r.shard in kept], bad, self.reader.names, self.reader.units
+
+    def __call__(self, r):
+        """Episode -> [(file, key, bytes of its actions, actions (n, A) float64 or None, flaw)]."""
+        try:
+            steps = self.reader.motion(r, np.arange(r.first, r.last, self.reader.stride_of(r)))[0]
+            return [(r.shard, r.key, steps.nbytes, steps, "")]
+        except DAMAGE as e:
+            return [(r.shard, r.key, 0, None, f"{type(e).__name__}: {e}")]
 
 
 class DroidClips(Clips):
@@ -277,7 +312,7 @@ if __name__ == "__main__":
     for name in ("video", "actions", "states"):
         x = batch[name].float()
         print(f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f} to {x.max():.3f}")
-    print(f"keys     {', '.join(batch['key'][:2])}")
+    print(f"key      {batch['key'][0]}")
     print(f"{'action':18} {'min':>9} {'max':>9} {'mean':>9} {'std':>9}")
     for name, x in zip(reader.names, batch["actions"].flatten(0, 1).T):
         print(f"{name:18} {x.min():9.4f} {x.max():9.4f} {x.mean():9.4f} {x.std():9.4f}")

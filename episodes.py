@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import struct
+import time
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -23,16 +24,12 @@ import fsspec
 import h5py
 import numpy as np
 import orjson
+from google_crc32c import value as crc32c
 from PIL import Image
 
 from checkpoint import write_atomically
 from data import CACHE, READ_ERRORS
 from vpt import mp4_times, read_frames
-
-try:
-    from google_crc32c import value as crc32c
-except ImportError:  # checksums are then not looked at
-    crc32c = None
 
 CAMERAS = {"exterior_1": "exterior_image_1_left", "exterior_2": "exterior_image_2_left", "wrist": "wrist_image_left"}
 RAW_CAMERAS = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist", "left": "left", "right": "right"}  # Meta's is left
@@ -40,7 +37,7 @@ STATES = {"rlds": ["observation/cartesian_position", "observation/gripper_positi
           "raw": ["observation/robot_state/cartesian_position", "observation/robot_state/gripper_position"],
           "robot": ["cartesian_position", "gripper_position"]}  # fmt: skip
 VELOCITY = {"rlds": "action_dict/joint_velocity", "raw": "action/joint_velocity", "robot": "joint_velocity"}
-DAMAGE = (*READ_ERRORS, LookupError, RuntimeError, TypeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)  #
+DAMAGE = (*READ_ERRORS, LookupError, RuntimeError, TypeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 
 class Episode(NamedTuple):
@@ -86,7 +83,11 @@ def fetch(path, ranges):
     """[(offset, size)] of a file (mapped, nothing is copied) or of a URL (all at once) -> buffers. OSError unless all of it is there."""
     if "://" in path:
         fs, name = filesystem(path)  # fsspec caches them, and makes new ones after a fork
-        out = fs.cat_ranges([name] * len(ranges), *zip(*((at, at + size) for at, size in ranges)), on_error="return")
+        for wait in (1, 4, 0):
+            out = fs.cat_ranges([name] * len(ranges), *zip(*((at, at + size) for at, size in ranges)), on_error="return")
+            if not any(isinstance(data, Exception) for data in out):
+                break
+            time.sleep(wait)  # a server may be busy for a moment
     else:
         stat = os.stat(path)
         out = [_mapped(path, stat.st_size, stat.st_mtime_ns)[at : at + size] for at, size in ranges]
@@ -97,26 +98,39 @@ def fetch(path, ranges):
     return out
 
 
+def ahead(path, end):
+    """(offset, size) -> bytes of a file of `end` bytes, cut at its end, that asks for 64 kB at a time: an index is little pieces."""
+    first, held = 0, b""
+
+    def read(at, size):
+        nonlocal first, held
+        size = max(min(size, end - at), 0)
+        if not first <= at <= at + size <= first + len(held):
+            first, held = at, fetch(path, [(at, min(max(size, 1 << 16), end - at))])[0] if size else b""
+        return held[at - first : at - first + size]
+
+    return read
+
+
 def masked_crc(data):
     """The checksum of TFRecord: CRC-32C, rotated, plus a constant."""
     crc = crc32c(bytes(data))
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def records(f, check):
-    """An open TFRecord file -> (offset, size, flaw or "") of each record's data; check: look at the checksums of the data, which reads it.
-    Raises ValueError where the rest cannot be read."""
-    at, end = 0, f.seek(0, os.SEEK_END)
+def records(read, end, check):
+    """A TFRecord file of `end` bytes -> (offset, size, flaw or "") of each record's data; check: look at the checksums of the data, which
+    reads it all. Raises ValueError where the rest cannot be read."""
+    at = 0
     while at < end:
-        f.seek(at)
-        head = f.read(12)
+        head = bytes(read(at, 12))
         size, crc = struct.unpack("<QI", head.ljust(12, b"\0"))
-        if crc32c and len(head) == 12 and masked_crc(head[:8]) != crc:
-            raise ValueError(f"the length at byte {at} has a wrong checksum: no TFRecord, or damaged; what follows is lost")
+        if len(head) == 12 and masked_crc(head[:8]) != crc:
+            raise ValueError(f"the length at byte {at} has a wrong checksum: not a TFRecord, or damaged; what follows is lost")
         if at + 16 + size > end:
             raise ValueError(f"the file ends inside the record at byte {at}: truncated, or not a TFRecord")
-        body = f.read(size + 4) if check and crc32c else None
-        wrong = body is not None and masked_crc(memoryview(body)[:-4]) != struct.unpack("<I", body[-4:])[0]
+        body = read(at + 12, size + 4) if check else None
+        wrong = check and masked_crc(body[:-4]) != struct.unpack("<I", body[-4:])[0]
         yield at + 12, size, "wrong checksum: its bytes have changed" if wrong else ""
         at += 16 + size
 
@@ -158,14 +172,14 @@ def values(raw):
     """A BytesList -> [(offset, size)] of its values."""
     out, i = [], 0
     try:
-        while i < len(raw):
+        while i < len(raw) and raw[i] == 0x0A:
             size, i = varint(raw, i + 1)
             out.append((i, size))
             i += size
     except IndexError:
         i = -1
     if i != len(raw):
-        raise ValueError("a list of bytes ends inside a value")
+        raise ValueError("a list of bytes is damaged")
     return out
 
 
@@ -177,13 +191,18 @@ def places(sizes):
 
 
 def numbers(raw):
-    """A FloatList -> float32 array."""
+    """A FloatList -> float32 array. Numbers are packed into one value, or have a tag each."""
+    if len(raw) and raw[0] == 0x0D:
+        rows = np.frombuffer(raw, np.uint8)
+        if len(rows) % 5 or (rows[::5] != 0x0D).any():
+            raise ValueError("a list of floats is damaged")
+        return rows.reshape(-1, 5)[:, 1:].copy().view("<f4")[:, 0]
     try:
         size, i = varint(raw, 1) if len(raw) else (0, 0)
     except IndexError:
         size, i = -1, 0
-    if i + size != len(raw) or size % 4:
-        raise ValueError("a list of floats is damaged")
+    if i + size != len(raw) or size % 4 or (len(raw) and raw[0] != 0x0A):
+        raise ValueError("a list of floats is damaged, or holds something else")
     return np.frombuffer(raw[i:], "<f4")
 
 
@@ -191,116 +210,115 @@ def numbers(raw):
 
 
 def idle_runs(velocity):
-    """Joint velocities (steps, joints) -> [[start, end)] of idle steps: no joint's command differs by 1e-3 from the step before (openpi)."""
+    """Joint velocities (steps, joints) -> [[start, end)] of idle steps: no joint's command is 1e-3 off that of the step before (openpi)."""
     idle = np.pad(np.all(np.abs(np.diff(velocity, axis=0)) < 1e-3, axis=1), (2, 1)).astype(int)
     return np.flatnonzero(np.diff(idle)).reshape(-1, 2).tolist()
 
 
-def keep_ranges(idle, steps, rule, span):
-    """Idle runs of an episode -> [(first, last)] that clips of `span` steps may be cut from. off: everything. openpi: what is left without
-    idle runs of 7 steps or more, if 16 steps long, less its last 10. light: only clips in which nothing moves are left out."""
-    if rule == "off":
-        return [(0, steps)]
-    edges = [0, *(x for a, b in idle if b - a >= (7 if rule == "openpi" else span - 1) for x in (a, b)), steps]
-    pieces = [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
-    if rule == "openpi":
-        return [(a, b - 10) for a, b in pieces if b - a >= 16]
-    return [(max(a - span + 1, 0), min(b + span - 2, steps)) for a, b in pieces]
-
-
-def index_rlds(path, deep):
-    """A TFRecord shard -> ([episode], [bad]). deep: check every checksum and note the sizes of JPEGs, which reads it all."""
-    episodes, bad = [], []
-    fs, name = filesystem(path)
-    with fs.open(name, "rb", block_size=1 << 16) as f:
-
-        def read(offset, size):
-            f.seek(offset)
-            return f.read(size)
-
-        try:
-            for start, size, flaw in records(f, deep):
-                key = f"{os.path.basename(path)}@{start - 12}"
-                try:
-                    if flaw:
-                        raise ValueError(flaw)
-                    found = features(read, start, size)
-                    meta = [found.pop(f"episode_metadata/{k}", (0, 0)) for k in ("recording_folderpath", "file_path")]
-                    texts = [raw[i : i + n].decode() for raw in (read(*m) for m in meta) for i, n in values(raw)]
-                    key = "--".join(texts) or key
-                    found = {k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k}
-                    cameras = {c: found.pop(f"observation/{k}") for c, k in CAMERAS.items() if f"observation/{k}" in found}
-                    if missing := [f"steps/{k}" for k in ("is_first", *STATES["rlds"]) if k not in found] or ["camera"] * (not cameras):
-                        raise ValueError(f"no {missing[0]} in it")
-                    steps = varint(read(*found["is_first"]), 1)[0] if found["is_first"][1] else 0  # packed, a byte a step
-                    speed = numbers(read(*found.get(VELOCITY["rlds"], (0, 0)))).reshape(steps, -1) if steps else np.zeros((0, 0))
-                    members = {c: (*m, [n for _, n in values(read(*m))] if deep else None) for c, m in cameras.items()}
-                    episodes.append({"key": key, "members": members | {k: (*m, None) for k, m in found.items()}, "steps": steps,
-                                     "idle": idle_runs(speed) if speed.size else None, "success": "success" in (texts or [""])[-1]})  # fmt: skip
-                except (ValueError, IndexError) as e:
-                    bad.append((path, key, str(e)))
-        except ValueError as e:
-            bad.append((path, "", str(e)))
-    return episodes, bad
+def index_rlds(path, end, deep):
+    """A TFRecord shard of `end` bytes -> ([episode], [bad]). deep: check every checksum and note the sizes of JPEGs, which reads it all."""
+    episodes, bad, read = [], [], ahead(path, end)
+    try:
+        for start, size, flaw in records(read, end, deep):
+            key = f"{os.path.basename(path)}@{start - 12}"
+            try:
+                if flaw:
+                    raise ValueError(flaw)
+                found = features(read, start, size)
+                meta = [read(*found.pop(f"episode_metadata/{k}", (0, 0))) for k in ("recording_folderpath", "file_path")]
+                texts = [bytes(raw[i : i + n]).decode() for raw in meta for i, n in values(raw)]
+                key = "--".join(texts) or key
+                found = {k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k}
+                cameras = {c: found.pop(f"observation/{k}") for c, k in CAMERAS.items() if f"observation/{k}" in found}
+                if "is_first" not in found:
+                    raise ValueError("no steps/is_first in it, which says how many there are")
+                flags = read(*found["is_first"])  # a byte each, packed or with a tag each
+                steps = len(flags) // 2 if flags[:1] == b"\x08" else varint(flags, 1)[0] if len(flags) else 0
+                members = {c: (*m, [n for _, n in values(read(*m))] if deep else None) for c, m in cameras.items()}
+                if wrong := [f"{c} {len(m[2])}" for c, m in members.items() if deep and len(m[2]) != steps]:
+                    raise ValueError(f"{steps} steps, but pictures of {', '.join(wrong)}")
+                speed = numbers(read(*found.get(VELOCITY["rlds"], (0, 0))))
+                idle = idle_runs(speed.reshape(steps, -1)) if speed.size else None
+                members |= {k: (*m, None) for k, m in found.items()}
+                episodes.append({"key": key, "members": members, "steps": steps, "idle": idle, "success": "success" in (texts or [""])[-1]})
+            except (ValueError, IndexError) as e:
+                bad.append((path, key, str(e)))
+    except ValueError as e:
+        bad.append((path, "", str(e)))
+    return episodes, bad or [(path, "", "no episode in it")] * (not episodes)
 
 
 def index_files(path, files, kind):
     """trajectory.h5 of raw DROID, or NAME.npz of one's own, and the files beside it -> ([episode], []). Row i goes with frame i."""
     with h5py.File(path) if kind == "raw" else np.load(path) as f:
-        idle = idle_runs(f[VELOCITY[kind]][:]) if VELOCITY[kind] in f else None if kind == "raw" else []
+        idle, rate = idle_runs(f[VELOCITY[kind]][:]) if VELOCITY[kind] in f else None, 15.0
         if kind == "raw":
             if not (jsons := [x for x in files if x.endswith(".json")]):
                 raise ValueError("no metadata_*.json beside it: the upload of this episode was not finished")
             with open(jsons[0], "rb") as m:
                 meta = orjson.loads(m.read())
-            steps, rate, has = len(f[STATES[kind][0]]), 15.0, f.get("observation/camera_extrinsics", ())
+            steps, has = len(f[STATES[kind][0]]), f.get("observation/camera_extrinsics", ())
             key, success = meta.get("uuid") or os.path.basename(os.path.dirname(path)), meta.get("success", "/success/" in path)
             videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
             serials = {c: os.path.basename(meta.get(f"{k}_mp4_path") or "")[:-4] for c, k in RAW_CAMERAS.items()}
             members = {c: (videos[s], f"observation/camera_extrinsics/{s}_left" if f"{s}_left" in has else None)
                        for c, s in serials.items() if s in videos}  # fmt: skip
         else:
-            stem, steps = os.path.splitext(path)[0], max((len(f[k]) for k in f if f[k].ndim), default=0)
-            key, rate, success = os.path.basename(stem), float(f.get("rate", 15)), bool(f.get("success", True))
-            members = {
-                x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None) for x in files if x[-4:] == ".mp4"
-            }
+            stem, steps = path[: -len(".npz")], max((len(f[k]) for k in f if f[k].ndim), default=0)
+            key, rate, success = "/".join(os.path.abspath(stem).split("/")[-2:]), float(f.get("rate", 15)), bool(f.get("success", True))
+            members = {x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None) for x in files if x != path}
     frames = []
     for video, _ in members.values():
         with open(video, "rb") as v:
             frames.append(len(mp4_times(v)))
     if not frames or max(abs(n - steps) for n in frames) > 5:
         raise ValueError(f"{steps} rows, and {frames or 'no'} frames in its videos: which row goes with which frame is unknown")
-    return [
-        {"key": key, "members": members, "steps": steps, "last": min(steps, *frames), "idle": idle, "success": success, "rate": rate}
-    ], []
+    last = min(steps, *frames)
+    return [{"key": key, "members": members, "steps": steps, "last": last, "idle": idle, "success": success, "rate": rate}], []
 
 
 def index_file(path, verify):
-    """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes."""
+    """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes. A URL that cannot be reached is an
+    OSError: it says nothing about the episodes."""
     kind = {".h5": "raw", ".npz": "robot"}.get(os.path.splitext(path)[1], "rlds")
-    deep = "://" not in path if verify is None else verify
+    remote = "://" in path
+    deep = not remote if verify is None else verify
     try:
-        if "://" in path:
+        if remote:
             info = filesystem(path)[0].info(path)
-            files, stamp = [], {k: str(v) for k, v in info.items() if k in ("size", "mtime", "created", "generation", "ETag", "etag")}
+            if kind != "rlds" or info.get("size") is None:
+                raise OSError("only TFRecords on a server that says how long they are can be read from a URL; copy it to a disk")
+            files, end = [], info["size"]
+            stamp = {k: str(v) for k, v in info.items() if k in ("size", "mtime", "created", "generation", "ETag", "etag")}
         else:
-            around = {"rlds": path, "raw": os.path.dirname(path) + "/**", "robot": path[:-4] + "*"}[kind]
-            files = [path] if kind == "rlds" else sorted(glob.glob(around, recursive=True))
-            stamp = [(os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns) for x in files]
-        name = hashlib.sha256(f"{path} {stamp} {deep} {crc32c is None} v1".encode()).hexdigest()[:32]
-        cache = os.path.join(CACHE, "droid", name)
+            stem = glob.escape(os.path.splitext(path)[0])
+            beside = {
+                "rlds": [],
+                "raw": [os.path.dirname(stem) + "/**/*.mp4", os.path.dirname(stem) + "/*.json"],
+                "robot": [f"{stem}*.mp4"],
+            }
+            files = sorted(x for pattern in beside[kind] for x in glob.glob(pattern, recursive=True))
+            if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
+                files = [x for x in files if x.startswith(os.path.splitext(path)[0] + ".")]
+            end = os.path.getsize(path)
+            stamp = [(os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns) for x in [path, *files]]
+        cache = os.path.join(CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v1".encode()).hexdigest()[:32])
         if os.path.exists(cache):
             with open(cache, "rb") as f:
                 digest, raw = f.read(32), f.read()
             if hashlib.sha256(raw).digest() == digest:  # else the cache was damaged: the data is the truth
                 return kind, *orjson.loads(raw)
-        found = index_rlds(path, deep) if kind == "rlds" else index_files(path, files, kind)
-        raw = orjson.dumps(found)
-        write_atomically(cache, hashlib.sha256(raw).digest() + raw)
-        return kind, *found
+        found = index_rlds(path, end, deep) if kind == "rlds" else index_files(path, files, kind)
     except DAMAGE as e:
-        return kind, [], [(path, "", f"{type(e).__name__}: {e}")]
+        if remote and isinstance(e, OSError):
+            raise OSError(f"{path} cannot be read: {e or 'not found'}") from e
+        return kind, [], [(path, "", str(e) or type(e).__name__)]
+    raw = orjson.dumps(found)
+    try:
+        write_atomically(cache, hashlib.sha256(raw).digest() + raw)
+    except OSError as e:
+        print(f"the index of episodes is not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
+    return kind, *orjson.loads(raw)
 
 
 # --- reading ---
