@@ -363,7 +363,7 @@ if __name__ == "__main__":
     if args.debug:
         say(*checks, sep="\n")
     if args.memory_report and rank == 0:
-        importlib.import_module("bench.memory").compare(encoder, model, optimizer, inputs(batch), autocast, args.dtype)
+        importlib.import_module("bench.memory").compare(encoder, model, optimizer, inputs(batch), options, args.dtype, autocast)
     if args.export and writes and step >= total:
         facts = {k: belongs[k] for k in ("num_heads", "encoder_hash", "action_names")} | {"feature_stats": stats}
         lora.export(predictor, args.export, lora.fold_scaler(predictor.action_encoder, scaler, None), known, facts)
