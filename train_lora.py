@@ -301,13 +301,13 @@ if __name__ == "__main__":
         lr = args.lr if args.debug else lr_at(step + 1, total, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((args.seed + 1) * 1_000_003 + step * world + rank)  # for dropout: so resuming needs no generator's state
         losses, keys = torch.zeros(2, device=device), []
         for micro in range(args.grad_accum):
             wait = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - wait
             note_bad(batch["bad"])
+            torch.manual_seed(hash((args.seed, step, micro, rank)))  # of dropout; so the generator's state need not be saved
             keys, failed, seen = keys + batch["key"], failed + batch["bad"], seen + len(batch["key"]) + len(batch["bad"])
             if seen >= 100 and len(failed) > args.max_bad_fraction * seen:
                 raise ValueError(f"{len(failed)} of {seen} clips cannot be read, {' '.join(failed[-1])} the last; see bad_clips.jsonl")
