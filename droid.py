@@ -73,7 +73,7 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
     paths, out, bad = find_episodes(data), [], []
     with ThreadPoolExecutor(16) as pool:
         indexed = list(tqdm(pool.map(lambda path: index_file(path, verify), paths), "index", len(paths), unit=" files", delay=10))
-    seen = failures = short = unknown = possible = 0
+    seen = failures = short = unknown = possible = rows = still = 0
     for path, (kind, episodes, more) in zip(paths, indexed):
         bad += [tuple(b) for b in more]
         needed = {*reader.camera, *(reader.state_keys or STATES[kind]), *(reader.action_keys or ())}  # the rest need not stay in memory
@@ -86,6 +86,7 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
                 bad.append((path, r.key, flaw))
                 continue
             seen, failed, starts = seen + 1, success == "only" and not e["success"], reader.starts(r)
+            rows, still = rows + r.steps, still + sum(b - a for a, b in e["idle"] or ())
             failures, short = failures + failed, short + (not failed and not starts)
             if failed or not starts:
                 continue
@@ -98,9 +99,9 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
     if not out:
         reason = "; ".join(" ".join(b) for b in bad[:3]) or "the filters leave nothing (--idle_filter off --success all keep everything)"
         raise ValueError(f"no usable episode in {data}: {reason}")
-    share, still = sum(map(reader.starts, out)) / possible, f" ({unknown} without joint velocities are taken whole)" * (unknown > 0)
-    log(f"{seen} episodes: {failures} without success left out, {short} shorter than a clip; --idle_filter {idle_filter} keeps {share:.1%} "
-        f"of {possible} starts of clips in the others{still}: {len(out)} stretches of {len({r.key for r in out})} episodes")  # fmt: skip
+    share, more = sum(map(reader.starts, out)) / possible, f" ({unknown} without joint velocities: all)" * (unknown > 0)
+    log(f"{seen} episodes, {still / rows:.1%} of their rows idle: {failures} without success left out, {short} shorter than a clip, of the "
+        f"others --idle_filter {idle_filter} keeps {share:.1%} of {possible} starts of clips{more}, in {len(out)} stretches")  # fmt: skip
     return out, bad
 
 
@@ -208,6 +209,8 @@ class DroidReader:
         found = read_fields(r, keys)
         n = len(keys) - len(self.action_keys or ())
         states = np.concatenate(found[:n], axis=1)[sampled]
+        if not np.isfinite(states).all():
+            raise ValueError("its states are not finite")
         if self.action_keys:
             rows = np.concatenate(found[n:], axis=1)[sampled[0] : sampled[-1]]
             actions = np.add.reduceat(rows, sampled[:-1] - sampled[0]) / np.diff(sampled)[:, None]
@@ -217,8 +220,8 @@ class DroidReader:
             raise ValueError(f"{' '.join(keys)} are {states.shape[1]} numbers, and pose differences need 7: name --action_keys too")
         else:
             actions = pose_actions(states)
-        if not (np.isfinite(actions).all() and np.isfinite(states).all()):
-            raise ValueError("states or actions are not finite")
+        if not np.isfinite(actions).all():
+            raise ValueError("its actions are not finite")
         self.state_dim = states.shape[1]
         return actions, states
 
@@ -304,8 +307,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     sys.excepthook = one_sentence
     reader = DroidReader(camera=args.camera, state_keys=args.state_keys, action_keys=args.action_keys)
-    for rule in ("openpi", "light", "off"):
-        records, _, bad = open_droid(args.inspect, reader=reader, idle_filter=rule)
+    records, _, bad = open_droid(args.inspect, reader=reader, idle_filter="off")
     batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))
     for file, key, reason in bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")

@@ -84,7 +84,7 @@ def fetch(path, ranges):
     if "://" in path:
         fs, name = filesystem(path)  # fsspec caches them, and makes new ones after a fork
         for wait in (1, 4, 0):
-            out = fs.cat_ranges([name] * len(ranges), *zip(*((at, at + size) for at, size in ranges)), on_error="return")
+            out = fs.cat_ranges([name] * len(ranges), [at for at, _ in ranges], [at + n for at, n in ranges], on_error="return")
             if not any(isinstance(data, Exception) for data in out):
                 break
             time.sleep(wait)  # a server may be busy for a moment
