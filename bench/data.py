@@ -1,19 +1,29 @@
-"""What the loader costs against decoding the same clips and nothing else, PyAV against decord, and how much of a recording a clip reads.
+"""What the loader costs against decoding the same clips and nothing else, PyAV against decord, and how much of a recording a clip reads;
+and DROID's TFRecords by our reader, by the package tfrecord and by TensorFlow.
 
     python -m bench.data                       # two recordings of 5 minutes at 640x360, deleted afterwards; 4 minutes on two cores
     python -m bench.data --minutes 1 --clips 16 --gop 60
+    python -m bench.data --of droid --json     # TFRecords only; pip install tfrecord, tensorflow-cpu for the rows to compare with
 
 The recording is made here: a texture that pans as under a moving camera, 20 fps, H.264 High with B-frames, 1.7 Mbit/s, one keyframe
 every --gop frames (GOP and bitrate of real VPT files are assumptions). The bare loop opens
 the mp4 as a plain file that is in the page cache, seeks, decodes with one thread and resizes the sixteen frames it wants; the loader reads
 the same frame numbers out of a tar, with actions, crop and batches of 8. Both run in turns, a batch each, so that other load on the
 machine meets both.
+
+The TFRecords have DROID's schema and 320x180 JPEGs of a noisy texture. A reader gives, of each episode, pose, gripper, commanded joint
+velocities and the undecoded JPEGs of one camera; what it gave is checked against the others' by a checksum, outside of the time. TensorFlow
+checks every CRC; ours does so while it indexes, which is a row of its own and happens once; tfrecord does not.
 """
 
 import argparse
 import atexit
+import concurrent.futures
+import hashlib
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
@@ -26,9 +36,15 @@ os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py
 
 import av  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
+from bench import report  # noqa: E402
+from droid import DroidReader, open_droid  # noqa: E402
+from episodes import Episode, fetch, index_rlds, places, read_fields, values  # noqa: E402
+from prepare.robot import droid_example, record  # noqa: E402
 from vpt import ClipReader, mp4_times  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -39,6 +55,10 @@ parser.add_argument("--clips", type=int, default=48, help="clips timed a row")
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
 parser.add_argument("--decoder", nargs="+", default=["pyav", "decord"], choices=["pyav", "decord"], help="decoders to time")
 parser.add_argument("--keep", metavar="FOLDER", help="keep the recordings there, and use the ones that are there")
+parser.add_argument("--of", nargs="+", default=["vpt", "droid"], choices=["vpt", "droid"], help="which data")
+parser.add_argument("--episodes", type=int, default=30, help="robot episodes")
+parser.add_argument("--steps", type=int, default=240, help="rows of a robot episode")
+parser.add_argument("--json", action="store_true", help="rows of robot episodes as JSON lines")
 BATCH = 8
 
 
@@ -152,10 +172,107 @@ def row(path, decoder, args):
     return *rates, seconds["bare"] / seconds["loader"], with_workers, per_clip / 1e6, 100 * per_clip / os.path.getsize(video)
 
 
+FIELDS = {"observation/cartesian_position": 6, "observation/gripper_position": 1, "action_dict/joint_velocity": 7}
+
+
+def make_tfrecord(path, episodes, steps):
+    rng, jpegs = np.random.default_rng(0), []
+    for _ in range(64):
+        f = io.BytesIO()
+        texture = rng.integers(0, 128, (12, 20, 3), dtype=np.uint8).repeat(15, 0).repeat(16, 1)
+        Image.fromarray(texture + rng.integers(0, 40, texture.shape, dtype=np.uint8)).save(f, "JPEG", quality=90)
+        jpegs.append(f.getvalue())
+    with open(path, "wb") as f:
+        for i in tqdm(range(episodes), desc="robot", unit=" episodes"):
+            rows = {k: np.float32(rng.normal(size=(steps, d))) for k, d in {**FIELDS, "action": 7}.items()}
+            pictures = {c: [jpegs[j] for j in rng.integers(0, 64, steps)] for c in ("exterior_1", "exterior_2", "wrist")}
+            f.write(record(droid_example(rows, pictures, f"lab/{i}", f"success/{i}", ("a", "b", "c"), True)))
+
+
+def of_example(example):
+    """What both protobuf readers do with an Example, once it is parsed."""
+    f = example.features.feature
+    numbers = [np.float32(f["steps/" + k].float_list.value) for k in FIELDS]
+    return numbers, list(f["steps/observation/exterior_image_1_left"].bytes_list.value)
+
+
+def with_tfrecord(path):
+    from tfrecord import example_pb2
+    from tfrecord.reader import tfrecord_iterator
+
+    return (of_example(example_pb2.Example.FromString(bytes(raw))) for raw in tfrecord_iterator(path))
+
+
+def with_tensorflow(path):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    return (of_example(tf.train.Example.FromString(raw)) for raw in tf.data.TFRecordDataset(path).as_numpy_iterator())
+
+
+def indexed(path):
+    return open_droid(path, reader=DroidReader(action_keys=[*FIELDS][2:]), idle_filter="off", verify=True, log=str)[0]
+
+
+def ours(path, found=None):
+    plain = index_rlds(path, os.path.getsize(path), False)[0] if found is None else []
+    for r in found or [Episode(path, "", "rlds", e["members"], e["steps"], 15.0, 0, 0, 0) for e in plain]:
+        at, size, sizes = r.members["exterior_1"]
+        raw = fetch(r.shard, [(at, size)])[0]
+        yield read_fields(r, FIELDS), [bytes(raw[a : a + n]) for a, n in (values(raw) if sizes is None else places(sizes))]
+
+
+READERS = {
+    "ours, index with checksums": lambda path: (([], []) for _ in index_rlds(path, os.path.getsize(path), True)[0]),
+    "ours, indexed, numbers only": lambda path: ((read_fields(r, FIELDS), []) for r in indexed(path)),
+    "ours, indexed": lambda path: ours(path, indexed(path)),
+    "ours": ours,
+    "tfrecord": with_tfrecord,
+    "TensorFlow": with_tensorflow,
+}
+
+
+def time_reader(name, path):
+    """(episodes, CPU-seconds, checksum of what was read) of the second pass, in a process of its own: two protobufs do not go together.
+    The first pass imports, indexes and fills the page cache."""
+    for last in (False, True):
+        digest, n, seconds, began = hashlib.sha256(), 0, 0.0, time.process_time()
+        for fields, jpegs in READERS[name](path):
+            seconds, n = seconds + time.process_time() - began, n + 1
+            for x in (*(np.float32(y).tobytes() for y in fields), *jpegs) if last else ():
+                digest.update(x)
+            began = time.process_time()
+        seconds += time.process_time() - began
+    return n, seconds, digest.hexdigest()[:16]
+
+
+def droid_rows(path, steps):
+    rows = []
+    for name in READERS:
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                n, seconds, checksum = pool.submit(time_reader, name, path).result()
+            except ImportError as e:
+                print(f"{name}: left out, {e}")
+                continue
+        row = {"reader": name, "episodes/CPU-s": n / seconds, "steps/CPU-s": n * steps / seconds, "checksum": checksum}
+        rows.append(row | {"episodes": n, "MB": round(os.path.getsize(path) / 1e6)})
+    if len({row["checksum"] for row in rows[2:]}) > 1:
+        raise SystemExit(f"the readers disagree: {rows}")
+    return rows
+
+
 if __name__ == "__main__":
     args = parser.parse_args()
     folder = args.keep or SCRATCH
     os.makedirs(folder, exist_ok=True)
+    if "droid" in args.of:
+        path = os.path.join(folder, f"{args.episodes}x{args.steps}.tfrecord")
+        if not os.path.exists(path):
+            make_tfrecord(path, args.episodes, args.steps)
+        report(droid_rows(path, args.steps), args.json, torch.device("cpu"))
+    if "vpt" not in args.of:
+        raise SystemExit
     data.Slice = CountedSlice
     lines = []
     for gop in args.gop:

@@ -774,3 +774,14 @@ def test_the_own_robot_form_of_the_simulated_arm_is_read(robot):
     assert len({r.key for r in train}) == 2 and not bad and sorted(train[0].members) == ["exterior_1", "exterior_2", "wrist"]
     batch = next(iter(loader_of(train, 4, reader)))
     assert batch["video"].shape == (4, 4, 3, 64, 64) and batch["states"].shape == (4, 4, 7) and not batch["bad"]
+
+
+@pytest.mark.slow
+def test_the_readers_of_the_benchmark_agree():
+    """Bug: the speed of our reader is that of reading something else."""
+    command = [sys.executable, "-m", "bench.data", *"--of droid --episodes 2 --steps 40 --json".split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {x["reader"]: x for x in map(json.loads, (line for line in done.stdout.splitlines() if line.startswith("{")))}
+    assert found["ours"]["checksum"] == found["ours, indexed"]["checksum"] != found["ours, indexed, numbers only"]["checksum"]
+    assert all(name in found or f"{name}: left out" in done.stdout for name in ("tfrecord", "TensorFlow"))
