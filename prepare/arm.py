@@ -85,7 +85,7 @@ def open_world(world):
 
 def waypoints(rng, block, angle, goal):
     """What the operator does: [(xyz, angles, gripper, steps to wait there)]: to a block, lift, carry, put down, wander on."""
-    beside = np.array([0, 0.07, 0]) * rng.choice([-1, 1]) * (rng.random() < 0.2)  # some grasps miss
+    beside = np.array([0, 0.1, 0]) * rng.choice([-1, 1]) * (rng.random() < 0.3)  # some grasps miss
     turn = np.array([0, 0, (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4])  # the nearest one that takes a face of it
 
     def somewhere():
