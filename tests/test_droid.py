@@ -28,7 +28,7 @@ import episodes
 from data import windows
 from droid import DroidClips, DroidReader, compose_poses, crop_resize, droid_clips, keep_ranges, open_droid, pose_actions
 from fit_scaler import ActionScaler
-from prepare.robot import droid_example, example, record
+from prepare.robot import droid_example, example, record, varint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
@@ -358,8 +358,6 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         part = lambda n, data: bytes([n << 3 | 2]) + varint(len(data)) + data  # noqa: E731
         return record(part(1, b"".join(part(1, part(1, k.encode()) + part(2, part(int(n), x))) for k, (n, x) in out.items())))
 
-    from prepare.robot import varint
-
     plain = episode(7)
     a, b = (opened(write(tmp_path / name, data))[0][0] for name, data in (("a", plain), ("b", unpack(plain))))
     assert unpack(plain) != plain and (a.steps, a.key) == (b.steps, b.key)
@@ -376,6 +374,11 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
     assert [r.key for r in train] == [a.key] and len(bad) == 4
     for reason, (_, _, found) in zip(cases, bad):
         assert reason in found
+    lost = episode(5).replace(b"\x0a" + varint(len(jpeg(659))) + jpeg(659), b"\x12" + varint(len(jpeg(659))) + jpeg(659))
+    assert "a list of bytes is damaged" in opened(write(tmp_path / "f", record(lost[12:-4]), plain))[2][0][2]
+    pictures = {c: [jpeg(i) for i in range(60 - (c == "wrist"))] for c in CAMERAS}
+    fewer = record(droid_example({k: np.float32(x) for k, x in rows(1, 60).items()}, pictures, "a", "b", "abc", True))
+    assert opened(write(tmp_path / "g", fewer, plain))[2][0][2] == "60 steps, but pictures of wrist 59"
     only_wrist = opened(write(tmp_path / "d", episode(1, cameras=["wrist"])), DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist")))[0]
     assert take(loader_of(only_wrist, 1, DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist"))), 1)[0][0][1] >= 600
     few = write(tmp_path / "e", record(example({"steps/is_first": np.ones(3, int)})), record(b""), record(b"\x0a\x05hello"), plain)
@@ -383,24 +386,32 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
     assert len(reasons) == 3 and all("not a tf.train.Example" in r for r in reasons[:2]) and "no steps/observation/c" in reasons[2]
 
 
-@pytest.mark.parametrize("how", ["cut", "cut_head", "length", "data", "crc", "text", "gzip", "empty", "huge"])
+def test_places_of_pictures_follow_from_their_sizes():
+    """Bug: the length of a JPEG takes one, two or three bytes, and an error in that gives the neighbour's bytes."""
+    sizes = [0, 1, 127, 128, 129, 16383, 16384, 20000, (1 << 21) - 1, 1 << 21, 5]
+    raw = b"".join(b"\x0a" + varint(n) + bytes(n) for n in sizes)
+    assert episodes.places(sizes) == episodes.values(raw) and episodes.places([]) == []
+
+
+@pytest.mark.parametrize("how", ["cut", "cut_head", "cut_tail", "length", "data", "crc", "text", "gzip", "empty", "huge"])
 def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
     """Bug: a truncated download or a flipped bit gives other numbers or a traceback, or silently ends the data."""
     whole = [episode(s) for s in range(3)]
     raw, at = b"".join(whole), len(whole[0])
     flip = lambda i: raw[:i] + bytes([raw[i] ^ 16]) + raw[i + 1 :]  # noqa: E731
-    damaged = {"cut": raw[: at + 5000], "cut_head": raw[: at + 5], "length": flip(at + 2), "data": flip(at + 900), "crc": flip(2 * at - 1),
-               "text": b"not a record\n" * 500, "gzip": b"\x1f\x8b" + raw[5:], "empty": b"", "huge": b"\xff" * 4096}[how]  # fmt: skip
+    damaged = {"cut": raw[: at + 5000], "cut_head": raw[: at + 5], "cut_tail": raw[:-2], "length": flip(at + 2), "data": flip(at + 900),
+               "crc": flip(2 * at - 1), "text": b"not a record\n" * 500, "gzip": b"\x1f\x8b" + raw[5:], "empty": b"",
+               "huge": b"\xff" * 4096}[how]  # fmt: skip
     path = write(tmp_path / "x.tfrecord", damaged)
-    kept = {"data": ["0", "2"], "crc": ["0", "2"], "cut": ["0"], "cut_head": ["0"], "length": ["0"]}.get(how, [])
-    reason = {"cut": "the file ends inside the record at byte", "cut_head": "the file ends inside", "data": "wrong checksum",
-              "crc": "wrong checksum", "empty": "no episode in it"}.get(how, "not a TFRecord")  # fmt: skip
+    kept = {"data": "02", "crc": "02", "cut": "0", "cut_head": "0", "cut_tail": "01", "length": "0"}.get(how, "")
+    reason = {"cut": "the file ends inside the record at byte", "cut_head": "the file ends inside", "cut_tail": "truncated",
+              "data": "wrong checksum", "crc": "wrong checksum", "empty": "no episode in it"}.get(how, "not a TFRecord")  # fmt: skip
     if not kept:
         with pytest.raises(ValueError, match=f"no usable episode in .*x.tfrecord.*{reason}"):
             opened(path)
         return
     train, _, bad = opened(path)
-    assert [r.key.split("/")[2] for r in train] == kept and len(bad) == 1 and bad[0][0] == path and reason in bad[0][2]
+    assert [r.key.split("/")[2] for r in train] == [*kept] and len(bad) == 1 and bad[0][0] == path and reason in bad[0][2]
 
 
 def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
