@@ -72,6 +72,8 @@ def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_st
     Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in random order, so that is another
     recording nearly always. A lone clip would get its own, so a batch has two at least."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    training = predictor.training
+    predictor.eval()
     items, rows, bad = windows(dataset, max(batch_size, 2), clips, rank, world), [], []
     for batch in DataLoader(dataset, batch_sampler=items, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals):
         bad += batch["bad"]
@@ -83,6 +85,7 @@ def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_st
             errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose(s, a, m, d))
         errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
         rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]]))
+    predictor.train(training)
     if dist.is_initialized():
         dist.all_gather_object(everyone := [None] * world, rows)
         rows = [r for part in everyone for r in part]
@@ -116,6 +119,11 @@ def beside(errors, recordings, base):
         )
         text += f"{row['help_high']:+.2%}]; rolled out {row['ro_true']:.4f} and {row['base_ro']:.4f}"
     return row, text
+
+
+def hold_state(state0, actions, mean, scale):
+    """In place of compose_poses for a robot of which we do not know what its actions do to its state: that stays the first."""
+    return state0[:, None].expand(-1, actions.shape[1], -1)
 
 
 def check_adapters(model, inputs, autocast, trained):

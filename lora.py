@@ -74,6 +74,11 @@ class LoRALinear(Linear):
         return y.view(*x.shape[:-1], -1)
 
 
+def size_of(predictor):
+    width = predictor.predictor_embed.out_features
+    return {"pred_dim": width, "depth": len(predictor.predictor_blocks), "num_heads": width // predictor.head_dim}
+
+
 def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
@@ -151,11 +156,10 @@ def save_adapter(model, folder, base="", also=(), action_encoder=None):
     own = model.state_dict() | {f"action_encoder.{k}": v for k, v in (action_encoder or {}).items()}
     tensors = {f"base_model.model.{k}": v for k, v in own.items() if k.rpartition(".")[0] in also}
     layers, sizes, thirds = lora_layers(model), {}, {}
-    names = [n for n, _ in model.named_modules()]
     for name, m in layers.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": m.lora_A, f"base_model.model.{name}.lora_B.weight": m.full_B()}
         short = re.sub(r"^predictor_blocks\.\d+\.", "", name)
-        alike = [n for n in names if n.endswith("." + short)]  # what PEFT takes a short name for
+        alike = [n for n, _ in model.named_modules() if n.endswith("." + short)]  # what PEFT takes a short name for
         same = all(n in layers and layers[n].lora_A.shape == m.lora_A.shape and layers[n].scale == m.scale for n in alike)
         k = len(m.thirds or [0])
         sizes[short if same and alike else name] = k * m.r, m.alpha * (math.sqrt(k) if m.rslora else k)
@@ -167,10 +171,9 @@ def save_adapter(model, folder, base="", also=(), action_encoder=None):
               "rank_pattern": {k: r for k, (r, _) in sizes.items() if r != usual[0]},
               "alpha_pattern": {k: a for k, (_, a) in sizes.items() if a != usual[1]},
               "modules_to_save": sorted(also) or None}  # fmt: skip
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    meta = {"format": "pt", "nanojepa_thirds": json.dumps(thirds)}
+    data = safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt", "thirds": json.dumps(thirds)})
     checkpoint.write_atomically(os.path.join(folder, "adapter_config.json"), json.dumps(config, indent=1).encode())
-    checkpoint.write_atomically(os.path.join(folder, "adapter_model.safetensors"), safetensors_bytes(tensors, metadata=meta))
+    checkpoint.write_atomically(os.path.join(folder, "adapter_model.safetensors"), data)
 
 
 def pattern(found, name, default):
@@ -190,27 +193,24 @@ def load_adapter(model, folder):
         raise FileNotFoundError(f"{folder} is no PEFT adapter: {e.filename} is not there") from e
     odd = [f"{k}={config[k]}" for k in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora") if config.get(k)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise ValueError(
-            f"{folder} is a {config.get('peft_type')} adapter with bias={config.get('bias')} {' '.join(odd)}: only plain LoRA is read"
-        )
+        raise ValueError(f"{folder} is {config.get('peft_type')}, bias={config.get('bias')} {' '.join(odd)}: only plain LoRA is read")
     tensors = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
-    thirds, rslora = json.loads(meta.get("nanojepa_thirds", "{}")), config.get("use_rslora", False)
+    thirds, rslora = json.loads(meta.get("thirds", "{}")), config.get("use_rslora", False)
     inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     adapted = sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight"))
     whole = sorted({k.rpartition(".")[0] for k in tensors if ".lora_" not in k})
-    if not adapted or not inside.issuperset(adapted + whole) or lora_layers(model):
-        unknown = sorted({*adapted, *whole} - inside)
-        raise ValueError(f"{folder} does not fit: no such layers here: {weights.some(unknown)}" if unknown else f"{folder}: no LoRA to add")
+    unknown = sorted(({*adapted, *whole} - inside) | ({*adapted} & {*CONDITION}))  # those take part in scaling
+    if unknown or not adapted or lora_layers(model):
+        raise ValueError(f"{folder} does not fit: no such layers to adapt here: {weights.some(unknown)}")
     model.requires_grad_(False)
     for name in adapted:
-        A, B, part = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight"), thirds.get(name)
+        A, B, part = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], thirds.get(name)
         k, rank = len(part or [0]), len(A)
         alpha = pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        target = model.get_submodule(name)
-        if A.shape[1] != target.in_features or B.shape != (target.out_features, rank):
-            raise ValueError(f"{folder}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {[*target.weight.shape]}: another base")
-        own = alpha / (math.sqrt(k) if rslora else k)
-        layer = put_lora(model, name, rank // k, own, config.get("lora_dropout", 0.0), rslora, part and tuple(part))
+        if [len(B), A.shape[1]] != (size := [*model.get_submodule(name).weight.shape]):
+            raise ValueError(f"{folder}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {size}: another base")
+        alpha, dropout = alpha / (math.sqrt(k) if rslora else k), config.get("lora_dropout", 0.0)
+        layer = put_lora(model, name, rank // k, alpha, dropout, rslora, part and tuple(part))
         if part:
             B = B.view(3, -1, k, rank // k)[list(part), :, list(range(k))]
         layer.lora_A.data.copy_(A)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_lora.py --data 'gs://gresearch/robotics/droid/1.0.1/*.tfrecord*'   # 8 GPUs, Meta's AC file
 
 Reads robot episodes (droid.py) and the scaler of fit_scaler.py. Writes to --out_dir: adapter/ (PEFT's files), train.csv, val.csv,
-curves.png, bad_clips.jsonl, args.json and checkpoints. Stop it whenever you like and go on with --resume.
+curves.png, bad_clips.jsonl, args.json and checkpoints. Go on with --resume.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import math
 import os
@@ -28,11 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import lora
-import weights
 from data import collate, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
 from encode import encoder_hash, fetch, open_source
-from eval import beside, beside_columns, check_adapters, held_out, make_inputs, plot_curves, prefetch
+from eval import beside, beside_columns, check_adapters, held_out, hold_state, make_inputs, plot_curves, prefetch
 from fit_scaler import ActionScaler
 from kernels import attention_impl
 from mirror import Mirror
@@ -82,13 +82,11 @@ flag("--pred_heads", "--pred_num_heads", type=int, help="attention heads (defaul
 flag("--activation_checkpointing", "--use_activation_checkpointing", action=switch, default=False, help="recompute blocks, save memory")
 flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor and the encoder")
 flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
-flag("--loss_exp", type=float, default=1.0, help="1: L1, 2: half squared error")
 # optim
 flag("--batch_size", type=int, default=8, help="clips per rank and micro-batch")
 flag("--grad_accum", "--gradient_accumulation_steps", type=int, default=16, help="micro-batches per step")
 flag("--max_steps", type=int, default=100_000, help="steps of the schedule")
 flag("--lr", "--learning_rate", type=float, default=2e-4, help="learning rate between warm-up and anneal")
-flag("--final_lr", type=float, default=0.0, help="learning rate of the last step")
 flag("--warmup_steps", type=int, default=500, help="steps of linear warm-up")
 flag("--anneal_steps", type=int, help="steps of linear anneal at the end (default: a tenth of --max_steps)")
 flag("--weight_decay", type=float, default=0.01, help="AdamW decay of matrices")
@@ -112,20 +110,14 @@ flag("--memory_report", action=switch, default=False, help="estimate memory by p
 
 
 def lr_at(k, total, args):
-    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal that ends at step `total`."""
+    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal to nothing at step `total`."""
     anneal = total // 10 if args.anneal_steps is None else args.anneal_steps
-    if k < args.warmup_steps:
-        return k / args.warmup_steps * args.lr
-    if k <= total - anneal:
-        return args.lr
-    return args.lr + (k - (total - anneal)) / anneal * (args.final_lr - args.lr)
+    return args.lr * min(1, k / max(args.warmup_steps, 1), (total - k) / max(anneal, 1))
 
 
 if __name__ == "__main__":
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
-    if args.warmup_steps + (args.anneal_steps or 0) > args.max_steps and not args.debug:
-        parser.error(f"--warmup_steps {args.warmup_steps} and --anneal_steps do not fit into --max_steps {args.max_steps}")
 
     # --- distributed --- (same in every train_*.py)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -143,27 +135,23 @@ if __name__ == "__main__":
     # --- data ---
     reader = DroidReader(args.frames_per_clip, args.fps, args.crop_size, args.crop, args.camera, args.stride, args.state_keys,
                          args.action_keys)  # fmt: skip
-    fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
+    fraction = args.val_fraction * bool(args.val_clips)
     train, val, bad = open_droid(args.data, args.val_data if args.val_clips else None, fraction, reader, idle_filter=args.idle_filter,
                                  success=args.success, max_bad_fraction=args.max_bad_fraction, log=say)  # fmt: skip
-    names, ones = reader.names, np.ones(len(reader.names))
-    if args.no_scale:
-        scaler = ActionScaler(0 * ones, ones, ones, 0, {})
-    else:
-        scaler = ActionScaler.load(args.scaler, f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g}")
-        scaler.check(args.scaler, names, args.fps, 1)
+    names, unscaled = reader.names, np.ones(len(reader.names))
+    how = f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g}"
+    scaler = ActionScaler(0 * unscaled, unscaled, unscaled, 0, {}) if args.no_scale else ActionScaler.load(args.scaler, how)
+    scaler.check(args.scaler, names, args.fps, 1)
     reader.scaler = scaler
     if bad:
         say(f"{len(bad)} episodes cannot be used, {' '.join(bad[0])} among them; all are listed in bad_clips.jsonl")
-    if args.val_clips and not val:
-        say("WARNING: nothing to validate on: a single episode cannot be split; pass --val_data")
     clips, val_set = DroidClips(train, reader, args.seed), DroidClips(val, reader, args.seed)
-    if val and sum(map(len, windows(val_set, 1, 2))) < 2:
-        raise ValueError("the held-out episodes hold fewer than two clips: hold out more, or pass --val_clips 0")
+    if args.val_clips and sum(map(len, windows(val_set, 1, 2))) < 2:
+        raise ValueError("the held-out episodes hold fewer than two clips: hold out more, pass --val_data, or --val_clips 0")
     std = torch.cat([clips[i]["actions"] for items in windows(clips, 16, 16) for i in items]).std(0).double().numpy() * scaler.scale
 
     # --- model ---
-    base = fetch(args.base) if args.base in weights.RELEASED or "://" in args.base else args.base
+    base = "none" if args.base == "none" else fetch(args.base)
     if base == "none" and not (args.full and args.encoder):
         raise ValueError("--base none has nothing to adapt: pass --full to train a predictor from random weights, and its --encoder")
     source = {k: getattr(args, k) for k in ("fps", "crop_size", "frames_per_clip")} | {"encode": "frame", "frames_per_step": 1}
@@ -171,13 +159,10 @@ if __name__ == "__main__":
     encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor, base_scaler, known, anew = lora.open_base(base, source, len(names), reader.state_dim, size)
-    width, base_hash = predictor.predictor_embed.out_features, encoder_hash(predictor)
-    size = {"pred_dim": width, "depth": len(predictor.predictor_blocks), "num_heads": width // predictor.head_dim}
-    plain = sum(p.numel() for p in predictor.parameters())
+    size, base_hash, plain = lora.size_of(predictor), encoder_hash(predictor), sum(p.numel() for p in predictor.parameters())
     for line in lora.scale_warnings(names, std, [("the base's", base_scaler), ("--scaler's", None if args.no_scale else scaler)]):
         say(line)
-    options = {k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
-    options = None if args.full else options
+    options = None if args.full else {k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
     also, file_scaler, same = lora.adapt(predictor, base_scaler, anew, scaler, options, args.init_from, args.train_condition_encoders)
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
     trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
@@ -186,15 +171,17 @@ if __name__ == "__main__":
     attention = attention_impl(device, getattr(torch, args.dtype), predictor.head_dim, S, before * S)
     say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}; {attention=}")
     say(f"{count:,} of them trained" if args.full else f"adapters: {count:,} parameters, {count / plain:.2%}, {4 * count / 1e6:.1f} MB")
-    model = ACModel(predictor, args.auto_steps, args.loss_exp)
+    model = ACModel(predictor, args.auto_steps)
     stats = {k: v if v is None else v.to(device) for k, v in (known.get("feature_stats") or {"mean": None, "std": None}).items()}
     inputs = make_inputs(encoder, "frame", 1, stats, device, autocast)
     if base == "none" and args.feature_norm == "standardize":
-        raw = (collate([clips[i] for i in items]) for items in windows(clips, args.batch_size, 256, rank, world))
-        stats |= channel_stats((inputs(batch, normalize=False)[0] for batch in raw), source["embed_dim"], device)
+        raw = (
+            inputs(collate([clips[i] for i in items]), normalize=False)[0] for items in windows(clips, args.batch_size, 256, rank, world)
+        )
+        stats |= channel_stats(raw, source["embed_dim"], device)
 
     # --- optimizer, resume ---
-    params = trained.values()
+    params = [p for p in model.parameters() if p.requires_grad]
     decays = [{"params": [p for p in params if (p.ndim > 1) == big], "weight_decay": args.weight_decay * big} for big in (True, False)]
     if args.optim == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optim adamw8bit needs bitsandbytes: pip install bitsandbytes")
@@ -204,7 +191,7 @@ if __name__ == "__main__":
     step, total, dry = 0, args.max_steps, args.debug or args.memory_report
     ipe = max(int(clips.cumulative[-1]) // (args.frames_per_clip * args.batch_size * args.grad_accum * world), 1)  # steps of an epoch
     belongs = {"action_names": names, "scaler_hash": scaler.hash, "base_hash": base_hash, "trained": sorted(trained), "ipe": ipe}
-    belongs |= source | size | {k: getattr(args, k) for k in ("fps", "frames_per_clip", "alpha", "rslora")}
+    belongs |= source | size | {k: getattr(args, k) for k in ("fps", "stride", "frames_per_clip", "crop", "alpha", "rslora")}
     mirror = Mirror.open(args.out_dir, args.sync_to, args.sync_minutes, args.resume) if args.sync_to and rank == 0 and not dry else None
     if world > 1:
         dist.barrier()  # what --sync_to holds is in --out_dir now
@@ -216,8 +203,7 @@ if __name__ == "__main__":
         step = state["epoch"] * ipe + state["itr"]
     elif checkpoint.list_checkpoints(args.out_dir) and not dry:
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
-    is_pose = names == POSE and reader.state_dim == 7  # else states that follow from actions are unknown, and the first is held
-    compose = compose_poses if is_pose else lambda s, a, mean, scale: s[:, None].expand(-1, a.shape[1], -1)
+    compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
 
     def note_bad(found):
         """Clips that could not be read go into bad_clips.jsonl."""
@@ -226,12 +212,10 @@ if __name__ == "__main__":
 
     def evaluate():
         """Errors of all held-out clips ({name: (n, K)}) and the episode of each."""
-        model.eval()
-        errors, recordings, failed = held_out(predictor, val_set, inputs, args.batch_size, args.val_clips, args.num_workers,
-                                              args.auto_steps, args.loss_exp, autocast, compose)  # fmt: skip
-        model.train()
+        *found, failed = held_out(predictor, val_set, inputs, args.batch_size, args.val_clips, args.num_workers, args.auto_steps, 1.0,
+                                  autocast, compose)  # fmt: skip
         note_bad(failed)
-        return errors, recordings
+        return found
 
     with lora.without_lora(predictor):  # the base on the same clips, once: before anything is learned or loaded
         unadapted = evaluate()[0] if val and same and step < total else None
@@ -285,16 +269,15 @@ if __name__ == "__main__":
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))
     loader = droid_clips(
-        train, args.batch_size, reader=reader, batches_per_epoch=ipe * args.grad_accum, num_workers=args.num_workers,
-        prefetch_factor=args.prefetch_factor, seed=args.seed, epoch=step // ipe, itr=step % ipe * args.grad_accum, rank=rank, world=world,
+        train, args.batch_size, reader=reader, batches_per_epoch=ipe * args.grad_accum, seed=args.seed, epoch=step // ipe, rank=rank,
+        itr=step % ipe * args.grad_accum, world=world, num_workers=args.num_workers, prefetch_factor=args.prefetch_factor,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     note_bad(bad if rank == 0 else [])
     batches, seen, failed, pending, waited, began = prefetch(loader, device), 0, [], [], 0.0, time.perf_counter()
     if args.debug:
-        one = {k: v[:1] for k, v in next(batches).items()}
-        batches = iter(lambda: one, None)
-        checks = check_adapters(model, inputs(one), autocast, trained)
+        batches = itertools.repeat({k: v[:1] for k, v in next(batches).items()})
+        checks = check_adapters(model, inputs(next(batches)), autocast, trained)
         next(checks)
     while step < last:
         epoch, itr = divmod(step, ipe)
@@ -365,9 +348,8 @@ if __name__ == "__main__":
     if args.memory_report and rank == 0:
         importlib.import_module("bench.memory").compare(encoder, model, optimizer, inputs(batch), options, args.dtype, autocast)
     if args.export and writes and step >= total:
-        facts = {k: belongs[k] for k in ("num_heads", "encoder_hash", "action_names")} | {"feature_stats": stats}
-        lora.export(predictor, args.export, lora.fold_scaler(predictor.action_encoder, scaler, None), known, facts)
-        say(f"merged predictor, for unscaled actions, written to {args.export}")
+        encoded = lora.fold_scaler(predictor.action_encoder, scaler, None)  # for unscaled actions
+        lora.export(predictor, args.export, encoded, known, belongs | {"feature_stats": stats})
     if mirror:
         mirror.close()
     if world > 1:

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
-from lora import add_lora, lora_layers
+from lora import add_lora, lora_layers, size_of
 from model import ACModel, Encoder, Predictor
 from weights import ARCHITECTURES
 
@@ -59,8 +59,7 @@ def estimate(encoder_bytes, embed_dim, grid, size, options, batch_size, steps, d
 def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
     """Print the estimate for a run of train_lora.py beside what its parts take after some steps; inputs (z, actions, states)."""
     predictor, (z, actions, states) = model.predictor, inputs
-    width = predictor.predictor_embed.out_features
-    size = {"pred_dim": width, "depth": len(predictor.predictor_blocks), "num_heads": width // predictor.head_dim}
+    size = size_of(predictor)
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.numel() > 1]
     adapters = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in lora_layers(predictor).values())

@@ -251,10 +251,13 @@ def test_adapters_that_are_refused(tmp_path):
     save_adapter(wide, tmp_path / "wide")
     with pytest.raises(ValueError, match="another base"):
         load_adapter(make(), tmp_path / "wide")
+    peft.get_peft_model(make(), peft.LoraConfig(target_modules=["action_encoder"])).save_pretrained(tmp_path / "actions")
+    with pytest.raises(ValueError, match="no such layers to adapt here: action_encoder"):
+        load_adapter(make(), tmp_path / "actions")
     deep = Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=3, num_heads=3)
     add_lora(deep, r=4)
     save_adapter(deep, tmp_path / "deep")
-    with pytest.raises(ValueError, match=r"no such layers here: predictor_blocks.2.attn.proj"):
+    with pytest.raises(ValueError, match=r"no such layers to adapt here: predictor_blocks.2.attn.proj"):
         load_adapter(make(), tmp_path / "deep")
 
 
