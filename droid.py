@@ -124,7 +124,13 @@ def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filte
     if len(bad) > max_bad_fraction * (n := len({r.key for r in train + val}) + len(bad)) and n >= 100:
         worst = " ".join(bad[0])
         raise ValueError(f"{len(bad)} of {n} episodes cannot be read, {worst} among them: mend them, or raise --max_bad_fraction")
-    reader.motion(train[0], np.array([train[0].first, train[0].last - 1]))  # learns the dimensions
+    for left, r in zip(range(min(len(train), 20) - 1, -1, -1), train):  # one that can be read teaches the reader its dimensions
+        try:
+            reader.motion(r, np.array([r.first, r.last - 1]))
+            break
+        except DAMAGE as e:
+            if not left:
+                raise ValueError(f"{r.shard} {r.key}: {e}") from e
     return train, val, bad
 
 

@@ -444,7 +444,7 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     broken = episode(3)
     for i in range(60):
         broken = broken.replace(jpeg(i), b"\xff\xd8" + bytes(len(jpeg(i)) - 2))
-    path = write(tmp_path / "a.tfrecord", episode(1), episode(2, **{"observation/cartesian_position": nan}), broken)
+    path = write(tmp_path / "a.tfrecord", episode(2, **{"observation/cartesian_position": nan}), episode(1), broken)
     train, _, bad = opened(path, verify=False)
     assert len(train) == 3 and not bad
     batches = list(itertools.islice(loader_of(train, 8), 6))
