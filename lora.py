@@ -176,11 +176,6 @@ def save_adapter(model, folder, base="", also=(), action_encoder=None):
     checkpoint.write_atomically(os.path.join(folder, "adapter_model.safetensors"), data)
 
 
-def pattern(found, name, default):
-    """The value that PEFT takes for a layer from rank_pattern or alpha_pattern."""
-    return next((v for k, v in (found or {}).items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
-
-
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter (a folder: ours, PEFT's, or of inject_adapter_in_model) onto a predictor and freeze the rest; whole modules
     in it replace the model's and stay trainable. Returns their names."""
@@ -206,7 +201,8 @@ def load_adapter(model, folder):
     for name in adapted:
         A, B, part = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], thirds.get(name)
         k, rank = len(part or [0]), len(A)
-        alpha = pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        patterns = (config.get("alpha_pattern") or {}).items()
+        alpha = next((a for p, a in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), config["lora_alpha"])  # as PEFT matches
         if [len(B), A.shape[1]] != (size := [*model.get_submodule(name).weight.shape]):
             raise ValueError(f"{folder}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {size}: another base")
         alpha, dropout = alpha / (math.sqrt(k) if rslora else k), config.get("lora_dropout", 0.0)

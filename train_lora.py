@@ -1,7 +1,6 @@
 """Fine-tune an action-conditioned predictor (V-JEPA 2-AC) on robot episodes with LoRA, or train one wholly, on a frozen V-JEPA encoder.
 
-    python train_lora.py --data robot/b/train --val_data robot/b/val --base out/base/base.pt --encoder vit_tiny --crop_size 64 \\
-        --scaler robot/b.pkl --max_steps 300 --warmup_steps 20 --batch_size 8 --grad_accum 1             # a laptop
+    python train_lora.py --data robot/b/*.tfrecord* --scaler robot/b.pkl --base robot/base.pt --encoder vit_tiny --crop_size 64  # laptop
     torchrun --nproc_per_node=8 train_lora.py --data 'gs://gresearch/robotics/droid/1.0.1/*.tfrecord*'   # 8 GPUs, Meta's AC file
 
 Reads robot episodes (droid.py) and the scaler of fit_scaler.py. Writes to --out_dir: adapter/ (PEFT's files), train.csv, val.csv,
@@ -34,7 +33,6 @@ from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, ope
 from encode import encoder_hash, fetch, open_source
 from eval import beside, beside_columns, check_adapters, held_out, hold_state, make_inputs, plot_curves, prefetch
 from fit_scaler import ActionScaler
-from kernels import attention_impl
 from mirror import Mirror
 from model import ACModel, channel_stats
 
@@ -167,11 +165,9 @@ if __name__ == "__main__":
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
     trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trained.values())
-    S, before = source["grid"] ** 2 + 2, args.frames_per_clip - 1  # tokens a step, steps that predict one
-    attention = attention_impl(device, getattr(torch, args.dtype), predictor.head_dim, S, before * S)
-    say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}; {attention=}")
+    say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}")
     say(f"{count:,} of them trained" if args.full else f"adapters: {count:,} parameters, {count / plain:.2%}, {4 * count / 1e6:.1f} MB")
-    model = ACModel(predictor, args.auto_steps)
+    model, loss_scaler = ACModel(predictor, args.auto_steps), torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     stats = {k: v if v is None else v.to(device) for k, v in (known.get("feature_stats") or {"mean": None, "std": None}).items()}
     inputs = make_inputs(encoder, "frame", 1, stats, device, autocast)
     if base == "none" and args.feature_norm == "standardize":
@@ -181,13 +177,11 @@ if __name__ == "__main__":
         stats |= channel_stats(raw, source["embed_dim"], device)
 
     # --- optimizer, resume ---
-    params = [p for p in model.parameters() if p.requires_grad]
-    decays = [{"params": [p for p in params if (p.ndim > 1) == big], "weight_decay": args.weight_decay * big} for big in (True, False)]
+    decays = [{"params": [p for p in trained.values() if (p.ndim > 1) == d], "weight_decay": args.weight_decay * d} for d in (True, False)]
     if args.optim == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optim adamw8bit needs bitsandbytes: pip install bitsandbytes")
     adam = importlib.import_module("bitsandbytes.optim").AdamW8bit if args.optim == "adamw8bit" else torch.optim.AdamW
     optimizer = adam(decays, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, **{"fused": True} if args.optim == "adamw" else {})
-    loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     step, total, dry = 0, args.max_steps, args.debug or args.memory_report
     ipe = max(int(clips.cumulative[-1]) // (args.frames_per_clip * args.batch_size * args.grad_accum * world), 1)  # steps of an epoch
     belongs = {"action_names": names, "scaler_hash": scaler.hash, "base_hash": base_hash, "trained": sorted(trained), "ipe": ipe}
@@ -234,7 +228,7 @@ if __name__ == "__main__":
     writes, logs, wandb = rank == 0 and not dry, {}, None
     if writes:
         checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
-        for name, header in (("train", columns), ("val", ["epoch", "itr", *beside_columns(before)])):
+        for name, header in (("train", columns), ("val", ["epoch", "itr", *beside_columns(args.frames_per_clip - 1)])):
             path = os.path.join(args.out_dir, name + ".csv")
             logs[name] = checkpoint.open_csv(path, header, *divmod(step + (name == "val"), ipe), keep=state is not None)
         if args.wandb_project:
@@ -269,8 +263,8 @@ if __name__ == "__main__":
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))
     loader = droid_clips(
-        train, args.batch_size, reader=reader, batches_per_epoch=ipe * args.grad_accum, seed=args.seed, epoch=step // ipe, rank=rank,
-        itr=step % ipe * args.grad_accum, world=world, num_workers=args.num_workers, prefetch_factor=args.prefetch_factor,
+        train, args.batch_size, reader=reader, batches_per_epoch=ipe * args.grad_accum, epoch=step // ipe, itr=step % ipe * args.grad_accum,
+        seed=args.seed, rank=rank, world=world, num_workers=args.num_workers, prefetch_factor=args.prefetch_factor,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     note_bad(bad if rank == 0 else [])
