@@ -5,7 +5,7 @@ FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
 TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
 	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
-.PHONY: demo demo-long demo-clip demo-lam test test-all lint clean
+.PHONY: demo demo-long demo-clip demo-lam demo-lora test test-all lint clean
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,23 @@ demo-lam: .venv/installed  # latent actions of nine known moves: do the codes na
 		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume
 	$(PY) probe.py --checkpoint out/demo-lam
 
+ROBOT = --encoder vit_tiny --crop_size 64 --crop square --frames_per_clip 6 --num_workers 0 --batch_size 8 --grad_accum 1 --val_clips 64 \
+	--log_every 100 --resume
+ADAPT = train_lora.py --data 'robot/b/*.tfrecord*' --scaler robot/b.pkl --base robot/base.pt $(ROBOT) --max_steps 200 --warmup_steps 20 \
+	--anneal_steps 60
+
+demo-lora: .venv/installed  # a predictor of one robot arm, adapted to another arm and camera: LoRA of four ranks beside full fine-tuning
+	$(PY) -m prepare.robot --episodes 60 --world a --out robot/a
+	$(PY) -m prepare.robot --episodes 40 --world b --seed 1 --out robot/b
+	$(PY) fit_scaler.py --dataset droid --data 'robot/a/*.tfrecord*' --val_fraction 0.1 --output robot/a.pkl
+	$(PY) fit_scaler.py --dataset droid --data 'robot/b/*.tfrecord*' --val_fraction 0.1 --output robot/b.pkl
+	$(PY) train_lora.py --data 'robot/a/*.tfrecord*' --scaler robot/a.pkl --base none --full $(ROBOT) --feature_norm standardize \
+		--pred_dim 128 --pred_depth 4 --pred_heads 4 --max_steps 600 --warmup_steps 50 --anneal_steps 200 --lr 2e-3 \
+		--out_dir out/robot/base --export robot/base.pt
+	$(PY) $(ADAPT) --full --lr 1e-3 --out_dir out/robot/full
+	for r in 4 8 16 32; do $(PY) $(ADAPT) --r $$r --dropout 0 --lr 3e-3 --out_dir out/robot/r$$r || exit 1; done
+	$(PY) -m bench.adapters out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
+
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 
 test: .venv/installed lint
@@ -60,4 +77,4 @@ lint: .venv/installed
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv demo demo-long demo-lam out
+	rm -rf .venv demo demo-long demo-lam robot out

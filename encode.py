@@ -36,6 +36,7 @@ from model import encode_steps
 from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
 
+VAE_FRAMES = 4  # that a video VAE merges in time
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 parser.add_argument("--data", "--data_path", nargs="+", action="append", required=True, help="VPT shards: paths, globs, {a..b} ranges")
@@ -53,6 +54,18 @@ parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder")
 
 
+def fetch(name):
+    """The local file of a path, a URL or a released name: fetched once, by rank 0 and then one rank of each other node, into the cache."""
+    ranks = [0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0]
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)) if dist.is_initialized() else None
+    for one in ranks:
+        if not dist.is_initialized() or dist.get_rank() == one:
+            find_encoder(name, os.path.join(CACHE, "weights"))
+        if waiting:
+            dist.barrier(waiting)
+    return find_encoder(name, os.path.join(CACHE, "weights"))
+
+
 def open_encoder(name, crop_size, frames_per_clip):
     """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache folder), or of an architecture with
     seeded random weights, which is said."""
@@ -60,14 +73,7 @@ def open_encoder(name, crop_size, frames_per_clip):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
         return build_encoder(name, crop_size, frames_per_clip)
-    ranks = [0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0]  # rank 0, then one of each other node
-    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)) if dist.is_initialized() else None
-    for one in ranks:
-        if not dist.is_initialized() or dist.get_rank() == one:
-            find_encoder(name, os.path.join(CACHE, "weights"))
-        if waiting:
-            dist.barrier(waiting)
-    return load_encoder(find_encoder(name, os.path.join(CACHE, "weights")))
+    return load_encoder(fetch(name))
 
 
 def encoder_hash(encoder):
@@ -146,11 +152,6 @@ def encode_recording(record, encoder, reader, args, device):
             yield first, {"z": torch.cat(h), "actions": torch.from_numpy(actions).float(), "states": states}
 
 
-# --- video VAE ---
-
-VAE_FRAMES = 4  # merged in time
-
-
 def latent_frames(record, fps, crop_size, part=64):
     """A recording for a video VAE: (frames, labels), frames a generator of uint8 (n, 4, 3, crop, crop), n latent steps. Labels
     say what happened between the steps, after the last frame of one up to that of the next: yaw -1 (left), 0 (under 3 degrees), 1
@@ -180,7 +181,6 @@ def latent_frames(record, fps, crop_size, part=64):
 
 
 def open_vae(spec, dtype):
-    """A video VAE of diffusers from a local folder."""
     kind, _, folder = spec.partition(":")
     if kind != "diffusers" or not os.path.exists(os.path.join(folder, "config.json")):
         raise ValueError(f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of AutoencoderKLWan or AutoencoderKLCogVideoX")

@@ -9,6 +9,7 @@ report.json beside the checkpoint.
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 
@@ -23,7 +24,8 @@ from data import Clips, collate, leave_signals, open_records, open_split, window
 from encode import open_source
 from fit_scaler import ActionScaler
 from kernels import chosen
-from model import Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
+from lora import lora_layers, merge_lora, without_lora
+from model import METERS, Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
 from vpt import ClipReader
 
 
@@ -63,13 +65,17 @@ def prefetch(batches, device):
 
 
 @torch.no_grad()
-def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_steps, loss_exp, autocast=contextlib.nullcontext):
+def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_steps, loss_exp, autocast=contextlib.nullcontext,
+             compose=compose_states):  # fmt: skip
     """Losses and action meter of at most `clips` windows of a Clips dataset, shared among ranks (all get everyone's):
-    ({name: (n, K) errors}, [recording], [bad clip of this rank]); "jloss" and "sloss" are (n, 1).
+    ({name: (n, K) errors}, [recording], [bad clip of this rank]); "jloss" and "sloss" are (n, 1). compose: model.compose_states, or what
+    makes states of actions on another robot.
 
     Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in random order, so that is another
     recording nearly always. A lone clip would get its own, so a batch has two at least."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    training = predictor.training
+    predictor.eval()
     items, rows, bad = windows(dataset, max(batch_size, 2), clips, rank, world), [], []
     for batch in DataLoader(dataset, batch_sampler=items, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals):
         bad += batch["bad"]
@@ -78,13 +84,73 @@ def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_st
         shuffle = torch.roll(torch.arange(len(z)), 1)
         with autocast():
             losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
-            errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose_states(s, a, m, d))
+            errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose(s, a, m, d))
         errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
         rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]]))
+    predictor.train(training)
     if dist.is_initialized():
         dist.all_gather_object(everyone := [None] * world, rows)
         rows = [r for part in everyone for r in part]
     return {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]], bad
+
+
+HELP = ["base_tf", "base_ro", "help", "help_low", "help_high"]
+
+
+def beside_columns(K):
+    """Columns of val.csv that `beside` fills, for clips that predict K steps."""
+    return ["jloss", "sloss", *METERS, *HELP, *(f"{name}_{k + 1}" for name in ("error", "base") for k in range(K))]
+
+
+def beside(errors, recordings, base):
+    """Held-out errors of a fine-tuned model, with those of the base on the same clips or None -> (row of val.csv: METERS, HELP, error_k and
+    base_k rolled out k steps; two lines for a person). help = error of the base / error - 1 one step ahead, with its 95 % interval over
+    recordings: the meter's gap, with the base in place of shuffled actions."""
+    row = {k: errors[k].mean().item() for k in ("jloss", "sloss")} | dict.fromkeys(HELP, math.nan)
+    errors = {k: x for k, x in errors.items() if k not in row}
+    row |= meter_summary(errors, recordings)
+    for name, found in (("error", errors), ("base", base or {})):
+        row |= {f"{name}_{k + 1}": x for k, x in enumerate((found.get("ro_true", errors["ro_true"] * math.nan)).mean(0).tolist())}
+    gap = f"{row['tf_gap']:+.2%} [{row['tf_gap_low']:+.2%}, {row['tf_gap_high']:+.2%}]; rolled out {row['ro_gap']:+.2%}"
+    text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
+    if base is not None:
+        versus = meter_summary(errors | {f"{p}_shuffled": base[f"{p}_true"] for p in ("tf", "ro")}, recordings)
+        row |= dict(zip(HELP, (versus[k] for k in ("tf_shuffled", "ro_shuffled", "tf_gap", "tf_gap_low", "tf_gap_high"))))
+        text += (
+            f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}: {row['help']:+.2%} [{row['help_low']:+.2%}, "
+        )
+        text += f"{row['help_high']:+.2%}]; rolled out {row['ro_true']:.4f} and {row['base_ro']:.4f}"
+    return row, text
+
+
+def hold_state(state0, actions, mean, scale):
+    """In place of compose_poses for a robot of which we do not know what its actions do to its state: that stays the first."""
+    return state0[:, None].expand(-1, actions.shape[1], -1)
+
+
+def check_adapters(model, inputs, autocast, trained):
+    """A generator: looks at one clip before training on it, and yields after it what holds; RuntimeError for what does not."""
+
+    def losses():
+        with autocast(), torch.no_grad():
+            return torch.stack(model.eval()(*inputs)).float()
+
+    frozen = {n: p.clone() for n, p in model.predictor.named_parameters() if n not in trained}
+    with without_lora(model.predictor):
+        base = losses()
+    start = losses()
+    model.train()
+    yield
+    end, moved = losses(), [n for n, p in model.predictor.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
+    found = {f"loss {start.sum():.4f} fell to {end.sum():.4f} on this clip": end.sum() < start.sum(),
+             f"{len(frozen)} frozen tensors are as they were": not moved}  # fmt: skip
+    if lora_layers(model.predictor):
+        found |= {"before the first step the losses were those of the base, bit for bit": torch.equal(start, base)}
+        merge_lora(model.predictor)
+        found |= {f"merged, the losses differ by {(losses() - end).abs().max():.1e}": (losses() - end).abs().max() < 1e-2 * end.max()}
+    if not all(found.values()):
+        raise RuntimeError("--debug: this does not hold: " + "; ".join(k for k, v in found.items() if not v))
+    yield from found
 
 
 def table(errors, summary, seconds):

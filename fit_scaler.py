@@ -2,10 +2,12 @@
 
     python fit_scaler.py --data VPT/*.tar --output vpt_action_scaler.pkl
     torchrun --nproc_per_node=8 fit_scaler.py --data VPT/*.tar --max_samples 1000000
+    python fit_scaler.py --dataset droid --data droid_100/*.tfrecord* --output droid_action_scaler.pkl
 
 Reads the JSONL members of the shards and seeks over the video (pipe: and http:// shards can only be read on). A sample is one step: at
 20 fps, --fps 5 and --frames_per_step 2 it sums lines 8t to 8t+7 of a recording. Recordings are taken in an order that depends on --seed
 alone until there are --max_samples steps, or the estimates have converged. Writes a joblib StandardScaler (.pkl) or .safetensors.
+With --dataset droid a sample is an action between two sampled frames of a robot episode (droid.py), idle or not.
 """
 
 import argparse
@@ -34,20 +36,25 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
-from data import READ_ERRORS, Record, Slice, is_stream, open_lines, stream_recordings
+from data import READ_ERRORS, Slice, is_stream, open_lines, stream_recordings
+from droid import DroidSteps
 from kernels import merge_moments, moments, standard_errors
 from vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+parser.add_argument("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
 parser.add_argument("--data", "--data_path", nargs="+", action="append", help="shards: paths, globs, {a..b}, URLs (default VPT/*.tar)")
 parser.add_argument("--output", default="vpt_action_scaler.pkl", help="where to write the scaler: .pkl or .safetensors")
 parser.add_argument("--max_samples", type=int, default=100_000, help="steps to use at most")
 parser.add_argument("--max_shards", type=int, help="use this many shards, spread uniformly over --data (default: all)")
 parser.add_argument("--val_fraction", type=float, default=0.0, help="leave out what train_ac.py holds out at the same --val_fraction")
 parser.add_argument("--action_space", type=int, default=13, choices=ACTION_SPACES, help="stored with the scaler; its first 4 are the same")
-parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
-parser.add_argument("--frames_per_step", "--tubelet_size", type=int, default=2, help="sampled frames a step")
+parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second (droid: 4 if not given)")
+parser.add_argument("--frames_per_step", "--tubelet_size", type=int, default=2, help="sampled frames a step (droid: 1)")
+parser.add_argument("--stride", type=int, help="droid: rows between sampled frames in place of --fps")
+parser.add_argument("--state_keys", nargs="+", help="droid: fields of the state (default: the pose)")
+parser.add_argument("--action_keys", nargs="+", help="droid: fields of the action (default: differences of the pose)")
 parser.add_argument("--batch_size", type=int, default=128, help="samples between two convergence checks (at least 5 %% of those in)")
 parser.add_argument("--num_workers", type=int, default=8, help="processes that read and parse, per rank (0 or 1: this one)")
 parser.add_argument("--no_convergence_check", action="store_true", help="do not stop before --max_samples")
@@ -69,10 +76,9 @@ class _ScalerUnpickler(NumpyUnpickler):
     """Admits StandardScaler and numpy arrays, nothing else: a scaler file from elsewhere cannot run code."""
 
     def find_class(self, module, name):
-        if (module, name) == ("sklearn.preprocessing._data", "StandardScaler"):
-            return StandardScaler
-        if (module, name) == ("joblib.numpy_pickle", "NumpyArrayWrapper"):
-            return _ScalarsOnly
+        ours = {"sklearn.preprocessing._data.StandardScaler": StandardScaler, "joblib.numpy_pickle.NumpyArrayWrapper": _ScalarsOnly}
+        if f"{module}.{name}" in ours:
+            return ours[f"{module}.{name}"]
         if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
@@ -80,7 +86,7 @@ class _ScalerUnpickler(NumpyUnpickler):
 
 class ActionScaler(NamedTuple):
     """Standardiser of the continuous action dimensions: mean, var, scale (A_c,) float64, n samples, meta (dict of plain values: names,
-    units, fps, frames_per_step, action_space, fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
+    units, fps, frames_per_step, action_space or stride, fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
 
     mean: np.ndarray
     var: np.ndarray
@@ -138,12 +144,12 @@ class ActionScaler(NamedTuple):
             raise ValueError(f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py")
         return out
 
-    def check(self, path, names, fps, frames_per_step):
-        """Refuse a scaler that was fitted for other continuous dimensions, fps or frames per step (ValueError)."""
+    def check(self, path, names, fps, frames_per_step, stride=0):
+        """Refuse a scaler that was fitted for other continuous dimensions, fps, frames per step or --stride (ValueError)."""
         if len(self.mean) != len(names) or self.meta.get("names", names) != names:
             found = self.meta.get("names", f"{len(self.mean)} dimensions")
             raise ValueError(f"{path} scales {found}, this run needs {names}; fit it again with fit_scaler.py")
-        for key, value in (("fps", fps), ("frames_per_step", frames_per_step)):
+        for key, value in (("fps", fps), ("frames_per_step", frames_per_step), ("stride", stride)):
             if key in self.meta and float(self.meta[key]) != float(value):
                 raise ValueError(f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}: fit it again")
 
@@ -153,7 +159,8 @@ class ActionScaler(NamedTuple):
 # Converged: no standard error above 3 % of its std. A recording's own std is some 30 % off the average, 3 % no layer notices; the guide's
 # 1/sqrt(2n) = 0.2 % at 100,000 holds for independent samples, and the steps of one recording are not.
 TOLERANCE, MIN_SAMPLES, MIN_RECORDINGS = 0.03, 10_000, 20
-STD_RANGE = {"pixels": (5.0, 500.0), "radians": (0.01, 1.0)}  # of sums over all ticks of a step of real play
+# Of sums over all ticks of a step of real play; of differences of an arm's poses, 4 a second
+STD_RANGE = {"pixels": (5.0, 500.0), "radians": (0.01, 1.0), "m": (1e-3, 0.3), "rad": (1e-3, 1.0), "closed": (1e-3, 1.0)}
 COLUMNS = [ACTION_SPACES[38].index(name) for name in [*CONTINUOUS, "gui_open"]]
 
 
@@ -169,7 +176,7 @@ def read_steps(jsonl, fps, frames_per_step):
 
 def read_job(job, fps, frames_per_step, limit):
     """A recording, or a stream until it has given `limit` steps -> [(file, key, JSONL bytes, steps or None, flaw)]."""
-    out, count, url = [], 0, job if isinstance(job, str) else ""
+    out, url = [], job if isinstance(job, str) else ""
 
     def add(file, key, size, jsonl):
         try:
@@ -177,13 +184,12 @@ def read_job(job, fps, frames_per_step, limit):
         except READ_ERRORS as e:
             steps, flaw = None, f"{type(e).__name__}: {e}"
         out.append((file, key, size, steps, flaw))
-        return 0 if steps is None else len(steps)
 
     if url:
         try:
             for key, members in stream_recordings(url):
-                count += add(url, key, len(members["jsonl"]), lambda raw=members["jsonl"]: raw)
-                if count >= limit:
+                add(url, key, len(members["jsonl"]), lambda raw=members["jsonl"]: raw)
+                if sum(len(steps) for *_, steps, _ in out if steps is not None) >= limit:
                     break
         except (*READ_ERRORS, tarfile.TarError) as e:
             out.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
@@ -207,8 +213,8 @@ def has_converged(parts):
 def warnings_for(scaler, slope):
     """What in the numbers suggests broken data, one line each. slope: radians a pixel outside the GUI, None if too little moved."""
     out = []
-    for name, unit, std in zip(CONTINUOUS, UNITS, np.sqrt(scaler.var)):
-        low, high = STD_RANGE[unit]
+    for name, unit, std in zip(scaler.meta["names"], scaler.meta["units"], np.sqrt(scaler.var)):
+        low, high = STD_RANGE.get(unit, (0, np.inf))
         if std < 1e-6:
             out.append(f"{name} never changes (std {std:.1g}): the data may be corrupted; it is left unscaled if it is constant")
         elif not low <= std <= high:
@@ -225,7 +231,7 @@ def verify(path, parts):
     """Reload the file; the samples must come out at mean 0 and std 1 (0 if constant). The transform is affine, so that a recording's mean
     and mean + std tell what happens to all of its samples."""
     scaler = ActionScaler.load(path)
-    total = (0, np.zeros(len(CONTINUOUS)), np.zeros(len(CONTINUOUS)))
+    total = (0, 0 * scaler.mean, 0 * scaler.mean)
     for n, mean, m2 in parts:
         at = scaler.transform(mean)
         total = merge_moments(total, (n, at, n * (scaler.transform(mean + np.sqrt(m2 / n)) - at) ** 2))
@@ -237,6 +243,9 @@ def verify(path, parts):
 
 if __name__ == "__main__":
     args = parser.parse_args()
+    if args.dataset == "droid":
+        parser.set_defaults(output="droid_action_scaler.pkl", fps=4.0, frames_per_step=1)
+        args = parser.parse_args()
     sys.excepthook = one_sentence
     if not args.output.endswith((".pkl", ".safetensors")):
         raise SystemExit(f"--output {args.output} must end in .pkl or .safetensors")
@@ -250,19 +259,21 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")  # no tensor of this stage is worth a GPU: parsing is all the time
 
     # --- data ---
-    data, began = args.data or [["VPT/*.tar"]], time.time()
-    jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
+    data, began, robot, names, units = args.data or [["VPT/*.tar"]], time.time(), None, CONTINUOUS, UNITS
+    if args.dataset == "droid":
+        robot = DroidSteps(args.fps, args.stride, args.state_keys, args.action_keys)
+        jobs, bad, names, units = robot.open(sum(data, []), args.max_shards, args.val_fraction, print if rank == 0 else str)
+    else:
+        jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
     jobs = [jobs[i] for i in np.random.default_rng(args.seed).permutation(len(jobs))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if rank == 0:
-        shards = len({j.shard if isinstance(j, Record) else j for j in jobs})
-        how = "which cannot be sought: reading on through the video bytes" if any(map(is_stream, map(str, jobs))) else ""
-        shown = f"{shards} shards {how}" if how else f"{len(jobs)} recordings in {shards} shards, JSONL only"
-        print(f"{shown}; statistics on the {device}")
+        how = "shards which cannot be sought: reading on through the video bytes" if any(map(is_stream, map(str, jobs))) else "recordings"
+        print(f"{len(jobs)} {how}; statistics on the {device}")
 
     # --- fit ---
     parts, used, flawed = [], [], []  # parts: (count, mean, M2) of each recording, in the order of jobs
-    total = (0, torch.zeros(len(CONTINUOUS), dtype=torch.float64), torch.zeros(len(CONTINUOUS), dtype=torch.float64))
+    total = (0, torch.zeros(len(names), dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64))
     slope_sums = np.zeros(3)  # dx · yaw, dx · dx, steps with motion: the slope is that of a line through the origin
     at, next_check, done = 0, MIN_SAMPLES, False
     start = "fork" if sys.platform == "linux" else None  # workers parse only; elsewhere fork is not safe
@@ -274,7 +285,7 @@ if __name__ == "__main__":
             left = args.max_samples - total[0]
             needed = math.ceil(left * at / total[0]) if total[0] else len(jobs)
             take = max(min(needed, max(max(args.num_workers, 1) * world, at // 4)), 1)
-            work = functools.partial(read_job, fps=args.fps, frames_per_step=args.frames_per_step, limit=left)
+            work = robot or functools.partial(read_job, fps=args.fps, frames_per_step=args.frames_per_step, limit=left)
             results = list((pool.map if pool else map)(work, jobs[at : at + take][rank::world]))
             if world > 1:
                 gathered = [None] * world
@@ -284,26 +295,25 @@ if __name__ == "__main__":
             for file, key, nbytes, steps, flaw in (x for result in results for x in result):
                 if done:
                     break
-                if steps is None:
-                    bad.append((file, key, flaw))
-                    continue
                 if flaw:
-                    flawed.append((file, key, flaw))
+                    (bad if steps is None else flawed).append((file, key, flaw))
+                if steps is None:
+                    continue
                 steps = steps[: args.max_samples - total[0]]
-                n, *spread = moments(torch.from_numpy(steps[:, :4].copy()).to(device))
-                part = (n, *(x.cpu() for x in spread))
+                n, *rest = moments(torch.from_numpy(steps[:, : len(names)].copy()).to(device))
+                part = (n, *(x.cpu() for x in rest))
                 total = merge_moments(total, part)
                 parts.append((part[0], part[1].numpy(), part[2].numpy()))
                 used.append((os.path.basename(file), key, nbytes))
-                seen = steps[(steps[:, 4] == 0) & (np.abs(steps[:, 0]) < 600)]  # 600 px is a quarter turn: yaw_diff has not wrapped
-                slope_sums += seen[:, 0] @ seen[:, 2], seen[:, 0] @ seen[:, 0], np.count_nonzero(seen[:, 0])
+                if robot is None:  # 600 px is a quarter turn: yaw_diff has not wrapped
+                    seen = steps[(steps[:, 4] == 0) & (np.abs(steps[:, 0]) < 600)]
+                    slope_sums += seen[:, 0] @ seen[:, 2], seen[:, 0] @ seen[:, 0], np.count_nonzero(seen[:, 0])
                 progress.update(len(steps))
                 done = total[0] == args.max_samples
                 if total[0] >= next_check and not args.no_convergence_check:
                     next_check = max(total[0] + args.batch_size, 1.05 * total[0])
                     done = done or has_converged(parts)
-            if total[0]:
-                progress.total = max(min(args.max_samples, round(total[0] / at * len(jobs))), total[0])
+            progress.total = max(min(args.max_samples, round(total[0] / at * len(jobs))), total[0])
     if not parts:
         raise ValueError(f"no usable recording in {data}: {'; '.join(' '.join(b) for b in bad[:3]) or 'all of it is held out'}")
 
@@ -311,30 +321,28 @@ if __name__ == "__main__":
     if rank == 0:
         count, mean, m2 = (np.asarray(x) for x in total)
         listing = "\n".join(f"{file} {key} {nbytes}" for file, key, nbytes in sorted(used))
-        meta = {"names": CONTINUOUS, "units": UNITS, "fps": args.fps, "frames_per_step": args.frames_per_step, "seed": args.seed,
-                "action_space": args.action_space, "val_fraction": args.val_fraction, "shards": sorted({file for file, _, _ in used}),
+        meta = {"names": names, "units": units, "fps": args.fps, "frames_per_step": args.frames_per_step, "seed": args.seed,
+                "val_fraction": args.val_fraction, "shards": sorted({file for file, _, _ in used}),
                 "fingerprint": hashlib.sha256(listing.encode()).hexdigest()[:16]}  # fmt: skip
-        if len(used) <= 1000:
-            meta["recordings"] = sorted(f"{file} {key}" for file, key, _ in used)
+        meta |= {"stride": args.stride or 0} if robot else {"action_space": args.action_space}
+        meta |= {"recordings": sorted(f"{file} {key}" for file, key, _ in used)} if len(used) <= 1000 else {}
         scaler = ActionScaler.from_moments(count, mean, m2, meta)
         scaler.save(args.output)
-        off = verify(args.output, parts)
+        off, rule = verify(args.output, parts), "=" * 60
         for title, rows in (("left out", bad), ("tail left out", flawed)):
             for file, key, reason in rows[:5]:
                 print(f"{title}: {file} {key}: {reason}")
             if len(rows) > 5:
                 print(f"{title}: {len(rows) - 5} more, {len(rows)} in all")
-        converged, (of_mean, of_std) = has_converged(parts), standard_errors(parts)
-        rule = "=" * 60
+        converged, (of_mean, of_std), digits = has_converged(parts), standard_errors(parts), 5 if robot else 3
         print(f"{rule}\nSCALER FITTING COMPLETE\n{rule}\nSaved to: {args.output}\nTotal samples: {scaler.n:,}\nConverged: {converged}")
         if not converged:
-            print(f"  (asks for standard errors within {TOLERANCE:.0%}, {MIN_SAMPLES:,} samples, {MIN_RECORDINGS} recordings: "
-                  + ("raise --max_samples)" if at < len(jobs) or done else "all the data is used)"))  # fmt: skip
+            how = "raise --max_samples" if at < len(jobs) or done else "all the data is used"
+            print(f"  (asks for standard errors within {TOLERANCE:.0%}, {MIN_SAMPLES:,} samples, {MIN_RECORDINGS} recordings: {how})")
         print("\nAction Statistics (Continuous Actions; a step's sum, and standard errors in % of the std):")
-        for i, (name, unit) in enumerate(zip(CONTINUOUS, UNITS)):
-            std = math.sqrt(scaler.var[i])
-            print(f"  {name:10} - Mean: {mean[i]:9.3f} (se {of_mean[i]:6.2%}), Std: {std:9.3f} (se {of_std[i]:6.2%}) {unit}")
-        print(f"{rule}\n{len(used)} recordings, {sum(u[2] for u in used) / 2**20:.1f} MiB of JSONL in {time.time() - began:.1f} s")
+        for i, (name, unit, std) in enumerate(zip(names, units, np.sqrt(scaler.var))):
+            print(f"  {name:10} - Mean: {mean[i]:9.{digits}f} (se {of_mean[i]:6.2%}), Std: {std:9.{digits}f} (se {of_std[i]:6.2%}) {unit}")
+        print(f"{rule}\n{len(used)} recordings, {sum(u[2] for u in used) / 2**20:.1f} MiB of actions in {time.time() - began:.1f} s")
         print(f"Reloaded and verified: the samples come out at mean 0 and std 1 within {max(off, 1e-16):.0e}")
         for line in warnings_for(scaler, slope_sums[0] / slope_sums[1] if slope_sums[2] >= 100 else None):
             print(f"WARNING: {line}")

@@ -69,9 +69,13 @@ def report(rows, as_json, device):
         for row in rows:
             print(json.dumps(machine(device) | row))
         return
+
+    def shown(value):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
     same = {k: v for k, v in rows[0].items() if all(row[k] == v for row in rows) and len(rows) > 1}
-    print(", ".join(f"{k} {v}" for k, v in (machine(device) | same).items()))
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items() if k not in same] for row in rows]
+    print(", ".join(f"{k} {shown(v)}" for k, v in (machine(device) | same).items()))
+    cells = [[shown(v) for k, v in row.items() if k not in same] for row in rows]
     heads = [k for k in rows[0] if k not in same]
     widths = [max(map(len, column)) for column in zip(heads, *cells)]
     for line in [heads, *cells]:

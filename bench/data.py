@@ -1,8 +1,10 @@
-"""What the loader costs against decoding the same clips and nothing else, PyAV against decord, and how much of a recording a clip reads.
+"""What the loader costs against decoding the same clips and nothing else, PyAV against decord, and how much of a recording a clip reads;
+and the rows of bench/readers.py on H5 latents and on DROID's TFRecords, beside other readers.
 
     python -m bench.data                       # two recordings of 5 minutes at 640x360, deleted afterwards; 4 minutes on two cores
     python -m bench.data --minutes 1 --clips 16 --gop 60
-    python -m bench.data --only latents        # windows of 8 steps of (16, 64, 64) from H5 against bare h5py reads: 20 seconds
+    python -m bench.data --of droid --json     # TFRecords only; pip install tfrecord, tensorflow-cpu for the rows to compare with
+    python -m bench.data --of latents          # windows of H5 against bare h5py: 20 seconds
 
 The recording is made here: a texture that pans as under a moving camera, 20 fps, H.264 High with B-frames, 1.7 Mbit/s, one keyframe
 every --gop frames (GOP and bitrate of real VPT files are assumptions). The bare loop opens
@@ -26,12 +28,13 @@ atexit.register(shutil.rmtree, SCRATCH)
 os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py once, when it is imported
 
 import av  # noqa: E402
-import h5py  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
-import latents  # noqa: E402
+from bench import report  # noqa: E402
+from bench.readers import droid_rows, latent_rows, make_tfrecord  # noqa: E402
 from vpt import ClipReader, mp4_times  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -41,8 +44,11 @@ parser.add_argument("--gop", type=int, nargs="+", default=[250, 60], help="frame
 parser.add_argument("--clips", type=int, default=48, help="clips timed a row")
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
 parser.add_argument("--decoder", nargs="+", default=["pyav", "decord"], choices=["pyav", "decord"], help="decoders to time")
-parser.add_argument("--only", choices=["clips", "latents"], help="half of it")
 parser.add_argument("--keep", metavar="FOLDER", help="keep the recordings there, and use the ones that are there")
+parser.add_argument("--of", nargs="+", default=["latents", "droid", "vpt"], choices=["latents", "droid", "vpt"], help="which data")
+parser.add_argument("--episodes", type=int, default=30, help="robot episodes")
+parser.add_argument("--steps", type=int, default=240, help="rows of a robot episode")
+parser.add_argument("--json", action="store_true", help="rows as JSON lines")
 BATCH = 8
 
 
@@ -156,61 +162,32 @@ def row(path, decoder, args):
     return *rates, seconds["bare"] / seconds["loader"], with_workers, per_clip / 1e6, 100 * per_clip / os.path.getsize(video)
 
 
-def latent_rows(folder, windows=256):
-    """Lines of the table on H5 latents: windows a second of the loader and of bare reads of the same chunks, by HDF5 layout."""
-    rng, rows = np.random.default_rng(0), []
-    for name, options in (("contiguous", {}), ("a chunk each", {"chunks": (1, 16, 2, 64, 64)}), ("gzip", {"compression": "gzip"})):
-        path = os.path.join(folder, f"{name}.h5")
-        with h5py.File(path, "w") as f:
-            f.create_dataset("latents", data=rng.standard_normal((400, 16, 2, 64, 64)).astype(np.float16), **options)
-        dataset = latents.Latents([latents.LatentFile(path, 800, (400, 16, 2, 64, 64))], 8)
-        loader = latents.latent_sequences(dataset, BATCH)
-        items, ours, seconds = list(itertools.islice(loader.batch_sampler, windows // BATCH)), iter(loader), {"bare": 0.0, "loader": 0.0}
-        with h5py.File(path) as f:
-            for k, batch in enumerate(items):
-                t0 = time.perf_counter()
-                for _, _, _, first in batch:
-                    f["latents"][first // 2 : -(-(first + 8) // 2)].astype(np.float32)
-                t1 = time.perf_counter()
-                next(ours)
-                if k:  # the first opens files
-                    seconds = {"bare": seconds["bare"] + t1 - t0, "loader": seconds["loader"] + time.perf_counter() - t1}
-        n = (len(items) - 1) * BATCH
-        rates = n / seconds["bare"], n / seconds["loader"]
-        rows.append(f"{name:>14} {rates[0]:>8.1f} {rates[1]:>8.1f} {seconds['bare'] / seconds['loader']:>7.2f}")
-    return [f"{'H5 layout':>14} {'bare':>8} {'loader':>8} {'ratio':>7}   windows of 8 steps a second, float16, one process", *rows]
-
-
 if __name__ == "__main__":
     args = parser.parse_args()
-    if args.only != "clips":
-        print("\n".join(latent_rows(SCRATCH)))
-    if args.only == "latents":
-        raise SystemExit
-    folder = args.keep or SCRATCH
+    folder, rows = args.keep or SCRATCH, []
     os.makedirs(folder, exist_ok=True)
+    if "latents" in args.of:
+        report(latent_rows(SCRATCH), args.json, torch.device("cpu"))
+    if "droid" in args.of:
+        path = os.path.join(folder, f"{args.episodes}x{args.steps}.tfrecord")
+        if not os.path.exists(path):
+            make_tfrecord(path, args.episodes, args.steps)
+        report(droid_rows(path, args.steps), args.json, torch.device("cpu"))
     data.Slice = CountedSlice
-    lines = []
-    for gop in args.gop:
+    for gop in args.gop if "vpt" in args.of else ():
         path = os.path.join(folder, f"{args.size}-{args.minutes:g}min-gop{gop}.tar")
         if not os.path.exists(path):
             make_recording(path, round(args.minutes * 1200), [int(x) for x in args.size.split("x")], gop)
-        megabytes = os.path.getsize(path.replace(".tar", ".mp4")) / 1e6
-        t0 = time.perf_counter()
+        times = [time.perf_counter()]
         records = data.index_shards([path])[0]
-        t1 = time.perf_counter()
-        data.read_ticks(records[0])
-        t2 = time.perf_counter()
-        data.read_ticks(records[0])
-        t3 = time.perf_counter()
-        lines.append(
-            f"GOP {gop}: {records[0].length} frames, {megabytes:.1f} MB; index {1e3 * (t1 - t0):.1f} ms, actions parsed in "
-            f"{1e3 * (t2 - t1):.0f} ms, from the cache in {1e3 * (t3 - t2):.1f} ms"
-        )
+        for _ in range(2):
+            times.append(time.perf_counter())
+            data.read_ticks(records[0])
+        index, parsed, cached = np.diff([*times, time.perf_counter()]) * 1e3
+        about = {"video": args.size, "frames": records[0].length, "MB": os.path.getsize(path.replace(".tar", ".mp4")) / 1e6, "GOP": gop}
+        about |= {"index ms": index, "actions ms": parsed, "from cache": cached, "px": args.crop_size, "clips": args.clips}
         for decoder in args.decoder:
-            bare, loader, ratio, workers, read, share = row(path, decoder, args)
-            lines.append(f"{gop:>5} {decoder:>8} {bare:>8.2f} {loader:>8.2f} {ratio:>7.2f} {workers:>10.2f} {read:>9.2f} {share:>8.1f}")
-    head = f"{'GOP':>5} {'decoder':>8} {'bare':>8} {'loader':>8} {'ratio':>7} {'2 workers':>10} {'MB/clip':>9} {'% video':>8}"
-    notes, rows = [x for x in lines if x.startswith("GOP")], [x for x in lines if not x.startswith("GOP")]
-    print("\n".join(notes), f"\nclips/s, {args.clips} clips of 16 frames at 5 fps, {args.size} -> {args.crop_size} px", head, sep="\n")
-    print("\n".join(rows))
+            names = "bare clips/s", "loader", "loader / bare", "2 workers", "MB a clip", "% of video"
+            rows.append(about | {"decoder": decoder} | dict(zip(names, row(path, decoder, args))))
+    if rows:
+        report(rows, args.json, torch.device("cpu"))

@@ -167,7 +167,7 @@ if __name__ == "__main__":
             for _ in range(repeats):  # the rows take turns, so that a busy neighbour hits all of them
                 done, cost = measured(functools.partial(run, command), data)
                 jobs = jobs[: int(re.search(r"^(\d+) recordings, ", done.stdout, re.M)[1])]
-                inner = float(re.search(r"JSONL in ([\d.]+) s", done.stdout)[1])
+                inner = float(re.search(r"actions in ([\d.]+) s", done.stdout)[1])
                 turn = {"fit_scaler.py, from shards to scaler": np.array([inner, *(cost - imports)[1:]])}
                 turn["fit_scaler.py, the whole command"] = cost
                 for name, loads in (("read + orjson, whole lines", orjson.loads), ("read + json, whole lines", json.loads)):

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from .linear import ONEDNN, linear_onednn
+from .low_rank import low_rank_fused
 from .reference import (
     attention_dense,
     attention_prefix,
     check_finite,
+    low_rank_plain,
     merge_moments,
     merge_over_ranks,
     moments_two_pass,
@@ -23,6 +25,7 @@ __all__ = [
     "block_causal_attention",
     "chosen",
     "linear",
+    "low_rank",
     "merge_moments",
     "merge_over_ranks",
     "moments",
@@ -33,6 +36,7 @@ ATTENTION = {"reference": attention_dense, "prefix": attention_prefix}
 MOMENTS = {"two_pass": moments_two_pass}
 ROPE = {"plain": rope_plain}
 LINEAR = {"blas": F.linear, "onednn": linear_onednn}
+LOW_RANK = {"plain": low_rank_plain, "fused": low_rank_fused}
 if importlib.util.find_spec("triton"):  # not on macOS
     from .attention import attention_triton, runs_triton, served
     from .rope import TYPES, rope_triton
@@ -99,6 +103,12 @@ def linear(x, weight, bias, impl="auto"):
         large = ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) > 2**26
         impl = "onednn" if large and not torch.is_autocast_enabled("cpu") else "blas"
     return pick(LINEAR, impl)(x, weight, bias)
+
+
+def low_rank(x, drop, weight, bias, A, B, scale, impl="auto"):
+    """x (n, K), frozen weight (N, K) and bias (N,), A (r, K), B (N, r) -> x W' + b + scale drop A' B', (n, N) in x's dtype; `drop` is x
+    after dropout, or None for x itself. impl: "fused" (one autograd node), "plain"."""
+    return pick(LOW_RANK, "fused" if impl == "auto" else impl)(x, drop, weight, bias, A, B, scale)
 
 
 def pick(table, impl):

@@ -22,6 +22,13 @@ def attention_prefix(q, k, v, block):
     return torch.cat([F.scaled_dot_product_attention(q[:, :, i:j], k[:, :, :j], v[:, :, :j]) for i, j in zip(starts, ends)], dim=2)
 
 
+def low_rank_plain(x, drop, weight, bias, A, B, scale):
+    """LoRA by its definition (arXiv 2106.09685): the layer, plus scale B A on (dropped out) x."""
+    low_in = x if drop is None else drop
+    low = F.linear(F.linear(low_in, A.to(x.dtype)), B.to(x.dtype))
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype)) + scale * low
+
+
 def rotate_pairs(x, cos, sin):
     """RoPE by its definition: y0 = x0 cos0 + x1 sin0, y1 = x1 cos1 + x0 sin1 for each pair of adjacent dims, the sign folded into sin
     (model.rope_tables). x (..., L, hd) keeps its dtype, the arithmetic is that of the tables. torch.compile makes one loop of it."""

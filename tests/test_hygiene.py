@@ -12,7 +12,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = sorted(os.path.relpath(p, ROOT) for d in ("", "prepare", "bench", "kernels") for p in glob.glob(os.path.join(ROOT, d, "*.py")))
 BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 130, "kernels/attention.py": 380}
-BUDGETS |= {"vpt.py": 370, "README.md": 220} | dict.fromkeys(("fit_scaler.py", "train_ac.py", "train_lam.py", "train_lora.py"), 350)
+BUDGETS |= {"vpt.py": 370, "episodes.py": 350, "README.md": 220}
+BUDGETS |= dict.fromkeys(("fit_scaler.py", "train_ac.py", "train_lam.py", "train_lora.py"), 350)
 LEAF = 300  # encode, eval, probe, plan, prepare/*, bench/*, kernels/*
 
 
@@ -93,7 +94,7 @@ def commands(text):
             except ValueError:  # prose with an apostrophe
                 continue
             for i, word in enumerate(parts):
-                if word == "-m" and i + 1 < len(parts) and parts[i + 1].split(".")[0] in ("prepare", "bench", "data"):
+                if word == "-m" and i + 1 < len(parts) and parts[i + 1].split(".")[0] in ("prepare", "bench", "data", "droid"):
                     yield parts[i + 1].replace(".", "/") + ".py", parts[i + 2 :]
                 elif re.fullmatch(r"[\w/]+\.py", word):
                     yield word, parts[i + 1 :]
@@ -154,7 +155,7 @@ def test_line_budgets():
             if lines > budget:
                 over[path] = f"{lines} of {budget}"
     assert over == {}
-    assert len([p for p in SOURCES if os.sep not in p]) <= 15
+    assert len([p for p in SOURCES if os.sep not in p]) <= 17
 
 
 @pytest.mark.parametrize("path", SOURCES)

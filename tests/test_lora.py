@@ -1,0 +1,591 @@
+"""lora.py, mirror.py and train_lora.py: what adapters compute, Hugging Face PEFT both ways, runs as programs, copies to buckets."""
+
+import copy
+import json
+import multiprocessing.forkserver
+import os
+import time
+import types
+
+import av
+import fsspec
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import FORK, ROOT, Run, column, fails, numbers, run, start_ranks
+
+import checkpoint
+import kernels
+import lora
+from bench.memory import activation_bytes, estimate
+from droid import DroidReader, open_droid
+from fit_scaler import ActionScaler
+from lora import LoRALinear, add_lora, load_adapter, lora_layers, lora_state_dict, merge_lora, merged_state, save_adapter, unmerge_lora
+from mirror import Mirror
+from model import ACModel, Predictor, ac_losses
+
+SIZE = {"pred_dim": 48, "depth": 2, "num_heads": 3}
+SPLITS = [{}, {"fused_qkv": True}, {"targets": ("k_proj", "mlp.fc1")}, {"targets": ("v_proj", "q_proj", "o_proj"), "rslora": False}]
+
+
+def make(action_dim=7, seed=0):
+    torch.manual_seed(seed)
+    return Predictor(48, action_dim, 7, (2, 2), **SIZE)
+
+
+def batch(B=2, T=4, action_dim=7, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(B, *s, generator=g) for s in ((T, 4, 48), (T - 1, action_dim), (T, 7)))
+
+
+def random_B(model, std=0.05):
+    """An adapter as after training: B is no longer zero."""
+    g = torch.Generator().manual_seed(2)
+    for m in lora_layers(model).values():
+        m.lora_B.data.normal_(std=std, generator=g)
+    return model
+
+
+def losses(model, inputs):
+    return torch.stack(ac_losses(model, *inputs))
+
+
+def grads(model, inputs):
+    """Gradients of both losses, of what is trained, as one vector."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(losses(model, inputs).sum(), params)])
+
+
+# --- layers ---
+
+
+def test_counts_of_the_released_predictor():
+    """Bug: an adapter too many or too few; the 20 M of the guide repeated where r=16 gives 7 M."""
+    for options, expected in (({}, 7_077_888), ({"fused_qkv": True}, 6_291_456), ({"r": 45}, 19_906_560)):
+        with torch.device("meta"):
+            model = Predictor(1408, 7, 7, (16, 16), use_extrinsics=True)
+        assert sum(p.numel() for p in model.parameters()) == 305_220_992
+        assert add_lora(model, **options) == expected
+        assert sum(v.numel() for v in lora_state_dict(model).values()) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", SPLITS)
+def test_step_0_is_the_base_bit_for_bit(options, dtype):
+    """Bug: B starts at something, dropout reaches the base's path, autocast rounds elsewhere than in the base."""
+    base, inputs = make(), batch()
+    model = copy.deepcopy(base).train()
+    add_lora(model, r=4, dropout=0.5, **options)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        assert torch.equal(losses(model, inputs), losses(base, inputs))
+        random_B(model)
+        assert not torch.equal(losses(model, inputs), losses(base, inputs))
+        with lora.without_lora(model):
+            assert torch.equal(losses(model, inputs), losses(base, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropped, frozen_input", [(False, False), (True, False), (False, True), (True, True)])
+def test_the_fused_node_is_the_definition(dtype, dropped, frozen_input):
+    """Bug: a gradient of A, B or the input that is wrong, unscaled, or misses dropout's path; rounding worse than the plain version's."""
+    torch.manual_seed(0)
+    x, W, b, A, B = (torch.randn(*s) / 4 for s in ((37, 48), (96, 48), (96,), (4, 48), (96, 4)))
+    mask, up = (torch.rand(37, 48) > 0.3) / 0.7, torch.randn(37, 96)
+
+    def outputs(impl, dtype):
+        leaf, a, c = x.to(dtype).requires_grad_(not frozen_input), A.clone().requires_grad_(), B.clone().requires_grad_()
+        y = kernels.low_rank(leaf, leaf * mask.to(dtype) if dropped else None, W, b, a, c, 8.0, impl)
+        wanted = [a, c] if frozen_input else [leaf, a, c]
+        return [y, *torch.autograd.grad(y, wanted, up.to(dtype))]
+
+    exact = [t.double() for t in outputs("plain", torch.float32)]
+    for e, plain, fused in zip(exact, outputs("plain", dtype), outputs("fused", dtype)):
+        assert fused.dtype == plain.dtype
+        assert (fused - e).norm() <= max(2 * (plain - e).norm(), 1e-6 * e.norm())
+
+
+def test_what_it_keeps_for_the_backward_pass():
+    """Bug: a copy of the frozen weights in 16 bits, or the input of W, kept for a gradient that nobody takes."""
+    layer = LoRALinear(torch.nn.Linear(256, 256), 4, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(8, 256))
+    new = [t for t in kept if t.data_ptr() not in {p.data_ptr() for p in layer.parameters()}]
+    assert sorted(t.numel() for t in new) == [8 * 4, 8 * 256]
+
+
+@pytest.mark.parametrize("options", SPLITS)
+def test_merging(options):
+    """Bug: merged twice, or not quite; thirds that land on the wrong rows; an unmerge in 16 bits that changes the base."""
+    model, inputs = make(), batch()
+    base = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="no adapters to merge"):
+        merge_lora(model)
+    add_lora(model, r=4, **options)
+    random_B(model)
+    adapted, plain = losses(model, inputs), make()
+    plain.load_state_dict(merged_state(model))
+    torch.testing.assert_close(losses(plain, inputs), adapted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=0)  # merged_state leaves it alone
+    with pytest.raises(ValueError, match="unmerge"):
+        unmerge_lora(model)
+    merge_lora(model)
+    torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=1e-5)
+    assert merged_state(model).keys() == base.state_dict().keys()
+    with pytest.raises(ValueError, match="merge"):
+        merge_lora(model)
+    unmerge_lora(model)
+    torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.predictor_blocks[0].attn.qkv.weight, base.predictor_blocks[0].attn.qkv.weight, rtol=0, atol=1e-7)
+    merge_lora(model.bfloat16())
+    with pytest.raises(ValueError, match="16 bits"):
+        unmerge_lora(model)
+
+
+def test_only_the_named_rows_change():
+    """Bug: q's adapter moves k; a target that is not named is adapted."""
+    model = make()
+    base = copy.deepcopy(model)
+    add_lora(model, targets=("v_proj",), r=4)
+    random_B(model)
+    moved = {k for k, v in merged_state(model).items() if not torch.equal(v, base.state_dict()[k])}
+    assert moved == {f"predictor_blocks.{i}.attn.qkv.weight" for i in range(2)}
+    change = (merged_state(model)["predictor_blocks.0.attn.qkv.weight"] != base.predictor_blocks[0].attn.qkv.weight).any(1)
+    assert not change[:96].any() and change[96:].all()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"targets": ("q_proj", "gate_proj")}, "gate_proj are unknown"), ({"targets": ()}, "give r >= 1 and a target"), ({"r": 0}, "r=0"),
+    ({"targets": ("q_proj", "o_proj"), "fused_qkv": True}, "name all three"),
+])  # fmt: skip
+def test_wrong_options(options, message):
+    """Bug: a misspelt target adapts nothing, silently."""
+    with pytest.raises(ValueError, match=message):
+        add_lora(make(), **options)
+    model = make()
+    add_lora(model)
+    with pytest.raises(ValueError, match="once"):
+        add_lora(model)
+
+
+@pytest.mark.parametrize("backend, checkpointing", [
+    (None, True), ("aot_eager", False), *(pytest.param("inductor", c, marks=pytest.mark.slow) for c in (False, True))
+])  # fmt: skip
+def test_gradients_under_compile_and_checkpointing(backend, checkpointing):
+    """Bug: a graph break, a gradient that recomputation or the compiler loses."""
+    inputs, plain = batch(T=3), Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=1, num_heads=3)
+    add_lora(plain, r=4)
+    model = copy.deepcopy(random_B(plain))
+    expected = grads(plain, inputs)
+    model.activation_checkpointing = checkpointing
+    call = ACModel(model)
+    if backend:
+        call.compile(fullgraph=True, dynamic=False, backend=backend)
+    params = [p for p in model.parameters() if p.requires_grad]
+    found = torch.cat([g.flatten() for g in torch.autograd.grad(sum(call(*inputs)), params)])
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+# --- PEFT ---
+
+
+@pytest.mark.parametrize("options", SPLITS)
+def test_peft_loads_what_we_write(tmp_path, options):
+    """Bug: a key, a rank or a scale that PEFT understands otherwise (rsLoRA's scale is 8, not 2); a rank_pattern that misses a block."""
+    base, inputs = make(), batch()
+    model = copy.deepcopy(base)
+    add_lora(model, r=4, alpha=32, dropout=0.1, **options)
+    random_B(model)
+    save_adapter(model.eval(), tmp_path, "vjepa2-ac-vitg.pt")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(losses(theirs.base_model.model, inputs), losses(model, inputs), rtol=0, atol=1e-6)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(losses(merged, inputs), losses(model, inputs), rtol=0, atol=1e-6)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(losses(again.eval(), inputs), losses(model, inputs))
+    assert {n: (m.r, m.thirds) for n, m in lora_layers(again).items()} == {n: (m.r, m.thirds) for n, m in lora_layers(model).items()}
+    size = os.path.getsize(tmp_path / "adapter_model.safetensors")
+    written = sum(t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert 4 * written <= size <= 4 * written + 4000
+
+
+@pytest.mark.parametrize("config", [
+    {"target_modules": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "use_rslora": True},
+    {"target_modules": ["mlp.fc1"], "modules_to_save": ["action_encoder", "state_encoder"]},
+    {"target_modules": r".*\.attn\.(qkv|proj)", "rank_pattern": {r".*1\.attn\.qkv": 7, "attn.proj": 2}, "alpha_pattern": {"attn.proj": 5}},
+    {"target_modules": ["qkv", "predictor_proj"], "layers_to_transform": None, "use_rslora": True},
+])  # fmt: skip
+def test_we_load_what_peft_trained(tmp_path, config):
+    """Bug: PEFT's scale, patterns or saved modules are read otherwise than PEFT reads them; what we write after that is not the same."""
+    base, inputs = make(), batch()
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=16, **config))
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        losses(theirs.base_model.model, inputs).sum().backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path / "peft")
+    model = copy.deepcopy(base)
+    also = load_adapter(model, tmp_path / "peft")
+    assert also == (config.get("modules_to_save") or [])
+    expected = losses(theirs.eval().base_model.model, inputs)
+    assert not torch.allclose(expected, losses(base, inputs), rtol=1e-3)
+    torch.testing.assert_close(losses(model, inputs), expected, rtol=0, atol=1e-6)
+    save_adapter(model, tmp_path / "ours", also=also)
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(losses(back.base_model.model, inputs), expected, rtol=0, atol=1e-6)
+
+
+def test_adapters_that_are_refused(tmp_path):
+    """Bug: DoRA read as LoRA, an adapter of another model loaded in part."""
+    with pytest.raises(FileNotFoundError, match="no PEFT adapter"):
+        load_adapter(make(), tmp_path)
+    peft.get_peft_model(make(), peft.LoraConfig(target_modules=["mlp.fc1"], use_dora=True)).save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="use_dora"):
+        load_adapter(make(), tmp_path / "dora")
+    wide = Predictor(48, 7, 7, (2, 2), pred_dim=96, depth=2, num_heads=3)
+    add_lora(wide)
+    save_adapter(wide, tmp_path / "wide")
+    with pytest.raises(ValueError, match="another base"):
+        load_adapter(make(), tmp_path / "wide")
+    peft.get_peft_model(make(), peft.LoraConfig(target_modules=["action_encoder"])).save_pretrained(tmp_path / "actions")
+    with pytest.raises(ValueError, match="no such layers to adapt here: action_encoder"):
+        load_adapter(make(), tmp_path / "actions")
+    deep = Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=3, num_heads=3)
+    add_lora(deep, r=4)
+    save_adapter(deep, tmp_path / "deep")
+    with pytest.raises(ValueError, match=r"no such layers to adapt here: predictor_blocks.2.attn.proj"):
+        load_adapter(make(), tmp_path / "deep")
+
+
+# --- the action scale ---
+
+
+def test_folding_a_scaler_is_exact():
+    """Bug: the base sees actions in other units than it was trained on, 55 times as large on DROID."""
+    rng, layer = np.random.default_rng(0), torch.nn.Linear(7, 48)
+    raw = torch.from_numpy(rng.normal(0.01, 0.02, (50, 7)))
+    one, two = (ActionScaler(m, s**2, s, 50, {}) for m, s in ((rng.normal(0, 0.02, 5), rng.uniform(0.01, 0.1, 5)) for _ in range(2)))
+
+    def seen(scaler):
+        return torch.from_numpy(raw.numpy() if scaler is None else scaler.transform(raw)).float()
+
+    for old in (None, one):
+        expected = layer(seen(old))
+        for new in (None, one, two):
+            other = torch.nn.Linear(7, 48)
+            other.load_state_dict(lora.fold_scaler(layer, old, new))
+            torch.testing.assert_close(other(seen(new)), expected, rtol=0, atol=2e-6)
+    assert torch.equal(lora.fold_scaler(layer, one, one)["weight"], layer.weight)
+    lines = [
+        *lora.scale_warnings([*"abcdefg"], np.full(7, 0.02), [("x", None), ("y", ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}))])
+    ]
+    assert len(lines) == 7 and "a is 0.0182 times as large" in lines[0] and "y action scale" in lines[0]
+
+
+# --- runs ---
+
+
+def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
+    """One's own robot: a disc moved by what the pose says; `gain` is how far the picture follows."""
+    rng = np.random.default_rng(seed)
+    velocity = np.zeros((T, 2))
+    for t in range(1, T):
+        velocity[t] = 0.9 * velocity[t - 1] + rng.normal(0, 0.015, 2)
+    place = np.clip(0.5 + np.cumsum(velocity, 0), 0, 1)
+    pose, grip = np.zeros((T, 6)), (np.sin(np.arange(T) / 7 + seed) > 0).astype(float)[:, None]
+    pose[:, :2], pose[:, 5] = place, 0.3 * np.sin(np.arange(T) / 9 + seed)
+    yy, xx = np.mgrid[:size, :size] / size
+    with av.open(f"{path}.mp4", "w") as c:
+        stream = c.add_stream("libx264", rate=15)
+        stream.width = stream.height = size
+        for t in range(T):
+            x, y = 0.5 + gain * (place[t] - 0.5)
+            frame = np.full((size, size, 3), 60, np.uint8)
+            frame[(xx - x) ** 2 + (yy - y) ** 2 < 0.03] = (255, 80, 40) if grip[t] else (40, 200, 255)
+            c.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        c.mux(stream.encode())
+    fields = {"cartesian_position": pose, "gripper_position": grip, "rate": 15.0}
+    if action_dim:
+        fields["command"] = np.concatenate([velocity, np.zeros((T, action_dim - 2))], 1)
+    np.savez(f"{path}.npz", **fields)
+
+
+FLAGS = "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4 --grad_accum 1 --log_every 1 --frames_per_clip 5 --warmup_steps 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.chdir(ROOT)
+        FORK.set_forkserver_preload(["train_lora"])
+        multiprocessing.forkserver.ensure_running()
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two worlds of six episodes, their scalers, and a base trained on the first; .a and .b are flags to train on them."""
+    folder, out = tmp_path_factory.mktemp("robots"), types.SimpleNamespace()
+    for name, gain, seed in (("a", 1.0, 0), ("b", -1.0, 100)):
+        (folder / name).mkdir()
+        for i in range(6):
+            episode(folder / name / f"e{i}", seed + i, gain)
+        reader = DroidReader(5)
+        records, _, _ = open_droid([str(folder / name)], reader=reader, log=lambda *a: None)
+        actions = np.concatenate([reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records])
+        mean = actions.mean(0)
+        meta = {"names": reader.names, "fps": 4.0, "frames_per_step": 1}
+        scaler = ActionScaler.from_moments(len(actions), mean, ((actions - mean) ** 2).sum(0), meta)
+        scaler.save(folder / f"{name}.safetensors")
+        setattr(out, name, ["--data", folder / name, "--scaler", folder / f"{name}.safetensors", FLAGS])
+    size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 30 --lr 3e-3"
+    run(folder, "train_lora.py", *out.a, size, "--out_dir", folder / "base", "--export", folder / "base.pt")
+    out.folder, out.base = folder, folder / "base.pt"
+    out.lora = [*out.b, "--base", out.base, "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9"]
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(world):
+    """A finished LoRA run of 12 steps; .flags are what makes it."""
+    flags = [*world.lora, "--export", world.folder / "tuned.pt"]
+    text = run(world.folder, "train_lora.py", *flags, "--out_dir", world.folder / "tuned")
+    return types.SimpleNamespace(out=world.folder / "tuned", flags=world.lora, text=text, export=world.folder / "tuned.pt")
+
+
+def same(a, b):
+    """Two finished runs are bitwise one."""
+    for log in ("train.csv", "val.csv"):
+        names = ["epoch", "itr", "jloss", "sloss", *(["grad_norm", "lr"] if log == "train.csv" else ["tf_true", "ro_true", "base_tf"])]
+        assert column(a, *names, log=log) == column(b, *names, log=log)
+    one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
+    assert all(torch.equal(one["adapter"][k], v) for k, v in two["adapter"].items())
+    moments = [[s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")] for x in (one, two)]
+    assert all(torch.equal(x, y) for x, y in zip(*moments))
+
+
+def test_what_a_run_leaves(world, tuned):
+    """Bug: counts not said, the whole base in an adapter's checkpoint, no comparison with the base, rows of a wrong length."""
+    count = sum(v.numel() for v in checkpoint.load_latest(tuned.out)[0]["adapter"].values())
+    assert f"adapters: {count:,} parameters" in tuned.text and "does it help? error" in tuned.text
+    size = os.path.getsize(checkpoint.load_latest(tuned.out)[1])
+    assert 12 * count < size < 12 * count + 100_000
+    v = numbers(tuned.out, "epoch", "itr", "base_tf", "tf_true", "help", "error_4", "base_4", "ro_true", log="val.csv")
+    assert len(v) == 2 and v[0, 2] == v[1, 2] != v[1, 3] and np.isfinite(v).all()
+    np.testing.assert_allclose(v[:, 4], v[:, 2] / v[:, 3] - 1, rtol=1e-6)
+    flags = [w for w in world.lora if not str(w).startswith("--lr")]
+    text = run(
+        world.folder, "train_lora.py", *flags, "--full --max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir", world.folder / "nothing"
+    )
+    unmoved = numbers(world.folder / "nothing", "tf_true", "base_tf", log="val.csv")[-1]
+    np.testing.assert_allclose(unmoved, v[0, 2], rtol=1e-5)  # the base, however it is evaluated
+    assert "of them trained" in text
+
+
+def test_the_export_is_the_adapted_model(world, tuned):
+    """Bug: an export without the adapters, or for scaled actions, so that Meta's code or the next run sees other units."""
+    flags = [*world.b, "--base", tuned.export, "--max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir", world.folder / "again"]
+    run(world.folder, "train_lora.py", *flags)
+    base = numbers(world.folder / "again", "base_tf", "base_ro", log="val.csv")[-1]
+    np.testing.assert_allclose(base, numbers(tuned.out, "tf_true", "ro_true", log="val.csv")[-1], rtol=1e-5)
+    state = torch.load(tuned.export, weights_only=True)["predictor"]
+    assert all(k.startswith("module.") for k in state) and state["module.extrinsics_encoder.weight"].shape == (48, 6)
+
+
+def test_adapter_files_fit_the_base_in_peft(world, tuned):
+    """Bug: the adapter was trained behind a folded scaler and does not fit the base as it is."""
+    state = torch.load(world.base, weights_only=True)["predictor"]
+    plain = Predictor(192, 7, 7, (2, 2), **SIZE)
+    plain.load_state_dict({k.removeprefix("module."): v for k, v in state.items() if "extrinsics" not in k})
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tuned.out / "adapter").eval().base_model.model
+    merged = copy.deepcopy(plain)
+    tuned_state = torch.load(tuned.export, weights_only=True)["predictor"]
+    merged.load_state_dict({k.removeprefix("module."): v for k, v in tuned_state.items() if "extrinsics" not in k})
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, *s, generator=g) for s in ((4, 4, 192), (3, 7), (4, 7))]
+    torch.testing.assert_close(losses(theirs, inputs), losses(merged, inputs), rtol=0, atol=1e-5)
+    assert not torch.allclose(losses(theirs, inputs), losses(plain, inputs), atol=1e-5)
+
+
+def test_resume_is_exact(world, tuned):
+    """Bug: dropout, clip order, Adam's moments or the schedule differ after a kill; a resumed run compares with another base."""
+    out = world.folder / "killed"
+    killed = Run(world.folder, "train_lora.py", *tuned.flags, "--out_dir", out)
+    killed.signal_when(str(out / "train.csv"), lambda rows: len(rows) >= 7, 15)
+    code, text = killed.wait()
+    assert code == 0 and "go on with --resume" in text
+    text = run(world.folder, "train_lora.py", *tuned.flags, "--num_workers 2 --prefetch_factor 3 --resume --out_dir", out)
+    assert "resumed from" in text and "--num_workers 2 (was 0)" in text
+    same(tuned.out, out)
+    for flags, message in (("--r 8", "trained"), ("--lr 1e-3 --alpha 16", "alpha"), ("--fps 2", "fps")):
+        assert message in fails(world.folder, "train_lora.py", *tuned.flags, flags, "--resume --out_dir", out)
+
+
+def test_ranks_and_micro_batches_are_one_batch(world):
+    """Bug: 4x1 accumulation is not 1x4; ranks see the same clips, evaluate other ones, or do not share gradients."""
+    flags, out = [*world.lora, "--dropout 0 --max_steps 4 --eval_every_n_steps 4"], world.folder
+    run(out, "train_lora.py", *flags, "--out_dir", out / "one")
+    run(out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 4 --activation_checkpointing --out_dir", out / "accumulated")
+    ranks = start_ranks(out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "two")
+    for rank in ranks:
+        assert rank.wait()[0] == 0, rank.text()
+    for name in ("accumulated", "two"):
+        for columns, log in ((("jloss", "sloss", "grad_norm"), "train.csv"), (("jloss", "tf_true", "base_tf", "help"), "val.csv")):
+            one, other = numbers(out / "one", *columns, log=log), numbers(out / name, *columns, log=log)
+            np.testing.assert_allclose(other, one, rtol=1e-4, err_msg=f"{name} {log}")
+
+
+def test_debug_and_memory_report(world, tmp_path):
+    """Bug: --debug that passes without looking, or that writes; a report whose estimate is far off."""
+    text = run(tmp_path, "train_lora.py", *world.lora, "--debug --out_dir", tmp_path / "debug")
+    assert "bit for bit" in text and "fell to" in text and "merged" in text and not (tmp_path / "debug").exists()
+    text = run(tmp_path, "train_lora.py", *world.lora, "--memory_report --out_dir", tmp_path / "report")
+    rows = {
+        line.split()[0]: line.split()[-2:] for line in text.splitlines() if line.strip().startswith(("adapters ", "gradients", "optimizer"))
+    }
+    assert rows["gradients"][0] == rows["gradients"][1] and rows["optimizer"][0] == rows["optimizer"][1]
+
+
+def test_estimated_activations_are_those_that_are_kept():
+    """Bug: the estimate counts parameters, or one rollout, or no RoPE."""
+    size = {"pred_dim": 96, "depth": 3, "num_heads": 3}
+    model = ACModel(Predictor(192, 7, 7, (8, 8), **size))
+    add_lora(model.predictor, r=4, dropout=0.1)
+    z, a, s = (torch.randn(2, *x) for x in ((8, 64, 192), (7, 7), (8, 7)))
+    for checkpointing, name in ((False, "activations"), (True, "activations, checkpointed")):
+        model.predictor.activation_checkpointing = checkpointing
+        found = estimate(0, 192, 8, size, {"r": 4, "dropout": 0.1}, 2, 8, torch.float32)[name]
+        assert abs(found / activation_bytes(model, z, a, s) - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dtype bfloat16", "--dtype float16 --activation_checkpointing", "--optim adamw8bit", "--fused_qkv --no-rslora"]
+)
+def test_other_ways_to_train(world, flags):
+    """Bug: a precision or optimizer whose state does not survive saving; GradScaler's own state lost."""
+    if "8bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    out, short = world.folder / flags.replace(" ", ""), [*world.lora, "--lr 3e-3", flags]
+    run(world.folder, "train_lora.py", *short, "--max_steps 8 --anneal_steps 2 --out_dir", out)
+    text = run(world.folder, "train_lora.py", *short, "--max_steps 10 --anneal_steps 2 --resume --out_dir", out)
+    assert "at step 8" in text
+    v = numbers(out, "tf_true", "base_tf", log="val.csv")
+    assert v[-1, 0] < v[-1, 1]
+    assert bool(checkpoint.load_latest(out)[0]["scaler"]) == ("float16" in flags.split())
+
+
+def test_a_robot_of_other_dimension(world, tmp_path):
+    """Bug: another robot's actions cannot be used, or its new encoders are frozen, or not in the adapter's files."""
+    for i in range(4):
+        episode(tmp_path / f"e{i}", 50 + i, action_dim=3)
+    reader = DroidReader(5, action_keys=["command"])
+    records, _, _ = open_droid([str(tmp_path)], reader=reader, log=lambda *a: None)
+    reader.motion(records[0], np.arange(0, 20, 4))
+    scaler = ActionScaler(np.zeros(3), np.full(3, 4e-4), np.full(3, 0.02), 99, {"names": reader.names, "fps": 4.0})
+    scaler.save(tmp_path / "s.safetensors")
+    flags = ["--data", tmp_path, "--scaler", tmp_path / "s.safetensors", FLAGS, "--action_keys command --base", world.base, "--max_steps 4"]
+    text = run(tmp_path, "train_lora.py", *flags, "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt")
+    assert "does it help" not in text  # no base to compare with
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["action_encoder"]
+    again = run(tmp_path, "train_lora.py", *flags, "--lr 1e-12 --init_from", tmp_path / "out" / "adapter", "--out_dir", tmp_path / "more")
+    assert "adapters: " in again
+    before, after = (numbers(tmp_path / n, "tf_true", log="val.csv")[-1, 0] for n in ("out", "more"))
+    assert abs(after / before - 1) < 1e-5  # it starts where the adapter left off
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--base none", "--base none has nothing to adapt"), ("--base nowhere.pt", "no such file"), ("--init_from nowhere", "no PEFT adapter"),
+    ("--base {tuned}", "holds an adapter alone"), ("--scaler nowhere.pkl", "fit one with"), ("--targets q_proj gate", "gate are unknown"),
+    ("--data nowhere", "no episode at nowhere"), ("--out_dir {tuned}", "pass --resume"), ("--fps 5", "fitted with --fps 4"),
+    ("--crop_size 40", "no multiple"), ("--encoder vit_base_16", "name the one of that run"),
+    ("--lr 1e9 --grad_clip 0 --out_dir {new}", "not finite"),
+])  # fmt: skip
+def test_bad_input(world, tuned, tmp_path, flags, message):
+    """Bug: a traceback, or a run that goes on with something else than what was asked for."""
+    flags = flags.format(tuned=tuned.out, new=tmp_path / "new")
+    given = [*world.lora, "--out_dir", tmp_path / "out", *flags.split()]
+    assert message in fails(tmp_path, "train_lora.py", *given)
+
+
+# --- copies ---
+
+
+def files(url):
+    fs, root = fsspec.core.url_to_fs(url)
+    return {p[len(root) :].lstrip("/") for p in fs.find(root)}
+
+
+def settle(mirror, rounds=1):
+    for _ in range(rounds):
+        mirror.due = 0
+        mirror.tick()
+        end = time.monotonic() + 20
+        while mirror.jobs and time.monotonic() < end:
+            time.sleep(0.005)
+            mirror.collect()
+
+
+def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
+    """Bug: what others put there is deleted, what rotation removed piles up, half-written files are copied, unchanged ones sent again."""
+    url, folder = "memory://bucket/run", tmp_path / "run"
+    fsspec.filesystem("memory").pipe("/bucket/run/checkpoint-epoch000-itr00001.pth.tar", b"of somebody else")
+    for i in (2, 3):
+        checkpoint.save(folder, {"x": torch.ones(3) * i}, 0, i, 1, 0)
+        (folder / "x.tmp").write_bytes(b"half")
+        settle(mirror := Mirror(folder, url, 30, lambda *a: None))
+    names = {"checkpoint-epoch000-itr00001.pth.tar", "checkpoint-epoch000-itr00003.pth.tar"}
+    assert files(url) == names
+    mirror.start()
+    assert not mirror.jobs  # nothing is new
+    mirror.close()
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        Mirror.open(tmp_path / "new", url, 30, False)
+    Mirror.open(tmp_path / "new", url, 30, True)
+    assert checkpoint.load_latest(tmp_path / "new")[0]["x"].tolist() == [3, 3, 3]
+
+
+def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
+    """Bug: an error of the storage library ends training, goes unsaid, or the file is taken for sent."""
+    folder, said, calls = tmp_path / "run", [], []
+    checkpoint.save(folder, {"x": torch.ones(3)}, 0, 4, 1, 0)
+    (folder / "train.csv").write_text("epoch\n")
+    mirror = Mirror(folder, "memory://flaky/run", 30, said.append, retry=0.01)
+    put = mirror.fs.put_file
+
+    def flaky(*args):
+        calls.append(args)
+        if len(calls) <= 3:
+            raise RuntimeError("503 of the bucket") if len(calls) % 2 else FileNotFoundError("no such bucket")
+        return put(*args)
+
+    monkeypatch.setattr(mirror.fs, "put_file", flaky)
+    settle(mirror)
+    assert len(said) == 1 and "2 of 2 copies to memory://flaky/run failed" in said[0] and mirror.due < time.monotonic() + 1
+    mirror.close()
+    assert files("memory://flaky/run") == {"checkpoint-epoch000-itr00004.pth.tar", "train.csv"} and "is at" in said[-1]
+    calls.clear()
+    (folder / "train.csv").write_text("epoch\n1\n")
+    monkeypatch.setattr(mirror.fs, "put_file", lambda *a: 1 / 0)
+    hopeless = Mirror(folder, "memory://flaky/run", 30, said.append, retry=0.01)
+    hopeless.close()
+    assert said[-1] == "WARNING: not at memory://flaky/run: train.csv; copy them by hand"
+
+
+def test_resume_from_the_url(world, tuned, tmp_path):
+    """Bug: a run on a fresh machine starts anew though its checkpoints are in the bucket."""
+    url = f"file://{tmp_path}/bucket"
+    run(tmp_path, "train_lora.py", *tuned.flags, "--out_dir", tmp_path / "one", "--sync_minutes 0.001 --sync_to", url)
+    assert checkpoint.NAME.fullmatch(
+        max(n for n in files(url) if n.startswith("checkpoint"))
+    ) and "adapter/adapter_model.safetensors" in files(url)
+    newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
+    os.unlink(tmp_path / "bucket" / newest)  # as if the machine had died before
+    text = run(tmp_path, "train_lora.py", *tuned.flags, "--resume --out_dir", tmp_path / "two", "--sync_to", url)
+    assert "fetched" in text and "resumed from" in text
+    same(tuned.out, tmp_path / "two")
