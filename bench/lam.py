@@ -1,7 +1,7 @@
 """Do latent actions recover known ones? The whole table of train_lam.py runs: recipe, controls that must fail, each remedy off.
 
     python -m bench.lam                                    # all rows, three seeds: under an hour on two cores
-    python -m bench.lam --rows default plain no_shift --seeds 0
+    python -m bench.lam --rows default guide plain no_shift --seeds 0
 
 Makes the sprite world (nine moves) with prepare.latents and prepare.manifest, then starts train_lam.py for each row and seed and reads the
 last line of its val.csv: purity (held out, code to action fitted on one half and scored on the other), adjusted mutual information, error
@@ -25,9 +25,12 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = "--embed_dim 48 --encoder_depth 2 --decoder_depth 2 --num_heads 4 --patch_dim 64 --lr 2e-3 --log_every 100"
 RUN = f"{SMALL} --batch_size 8 --epochs 3 --ipe 500"
+PLAIN = f"{RUN} --codebook loss --vq_warmup_steps 0 --no-kmeans --no-revive"
 ROWS = {  # name -> (world, flags of train_lam.py)
     "default": ("sprite", RUN),
-    "plain": ("sprite", f"{RUN} --codebook loss --vq_warmup_steps 0 --no-kmeans --no-revive"),  # the guide's
+    "guide": ("sprite", f"{PLAIN} --shared_codebook --no-encoder_shift"),  # all as the guide has it
+    "plain": ("sprite", f"{PLAIN} --shared_codebook"),  # its quantizer alone
+    "plain_apart": ("sprite", PLAIN),
     "no_shift": ("sprite", f"{RUN} --no-encoder_shift"),
     "no_warmup": ("sprite", f"{RUN} --vq_warmup_steps 0"),
     "no_kmeans": ("sprite", f"{RUN} --no-kmeans"),
