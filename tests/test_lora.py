@@ -577,6 +577,38 @@ def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
     assert said[-1] == "WARNING: not at memory://flaky/run: train.csv; copy them by hand"
 
 
+def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
+    """Bug: what works with fsspec's memory does not with a bucket behind HTTP: its errors, its listings, its missing bucket."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    port = server.get_host_and_port()[1]
+    settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    for k, v in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
+        monkeypatch.setenv(k, v)
+    folder, said = tmp_path / "run", []
+    checkpoint.save(folder, {"x": torch.ones(3)}, 0, 4, 1, 0)
+    mirror = Mirror(folder, "s3://bucket/run", 30, said.append, retry=0.01)
+    settle(mirror)
+    assert "1 of 1 copies to s3://bucket/run failed" in said[-1]  # there is no such bucket
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    settle(mirror)
+    assert mirror.remote() == ["checkpoint-epoch000-itr00004.pth.tar"]
+    checkpoint.save(folder, {"x": torch.ones(3)}, 0, 8, 1, 0)
+    server.stop()
+    settle(mirror)
+    assert "2 of 2 copies" in said[-1]
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=port)  # moto's buckets outlive its server
+    server.start()
+    mirror.close()
+    fresh = Mirror(tmp_path / "fresh", "s3://bucket/run", 30, said.append)
+    fresh.fs.invalidate_cache()
+    fresh.pull()
+    server.stop()
+    assert [os.path.basename(p) for p in checkpoint.list_checkpoints(tmp_path / "fresh")] == ["checkpoint-epoch000-itr00008.pth.tar"]
+
+
 def test_resume_from_the_url(world, tuned, tmp_path):
     """Bug: a run on a fresh machine starts anew though its checkpoints are in the bucket."""
     url = f"file://{tmp_path}/bucket"
