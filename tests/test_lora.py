@@ -464,7 +464,7 @@ def test_estimated_activations_are_those_that_are_kept():
 
 
 @pytest.mark.parametrize(
-    "flags", ["--dtype bfloat16", "--dtype float16 --activation_checkpointing", "--optim adamw8bit", "--fused_qkv --no-rslora"]
+    "flags", ["--dtype bfloat16 --fused_qkv --no-rslora", "--dtype float16 --activation_checkpointing", "--optim adamw8bit"]
 )
 def test_other_ways_to_train(world, flags):
     """Bug: a precision or optimizer whose state does not survive saving; GradScaler's own state lost."""
