@@ -14,11 +14,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_bench import bench
 from test_train import FORK, ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
 import kernels
 import lora
+import weights
 from bench.memory import activation_bytes, estimate
 from droid import DroidReader, open_droid
 from fit_scaler import ActionScaler
@@ -479,6 +481,36 @@ def test_other_ways_to_train(world, flags):
     assert bool(checkpoint.load_latest(out)[0]["scaler"]) == ("float16" in flags.split())
 
 
+def test_metas_layout_brings_its_encoder(world, tmp_path):
+    """Bug: --encoder asked for though the base's file has it; an export that loses the encoder, which Meta's loader needs."""
+    state = weights.meta_state(weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE))
+    torch.save(state | {"epoch": 1}, tmp_path / "meta.pt")
+    flags = [w for w in world.b if w is not FLAGS] + [FLAGS.replace("--encoder vit_tiny", "--pred_heads 3 --max_steps 3 --warmup_steps 0")]
+    run(tmp_path, "train_lora.py", *flags, "--base", tmp_path / "meta.pt", "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt")
+    found = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert found["target_encoder"].keys() == state["target_encoder"].keys()
+    changed = [k for k, v in state["predictor"].items() if not torch.allclose(found["predictor"][k], v, rtol=0, atol=1e-6)]
+    assert changed and all("predictor_blocks" in k for k in changed)  # what was folded for training is unfolded again
+
+
+def test_a_game_model_as_the_base(tmp_path):
+    """Bug: a train_ac.py checkpoint, of other actions and states, is refused, or its encoders are kept though they do not fit."""
+    game = Predictor(192, 13, 2, (2, 2), **SIZE)
+    scaler = {k: torch.ones(4).double() for k in ("mean", "var", "scale")} | {"n": 9, "meta": {}}
+    state = {"predictor": game.state_dict(), "num_heads": 3, "encoder_hash": "e", "action_scaler": scaler}
+    path = checkpoint.save(tmp_path, state, 1)
+    source = {"grid": 2, "embed_dim": 192, "encoder_hash": "e"}
+    unknown = {"pred_dim": 0, "depth": 0, "num_heads": None}
+    model, scaler, known, anew = lora.open_base(str(tmp_path), source, 7, 7, unknown)
+    assert anew == ["action_encoder", "state_encoder"] and scaler.scale.tolist() == [1] * 4 and known["num_heads"] == 3
+    also, file_scaler, same_as_base = lora.adapt(model, scaler, anew, scaler, {"r": 4})
+    assert also == {*anew} and file_scaler is None and not same_as_base
+    assert torch.equal(model.predictor_blocks[1].mlp.fc1.weight, game.predictor_blocks[1].mlp.fc1.weight)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {*anew}
+    with pytest.raises(ValueError, match="name the one of that run"):
+        lora.open_base(path, source | {"encoder_hash": "f"}, 7, 7, unknown)
+
+
 def test_a_robot_of_other_dimension(world, tmp_path):
     """Bug: another robot's actions cannot be used, or its new encoders are frozen, or not in the adapter's files."""
     for i in range(4):
@@ -621,3 +653,23 @@ def test_resume_from_the_url(world, tuned, tmp_path):
     text = run(tmp_path, "train_lora.py", *tuned.flags, "--resume --out_dir", tmp_path / "two", "--sync_to", url)
     assert "fetched" in text and "resumed from" in text
     same(tuned.out, tmp_path / "two")
+
+
+# --- tables ---
+
+
+@pytest.mark.slow
+def test_tables(world, tuned):
+    """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another base."""
+    rows, text = bench("lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1")
+    assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2 and text.count("off by") == 4
+    assert rows[3]["memory / PEFT's"] < 1  # split, so small a model keeps more: q, k and v's B as one matrix
+    rows, _ = bench("memory", "--batch_size 1")
+    assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
+    out = world.folder / "whole"
+    run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
+    rows, _ = bench("adapters", f"{out} {tuned.out}")
+    assert rows[0]["recovered, one step"] == 1 and rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
+    v = numbers(tuned.out, "tf_true", "base_tf", log="val.csv")[-1]
+    w = numbers(out, "tf_true", "base_tf", log="val.csv")[-1]
+    np.testing.assert_allclose(rows[1]["recovered, one step"], (v[1] - v[0]) / (w[1] - w[0]), rtol=1e-5)
