@@ -663,7 +663,7 @@ def test_tables(world, tuned):
     """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another base."""
     rows, text = bench("lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1")
     assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2 and text.count("off by") == 4
-    assert rows[3]["memory / PEFT's"] < 1  # split, so small a model keeps more: q, k and v's B as one matrix
+    assert rows[3]["memory / PEFT's"] <= 1  # split, so small a model keeps more: q, k and v's B as one matrix
     rows, _ = bench("memory", "--batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
