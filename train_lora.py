@@ -162,11 +162,13 @@ if __name__ == "__main__":
         say(line)
     options = None if args.full else {k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
     also, file_scaler, same = lora.adapt(predictor, base_scaler, anew, scaler, options, args.init_from, args.train_condition_encoders)
+    encoder_for = functools.partial(lora.fold_scaler, predictor.action_encoder, scaler)  # of actions scaled otherwise
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
     trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trained.values())
     say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}")
-    say(f"{count:,} of them trained" if args.full else f"adapters: {count:,} parameters, {count / plain:.2%}, {4 * count / 1e6:.1f} MB")
+    file = 4e-6 * sum(m.lora_A.numel() + m.out_features * len(m.lora_A) for m in lora.lora_layers(predictor).values())
+    say(f"{count:,} of them trained" if args.full else f"adapters: {count:,} parameters, {count / plain:.2%}; their file {file:.1f} MB")
     model, loss_scaler = ACModel(predictor, args.auto_steps), torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     stats = {k: v if v is None else v.to(device) for k, v in (known.get("feature_stats") or {"mean": None, "std": None}).items()}
     inputs = make_inputs(encoder, "frame", 1, stats, device, autocast)
@@ -184,8 +186,8 @@ if __name__ == "__main__":
     optimizer = adam(decays, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, **{"fused": True} if args.optim == "adamw" else {})
     step, total, dry = 0, args.max_steps, args.debug or args.memory_report
     ipe = max(int(clips.cumulative[-1]) // (args.frames_per_clip * args.batch_size * args.grad_accum * world), 1)  # steps of an epoch
-    belongs = {"action_names": names, "scaler_hash": scaler.hash, "base_hash": base_hash, "trained": sorted(trained), "ipe": ipe}
-    belongs |= source | size | {k: getattr(args, k) for k in ("fps", "stride", "frames_per_clip", "crop", "alpha", "rslora")}
+    belongs = {"action_names": names, "scaler_hash": scaler.hash, "base_hash": base_hash, "trained_parameters": count, "ipe": ipe}
+    belongs |= source | size | {k: getattr(args, k) for k in ("fps", "stride", "frames_per_clip", "crop", "targets", "alpha", "rslora")}
     mirror = Mirror.open(args.out_dir, args.sync_to, args.sync_minutes, args.resume) if args.sync_to and rank == 0 and not dry else None
     if world > 1:
         dist.barrier()  # what --sync_to holds is in --out_dir now
@@ -250,10 +252,9 @@ if __name__ == "__main__":
             "optimizer": optimizer.state_dict(), "scaler": loss_scaler.state_dict(), "epoch": epoch, "itr": itr, "args": vars(args),
             "action_scaler": {k: torch.tensor(v) if k in ("mean", "var", "scale") else v for k, v in scaler._asdict().items()},
         }  # fmt: skip
-        path = checkpoint.save(args.out_dir, state | belongs | {"feature_stats": stats}, epoch, itr, args.keep_last, keep_every=0)
+        path = checkpoint.save(args.out_dir, state | belongs | {"feature_stats": stats, "world_size": world}, epoch, itr, args.keep_last, 0)
         if not args.full:
-            encoded = lora.fold_scaler(predictor.action_encoder, scaler, file_scaler)
-            lora.save_adapter(predictor, os.path.join(args.out_dir, "adapter"), str(base), also, encoded)
+            lora.save_adapter(predictor, os.path.join(args.out_dir, "adapter"), str(base), also, encoder_for(file_scaler))
         plot_curves(args.out_dir)
         return path
 
@@ -342,8 +343,7 @@ if __name__ == "__main__":
     if args.memory_report and rank == 0:
         importlib.import_module("bench.memory").compare(encoder, model, optimizer, inputs(batch), options, args.dtype, autocast)
     if args.export and writes and step >= total:
-        encoded = lora.fold_scaler(predictor.action_encoder, scaler, None)  # for unscaled actions
-        lora.export(predictor, args.export, encoded, known, belongs | {"feature_stats": stats})
+        lora.export(predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats})
     if mirror:
         mirror.close()
     if world > 1:

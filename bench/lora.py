@@ -57,19 +57,19 @@ if __name__ == "__main__":
         models, calls, wanted = {"PEFT": ACModel(theirs), "ours": ACModel(ours)}, {}, None
         for name, model in models.items():
 
-            def step(model=model):
-                with autocast():
+            def step(model=model, exact=False):
+                with contextlib.nullcontext() if exact else autocast():
                     loss = sum(model(*inputs))
                 loss.backward()
                 return loss.detach()
 
-            loss = step().item()
+            loss = step(exact=True).item()  # in 16 bits the sign in the gradient of L1 flips wherever the error is small
             sizes = {n: p.grad for n, p in model.named_parameters() if "lora_A" in n}  # B is block-diagonal here and three blocks there
             found = loss, torch.cat([g.flatten() for g in sizes.values()])
             wanted = wanted or found
             off = abs(loss / wanted[0] - 1), ((found[1] - wanted[1]).norm() / wanted[1].norm()).item()
             print(f"{form}, {name}: loss {loss:.6f}, off by {off[0]:.1e}, gradients of A by {off[1]:.1e}")
-            if max(off) > (1e-4 if args.dtype == "float32" else 5e-2):
+            if max(off) > 1e-3:
                 raise SystemExit(f"{name} computes something else than PEFT")
             model.zero_grad(set_to_none=True)
             calls[name] = step
