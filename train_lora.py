@@ -33,6 +33,7 @@ from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, ope
 from encode import encoder_hash, fetch, open_source
 from eval import beside, beside_columns, check_adapters, held_out, hold_state, make_inputs, plot_curves, prefetch
 from fit_scaler import ActionScaler
+from kernels import chosen
 from mirror import Mirror
 from model import ACModel, channel_stats
 
@@ -139,7 +140,7 @@ if __name__ == "__main__":
     names, unscaled = reader.names, np.ones(len(reader.names))
     how = f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g}"
     scaler = ActionScaler(0 * unscaled, unscaled, unscaled, 0, {}) if args.no_scale else ActionScaler.load(args.scaler, how)
-    scaler.check(args.scaler, names, args.fps, 1)
+    scaler.check(args.scaler, names, args.fps, 1, args.stride or 0)
     reader.scaler = scaler
     if bad:
         say(f"{len(bad)} episodes cannot be used, {' '.join(bad[0])} among them; all are listed in bad_clips.jsonl")
@@ -166,16 +167,16 @@ if __name__ == "__main__":
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
     trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trained.values())
-    say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}")
+    S, pinned = source["grid"] ** 2 + 2, device.type == "cuda"  # tokens a step
+    kernels = chosen(device, getattr(torch, args.dtype), predictor.head_dim, S, (args.frames_per_clip - 1) * S)
+    say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}; {kernels}")
     file = 4e-6 * sum(m.lora_A.numel() + m.out_features * len(m.lora_A) for m in lora.lora_layers(predictor).values())
     say(f"{count:,} of them trained" if args.full else f"adapters: {count:,} parameters, {count / plain:.2%}; their file {file:.1f} MB")
     model, loss_scaler = ACModel(predictor, args.auto_steps), torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     stats = {k: v if v is None else v.to(device) for k, v in (known.get("feature_stats") or {"mean": None, "std": None}).items()}
     inputs = make_inputs(encoder, "frame", 1, stats, device, autocast)
     if base == "none" and args.feature_norm == "standardize":
-        raw = (
-            inputs(collate([clips[i] for i in items]), normalize=False)[0] for items in windows(clips, args.batch_size, 256, rank, world)
-        )
+        raw = (inputs(collate([clips[i] for i in b]), normalize=False)[0] for b in windows(clips, args.batch_size, 256, rank, world))
         stats |= channel_stats(raw, source["embed_dim"], device)
 
     # --- optimizer, resume ---
@@ -265,8 +266,7 @@ if __name__ == "__main__":
         signal.signal(name, lambda *a: stop.fill_(1))
     loader = droid_clips(
         train, args.batch_size, reader=reader, batches_per_epoch=ipe * args.grad_accum, epoch=step // ipe, itr=step % ipe * args.grad_accum,
-        seed=args.seed, rank=rank, world=world, num_workers=args.num_workers, prefetch_factor=args.prefetch_factor,
-        pin_memory=device.type == "cuda",
+        seed=args.seed, rank=rank, world=world, num_workers=args.num_workers, prefetch_factor=args.prefetch_factor, pin_memory=pinned,
     )  # fmt: skip
     note_bad(bad if rank == 0 else [])
     batches, seen, failed, pending, waited, began = prefetch(loader, device), 0, [], [], 0.0, time.perf_counter()
