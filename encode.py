@@ -31,12 +31,11 @@ from tqdm import tqdm
 from checkpoint import one_sentence, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
 from kernels import chosen
-from latents import write_latents
+from latents import VAE_FRAMES, latent_frames, open_vae, vae_latents, write_latents
 from model import encode_steps
-from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, step_size
+from vpt import ClipReader, mp4_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
 
-VAE_FRAMES = 4  # that a video VAE merges in time
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 parser.add_argument("--data", "--data_path", nargs="+", action="append", required=True, help="VPT shards: paths, globs, {a..b} ranges")
@@ -52,6 +51,17 @@ parser.add_argument("--decoder", default="pyav", choices=["pyav", "decord"], hel
 parser.add_argument("--phases", type=int, default=1, help="times each recording is stepped through, from different first frames")
 parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at once")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder")
+
+
+SETTINGS = "encode.json"  # what the files of an output folder were made with
+
+
+def check_settings(out, made):
+    """ValueError if a folder holds what other settings (dict) made."""
+    if os.path.exists(os.path.join(out, SETTINGS)):
+        with open(os.path.join(out, SETTINGS)) as f:
+            if (old := json.load(f)) != made:
+                raise ValueError(f"{out} holds what other settings made ({old}): choose another --out")
 
 
 def fetch(name):
@@ -152,64 +162,16 @@ def encode_recording(record, encoder, reader, args, device):
             yield first, {"z": torch.cat(h), "actions": torch.from_numpy(actions).float(), "states": states}
 
 
-def latent_frames(record, fps, crop_size, part=64):
-    """A recording for a video VAE: (frames, labels), frames a generator of uint8 (n, 4, 3, crop, crop), n latent steps. Labels
-    say what happened between the steps, after the last frame of one up to that of the next: yaw -1 (left), 0 (under 3 degrees), 1
-    (right), and whether forward was held. Raises like read_frames, and ValueError where lines and frames do not belong together."""
-    with Slice(record.shard, *record.members["mp4"]) as f:
-        times, ticks = mp4_times(f), read_ticks(record)
-    reader = ClipReader(frames_per_clip=2, fps=20, frames_per_step=1)
-    reader.starts(ticks, len(times))
-    ratio = reader.frames_per_line(ticks, len(times))
-    lines = min(len(ticks.motion), len(times) // ratio)
-    shown = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
-    shown = np.floor(shown[: len(shown) // VAE_FRAMES * VAE_FRAMES]).astype(int).reshape(-1, VAE_FRAMES)
-    if len(shown) < 2:
-        raise ValueError(f"{lines} usable lines are less than two latent steps")
-    actions, _ = step_actions(ticks, shown[:, -1], 36)
-    yaw, forward = (actions[:, ACTION_SPACES[36].index(k)] for k in ("yaw_diff", "key.w"))
-
-    def frames():
-        with Slice(record.shard, *record.members["mp4"]) as f:
-            for rows in (shown[i : i + part] for i in range(0, len(shown), part)):
-                x = read_frames(f, times, rows.ravel() * ratio, crop_size)
-                top, left = (x.shape[1] - crop_size) // 2, (x.shape[2] - crop_size) // 2
-                x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
-                yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
-
-    return frames(), {"yaw": (np.sign(yaw) * (np.abs(yaw) > np.radians(3))).astype(int), "forward": forward.astype(int)}
-
-
-def open_vae(spec, dtype):
-    kind, _, folder = spec.partition(":")
-    if kind != "diffusers" or not os.path.exists(os.path.join(folder, "config.json")):
-        raise ValueError(f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of AutoencoderKLWan or AutoencoderKLCogVideoX")
-    try:
-        import diffusers
-    except ImportError as e:
-        raise ValueError("--vae needs: pip install diffusers") from e
-    with open(os.path.join(folder, "config.json")) as f:
-        name = json.load(f).get("_class_name")
-    if name not in ("AutoencoderKLWan", "AutoencoderKLCogVideoX"):
-        raise ValueError(f"--vae {spec} is a {name}: AutoencoderKLWan and AutoencoderKLCogVideoX are known")
-    return getattr(diffusers, name).from_pretrained(folder, local_files_only=True, torch_dtype=dtype).eval()
-
-
-@torch.inference_mode()
-def vae_latents(vae, frames):
-    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means. Wan gives the first frame a latent of its own, which a
-    repeated frame takes, so that 4 frames go into each."""
-    x = (frames.transpose(1, 2).float() / 127.5 - 1).to(next(vae.parameters()))  # (B, 3, 8, H, W)
-    wan = type(vae).__name__ == "AutoencoderKLWan"
-    z = vae.encode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).latent_dist.mode()
-    return z[:, :, -2:].transpose(1, 2).float()
-
-
 def encode_latents(records, bad, args, device):
-    """Write KEY.h5 for each recording; those that are there are kept."""
-    vae = open_vae(args.vae, getattr(torch, args.dtype)).to(device)
+    """Write KEY.h5 for each recording; those that are there are kept. Returns how many there are now."""
+    made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
+    check_settings(args.out, made)
+    vae, done = open_vae(args.vae, getattr(torch, args.dtype)).to(device), 0
+    if os.environ.get("RANK", "0") == "0":
+        write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
     for record in tqdm(records, unit="recording", desc="encode"):
         if os.path.exists(os.path.join(args.out, record.key + ".h5")):
+            done += 1
             continue
         try:
             frames, labels = latent_frames(record, args.fps, args.crop_size)
@@ -218,10 +180,12 @@ def encode_latents(records, bad, args, device):
                 chunks = torch.from_numpy(x[: len(x) // 2 * 2]).reshape(-1, 2 * VAE_FRAMES, *x.shape[2:])
                 z += [vae_latents(vae, c.to(device)).flatten(0, 1).cpu() for c in chunks.split(max(args.batch_size // 8, 1))]
             write_latents(args.out, record.key, torch.cat(z).numpy(), labels)
+            done += 1
         except READ_ERRORS as e:
             if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
                 raise
             bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
+    return done
 
 
 if __name__ == "__main__":
@@ -236,10 +200,10 @@ if __name__ == "__main__":
         torch.cuda.set_device(device)
     if args.vae:
         records, bad = index_shards(expand([p for group in args.data for p in group])[rank::world])
-        encode_latents(records, bad, args, device)
+        done = encode_latents(records, bad, args, device)
         for file, key, reason in bad:
             print(f"left out: {file} {key}: {reason}")
-        sys.exit(f"nothing could be encoded for {args.out}" if len(bad) >= len(records) else None)
+        sys.exit(f"nothing could be encoded for {args.out}" if bad and not done else None)
     if world > 1:
         dist.init_process_group("gloo")  # so that rank 0 alone fetches the encoder
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
@@ -253,11 +217,8 @@ if __name__ == "__main__":
     names = [os.path.basename(p) for p in paths]
     if len(set(names)) < len(names):
         raise ValueError("two input shards have the same file name: encode them into different --out folders")
-    settings, made = os.path.join(args.out, "encode.json"), meta | {"phases": args.phases, "dtype": args.dtype}
-    if os.path.exists(settings):
-        with open(settings) as f:
-            if (old := json.load(f)) != made:
-                raise ValueError(f"{args.out} holds features made with other settings ({old}): choose another --out")
+    made = meta | {"phases": args.phases, "dtype": args.dtype}
+    check_settings(args.out, made)
     for path in (p for p in paths if os.path.exists(os.path.join(args.out, os.path.basename(p)))):  # done in an earlier run, or not ours
         keys = {r.recording for r in shard_index(os.path.join(args.out, os.path.basename(path)))[0]}
         if foreign := keys - {r.key for r in shard_index(path)[0]}:
@@ -265,7 +226,7 @@ if __name__ == "__main__":
     if world > 1:
         dist.barrier()  # before rank 0 writes what the others have just looked at
     if rank == 0:
-        write_atomically(settings, json.dumps(made).encode())
+        write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
     mine = [p for p in paths[rank::world] if not os.path.exists(os.path.join(args.out, os.path.basename(p)))]
     records, bad = index_shards(mine)
     steps, size = 0, 0

@@ -16,7 +16,10 @@ import numpy as np
 import torch
 
 from checkpoint import write_atomically
-from data import Order, collate, leave_signals
+from data import Order, Slice, collate, leave_signals, read_ticks
+from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
+
+VAE_FRAMES = 4  # that a video VAE merges in time
 
 
 class LatentFile(NamedTuple):
@@ -103,6 +106,8 @@ class Latents(torch.utils.data.Dataset):
 
     def __init__(self, files, length, seed=0):
         self.files, self.length, self.seed = files, length, seed
+        if not files:
+            raise ValueError("the manifest has no files in this split: choose another, or make the manifest again with other ratios")
         self.starts = np.array([max(f.steps - length + 1, 0) for f in files])
         if not self.starts.sum():
             raise ValueError(f"no file has the {length} steps of a window: lower --sequence_length")
@@ -153,3 +158,59 @@ def pack_codes(indices, K):
 def unpack_codes(ids, K, slots):
     """The inverse of pack_codes."""
     return torch.stack([ids // K ** (slots - 1 - i) % K for i in range(slots)], dim=-1)
+
+
+# --- from video ---
+
+
+def latent_frames(record, fps, crop_size, part=64):
+    """A recording for a video VAE: (frames, labels), frames a generator of uint8 (n, 4, 3, crop, crop), n latent steps. Labels
+    say what happened between the steps, after the last frame of one up to that of the next: yaw -1 (left), 0 (under 3 degrees), 1
+    (right), and whether forward was held. Raises like read_frames, and ValueError where lines and frames do not belong together."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times, ticks = mp4_times(f), read_ticks(record)
+    reader = ClipReader(frames_per_clip=2, fps=20, frames_per_step=1)
+    reader.starts(ticks, len(times))
+    ratio = reader.frames_per_line(ticks, len(times))
+    lines = min(len(ticks.motion), len(times) // ratio)
+    shown = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
+    shown = np.floor(shown[: len(shown) // VAE_FRAMES * VAE_FRAMES]).astype(int).reshape(-1, VAE_FRAMES)
+    if len(shown) < 2:
+        raise ValueError(f"{lines} usable lines are less than two latent steps")
+    actions, _ = step_actions(ticks, shown[:, -1], 36)
+    yaw, forward = (actions[:, ACTION_SPACES[36].index(k)] for k in ("yaw_diff", "key.w"))
+
+    def frames():
+        with Slice(record.shard, *record.members["mp4"]) as f:
+            for rows in (shown[i : i + part] for i in range(0, len(shown), part)):
+                x = read_frames(f, times, rows.ravel() * ratio, crop_size)
+                top, left = (x.shape[1] - crop_size) // 2, (x.shape[2] - crop_size) // 2
+                x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
+                yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
+
+    return frames(), {"yaw": (np.sign(yaw) * (np.abs(yaw) > np.radians(3))).astype(int), "forward": forward.astype(int)}
+
+
+def open_vae(spec, dtype):
+    kind, _, folder = spec.partition(":")
+    if kind != "diffusers" or not os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of AutoencoderKLWan or AutoencoderKLCogVideoX")
+    try:
+        import diffusers
+    except ImportError as e:
+        raise ValueError("--vae needs: pip install diffusers") from e
+    with open(os.path.join(folder, "config.json")) as f:
+        name = json.load(f).get("_class_name")
+    if name not in ("AutoencoderKLWan", "AutoencoderKLCogVideoX"):
+        raise ValueError(f"--vae {spec} is a {name}: AutoencoderKLWan and AutoencoderKLCogVideoX are known")
+    return getattr(diffusers, name).from_pretrained(folder, local_files_only=True, torch_dtype=dtype).eval()
+
+
+@torch.inference_mode()
+def vae_latents(vae, frames):
+    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means. Wan gives the first frame a latent of its own, which a
+    repeated frame takes, so that 4 frames go into each."""
+    x = (frames.transpose(1, 2).float() / 127.5 - 1).to(next(vae.parameters()))  # (B, 3, 8, H, W)
+    wan = type(vae).__name__ == "AutoencoderKLWan"
+    z = vae.encode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).latent_dist.mode()
+    return z[:, :, -2:].transpose(1, 2).float()

@@ -24,7 +24,7 @@ from torch import nn
 
 import checkpoint
 import weights
-from fit_scaler import ActionScaler
+from fit_scaler import STD_RANGE, ActionScaler
 from kernels import low_rank
 from model import Linear, Predictor
 
@@ -240,6 +240,8 @@ def open_base(path, source, action_dim, state_dim, size):
     if width != source["embed_dim"] or known.get("encoder_hash", source["encoder_hash"]) != source["encoder_hash"]:
         raise ValueError(f"{file} was trained on features ({width} wide) of encoder {known.get('encoder_hash', 'of its own')}, --encoder "
                          f"gives {source['embed_dim']} of {source['encoder_hash']}: name the one of that run")  # fmt: skip
+    if (encode := known.get("encode", "frame")) != "frame":
+        raise ValueError(f"{file} was trained with --encode {encode}, and robots have one frame a step: train its base with --encode frame")
     for name, dim in zip(CONDITION, (action_dim, state_dim)):
         if (old := getattr(predictor, name)) is not None and old.in_features != dim:
             anew.append(name)
@@ -253,6 +255,8 @@ def adapt(predictor, base_scaler, anew, scaler, options, init_from=None, conditi
     """Make the predictor of open_base ready to train on actions scaled by `scaler`: adapters (options of add_lora, None to train all of it;
     or of the PEFT folder init_from), trainable condition encoders, the scaler folded in. -> (names of the condition encoders that belong
     into adapter files, the scaler they have there: the base's own, None where made anew, whether step 0 gives what the base gives)."""
+    if init_from and not options:
+        raise ValueError("--init_from is an adapter, and --full trains without one: give one of them")
     also, file_scaler = {*CONDITION} if condition else {*anew}, None if "action_encoder" in anew else base_scaler
     whole = load_adapter(predictor, init_from) if init_from else []
     if options and not init_from:
@@ -291,9 +295,14 @@ def export(predictor, path, action_encoder, known, facts):
     checkpoint.write_atomically(path, lambda f: torch.save(file, f))
 
 
-def scale_warnings(names, std, scalers):
-    """Lines about action dimensions whose std in the data (A,) is over three times off that of scalers [(whose, ActionScaler or None)]."""
-    for whose, other in scalers:
-        for name, x in zip(names, std / other.scale if other and len(other.scale) == len(std) else np.ones(len(std))):
+def scale_warnings(reader, std, trained, base, scaler):
+    """Lines about action dimensions whose std in the data (A,) is over three times off that of the ActionScalers of a base and of this run
+    (None: unscaled); or, for a trained base without one, outside of what arms do in a step."""
+    for whose, other in (("the base's", base), ("--scaler's", scaler)):
+        for name, x in zip(reader.names, std / other.scale if other and len(other.scale) == len(std) else []):
             if x > 1e-6 and not 1 / 3 < x < 3:
                 yield f"WARNING: {name} is {x:.3g} times as large in the data as in {whose} action scale: other units, --fps or robot?"
+    for name, unit, x in zip(reader.names, reader.units if trained and base is None else [], std):
+        low, high = STD_RANGE.get(unit, (0.0, np.inf))
+        if x > 1e-6 and not low <= x <= high:
+            yield f"WARNING: {name} has std {x:.3g} {unit} a step; the base takes unscaled actions, {low:g} to {high:g}: other units?"

@@ -267,14 +267,13 @@ if __name__ == "__main__":
     print("\n".join(f"  {k:20} {v:10.4g}" for k, v in summary.items() if not math.isnan(v)))
     for sentence in complaints(summary, K is not None):
         print(f"WARNING: {sentence}")
-    report, out = (
-        {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary,
-        os.path.dirname(os.path.abspath(path)),
-    )
-    if test.labels:
-        fit, held = (
-            encode_all(model, d, args.batch_size, args.val_clips) for d in (Latents(splits["train"], state["sequence_length"]), test)
-        )
+    report = {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary
+    out = os.path.dirname(os.path.abspath(path))
+    train = Latents(splits["train"], state["sequence_length"])
+    if test.labels and train.labels != test.labels:
+        print(f"note: no probes: training and {args.split} files do not all have the same labels (KEY.actions.npz)")
+    elif test.labels:
+        fit, held = (encode_all(model, d, args.batch_size, args.val_clips) for d in (train, test))
         ids, ids_fit = (pack_codes(x["codes"], K or 1) for x in (held, fit))
         print("balanced accuracy      chance   codes    z_e   labels on raw latents")
         for i, name in enumerate(test.labels):

@@ -65,7 +65,7 @@ flag("--compile", "--compile_model", action=switch, default=False, help="torch.c
 # optim
 flag("--batch_size", type=int, default=32, help="windows per rank and micro-batch")
 flag("--grad_accum", "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")
-flag("--epochs", "--num_epochs", type=int, default=100, help="epochs of --ipe steps; steps with --test_mode")
+flag("--epochs", "--num_epochs", type=int, help="epochs of --ipe steps (default: 100); steps with --test_mode (default: 3000)")
 flag("--ipe", type=int, help="steps of an epoch (default: one pass over the windows that do not overlap)")
 flag("--max_steps", type=int, help="stop after this many steps, whatever the schedule says")
 flag("--lr", "--learning_rate", type=float, default=1e-4, help="learning rate after the warm-up; then it falls as a cosine")
@@ -107,6 +107,11 @@ def overfit_verdict(losses, zeroed):
 if __name__ == "__main__":
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
+    counts = "batch_size", "grad_accum", "num_codes", "rollout_horizon", "log_every", "val_every"
+    if low := [k for k in counts if getattr(args, k) < 1] + ["num_embeddings"] * (args.num_embeddings < 2):
+        parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
+    if args.test_mode and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--test_mode overfits one batch: run it in one process")
 
     # --- distributed --- (same in every train_*.py)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -122,6 +127,8 @@ if __name__ == "__main__":
     autocast = functools.partial(torch.autocast, device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
     # --- data ---
+    dry = args.dry_run or args.test_mode
+    state, path = checkpoint.load_latest(args.out_dir) if args.resume and not args.test_mode else (None, None)
     manifest = args.manifest_path or os.path.join(args.data_dir, "manifest.json")
     meta, splits = open_manifest(manifest, args.data_dir)
     train_set = Latents(splits["train"], args.sequence_length, args.seed)
@@ -133,9 +140,12 @@ if __name__ == "__main__":
     if args.ipe is None:
         windows = sum(f.steps // args.sequence_length for f in train_set.files)
         args.ipe = 1 if args.test_mode else max(windows // (args.batch_size * args.grad_accum * world), 1)
+    args.epochs = args.epochs or (3000 if args.test_mode else 100)
     step, total = 0, args.epochs * args.ipe
     warmup = min(1000, total // 20) if args.warmup_steps is None else args.warmup_steps
-    vq_warmup = max(500, total // 20) if args.vq_warmup_steps is None else args.vq_warmup_steps
+    vq_warmup = args.vq_warmup_steps
+    if vq_warmup is None:  # a run that goes on keeps its own, however long it has become
+        vq_warmup = state["lam"]["vq_warmup_steps"] if state else total // 20 if args.test_mode else max(500, total // 20)
     if args.quantizer == "vq" and vq_warmup >= total:
         raise ValueError(f"the run has {total} steps, and {vq_warmup} of them do not quantise: more --epochs, or fewer --vq_warmup_steps")
 
@@ -161,7 +171,6 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(decays, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     belongs = {"lam": size, "fingerprint": meta["fingerprint"], "sequence_length": args.sequence_length, "ipe": args.ipe}
-    state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
         old, new = (x | x.get("lam", {}) for x in (state, belongs))
         for k in (k for k in new if k != "lam" and old.get(k) != new[k]):
@@ -173,7 +182,7 @@ if __name__ == "__main__":
         step = state["epoch"] * args.ipe + state["itr"]
         changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k)]
         say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}; changed flags:", *changed)
-    elif checkpoint.list_checkpoints(args.out_dir) and not (args.dry_run or args.test_mode):
+    elif checkpoint.list_checkpoints(args.out_dir) and not dry:
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
     if args.compile:
         model.compile(dynamic=False)
@@ -181,7 +190,7 @@ if __name__ == "__main__":
 
     terms = ["loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss", "commitment_loss", "rollout_loss"]
     columns = ["epoch", "itr", *terms, "codebook_usage", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    writes, logs, wandb = rank == 0 and not args.dry_run, {}, None
+    writes, logs, wandb = rank == 0 and not dry, {}, None
     if writes:
         checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
         for name, header in (("train", columns), ("val", ["epoch", *terms, *RATIOS, *CODES])):
@@ -296,9 +305,11 @@ if __name__ == "__main__":
                 f"{speed:6.1f} clips/s  ETA {datetime.timedelta(seconds=round((last - step) * seconds))}", flush=True)  # fmt: skip
             pending, waited, began = [], 0.0, time.perf_counter()
         if args.test_mode and (step % 25 == 0 or step == last) and (vq is None or vq.active()):
+            model.eval()  # the codebook must not count this look at the batch
             with torch.no_grad(), autocast():
                 target, codes = model.normalize(z)[:, 1:], model.encode(z)[2]
                 zeroed = (model.predict(model.normalize(z)[:, :-1], 0 * codes) - target).square().mean().item()
+            model.train()
             passed, verdict = overfit_verdict({"mse": losses[1], "mae": losses[2], "nmse": losses[1] / target.var()}, zeroed)
         if at_end and not args.test_mode:
             done, inside = divmod(step, args.ipe)

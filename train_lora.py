@@ -61,9 +61,7 @@ flag("--max_bad_fraction", type=float, default=0.01, help="stop when more than t
 flag("--num_workers", type=int, default=8, help="loader processes a rank")
 flag("--prefetch_factor", type=int, default=2, help="batches that each loader process has ready")
 # model, loss
-flag(
-    "--base", default="vjepa2_ac_vitg", help="predictor to start from: Meta's file, an --export, a run or checkpoint; none: random weights"
-)
+flag("--base", default="vjepa2_ac_vitg", help="predictor to start from: Meta's file, a run, a checkpoint, an --export; none: random")
 flag("--encoder", help="weights of the frozen encoder: a path, URL or name (default: the one in --base), or vit_tiny (random)")
 flag("--full", action=switch, default=False, help="train all of the predictor, without adapters")
 flag("--init_from", help="start from this PEFT adapter, a folder; it decides --r --alpha --targets")
@@ -109,14 +107,16 @@ flag("--memory_report", action=switch, default=False, help="estimate memory by p
 
 
 def lr_at(k, total, args):
-    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal to nothing at step `total`."""
+    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal to nothing after step `total`."""
     anneal = total // 10 if args.anneal_steps is None else args.anneal_steps
-    return args.lr * min(1, k / max(args.warmup_steps, 1), (total - k) / max(anneal, 1))
+    return args.lr * min(1, k / max(args.warmup_steps, 1), (total - k + 1) / max(anneal, 1))
 
 
 if __name__ == "__main__":
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
+    if low := [k for k in ("batch_size", "grad_accum", "log_every", "save_every_n_steps", "eval_every_n_steps") if getattr(args, k) < 1]:
+        parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
 
     # --- distributed --- (same in every train_*.py)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -159,7 +159,7 @@ if __name__ == "__main__":
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor, base_scaler, known, anew = lora.open_base(base, source, len(names), reader.state_dim, size)
     size, base_hash, plain = lora.size_of(predictor), encoder_hash(predictor), sum(p.numel() for p in predictor.parameters())
-    for line in lora.scale_warnings(names, std, [("the base's", base_scaler), ("--scaler's", None if args.no_scale else scaler)]):
+    for line in lora.scale_warnings(reader, std, bool(known), base_scaler, None if args.no_scale else scaler):
         say(line)
     options = None if args.full else {k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
     also, file_scaler, same = lora.adapt(predictor, base_scaler, anew, scaler, options, args.init_from, args.train_condition_encoders)
@@ -222,7 +222,7 @@ if __name__ == "__main__":
         loss_scaler.load_state_dict(state["scaler"])
         stats |= {k: v if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k)]
-        say(f"resumed from {path} at step {step}; changed flags:", *changed)
+        say(f"resumed from {path} at step {step} of {total}; changed flags:", *changed)
     for module in (model, encoder) if args.compile else ():
         module.compile(dynamic=False)  # the shapes of training never change
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model

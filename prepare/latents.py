@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence
 from data import expand, index_shards
-from encode import VAE_FRAMES, latent_frames
-from latents import write_latents
+from latents import VAE_FRAMES, latent_frames, write_latents
 
 PATCH, CHANNELS = 4, 16
 
