@@ -4,6 +4,10 @@ import copy
 import json
 import multiprocessing.forkserver
 import os
+import re
+import subprocess
+import sys
+import threading
 import time
 import types
 
@@ -282,10 +286,12 @@ def test_folding_a_scaler_is_exact():
             other.load_state_dict(lora.fold_scaler(layer, old, new))
             torch.testing.assert_close(other(seen(new)), expected, rtol=0, atol=2e-6)
     assert torch.equal(lora.fold_scaler(layer, one, one)["weight"], layer.weight)
-    lines = [
-        *lora.scale_warnings([*"abcdefg"], np.full(7, 0.02), [("x", None), ("y", ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}))])
-    ]
-    assert len(lines) == 7 and "a is 0.0182 times as large" in lines[0] and "y action scale" in lines[0]
+    reader, std = types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"]), np.full(7, 0.02)
+    lines = [*lora.scale_warnings(reader, std, True, ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}), None)]
+    assert len(lines) == 7 and "a is 0.0182 times as large" in lines[0] and "the base's action scale" in lines[0]
+    assert not [*lora.scale_warnings(reader, std, True, None, None)]
+    lines = [*lora.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)]  # millimetres, for Meta's base
+    assert len(lines) == 1 and "a has std 20 m a step; the base takes unscaled actions, 0.001 to 0.3" in lines[0]
 
 
 # --- runs ---
@@ -509,6 +515,9 @@ def test_a_game_model_as_the_base(tmp_path):
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {*anew}
     with pytest.raises(ValueError, match="name the one of that run"):
         lora.open_base(path, source | {"encoder_hash": "f"}, 7, 7, unknown)
+    path = checkpoint.save(tmp_path, state | {"encode": "tubelet"}, 2)
+    with pytest.raises(ValueError, match="--encode tubelet.*train its base with --encode frame"):
+        lora.open_base(path, source, 7, 7, unknown)
 
 
 def test_a_robot_of_other_dimension(world, tmp_path):
@@ -553,60 +562,279 @@ def files(url):
     return {p[len(root) :].lstrip("/") for p in fs.find(root)}
 
 
-def settle(mirror, rounds=1):
-    for _ in range(rounds):
-        mirror.due = 0
-        mirror.tick()
-        end = time.monotonic() + 20
-        while mirror.jobs and time.monotonic() < end:
-            time.sleep(0.005)
-            mirror.collect()
+def opened(folder, url, said=None, resume=False):
+    mirror = Mirror.open(folder, url, 30, resume)
+    mirror.say, mirror.retry = [].append if said is None else said.append, 0.01
+    return mirror
+
+
+def settle(mirror):
+    mirror.tick(now=True)
+    while not mirror.finish():
+        time.sleep(0.005)
+
+
+def step(folder, itr, epoch=0, keep=1):
+    """What a run leaves in its folder at a step."""
+    checkpoint.save(folder, {"x": torch.ones(3) * itr}, epoch, itr, keep, 0)
+    with open(os.path.join(folder, "train.csv"), "a") as f:
+        f.write(f"{epoch},{itr}\n")
+
+
+def names(*itrs, epoch=0):
+    return {"run_id", "train.csv", *(f"checkpoint-epoch{epoch:03d}-itr{i:05d}.pth.tar" for i in itrs)}
 
 
 def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
     """Bug: what others put there is deleted, what rotation removed piles up, half-written files are copied, unchanged ones sent again."""
-    url, folder = "memory://bucket/run", tmp_path / "run"
-    fsspec.filesystem("memory").pipe("/bucket/run/checkpoint-epoch000-itr00001.pth.tar", b"of somebody else")
+    url, folder, memory = "memory://bucket/run", tmp_path / "run", fsspec.filesystem("memory")
+    others = {"checkpoint-best.pth.tar", "notes.csv", "adapter/README.md", "papers/results.csv"}
     for i in (2, 3):
-        checkpoint.save(folder, {"x": torch.ones(3) * i}, 0, i, 1, 0)
+        step(folder, i)
         (folder / "x.tmp").write_bytes(b"half")
-        settle(mirror := Mirror(folder, url, 30, lambda *a: None))
-    names = {"checkpoint-epoch000-itr00001.pth.tar", "checkpoint-epoch000-itr00003.pth.tar"}
-    assert files(url) == names
-    mirror.start()
-    assert not mirror.jobs  # nothing is new
+        settle(opened(folder, url))
+        for name in others:
+            memory.pipe(f"/bucket/run/{name}", b"of somebody else")
+    assert files(url) == names(3) | others
+    mirror, before = opened(folder, url), memory.modified("/bucket/run/train.csv")
     mirror.close()
+    assert memory.modified("/bucket/run/train.csv") == before  # nothing is new
     with pytest.raises(ValueError, match="holds an earlier run"):
-        Mirror.open(tmp_path / "new", url, 30, False)
-    Mirror.open(tmp_path / "new", url, 30, True)
+        opened(tmp_path / "new", url)
+    opened(tmp_path / "new", url, resume=True).close()
     assert checkpoint.load_latest(tmp_path / "new")[0]["x"].tolist() == [3, 3, 3]
+    assert files(url) == names(3) | others and not (tmp_path / "new" / "notes.csv").exists()  # not fetched, so never deleted either
 
 
 def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
     """Bug: an error of the storage library ends training, goes unsaid, or the file is taken for sent."""
     folder, said, calls = tmp_path / "run", [], []
-    checkpoint.save(folder, {"x": torch.ones(3)}, 0, 4, 1, 0)
-    (folder / "train.csv").write_text("epoch\n")
-    mirror = Mirror(folder, "memory://flaky/run", 30, said.append, retry=0.01)
+    step(folder, 4)
+    mirror = opened(folder, "memory://flaky/run", said)
     put = mirror.fs.put_file
 
-    def flaky(*args):
+    def flaky(*args, **options):
         calls.append(args)
-        if len(calls) <= 3:
+        if len(calls) <= 4:
             raise RuntimeError("503 of the bucket") if len(calls) % 2 else FileNotFoundError("no such bucket")
-        return put(*args)
+        return put(*args, **options)
 
     monkeypatch.setattr(mirror.fs, "put_file", flaky)
     settle(mirror)
-    assert len(said) == 1 and "2 of 2 copies to memory://flaky/run failed" in said[0] and mirror.due < time.monotonic() + 1
+    assert len(said) == 1 and mirror.due < time.monotonic() + 1
+    assert all(word in said[0] for word in (*names(4), "memory://flaky/run", "503", "no such bucket"))
     mirror.close()
-    assert files("memory://flaky/run") == {"checkpoint-epoch000-itr00004.pth.tar", "train.csv"} and "is at" in said[-1]
-    calls.clear()
+    assert files("memory://flaky/run") == names(4) and said[-1] == "all of this run is at memory://flaky/run"
     (folder / "train.csv").write_text("epoch\n1\n")
-    monkeypatch.setattr(mirror.fs, "put_file", lambda *a: 1 / 0)
-    hopeless = Mirror(folder, "memory://flaky/run", 30, said.append, retry=0.01)
-    hopeless.close()
+    monkeypatch.setattr(mirror.fs, "put_file", lambda *a, **k: 1 / 0)
+    opened(folder, "memory://flaky/run", said).close()
     assert said[-1] == "WARNING: not at memory://flaky/run: train.csv; copy them by hand"
+
+
+def test_another_url_gets_everything(tmp_path):
+    """Bug: sync.json does not say of which URL it speaks: a second one stays empty, with "all of it is there" in the log; so does one whose
+    files somebody has removed."""
+    said = []
+    step(tmp_path, 1)
+    for url in ("memory://first/run", "memory://second/run", "memory://first/run"):
+        opened(tmp_path, url, said, resume=True).close()
+        assert files(url) == names(1) and "all of this run" in said[-1]
+    fsspec.filesystem("memory").rm_file("/first/run/train.csv")
+    opened(tmp_path, "memory://first/run", said, resume=True).close()
+    assert files("memory://first/run") == names(1)
+    (tmp_path / "train.csv").write_text("9,9\n")  # as long as before
+    for bucket in ("first", "second"):
+        opened(tmp_path, f"memory://{bucket}/run", said, resume=True).close()
+        assert fsspec.filesystem("memory").cat(f"/{bucket}/run/train.csv") == b"9,9\n"
+
+
+def test_another_run_is_never_overwritten(tmp_path):
+    """Bug: a run that has checkpoints of its own writes its train.csv, adapter and checkpoints over those of the run at the URL."""
+    url, said = "memory://taken/run", []
+    for name in ("one", "two", "three"):
+        step(tmp_path / name, 1)
+    mirror = opened(tmp_path / "one", url, said)
+    late = opened(tmp_path / "two", url, said)  # when there is nothing yet
+    mirror.close()
+    before = {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in names(1)}
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds another run than .*three: pass another --sync_to"):
+            opened(tmp_path / "three", url, resume=resume)
+    late.close()
+    assert "another process has begun a run there" in said[-2] and said[-1].startswith("WARNING: not at")
+    assert before == {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in files(url)}
+    fsspec.filesystem("memory").rm_file("/taken/run/run_id")  # a run copied there by other means
+    with pytest.raises(ValueError, match="holds another run"):
+        opened(tmp_path / "three", url, resume=True)
+    fsspec.filesystem("memory").pipe("/table/train.csv", b"no run to go on with")
+    with pytest.raises(ValueError, match="holds another run"):
+        opened(tmp_path / "new", "memory://table", resume=True)
+
+
+def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
+    """Bug: the last good checkpoint of the bucket is deleted while the upload of the next fails, or was rotated away meanwhile."""
+    url = "memory://rotation/run"
+    step(tmp_path, 1)
+    settle(mirror := opened(tmp_path, url))
+    step(tmp_path, 2)
+    with monkeypatch.context() as patch:
+
+        def quota(path, *args, put=mirror.fs.put_file, **options):
+            if "checkpoint" in path:
+                raise OSError("quota exceeded")
+            return put(path, *args, **options)
+
+        patch.setattr(mirror.fs, "put_file", quota)
+        settle(mirror)
+        settle(mirror)
+        assert files(url) == names(1)
+        step(tmp_path / "lost", 1, keep=2)
+        step(tmp_path / "lost", 2, keep=2)
+        patch.undo()
+        settle(lost := opened(tmp_path / "lost", "memory://lost"))
+        lost.fs.rm_file("/lost/checkpoint-epoch000-itr00002.pth.tar")  # by somebody else
+        os.unlink(tmp_path / "lost" / "checkpoint-epoch000-itr00001.pth.tar")
+        patch.setattr(mirror.fs, "put_file", quota)
+        settle(lost)
+        assert files("memory://lost") == names(1)
+    with monkeypatch.context() as patch:
+
+        def slow(path, *args, put=mirror.fs.put_file, **options):
+            if "checkpoint" in path:
+                step(tmp_path, 3)  # removes 2
+            return put(path, *args, **options)
+
+        patch.setattr(mirror.fs, "put_file", slow)
+        settle(mirror)
+    assert files(url) == names(1) and not mirror.fails
+    settle(mirror)
+    assert files(url) == names(3)
+    for path in checkpoint.list_checkpoints(tmp_path):
+        os.unlink(path)  # not by rotation
+    settle(mirror)
+    assert files(url) == names(3)
+
+
+def test_only_a_runs_files_are_fetched(tmp_path):
+    """Bug: every .csv and .json below the URL is fetched and then owned: deleted there once it is deleted here; and a file that was in the
+    folder before is noted as sent."""
+    url, memory = "memory://mixed/run", fsspec.filesystem("memory")
+    step(tmp_path / "one", 1)
+    opened(tmp_path / "one", url).close()
+    memory.pipe("/mixed/run/papers/results.csv", b"not ours")
+    memory.pipe("/mixed/run/train.csv.bak.csv", b"not ours")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "val.csv").write_text("here before, never sent\n")
+    mirror = opened(tmp_path / "two", url, resume=True)
+    assert {*os.listdir(tmp_path / "two")} == names(1) | {"val.csv", "sync.json"}
+    assert mirror.sent.keys() == names(1)
+    mirror.close()
+    assert files(url) == names(1) | {"val.csv", "papers/results.csv", "train.csv.bak.csv"}
+
+
+@pytest.mark.parametrize("breaks", ["train.csv", "checkpoint-epoch001-itr00002.pth.tar"])
+@pytest.mark.parametrize("stale, has_id", [(False, True), (True, True), (False, False)])
+def test_an_interrupted_fetch_loses_nothing(tmp_path, monkeypatch, breaks, stale, has_id):
+    """Bug: after a fetch that was cut off the folder has some checkpoint but no history, the next start goes on with that, and the bucket's
+    full train.csv is overwritten with a header; a stale disk is preferred to a bucket that is ahead."""
+    url = f"memory://cut/{breaks}-{stale}-{has_id}"
+    step(tmp_path / "one", 90, keep=3)
+    step(tmp_path / "one", 1, epoch=1, keep=3)  # sorts before 1-2 and after 0-90
+    settle(opened(tmp_path / "one", url))
+    if stale:
+        opened(tmp_path / "two", url, resume=True)
+    step(tmp_path / "one", 2, epoch=1, keep=3)
+    settle(opened(tmp_path / "one", url, resume=True))
+    memory = fsspec.filesystem("memory")
+    if not has_id:
+        memory.rm_file(fsspec.core.url_to_fs(url)[1] + "/run_id")
+    history = (tmp_path / "one" / "train.csv").read_text()
+    with monkeypatch.context() as patch:
+
+        def reset(path, *args, open=memory.open, **options):
+            if path.endswith(breaks):
+                raise ConnectionError("reset by peer")
+            return open(path, *args, **options)
+
+        patch.setattr(memory, "open", reset)
+        with pytest.raises(OSError, match=f"--sync_to {url} cannot be read .ConnectionError: reset by peer"):
+            opened(tmp_path / "two", url, resume=True)
+    with pytest.raises(ValueError, match="pass --resume"):
+        opened(tmp_path / "two", url)
+    mirror = opened(tmp_path / "two", url, resume=True)
+    assert (tmp_path / "two" / "train.csv").read_text() == history
+    assert checkpoint.load_latest(tmp_path / "two")[1].endswith("checkpoint-epoch001-itr00002.pth.tar")
+    mirror.close()
+    assert memory.cat(fsspec.core.url_to_fs(url)[1] + "/train.csv").decode() == history
+
+
+def test_who_is_ahead_goes_on(tmp_path, capsys):
+    """Bug: a disk that has gone on without its bucket is thrown back to what is there; one that was overtaken overwrites what is newer."""
+    url, said = "memory://ahead/run", []
+    step(tmp_path / "one", 1)
+    settle(first := opened(tmp_path / "one", url, said))
+    settle(second := opened(tmp_path / "two", url, resume=True))
+    step(tmp_path / "two", 5)
+    settle(second)
+    assert files(url) == names(5)
+    step(tmp_path / "one", 3)  # a machine that was thought dead
+    settle(first)
+    assert "gone on with this one" in said[-1] and files(url) == names(5)
+    capsys.readouterr()
+    opened(tmp_path / "one", url, resume=True)
+    assert capsys.readouterr().out == f"fetched 3 files from {url}, which is ahead of {tmp_path / 'one'}\n"
+    assert checkpoint.load_latest(tmp_path / "one")[0]["x"].tolist() == [5, 5, 5]
+    step(tmp_path / "one", 9)
+    opened(tmp_path / "one", url, resume=True).close()
+    assert capsys.readouterr().out == "" and files(url) == names(9)
+    assert [*checkpoint.list_checkpoints(tmp_path / "one").values()] == [(0, 9)]
+
+
+def test_a_copy_that_hangs_does_not_hold_up_the_exit(tmp_path, monkeypatch):
+    """Bug: a process whose upload hangs never exits, or leaves without a word on what is missing; in training it ends all copying."""
+    step(tmp_path / "run", 1)
+    program = """import sys, time; from mirror import Mirror
+mirror = Mirror.open(sys.argv[1], "memory://hangs", 30, False)
+mirror.fs.put_file, mirror.patience, mirror.retry = lambda *a, **k: time.sleep(1000), 0.3, 0.1
+mirror.tick(now=True)
+mirror.close()"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 0 and done.stdout.count("TimeoutError: no progress") == 2, done.stderr
+    assert last.startswith("WARNING: not at memory://hangs: run_id, train.csv, checkpoint-epoch000-itr00001.pth.tar"), last
+
+    said, hangs = [], threading.Event()
+    mirror = opened(tmp_path / "run", "memory://hung/run", said)
+    mirror.minutes, mirror.patience = 0.002, 0.1
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror.fs, "put_file", lambda *a, **k: hangs.wait())
+        settle(mirror)
+    assert len(said) == 1 and "run_id (TimeoutError" in said[0]
+    settle(mirror)
+    hangs.set()
+    assert files("memory://hung/run") == names(1)
+
+    def moves(path, target, callback, put=mirror.fs.put_file):
+        for _ in range(8):
+            time.sleep(0.05)
+            callback.relative_update(1)
+        put(path, target)
+
+    (tmp_path / "run" / "train.csv").write_text("a slow line is no dead one")
+    mirror.patience = 0.2
+    monkeypatch.setattr(mirror.fs, "put_file", moves)
+    mirror.close()
+    assert said[1:] == ["all of this run is at memory://hung/run"]
+
+
+@pytest.mark.parametrize("url, message", [
+    ("bogus://x", "--sync_to bogus://x: Protocol not known: bogus (gs:// needs pip install gcsfs"),
+    ("oci://x", "--sync_to oci://x: Install ocifs"),
+])  # fmt: skip
+def test_urls_that_nothing_reads(tmp_path, url, message):
+    """Bug: a traceback of fsspec's, which names neither the flag nor the package."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        opened(tmp_path, url)
 
 
 def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
@@ -620,23 +848,24 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     for k, v in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
         monkeypatch.setenv(k, v)
     folder, said = tmp_path / "run", []
-    checkpoint.save(folder, {"x": torch.ones(3)}, 0, 4, 1, 0)
-    mirror = Mirror(folder, "s3://bucket/run", 30, said.append, retry=0.01)
+    step(folder, 4)
+    mirror = opened(folder, "s3://bucket/run", said)
     settle(mirror)
-    assert "1 of 1 copies to s3://bucket/run failed" in said[-1]  # there is no such bucket
+    assert "WARNING: not copied to s3://bucket/run: run_id, train.csv, checkpoint" in said[-1]  # there is no such bucket
     boto3.client("s3").create_bucket(Bucket="bucket")
     settle(mirror)
-    assert mirror.remote() == ["checkpoint-epoch000-itr00004.pth.tar"]
-    checkpoint.save(folder, {"x": torch.ones(3)}, 0, 8, 1, 0)
+    assert files("s3://bucket/run") == names(4)
+    step(folder, 8)
     server.stop()
     settle(mirror)
-    assert "2 of 2 copies" in said[-1]
+    assert "WARNING: not copied to s3://bucket/run: all (" in said[-1]
+    with pytest.raises(OSError, match="--sync_to s3://bucket/run cannot be read"):
+        opened(tmp_path / "fresh", "s3://bucket/run", resume=True)
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=port)  # moto's buckets outlive its server
     server.start()
     mirror.close()
-    fresh = Mirror(tmp_path / "fresh", "s3://bucket/run", 30, said.append)
-    fresh.fs.invalidate_cache()
-    fresh.pull()
+    opened(tmp_path / "fresh", "s3://bucket/run", resume=True).close()
+    assert files("s3://bucket/run") == names(8)
     server.stop()
     assert [os.path.basename(p) for p in checkpoint.list_checkpoints(tmp_path / "fresh")] == ["checkpoint-epoch000-itr00008.pth.tar"]
 
