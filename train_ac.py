@@ -54,7 +54,7 @@ flag("--crop_size", type=int, default=256, help="pixels of the square crop")
 flag("--action_space", type=int, default=13, choices=ACTION_SPACES, help="13 camera and hotbar keys, 36 all of VPT's, 38 the guides' table")
 flag("--gui", default="keep", choices=["keep", "drop"], help="drop leaves out clips with an open inventory")
 flag("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
-flag("--num_workers", type=int, default=8, help="loader processes a rank")
+flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="loader processes a rank")
 flag("--max_bad_fraction", type=float, default=0.01, help="stop when more than this share of clips cannot be read (after 100 clips)")
 flag("--horizontal_flip", action=switch, default=False, help="mirror half of the clips, their actions too")
 flag("--random_resize_scale", type=float, default=1.0, help="smallest random crop as a share of the short side")
@@ -263,7 +263,7 @@ if __name__ == "__main__":
     if step >= last:
         sys.exit(say(f"nothing left to do: {step} steps are done"))
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in () if args.dry_run else (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))
     loader = vpt_loader(
         (train, shares) if train else groups, args.batch_size, reader=reader, data_weights=args.data_weights, num_workers=args.num_workers,

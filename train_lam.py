@@ -54,7 +54,7 @@ flag("--codebook_dim", type=int, default=128, help="dims of a code")
 flag("--quantizer", default="vq", choices=["vq", "fsq", "none"], help="none is continuous: the upper bound")
 flag("--codebook", default="ema", choices=["ema", "loss"], help="how the tables of vq follow the encoder")
 flag("--shared_codebook", action=switch, default=False, help="one table for all codes of an action")
-flag("--vq_warmup_steps", type=int, help="steps before vq quantises (default: a twentieth of the run, at least 500)")
+flag("--vq_warmup_steps", type=int, help="steps before vq quantises (default: a twentieth of the run, at least 500 or a third of it)")
 flag("--kmeans", action=switch, default=True, help="start the tables of vq from clusters of encoder outputs, after the warm-up")
 flag("--revive", action=switch, default=True, help="replace dead codes, until the last tenth of the run")
 flag("--encoder_shift", action=switch, default=True, help="move what the encoder sees at random, so that codes cannot name places")
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     warmup = min(1000, total // 20) if args.warmup_steps is None else args.warmup_steps
     vq_warmup = args.vq_warmup_steps
     if vq_warmup is None:  # a run that goes on keeps its own, however long it has become
-        vq_warmup = state["lam"]["vq_warmup_steps"] if state else total // 20 if args.test_mode else max(500, total // 20)
+        vq_warmup = state["lam"]["vq_warmup_steps"] if state else total // 20 if args.test_mode else min(max(500, total // 20), total // 3)
     if args.quantizer == "vq" and vq_warmup >= total:
         raise ValueError(f"the run has {total} steps, and {vq_warmup} of them do not quantise: more --epochs, or fewer --vq_warmup_steps")
 
@@ -237,7 +237,7 @@ if __name__ == "__main__":
     if step >= last:
         sys.exit(say(f"nothing left to do: {step} steps are done"))
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in () if dry else (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))
     loader = latent_sequences(
         train_set, args.batch_size, batches_per_epoch=args.ipe * args.grad_accum, num_workers=args.num_workers, epoch=step // args.ipe,

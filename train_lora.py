@@ -58,7 +58,7 @@ flag("--success", default="all", choices=["all", "only"], help="only leaves out 
 flag("--state_keys", nargs="+", help="fields of the state (default: the 7-D pose)")
 flag("--action_keys", nargs="+", help="fields of the action (default: differences of the pose)")
 flag("--max_bad_fraction", type=float, default=0.01, help="stop when more than this share of clips cannot be read (after 100 clips)")
-flag("--num_workers", type=int, default=8, help="loader processes a rank")
+flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="loader processes a rank")
 flag("--prefetch_factor", type=int, default=2, help="batches that each loader process has ready")
 # model, loss
 flag("--base", default="vjepa2_ac_vitg", help="predictor to start from: Meta's file, a run, a checkpoint, an --export; none: random")
@@ -117,6 +117,7 @@ if __name__ == "__main__":
     sys.excepthook = checkpoint.one_sentence
     if low := [k for k in ("batch_size", "grad_accum", "log_every", "save_every_n_steps", "eval_every_n_steps") if getattr(args, k) < 1]:
         parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
+    args.batch_size, args.grad_accum = (1, 1) if args.debug else (args.batch_size, args.grad_accum)
 
     # --- distributed --- (same in every train_*.py)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -167,8 +168,7 @@ if __name__ == "__main__":
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
     trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
     count = sum(p.numel() for p in trained.values())
-    S, pinned = source["grid"] ** 2 + 2, device.type == "cuda"  # tokens a step
-    kernels = chosen(device, getattr(torch, args.dtype), predictor.head_dim, S, (args.frames_per_clip - 1) * S)
+    kernels = chosen(device, getattr(torch, args.dtype), predictor.head_dim, S := source["grid"] ** 2 + 2, (args.frames_per_clip - 1) * S)
     say(f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder {source['encoder_hash']}; {kernels}")
     file = 4e-6 * sum(m.lora_A.numel() + m.out_features * len(m.lora_A) for m in lora.lora_layers(predictor).values())
     say(f"{count:,} of them trained" if args.full else f"adapters: {count:,} parameters, {count / plain:.2%}; their file {file:.1f} MB")
@@ -185,7 +185,7 @@ if __name__ == "__main__":
         raise ValueError("--optim adamw8bit needs bitsandbytes: pip install bitsandbytes")
     adam = importlib.import_module("bitsandbytes.optim").AdamW8bit if args.optim == "adamw8bit" else torch.optim.AdamW
     optimizer = adam(decays, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, **{"fused": True} if args.optim == "adamw" else {})
-    step, total, dry = 0, args.max_steps, args.debug or args.memory_report
+    step, total, dry, pinned = 0, args.max_steps, args.debug or args.memory_report, device.type == "cuda"
     ipe = max(int(clips.cumulative[-1]) // (args.frames_per_clip * args.batch_size * args.grad_accum * world), 1)  # steps of an epoch
     belongs = {"action_names": names, "scaler_hash": scaler.hash, "base_hash": base_hash, "trained_parameters": count, "ipe": ipe}
     belongs |= source | size | {k: getattr(args, k) for k in ("fps", "stride", "frames_per_clip", "crop", "targets", "alpha", "rslora")}
@@ -262,7 +262,7 @@ if __name__ == "__main__":
     # --- train ---
     last = min(total, step + 3) if dry else total
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in () if dry else (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))
     loader = droid_clips(
         train, args.batch_size, reader=reader, batches_per_epoch=ipe * args.grad_accum, epoch=step // ipe, itr=step % ipe * args.grad_accum,

@@ -216,4 +216,4 @@ def download(url, path, tries=5, timeout=60):
                 part.unlink()  # longer than the file: no part of it
             elif status < 500:
                 break
-    raise ConnectionError(f"could not download {url} ({reason}). Put the file at {path}, or take random weights: --encoder vit_tiny")
+    raise ConnectionError(f"could not download {url} ({reason}). Put the file at {path}, or use --encoder vit_tiny (--base none --full)")
