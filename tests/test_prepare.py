@@ -426,7 +426,7 @@ def test_a_download_that_stays_broken_stops_before_packing_and_can_go_on(server,
     assert os.path.getsize(tmp_path / "in/data/6.4/r4.mp4.part") == 20_000
     counts = shards.download(index, tmp_path / "in", 2, None, retries=2, wait=0.01)
     assert (counts["new"], counts["there"], counts["missing"]) == (1, 2, 2)
-    assert server["requests"][-1] == ("/vpt/data/6.4/r4.mp4", "bytes=20000-")
+    assert [span for path, span in server["requests"] if path.endswith("r4.mp4")][-1] == "bytes=20000-"
     index.write_text(json.dumps({**server["index"], "relpaths": ["../../etc/passwd.mp4"]}))
     with pytest.raises(ValueError, match="outside"):
         shards.download(index, tmp_path / "in", 2, None, retries=0, wait=0)
