@@ -62,16 +62,15 @@ demo-lora: .venv/installed  # a predictor of one robot arm, adapted to another a
 	for r in 4 8 16 32; do $(PY) $(ADAPT) --r $$r --dropout 0 --lr 3e-3 --out_dir out/robot/r$$r || exit 1; done
 	$(PY) -m bench.adapters out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
 
-TWO = -n 2 --dist loadfile  # processes, a test file each
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest $(TWO) $(KERNELS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(KERNELS)
 
 test-all: .venv/installed lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(TWO) -m ""
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest $(TWO) -m "" $(KERNELS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m ""
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile -m "" $(KERNELS)
 
 lint: .venv/installed
 	$(PY) -m ruff check .
