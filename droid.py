@@ -28,6 +28,7 @@ from data import Clips, Order, collate, leave_signals, spread
 from episodes import DAMAGE, STATES, Episode, filesystem, index_file, read_fields, read_pictures
 
 POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]  # of a state, and of the action to the next one
+VERIFY = 50e9  # bytes; above them checking all checksums takes longer than it is worth
 POSE_UNITS = ["m"] * 3 + ["rad"] * 3 + ["closed"]
 
 # --- the episodes of a run ---
@@ -71,6 +72,10 @@ def keep_ranges(idle, steps, rule, span):
 def open_episodes(data, reader, idle_filter, success, verify, log):
     """Patterns -> ([Episode], [bad]); what the filters leave out goes to the log."""
     paths, out, bad = find_episodes(data), [], []
+    size = sum(os.path.getsize(p) for p in paths if "://" not in p)
+    if verify is None and size > VERIFY:  # all of DROID is 1.7 TB
+        verify = False
+        log(f"{size / 1e9:.0f} GB: checksums are not checked, lengths are; a picture that is damaged is left out when it is decoded")
     with ThreadPoolExecutor(16) as pool:
         indexed = list(tqdm(pool.map(lambda path: index_file(path, verify), paths), "index", len(paths), unit=" files", delay=10))
     seen = failures = short = unknown = possible = rows = still = 0
@@ -109,7 +114,7 @@ def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filte
                log=print):  # fmt: skip
     """Patterns, folders and URLs -> (train [Episode], val [Episode], bad [(file, key, reason)]). Held out: that share of the episodes whose
     keys have the lowest hashes, wherever they lie. idle_filter: off | openpi | light (keep_ranges); success: all | only; verify: check all
-    checksums while indexing, which reads everything once (default: of local files). ValueError when nothing is left or too many are bad."""
+    checksums while indexing, which reads it all (default: local files up to VERIFY). ValueError if nothing is left or too much is bad."""
     reader = reader or DroidReader()
     train, bad = open_episodes(data, reader, idle_filter, success, verify, log)
     if val_data:
