@@ -8,6 +8,7 @@ report.json beside the checkpoint.
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import os
@@ -42,6 +43,13 @@ def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contex
         return normalize_features(h, **stats) if normalize else h.float(), actions, states
 
     return inputs
+
+
+def leave_group():
+    """Collective: ends the process group after the last reference to a DistributedDataParallel. Its threads must end before Python does, or
+    the process aborts with "terminate called without an active exception", one run in five (pytorch/pytorch#190489)."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def prefetch(batches, device):

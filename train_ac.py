@@ -4,8 +4,8 @@
         --warmup 1 --anneal 1 --batch_size 16 --pred_dim 128 --pred_depth 4 --pred_heads 4       # a laptop
     torchrun --nproc_per_node=8 train_ac.py --data VPT/*.tar                                     # 8 GPUs, released ViT-L
 
-Reads VPT shards (or the feature shards that encode.py made of them) and the scaler of fit_scaler.py. Writes to --out_dir: train.csv,
-val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Stop it whenever you like and go on with --resume.
+Reads VPT shards (or feature shards of encode.py) and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv, curves.png,
+bad_clips.jsonl, args.json and checkpoints. Stop it whenever you like and go on with --resume.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import checkpoint
 import weights
 from data import Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
-from eval import held_out, make_inputs, own_predictor, plot_curves, prefetch
+from eval import held_out, leave_group, make_inputs, own_predictor, plot_curves, prefetch
 from fit_scaler import ActionScaler
 from kernels import chosen
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
@@ -166,9 +166,8 @@ if __name__ == "__main__":
     grid, size = source["grid"], {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor = Predictor(source["embed_dim"], len(names), 2, (grid, grid), **size).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
-    count = sum(p.numel() for p in predictor.parameters())
-    S, before = grid**2 + 2, args.frames_per_clip // args.frames_per_step - 1  # tokens a step, steps that predict one
-    kernels = chosen(device, getattr(torch, args.dtype), head_dim=predictor.head_dim, block=S, length=before * S)
+    count, S = sum(p.numel() for p in predictor.parameters()), grid**2 + 2  # tokens a step
+    kernels = chosen(device, getattr(torch, args.dtype), predictor.head_dim, S, S * (args.frames_per_clip // args.frames_per_step - 1))
     say(f"predictor {count:,} parameters; {grid}x{grid} patches x {source['embed_dim']}, encoder {source['encoder_hash']}; {kernels}")
     model = ACModel(predictor, args.auto_steps, args.loss_exp)
     stats = {"mean": None, "std": None}  # of the features' channels, for --feature_norm standardize
@@ -347,4 +346,5 @@ if __name__ == "__main__":
         say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 2**30:.1f} GiB of memory at the peak")
         say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
     if world > 1:
-        dist.destroy_process_group()
+        del ddp
+        leave_group()

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from eval import prefetch
+from eval import leave_group, prefetch
 from latents import Latents, latent_sequences, open_manifest
 from model import LatentActionModel, VectorQuantizer
 from probe import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
@@ -338,7 +338,8 @@ if __name__ == "__main__":
         say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 2**30:.1f} GiB of memory at the peak")
         say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
     if world > 1:
-        dist.destroy_process_group()
+        del ddp
+        leave_group()
     if args.test_mode:
         say(f"{'PASS' if passed else 'FAIL'} after {step} steps: {verdict or 'the run ended before the codes were in use'}")
         sys.exit(not passed)

@@ -31,7 +31,7 @@ import lora
 from data import collate, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
 from encode import encoder_hash, fetch, open_source
-from eval import beside, beside_columns, check_adapters, held_out, hold_state, make_inputs, plot_curves, prefetch
+from eval import beside, beside_columns, check_adapters, held_out, hold_state, leave_group, make_inputs, plot_curves, prefetch
 from fit_scaler import ActionScaler
 from kernels import chosen
 from mirror import Mirror
@@ -160,8 +160,7 @@ if __name__ == "__main__":
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor, base_scaler, known, anew = lora.open_base(base, source, len(names), reader.state_dim, size)
     size, base_hash, plain = lora.size_of(predictor), encoder_hash(predictor), sum(p.numel() for p in predictor.parameters())
-    for line in lora.scale_warnings(reader, std, bool(known), base_scaler, None if args.no_scale else scaler):
-        say(line)
+    [*map(say, lora.scale_warnings(reader, std, bool(known), base_scaler, None if args.no_scale else scaler))]
     options = None if args.full else {k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
     also, file_scaler, same = lora.adapt(predictor, base_scaler, anew, scaler, options, args.init_from, args.train_condition_encoders)
     encoder_for = functools.partial(lora.fold_scaler, predictor.action_encoder, scaler)  # of actions scaled otherwise
@@ -347,4 +346,5 @@ if __name__ == "__main__":
     if mirror:
         mirror.close()
     if world > 1:
-        dist.destroy_process_group()
+        del ddp
+        leave_group()
