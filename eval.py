@@ -178,8 +178,26 @@ def table(errors, summary, seconds):
     return "\n".join(lines)
 
 
+def open_logs(out_dir, headers, settings, keep, wandb_project):
+    """args.json and the CSVs of a run as a function log(name, row, step). headers: {name: (columns, epoch, itr)}; with `keep`, rows before
+    (epoch, itr) stay."""
+    checkpoint.write_atomically(os.path.join(out_dir, "args.json"), json.dumps(settings, indent=1).encode())
+    logs = {k: checkpoint.open_csv(os.path.join(out_dir, k + ".csv"), *header, keep) for k, header in headers.items()}
+    if wandb_project:
+        import wandb
+
+        wandb.init(project=wandb_project, config=settings)
+
+    def log(name, row, step):
+        logs[name](row)
+        if wandb_project:
+            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
+
+    return log
+
+
 def plot_curves(out_dir):
-    """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv."""
+    """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv; beside a base if there is one."""
     train, val = (np.genfromtxt(os.path.join(out_dir, n), delimiter=",", names=True, ndmin=1) for n in ("train.csv", "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
     axes = fig.subplots(1, 3)
@@ -187,12 +205,15 @@ def plot_curves(out_dir):
     axes[0].plot(train["epoch"] + train["itr"] / ipe, train["jloss"], lw=0.5, label="jloss, training")
     axes[0].plot(train["epoch"] + train["itr"] / ipe, train["sloss"], lw=0.5, label="sloss, training")
     if len(val):
-        axes[0].plot(val["epoch"], val["jloss"], "o-", label="jloss, held out")
+        at = val["epoch"] + (val["itr"] / ipe if "itr" in val.dtype.names else 0)
+        axes[0].plot(at, val["jloss"], "o-", label="jloss, held out")
         for name in ("tf_true", "tf_shuffled", "tf_zero", "tf_copy"):
-            axes[1].plot(val["epoch"], val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
-        axes[2].fill_between(val["epoch"], 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
-        axes[2].plot(val["epoch"], 100 * val["tf_gap"], "o-", label="one step ahead")
-        axes[2].plot(val["epoch"], 100 * val["ro_gap"], "o--", label="rolled out")
+            axes[1].plot(at, val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
+        if "base_tf" in val.dtype.names and np.isfinite(val["base_tf"]).any():
+            axes[1].plot(at, val["base_tf"], "ks--", label="the base, true actions")
+        axes[2].fill_between(at, 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
+        axes[2].plot(at, 100 * val["tf_gap"], "o-", label="one step ahead")
+        axes[2].plot(at, 100 * val["ro_gap"], "o--", label="rolled out")
         axes[2].axhline(0, color="grey", lw=0.5)
     titles = ("loss", "held-out error one step ahead", "action gap (shuffled / true - 1)")
     for ax, title, unit in zip(axes, titles, ("mean |error|, layer-normed features", "mean |error|", "%")):

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import json
 import math
 import os
 import pathlib
@@ -30,7 +29,7 @@ import checkpoint
 import weights
 from data import Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
-from eval import held_out, leave_group, make_inputs, own_predictor, plot_curves, prefetch
+from eval import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
 from fit_scaler import ActionScaler
 from kernels import chosen
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
@@ -211,23 +210,9 @@ if __name__ == "__main__":
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    writes, logs, wandb = rank == 0 and not args.dry_run, {}, None
-    if writes:
-        checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
-        for name, header in (("train", columns), ("val", ["epoch", "jloss", "sloss", *METERS])):
-            path = os.path.join(args.out_dir, name + ".csv")
-            logs[name] = checkpoint.open_csv(path, header, *divmod(step, args.ipe), keep=state is not None)
-        if args.wandb_project:
-            import wandb
-
-            wandb.init(project=args.wandb_project, config=vars(args))
-
-    def log(name, row, step):
-        """A row (dict) of train.csv or val.csv, and to wandb."""
-        if writes:
-            logs[name](row)
-        if wandb:
-            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
+    headers = {"train": (columns, *divmod(step, args.ipe)), "val": (["epoch", "jloss", "sloss", *METERS], *divmod(step, args.ipe))}
+    writes = rank == 0 and not args.dry_run
+    log = open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project) if writes else lambda *row: None
 
     def note_bad(found):
         """Clips that could not be read go into bad_clips.jsonl."""
@@ -249,10 +234,8 @@ if __name__ == "__main__":
 
     def validate(epoch):
         """Losses and the action meter on the held-out clips, summed up over all ranks."""
-        model.eval()
         errors, recordings, failed = held_out(predictor, val_set, inputs, args.batch_size, args.val_clips, args.num_workers,
                                               args.auto_steps, args.loss_exp, autocast)  # fmt: skip
-        model.train()
         note_bad(failed)
         losses = {k: errors.pop(k).mean().item() for k in ("jloss", "sloss")}
         return {"epoch": epoch} | losses | meter_summary(errors, recordings)

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import json
 import math
 import os
 import pathlib
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from eval import leave_group, prefetch
+from eval import leave_group, open_logs, prefetch
 from latents import Latents, latent_sequences, open_manifest
 from model import LatentActionModel, VectorQuantizer
 from probe import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
@@ -190,23 +189,9 @@ if __name__ == "__main__":
 
     terms = ["loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss", "commitment_loss", "rollout_loss"]
     columns = ["epoch", "itr", *terms, "codebook_usage", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    writes, logs, wandb = rank == 0 and not dry, {}, None
-    if writes:
-        checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
-        for name, header in (("train", columns), ("val", ["epoch", *terms, *RATIOS, *CODES])):
-            path = os.path.join(args.out_dir, name + ".csv")
-            logs[name] = checkpoint.open_csv(path, header, *divmod(step, args.ipe), keep=state is not None)
-        if args.wandb_project:
-            import wandb
-
-            wandb.init(project=args.wandb_project, config=vars(args))
-
-    def log(name, row, step):
-        """A row (dict) of train.csv or val.csv, and to wandb."""
-        if writes:
-            logs[name](row)
-        if wandb:
-            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
+    headers = {"train": (columns, *divmod(step, args.ipe)), "val": (["epoch", *terms, *RATIOS, *CODES], *divmod(step, args.ipe))}
+    writes = rank == 0 and not dry
+    log = open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project) if writes else lambda *row: None
 
     def save(epoch, itr):
         """Write a checkpoint and the curves (rank 0)."""

@@ -13,7 +13,6 @@ import datetime
 import functools
 import importlib
 import itertools
-import json
 import math
 import os
 import resource
@@ -31,7 +30,7 @@ import lora
 from data import collate, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
 from encode import encoder_hash, fetch, open_source
-from eval import beside, beside_columns, check_adapters, held_out, hold_state, leave_group, make_inputs, plot_curves, prefetch
+from eval import beside, beside_columns, check_adapters, held_out, hold_state, leave_group, make_inputs, open_logs, plot_curves, prefetch
 from fit_scaler import ActionScaler
 from kernels import chosen
 from mirror import Mirror
@@ -227,23 +226,12 @@ if __name__ == "__main__":
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    writes, logs, wandb = rank == 0 and not dry, {}, None
-    if writes:
-        checkpoint.write_atomically(os.path.join(args.out_dir, "args.json"), json.dumps(vars(args), indent=1).encode())
-        for name, header in (("train", columns), ("val", ["epoch", "itr", *beside_columns(args.frames_per_clip - 1)])):
-            path = os.path.join(args.out_dir, name + ".csv")
-            logs[name] = checkpoint.open_csv(path, header, *divmod(step + (name == "val"), ipe), keep=state is not None)
-        if args.wandb_project:
-            import wandb
-
-            wandb.init(project=args.wandb_project, config=vars(args))
-
-    def log(name, row, step):
-        """A row (dict) of train.csv or val.csv, and to wandb."""
-        if writes:
-            logs[name](row)
-        if wandb:
-            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
+    headers = {
+        "train": (columns, *divmod(step, ipe)),
+        "val": (["epoch", "itr", *beside_columns(args.frames_per_clip - 1)], *divmod(step + 1, ipe)),
+    }
+    writes = rank == 0 and not dry
+    log = open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project) if writes else lambda *row: None
 
     def save(epoch, itr):
         """Write a checkpoint, the adapter in PEFT's form (its encoders for the base's actions) and the curves (rank 0)."""

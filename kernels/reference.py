@@ -32,8 +32,10 @@ def low_rank_plain(x, drop, weight, bias, A, B, scale):
 def rotate_pairs(x, cos, sin):
     """RoPE by its definition: y0 = x0 cos0 + x1 sin0, y1 = x1 cos1 + x0 sin1 for each pair of adjacent dims, the sign folded into sin
     (model.rope_tables). x (..., L, hd) keeps its dtype, the arithmetic is that of the tables. torch.compile makes one loop of it."""
-    (x0, x1), (cos0, cos1), (sin0, sin1) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, cos, sin))
-    return torch.stack((x0 * cos0 + x1 * sin0, x1 * cos1 + x0 * sin1), dim=-1).flatten(-2).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    (x0, x1), (cos0, cos1), (sin0, sin1) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (wide, cos, sin))
+    y = torch.addcmul(x0 * cos0, x1, sin0), torch.addcmul(x1 * cos1, x0, sin1)  # rounded once, as in rotate_chunks
+    return torch.stack(y, dim=-1).flatten(-2).to(x.dtype)
 
 
 def rotate_chunks(x, cos, sin, numel=2**18):

@@ -3,8 +3,8 @@
     python -m prepare.robot --episodes 60 --world a --out robot/a              # half a minute on two cores
     python -m prepare.robot --episodes 30 --world b --seed 1 --out robot/b     # another arm, seen from the other side
 
-Writes OUT/droid_101-train.tfrecord-XXXXX-of-XXXXX, one tf.train.Example an episode (15 Hz, three cameras of 320x180 as JPEG), or with
---form npz one's own robot as droid.py reads it: NAME.npz and NAME.CAMERA.mp4 (H.264, a frame a row). In the npz, T rows each:
+Writes OUT/droid_101-train.tfrecord-00000-of-00008 and so on, one tf.train.Example an episode (15 Hz, three cameras of 320x180 as JPEG), or
+with --form npz one's own robot as droid.py reads it: NAME.npz and NAME.CAMERA.mp4 (H.264, a frame a row). In the npz, T rows each:
   cartesian_position (T, 6)  xyz in metres, then extrinsic xyz Euler angles in radians      gripper_position (T,)  0 open to 1 closed
   joint_velocity (T, 7)      commanded, rad/s; the idle filter needs it      rate, success  one number each (if absent: 15, true)
 and whatever else --state_keys and --action_keys should find. OUT/robot.json holds the arguments; finished files are kept on a re-run.
@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
-from episodes import masked_crc
+from episodes import CAMERAS, masked_crc
 from prepare.arm import HEIGHT, RATE, WIDTH, WORLDS, play
 
 X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}
@@ -71,8 +71,7 @@ def droid_example(rows, jpegs, folder, file, texts, success):
     steps = len(rows["action"])
     last = np.arange(steps) == steps - 1
     fields = {f"steps/{k}": x for k, x in rows.items()}
-    cameras = {"exterior_1": "exterior_image_1_left", "exterior_2": "exterior_image_2_left", "wrist": "wrist_image_left"}
-    fields |= {f"steps/observation/{cameras[c]}": x for c, x in jpegs.items()}
+    fields |= {f"steps/observation/{CAMERAS[c]}": x for c, x in jpegs.items()}
     fields |= {f"steps/language_instruction{n}": [text.encode()] * steps for n, text in zip(("", "_2", "_3"), texts)}
     fields |= {"steps/is_first": 1 * (np.arange(steps) == 0), "steps/is_last": 1 * last, "steps/is_terminal": 1 * last}
     fields |= {"steps/reward": np.float32(last * success), "steps/discount": np.ones(steps, np.float32)}

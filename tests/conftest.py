@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing.forkserver
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
 from fractions import Fraction
@@ -105,3 +107,25 @@ def shards(tmp_path_factory, mp4):
             members |= {f"6.1{s}_player-{k}.mp4": mp4, f"6.1{s}_player-{k}.jsonl": jsonl(contractor(seed=2 * s + k))}
         write_tar(folder / f"shard-{s:06d}.tar", members)
     return folder
+
+
+@pytest.fixture
+def deadline():
+    """A loader that hangs is a failure, not a test run that never ends."""
+    signal.signal(signal.SIGALRM, lambda *a: pytest.fail("hangs: 60 s without an end"))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture(scope="module")
+def forkserver():
+    """Processes of our scripts start from a server that has imported them already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # it finds what it imports from here
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            ["train_ac", "encode", "eval", "fit_scaler", "train_lam", "probe", "prepare.manifest", "train_lora"]
+        )
+        multiprocessing.forkserver.ensure_running()
+        yield

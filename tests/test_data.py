@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 import pickle
-import signal
 import tarfile
 import threading
 import types
@@ -43,13 +42,7 @@ from vpt import ClipReader
 READER = ClipReader(crop_size=HEIGHT)
 
 
-@pytest.fixture(autouse=True)
-def deadline():
-    """A loader that hangs is a failure, not a test run that never ends."""
-    signal.signal(signal.SIGALRM, lambda *a: pytest.fail("hangs: 60 s without an end"))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 def records_of(*paths):

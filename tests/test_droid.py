@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -36,13 +35,7 @@ SMALL = {"crop_size": 64, "crop": "square"}  # the pictures are 80x64: the crop 
 CAMERAS = {"exterior_1": 0, "exterior_2": 300, "wrist": 600}  # what is added to the number of a picture
 
 
-@pytest.fixture(autouse=True)
-def deadline():
-    """A loader that hangs is a failure, not a test run that never ends."""
-    signal.signal(signal.SIGALRM, lambda *a: pytest.fail("hangs: 60 s without an end"))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
+pytestmark = pytest.mark.usefixtures("deadline")
 
 
 @functools.lru_cache(None)

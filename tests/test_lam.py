@@ -1,7 +1,6 @@
 """Latent actions: the quantiser, the model, H5 files, train_lam.py as a program, and whether the codes are the actions."""
 
 import json
-import multiprocessing.forkserver
 import os
 import signal
 
@@ -9,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_train import FORK, ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
+from test_train import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 import checkpoint
 import latents
@@ -23,14 +22,7 @@ SMALL = "--embed_dim 16 --encoder_depth 1 --decoder_depth 1 --num_heads 2 --patc
 PLAN = "--epochs 3 --ipe 10 --log_every 1 --lr 2e-3 --vq_warmup_steps 8 --val_clips 8"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)
-        FORK.set_forkserver_preload(["train_ac", "encode", "eval", "fit_scaler", "train_lam", "probe", "prepare.manifest"])
-        multiprocessing.forkserver.ensure_running()
-        yield
+pytestmark = pytest.mark.usefixtures("forkserver")
 
 
 def tiny(**change):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing.forkserver
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_bench import bench
-from test_train import FORK, ROOT, Run, column, fails, numbers, run, start_ranks
+from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
 import kernels
@@ -325,14 +324,7 @@ def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
 FLAGS = "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4 --grad_accum 1 --log_every 1 --frames_per_clip 5 --warmup_steps 2"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)
-        FORK.set_forkserver_preload(["train_lora"])
-        multiprocessing.forkserver.ensure_running()
-        yield
+pytestmark = pytest.mark.usefixtures("forkserver")
 
 
 @pytest.fixture(scope="module")

@@ -153,14 +153,7 @@ def same_run(a, b):
     assert all(torch.equal(x, y) for x, y in zip(*moments))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)  # the server finds what it imports beforehand from here
-        FORK.set_forkserver_preload(["train_ac", "encode", "eval", "fit_scaler", "train_lam", "probe", "prepare.manifest"])
-        multiprocessing.forkserver.ensure_running()
-        yield
+pytestmark = pytest.mark.usefixtures("forkserver")
 
 
 @pytest.fixture(scope="module")
