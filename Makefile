@@ -43,7 +43,7 @@ demo-lam: .venv/installed  # latent actions of nine known moves: do the codes na
 	test -e demo-lam/manifest.json || $(PY) -m prepare.manifest demo-lam --size 16
 	$(PY) train_lam.py --data_dir demo-lam --out_dir out/demo-lam --embed_dim 48 --encoder_depth 2 --decoder_depth 2 --num_heads 4 \
 		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume
-	$(PY) probe.py --checkpoint out/demo-lam
+	$(PY) eval_lam.py --checkpoint out/demo-lam
 
 ROBOT = --encoder vit_tiny --crop_size 64 --crop square --frames_per_clip 6 --num_workers 0 --batch_size 8 --grad_accum 1 --val_clips 64 \
 	--log_every 100 --resume

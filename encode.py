@@ -9,7 +9,7 @@ yet layer-normed, actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pit
 --phases P the same recording is stepped through P times, from P places spread over the first step (the first clip, for --encode clip).
 
 With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2, h, w) float16 of chunks of 8 frames, each encoded alone, at 8 frames a second
-and 512 pixels unless told otherwise, and KEY.actions.npz: yaw and forward between latent steps, for probe.py.
+and 512 pixels unless told otherwise, and KEY.actions.npz: yaw and forward between latent steps, for eval_lam.py.
 """
 
 import argparse

@@ -7,158 +7,19 @@ report.json beside the checkpoint.
 """
 
 import argparse
-import contextlib
-import gc
 import json
-import math
 import os
 import sys
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
 import checkpoint
-from data import Clips, collate, leave_signals, open_records, open_split, windows
+from data import Clips, open_records, open_split
 from encode import open_source
-from fit_scaler import ActionScaler
 from kernels import chosen
-from lora import lora_layers, merge_lora, without_lora
-from model import METERS, Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
+from model import meter_summary
+from runs import held_out, make_inputs, open_run
 from vpt import ClipReader
-
-
-def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
-    """A function from a batch of data.py to (z, actions, states) on the device; stats ("mean", "std") of channels may be set later."""
-
-    @torch.no_grad()
-    def inputs(batch, normalize=True):
-        h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
-        if "z" not in batch:
-            cast = autocast() if encoder.patch_embed.proj.weight.dtype == torch.float32 else contextlib.nullcontext()
-            with torch.inference_mode(), cast:  # bf16 weights need none, which would only go back and forth
-                h = encode_steps(encoder, h, encode, frames_per_step)
-        return normalize_features(h, **stats) if normalize else h.float(), actions, states
-
-    return inputs
-
-
-def leave_group():
-    """Collective: ends the process group after the last reference to a DistributedDataParallel. Its threads must end before Python does, or
-    the process aborts with "terminate called without an active exception", one run in five (pytorch/pytorch#190489)."""
-    gc.collect()
-    dist.destroy_process_group()
-
-
-def prefetch(batches, device):
-    """The same batches; on a GPU each one's copy (from pinned memory, on a stream of its own) runs while the one before is computed on."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream, ahead = torch.cuda.Stream(device), None
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        if ahead is not None:
-            yield ahead
-        torch.cuda.current_stream(device).wait_stream(stream)
-        for tensor in batch.values():
-            if isinstance(tensor, torch.Tensor):
-                tensor.record_stream(torch.cuda.current_stream(device))
-        ahead = batch
-    if ahead is not None:
-        yield ahead
-
-
-@torch.no_grad()
-def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_steps, loss_exp, autocast=contextlib.nullcontext,
-             compose=compose_states):  # fmt: skip
-    """Losses and action meter of at most `clips` windows of a Clips dataset, shared among ranks (all get everyone's):
-    ({name: (n, K) errors}, [recording], [bad clip of this rank]); "jloss" and "sloss" are (n, 1). compose: model.compose_states, or what
-    makes states of actions on another robot.
-
-    Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in random order, so that is another
-    recording nearly always. A lone clip would get its own, so a batch has two at least."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    training = predictor.training
-    predictor.eval()
-    items, rows, bad = windows(dataset, max(batch_size, 2), clips, rank, world), [], []
-    for batch in DataLoader(dataset, batch_sampler=items, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals):
-        bad += batch["bad"]
-        z, actions, states = inputs(batch)
-        mean, scale = (torch.tensor(x, device=z.device).float() for x in (dataset.reader.scaler.mean, dataset.reader.scaler.scale))
-        shuffle = torch.roll(torch.arange(len(z)), 1)
-        with autocast():
-            losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
-            errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose(s, a, m, d))
-        errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
-        rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]]))
-    predictor.train(training)
-    if dist.is_initialized():
-        dist.all_gather_object(everyone := [None] * world, rows)
-        rows = [r for part in everyone for r in part]
-    return {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]], bad
-
-
-HELP = ["base_tf", "base_ro", "help", "help_low", "help_high"]
-
-
-def beside_columns(K):
-    """Columns of val.csv that `beside` fills, for clips that predict K steps."""
-    return ["jloss", "sloss", *METERS, *HELP, *(f"{name}_{k + 1}" for name in ("error", "base") for k in range(K))]
-
-
-def beside(errors, recordings, base):
-    """Held-out errors of a fine-tuned model, with those of the base on the same clips or None -> (row of val.csv: METERS, HELP, error_k and
-    base_k rolled out k steps; two lines for a person). help = error of the base / error - 1 one step ahead, with its 95 % interval over
-    recordings: the meter's gap, with the base in place of shuffled actions."""
-    row = {k: errors[k].mean().item() for k in ("jloss", "sloss")} | dict.fromkeys(HELP, math.nan)
-    errors = {k: x for k, x in errors.items() if k not in row}
-    row |= meter_summary(errors, recordings)
-    for name, found in (("error", errors), ("base", base or {})):
-        row |= {f"{name}_{k + 1}": x for k, x in enumerate((found.get("ro_true", errors["ro_true"] * math.nan)).mean(0).tolist())}
-    gap = f"{row['tf_gap']:+.2%} [{row['tf_gap_low']:+.2%}, {row['tf_gap_high']:+.2%}]; rolled out {row['ro_gap']:+.2%}"
-    text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
-    if base is not None:
-        versus = meter_summary(errors | {f"{p}_shuffled": base[f"{p}_true"] for p in ("tf", "ro")}, recordings)
-        row |= dict(zip(HELP, (versus[k] for k in ("tf_shuffled", "ro_shuffled", "tf_gap", "tf_gap_low", "tf_gap_high"))))
-        text += (
-            f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}: {row['help']:+.2%} [{row['help_low']:+.2%}, "
-        )
-        text += f"{row['help_high']:+.2%}]; rolled out {row['ro_true']:.4f} and {row['base_ro']:.4f}"
-    return row, text
-
-
-def hold_state(state0, actions, mean, scale):
-    """In place of compose_poses for a robot of which we do not know what its actions do to its state: that stays the first."""
-    return state0[:, None].expand(-1, actions.shape[1], -1)
-
-
-def check_adapters(model, inputs, autocast, trained):
-    """A generator: looks at one clip before training on it, and yields after it what holds; RuntimeError for what does not."""
-
-    def losses():
-        with autocast(), torch.no_grad():
-            return torch.stack(model.eval()(*inputs)).float()
-
-    frozen = {n: p.clone() for n, p in model.predictor.named_parameters() if n not in trained}
-    with without_lora(model.predictor):
-        base = losses()
-    start = losses()
-    model.train()
-    yield
-    end, moved = losses(), [n for n, p in model.predictor.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
-    found = {f"loss {start.sum():.4f} fell to {end.sum():.4f} on this clip": end.sum() < start.sum(),
-             f"{len(frozen)} frozen tensors are as they were": not moved}  # fmt: skip
-    if lora_layers(model.predictor):
-        found |= {"before the first step the losses were those of the base, bit for bit": torch.equal(start, base)}
-        merge_lora(model.predictor)
-        found |= {f"merged, the losses differ by {(losses() - end).abs().max():.1e}": (losses() - end).abs().max() < 1e-2 * end.max()}
-    if not all(found.values()):
-        raise RuntimeError("--debug: this does not hold: " + "; ".join(k for k, v in found.items() if not v))
-    yield from found
 
 
 def table(errors, summary, seconds):
@@ -176,76 +37,6 @@ def table(errors, summary, seconds):
     lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
     lines.append(f"  {'skill':22}" + "".join(f"{x:9.3f}" for x in skill.tolist()))
     return "\n".join(lines)
-
-
-def open_logs(out_dir, headers, settings, keep, wandb_project):
-    """args.json and the CSVs of a run as a function log(name, row, step). headers: {name: (columns, epoch, itr)}; with `keep`, rows before
-    (epoch, itr) stay."""
-    checkpoint.write_atomically(os.path.join(out_dir, "args.json"), json.dumps(settings, indent=1).encode())
-    logs = {k: checkpoint.open_csv(os.path.join(out_dir, k + ".csv"), *header, keep) for k, header in headers.items()}
-    if wandb_project:
-        import wandb
-
-        wandb.init(project=wandb_project, config=settings)
-
-    def log(name, row, step):
-        logs[name](row)
-        if wandb_project:
-            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
-
-    return log
-
-
-def plot_curves(out_dir):
-    """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv; beside a base if there is one."""
-    train, val = (np.genfromtxt(os.path.join(out_dir, n), delimiter=",", names=True, ndmin=1) for n in ("train.csv", "val.csv"))
-    fig = Figure(figsize=(13, 4), layout="constrained")
-    axes = fig.subplots(1, 3)
-    ipe = max(train["itr"].max() + 1, 1)
-    axes[0].plot(train["epoch"] + train["itr"] / ipe, train["jloss"], lw=0.5, label="jloss, training")
-    axes[0].plot(train["epoch"] + train["itr"] / ipe, train["sloss"], lw=0.5, label="sloss, training")
-    if len(val):
-        at = val["epoch"] + (val["itr"] / ipe if "itr" in val.dtype.names else 0)
-        axes[0].plot(at, val["jloss"], "o-", label="jloss, held out")
-        for name in ("tf_true", "tf_shuffled", "tf_zero", "tf_copy"):
-            axes[1].plot(at, val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
-        if "base_tf" in val.dtype.names and np.isfinite(val["base_tf"]).any():
-            axes[1].plot(at, val["base_tf"], "ks--", label="the base, true actions")
-        axes[2].fill_between(at, 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
-        axes[2].plot(at, 100 * val["tf_gap"], "o-", label="one step ahead")
-        axes[2].plot(at, 100 * val["ro_gap"], "o--", label="rolled out")
-        axes[2].axhline(0, color="grey", lw=0.5)
-    titles = ("loss", "held-out error one step ahead", "action gap (shuffled / true - 1)")
-    for ax, title, unit in zip(axes, titles, ("mean |error|, layer-normed features", "mean |error|", "%")):
-        ax.set(title=title, xlabel="epoch", ylabel=unit)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=9)
-    checkpoint.write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
-
-
-def own_predictor(state):
-    """The predictor's weights in a checkpoint; --save_encoder writes them in Meta's layout, with a prefix and an unused layer."""
-    return {k.removeprefix("module."): v for k, v in state["predictor"].items() if "extrinsics_encoder" not in k}
-
-
-def open_run(path):
-    """A run folder or checkpoint -> (Predictor in eval mode, its checkpoint dictionary, ActionScaler, file path)."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
-    if os.path.isdir(path):
-        folder = path
-        state, path = checkpoint.load_latest(folder)
-        if state is None:
-            raise FileNotFoundError(f"no checkpoint in {folder}")
-    else:
-        state = checkpoint.load(path)
-    if "lam" in state:
-        raise ValueError(f"{path} is a run of train_lam.py: judge it with probe.py")
-    size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
-    predictor = Predictor(state["embed_dim"], len(state["action_names"]), 2, (state["grid"],) * 2, **size)
-    predictor.load_state_dict(own_predictor(state))
-    s = state["action_scaler"]
-    return predictor.eval(), state, ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"]), path
 
 
 if __name__ == "__main__":

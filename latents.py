@@ -1,4 +1,4 @@
-"""Video-VAE latents in HDF5 files as windows of steps: what train_lam.py and probe.py read.
+"""Video-VAE latents in HDF5 files as windows of steps: what train_lam.py and eval_lam.py read.
 
 KEY.h5 holds one dataset (chunks, C, T, H, W), any name, HDF5 chunking or compression, float16 or float32; chunk n holds the latent steps
 n*T to n*T + T-1 (T = 2: 8 frames, merged 4 in time). Beside it may lie KEY.actions.npz, what truly happened: integer arrays of length

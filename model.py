@@ -72,13 +72,14 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x, rope=None, block=None, past=None):
-        """(B, L, D) -> (B, L, D) and (k, v) (B, nh, L, hd). `past` is the (k, v) of earlier steps, all of which one further step sees."""
+        """(B, L, D) -> (B, L, D) and (k, v) (B, nh, L, hd). `past` is the (k, v) of earlier steps, all of which one further step sees;
+        that of one clip serves a whole batch."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, nh, L, hd); not slices: the gradient of one is a full tensor of zeros
         if rope is not None:
             q, k = apply_rope((q, k), *rope)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+            k, v = (torch.cat([x.expand(len(new), -1, -1, -1), new], dim=2) for x, new in zip(past, (k, v)))
         if block is None or past is not None:
             x = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -255,6 +256,25 @@ class Predictor(nn.Module):
         x = x.unflatten(1, (T, S))[:, :, C:].flatten(1, 2)  # (B, T*N, D)
         return self.predictor_proj(self.predictor_norm(x)), present
 
+    def rollout(self, z, actions, states, extrinsics=None, cache=None):
+        """Context z (B, c, N, E), layer-normed, actions (B, c-1+K, A) and their states -> the K steps that follow (B, K, N, E), normed too,
+        each from all before. States are taken as given; gradients flow through the whole chain.
+
+        cache: keys and values of all of z but its last step, as `predict_on` returns them; those of one clip (batch 1) serve all B. None:
+        made here. False: each step runs the whole sequence anew, as the reference does: what the cache must equal.
+        """
+        c, start, steps = z.shape[1], 0, []
+        if cache:
+            start, z = c - 1, z[:, -1:]
+        for t in range(c, actions.shape[1] + 1):
+            out, present = predict_on(self, z, actions, states, extrinsics, cache or None, start)
+            steps.append(out[:, -1:])
+            if cache is False:
+                z = torch.cat([z, steps[-1]], dim=1)
+            else:
+                z, cache, start = steps[-1], present, t
+        return torch.cat(steps, dim=1)
+
 
 def copy_fitting(module, state):
     """Copy the tensors of a state dict that fit into a module; returns (taken, made anew, left over) as lists of names."""
@@ -335,21 +355,6 @@ def predict_on(predictor, z, actions, states, extrinsics=None, past=None, start=
     return normalize_features(out).view(z.shape), present
 
 
-def rollout(predictor, z, actions, states, extrinsics=None, past=None):
-    """Context z (B, c, N, E) and actions (B, c-1+K, A), with their states -> the K steps that follow (B, K, N, E), each from all before.
-
-    `past`: what `predict_on` returned for all of z but its last step. States are taken as given; gradients flow through the whole chain.
-    """
-    c, steps = z.shape[1], []
-    start = 0 if past is None else c - 1
-    z = z[:, start:]
-    for t in range(c, actions.shape[1] + 1):
-        out, past = predict_on(predictor, z, actions, states, extrinsics, past, start)
-        z, start = out[:, -1:], t
-        steps.append(z)
-    return torch.cat(steps, dim=1)
-
-
 def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss_exp=1.0):
     """Teacher forcing and rollout losses (jloss, sloss) of V-JEPA 2-AC: arXiv 2506.09985 section 3, vjepa2 app/vjepa_droid/train.py.
 
@@ -364,7 +369,8 @@ def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss
     z_ar = z_tf[:, :1]
     if auto_steps > 1:
         first = [[x[:, :, : x.shape[2] // (T - 1)].clone() for x in kv] for kv in present]  # a view would keep all of it until backward
-        z_ar = torch.cat([z_ar, rollout(predictor, torch.cat([z[:, :1], z_ar], 1), actions[:, :auto_steps], states, extrinsics, first)], 1)
+        more = predictor.rollout(torch.cat([z[:, :1], z_ar], 1), actions[:, :auto_steps], states, extrinsics, first)
+        z_ar = torch.cat([z_ar, more], 1)
     jloss, sloss = (((p - t).abs() ** loss_exp).mean() / loss_exp for p, t in ((z_tf, z[:, 1:]), (z_ar, z[:, 1 : auto_steps + 1])))
     return jloss, sloss
 
@@ -405,7 +411,7 @@ def action_meter(predictor, z, actions, states, shuffle, compose):
     errors = {"tf_copy": z[:, :-1], "ro_copy": z[:, :1]}
     for name, a in (("true", actions), ("shuffled", actions[shuffle]), ("zero", torch.zeros_like(actions))):
         errors[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
-        errors[f"ro_{name}"] = rollout(predictor, z[:, :1], a, compose(states[:, 0], a))
+        errors[f"ro_{name}"] = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
     return {name: (p - target).abs().mean((2, 3)) for name, p in errors.items()}
 
 

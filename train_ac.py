@@ -29,10 +29,10 @@ import checkpoint
 import weights
 from data import Clips, collate, open_split, vpt_loader, windows
 from encode import open_source
-from eval import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
 from fit_scaler import ActionScaler
 from kernels import chosen
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
+from runs import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
 # --- flags ---

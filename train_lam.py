@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from eval import leave_group, open_logs, prefetch
+from eval_lam import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
 from latents import Latents, latent_sequences, open_manifest
 from model import LatentActionModel, VectorQuantizer
-from probe import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
+from runs import leave_group, open_logs, prefetch
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -125,7 +125,7 @@ def forkserver():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # it finds what it imports from here
         multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["train_ac", "encode", "eval", "fit_scaler", "train_lam", "probe", "prepare.manifest", "train_lora"]
+            ["train_ac", "encode", "eval", "fit_scaler", "train_lam", "eval_lam", "prepare.manifest", "train_lora"]
         )
         multiprocessing.forkserver.ensure_running()
         yield

@@ -14,7 +14,7 @@ SOURCES = sorted(os.path.relpath(p, ROOT) for d in ("", "prepare", "bench", "ker
 BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 130, "kernels/attention.py": 380}
 BUDGETS |= {"vpt.py": 370, "episodes.py": 350, "lora.py": 320, "README.md": 220}
 BUDGETS |= dict.fromkeys(("fit_scaler.py", "train_ac.py", "train_lam.py", "train_lora.py"), 350)
-LEAF = 300  # encode, eval, probe, plan, prepare/*, bench/*, kernels/*
+LEAF = 300  # encode, eval, eval_lam, runs, probe, plan, prepare/*, bench/*, kernels/*
 
 
 def read(path):
@@ -155,7 +155,7 @@ def test_line_budgets():
             if lines > budget:
                 over[path] = f"{lines} of {budget}"
     assert over == {}
-    assert len([p for p in SOURCES if os.sep not in p]) <= 17
+    assert len([p for p in SOURCES if os.sep not in p]) <= 19
 
 
 @pytest.mark.parametrize("path", SOURCES)

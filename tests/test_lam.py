@@ -11,8 +11,8 @@ import torch
 from test_train import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 import checkpoint
+import eval_lam
 import latents
-import probe
 from latents import Latents, latent_sequences, open_manifest, pack_codes, unpack_codes
 from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
 from prepare.manifest import split_counts
@@ -257,10 +257,10 @@ def test_purity_is_not_bought_with_many_codes():
     """Bug: purity is fitted on what it is scored on, so that a code for every transition scores 1."""
     rng = np.random.default_rng(0)
     actions = rng.integers(0, 9, 2000)
-    assert probe.purity(np.arange(2000), actions) == 0
-    assert probe.purity(actions * 7 + rng.integers(0, 7, 2000), actions) == 1
-    assert abs(probe.purity(rng.integers(0, 20, 2000), actions) - 1 / 9) < 0.05
-    assert probe.perplexity(np.array([[0, 1], [0, 2], [0, 1], [0, 2]])) == pytest.approx(2)
+    assert eval_lam.purity(np.arange(2000), actions) == 0
+    assert eval_lam.purity(actions * 7 + rng.integers(0, 7, 2000), actions) == 1
+    assert abs(eval_lam.purity(rng.integers(0, 20, 2000), actions) - 1 / 9) < 0.05
+    assert eval_lam.perplexity(np.array([[0, 1], [0, 2], [0, 1], [0, 2]])) == pytest.approx(2)
 
 
 def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
@@ -293,19 +293,19 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
             return {"z": z, "labels": torch.tensor(self.step[item[3] : item[3] + 3, None]), "key": "", "bad": []}
 
     model = Oracle(**TINY, vq_warmup_steps=0).eval()
-    found = probe.held_out_codes(model, Windows(), 10, 60)
-    s = probe.code_summary(found, 12)
+    found = eval_lam.held_out_codes(model, Windows(), 10, 60)
+    s = eval_lam.code_summary(found, 12)
     assert len(found["own"]) == 180 and found["own"].mean() == pytest.approx(1e-4, rel=0.01)
     assert s["purity"] == 1 and s["ami"] == pytest.approx(1) and s["joint_codes"] == 3 and s["same_over_own"] == pytest.approx(1, rel=0.01)
     assert s["mse_over_copy"] < 1e-4 and s["mse_over_zero"] < 1e-4 and 1e-4 < s["mse_over_marginal"] < 1e-3 and s["psnr_random"] > 30
-    assert not list(probe.complaints(s, True))
+    assert not list(eval_lam.complaints(s, True))
     model.deaf = True
-    s = probe.code_summary(probe.held_out_codes(model, Windows(), 10, 60), 12)
-    assert s["mse_over_zero"] == pytest.approx(1) and "ignores the code" in " ".join(probe.complaints(s, True))
+    s = eval_lam.code_summary(eval_lam.held_out_codes(model, Windows(), 10, 60), 12)
+    assert s["mse_over_zero"] == pytest.approx(1) and "ignores the code" in " ".join(eval_lam.complaints(s, True))
     collapsed = found | {"codes": np.zeros_like(found["codes"])}
-    assert "collapsed" in " ".join(probe.complaints(probe.code_summary(collapsed, 12), True))
+    assert "collapsed" in " ".join(eval_lam.complaints(eval_lam.code_summary(collapsed, 12), True))
     positions = found | {"same": 30 * found["own"]}
-    assert "codes are no actions" in " ".join(probe.complaints(probe.code_summary(positions, 12), True))
+    assert "codes are no actions" in " ".join(eval_lam.complaints(eval_lam.code_summary(positions, 12), True))
 
 
 # --- files ---
@@ -567,14 +567,14 @@ def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
 
 @pytest.mark.slow
 def test_probe_reads_a_run(folder, trained, tmp_path):
-    """Bug: probe.py cannot read what train_lam.py wrote, judges the files of training, or writes its picture elsewhere."""
-    text = run(tmp_path, "probe.py", "--checkpoint", trained, "--val_clips 8 --batch_size 4")
+    """Bug: eval_lam.py cannot read what train_lam.py wrote, judges the files of training, or writes its picture elsewhere."""
+    text = run(tmp_path, "eval_lam.py", "--checkpoint", trained, "--val_clips 8 --batch_size 4")
     report = json.load(open(trained / "report.json"))
     assert report["split"] == "test" and f"{report['transitions']} transitions of 1 files (test)" in text
     assert report["probe_move"]["chance"] == pytest.approx(1 / 9) and 0 <= report["probe_move"]["codes"] < 0.5
     assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
-    assert "is a run of train_lam.py: judge it with probe.py" in fails(tmp_path, "eval.py", "--checkpoint", trained)
-    assert "is damaged or no checkpoint of ours" in fails(tmp_path, "probe.py", "--checkpoint", folder / "run" / "args.json")
+    assert "is a run of train_lam.py: judge it with eval_lam.py" in fails(tmp_path, "eval.py", "--checkpoint", trained)
+    assert "is damaged or no checkpoint of ours" in fails(tmp_path, "eval_lam.py", "--checkpoint", folder / "run" / "args.json")
 
 
 @pytest.mark.slow

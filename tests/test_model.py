@@ -22,7 +22,7 @@ from model import (
     grid_positions,
     normalize_features,
     predict,
-    rollout,
+    predict_on,
     rope_tables,
 )
 
@@ -473,11 +473,23 @@ def test_auto_steps_must_fit(auto_steps):
 def test_rollout_feeds_itself():
     """Catches a rollout that keeps reading the truth, and a context longer than one step continued from the wrong place."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
-    steps = rollout(predictor, z[:, :1], actions, states)
+    steps = predictor.rollout(z[:, :1], actions, states)
     close(steps[:, :1], predict(predictor, z[:, :1], actions, states))
     again = predict(predictor, torch.cat([z[:, :1], steps[:, :2]], 1), actions, states)
     close(steps[:, 1:], again[:, 1:])
-    close(rollout(predictor, torch.cat([z[:, :1], steps[:, :1]], 1), actions, states), steps[:, 1:])
+    close(predictor.rollout(torch.cat([z[:, :1], steps[:, :1]], 1), actions, states), steps[:, 1:])
+
+
+@pytest.mark.parametrize("context", [1, 3])
+def test_rollout_of_many_on_one_cache(context):
+    """Catches keys and values of one clip shared in the wrong order or at the wrong place, and a cache that is not exact."""
+    predictor, (z, actions, states) = small_predictor(), small_batch()
+    one = z[:1, :context].expand(B, -1, -1, -1)
+    actions[:, : context - 1], states[:, : context - 1] = actions[0, : context - 1].clone(), states[0, : context - 1].clone()
+    anew = predictor.rollout(one, actions, states, cache=False)
+    cache = predict_on(predictor, z[:1, : context - 1], actions[:1], states[:1])[1] if context > 1 else None
+    close(predictor.rollout(one, actions, states, cache=cache), anew)
+    close(predictor.rollout(one, actions, states), anew)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -527,7 +539,7 @@ def test_action_meter():
     close(meter["ro_copy"][1, 2], (z[1, 3] - z[1, 0]).abs().mean())
     for name, a in (("true", actions), ("shuffled", actions.flip(0)), ("zero", actions * 0)):
         tf = predict(predictor, z[:, :-1], a, states)
-        ro = rollout(predictor, z[:, :1], a, compose(states[:, 0], a))
+        ro = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
         close(meter[f"tf_{name}"], (tf - z[:, 1:]).abs().mean((2, 3)))
         close(meter[f"ro_{name}"], (ro - z[:, 1:]).abs().mean((2, 3)))
     later = states.clone()

@@ -30,9 +30,9 @@ import checkpoint
 import vpt
 import weights
 from data import Clips, Slice, feature_rows, index_shards, split_records
-from eval import held_out, make_inputs, open_run
 from fit_scaler import ActionScaler
 from model import METERS, Predictor, encode_steps, meter_summary
+from runs import held_out, make_inputs, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")

@@ -1,6 +1,6 @@
 """Do latent actions mean something? What the codes of a train_lam.py run say about the true actions, and what they do to the picture.
 
-    python probe.py --checkpoint out/lam --split test
+    python eval_lam.py --checkpoint out/lam --split test
 
 Reads a run folder or checkpoint of train_lam.py and the H5 files of its manifest (KEY.actions.npz beside them holds the truth, where there
 is one). Prints a table, writes report.json and codes.png (what each of the most used codes moves, and how codes and actions go together)
