@@ -247,15 +247,16 @@ def packet_times(f):
         return np.sort(np.array([p.pts for p in container.demux(video=0) if p.pts is not None and not p.is_discard], dtype=np.int64))
 
 
+def fitting(width, height, short_side):
+    """(width, height) with that short side, of the same shape."""
+    scale = short_side / min(width, height)
+    return max(round(width * scale), short_side), max(round(height * scale), short_side)
+
+
 def read_frames(f, times, wanted, short_side, decoder="pyav"):
     """Frames by number in display order (never by time x fps) -> (len(wanted), H, W, 3) uint8, the short side resized with antialias.
 
     f: seekable file; times: from mp4_times or packet_times; wanted: increasing frame numbers. Raises ValueError or av.FFmpegError."""
-
-    def size_of(width, height):
-        scale = short_side / min(width, height)
-        return max(round(width * scale), short_side), max(round(height * scale), short_side)
-
     f.seek(0)
     if decoder == "decord":
         try:
@@ -264,7 +265,7 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
             raise RuntimeError("--decoder decord needs: pip install decord2") from e
         raw = f.read()
         with av.open(io.BytesIO(raw)) as container:
-            width, height = size_of(container.streams.video[0].width, container.streams.video[0].height)
+            width, height = fitting(container.streams.video[0].width, container.streams.video[0].height, short_side)
         try:
             return decord.VideoReader(io.BytesIO(raw), width=width, height=height, num_threads=1).get_batch(list(wanted)).asnumpy()
         except (decord.DECORDError, IndexError, RuntimeError) as e:
@@ -280,7 +281,7 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
                 if number >= len(times) or times[number] != frame.pts:
                     raise ValueError(f"frame time {frame.pts} is not in the mp4's index")
                 if number in left:
-                    width, height = size_of(frame.width, frame.height)
+                    width, height = fitting(frame.width, frame.height, short_side)
                     out[number] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
                     left.discard(number)
                 if not left or number > max(left):

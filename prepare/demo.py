@@ -18,7 +18,6 @@ import io
 import json
 import math
 import os
-import struct
 import tarfile
 import tempfile
 import threading
@@ -30,34 +29,13 @@ import vizdoom
 from tqdm import tqdm
 
 from checkpoint import write_atomically
+from prepare.doom import FPS, MAPS, MOUSE, PITCH_LIMIT, SLOTS, TICS, VARIABLES, begin, open_game, picture, start_points, tick
 from vpt import DEGREES_PER_PIXEL
 
-FPS, TICS, PITCH_LIMIT = 20, 2, 31.0  # the software renderer stops at 32 upwards
-MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}
-WAD = os.path.join(os.path.dirname(vizdoom.__file__), "freedoom2.wad")
-MOUSE, SLOTS = ["attack", "use"], 7
-INPUTS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_RIGHT", "space": "JUMP", "left.shift": "CROUCH",
-          "left.control": "SPEED", "attack": "ATTACK", "use": "USE"}  # fmt: skip
 SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]  # yuv420p has no odd sizes
 X264 = {"preset": "veryfast", "crf": "20", "g": "60", "x264-params": "mbtree=0"}  # mbtree reads unset memory at heights such as 120 or 360
 FOCAL = 0.78  # focal length over the picture height, measured
 NEAR = 6  # in units of the depth buffer, about 7 map units each; the player is 32 map units wide
-BUTTONS = ["TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA", *INPUTS.values(), *(f"SELECT_WEAPON{n + 1}" for n in range(SLOTS))]
-VARIABLES = ["ANGLE", "PITCH", "POSITION_X", "POSITION_Y", "POSITION_Z", "HEALTH", "ARMOR", "KILLCOUNT"]
-
-
-def start_points():
-    """{map number: [(x, y), ...]}: the deathmatch starts of every map, from the WAD: free spots spread over the whole map."""
-    points = {}
-    with open(WAD, "rb") as f:
-        _, lumps, table = struct.unpack("<4sii", f.read(12))
-        f.seek(table)
-        table = list(struct.iter_unpack("<ii8s", f.read(16 * lumps)))
-        for (_, _, name), (position, size, _) in zip(table, table[1:]):
-            if name.startswith(b"MAP"):  # the lump after a map's name is its things: x, y, angle, type, flags
-                f.seek(position)
-                points[int(name[3:5])] = [(x, y) for x, y, _, kind, _ in struct.iter_unpack("<5h", f.read(size)) if kind == 11]
-    return points
 
 
 class Explorer:
@@ -128,34 +106,9 @@ class Explorer:
         return dx, dy, keys, [b for b, name in enumerate(MOUSE) if name in self.held], wheel
 
 
-def open_game(size, seed, folder):
-    """A headless game, ready for new_episode. folder: for its settings file."""
-    game = vizdoom.DoomGame()
-    game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
-    game.set_doom_game_path(WAD)
-    twice = "RES_" + "X".join(str(2 * int(n)) for n in size.split("x"))  # where the engine can: without antialias a texture is noise
-    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, twice, getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}")))
-    game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-    game.set_depth_buffer_enabled(True)
-    for off in ("window_visible", "sound_enabled", "render_hud", "render_messages", "render_crosshair", "render_screen_flashes"):
-        getattr(game, f"set_{off}")(False)
-    game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
-    game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in VARIABLES])
-    game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
-    game.set_seed(seed)
-    game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
-    game.init()
-    return game
-
-
 def play(game, map_number, points, length, size, rng, parent):
     """Play one recording -> mp4 bytes, list of lines (dicts, contractor format). It ends early if the level does, or at a teleporter."""
-    game.set_seed(int(rng.integers(2**31)))
-    game.set_doom_map(f"map{map_number:02d}")
-    game.new_episode()
-    x, y = points[rng.integers(len(points))]
-    for command in ("iddqd", "give weapons", "give ammo", "give keys", f"warp {x} {y}"):
-        game.send_game_command(command)
+    begin(game, int(rng.integers(2**31)), map_number, points[rng.integers(len(points))])
     player, video, lines = Explorer(rng), io.BytesIO(), []
     yaw, angle, dx, held, held_buttons = 0.0, 0.0, 0, [], []
     with av.open(video, "w", format="mp4") as container:
@@ -178,14 +131,8 @@ def play(game, map_number, points, length, size, rng, parent):
             by = state.depth_buffer.shape[1] // stream.width
             dx, dy, keys, buttons, wheel = player.act(state.depth_buffer[::by, ::by], pitch, (v["POSITION_X"], v["POSITION_Y"]))
             buttons = buttons if t else []  # attack held from line 0 is how a known recorder fault looks
-            action = dict.fromkeys(BUTTONS, 0.0)
-            action["TURN_LEFT_RIGHT_DELTA"] = dx * DEGREES_PER_PIXEL / TICS  # the engine turns by this much every tic
-            action["LOOK_UP_DOWN_DELTA"] = -dy * DEGREES_PER_PIXEL / TICS
-            action.update({INPUTS[name]: 1.0 for name in [*keys, *(MOUSE[b] for b in buttons)] if name in INPUTS})
-            action[f"SELECT_WEAPON{player.slot + 1}"] = float(player.slot != slot_before)
             if t >= 0:
-                frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
-                frame = frame.reformat(stream.width, stream.height, "yuv420p", interpolation="AREA")  # as VPT's 1280x720 to 640x360
+                frame = picture(state, stream.width, stream.height)
                 frame.pts = t
                 container.mux(stream.encode(frame))
                 lines.append({
@@ -200,7 +147,8 @@ def play(game, map_number, points, length, size, rng, parent):
                     "stats": {"minecraft.custom:minecraft.play_one_minute": t, "minecraft.custom:minecraft.mob_kills": int(v["KILLCOUNT"])},
                 })  # fmt: skip
             held, held_buttons = keys, buttons
-            game.make_action(list(action.values()), TICS)
+            held_now = [*keys, *(MOUSE[b] for b in buttons)]
+            tick(game, dx, dy, held_now, player.slot if player.slot != slot_before else None)
         container.mux(stream.encode())
     return video.getvalue(), lines
 

@@ -1,0 +1,81 @@
+"""The game behind prepare.demo and plan.py: ViZDoom on Freedoom 2, headless, moved by the mouse and keys of a VPT recording.
+
+A tick is two of the engine's 35 tics a second. A pixel of mouse motion is 0.15 degrees; yaw grows to the right, pitch downwards.
+"""
+
+import os
+import struct
+
+import av
+import vizdoom
+
+from vpt import DEGREES_PER_PIXEL
+
+FPS, TICS, PITCH_LIMIT = 20, 2, 31.0  # the software renderer stops at 32 upwards
+MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}
+WAD = os.path.join(os.path.dirname(vizdoom.__file__), "freedoom2.wad")
+MOUSE, SLOTS = ["attack", "use"], 7
+INPUTS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_RIGHT", "space": "JUMP", "left.shift": "CROUCH",
+          "left.control": "SPEED", "attack": "ATTACK", "use": "USE"}  # fmt: skip
+BUTTONS = ["TURN_LEFT_RIGHT_DELTA", "LOOK_UP_DOWN_DELTA", *INPUTS.values(), *(f"SELECT_WEAPON{n + 1}" for n in range(SLOTS))]
+VARIABLES = ["ANGLE", "PITCH", "POSITION_X", "POSITION_Y", "POSITION_Z", "HEALTH", "ARMOR", "KILLCOUNT"]
+
+
+def start_points():
+    """{map number: [(x, y), ...]}: the deathmatch starts of every map, from the WAD: free spots spread over the whole map."""
+    points = {}
+    with open(WAD, "rb") as f:
+        _, lumps, table = struct.unpack("<4sii", f.read(12))
+        f.seek(table)
+        table = list(struct.iter_unpack("<ii8s", f.read(16 * lumps)))
+        for (_, _, name), (position, size, _) in zip(table, table[1:]):
+            if name.startswith(b"MAP"):  # the lump after a map's name is its things: x, y, angle, type, flags
+                f.seek(position)
+                points[int(name[3:5])] = [(x, y) for x, y, _, kind, _ in struct.iter_unpack("<5h", f.read(size)) if kind == 11]
+    return points
+
+
+def open_game(size, seed, folder):
+    """A headless game, ready for new_episode. folder: for its settings file."""
+    game = vizdoom.DoomGame()
+    game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
+    game.set_doom_game_path(WAD)
+    twice = "RES_" + "X".join(str(2 * int(n)) for n in size.split("x"))  # where the engine can: without antialias a texture is noise
+    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, twice, getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}")))
+    game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+    game.set_depth_buffer_enabled(True)
+    for off in ("window_visible", "sound_enabled", "render_hud", "render_messages", "render_crosshair", "render_screen_flashes"):
+        getattr(game, f"set_{off}")(False)
+    game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
+    game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in VARIABLES])
+    game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
+    game.set_seed(seed)
+    game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
+    game.init()
+    return game
+
+
+def begin(game, seed, map_number, point):
+    """A new episode at a point (x, y) of a map, in which nothing can kill the player."""
+    game.set_seed(seed)
+    game.set_doom_map(f"map{map_number:02d}")
+    game.new_episode()
+    for command in ("iddqd", "give weapons", "give ammo", "give keys", "warp {} {}".format(*point)):
+        game.send_game_command(command)
+
+
+def tick(game, dx, dy, held, slot=None):
+    """One line of a recording: mouse motion in pixels, names of INPUTS that are held, a hotbar slot to change to."""
+    action = dict.fromkeys(BUTTONS, 0.0)
+    action["TURN_LEFT_RIGHT_DELTA"] = dx * DEGREES_PER_PIXEL / TICS  # the engine turns by this much every tic
+    action["LOOK_UP_DOWN_DELTA"] = -dy * DEGREES_PER_PIXEL / TICS
+    action.update({INPUTS[name]: 1.0 for name in held if name in INPUTS})
+    if slot is not None:
+        action[f"SELECT_WEAPON{slot + 1}"] = 1.0
+    game.make_action(list(action.values()), TICS)
+
+
+def picture(state, width, height):
+    """What the recording shows of the screen: an av.VideoFrame, yuv420p."""
+    frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
+    return frame.reformat(width, height, "yuv420p", interpolation="AREA")  # as VPT's 1280x720 to 640x360
