@@ -205,8 +205,7 @@ def own_predictor(state):
 
 def adapted_predictor(state):
     """The predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what else was trained."""
-    run = state["args"]
-    size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
+    run, size = state["args"], {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
     try:
         file = fetch(run["base"])
     except FileNotFoundError as e:
@@ -240,8 +239,8 @@ def open_run(path):
         raise ValueError(f"{path} is a run of train_lam.py: judge it with eval_lam.py")
     if not ("adapter" in state or "predictor" in state) or "action_scaler" not in state:
         raise ValueError(f"{path} is no checkpoint of train_ac.py or train_lora.py: it has no predictor, or no action_scaler")
-    robot = "base_hash" in state
-    state = {"dataset": "droid", "encode": "frame", "frames_per_step": 1, "held_out": []} | state if robot else {"dataset": "vpt"} | state
+    robot = {"dataset": "droid", "encode": "frame", "frames_per_step": 1, "held_out": []}
+    state = (robot if "base_hash" in state else {"dataset": "vpt"}) | state
     if "adapter" in state:
         predictor = adapted_predictor(state)
     else:
