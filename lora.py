@@ -224,8 +224,9 @@ def load_adapter(model, folder):
 
 def open_base(path, source, action_dim, state_dim, size):
     """Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, an export, or "none": random weights of this size
-    (pred_dim, depth, num_heads; of a file only the heads may be unknown). source: of encode.open_source. -> (Predictor, the ActionScaler it
-    was trained with or None for unscaled actions, the file's dictionary, condition encoders made anew since theirs have another size)."""
+    (pred_dim, depth, num_heads; of a file only the heads may be unknown). source: of encode.open_source; state_dim None: what the file has.
+    -> (Predictor, the ActionScaler it was trained with or None for unscaled actions, the file's dictionary, condition encoders made anew
+    since theirs have another size)."""
     if path == "none":
         size = size | {"num_heads": size["num_heads"] or 16}
         return Predictor(source["embed_dim"], action_dim, state_dim, (source["grid"],) * 2, **size), None, {}, [*CONDITION]
@@ -243,7 +244,7 @@ def open_base(path, source, action_dim, state_dim, size):
     if (encode := known.get("encode", "frame")) != "frame":
         raise ValueError(f"{file} was trained with --encode {encode}, and robots have one frame a step: train its base with --encode frame")
     for name, dim in zip(CONDITION, (action_dim, state_dim)):
-        if (old := getattr(predictor, name)) is not None and old.in_features != dim:
+        if (old := getattr(predictor, name)) is not None and dim not in (None, old.in_features):
             anew.append(name)
             predictor.set_submodule(name, nn.Linear(dim, old.out_features))
             nn.init.trunc_normal_(getattr(predictor, name).weight, std=0.02)
