@@ -25,7 +25,7 @@ from model import meter_summary, predict, predict_on
 from runs import held_out, open_held_out, open_run
 from vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
 
-SAMPLED, GRID = 96, 17  # clips whose actions are ranked and swept; points along an axis of a landscape: odd, so that no motion is one
+SAMPLED, GRID = 96, 17  # clips whose actions are ranked and swept; points along an axis of a landscape, odd: no motion is one of them
 
 
 def resampled(values, recordings, samples=2000):
@@ -129,9 +129,8 @@ def retrieve(predictions, pool):
 
 @torch.no_grad()
 def retrieval(predictor, places, T, batch_size, compose, load):
-    """Is the true step the nearest to a rollout, of all evaluated steps of its recording? places: clip -> (record, window); load: clips ->
-    (z, actions, states). -> {clip: [(clip, step) found] of K steps}, and share of hits and median steps off by horizon [K], of the model
-    and of copying the first step, and the chance of a hit."""
+    """The nearest step to each of a rollout, of all evaluated ones of its recording. places: clip -> (record, window); load: clips -> (z,
+    actions, states). -> {clip: K (clip, step) found}; share of hits, median steps off by horizon [K], also of copying; chance of a hit."""
     groups, found, rows = {}, {}, {k: [] for k in ("hit", "offset", "copy_hit", "copy_offset", "chance")}
     for i, (number, _) in places.items():
         groups.setdefault(number, []).append(i)
@@ -178,7 +177,7 @@ if __name__ == "__main__":
     # --- data, action meter ---
     dataset, inputs, compose, bad = open_held_out(state, scaler, args.data, args.encoder, device)
     features = "safetensors" in dataset.records[0].members
-    videos = pictures.find_videos(args.video, dataset.records) if args.video and features else None
+    videos = pictures.find_videos(args.video, dataset.records) if args.video else None
     predictor.to(device)
     mean, scale = (torch.tensor(x, device=device).float() for x in (scaler.mean, scaler.scale))
     states_of, clips, sizes = functools.partial(compose, mean=mean, scale=scale), [], []
@@ -210,9 +209,8 @@ if __name__ == "__main__":
     report |= {"by_horizon": {k: v.mean(0).tolist() for k, v in errors.items() if k.startswith("ro_")}, "intervals": bands}
 
     # --- groups of actions ---
-    groups, rows = action_groups(names), []
-    actions, firsts = torch.stack([c["actions"] for c in clips]), np.cumsum([0, *sizes])
-    for first, size in tqdm([*zip(firsts, sizes)], "groups of actions", delay=10, unit=" batches"):
+    groups, rows, actions = action_groups(names), [], torch.stack([c["actions"] for c in clips])
+    for first, size in tqdm([*zip(np.cumsum([0, *sizes]), sizes)], "groups of actions", delay=10, unit=" batches"):
         shuffle = torch.roll(torch.arange(size), 1)  # as in held_out
         found = group_errors(predictor, *load(range(first, first + size)), shuffle, states_of, groups)
         rows.append({k: v.cpu() for k, v in found.items()})
@@ -296,7 +294,7 @@ if __name__ == "__main__":
         "Patch tokens as colours": [pictures.plot_rows(tokens, [titles[k] for k in steps])],
         "Attention": [pictures.plot_attention(maps, heads, predictor.grid, patch, now, seconds)],
     }
-    out = args.out or os.path.dirname(path)
+    out = args.out or os.path.dirname(path) or "."
     checkpoint.write_atomically(os.path.join(out, "report.json"), json.dumps(report, indent=1).encode())
     pictures.write_page(os.path.join(out, "report.html"), f"{path}: does it use the action?", "\n".join(facts), figures)
     print(f"written to {out}: report.json, report.html")

@@ -65,6 +65,8 @@ def spread_over(order, recordings, count):
 
 def find_videos(patterns, records):
     """--video -> {key: Record with an mp4}; ValueError if it lacks a recording of the features."""
+    if "safetensors" not in records[0].members:
+        raise ValueError("--video is for data that are features, these are pixels themselves: leave it out")
     found, bad = index_shards(expand(patterns))
     videos = {r.key: r for r in found if "mp4" in r.members}
     if missing := sorted({r.recording for r in records} - videos.keys()):
@@ -202,10 +204,8 @@ def plot_horizons(means, intervals, seconds):
         axes[0].plot(at, means[name], "o-", color=color, label=label)
         axes[0].fill_between(at, *intervals[name], color=color, alpha=0.2, lw=0)
     gap, skill = 100 * (means["shuffled"] / means["true"] - 1), means["true"] / means["copy"]
-    for ax, values, band, color, level in (
-        (axes[1], gap, 100 * np.array(intervals["gap"]), "C3", 0),
-        (axes[2], skill, intervals["skill"], "C0", 1),
-    ):
+    percent = 100 * np.array(intervals["gap"])
+    for ax, values, band, color, level in ((axes[1], gap, percent, "C3", 0), (axes[2], skill, intervals["skill"], "C0", 1)):
         ax.plot(at, values, "o-", color=color)
         ax.fill_between(at, *band, color=color, alpha=0.2, lw=0)
         ax.axhline(level, color="0.5", lw=1)
@@ -243,7 +243,7 @@ def plot_ranks(ranks, samples):
 
 
 def plot_landscapes(panels, axes, labels):
-    """panels: [(recording, energies (G, G) of the first dimension by the second, truth (2,))], in the units of labels [(name, unit), ...]."""
+    """panels: [(recording, energies (G, G) of the first dimension by the second, truth (2,))]; labels: [(name, unit)] of both."""
     fig = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
     extent = [x for a in axes for x in (a[0] - (a[1] - a[0]) / 2, a[-1] + (a[1] - a[0]) / 2)]
     for ax, (key, energy, truth) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
