@@ -158,7 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", help="folder for report.json and report.html (default: beside the checkpoint)")
     parser.add_argument("--val_clips", type=int, default=512, help="clips to evaluate; they stay in memory")
     parser.add_argument("--samples", type=int, default=256, help="actions of other clips that the true one is ranked among")
-    parser.add_argument("--landscape", nargs=2, metavar="NAME", help="action dimensions to sweep (mouse_dx mouse_dy; robots: x z)")
+    parser.add_argument("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep (mouse_dx mouse_dy; robots: x z)")
     parser.add_argument("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention heads to show (default: those of the last block)")
     parser.add_argument("--batch_size", type=int, default=32, help="clips at once")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
@@ -169,8 +169,7 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
     run, names, seconds = state["args"], state["action_names"], state["frames_per_step"] / state["fps"]
-    dims = args.landscape or next((d for d in (["mouse_dx", "mouse_dy"], ["x", "z"]) if set(d) <= set(names)), names[:2])
-    if unknown := [d for d in dims if d not in names]:
+    if unknown := [d for d in args.landscape or [] if d not in names]:
         raise ValueError(f"--landscape {unknown[0]}: no such action; the run has {', '.join(names)}")
     heads = pictures.check_heads(predictor, args.heads)
 
@@ -221,11 +220,12 @@ if __name__ == "__main__":
         facts.append(f"  {g:22}" + "".join(f"{x:+9.2%} [{low:+.2%}, {high:+.2%}]" for x, low, high in gap.values()))
 
     # --- rank, energy landscape ---
+    spans = dict(zip(names, np.quantile(np.abs(to_units(actions, scaler)), 0.99, axis=(0, 1))))
+    dims = args.landscape or [d for d in dict.fromkeys(["mouse_dx", "mouse_dy", "x", "z", *names]) if spans.get(d)][:2]
+    if len(dims) < 2 or not all(spans[d] for d in dims):
+        raise ValueError(f"--landscape {' '.join(dims)}: one of two never differs from 0 in these data, choose others")
     index, units = [names.index(d) for d in dims], dict(zip(names, scaler.meta.get("units", [])))
-    plain = to_units(actions, scaler)[..., index]  # (n, K, 2)
-    axes = [np.linspace(-m, m, GRID) for m in np.quantile(np.abs(plain), 0.99, axis=(0, 1))]
-    if not all(a[-1] > 0 for a in axes):
-        raise ValueError(f"--landscape {' '.join(dims)}: one of them never differs from 0 in these data, choose another")
+    plain, axes = to_units(actions, scaler)[..., index], [np.linspace(-spans[d], spans[d], GRID) for d in dims]  # (n, K, 2)
     generator, ranks, lands, misses = torch.Generator().manual_seed(0), [], [], []
     for i in tqdm(range(min(len(clips), SAMPLED)), "rank, landscape", delay=10, unit=" clips"):
         z, a, s = (x[0] for x in load([i]))
