@@ -197,7 +197,7 @@ if __name__ == "__main__":
     summary = meter_summary(errors, recordings)
     for file, key, reason in bad + more:
         print(f"left out: {file} {key}: {reason}")
-    T, S, K = run["frames_per_clip"] // state["frames_per_step"], state["grid"] ** 2 + 2, errors["ro_true"].shape[1]
+    T, S, K = state["frames_per_clip"] // state["frames_per_step"], state["grid"] ** 2 + 2, errors["ro_true"].shape[1]
     kernels = chosen(device, torch.float32, head_dim=predictor.head_dim, block=S, length=K * S)
     facts = [f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings; {kernels}", pictures.table(errors, summary, seconds)]
     print(*facts, sep="\n")

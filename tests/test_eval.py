@@ -336,6 +336,9 @@ def test_retrieval_of_a_predictor_that_is_known():
     np.testing.assert_allclose(rows["copy_hit"], [0, 0, 0])
     np.testing.assert_allclose(rows["copy_offset"], [1, 2, 3])
     assert rows["offset"][0] == 0 and rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
+    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)  # from one window into the other
+    found, rows = report.retrieval(Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load)
+    assert found[1][0] == (3, 0) and found[3][0] == (1, 3) and rows["offset"][0] == 6  # 7 and 6: the lower median
     still, rows = report.retrieval(Moved(deaf=True), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load)
     assert rows["hit"] == [0, 0, 0] and rows["offset"] == rows["copy_offset"] and still[1] == [(1, 0)] * 3
 
