@@ -1,21 +1,22 @@
 """Plan in latent space: which actions lead from here to a goal? Cross-entropy method (CEM) or MPPI on a trained predictor.
 
-    python plan.py --checkpoint out/demo --data 'demo/val/*.tar' --encoder vit_tiny       # recorded: does it find the recorded actions?
-    python plan.py --checkpoint out/demo --encoder vit_tiny --start a.png --goal b.png    # two pictures
-    python plan.py --checkpoint out/demo --encoder vit_tiny --play turn --trials 50       # closed loop in ViZDoom, on held-out maps
+    python plan.py --checkpoint out/demo --data 'demo/features/val/*.tar'                      # recorded: are the recorded actions found?
+    python plan.py --checkpoint out/demo --encoder vit_tiny --start a.png --goal b.png         # two pictures
+    python plan.py --checkpoint out/demo --encoder vit_tiny --play turn --trials 50            # closed loop in ViZDoom, on held-out maps
 
-A candidate's energy is the mean |difference| between the layer-normed features predicted for its last step and the goal's. All candidates
-share the keys and values of the past (KV cache). Prints a table and writes plan.json beside the checkpoint.
+Reads a run of train_ac.py or train_lora.py. The energy of a candidate is the mean |difference| between the layer-normed features predicted
+for its last step and the goal's; all candidates share the keys and values of the past (KV cache). Prints a table and writes plan.json
+beside the checkpoint.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import sys
 import tempfile
-from typing import Callable, NamedTuple
 
 import av
 import numpy as np
@@ -23,127 +24,225 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from data import collate, windows
+from droid import POSE, compose_poses
 from encode import encoder_hash, open_encoder
-from model import compose_states, encode_steps, normalize_features, predict_on
-import runs
-from runs import open_run
-from vpt import DEGREES_PER_PIXEL, fitting, wrap
-
-DROID_NORM = 0.05  # metres: Meta's bound of a step's motion along each axis
-
-
-# --- what is searched ---
+from eval import interval, resampled
+from model import compose_states, encode_steps, normalize_features
+from runs import open_held_out, open_run
+from search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
+from vpt import SLOTS, fitting, wrap
 
 
-class Space(NamedTuple):
-    """What a planner varies. std (d,): of the first Gaussian samples; clamp: keeps samples (n, H, d) within bounds; prob (m,): of keys
-    being pressed at first; actions: (n, H, d) and pressed (n, H, m) -> scaled actions (n, H, A) as the predictor takes them."""
-
-    std: torch.Tensor
-    clamp: Callable
-    prob: torch.Tensor
-    actions: Callable
-
-
-def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
-    """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch tied to it at 0.15 degrees a pixel, keys
-    (names of dims) as Bernoulli variables of 0.25, the hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
-    if missing := [k for k in keys if k not in names]:
-        raise ValueError(f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(n for n in names[4:] if '.' in n)}")
-    mean, scale = (torch.tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
-    index = [names.index(k) for k in keys]
-
-    def actions(u, pressed):
-        pixels = u * scale[:2].to(u)
-        moves = torch.cat([pixels, pixels * math.radians(DEGREES_PER_PIXEL)], dim=-1)
-        out = u.new_zeros(*u.shape[:2], len(names))
-        out[..., :4] = (moves - mean.to(u)) / scale.to(u)
-        out[..., index] = pressed.to(u)
-        if f"slot.{slot + 1}" in names:
-            out[..., names.index(f"slot.{slot + 1}")] = 1
-        return out
-
-    return Space(torch.full((2,), reach), lambda u: u.clamp(-3 * reach, 3 * reach), torch.full((len(index),), 0.25), actions)
+def recorded(predictor, dataset, inputs, compose, space_of, horizon, context, clips, chunk, generator, options):
+    """Plans from step `context` of held-out clips to the features `horizon` steps later -> sums over the horizon of the continuous actions,
+    unscaled: (n, 3, d) as recorded, as planned, at rest; mean |random draw - recorded| of 64 draws (n, d); [recording]."""
+    scale, mean = (torch.tensor(x, dtype=torch.float32) for x in (dataset.reader.scaler.scale, dataset.reader.scaler.mean))
+    sums, random, recordings, last = [], [], [], context - 1
+    for item in tqdm([i for batch in windows(dataset, 1, clips) for i in batch], unit="clip", desc=f"horizon {horizon}"):
+        z, actions, states = inputs(collate([dataset[item]]))
+        space, device = space_of(actions[0, last]), z.device
+        cost = energy(predictor, z[:, :context], actions[:, :last], states[:, :context], z[0, last + horizon], compose, chunk)
+        found = search(cost, space, horizon, generator=generator, device=device, **options)
+        every = actions[0, last : last + horizon], found, rest(space, horizon, device), *draw(space, 64, horizon, generator, device)
+        total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
+        sums.append(total[:3])
+        random.append((total[3:] - total[0]).abs().mean(0))
+        recordings.append(dataset.records[item[2]].recording)
+    return torch.stack(sums), torch.stack(random), recordings
 
 
-def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
-    """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step `close_gripper` on it closes (vjepa2
-    notebooks/utils/mpc_utils.py)."""
-    mean, scale = (torch.tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
-    bound = torch.tensor([maxnorm] * 3 + [0.75])
-
-    def clamp(u):
-        u = u.clamp(-bound.to(u), bound.to(u))
-        if close_gripper is not None:
-            u[:, close_gripper:, 3] = 1
-        return u
-
-    def actions(u, pressed):
-        return (torch.cat([u[..., :3], torch.zeros_like(u[..., :3]), u[..., 3:]], dim=-1) - mean.to(u)) / scale.to(u)
-
-    return Space(torch.tensor([maxnorm] * 3 + [1.0]), clamp, torch.zeros(0), actions)
+def readable(actions, scaler, names):
+    """Scaled VPT actions (H, A) -> [(dx, dy in pixels, yaw, pitch in degrees, [keys that are held])]."""
+    moves = actions[:, :4].cpu().double().numpy() * scaler.scale + scaler.mean
+    held = [[n.partition(".")[2] for n, x in zip(names, row) if x == 1 and n.startswith("key.")] for row in actions.tolist()]
+    return [(*m[:2].round(), *np.degrees(m[2:]), keys) for m, keys in zip(moves, held)]
 
 
-# --- the search ---
-
-
-def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True):
-    """The function from candidates (n, H, A) to their energies (n,): mean |z after the last - goal|. z (1, c, N, E) layer-normed steps up to
-    now, actions (1, c-1, A) between them, states (1, c, S), goal (N, E). compose(state0, actions) gives the states before each action. The
-    past is run once, and `chunk` candidates at a time; cached=False runs everything anew for every step, as the reference does."""
-    cache = predict_on(predictor, z[:, :-1], actions, states)[1] if cached and z.shape[1] > 1 else None if cached else False
-
-    def cost(candidates):
-        found = []
-        for part in candidates.split(chunk):
-            n, ahead = len(part), compose(states[:, -1].expand(len(part), -1), part)
-            given = (torch.cat([x.expand(n, -1, -1), y], dim=1) for x, y in ((actions, part), (states[:, :-1], ahead)))
-            last = predictor.rollout(z.expand(n, -1, -1, -1), *given, cache=cache)[:, -1]
-            found.append((last - goal).abs().mean((1, 2)))
-        return torch.cat(found)
-
-    return cost
-
-
-@torch.no_grad()
-def search(cost, space, horizon, *, num_samples=256, num_elites=16, iterations=6, momentum_mean=0.0, momentum_std=0.0, temperature=None,
-           generator=None, noise=None, device="cpu"):  # fmt: skip
-    """CEM: samples, keeps the num_elites of least energy, moves the Gaussian (and the probabilities of keys) to them; new = (1 - momentum)
-    elites + momentum old. With a temperature MPPI (arXiv 1509.01149): all samples, weighted by exp(-energy / temperature), the std stays.
-    The mean itself is always a candidate, unless `noise` (iterations, H, n, d) is given. -> mean (H, d), keys (H, m), actions (H, A)."""
-    mean, std = torch.zeros(horizon, len(space.std), device=device), space.std.to(device).expand(horizon, -1)
-    prob = space.prob.to(device).expand(horizon, -1)
-    for i in range(iterations):
-        if noise is None:
-            draw = torch.randn(num_samples, *mean.shape, generator=generator).to(device)
-            pressed = torch.rand(num_samples, *prob.shape, generator=generator).to(device) < prob
-            draw[0], pressed[0] = 0, prob > 0.5
-        else:
-            draw, pressed = noise[i].transpose(0, 1), torch.zeros(noise.shape[2], *prob.shape)
-        u = space.clamp(mean + std * draw)
-        energies = cost(space.actions(u, pressed))
-        if temperature is None:
-            best = energies.topk(num_elites, largest=False).indices
-            mean = (1 - momentum_mean) * u[best].mean(0) + momentum_mean * mean
-            std = (1 - momentum_std) * u[best].std(0) + momentum_std * std
-            prob = pressed[best].float().mean(0).clamp(0.02, 0.98)  # a key must not be ruled out for ever
-        else:
-            weight = (-energies / temperature).softmax(0)
-            mean, prob = torch.einsum("n,nhd->hd", weight, u), torch.einsum("n,nhm->hm", weight, pressed.float()).clamp(0.02, 0.98)
-    keys = prob > 0.5
-    return mean, keys, space.actions(mean[None], keys[None])[0]
-
-
-# --- closed loop ---
-
-
-def still(frames, encoder, crop_size, stats, device):
-    """Features (n, 1, N, E) of av.VideoFrames taken two by two as steps: resized, cut to the centre and normalised as recordings are."""
+def step_features(frames, encoder, encode, crop_size, stats):
+    """Features (1, 1, N, E) of one step that shows these av.VideoFrames: resized, cut to the centre and normalised as recordings are."""
     pictures = []
     for frame in frames:
         width, height = fitting(frame.width, frame.height, crop_size)
         x = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
         top, left = (height - crop_size) // 2, (width - crop_size) // 2
         pictures.append(x[top : top + crop_size, left : left + crop_size])
-    video = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).unflatten(0, (-1, 2)).to(device)
-    return normalize_features(encode_steps(encoder, video, "tubelet", 2), **stats)
+    video = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)[None].to(encoder.patch_embed.proj.weight.device)
+    return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats)
+
+
+def read_pictures(paths):
+    """Image files -> [av.VideoFrame]. ValueError for what is no image, or if their sizes differ."""
+    frames = []
+    for path in paths:
+        try:
+            with av.open(path) as container:
+                frames.append(next(container.decode(video=0)))
+        except (av.FFmpegError, StopIteration) as e:
+            raise ValueError(f"{path} cannot be read as an image: {e}") from e
+    if len(sizes := {(f.width, f.height) for f in frames}) > 1:
+        raise ValueError(f"{' and '.join(paths)} have different sizes {sorted(sizes)}: take both with the same camera")
+    return frames
+
+
+def agent(player, space, scaler, names, choose):
+    """A function act(goal) that does one step in the game: what choose(seen, done, goal) says of the steps seen, [(z (1, 1, N, E), yaw,
+    pitch in radians)], and the scaled actions done between them, [(A,)]. It returns scaled actions, of which the first is done."""
+    seen, done = [], []
+
+    def act(goal):
+        seen.append((player.z, math.radians(player.yaw), math.radians(player.pitch)))
+        action = choose(seen, done, goal)[:1].cpu()
+        dx, dy, _, _, keys = readable(action, scaler, names)[0]
+        player.step(dx, dy, keys)
+        done.append(action)
+
+    return act
+
+
+def chooser(predictor, space, compose, horizon, context, chunk, generator, options):
+    """For `agent`: plans from the last `context` steps, and rests when no plan promises less than the distance of what it sees now."""
+
+    def choose(seen, done, goal):
+        z, yaw, pitch = zip(*seen[-context:])
+        states = torch.tensor(np.stack([wrap(np.subtract(yaw, yaw[0])), pitch], axis=-1), dtype=torch.float32)[None].to(goal)
+        still = rest(space, horizon, goal.device)
+        before = torch.cat([still[:0].cpu(), *done])[len(done) + 1 - len(z) :][None].to(goal)
+        cost = energy(predictor, torch.cat(z, dim=1), before, states, goal, compose, chunk)
+        found = search(cost, space, horizon, generator=generator, device=goal.device, **options)
+        return found if cost(found[None]) < (z[-1][0, 0] - goal).abs().mean() else still
+
+    return choose
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--checkpoint", required=True, help="run folder of train_ac.py or train_lora.py, or one of its checkpoints")
+    flag("--data", "--data_path", nargs="+", action="append", help="held-out shards or episodes (default: what the run held out)")
+    flag("--encoder", help="weights of the encoder, where there are pictures to encode (default: what the run used)")
+    flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
+    flag("--goal", metavar="IMAGE", help="picture of the goal")
+    flag("--state", type=float, nargs="+", help="state of --start: yaw and pitch in radians, or a robot's pose (default zeros)")
+    flag("--play", choices=["turn", "walk"], help="closed loop in ViZDoom: turn to a view, walk to a place")
+    flag("--trials", type=int, default=50, help="trials of --play")
+    flag("--steps", type=int, default=8, help="steps of a trial; each is planned anew")
+    flag("--clips", type=int, default=100, help="recorded clips to plan in")
+    flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps planned ahead; --play and --goal take the first")
+    flag("--context", type=int, default=1, help="steps of the past that the predictor sees")
+    flag("--num_samples", type=int, default=128, help="candidates of an iteration")
+    flag("--num_elites", type=int, default=16, help="candidates that the next iteration is drawn around")
+    flag("--iterations", type=int, default=2, help="times the samples are drawn")
+    flag("--momentum_mean", type=float, default=0.0, help="share of the old mean that is kept")
+    flag("--momentum_std", type=float, default=0.0, help="share of the old std that is kept")
+    flag("--temperature", type=float, default=0.0, help="above 0: MPPI, all samples weighted by exp(-energy / temperature)")
+    flag("--reach", type=float, default=1.0, help="std of the first samples of mouse motion, in those of the data")
+    flag("--keys", nargs="*", default=[], metavar="key.w", help="keys that may be pressed (--play walk: key.w unless given)")
+    flag("--maxnorm", type=float, default=DROID_NORM, help="robots: largest motion of a step along an axis, in metres")
+    flag("--chunk", type=int, default=512, help="candidates run at once: what bounds memory")
+    flag("--seed", type=int, default=0, help="of trials and samples")
+    flag("--out", help="where to write the numbers (default: plan.json beside the checkpoint)")
+    args = parser.parse_args()
+    sys.excepthook = checkpoint.one_sentence
+    if (args.start is None) != (args.goal is None):
+        parser.error("--start and --goal go together")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    predictor, state, scaler, path = open_run(args.checkpoint)
+    predictor.to(device)
+    names, robot, T = state["action_names"], state["dataset"] == "droid", state["frames_per_clip"] // state["frames_per_step"]
+    if args.context < 1 or args.context + max(args.horizon) > T:
+        raise ValueError(f"--context {args.context} and --horizon {max(args.horizon)} are more steps than the clips of this run have: {T}")
+    if robot and names != POSE:
+        raise ValueError(f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and {' '.join(POSE)}")
+    options = {k: getattr(args, k) for k in ("num_samples", "num_elites", "iterations", "momentum_mean", "momentum_std")}
+    options["temperature"] = args.temperature or None
+    mean, scale = (torch.tensor(x, dtype=torch.float32, device=device) for x in (scaler.mean, scaler.scale))
+    compose = functools.partial(compose_poses if robot else compose_states, mean=mean, scale=scale)
+    keys, report = args.keys or ["key.w"] * (args.play == "walk"), {"checkpoint": path} | vars(args)
+
+    def space_of(action=None):
+        """What may be done where this action was recorded: the hotbar stays as it is."""
+        slots = [i for i, n in enumerate(SLOTS) if action is not None and n in names and action[names.index(n)] == 1]
+        return droid_space(scaler, args.maxnorm) if robot else vpt_space(names, scaler, keys, args.reach, *slots)
+
+    if args.start or args.play:
+        name = args.encoder or state["args"]["encoder"]
+        if not name:
+            raise ValueError("this run was trained on features: name the --encoder that made them")
+        encoder = open_encoder(name, state["args"]["crop_size"], state["frames_per_clip"]).to(device).eval()
+        if (found := encoder_hash(encoder)) != state["encoder_hash"]:
+            raise ValueError(f"--encoder {name} has hash {found}, the run was trained on features of {state['encoder_hash']}")
+        stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
+        kind = {"encoder": encoder, "encode": state["encode"], "crop_size": state["args"]["crop_size"], "stats": stats}
+        features = functools.partial(step_features, **kind)
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.start:
+        with torch.no_grad():
+            z, goal = (features([f] * state["frames_per_step"]) for f in read_pictures([args.start, args.goal]))
+            at = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)[None, None]
+            cost = energy(predictor, z, torch.zeros(1, 0, len(names), device=device), at, goal[0, 0], compose, args.chunk)
+            found = search(cost, space_of(), args.horizon[0], generator=generator, device=device, **options)
+            energies = cost(torch.stack([found, rest(space_of(), len(found), device)])).tolist()
+        report |= {"energy": energies[0], "energy_at_rest": energies[1], "energy_now": (z - goal).abs().mean().item()}
+        print("energy of the plan {energy:.4f}, of resting {energy_at_rest:.4f}; now {energy_now:.4f}".format(**report))
+        if robot:
+            report["plan"] = (found.cpu() * scale.cpu() + mean.cpu()).tolist()
+            print("step " + "".join(f"{n:>9}" for n in names))
+            for i, action in enumerate(report["plan"]):
+                print(f"{i:4d} " + "".join(f"{x:9.4f}" for x in action))
+        else:
+            report["plan"] = readable(found, scaler, names)
+            print("step   dx   dy   yaw deg pitch deg  keys")
+            for i, (dx, dy, yaw, pitch, held) in enumerate(report["plan"]):
+                print(f"{i:4d} {dx:+5.0f}{dy:+5.0f} {yaw:+9.1f}{pitch:+9.1f}  {' '.join(held) or '-'}")
+    elif args.play:
+        from prepare import doom
+
+        if robot or state["encode"] != "tubelet" or 20 % state["fps"]:
+            raise ValueError("--play needs a run on VPT shards with --encode tubelet, at a rate that divides 20 frames a second")
+        bar, unit, report["distances"] = *{"turn": (10, "degrees"), "walk": (64, "map units")}[args.play], {}
+        space = space_of()
+        policies = {
+            "plan": chooser(predictor, space, compose, args.horizon[0], args.context, args.chunk, generator, options),
+            "random": lambda seen, done, goal: draw(space, 1, 1, generator)[0],
+            "copy": lambda seen, done, goal: rest(space, 1),  # a model that copies the last step has no reason to move
+        }
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(doom.open_game(doom.SIZE, args.seed, folder)) as game:
+            player = doom.Player(game, state["frames_per_step"], round(20 / state["fps"]), features)
+            for policy, choose in policies.items():
+                tracks = []
+                for trial in tqdm(range(args.trials), unit="trial", desc=policy):
+                    rng = np.random.default_rng([args.seed, trial])
+                    tracks.append(player.trial(args.play, rng, doom.MAPS["val"], agent(player, space, scaler, names, choose), args.steps))
+                report["distances"][policy] = tracks
+        print(f"{args.play}: {args.trials} trials on held-out maps; success: within {bar} {unit} at the end")
+        print(f"policy   success   {unit} at the start, at the end: mean, median   success after 1, 2, ... steps")
+        for policy, tracks in report["distances"].items():
+            tracks = np.array(tracks)
+            ends, by = tracks[:, -1], " ".join(f"{x:4.0%}" for x in (tracks[:, 1:] < bar).mean(0))
+            print(f"{policy:8} {(ends < bar).mean():7.0%} {tracks[:, 0].mean():12.1f} {ends.mean():9.1f} {np.median(ends):9.1f}   {by}")
+    else:
+        dataset, inputs, compose_from, bad = open_held_out(state, scaler, args.data, args.encoder, device)
+        compose = functools.partial(compose_from, mean=mean, scale=scale)
+        for file, key, reason in bad:
+            print(f"left out: {file} {key}: {reason}")
+        angles = [("yaw", 2, 180 / math.pi, "deg"), ("pitch", 3, 180 / math.pi, "deg")]
+        shown = [(n, i, 100.0, "cm") for i, n in enumerate("xyz")] if robot else angles
+        lines, report["recorded"] = [], []
+        for horizon in args.horizon:
+            how = horizon, args.context, args.clips, args.chunk, generator, options
+            sums, random, recordings = recorded(predictor, dataset, inputs, compose, space_of, *how)
+            for name, i, unit, symbol in shown:
+                errors = torch.stack([*(sums[:, 1:, i] - sums[:, :1, i]).abs().T, random[:, i]], dim=1) * unit  # planned, at rest, random
+                planned, still, chance = errors.mean(0).tolist()
+                draws = resampled(errors, recordings)
+                ratio, (low, high) = chance / planned, interval(draws[:, 2] / draws[:, 0])
+                row = {"horizon": horizon, "dim": name, "unit": symbol, "plan": planned, "random": chance, "rest": still}
+                report["recorded"].append(row | {"ratio": ratio, "ratio_low": low, "ratio_high": high})
+                numbers = "".join(f"{x:9.2f}" for x in (planned, chance, still))
+                lines.append(f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio:.2f} [{low:.2f}, {high:.2f}]")
+        print(f"{path}: plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum over the horizon - recorded|")
+        print("horizon  of     unit     plan   random     rest    random / plan, 95 % over recordings", *lines, sep="\n")
+    out = args.out or os.path.join(os.path.dirname(path), "plan.json")
+    checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
+    print(f"written to {out}")

@@ -29,7 +29,7 @@ import vizdoom
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from prepare.doom import FPS, MAPS, MOUSE, PITCH_LIMIT, SLOTS, TICS, VARIABLES, begin, open_game, picture, start_points, tick
+from prepare.doom import FPS, MAPS, MOUSE, PITCH_LIMIT, SIZE, SLOTS, TICS, VARIABLES, begin, open_game, picture, start_points, tick
 from vpt import DEGREES_PER_PIXEL
 
 SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]  # yuv420p has no odd sizes
@@ -215,7 +215,7 @@ if __name__ == "__main__":
     # --- flags ---
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=10, help="of play, train and held-out together")
-    parser.add_argument("--size", default="256x144", choices=SIZES, metavar="WxH", help="256x144, 320x240, 640x360, ...")
+    parser.add_argument("--size", default=SIZE, choices=SIZES, metavar="WxH", help="256x144, 320x240, 640x360, ...")
     parser.add_argument("--seed", type=int, default=0, help="of play and maps")
     parser.add_argument("--out", default="demo", help="folder; its finished shards are kept if the arguments above are the same")
     parser.add_argument("--lines", choices=["contractor", "guide"], default="contractor", help="JSONL format")

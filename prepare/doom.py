@@ -7,12 +7,14 @@ import os
 import struct
 
 import av
+import numpy as np
 import vizdoom
 
 from vpt import DEGREES_PER_PIXEL
 
 FPS, TICS, PITCH_LIMIT = 20, 2, 31.0  # the software renderer stops at 32 upwards
 MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}
+SIZE = "256x144"  # of recordings, unless asked for another
 WAD = os.path.join(os.path.dirname(vizdoom.__file__), "freedoom2.wad")
 MOUSE, SLOTS = ["attack", "use"], 7
 INPUTS = {"w": "MOVE_FORWARD", "s": "MOVE_BACKWARD", "a": "MOVE_LEFT", "d": "MOVE_RIGHT", "space": "JUMP", "left.shift": "CROUCH",
@@ -79,3 +81,70 @@ def picture(state, width, height):
     """What the recording shows of the screen: an av.VideoFrame, yuv420p."""
     frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
     return frame.reformat(width, height, "yuv420p", interpolation="AREA")  # as VPT's 1280x720 to 640x360
+
+
+class Player:
+    """The game in steps of a clip: `frames` pictures a step, one every `stride` ticks. z: features of the last step, as `features` (a
+    function of [av.VideoFrame]) makes them; yaw and pitch in degrees, place (x, y) in map units, of which a block has 32."""
+
+    def __init__(self, game, frames, stride, features):
+        self.game, self.frames, self.stride, self.features = game, frames, stride, features
+        self.width, self.height = map(int, SIZE.split("x"))
+
+    def step(self, dx=0, dy=0, held=()):
+        """Mouse motion in pixels, spread over the ticks of the step, and keys held for all of it."""
+        seen, ticks = [], self.frames * self.stride
+        for t in range(ticks):
+            tick(self.game, *(round(v * (t + 1) / ticks) - round(v * t / ticks) for v in (dx, dy)), held)
+            if (t + 1) % self.stride == 0:
+                seen.append(picture(self.game.get_state(), self.width, self.height))
+        self.z = self.features(seen)
+        v = dict(zip(VARIABLES, self.game.get_state().game_variables.tolist()))
+        self.yaw, self.pitch, self.place = -v["ANGLE"], v["PITCH"], np.array([v["POSITION_X"], v["POSITION_Y"]])
+
+    def begin(self, rng, maps):
+        """A random place of a random map, looking anywhere, at rest."""
+        points, number = start_points(), int(rng.choice(maps))
+        begin(self.game, int(rng.integers(2**31)), number, points[number][rng.integers(len(points[number]))])
+        for dx in (0, 0, 0, 0, 0, rng.uniform(-1200, 1200), 0, 0):
+            self.step(dx)
+
+    def turn_away(self, rng):
+        """A view 15 to 40 degrees to a side: its features, and the function that says how far off the player looks, in degrees."""
+        dx = rng.choice([-1, 1]) * rng.uniform(15, 40) / DEGREES_PER_PIXEL
+        for move in (dx, 0, 0):
+            self.step(move)
+        z, yaw = self.z, self.yaw
+        for move in (-dx, 0, 0):
+            self.step(move)
+        return z, lambda: abs((self.yaw - yaw + 180) % 360 - 180)
+
+    def walk_away(self, rng):
+        """The view from a place some blocks ahead: its features, and the function that says how far the player is from it, in map units."""
+        for _ in range(50):
+            start = self.place
+            for _ in range(6):
+                self.step(held=["w"])
+            for _ in range(3):
+                self.step()
+            z, goal = self.z, self.place
+            self.game.send_game_command("warp {:.0f} {:.0f}".format(*start))
+            for _ in range(3):
+                self.step()
+            if np.hypot(*(goal - start)) > 160 and np.hypot(*(self.place - start)) < 8:
+                return z, lambda goal=goal: float(np.hypot(*(self.place - goal)))
+            for dx in (rng.uniform(300, 900), 0, 0):
+                self.step(dx)
+        return None, None  # walled in: another place must be begun at
+
+    def trial(self, task, rng, maps, act, steps):
+        """One trial of a task: act(goal's features) does a step. -> distance to the goal (degrees, or map units) after 0, 1, ... steps."""
+        goal = None
+        while goal is None:
+            self.begin(rng, maps)
+            goal, distance = self.turn_away(rng) if task == "turn" else self.walk_away(rng)
+        track = [distance()]
+        for _ in range(steps):
+            act(goal[0, 0])
+            track.append(distance())
+        return track

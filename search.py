@@ -1,0 +1,126 @@
+"""Search for actions in latent space: the cross-entropy method (CEM) and MPPI on candidates that share the keys and values of the past."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from model import predict_on
+from vpt import DEGREES_PER_PIXEL
+
+DROID_NORM = 0.05  # metres: Meta's bound of a step's motion along each axis
+
+
+# --- what is searched ---
+
+
+class Space(NamedTuple):
+    """What a planner varies. std (d,): of the first Gaussian samples; clamp: keeps samples (n, H, d) within bounds; prob (m,): of keys
+    being pressed at first; actions: (n, H, d) and pressed (n, H, m) -> scaled actions (n, H, A) as the predictor takes them."""
+
+    std: torch.Tensor
+    clamp: Callable
+    prob: torch.Tensor
+    actions: Callable
+
+
+def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
+    """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch tied to it at 0.15 degrees a pixel, keys
+    (names of dims) as Bernoulli variables of 0.25, the hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
+    if missing := [k for k in keys if k not in names]:
+        raise ValueError(f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(n for n in names[4:] if '.' in n)}")
+    mean, scale = (torch.tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
+    index = [names.index(k) for k in keys]
+
+    def actions(u, pressed):
+        pixels = u * scale[:2].to(u)
+        moves = torch.cat([pixels, pixels * math.radians(DEGREES_PER_PIXEL)], dim=-1)
+        out = u.new_zeros(*u.shape[:2], len(names))
+        out[..., :4] = (moves - mean.to(u)) / scale.to(u)
+        out[..., index] = pressed.to(u)
+        if f"slot.{slot + 1}" in names:
+            out[..., names.index(f"slot.{slot + 1}")] = 1
+        return out
+
+    return Space(torch.full((2,), reach), lambda u: u.clamp(-3 * reach, 3 * reach), torch.full((len(index),), 0.25), actions)
+
+
+def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
+    """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step `close_gripper` on it closes (vjepa2
+    notebooks/utils/mpc_utils.py)."""
+    mean, scale = (torch.tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
+    bound = torch.tensor([maxnorm] * 3 + [0.75])
+
+    def clamp(u):
+        u = u.clamp(-bound.to(u), bound.to(u))
+        if close_gripper is not None:
+            u[:, close_gripper:, 3] = 1
+        return u
+
+    def actions(u, pressed):
+        return (torch.cat([u[..., :3], torch.zeros_like(u[..., :3]), u[..., 3:]], dim=-1) - mean.to(u)) / scale.to(u)
+
+    return Space(torch.tensor([maxnorm] * 3 + [1.0]), clamp, torch.zeros(0), actions)
+
+
+# --- the search ---
+
+
+def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True):
+    """The function from candidates (n, H, A) to their energies (n,): mean |z after the last - goal|. z (1, c, N, E): the steps until
+    now, actions (1, c-1, A) between them, states (1, c, S), goal (N, E). compose(state0, actions) gives the states before each action. The
+    past is run once, and `chunk` candidates at a time; cached=False runs everything anew for every step, as the reference does."""
+    cache = predict_on(predictor, z[:, :-1], actions, states)[1] if cached and z.shape[1] > 1 else None if cached else False
+
+    def cost(candidates):
+        found = []
+        for part in candidates.split(chunk):
+            n, ahead = len(part), compose(states[:, -1].expand(len(part), -1), part)
+            given = (torch.cat([x.expand(n, -1, -1), y], dim=1) for x, y in ((actions, part), (states[:, :-1], ahead)))
+            last = predictor.rollout(z.expand(n, -1, -1, -1), *given, cache=cache)[:, -1]
+            found.append((last - goal).abs().mean((1, 2)))
+        return torch.cat(found)
+
+    return cost
+
+
+def draw(space, n, horizon, generator, device="cpu"):
+    """n candidates as a search starts with: (scaled actions (n, H, A))."""
+    u = space.clamp(space.std * torch.randn(n, horizon, len(space.std), generator=generator))
+    pressed = torch.rand(n, horizon, len(space.prob), generator=generator) < space.prob
+    return space.actions(u.to(device), pressed.to(device))
+
+
+def rest(space, horizon, device="cpu"):
+    """No motion, no key: scaled actions (H, A)."""
+    return space.actions(*(torch.zeros(1, horizon, len(x), device=device) for x in (space.std, space.prob)))[0]
+
+
+@torch.no_grad()
+def search(cost, space, horizon, *, num_samples=128, num_elites=16, iterations=2, momentum_mean=0.0, momentum_std=0.0, temperature=None,
+           generator=None, noise=None, device="cpu"):  # fmt: skip
+    """Scaled actions (H, A) of low cost. CEM: the Gaussian (and the probabilities of keys) move to the num_elites best samples; new = (1 -
+    momentum) elites + momentum old, unbiased std. With a temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost /
+    temperature), and the std stays. The mean itself is always a candidate, unless `noise` (iterations, H, n, d) is given."""
+    mean, std = torch.zeros(horizon, len(space.std), device=device), space.std.to(device).expand(horizon, -1)
+    prob = space.prob.to(device).expand(horizon, -1)
+    for i in range(iterations):
+        if noise is None:
+            normal = torch.randn(num_samples, *mean.shape, generator=generator).to(device)
+            pressed = torch.rand(num_samples, *prob.shape, generator=generator).to(device) < prob
+            normal[0], pressed[0] = 0, prob > 0.5
+        else:
+            normal, pressed = noise[i].transpose(0, 1), torch.zeros(noise.shape[2], *prob.shape)
+        u = space.clamp(mean + std * normal)
+        costs = cost(space.actions(u, pressed))
+        if temperature is None:
+            best = costs.topk(num_elites, largest=False).indices
+            mean = (1 - momentum_mean) * u[best].mean(0) + momentum_mean * mean
+            std = (1 - momentum_std) * u[best].std(0) + momentum_std * std
+            prob = pressed[best].float().mean(0)
+        else:
+            weight = (-costs / temperature).softmax(0)
+            mean, prob = torch.einsum("n,nhd->hd", weight, u), torch.einsum("n,nhm->hm", weight, pressed.float())
+        prob = prob.clamp(0.02, 0.98)  # a key must not be ruled out for ever
+    return space.actions(mean[None], (prob > 0.5)[None])[0]
