@@ -46,7 +46,7 @@ def load(records, reader, inputs, predictor, scaler, limit, *, side, batch_size,
     items = windows(dataset := Windows(records, [1.0] * len(records), reader), batch_size, limit)
     loader = DataLoader(dataset, batch_sampler=items, num_workers=num_workers, collate_fn=list, worker_init_fn=leave_signals)
     out, bad = {"z": [], "ahead": [], "actions": [], "place": []}, []
-    for rows in tqdm(loader, desc="features", unit="batch"):
+    for rows in tqdm(loader, desc="features", unit="batch", delay=10):
         bad += [why for _, _, why in rows if why]
         if not (good := [(item, clip) for item, clip, _ in rows if clip]):
             continue
@@ -75,10 +75,12 @@ class Linear:
     def fit(self, a, b, y, dev):
         tokens = a[~dev].flatten(0, 1)
         self.pca = PCA(min(RANK, a.shape[2]), random_state=0).fit(tokens[:: max(len(tokens) // 50_000, 1)].float().numpy())
-        x = StandardScaler().fit(self.inputs(a[~dev], b[~dev]))
-        alphas, (fit, held) = np.array([0.01, 0.1, 1.0]) * int((~dev).sum()), (x.transform(self.inputs(a[m], b[m])) for m in (~dev, dev))
-        errors = [((Ridge(alpha=alpha).fit(fit, y[~dev]).predict(held) - y[dev]) ** 2).mean(0) for alpha in alphas]
-        self.predictor = make_pipeline(x, Ridge(alpha=alphas[np.argmin(errors, axis=0)]).fit(fit, y[~dev]))
+        x = self.inputs(a, b)
+        self.scaler = StandardScaler().fit(x[~dev])
+        x = self.scaler.transform(x)
+        tried = [Ridge(alpha=share * (~dev).sum()).fit(x[~dev], y[~dev]) for share in (0.01, 0.1, 1.0)]
+        best = np.argmin([((ridge.predict(x[dev]) - y[dev]) ** 2).mean(0) for ridge in tried], axis=0)  # one penalty for each column
+        self.weight, self.bias = (np.stack(w)[best, np.arange(len(best))] for w in zip(*((r.coef_, r.intercept_) for r in tried)))
         return self
 
     def inputs(self, a, b):
@@ -88,7 +90,7 @@ class Linear:
         return torch.cat([(products - products.mT)[:, i, j], a.float().mean(1), b.float().mean(1)], dim=1).numpy()
 
     def predict(self, a, b):
-        return self.predictor.predict(self.inputs(a, b)).reshape(len(a), -1)
+        return self.scaler.transform(self.inputs(a, b)) @ self.weight.T + self.bias
 
 
 class Attentive(nn.Module):
@@ -96,7 +98,7 @@ class Attentive(nn.Module):
 
     def __init__(self, tokens, dim, out, width=128, queries=4, heads=4):
         super().__init__()
-        self.embed, self.pos, self.drop = nn.Linear(dim, width), nn.Parameter(0.02 * torch.randn(tokens, width)), nn.Dropout(0.3)
+        self.embed, self.pos, self.drop = nn.Linear(dim, width), nn.Parameter(0.02 * torch.randn(tokens, width)), nn.Dropout(0.2)
         self.block, self.norm = Block(width, heads, 2 * width), nn.LayerNorm(width)
         self.query, self.attend = nn.Parameter(0.02 * torch.randn(queries, width)), nn.MultiheadAttention(width, heads, batch_first=True)
         self.out_norm, self.head = nn.LayerNorm(queries * width), nn.Linear(queries * width, out)
@@ -111,9 +113,9 @@ class Attentive(nn.Module):
     def train_on(self, inputs, n, loss, steps):
         """AdamW on random batches; inputs(rows) -> (rows, tokens, dim), loss(out, rows)."""
         optimizer = torch.optim.AdamW(self.parameters(), weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         generator = torch.Generator().manual_seed(0)
-        for _ in tqdm(range(steps), desc="attentive head", unit="step", leave=False):
+        for _ in tqdm(range(steps), desc="attentive head", unit="step", delay=10):
             rows = torch.randint(n, (min(n, 128),), generator=generator)
             loss(self(inputs(rows)), rows).backward()
             optimizer.step()
@@ -129,7 +131,8 @@ class Attentive(nn.Module):
 
         def loss(out, rows):
             camera = F.mse_loss(out[:, ~keys], y[rows][:, ~keys]) if (~keys).any() else 0
-            return camera + (F.binary_cross_entropy_with_logits(out[:, keys], y[rows][:, keys]) if keys.any() else 0)
+            held = F.binary_cross_entropy_with_logits(out[:, keys], y[rows][:, keys]) if keys.any() else 0
+            return camera + 3 * held  # at 1 the camera is all that is learned, at 10 the keys
 
         self.keys = keys
         return self.train_on(lambda rows: torch.cat([a[at[rows]], b[at[rows]]], dim=2).float().to(device), len(y), loss, steps)
@@ -202,10 +205,6 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
     the training mean."""
     T, A, keys = train["z"].shape[1], len(columns), np.array([names[i] not in CONTINUOUS for i in columns] * horizon)
     last = T - 1 - horizon  # the last step t that all these actions follow
-    if last < 1:
-        raise ValueError(
-            f"--horizon {horizon} needs clips of {horizon + 2} steps, these have {T}: lower it or leave --task anticipation out"
-        )
 
     def cut(clips):
         y = np.stack([clips["actions"][:, 1 + k : 1 + k + last, columns] for k in range(-1, horizon)], axis=2).reshape(-1, horizon + 1, A)
@@ -222,7 +221,7 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
 
 
 def classify(train, val, y, y_val, column, steps):
-    """{head: {"accuracy", "balanced"}, "chance": ..., "classes"} of labels of whole clips; "" is no label."""
+    """{head: {"accuracy", "balanced"}, "chance": ..., "classes"} of labels (n,) of clips ("": none), from mean and std over their steps."""
     if len(values := set(y) | set(y_val) - {""}) < 2:
         raise ValueError(f"the label {column} is {min(values, default='empty')} in every clip: there is nothing to tell apart")
     both = sorted((set(y) & set(y_val)) - {""})
@@ -232,7 +231,8 @@ def classify(train, val, y, y_val, column, steps):
         raise ValueError(f"the label {column} has {len(both)} values that both splits hold, for {len(y)} clips: a class needs a few clips")
     fit, test = np.flatnonzero(np.isin(y, both)), np.flatnonzero(np.isin(y_val, both))
     y, y_val = np.searchsorted(both, y[fit]), np.searchsorted(both, y_val[test])
-    x, x_val = (c["z"][torch.from_numpy(rows)].flatten(1, 2) for c, rows in ((train, fit), (val, test)))
+    x, x_val = (c["z"][torch.from_numpy(rows)].float() for c, rows in ((train, fit), (val, test)))
+    x, x_val = (torch.cat([c.mean(1), c.std(1)], dim=2).half() for c in (x, x_val))  # over steps: (n, M, 2D)
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced"))
     guess = {"linear": linear.fit(x.float().mean(1).numpy(), y).predict(x_val.float().mean(1).numpy())}
     torch.manual_seed(0)
@@ -247,3 +247,41 @@ def classify(train, val, y, y_val, column, steps):
     guess["chance"] = np.full(len(y_val), np.bincount(y).argmax())
     out = {k: {"accuracy": accuracy_score(y_val, p), "balanced": balanced_accuracy_score(y_val, p)} for k, p in guess.items()}
     return out | {"classes": both, "clips": [len(y), len(y_val)]}
+
+
+# --- tables ---
+
+
+def inverse_table(found):
+    """Lines for a person: every action on real pairs, then what probes fitted on real or predicted pairs say on either."""
+    yield "inverse dynamics: steps t, t+1 -> action t        linear     attentive"
+    for name, s in found["real -> real"]["linear"].items():
+        other = found["real -> real"]["attentive"][name]
+        if "r2" in s:
+            yield f"  {name:18} R2                  {s['r2']:11.3f} {other['r2']:11.3f}"
+        else:
+            cells = "".join(f" {x['auroc']:7.3f} {x['f1']:.2f}" for x in (s, other))
+            yield f"  {name:18} AUROC, F1 (held {s['share']:5.1%}) {cells}"
+    yield "fitted on -> tested on     camera R2: linear  attentive   keys AUROC: linear  attentive"
+    for way, heads in found.items():
+        means = {k: group_means(s) for k, s in heads.items()}
+        cells = [means[k].get(g, math.nan) for g in ("camera", "keys") for k in ("linear", "attentive")]
+        yield f"  {way:25} {cells[0]:16.3f} {cells[1]:10.3f} {cells[2]:20.3f} {cells[3]:10.3f}"
+
+
+def anticipation_table(found, seconds):
+    """Lines for a person: mean camera R2 and keys AUROC of the heads and of both baselines, by how far ahead an action starts."""
+    yield f"anticipation: steps t-1, t -> action         {'linear':>10} {'attentive':>10} {'repeat last':>12} {'mean':>8}"
+    for group, metric in (("camera", "R2"), ("keys", "AUROC")):
+        for k, ahead in enumerate(found):
+            row = [group_means(ahead[n]).get(group, math.nan) for n in ("linear", "attentive", "repeat", "mean")]
+            span = f"{k * seconds:.1f} to {(k + 1) * seconds:.1f} s ahead"
+            yield f"  {group + ' ' + metric:14} {span:26} {row[0]:12.3f} {row[1]:10.3f} {row[2]:12.3f} {row[3]:8.3f}"
+
+
+def classify_table(found, column):
+    """Lines for a person."""
+    yield f"clip classification: {column}, {len(found['classes'])} classes       accuracy   balanced"
+    for name in ("linear", "attentive", "chance"):
+        label = name + (" (commonest)" if name == "chance" else "")
+        yield f"  {label:45} {found[name]['accuracy']:8.3f} {found[name]['balanced']:10.3f}"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint
 from data import READ_ERRORS, Slice, open_records, open_split, read_ticks, split_records
 from encode import open_source
-from heads import anticipation, classify, group_means, inverse, load, pool
+from heads import anticipation, anticipation_table, classify, classify_table, inverse, inverse_table, load, pool
 from runs import make_inputs, open_run
 from vpt import ACTION_SPACES, CONTINUOUS, SLOTS, ClipReader, mp4_times, read_frames, step_size, wrap
 
@@ -118,69 +118,42 @@ def label_video(data, head, names, columns, reader, inputs, side):
     return list(guide_lines(actions, names, ends, len(times), rate)), actions, ends
 
 
+def video_members(path):
+    """The names KEY.mp4 in a shard; ValueError if there is none, or if it is no tar."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            names = [m.name for m in tar if m.isfile() and m.name.endswith(".mp4")]
+    except tarfile.TarError as e:
+        raise ValueError(f"--label {path} is no tar, or damaged: {e}") from e
+    if not names:
+        raise ValueError(f"--label {path} holds no KEY.mp4: there is nothing to label")
+    return names
+
+
 def label_shard(source, out, label):
-    """KEY.mp4 of a shard -> a shard of KEY.mp4 and KEY.jsonl; label(bytes) -> lines. [(file, key, reason)] of what cannot be labelled."""
+    """KEY.mp4 of a shard -> a shard of KEY.mp4 and KEY.jsonl; label(bytes) -> lines. How many, [(file, key, reason)] that cannot be."""
     bad, done = [], 0
 
     def write(file):
         nonlocal done
         with tarfile.open(source, "r:") as tar, tarfile.open(fileobj=file, mode="w") as packed:
-            members = [m for m in tar if m.isfile() and m.name.endswith(".mp4")]
-            for m in tqdm(members, desc="label", unit="recording"):
-                data = tar.extractfile(m).read()
+            for name in tqdm(video_members(source), desc="label", unit="recording", delay=10):
+                data = tar.extractfile(name).read()
                 try:
                     text = "".join(json.dumps(line) + "\n" for line in label(data)).encode()
                 except READ_ERRORS as e:
-                    bad.append((source, m.name, f"{type(e).__name__}: {e}"))
+                    bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue
-                for name, content in ((m.name, data), (m.name[:-3] + "jsonl", text)):
-                    member = tarfile.TarInfo(name)
+                for member, content in ((name, data), (name[:-3] + "jsonl", text)):
+                    member = tarfile.TarInfo(member)
                     member.size = len(content)
                     packed.addfile(member, io.BytesIO(content))
                 done += 1
         if not done:
-            raise ValueError(f"--label {source}: " + (f"{bad[0][1]}: {bad[0][2]}" if bad else "there is no KEY.mp4 in it"))
+            raise ValueError(f"--label {source}: no video can be used: {bad[0][1]}: {bad[0][2]}")
 
     checkpoint.write_atomically(out, write)
     return done, bad
-
-
-# --- tables ---
-
-
-def inverse_table(found):
-    """Lines for a person: every action on real pairs, then what probes fitted on real or predicted pairs say on either."""
-    yield "inverse dynamics: steps t, t+1 -> action t        linear     attentive"
-    for name, s in found["real -> real"]["linear"].items():
-        other = found["real -> real"]["attentive"][name]
-        if "r2" in s:
-            yield f"  {name:18} R2                  {s['r2']:11.3f} {other['r2']:11.3f}"
-        else:
-            cells = "".join(f" {x['auroc']:7.3f} {x['f1']:.2f}" for x in (s, other))
-            yield f"  {name:18} AUROC, F1 (held {s['share']:5.1%}) {cells}"
-    yield "fitted on -> tested on     camera R2: linear  attentive   keys AUROC: linear  attentive"
-    for way, heads in found.items():
-        means = {k: group_means(s) for k, s in heads.items()}
-        cells = [means[k].get(g, math.nan) for g in ("camera", "keys") for k in ("linear", "attentive")]
-        yield f"  {way:25} {cells[0]:16.3f} {cells[1]:10.3f} {cells[2]:20.3f} {cells[3]:10.3f}"
-
-
-def anticipation_table(found, seconds):
-    """Lines for a person: mean camera R2 and keys AUROC of the heads and of both baselines, by how far ahead an action starts."""
-    yield f"anticipation: steps t-1, t -> action         {'linear':>10} {'attentive':>10} {'repeat last':>12} {'mean':>8}"
-    for group, metric in (("camera", "R2"), ("keys", "AUROC")):
-        for k, ahead in enumerate(found):
-            row = [group_means(ahead[n]).get(group, math.nan) for n in ("linear", "attentive", "repeat", "mean")]
-            span = f"{k * seconds:.1f} to {(k + 1) * seconds:.1f} s ahead"
-            yield f"  {group + ' ' + metric:14} {span:26} {row[0]:12.3f} {row[1]:10.3f} {row[2]:12.3f} {row[3]:8.3f}"
-
-
-def classify_table(found, column):
-    """Lines for a person."""
-    yield f"clip classification: {column}, {len(found['classes'])} classes       accuracy   balanced"
-    for name in ("linear", "attentive", "chance"):
-        label = name + (" (commonest)" if name == "chance" else "")
-        yield f"  {label:45} {found[name]['accuracy']:8.3f} {found[name]['balanced']:10.3f}"
 
 
 if __name__ == "__main__":
@@ -195,8 +168,10 @@ if __name__ == "__main__":
     parser.add_argument("--lines", nargs="+", help="classify features by --label_field: the shards that they were made from")
     parser.add_argument("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
     parser.add_argument("--label", metavar="IN.tar", help="label this shard's videos with the attentive inverse probe; needs the encoder")
-    parser.add_argument("--out", help="folder of probe.json (default: the checkpoint's, or here); with --label the shard to write")
-    parser.add_argument("--steps", type=int, default=800, help="AdamW steps of an attentive head")
+    parser.add_argument(
+        "--out", help="folder of probe.json (default: the checkpoint's, or here); with --label the shard, probe.json beside it"
+    )
+    parser.add_argument("--steps", type=int, default=600, help="AdamW steps of an attentive head")
     parser.add_argument("--side", type=int, default=4, help="probe the mean tokens of at most this many cells a side of the patch grid")
     parser.add_argument("--clips", type=int, default=4000, help="windows to fit on at most")
     parser.add_argument("--val_clips", type=int, default=1000, help="windows to test on at most")
@@ -212,7 +187,7 @@ if __name__ == "__main__":
     sys.excepthook = checkpoint.one_sentence
     if not (args.checkpoint or args.data and args.val_data):
         raise ValueError("name a --checkpoint, or --data to fit on and --val_data to test on")
-    if args.label and not (args.out or "").endswith(".tar"):
+    if args.label and not (video_members(args.label) and (args.out or "").endswith(".tar")):
         raise ValueError("--label needs the shard to write: --out OUT.tar")
     asked = args.task or ["inverse", "anticipation"] + ["classify"] * bool(args.label_field or args.labels)
     if "classify" in asked and bool(args.label_field) == bool(args.labels):
@@ -222,8 +197,8 @@ if __name__ == "__main__":
 
     # --- data, encoder, predictor ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = ("frames_per_clip", "fps", "frames_per_step", "crop_size", "encode")
-    run, held, stats, folder, predictor, scaler = vars(args), None, {}, ".", None, None
+    run = {k: getattr(args, k) for k in ("frames_per_clip", "fps", "frames_per_step", "crop_size", "encode", "action_space", "encoder")}
+    settings, held, stats, folder, predictor, scaler = list(run)[:5], None, {}, ".", None, None
     if args.checkpoint:
         predictor, state, scaler, path = open_run(args.checkpoint)
         run, held, folder = state["args"], set(state["held_out"]), os.path.dirname(path)
@@ -231,8 +206,15 @@ if __name__ == "__main__":
             raise ValueError(f"{path} has actions {state['action_names'][:4]}..., gameplay shards none such: probe a run of train_ac.py")
         stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         predictor.to(device)
-    given = args.data or run["data"] or [["VPT/*.tar"]], None, args.val_data or run["val_data"], run.get("val_fraction", 0)
+    steps = run["frames_per_clip"] // run["frames_per_step"]
+    if "anticipation" in asked and steps < args.horizon + 2:
+        raise ValueError(
+            f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}: lower it, or name the --task"
+        )
+    given = args.data or run["data"] or [["VPT/*.tar"]], None, args.val_data or run.get("val_data"), run.get("val_fraction", 0)
     train_records, _, val_records, bad = open_split(*given)
+    if not (train_records and val_records):
+        raise ValueError(f"{len(train_records)} recordings to fit on and {len(val_records)} to test on: name local --data and --val_data")
     if held is not None and (strange := {r.name for r in val_records} - held):
         print(f"WARNING: {len(strange)} of {len(val_records)} recordings are not among those the run held out: was it trained on them?")
     records = train_records + val_records
@@ -261,18 +243,6 @@ if __name__ == "__main__":
     print(f"fitted on {fitted}, tested on {tested}; {train['z'].shape[2]} tokens a step")
 
     # --- tasks ---
-    names, varies = ACTION_SPACES[run["action_space"]], [c["actions"].std((0, 1)) > 0 for c in (train, val)]
-    columns = np.flatnonzero(varies[0] & varies[1])
-    if gone := [n for i, n in enumerate(names) if i not in columns]:
-        print(f"left out, since they do not vary in both splits: {', '.join(gone)}")
-    if not len(columns) and {"inverse", "anticipation"} & set(asked):
-        raise ValueError("no action varies in both splits: name other shards")
-    if "inverse" in asked:
-        report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
-        print("\n".join(inverse_table(report["inverse"])))
-    if "anticipation" in asked:
-        report["anticipation"] = anticipation(train, val, dev, names, columns, args.steps, args.horizon)
-        print("\n".join(anticipation_table(report["anticipation"], run["frames_per_step"] / run["fps"])))
     if "classify" in asked:
         known = {r.recording: r for r in records}
         if args.labels:
@@ -285,7 +255,19 @@ if __name__ == "__main__":
             labels = [line_labels(c, args.label_field, shards, reader) for c in (train, val)]
         report["classify"] = classify(train, val, *labels, args.label_field or args.labels, args.steps)
         print("\n".join(classify_table(report["classify"], args.label_field or args.labels)))
-    out = os.path.join(folder if args.label else args.out or folder, "probe.json")
+    names, varies = ACTION_SPACES[run["action_space"]], [c["actions"].std((0, 1)) > 0 for c in (train, val)]
+    columns = np.flatnonzero(varies[0] & varies[1])
+    if gone := [n for i, n in enumerate(names) if i not in columns]:
+        print(f"left out, since they do not vary in both splits: {', '.join(gone)}")
+    if not len(columns) and {"inverse", "anticipation"} & set(asked):
+        raise ValueError("no action varies in both splits: name other shards")
+    if "inverse" in asked:
+        report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
+        print("\n".join(inverse_table(report["inverse"])))
+    if "anticipation" in asked:
+        report["anticipation"] = anticipation(train, val, dev, names, columns, args.steps, args.horizon)
+        print("\n".join(anticipation_table(report["anticipation"], run["frames_per_step"] / run["fps"])))
+    out = os.path.join(os.path.dirname(args.out) if args.label else args.out or folder, "probe.json")
     checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
     print(f"written to {out}")
     if args.label:
