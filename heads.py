@@ -104,6 +104,7 @@ class Attentive(nn.Module):
         self.out_norm, self.head = nn.LayerNorm(queries * width), nn.Linear(queries * width, out)
         self.register_buffer("mean", torch.zeros(out))
         self.register_buffer("std", torch.ones(out))
+        self.register_buffer("trust", torch.ones(out))  # 0: the mean is the better guess
 
     def forward(self, x):
         x = self.norm(self.block(self.embed(self.drop(x)) + self.pos)[0])
@@ -125,7 +126,7 @@ class Attentive(nn.Module):
 
     def fit(self, a, b, y, dev, keys, steps):
         """keys (O,) bool: which columns of y are 0 or 1."""
-        y, at = torch.from_numpy(y[~dev]).float(), torch.from_numpy(np.flatnonzero(~dev))
+        held_out, y, at = y[dev], torch.from_numpy(y[~dev]).float(), torch.from_numpy(np.flatnonzero(~dev))
         self.mean[~keys], self.std[~keys] = y[:, ~keys].mean(0), y[:, ~keys].std(0)
         y = ((y - self.mean.cpu()) / self.std.cpu()).to(device := self.mean.device)
 
@@ -135,12 +136,21 @@ class Attentive(nn.Module):
             return camera + 3 * held  # at 1 the camera is all that is learned, at 10 the keys
 
         self.keys = keys
-        return self.train_on(lambda rows: torch.cat([a[at[rows]], b[at[rows]]], dim=2).float().to(device), len(y), loss, steps)
+        self.train_on(lambda rows: torch.cat([a[at[rows]], b[at[rows]]], dim=2).float().to(device), len(y), loss, steps)
+        guess, true = (x - self.mean.cpu().numpy() for x in (self.predict(a[dev], b[dev]), held_out))
+        slope = np.clip((guess * true).sum(0) / (guess * guess).sum(0), 0, 1)  # of truth on guesses: what it has learned by heart is not it
+        self.trust[~keys] = torch.from_numpy(slope[~keys]).to(self.trust)
+        return self
 
     @torch.no_grad()
     def predict(self, a, b):
         out = torch.cat([self(torch.cat(part, 2).float().to(self.mean.device)) for part in zip(a.split(1024), b.split(1024))])
-        return torch.where(torch.from_numpy(self.keys).to(out.device), out.sigmoid(), out * self.std + self.mean).cpu().double().numpy()
+        return (
+            torch.where(torch.from_numpy(self.keys).to(out.device), out.sigmoid(), out * self.std * self.trust + self.mean)
+            .cpu()
+            .double()
+            .numpy()
+        )
 
 
 def fit_heads(a, b, y, dev, keys, steps):

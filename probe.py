@@ -243,6 +243,10 @@ if __name__ == "__main__":
     print(f"fitted on {fitted}, tested on {tested}; {train['z'].shape[2]} tokens a step")
 
     # --- tasks ---
+    if run["encode"] == "clip" and {"inverse", "anticipation"} & set(asked):
+        print(
+            "WARNING: with --encode clip every step has seen the whole clip: anticipation is no forecast, and inverse sees more than two steps"
+        )
     if "classify" in asked:
         known = {r.recording: r for r in records}
         if args.labels:

@@ -17,6 +17,7 @@ from sklearn.metrics import r2_score
 from test_train import ROOT, fails, run
 
 import checkpoint
+import heads
 import probe
 from data import feature_rows, open_records, read_ticks
 from encode import open_encoder
@@ -81,7 +82,7 @@ def probed(world):
     with tarfile.open(world.folder / "val" / "shard-val-0.tar") as tar:
         video = tar.extractfile("play.12.mp4").read()
     unlabelled = write_tar(world.folder / "unlabelled.tar", {"new.mp4": video, "torn.mp4": video[:3000], "notes.txt": b""})
-    text = run(world.folder, "probe.py", *world.flags, "--encoder vit_tiny --steps 300 --label_field hotbar --lines",
+    text = run(world.folder, "probe.py", *world.flags, "--encoder vit_tiny --steps 250 --label_field hotbar --lines",
                world.folder / "train" / "*.tar", world.folder / "val" / "*.tar", "--label", unlabelled, "--out",
                world.folder / "labels" / "out.tar")  # fmt: skip
     report = json.loads((world.folder / "labels" / "probe.json").read_text())
@@ -127,7 +128,7 @@ def test_anticipation_and_its_baseline(world, probed):
     for k, ahead in enumerate(probed.report["anticipation"]):
         assert ahead["repeat"]["yaw_diff"]["r2"] == pytest.approx(r2_score(after[k], last), abs=1e-4)
         assert abs(ahead["mean"]["yaw_diff"]["r2"]) < 0.1 and ahead["mean"]["key.w"]["auroc"] == 0.5
-        assert ahead["attentive"]["yaw_diff"]["r2"] < 0.5
+        assert -0.3 < ahead["attentive"]["yaw_diff"]["r2"] < 0.5  # learned by heart it would be -0.6
     assert probed.report["anticipation"][0]["linear"]["yaw_diff"]["r2"] > 0  # moves last longer than a step
 
 
@@ -160,6 +161,14 @@ def test_video_is_probed_without_a_checkpoint(world):
     assert report["inverse"]["real -> real"]["linear"]["yaw_diff"]["r2"] > 0.3
     assert "1 recordings without a label" in text and "play.14" in text
     assert report["classify"]["clips"] == [140, 24]
+
+
+def test_large_grids_are_pooled_by_place():
+    """Bug: patches are averaged with those of another row or step, or a small grid is pooled too."""
+    z = torch.arange(2 * 3 * 64 * 5).float().view(2, 3, 64, 5) / 1000
+    want = z.view(2, 3, 4, 2, 4, 2, 5).mean((3, 5)).flatten(2, 3)
+    torch.testing.assert_close(heads.pool(z, 4).float(), want, atol=2e-3, rtol=1e-3)
+    assert torch.equal(heads.pool(z, 8).float(), z.half().float())
 
 
 # --- labels ---
