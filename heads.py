@@ -78,7 +78,7 @@ class Linear:
         x = self.inputs(a, b)
         self.scaler = StandardScaler().fit(x[~dev])
         x = self.scaler.transform(x)
-        tried = [Ridge(alpha=share * (~dev).sum()).fit(x[~dev], y[~dev]) for share in (0.01, 0.1, 1.0)]
+        tried = [Ridge(alpha=share * (~dev).sum()).fit(x[~dev], y[~dev]) for share in (0.1, 1, 10, 1000)]
         best = np.argmin([((ridge.predict(x[dev]) - y[dev]) ** 2).mean(0) for ridge in tried], axis=0)  # one penalty for each column
         self.weight, self.bias = (np.stack(w)[best, np.arange(len(best))] for w in zip(*((r.coef_, r.intercept_) for r in tried)))
         return self
@@ -127,7 +127,7 @@ class Attentive(nn.Module):
     def fit(self, a, b, y, dev, keys, steps):
         """keys (O,) bool: which columns of y are 0 or 1."""
         held_out, y, at = y[dev], torch.from_numpy(y[~dev]).float(), torch.from_numpy(np.flatnonzero(~dev))
-        self.mean[~keys], self.std[~keys] = y[:, ~keys].mean(0), y[:, ~keys].std(0)
+        self.mean[~keys], self.std[~keys] = (x.to(self.mean) for x in (y[:, ~keys].mean(0), y[:, ~keys].std(0).clamp_min(1e-6)))
         y = ((y - self.mean.cpu()) / self.std.cpu()).to(device := self.mean.device)
 
         def loss(out, rows):
@@ -145,12 +145,8 @@ class Attentive(nn.Module):
     @torch.no_grad()
     def predict(self, a, b):
         out = torch.cat([self(torch.cat(part, 2).float().to(self.mean.device)) for part in zip(a.split(1024), b.split(1024))])
-        return (
-            torch.where(torch.from_numpy(self.keys).to(out.device), out.sigmoid(), out * self.std * self.trust + self.mean)
-            .cpu()
-            .double()
-            .numpy()
-        )
+        keys, camera = torch.from_numpy(self.keys).to(out.device), out * self.std * self.trust + self.mean
+        return torch.where(keys, out.sigmoid(), camera).cpu().double().numpy()
 
 
 def fit_heads(a, b, y, dev, keys, steps):
