@@ -155,7 +155,7 @@ def test_line_budgets():
             if lines > budget:
                 over[path] = f"{lines} of {budget}"
     assert over == {}
-    assert len([p for p in SOURCES if os.sep not in p]) <= 19
+    assert len([p for p in SOURCES if os.sep not in p]) <= 20
 
 
 @pytest.mark.parametrize("path", SOURCES)
