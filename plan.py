@@ -152,6 +152,8 @@ if __name__ == "__main__":
     names, robot, T = state["action_names"], state["dataset"] == "droid", state["frames_per_clip"] // state["frames_per_step"]
     if args.context < 1 or args.context + max(args.horizon) > T:
         raise ValueError(f"--context {args.context} and --horizon {max(args.horizon)} are more steps than the clips of this run have: {T}")
+    if not 1 <= args.num_elites <= args.num_samples:
+        raise ValueError(f"--num_elites {args.num_elites} is not from 1 to --num_samples {args.num_samples}")
     if robot and names != POSE:
         raise ValueError(f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and {' '.join(POSE)}")
     options = {k: getattr(args, k) for k in ("num_samples", "num_elites", "iterations", "momentum_mean", "momentum_std")}
@@ -186,7 +188,9 @@ if __name__ == "__main__":
         report |= {"energy": energies[0], "energy_at_rest": energies[1], "energy_now": (z - goal).abs().mean().item()}
         print("energy of the plan {energy:.4f}, of resting {energy_at_rest:.4f}; now {energy_now:.4f}".format(**report))
         if robot:
-            report["plan"] = (found.cpu() * scale.cpu() + mean.cpu()).tolist()
+            moves = found * scale + mean
+            moves[:, 6] *= moves[:, 6].abs() >= 0.25  # as Meta's planner: a gripper that is half told to move stays
+            report["plan"] = moves.tolist()
             print("step " + "".join(f"{n:>9}" for n in names))
             for i, action in enumerate(report["plan"]):
                 print(f"{i:4d} " + "".join(f"{x:9.4f}" for x in action))

@@ -30,7 +30,7 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
     (names of dims) as Bernoulli variables of 0.25, the hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
     if missing := [k for k in keys if k not in names]:
         raise ValueError(f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(n for n in names[4:] if '.' in n)}")
-    mean, scale = (torch.tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
+    mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
     index = [names.index(k) for k in keys]
 
     def actions(u, pressed):
@@ -49,7 +49,7 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
 def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
     """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step `close_gripper` on it closes (vjepa2
     notebooks/utils/mpc_utils.py)."""
-    mean, scale = (torch.tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
+    mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
     bound = torch.tensor([maxnorm] * 3 + [0.75])
 
     def clamp(u):

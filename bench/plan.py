@@ -1,4 +1,4 @@
-"""Candidates a second of the planner: keys and values kept and shared, against running the whole sequence anew for each step as upstream does.
+"""Candidates a second of the planner: keys and values kept and shared, against running the whole sequence anew for each step (upstream).
 
     python -m bench.plan
     python -m bench.plan --width 1024 --depth 24 --grid 16 --samples 64 --horizons 1 2        # the released predictor's size
@@ -13,7 +13,7 @@ import functools
 import torch
 
 from bench import medians, report
-from model import Predictor, compose_states
+from model import Predictor, compose_states, normalize_features
 from search import energy, search, vpt_space
 from vpt import ACTION_SPACES
 
@@ -40,10 +40,9 @@ if __name__ == "__main__":
     device, names = torch.device(args.device), ACTION_SPACES[36]
     torch.manual_seed(0)
     heads = max(args.width // 64, 1)
-    predictor = (
-        Predictor(192, len(names), 2, (args.grid, args.grid), pred_dim=args.width, depth=args.depth, num_heads=heads).to(device).eval()
-    )
-    z = torch.nn.functional.layer_norm(torch.randn(1, args.context + 1, args.grid**2, 192, device=device), (192,))
+    size = {"pred_dim": args.width, "depth": args.depth, "num_heads": heads}
+    predictor = Predictor(192, len(names), 2, (args.grid, args.grid), **size).to(device).eval()
+    z = normalize_features(torch.randn(1, args.context + 1, args.grid**2, 192, device=device))
     actions, states = torch.randn(1, args.context - 1, len(names), device=device), torch.zeros(1, args.context, 2, device=device)
     compose = functools.partial(compose_states, mean=NoScaler.mean.to(device), scale=NoScaler.scale.to(device))
     space, rows = vpt_space(names, NoScaler), []
@@ -56,13 +55,8 @@ if __name__ == "__main__":
             return search(cost, space, horizon, num_samples=args.samples, iterations=args.iterations, generator=generator, device=device)
 
         times = medians({"cache": lambda: plan(True), "anew": lambda: plan(False)}, device, args.repeats, warmup=1)
-        n = args.samples * args.iterations
-        row = {
-            "horizon": horizon,
-            "cache cand/s": n / times["cache"],
-            "anew cand/s": n / times["anew"],
-            "ratio": times["anew"] / times["cache"],
-        }
-        rows.append(row | {"actions differ by": (plan(True) - plan(False)).abs().max().item()})
+        row = {"horizon": horizon} | {f"{k} candidates/s": args.samples * args.iterations / t for k, t in times.items()}
+        same = (plan(True) - plan(False)).abs().max().item()
+        rows.append(row | {"anew / cache": times["anew"] / times["cache"], "actions differ by": same})
     print(f"width {args.width}, depth {args.depth}, {args.grid}x{args.grid} patches, context {args.context}, {args.samples} samples")
     report(rows, args.json, device)
