@@ -24,7 +24,7 @@ from sklearn.metrics import adjusted_mutual_info_score, balanced_accuracy_score,
 from torch import nn
 
 import checkpoint
-from latents import Latents, latent_sequences, open_manifest, pack_codes, unpack_codes
+from latents import Latents, decoded_scores, latent_sequences, open_manifest, open_vae, pack_codes, unpack_codes
 from model import LatentActionModel
 
 ERRORS = ("own", "copy", "zero", "marginal", "random", "same", "rollout_4", "copy_4")  # see held_out_codes
@@ -251,6 +251,8 @@ if __name__ == "__main__":
     parser.add_argument("--val_clips", type=int, default=512, help="windows to evaluate, and to fit probes on")
     parser.add_argument("--batch_size", type=int, default=32, help="windows at once")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
+    parser.add_argument("--vae", metavar="diffusers:FOLDER", help="decode predicted steps with the video VAE that made the latents")
+    parser.add_argument("--metrics", nargs="+", default=["psnr", "ssim"], choices=["psnr", "ssim", "lpips"], help="of frames, with --vae")
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
     model, state, path = open_lam(args.checkpoint)
@@ -284,6 +286,12 @@ if __name__ == "__main__":
             row["ceiling"] = ceiling(fit["pairs"], y, held["pairs"], y_test)
             print(f"  {name:20} " + " ".join(f"{v:7.3f}" for v in row.values()))
             report[f"probe_{name}"] = row
+    if args.vae:
+        vae = open_vae(args.vae, torch.float32).to(model.scale.device)
+        sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
+        report["decoded"] = decoded_scores(model, sample, vae, args.metrics)
+        for name, pair in report["decoded"].items():
+            print("  {:5} of decoded frames: {:.3f}, of copying the step before {:.3f}".format(name, *pair))
     if K:
         values, counts = np.unique(pack_codes(found["codes"], K), return_counts=True)
         top = values[np.argsort(-counts)[:16]].tolist()
@@ -292,8 +300,7 @@ if __name__ == "__main__":
         moves = {code: displacement(model, z, torch.tensor(names[code], device=z.device)) for code in top}
         actions = joint(found["labels"]) if test.labels else np.zeros(len(found["own"]), int)
         plot_codes(os.path.join(out, "codes.png"), pack_codes(found["codes"], K), actions, names, moves)
-        report["codes"] = [
-            {"code": names[c], "share": float(n / counts.sum()), "moves": moves[c]} for c, n in zip(values, counts) if c in moves
-        ]
+        share = dict(zip(values, (counts / counts.sum()).tolist()))
+        report["codes"] = [{"code": names[c], "share": share[c], "moves": moves[c]} for c in moves]
     checkpoint.write_atomically(os.path.join(out, "report.json"), json.dumps(report, indent=1).encode())
     print(f"written to {out}: report.json" + (", codes.png" if K else ""))

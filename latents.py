@@ -214,3 +214,37 @@ def vae_latents(vae, frames):
     wan = type(vae).__name__ == "AutoencoderKLWan"
     z = vae.encode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).latent_dist.mode()
     return z[:, :, -2:].transpose(1, 2).float()
+
+
+@torch.inference_mode()
+def vae_frames(vae, z):
+    """The inverse of vae_latents: (B, 2, C, h, w) -> frames (B, 8, 3, H, W) in [0, 1]. Wan's lone first frame, that vae_latents dropped, is
+    stood in for by the first latent. A VAE that makes fewer frames of two latents gives its last ones."""
+    x = z.transpose(1, 2).to(next(vae.parameters()))  # (B, C, 2, h, w)
+    wan = type(vae).__name__ == "AutoencoderKLWan"
+    frames = vae.decode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).sample[:, :, -2 * VAE_FRAMES :]
+    return (frames.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.inference_mode()
+def decoded_scores(model, batches, vae, metrics):
+    """How well the frames of a predicted step match those of the true one, both decoded with the step before it by the user's VAE:
+    {"psnr": (prediction, copy of the step before), ...} means over batches of windows z (B, T, C, H, W). metrics: psnr, ssim, lpips."""
+    try:
+        import torchmetrics.image as tm
+    except ImportError as e:
+        raise ValueError("--vae needs: pip install torchmetrics") from e
+    makers = {"psnr": lambda: tm.PeakSignalNoiseRatio(data_range=1.0), "ssim": lambda: tm.StructuralSimilarityIndexMeasure(data_range=1.0),
+              "lpips": lambda: tm.LearnedPerceptualImagePatchSimilarity(normalize=True)}  # fmt: skip
+    device = model.scale.device
+    found = {name: [makers[name]().to(device) for _ in range(2)] for name in metrics}
+    for z in batches:
+        z = z.float().to(device)
+        after = model.decode(z[:, :-1], model.encode(z)[0]) if model.quantizer is not None else model.decode(z[:, :-1], model.encode(z)[1])
+        for t in range(0, z.shape[1] - 1, 2):  # steps 2i and 2i + 1 were encoded together
+            pairs = [torch.stack([z[:, t], x], dim=1) for x in (z[:, t + 1], after[:, t], z[:, t])]
+            true, predicted, copied = (vae_frames(vae, p)[:, -VAE_FRAMES:].flatten(0, 1) for p in pairs)
+            for own, copy in found.values():
+                own.update(predicted, true)
+                copy.update(copied, true)
+    return {name: tuple(m.compute().item() for m in pair) for name, pair in found.items()}

@@ -44,7 +44,12 @@ def recorded(predictor, dataset, inputs, compose, space_of, horizon, context, cl
         space, device = space_of(actions[0, last]), z.device
         cost = energy(predictor, z[:, :context], actions[:, :last], states[:, :context], z[0, last + horizon], compose, chunk)
         found = search(cost, space, horizon, generator=generator, device=device, **options)
-        every = actions[0, last : last + horizon], found, rest(space, horizon, device), *draw(space, 64, horizon, generator, device)
+        every = (
+            actions[0, last : last + horizon],
+            found,
+            rest(space, horizon, device),
+            *draw(space, 64, horizon, generator, device, options["correlation"]),
+        )
         total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
         sums.append(total[:3])
         random.append((total[3:] - total[0]).abs().mean(0))
@@ -136,6 +141,7 @@ if __name__ == "__main__":
     flag("--momentum_mean", type=float, default=0.0, help="share of the old mean that is kept")
     flag("--momentum_std", type=float, default=0.0, help="share of the old std that is kept")
     flag("--temperature", type=float, default=0.0, help="above 0: MPPI, all samples weighted by exp(-energy / temperature)")
+    flag("--correlation", type=float, default=0.0, help="of a sample's motion in one step and the next, 0 to 1")
     flag("--reach", type=float, default=1.0, help="std of the first samples of mouse motion, in those of the data")
     flag("--keys", nargs="*", default=[], metavar="key.w", help="keys that may be pressed (--play walk: key.w unless given)")
     flag("--maxnorm", type=float, default=DROID_NORM, help="robots: largest motion of a step along an axis, in metres")
@@ -156,7 +162,7 @@ if __name__ == "__main__":
         raise ValueError(f"--num_elites {args.num_elites} is not from 1 to --num_samples {args.num_samples}")
     if robot and names != POSE:
         raise ValueError(f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and {' '.join(POSE)}")
-    options = {k: getattr(args, k) for k in ("num_samples", "num_elites", "iterations", "momentum_mean", "momentum_std")}
+    options = {k: getattr(args, k) for k in ("num_samples", "num_elites", "iterations", "momentum_mean", "momentum_std", "correlation")}
     options["temperature"] = args.temperature or None
     mean, scale = (torch.tensor(x, dtype=torch.float32, device=device) for x in (scaler.mean, scaler.scale))
     compose = functools.partial(compose_poses if robot else compose_states, mean=mean, scale=scale)

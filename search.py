@@ -85,9 +85,17 @@ def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True)
     return cost
 
 
-def draw(space, n, horizon, generator, device="cpu"):
+def noise_of(n, horizon, dims, correlation, generator):
+    """Standard normal (n, H, dims), of which each step is correlated with the one before (AR(1)): a turn goes on for a while."""
+    x = torch.randn(n, horizon, dims, generator=generator)
+    for h in range(1, horizon):
+        x[:, h] = correlation * x[:, h - 1] + (1 - correlation**2) ** 0.5 * x[:, h]
+    return x
+
+
+def draw(space, n, horizon, generator, device="cpu", correlation=0.0):
     """n candidates as a search starts with: (scaled actions (n, H, A))."""
-    u = space.clamp(space.std * torch.randn(n, horizon, len(space.std), generator=generator))
+    u = space.clamp(space.std * noise_of(n, horizon, len(space.std), correlation, generator))
     pressed = torch.rand(n, horizon, len(space.prob), generator=generator) < space.prob
     return space.actions(u.to(device), pressed.to(device))
 
@@ -99,15 +107,15 @@ def rest(space, horizon, device="cpu"):
 
 @torch.no_grad()
 def search(cost, space, horizon, *, num_samples=128, num_elites=16, iterations=2, momentum_mean=0.0, momentum_std=0.0, temperature=None,
-           generator=None, noise=None, device="cpu"):  # fmt: skip
+           correlation=0.0, generator=None, noise=None, device="cpu"):  # fmt: skip
     """Scaled actions (H, A) of low cost. CEM: the Gaussian (and the probabilities of keys) move to the num_elites best samples; new = (1 -
     momentum) elites + momentum old, unbiased std. With a temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost /
-    temperature), and the std stays. The mean itself is always a candidate, unless `noise` (iterations, H, n, d) is given."""
+    temperature), and the std stays. correlation: of the samples of one step and the next. The mean itself is always a candidate, unless `noise` (iterations, H, n, d) is given."""
     mean, std = torch.zeros(horizon, len(space.std), device=device), space.std.to(device).expand(horizon, -1)
     prob = space.prob.to(device).expand(horizon, -1)
     for i in range(iterations):
         if noise is None:
-            normal = torch.randn(num_samples, *mean.shape, generator=generator).to(device)
+            normal = noise_of(num_samples, *mean.shape, correlation, generator).to(device)
             pressed = torch.rand(num_samples, *prob.shape, generator=generator).to(device) < prob
             normal[0], pressed[0] = 0, prob > 0.5
         else:

@@ -609,5 +609,20 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     labels = latents.read_labels(str(paths[0]), 30)
     yaw = np.degrees(np.diff(read_ticks(record).motion[(np.arange(3, 120, 4) * 2.5).astype(int), 2]))
     assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist() and set(labels["forward"]) <= {0, 1}
+    back = latents.vae_frames(vae, torch.from_numpy(steps[:2].swapaxes(1, 2).astype(np.float32)))
+    assert back.shape == (2, 8, 3, 32, 32) and 0 <= back.min() < back.max() <= 1
+
+    class Oracle:  # knows the step that follows
+        scale, quantizer = torch.zeros(2), True
+
+        def encode(self, z):
+            return (z[:, 1:],)
+
+        def decode(self, z, codes):
+            return codes
+
+    z = torch.from_numpy(steps[:4].swapaxes(1, 2).astype(np.float32)).flatten(0, 1)[None]
+    scores = latents.decoded_scores(Oracle(), [z], vae, ["psnr", "ssim"])
+    assert scores["ssim"][0] == pytest.approx(1, abs=1e-4) and scores["psnr"][0] > scores["psnr"][1] + 10 and scores["ssim"][1] < 1
     error = fails(tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}")
     assert "give diffusers:FOLDER, with config.json and weights" in error
