@@ -328,7 +328,7 @@ def pack_features(z, store):
     if store == "bf16":
         return {"z": z.to(torch.bfloat16)}
     std, mean = torch.std_mean(z.float(), dim=(0, 1), correction=0)
-    std, rows = std.clamp_min(1e-12), []
+    std, rows = std.maximum(1e-6 * mean.abs()).clamp_min(1e-12), []  # of a constant channel, what is left is rounding
     for x in z.split(64):
         x = (x - mean) / std
         scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-14).half()  # below that float16 loses digits
