@@ -35,6 +35,7 @@ from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_s
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
+FEATURE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8}
 
 
 # --- files ---
@@ -140,7 +141,7 @@ def index_shards(paths, workers=16):
     def measure(r):
         try:
             if "safetensors" in r.members:
-                return r._replace(length=feature_header(r)[0]["z"]["shape"][0])
+                return r._replace(length=feature_header(r)[0]["z"][1][0])
             with Slice(r.shard, *r.members["mp4"]) as f:
                 return r._replace(length=len(mp4_times(f)))
         except READ_ERRORS as e:
@@ -176,17 +177,22 @@ def read_ticks(record):
 
 
 def feature_header(record):
-    """Header of a feature member: ({name: {dtype, shape, data_offsets}}, metadata, file offset of its data). The safetensors format."""
+    """({name: (dtype, shape, file offset)}, metadata and embed_dim) of a feature member: the safetensors format, all sizes checked."""
     offset, size = record.members["safetensors"]
-    with Slice(record.shard, offset, size) as f:
-        n = int.from_bytes(f.read(8), "little")
-        if not 2 <= n <= min(size - 8, 1 << 20):
-            raise ValueError("not a feature file (its header is damaged)")
-        header = dict(json.loads(f.read(n)))
-    meta = header.pop("__metadata__", {})
-    if header.keys() != {"z", "actions", "states"} or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
+    try:
+        with Slice(record.shard, offset, size) as f:
+            at = 8 + int.from_bytes(f.read(8), "little")
+            header = dict(json.loads(f.read(at - 8) if at <= min(size, 1 << 20) else b""))
+        meta, (S, N, D) = dict(header.pop("__metadata__", {})), map(int, header["z"]["shape"])
+        shapes = {"z": (S, N, D), "actions": (S - 1, 38), "states": (S, 2)}
+        shapes |= {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
+        x = {k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"])) for k, s in shapes.items()}
+        bad = [k for k, (dtype, s, a, b) in x.items() if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        raise ValueError("not a feature file (its header is damaged)") from e
+    if bad or any([*s] != header[k]["shape"] for k, s in shapes.items()):
         raise ValueError("not a feature file, or cut")
-    return header, meta, offset + 8 + n
+    return {k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()}, meta | {"embed_dim": D}
 
 
 def feature_settings(records):
@@ -195,24 +201,23 @@ def feature_settings(records):
     for r in {r.shard: r for r in records}.values():
         if "safetensors" not in r.members:
             raise ValueError(f"{r.shard} holds video, other shards of this run hold features: pass one kind")
-        header, meta, _ = feature_header(r)
-        found = meta | {"embed_dim": header["z"]["shape"][2]}
+        found = feature_header(r)[1]
         if found != (out := out or found):
             raise ValueError(f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and {out}")
     return out
 
 
 def feature_rows(record, first, last):
-    """Steps first..last of a feature member -> z (S, N, D) bfloat16, actions (S-1, 38), states (S, 2), without reading the others."""
-    header, _, at = feature_header(record)
-    out = []
-    for name, count in (("z", last - first), ("actions", last - first - 1), ("states", last - first)):
-        dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[header[name]["dtype"]]
-        shape = (count, *header[name]["shape"][1:])
-        row = math.prod(shape[1:]) * dtype.itemsize
-        with Slice(record.shard, at + header[name]["data_offsets"][0] + first * row, count * row) as f:
-            out.append(torch.frombuffer(bytearray(f.read()), dtype=dtype).reshape(shape))
-    return out
+    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8), actions (S-1, 38), states (S, 2)."""
+    x = {}
+    for name, (dtype, shape, at) in feature_header(record)[0].items():
+        start, stop = {"actions": (first, last - 1), "z_channels": (0, 2)}.get(name, (first, last))
+        row = math.prod(shape[1:])
+        with Slice(record.shard, at + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize) as f:
+            x[name] = torch.frombuffer(bytearray(f.read()), dtype=dtype, count=(stop - start) * row).reshape(-1, *shape[1:])
+    if "z_scale" in x:
+        x["z"] = (x["z"] * x["z_scale"].float()).mul_(x["z_channels"][1]).add_(x["z_channels"][0])
+    return x["z"], x["actions"], x["states"]
 
 
 class Clips(torch.utils.data.Dataset):

@@ -4,20 +4,27 @@
     torchrun --nproc_per_node=8 encode.py --data VPT/*.tar --out features --encoder vjepa2_vitl
     python encode.py --data VPT/*.tar --out latents --vae diffusers:CogVideoX-2b/vae        # for train_lam.py
 
-Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D) features of S steps, bfloat16 and not
-yet layer-normed, actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pitch in radians. START is the tick of the first step: with
---phases P the same recording is stepped through P times, from P places spread over the first step (the first clip, for --encode clip).
-
-With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2, h, w) float16 of chunks of 8 frames, each encoded alone, at 8 frames a second
-and 512 pixels unless told otherwise, and KEY.actions.npz: yaw and forward between latent steps, for eval_lam.py.
+Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D) features of S steps, not yet
+layer-normed, bfloat16 (or int8: model.pack_features), actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pitch in radians. START
+is the tick of the first step: --phases P steps through a recording P times, from places spread over its first step (clip, for --encode
+clip). A run that was killed goes on with the same command. With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2, h, w) float16
+of chunks of 8 frames, each encoded alone, at 8 frames a second and 512 pixels unless told otherwise, and KEY.actions.npz, yaw and forward
+between latent steps, for eval_lam.py.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import datetime
+import functools
+import glob
 import hashlib
 import io
+import itertools
 import json
 import os
+import shutil
+import signal
 import sys
 import tarfile
 
@@ -31,10 +38,12 @@ from tqdm import tqdm
 from checkpoint import one_sentence, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
 from kernels import chosen
-from latents import VAE_FRAMES, latent_frames, open_vae, vae_latents, write_latents
-from model import encode_steps
-from vpt import ClipReader, mp4_times, read_frames, step_actions, step_size
+from latents import encode_latents, open_vae
+from model import encode_steps, normalize_features, pack_features
+from vpt import ClipReader, fitting, mp4_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
+
+SETTINGS = "encode.json"  # what the files of an output folder were made with
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -49,11 +58,10 @@ parser.add_argument("--frames_per_step", type=int, default=2, help="sampled fram
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
 parser.add_argument("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
 parser.add_argument("--phases", type=int, default=1, help="times each recording is stepped through, from different first frames")
+parser.add_argument("--store", default="bf16", choices=["bf16", "int8"], help="how features are stored; int8 takes half the bytes")
 parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at once")
+parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count()), help="threads a rank that decode ahead of the encoder")
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder")
-
-
-SETTINGS = "encode.json"  # what the files of an output folder were made with
 
 
 def check_settings(out, made):
@@ -66,9 +74,8 @@ def check_settings(out, made):
 
 def fetch(name):
     """The local file of a path, a URL or a released name: fetched once, by rank 0 and then one rank of each other node, into the cache."""
-    ranks = [0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0]
     waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)) if dist.is_initialized() else None
-    for one in ranks:
+    for one in (0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0):
         if not dist.is_initialized() or dist.get_rank() == one:
             find_encoder(name, os.path.join(CACHE, "weights"))
         if waiting:
@@ -104,8 +111,8 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
         made = feature_settings(records)
         wanted = {"encode": encode, "fps": fps, "frames_per_step": frames_per_step, "crop_size": crop_size}
         for k, v in (wanted | ({"frames_per_clip": frames_per_clip} if encode == "clip" else {})).items():
-            if made[k] != str(v):
-                raise ValueError(f"{records[0].shard} was made with --{k} {made[k]}, this run has {v}: change one of them")
+            if made.get(k) != str(v):
+                raise ValueError(f"{records[0].shard} was made with --{k} {made.get(k)}, this run has {v}: change one of them")
         source = {"encoder_hash": made["encoder"], "grid": int(made["grid"]), "embed_dim": made["embed_dim"]}
         if name is None:
             return None, source
@@ -118,74 +125,112 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
     return encoder, found
 
 
+@torch.no_grad()
+def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
+    """Pictures of one step (av.VideoFrames, or arrays (H, W, 3) uint8) -> its features (N, D) float32, layer-normed; the pictures are
+    resized and cut to the centre as recordings are. stats: of a run's --feature_norm standardize."""
+    frames = []
+    for x in pictures:
+        x = x if isinstance(x, av.VideoFrame) else av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
+        width, height = fitting(x.width, x.height, crop_size)
+        x = x.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
+        top, left = (height - crop_size) // 2, (width - crop_size) // 2
+        frames.append(x[top : top + crop_size, left : left + crop_size])
+    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None].to(encoder.patch_embed.proj.weight.device)
+    return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats or {})[0, 0]
+
+
 def segments(lines, stride, args):
     """(first tick, steps) of the runs of steps a recording is cut into: one per phase; for --encode clip one per clip."""
     span, clip = stride * args.frames_per_step, args.frames_per_clip // args.frames_per_step
     for phase in range(args.phases):
         first = phase * span * (clip if args.encode == "clip" else 1) // args.phases
         steps = (lines - first - stride * (args.frames_per_step - 1) - 1) // span + 1
-        if args.encode != "clip":
-            yield first, steps
-        else:
-            yield from ((first + w * clip * span, clip) for w in range(steps // clip))
+        size = clip if args.encode == "clip" else max(steps, 1)
+        yield from ((first + w * size * span, size) for w in range(steps // size))
+
+
+def estimate(records, tokens, width, args):
+    """(steps, bytes) of the features of indexed recordings, within a percent: lines at 20 a second, as many as frames."""
+    runs = [n for r in records for _, n in segments(r.length, step_size(20.0, args.fps), args) if n >= 2]
+    row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (38 + 2)
+    return sum(runs), sum(runs) * row + len(runs) * (1500 + 8 * width * (args.store == "int8"))
+
+
+def check_room(records, tokens, width, args):
+    """What all ranks together will write, as a sentence; OSError if the disk has no room for it. Collective."""
+    total = torch.tensor([sum(r.length for r in records) / 72000, *estimate(records, tokens, width, args)]).double()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    hours, steps, size = total.tolist()
+    os.makedirs(args.out, exist_ok=True)
+    free = shutil.disk_usage(args.out).free
+    text = f"{hours:.2f} hours of play, {steps:,.0f} steps x {tokens} tokens x {width} channels in {args.store}, take {size / 1e9:,.3f} GB"
+    if size > free:
+        less = " --store int8 for half of it," * (args.store == "bf16") + " fewer --phases," * (args.phases > 1)
+        raise OSError(f"{text}, and {args.out} has {free / 1e9:,.3f} GB free: make room,{less} or put --out on a larger disk")
+    return f"{text} of the {free / 1e9:,.3f} GB free in {args.out}"
+
+
+def plan_recording(record, reader, args):
+    """Functions that decode a recording, a part each: -> [(first tick, {"actions", "states"})] of all its segments, [(which of them, uint8
+    video (frames, 3, H, W))], at most batch_size steps of each. Raises what is wrong with the recording."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times = mp4_times(f)
+    ticks = read_ticks(record)
+    reader.starts(ticks, len(times))
+    ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, args.fps)
+    runs = [s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, args) if s[1] >= 2]
+    shown = [first + stride * np.arange(steps * args.frames_per_step).reshape(steps, -1) for first, steps in runs]
+    if args.encode == "clip":
+        parts = [[(i, s)] for i, s in enumerate(shown)]
+    else:  # phases side by side, so that each frame is decoded once
+        chunks = range(0, max(len(s) for s in shown), args.batch_size)
+        parts = [[(i, s[k : k + args.batch_size]) for i, s in enumerate(shown) if len(s) > k] for k in chunks]
+
+    ends = [s[:, -1] if args.encode == "tubelet" else s[:, 0] for s in shown]
+    actions = [torch.from_numpy(step_actions(ticks, e, 38)[0]).float() for e in ends]
+    states = [torch.from_numpy(ticks.motion[e, 2:].copy()) for e in ends]
+    labels = [(first, {"actions": a, "states": s}) for (first, _), a, s in zip(runs, actions, states)]
+
+    def decode(part):
+        wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
+        with Slice(record.shard, *record.members["mp4"]) as f:
+            frames = read_frames(f, times, wanted, args.crop_size, args.decoder)
+        y, x = (frames.shape[1] - args.crop_size) // 2, (frames.shape[2] - args.crop_size) // 2
+        frames = frames[:, y : y + args.crop_size, x : x + args.crop_size].transpose(0, 3, 1, 2)
+        return labels, [(i, torch.from_numpy(frames[np.searchsorted(wanted, s.ravel() * ratio)])) for i, s in part]
+
+    return [functools.partial(decode, part) for part in parts]
+
+
+def decode_ahead(records, reader, args):
+    """(record, future of a part) in order, at least one a recording, --num_workers parts ahead of the one that is taken; threads are
+    enough, since decoders do not hold Python's lock. For what cannot be read it is a future that raises."""
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
+        for record in records:
+            try:
+                calls = plan_recording(record, reader, args)
+            except READ_ERRORS:
+                calls = [functools.partial(plan_recording, record, reader, args)]  # raises it again
+            for call in calls:
+                waiting.append((record, pool.submit(call)))
+                if len(waiting) > args.num_workers:
+                    yield waiting.popleft()
+        yield from waiting
 
 
 @torch.inference_mode()
-def encode_recording(record, encoder, reader, args, device):
-    """Yields (first tick, tensors of one segment) of a recording."""
-    with Slice(record.shard, *record.members["mp4"]) as f:
-        times = mp4_times(f)
-        ticks = read_ticks(record)
-        reader.starts(ticks, len(times))  # raises what is wrong with the recording
-        ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, args.fps)
-        runs = [s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, args) if s[1] >= 2]
-        shown = [first + stride * np.arange(steps * args.frames_per_step).reshape(steps, -1) for first, steps in runs]
-        if args.encode == "clip":
-            parts = [[(i, s)] for i, s in enumerate(shown)]
-        else:  # phases side by side, so that each frame is decoded once
-            chunks = range(0, max(len(s) for s in shown), args.batch_size)
-            parts = [[(i, s[k : k + args.batch_size]) for i, s in enumerate(shown) if len(s) > k] for k in chunks]
-        z = [[] for _ in runs]
-        for part in parts:
-            wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
-            frames = read_frames(f, times, wanted, args.crop_size, args.decoder)
-            y, x = (frames.shape[1] - args.crop_size) // 2, (frames.shape[2] - args.crop_size) // 2
-            frames = frames[:, y : y + args.crop_size, x : x + args.crop_size].transpose(0, 3, 1, 2)
-            for i, s in part:
-                video = torch.from_numpy(frames[np.searchsorted(wanted, s.ravel() * ratio)]).to(device)
-                h = encode_steps(encoder, video[None], args.encode, args.frames_per_step)[0]
-                z[i].append(h.to("cpu", torch.bfloat16))
-        for (first, _), s, h in zip(runs, shown, z):
-            ends = s[:, -1] if args.encode == "tubelet" else s[:, 0]
-            actions, _ = step_actions(ticks, ends, 38)
-            states = torch.from_numpy(ticks.motion[ends, 2:].copy())
-            yield first, {"z": torch.cat(h), "actions": torch.from_numpy(actions).float(), "states": states}
-
-
-def encode_latents(records, bad, args, device):
-    """Write KEY.h5 for each recording; those that are there are kept. Returns how many there are now."""
-    made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
-    check_settings(args.out, made)
-    vae, done = open_vae(args.vae, getattr(torch, args.dtype)).to(device), 0
-    if os.environ.get("RANK", "0") == "0":
-        write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
-    for record in tqdm(records, unit="recording", desc="encode"):
-        if os.path.exists(os.path.join(args.out, record.key + ".h5")):
-            done += 1
-            continue
-        try:
-            frames, labels = latent_frames(record, args.fps, args.crop_size)
-            z = []
-            for x in frames:
-                chunks = torch.from_numpy(x[: len(x) // 2 * 2]).reshape(-1, 2 * VAE_FRAMES, *x.shape[2:])
-                z += [vae_latents(vae, c.to(device)).flatten(0, 1).cpu() for c in chunks.split(max(args.batch_size // 8, 1))]
-            write_latents(args.out, record.key, torch.cat(z).numpy(), labels)
-            done += 1
-        except READ_ERRORS as e:
-            if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
-                raise
-            bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
-    return done
+def encode_recording(parts, encoder, args, device):
+    """[(first tick, tensors of a segment)] of the parts of one recording."""
+    z = collections.defaultdict(list)
+    for _, part in parts:
+        labels, videos = part.result()
+        for i, video in videos:
+            h = encode_steps(encoder, video[None].to(device), args.encode, args.frames_per_step)[0]
+            z[i].append(h.to("cpu", torch.bfloat16 if args.store == "bf16" else h.dtype))
+    return [(first, pack_features(torch.cat(z.pop(i)), args.store) | label) for i, (first, label) in enumerate(labels)]
 
 
 if __name__ == "__main__":
@@ -198,47 +243,51 @@ if __name__ == "__main__":
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))  # so that the shard under way is removed
+    paths = expand([p for group in args.data for p in group])
     if args.vae:
-        records, bad = index_shards(expand([p for group in args.data for p in group])[rank::world])
-        done = encode_latents(records, bad, args, device)
-        for file, key, reason in bad:
-            print(f"left out: {file} {key}: {reason}")
-        sys.exit(f"nothing could be encoded for {args.out}" if bad and not done else None)
+        made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
+        check_settings(args.out, made)
+        vae = open_vae(args.vae, getattr(torch, args.dtype)).to(device)
+        if rank == 0:
+            write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
+        encode_latents(*index_shards(paths[rank::world]), vae, args.out, args.fps, args.crop_size, max(args.batch_size // 8, 1), device)
+        sys.exit()
     if world > 1:
         dist.init_process_group("gloo")  # so that rank 0 alone fetches the encoder
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
     meta = {k: str(getattr(args, k)) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
     meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size), "action_space": "38"}
+    meta |= {"store": args.store} if args.store != "bf16" else {}
     encoder = encoder.to(dtype := getattr(torch, args.dtype))
-    if rank == 0:
-        print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}")
     reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode)
-    paths = expand([p for group in args.data for p in group])
-    names = [os.path.basename(p) for p in paths]
-    if len(set(names)) < len(names):
+    targets = {p: os.path.join(args.out, os.path.basename(p)) for p in paths}
+    if len(set(targets.values())) < len(paths):
         raise ValueError("two input shards have the same file name: encode them into different --out folders")
-    made = meta | {"phases": args.phases, "dtype": args.dtype}
-    check_settings(args.out, made)
-    for path in (p for p in paths if os.path.exists(os.path.join(args.out, os.path.basename(p)))):  # done in an earlier run, or not ours
-        keys = {r.recording for r in shard_index(os.path.join(args.out, os.path.basename(path)))[0]}
+    check_settings(args.out, made := meta | {"phases": args.phases, "dtype": args.dtype})
+    for path in (p for p in paths if os.path.exists(targets[p])):  # done in an earlier run, or not ours
+        keys = {r.recording for r in shard_index(targets[path])[0]}
         if foreign := keys - {r.key for r in shard_index(path)[0]}:
             raise ValueError(f"{args.out} holds a {os.path.basename(path)} of other recordings ({min(foreign)}): choose another --out")
+    mine = [p for p in paths[rank::world] if not os.path.exists(targets[p])]
+    for left in (t for p in mine for t in glob.glob(glob.escape(targets[p]) + ".*.tmp")):
+        os.unlink(left)  # by a run that was killed
+    records, bad = index_shards(mine)
+    room = check_room(records, int(meta["grid"]) ** 2, encoder.embed_dim, args)
     if world > 1:
         dist.barrier()  # before rank 0 writes what the others have just looked at
     if rank == 0:
+        print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}\nto encode: {room}")
         write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
-    mine = [p for p in paths[rank::world] if not os.path.exists(os.path.join(args.out, os.path.basename(p)))]
-    records, bad = index_shards(mine)
-    steps, size = 0, 0
     progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")
+    groups = itertools.groupby(decode_ahead(records, reader, args), key=lambda x: (x[0].shard, x[0].key))
     for path in mine:
 
         def write_shard(out, path=path):
-            global steps, size
             with tarfile.open(fileobj=out, mode="w") as tar:
                 for record in (r for r in records if r.shard == path):
                     try:
-                        encoded = list(encode_recording(record, encoder, reader, args, device))
+                        encoded = encode_recording(next(groups)[1], encoder, args, device)
                     except READ_ERRORS as e:
                         if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
                             raise  # the disk, not the recording: the shard must not be finished without it
@@ -246,16 +295,21 @@ if __name__ == "__main__":
                         bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
                     for first, tensors in encoded:
                         data = safetensors_bytes(tensors, metadata=meta)
+                        end = 8 + int.from_bytes(data[:8], "little")  # of the header, whose keys come in random order
+                        head = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+                        data = data[:8] + head.ljust(end - 8) + data[end:]
                         member = tarfile.TarInfo(f"{record.key}@{first:05d}.safetensors")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
-                        steps, size = steps + len(tensors["z"]), size + len(data)
                     progress.update()
 
-        write_atomically(os.path.join(args.out, os.path.basename(path)), write_shard)
+        try:
+            write_atomically(targets[path], write_shard)
+        except OSError as e:
+            raise OSError(f"{targets[path]} ({e}): the shards that are finished stay; mend this and run the same command again") from e
     progress.close()
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")
-    print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {steps} steps, {size / 2**20:.1f} MiB in {args.out}")
+    print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {sum(os.path.getsize(targets[p]) for p in mine) / 2**20:,.1f} MiB")
     if world > 1:
         dist.destroy_process_group()

@@ -11,12 +11,14 @@ import json
 import os
 from typing import NamedTuple
 
+import av
 import h5py
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from checkpoint import write_atomically
-from data import Order, Slice, collate, leave_signals, read_ticks
+from data import READ_ERRORS, Order, Slice, collate, leave_signals, read_ticks
 from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
 
 VAE_FRAMES = 4  # that a video VAE merges in time
@@ -240,7 +242,7 @@ def decoded_scores(model, batches, vae, metrics):
     found = {name: [makers[name]().to(device) for _ in range(2)] for name in metrics}
     for z in batches:
         z = z.float().to(device)
-        after = model.decode(z[:, :-1], model.encode(z)[0]) if model.quantizer is not None else model.decode(z[:, :-1], model.encode(z)[1])
+        after = model.decode(z[:, :-1], model.encode(z)[0 if model.quantizer is not None else 1])  # a continuous model's codes are z_e
         for t in range(0, z.shape[1] - 1, 2):  # steps 2i and 2i + 1 were encoded together
             pairs = [torch.stack([z[:, t], x], dim=1) for x in (z[:, t + 1], after[:, t], z[:, t])]
             true, predicted, copied = (vae_frames(vae, p)[:, -VAE_FRAMES:].flatten(0, 1) for p in pairs)
@@ -248,3 +250,29 @@ def decoded_scores(model, batches, vae, metrics):
                 own.update(predicted, true)
                 copy.update(copied, true)
     return {name: tuple(m.compute().item() for m in pair) for name, pair in found.items()}
+
+
+def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
+    """Write KEY.h5 for each recording, batch_size chunks at once; those that are there are kept. Prints what cannot be read, beside bad,
+    [(file, key, reason)]; ValueError if that is everything."""
+    done = 0
+    for record in tqdm(records, unit="recording", desc="encode"):
+        if os.path.exists(os.path.join(out, record.key + ".h5")):
+            done += 1
+            continue
+        try:
+            frames, labels = latent_frames(record, fps, crop_size)
+            z = []
+            for x in frames:
+                chunks = torch.from_numpy(x[: len(x) // 2 * 2]).reshape(-1, 2 * VAE_FRAMES, *x.shape[2:])
+                z += [vae_latents(vae, c.to(device)).flatten(0, 1).cpu() for c in chunks.split(batch_size)]
+            write_latents(out, record.key, torch.cat(z).numpy(), labels)
+            done += 1
+        except READ_ERRORS as e:
+            if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
+                raise
+            bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
+    for file, key, reason in bad:
+        print(f"left out: {file} {key}: {reason}")
+    if bad and not done:
+        raise ValueError(f"nothing could be encoded for {out}")

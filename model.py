@@ -319,6 +319,24 @@ def encode_steps(encoder, video, mode, frames_per_step):
     return h.reshape(B, T, -1, h.shape[-1])  # (B, T, N, D)
 
 
+def pack_features(z, store):
+    """What is stored of features z (S, N, D): {"z"} in bf16, or int8 q with z = q * z_scale * std + mean; z_channels (2, D) float32 holds
+    mean and std of the channels, z_scale (S, N, 1) float16 the largest of a token's scaled channels / 127. Scaling the channels first
+    keeps a few large ones from taking all bits of the others. ValueError for what is not finite."""
+    if not z.isfinite().all():
+        raise ValueError("its features are not finite: encode it with --dtype float32")
+    if store == "bf16":
+        return {"z": z.to(torch.bfloat16)}
+    std, mean = torch.std_mean(z.float(), dim=(0, 1), correction=0)
+    std, rows = std.maximum(1e-6 * mean.abs()).clamp_min(1e-12), []  # of a constant channel, what is left is rounding
+    for x in z.split(64):
+        x = (x - mean) / std
+        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-14).half()  # below that float16 loses digits
+        rows.append(((x / scale).round().clamp(-127, 127).to(torch.int8), scale))
+    q, scale = (torch.cat(x) for x in zip(*rows))
+    return {"z": q, "z_scale": scale, "z_channels": torch.stack([mean, std])}
+
+
 def normalize_features(h, mean=None, std=None):
     """What the losses compare: optional per-channel centring and scaling, then a layer norm over D without affine, in fp32."""
     h = h.float()

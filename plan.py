@@ -26,12 +26,12 @@ from tqdm import tqdm
 import checkpoint
 from data import collate, windows
 from droid import POSE, compose_poses
-from encode import encoder_hash, open_encoder
+from encode import encoder_hash, open_encoder, picture_features
 from eval import interval, resampled
-from model import compose_states, encode_steps, normalize_features
+from model import compose_states
 from runs import open_held_out, open_run
 from search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
-from vpt import SLOTS, fitting, wrap
+from vpt import SLOTS, wrap
 
 
 def recorded(predictor, dataset, inputs, compose, space_of, horizon, context, clips, chunk, generator, options):
@@ -64,18 +64,6 @@ def readable(actions, scaler, names):
     return [(*m[:2].round(), *np.degrees(m[2:]), keys) for m, keys in zip(moves, held)]
 
 
-def step_features(frames, encoder, encode, crop_size, stats):
-    """Features (1, 1, N, E) of one step that shows these av.VideoFrames: resized, cut to the centre and normalised as recordings are."""
-    pictures = []
-    for frame in frames:
-        width, height = fitting(frame.width, frame.height, crop_size)
-        x = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
-        top, left = (height - crop_size) // 2, (width - crop_size) // 2
-        pictures.append(x[top : top + crop_size, left : left + crop_size])
-    video = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)[None].to(encoder.patch_embed.proj.weight.device)
-    return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats)
-
-
 def read_pictures(paths):
     """Image files -> [av.VideoFrame]. ValueError for what is no image, or if their sizes differ."""
     frames = []
@@ -91,7 +79,7 @@ def read_pictures(paths):
 
 
 def agent(player, space, scaler, names, choose):
-    """A function act(goal) that does one step in the game: what choose(seen, done, goal) says of the steps seen, [(z (1, 1, N, E), yaw,
+    """A function act(goal) that does one step in the game: what choose(seen, done, goal) says of the steps seen, [(z (N, E), yaw,
     pitch in radians)], and the scaled actions done between them, [(A,)]. It returns scaled actions, of which the first is done."""
     seen, done = [], []
 
@@ -113,9 +101,9 @@ def chooser(predictor, space, compose, horizon, context, chunk, generator, optio
         states = torch.tensor(np.stack([wrap(np.subtract(yaw, yaw[0])), pitch], axis=-1), dtype=torch.float32)[None].to(goal)
         still = rest(space, horizon, goal.device)
         before = torch.cat([still[:0].cpu(), *done])[len(done) + 1 - len(z) :][None].to(goal)
-        cost = energy(predictor, torch.cat(z, dim=1), before, states, goal, compose, chunk)
+        cost = energy(predictor, torch.stack(z)[None], before, states, goal, compose, chunk)
         found = search(cost, space, horizon, generator=generator, device=goal.device, **options)
-        return found if cost(found[None]) < (z[-1][0, 0] - goal).abs().mean() else still
+        return found if cost(found[None]) < (z[-1] - goal).abs().mean() else still
 
     return choose
 
@@ -182,16 +170,16 @@ if __name__ == "__main__":
             raise ValueError(f"--encoder {name} has hash {found}, the run was trained on features of {state['encoder_hash']}")
         stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         kind = {"encoder": encoder, "encode": state["encode"], "crop_size": state["args"]["crop_size"], "stats": stats}
-        features = functools.partial(step_features, **kind)
+        features = functools.partial(picture_features, **kind)
     generator = torch.Generator().manual_seed(args.seed)
     if args.start:
         with torch.no_grad():
-            z, goal = (features([f] * state["frames_per_step"]) for f in read_pictures([args.start, args.goal]))
+            now, goal = (features([f] * state["frames_per_step"]) for f in read_pictures([args.start, args.goal]))
             at = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)[None, None]
-            cost = energy(predictor, z, torch.zeros(1, 0, len(names), device=device), at, goal[0, 0], compose, args.chunk)
+            cost = energy(predictor, now[None, None], torch.zeros(1, 0, len(names), device=device), at, goal, compose, args.chunk)
             found = search(cost, space_of(), args.horizon[0], generator=generator, device=device, **options)
             energies = cost(torch.stack([found, rest(space_of(), len(found), device)])).tolist()
-        report |= {"energy": energies[0], "energy_at_rest": energies[1], "energy_now": (z - goal).abs().mean().item()}
+        report |= {"energy": energies[0], "energy_at_rest": energies[1], "energy_now": (now - goal).abs().mean().item()}
         print("energy of the plan {energy:.4f}, of resting {energy_at_rest:.4f}; now {energy_now:.4f}".format(**report))
         if robot:
             moves = found * scale + mean

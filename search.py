@@ -110,7 +110,8 @@ def search(cost, space, horizon, *, num_samples=128, num_elites=16, iterations=2
            correlation=0.0, generator=None, noise=None, device="cpu"):  # fmt: skip
     """Scaled actions (H, A) of low cost. CEM: the Gaussian (and the probabilities of keys) move to the num_elites best samples; new = (1 -
     momentum) elites + momentum old, unbiased std. With a temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost /
-    temperature), and the std stays. correlation: of the samples of one step and the next. The mean itself is always a candidate, unless `noise` (iterations, H, n, d) is given."""
+    temperature), and the std stays. correlation: of a sample's motion in one step and the next. The mean itself is always a candidate,
+    unless `noise` (iterations, H, n, d) is given."""
     mean, std = torch.zeros(horizon, len(space.std), device=device), space.std.to(device).expand(horizon, -1)
     prob = space.prob.to(device).expand(horizon, -1)
     for i in range(iterations):

@@ -105,7 +105,7 @@ def reference_losses(predictor, z, actions, states, mask):
 
 
 def useful_flops(encoder, predictor, B, T):
-    """Of one step: the encoder forward; T-1 steps of teacher forcing and one of rollout, forward and backward."""
+    """(encoder, predictor) of one step: forward; T-1 steps of teacher forcing and one of rollout, forward and backward."""
 
     def weights(blocks):
         return sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
@@ -114,7 +114,7 @@ def useful_flops(encoder, predictor, B, T):
     encode = B * T * N * (2 * (weights(encoder.blocks) + weights(encoder.patch_embed)) + 4 * D * N * len(encoder.blocks))
     scores = 4 * width * (N + 2) ** 2 * len(predictor.predictor_blocks) * B * ((T - 1) * T / 2 + 2)
     tokens = 2 * weights(predictor.predictor_blocks) * (N + 2) + 4 * D * width * N  # of a step; embedding and projection see patches
-    return encode + 3 * B * T * tokens + 3.5 * scores
+    return encode, 3 * B * T * tokens + 3.5 * scores
 
 
 if __name__ == "__main__":
@@ -194,7 +194,7 @@ if __name__ == "__main__":
         predictor.zero_grad()
         calls[name] = step
     seconds = bench.medians(calls, device, args.repeats)
-    useful, ceiling = useful_flops(encoder, base, B, T), bench.ceilings(device, dtype)[0]
+    useful, ceiling = sum(useful_flops(encoder, base, B, T)), bench.ceilings(device, dtype)[0]
     rows = [{"step": k, "ms": 1e3 * s, "clips/s": B / s, "reference / it": seconds["reference"] / s, "useful TFLOP/s": useful / s / 1e12,
              "of matmul": useful / s / ceiling} | bench.peak_memory(calls[k], device) for k, s in seconds.items()]  # fmt: skip
     bench.report(rows, args.json, device)

@@ -145,6 +145,6 @@ class Player:
             goal, distance = self.turn_away(rng) if task == "turn" else self.walk_away(rng)
         track = [distance()]
         for _ in range(steps):
-            act(goal[0, 0])
+            act(goal)
             track.append(distance())
         return track

@@ -199,7 +199,7 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
 @pytest.fixture(scope="module")
 def player(tmp_path_factory):
     engine = doom.open_game(doom.SIZE, 0, str(tmp_path_factory.mktemp("doom")))
-    yield doom.Player(engine, 2, 2, lambda seen: torch.tensor([f.to_ndarray(format="gray").mean() for f in seen])[None, None, None])
+    yield doom.Player(engine, 2, 2, lambda seen: torch.tensor([f.to_ndarray(format="gray").mean() for f in seen])[None])
     engine.close()
 
 
@@ -239,7 +239,7 @@ def test_the_agent_turns_to_a_view_with_a_predictor_that_knows(player, monkeypat
     def features(_):
         yaw = np.radians(-dict(zip(doom.VARIABLES, player.game.get_state().game_variables.tolist()))["ANGLE"])
         found = torch.tensor([np.cos(yaw), np.sin(yaw), -np.cos(yaw), -np.sin(yaw)]).float()
-        return normalize_features(found)[None, None, None]
+        return normalize_features(found)[None]
 
     monkeypatch.setattr(player, "features", features)
     compose = functools.partial(compose_states, mean=torch.as_tensor(MOUSE.mean), scale=torch.as_tensor(MOUSE.scale))

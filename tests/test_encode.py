@@ -1,0 +1,381 @@
+"""encode.py: what it stores, what it says before it starts, and that neither a kill nor a full disk costs more than the shard under way."""
+
+import glob
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import contractor, film, jsonl, write_tar
+from safetensors.torch import save as safetensors_bytes
+from test_train import ROOT, TINY, TORCHRUN, Run, fails, numbers, run, start_ranks, words
+
+import encode
+from data import feature_rows, feature_settings, index_shards
+from model import METERS, normalize_features, pack_features
+
+HOW = "--encoder vit_tiny --crop_size 32"
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+
+def tars(folder):
+    """{name: bytes} of the feature shards in a folder."""
+    out = {}
+    for path in glob.glob(os.path.join(folder, "*.tar")):
+        with open(path, "rb") as f:
+            out[os.path.basename(path)] = f.read()
+    return out
+
+
+def left_over(folder):
+    return [n for n in os.listdir(folder) if n.endswith(".tmp")]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, shards):
+    """Folders {bf16, int8} x {train, held} of the same three shards; .log is what encode.py printed."""
+    folder, log = tmp_path_factory.mktemp("encoded"), {}
+    for store in ("bf16", "int8"):
+        for part, names in (("train", "shard-{000000..000001}.tar"), ("held", "shard-000002.tar")):
+            out = folder / store / part
+            log[store, part] = run(folder, "encode.py", "--data", shards / names, "--out", out, HOW, "--store", store)
+    return types.SimpleNamespace(folder=folder, log=log)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a disk of so many bytes."""
+    made = []
+
+    def mount(size):
+        path = tmp_path / f"disk-{len(made)}"
+        path.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small disk needs root: {done.stderr.strip()}")
+        made.append(path)
+        return path
+
+    yield mount
+    for path in made:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+# --- int8 ---
+
+
+@pytest.mark.parametrize("largest", [1, 100])
+def test_int8_rounds_little_more_than_bf16(tmp_path, largest):
+    """Bug: a scale for a whole token: with a few channels a hundred times as large, as trained encoders have, the others round to nothing;
+    a scale or mean of another step or channel in the reading of a part."""
+    g = torch.Generator().manual_seed(0)
+    gain = torch.logspace(-1, 1, 48)
+    gain[torch.randperm(48, generator=g)[:3]] *= largest
+    z = (torch.randn(150, 4, 48, generator=g) * torch.rand(150, 4, 1, generator=g).add(0.2) + torch.randn(48, generator=g)) * gain
+    z[:, :, :3] = torch.tensor([0.0, 3.1, -700.3])  # channels that never change
+    rest = {"actions": torch.zeros(149, 38), "states": torch.zeros(150, 2)}
+    off = {}
+    for store in ("bf16", "int8"):
+        data = safetensors_bytes(pack_features(z, store) | rest)
+        record = index_shards([write_tar(tmp_path / f"{store}.tar", {"a@00000.safetensors": data})])[0][0]
+        read = torch.cat([feature_rows(record, i, i + 30)[0] for i in range(0, 150, 30)]).float()
+        for norm, stats in (("layer", {}), ("standardize", {"mean": z.mean((0, 1)), "std": z.std((0, 1)).clamp_min(1e-6)})):
+            a, b = (normalize_features(x, **stats) for x in (z, read))
+            wrong, spread = ((x[..., 3:] ** 2).mean((0, 1)) for x in (a - b, a - a.mean((0, 1))))
+            off[store, norm] = ((wrong / spread).max() if stats else wrong.sum() / spread.sum()).sqrt()
+        off[store, "size"] = len(data) - 4 * (149 * 38 + 300)
+        assert torch.allclose(read[:, :, :3], z[:, :, :3], rtol=1e-2 if store == "bf16" else 1e-6)
+    assert max(off["int8", n] for n in ("layer", "standardize")) < 0.01
+    assert off["int8", "size"] < 0.58 * off["bf16", "size"]  # 48 channels and 2 bytes a token; 1024 channels come to 0.501
+
+
+def test_features_that_are_not_finite_are_not_stored():
+    """Bug: int8 turns inf or NaN into a plausible number, and training never learns that the encoder had overflowed."""
+    for bad in (math.nan, math.inf):
+        z = torch.zeros(4, 2, 8)
+        z[2, 1, 3] = bad
+        for store in ("bf16", "int8"):
+            with pytest.raises(ValueError, match="not finite.*--dtype float32"):
+                pack_features(z, store)
+
+
+def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path):
+    """Bug: features read back as something else than the encoder gives on the fly: steps shifted, a scale of another token or step; a run
+    that mixes two ways of storing them, or that silently drops an augmentation."""
+    scaler = tmp_path / "scaler.pkl"
+    run(tmp_path, "fit_scaler.py", "--data", shards / "shard-{000000..000001}.tar", "--output", scaler, "--num_workers 0")
+    base = ["--scaler", scaler, TINY, "--feature_norm standardize --epochs 1 --warmup 0 --anneal 0 --ipe 6"]
+    video = ["--data", shards / "shard-{000000..000001}.tar", "--val_data", shards / "shard-000002.tar", "--encoder vit_tiny"]
+    where = {s: encoded.folder / s for s in ("bf16", "int8")}
+    data = {s: ["--data", f / "train" / "*.tar", "--val_data", f / "held" / "*.tar"] for s, f in where.items()}
+    plans = {"still": "--lr 0 --start_lr 0", "moves": "--lr 1e-3 --start_lr 1e-3"}
+
+    def losses(plan, flags, log):
+        out = tmp_path / f"{plan}-{len(os.listdir(tmp_path))}"
+        run(tmp_path, "train_ac.py", *base, plans[plan], *flags, "--out_dir", out)
+        return numbers(out, "jloss", "sloss", *METERS[:4] if log == "val.csv" else (), log=log)
+
+    live, still = losses("still", video, "val.csv"), losses("still", data["int8"], "val.csv")  # on video clips start between steps too
+    np.testing.assert_allclose(still, live, rtol=4e-3)
+    bf16, int8 = (losses("moves", d, "train.csv") for d in data.values())
+    assert len(bf16) == 6 and (int8 != bf16).any() and bf16[-1, 0] < 0.95 * bf16[0, 0]
+    np.testing.assert_allclose(int8, bf16, rtol=4e-3)  # the same clips in the same order
+    refused = [*base, plans["still"], "--out_dir", tmp_path / "refused"]
+    for flag in ("--horizontal_flip", "--random_resize_scale 0.8", "--motion_shift 0.1", "--temporal_jitter 1"):
+        assert f"{flag.split()[0]} needs pixels, and these shards hold features" in fails(
+            tmp_path, "train_ac.py", *refused, *data["int8"], flag
+        )
+    mixed = ["--data", where["int8"] / "train" / "*.tar", "--val_data", where["bf16"] / "held" / "*.tar"]
+    error = fails(tmp_path, "train_ac.py", *refused, *mixed)
+    assert "was encoded with other settings" in error and "int8" in error
+
+
+def test_a_feature_header_is_checked_before_it_is_used(tmp_path):
+    """Bug: a damaged or foreign header ends the run with a TypeError, or makes the reader read beside the member."""
+    data = safetensors_bytes(pack_features(torch.randn(6, 2, 8), "int8") | {"actions": torch.zeros(5, 38), "states": torch.zeros(6, 2)})
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+
+    def member(change):
+        new = json.loads(json.dumps(header))
+        changed = json.dumps(change(new) or new).encode()
+        return len(changed).to_bytes(8, "little") + changed + data[8 + n :]
+
+    cases = {
+        "list": lambda h: [1],
+        "number": lambda h: 7,
+        "lone": lambda h: h.pop("z_scale"),
+        "offsets": lambda h: h["z"].pop("data_offsets"),
+        "three": lambda h: h["z"].update(data_offsets=[0, 1, 2]),
+        "behind": lambda h: h["z"].update(data_offsets=[-96, 0]),
+        "far": lambda h: h["states"].update(data_offsets=[10**15, 10**15 + 48]),
+        "text": lambda h: h["z"].update(data_offsets=["a", "b"]),
+        "deep": lambda h: h["z"].update(shape=[6, [2], 8]),
+        "rank": lambda h: h["z"].update(shape=[6, 16]),
+        "steps": lambda h: h["actions"].update(shape=[6, 38]),
+        "float": lambda h: h["z"].update(shape=[6.5, 2, 8]),
+        "huge": lambda h: h["z"].update(shape=[1e400, 2, 8]),
+        "dtype": lambda h: h["z"].update(dtype="I64"),
+        "meta": lambda h: h.update(__metadata__=[1, 2]),
+    }
+    members = {
+        f"{k}@00000.safetensors": member(lambda h, c=c: out if isinstance(out := c(h), list | int) else None) for k, c in cases.items()
+    }
+    members["nested@00000.safetensors"] = (10**5).to_bytes(8, "little") + b"[" * 10**5
+    records, bad = index_shards([write_tar(tmp_path / "a.tar", members | {"ok@00000.safetensors": member(lambda h: None)})])
+    assert [r.key for r in records] == ["ok@00000"] and {b[1].partition("@")[0] for b in bad} == {*cases, "nested"}
+    assert feature_rows(records[0], 2, 5)[0].shape == (3, 2, 8)
+
+
+# --- decoding ahead ---
+
+
+def test_decoding_ahead_changes_nothing(tmp_path, mp4):
+    """Bug: parts come back out of order or go to another recording; one that breaks in its middle takes the next one's parts along; the
+    same recordings give other bytes."""
+    broken = film(container={"movflags": "faststart"})
+    members = {}
+    for k in range(5):
+        members |= {f"p{k}.mp4": broken[: len(broken) * 6 // 10] if k == 2 else mp4, f"p{k}.jsonl": jsonl(contractor(seed=k))}
+    shard = write_tar(tmp_path / "a.tar", members)
+    found = {}
+    for workers in (0, 3):
+        out = tmp_path / f"w{workers}"
+        flags = words(["encode.py", "--data", shard, "--out", out, HOW, "--batch_size 6 --phases 2 --num_workers", workers])
+        text = subprocess.run([sys.executable, *flags], cwd=ROOT, capture_output=True, text=True, check=True).stdout  # another hash seed
+        assert text.count("left out:") == 1 and "a.tar p2" in text
+        found[workers] = tars(out)["a.tar"]
+    assert found[0] == found[3]
+    records, _ = index_shards([str(tmp_path / "w3" / "a.tar")])
+    assert [r.key for r in records] == [f"p{k}@0000{s}" for k in (0, 1, 3, 4) for s in (0, 4)]
+    ours = {r.key: feature_rows(r, 0, r.length) for r in records}
+    assert all(torch.equal(ours[f"p{k}@00004"][0], ours["p0@00004"][0]) for k in (1, 3, 4))  # the same film
+    assert not torch.equal(ours["p3@00004"][1], ours["p4@00004"][1])  # other actions
+
+
+# --- room ---
+
+
+def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
+    """Bug: an estimate that forgets phases, scales or the second byte: the disk is full after a night."""
+    records, _ = index_shards([str(shards / f"shard-00000{i}.tar") for i in range(2)])
+    for store in ("bf16", "int8"):
+        made = tars(encoded.folder / store / "train")
+        flags = ["--data", "x", "--out", "x", *HOW.split(), "--store", store]
+        steps, size = encode.estimate(records, 4, 192, encode.parser.parse_args(flags))
+        assert size == pytest.approx(sum(map(len, made.values())), rel=0.1)  # a tar is filled up to 10 KiB
+        features, _ = index_shards([str(encoded.folder / store / "train" / n) for n in made])
+        assert steps == sum(r.length for r in features)
+        text = f"to encode: 0.02 hours of play, {steps} steps x 4 tokens x 192 channels in {store}, take {size / 1e9:.3f} GB of the "
+        assert text in encoded.log[store, "train"]
+    assert feature_settings(features)["store"] == "int8"
+    phases = encode.parser.parse_args([*flags, "--phases", "3"])
+    assert encode.estimate(records, 4, 192, phases)[1] == pytest.approx(3 * size, rel=0.03)
+    assert encode.estimate([r._replace(length=20 * 3600) for r in records[:1]], 256, 1408, encode.parser.parse_args(flags[:4]))[1] == (
+        pytest.approx(9000 * 256 * 1408 * 2, rel=0.001)
+    )
+
+
+def test_a_disk_that_is_too_small_is_refused(small_disk, shards, tmp_path):
+    """Bug: the run begins, and fills the disk some hours later; or one that has shards already is asked for the room of all."""
+    out = small_disk(600_000) / "features"
+    flags = ["--data", shards / "*.tar", HOW, "--phases 2 --out", out]
+    error = fails(tmp_path, "encode.py", *flags)
+    assert (
+        "0.03 hours of play, 444 steps x 4 tokens x 192 channels in bf16, take 0.001 GB" in error
+        and f"and {out} has 0.001 GB free" in error
+    )
+    assert error.count("make room, --store int8 for half of it, fewer --phases, or put --out on a larger disk") == 1
+    assert os.listdir(out) == []
+    assert "take 0.000 GB" in run(tmp_path, "encode.py", *flags, "--store int8")
+    text = run(tmp_path, "encode.py", *flags, "--store int8")
+    assert "0 steps" in text and "encoded 0 of 3 shards" in text
+    assert "int8" not in fails(tmp_path, "encode.py", *flags[:-1], out.parent / "more", "--store int8 --phases 4").partition("has")[2]
+
+
+def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_path):
+    """Bug: a shard without its last recordings counts as finished; a traceback; or the rest of the shard keeps the disk full."""
+    flags = ["--data", shards / "*.tar", HOW, "--phases 2 --out"]
+    run(tmp_path, "encode.py", *flags, tmp_path / "whole")
+    whole, disk = tars(tmp_path / "whole"), small_disk(2_000_000)
+    going = Run(tmp_path, "encode.py", *flags, disk / "f", "--batch_size 1")
+    end = time.monotonic() + 60
+    while not (disk / "f" / "shard-000000.tar").exists():
+        assert going.process.is_alive() and time.monotonic() < end, going.text()
+        time.sleep(0.0005)
+    with open(disk / "ballast", "wb", buffering=0) as f:  # another program
+        while f.tell() < 2_000_000:
+            try:
+                f.write(bytes(4096))
+            except OSError:
+                break
+    code, text = going.wait()
+    errors = [line for line in text.splitlines() if "error: " in line]
+    assert code == 1 and len(errors) == 1 and "Traceback" not in text
+    assert (
+        "No space left on device" in errors[0]
+        and "the shards that are finished stay; mend this and run the same command again" in errors[0]
+    )
+    done = tars(disk / "f")
+    assert 1 <= len(done) < 3 and done == {k: whole[k] for k in done} and not left_over(disk / "f")
+    os.unlink(disk / "ballast")
+    run(tmp_path, "encode.py", *flags, disk / "f")
+    assert tars(disk / "f") == whole
+
+
+def test_a_file_that_may_not_grow_is_one_sentence(shards, tmp_path):
+    """Bug: the same where only the size of a file is limited (a quota), without root."""
+    flags = ["--data", shards / "*.tar", HOW, "--out"]
+    run(tmp_path, "encode.py", *flags, tmp_path / "whole")
+    error = fails(tmp_path, "encode.py", *flags, tmp_path / "f", file_limit=60_000)
+    assert "shard-000000.tar ([Errno 27] File too large): the shards that are finished stay" in error
+    assert os.listdir(tmp_path / "f") == ["encode.json"]
+    run(tmp_path, "encode.py", *flags, tmp_path / "f")
+    assert tars(tmp_path / "f") == tars(tmp_path / "whole")
+
+
+# --- kills ---
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, mp4):
+    """Eight shards of two recordings, and their features from an undisturbed run of one process."""
+    folder = tmp_path_factory.mktemp("many")
+    for s in range(8):
+        members = {}
+        for k in range(2):
+            members |= {f"r{s}{k}.mp4": mp4, f"r{s}{k}.jsonl": jsonl(contractor(seed=2 * s + k))}
+        write_tar(folder / f"shard-{s:06d}.tar", members)
+    flags = ["--data", folder / "*.tar", "--encoder vit_tiny --crop_size 32 --phases 4 --batch_size 4 --out"]
+    run(folder, "encode.py", *flags, folder / "whole")
+    return types.SimpleNamespace(flags=flags, whole=tars(folder / "whole"))
+
+
+def written(out):
+    """Bytes of shards, those under way too."""
+    total = 0
+    for path in glob.glob(os.path.join(out, "*.tar*")):
+        try:
+            total += os.path.getsize(path)
+        except FileNotFoundError:
+            pass  # renamed in between
+    return total
+
+
+def kill_at_random(many, out, rng, start):
+    """start() -> process ids; they get a SIGKILL when a random share of the bytes is there. What is finished by then must be right.
+    How many shards were under way."""
+    goal, end = rng.uniform(0.01, 0.9) * sum(map(len, many.whole.values())), time.monotonic() + 90
+    pids = start()
+    while written(out) <= goal:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    for pid in pids():
+        os.kill(pid, signal.SIGKILL)
+    assert all(many.whole[k] == x for k, x in tars(out).items()), "a shard that looks finished is not"
+    return len(left_over(out))
+
+
+def test_encode_killed_at_random_moments_under_two_ranks(many, tmp_path):
+    """Bug: a shard written twice, cut, or left out after a kill -9; one that is half written keeps its place on the disk for good; a
+    rerun with another number of ranks deals shards otherwise."""
+    rng, out, torn, ranks = random.Random(7), tmp_path / "f", 0, []
+    out.mkdir()
+
+    def start():
+        ranks[:] = start_ranks(tmp_path, "encode.py", *many.flags, out)
+        return lambda: [r.process.pid for r in ranks]
+
+    for _ in range(3):
+        for path in list(out.glob("*.tar"))[4:]:
+            path.unlink()
+        torn += kill_at_random(many, out, rng, start)
+        for r in ranks:
+            assert r.wait()[0] == -signal.SIGKILL
+    assert torn
+    run(tmp_path, "encode.py", *many.flags, out)  # one process
+    assert tars(out) == many.whole and not left_over(out)
+
+
+@pytest.mark.slow
+def test_encode_killed_under_torchrun(many, tmp_path):
+    """Bug: the same under the real launcher, from an empty folder each time, and a run by it that finishes what was begun."""
+    rng, torn, started = random.Random(8), 0, []
+    command = [*TORCHRUN, "encode.py", *words(many.flags)]
+
+    def start():
+        started.append(subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL))
+        below = ["pgrep", "-P", str(started[-1].pid)]  # the ranks, which torchrun puts into sessions of their own
+        return lambda: [started[-1].pid, *map(int, subprocess.run(below, capture_output=True, text=True).stdout.split())]
+
+    for k in range(4):
+        out = tmp_path / f"f{k}"
+        torn += kill_at_random(many, out, rng, start)
+        started[-1].wait()
+        done = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert tars(out) == many.whole and not left_over(out)
+    assert torn
+
+
+def test_sigterm_removes_the_shard_under_way(many, tmp_path):
+    """Bug: scancel or torchrun ends a rank, and gigabytes of a shard that nobody will finish stay on the disk."""
+    out = tmp_path / "f"
+    going = Run(tmp_path, "encode.py", *many.flags, out)
+    end = time.monotonic() + 60
+    while not (out.exists() and left_over(out) and written(out) > 300_000):
+        assert going.process.is_alive() and time.monotonic() < end, going.text()
+        time.sleep(0.001)
+    going.process.terminate()
+    code, text = going.wait()
+    assert code == 143 and "Traceback" not in text and not left_over(out)
+    assert all(many.whole[k] == x for k, x in tars(out).items())
