@@ -11,7 +11,6 @@ import av
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import contractor, jsonl, write_tar
 from sklearn.metrics import r2_score
 from test_train import ROOT, fails, run
@@ -252,25 +251,20 @@ def test_the_recipe_of_the_readme_runs(tmp_path, monkeypatch):
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
     with open(os.path.join(ROOT, "README.md")) as f:
-        code = next(b for b in re.findall(r"```python\n(.*?)```", f.read(), re.S) if "ObservationWrapper" in b)
-    scope = {
-        "gymnasium": gymnasium,
-        "np": np,
-        "torch": torch,
-        "F": F,
-        "encode_steps": encode_steps,
-        "normalize_features": normalize_features,
-    }
-    exec(code, scope)
+        code = next(b for b in re.findall(r"```python\n(.*?)```", f.read(), re.S) if "TransformObservation" in b)
+    small = code.replace("(256, encoder", "(4, encoder").replace("encoder, 256)", "encoder, 32)")  # 256 patches of 256 pixels in the README
+    assert small.count("4, encoder") == small.count("encoder, 32") == 1
     encoder = open_encoder("vit_tiny", 32, 2)
-    env = scope["EncodedObservation"](gymnasium.make("VizdoomBasic-v1"), encoder, 32)
+    scope = {"gymnasium": gymnasium, "np": np, "encoder": encoder, "env": gymnasium.make("VizdoomBasic-v1")}
+    exec(small, scope)
+    env = scope["env"]
     first, _ = env.reset(seed=0)
     later = [env.step(action)[0] for action in (0, 1, 1, 3)]
     assert all(z.shape == (4, 192) and z in env.observation_space for z in [first, *later])
     assert np.abs(later[-1] - first).mean() > 0.01  # the player has moved
     env.close()
     screen = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    video = torch.from_numpy(screen[None, None, :, 16:80].transpose(0, 1, 4, 2, 3).copy())
-    small = F.interpolate(video[0].float(), (32, 32), mode="bilinear", antialias=True)[None]
-    want = normalize_features(encode_steps(encoder, small.expand(1, 2, -1, -1, -1), "tubelet", 2))[0, 0].detach()
+    small = av.VideoFrame.from_ndarray(screen, format="rgb24").to_ndarray(format="rgb24", width=48, height=32, interpolation="BILINEAR")
+    video = torch.from_numpy(small[:, 8:40].transpose(2, 0, 1).copy()).expand(1, 2, -1, -1, -1)
+    want = normalize_features(encode_steps(encoder, video, "tubelet", 2))[0, 0].detach()
     np.testing.assert_allclose(env.observation({"screen": screen}), want.numpy(), atol=1e-5)
