@@ -36,9 +36,8 @@ def trying(url, call):
         error, cause = failed[0], failed[0].__cause__ or failed[0]  # fsspec calls each HTTP error "not found"
         if isinstance(error, Unreachable):
             raise error
-        status = getattr(cause, "status", getattr(cause, "code", None))
         final = isinstance(error, (FileNotFoundError, PermissionError)) and (cause is error or not url.startswith("http"))
-        if isinstance(status, int):
+        if isinstance(status := getattr(cause, "status", None), int):
             final = 400 <= status < 500 and status not in (408, 429)
         if final or isinstance(error, ImportError):
             break
