@@ -456,3 +456,24 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
     for rank in whole:
         assert rank.wait()[0] == 0, rank.text()
     same_run(tmp_path / "whole", tmp_path / "run")
+
+
+# --- the model ---
+
+
+def test_the_scaling_model_does_its_sums(monkeypatch):
+    """Bug: what one GPU needs is taken for what all need, bits for bytes, or the encoder's work for that of runs on features."""
+    monkeypatch.setenv("NANOJEPA_CACHE", os.environ["NANOJEPA_CACHE"])  # bench.data sets its own
+    from bench.scale import cluster, flops, predictor_of, small
+
+    args = types.SimpleNamespace(share=0.4, tflops=1000, batch_size=8, nvlink=450, net=400, cores=20, storage=5)
+    found, work = {"decode": (0.2, 2e6), "features": (0.001, 4e6)}, {"encoder": 1e12, "predictor": 4e12}
+    video, features = (cluster(64, source, found, work, 1.2e9, args) for source in ("video", "features"))
+    wanted = {"step ms": 100, "clips/s": 64 * 80, "cores/GPU": 16, "GB/s a node": 1.28, "GB/s in all": 10.24, "all-reduce ms": 47.25}
+    assert all(np.isclose(video[k], v) for k, v in wanted.items()) and np.isclose(video["of backward"], 47.25e-3 / (64 / 3 * 2.5e-3))
+    assert (video["first"], video["answer"]) == ("storage", "--cache_dir") and np.isclose(video["load"], 10.24 / 5)
+    assert np.isclose(features["step ms"], 80) and np.isclose(features["GB/s a node"], 3.2) and np.isclose(features["cores/GPU"], 0.1)
+    few = cluster(8, "video", found, work, 1.2e9, args)
+    assert (few["first"], few["answer"]) == ("decode", "-") and np.isclose(few["all-reduce ms"], 1e3 * 1.75 * 1.2e9 / 450e9)
+    full = flops(small(1024, 24, 16, 4096, "meta"), predictor_of(24, 1024, "meta").predictor)
+    assert 1.2e12 < full["encoder"] < 1.4e12 and 4.2e12 < full["predictor"] < 4.7e12  # 2 x 303 M x 2,048 tokens; 6 x 302 M x 2,064 at least
