@@ -4,11 +4,12 @@
 
 Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed: the order of clips is a pure function of (seed, epoch), dealt to
 ranks by index, so a run resumes exactly under any number of workers, and a clip costs a seek instead of a 64 MB read. What cannot be
-sought (pipe:, http://, s3://, gs://) is streamed. Both end in the same ClipReader.
+sought (pipe:, http://, s3://, gs://) is streamed, or copied into a local cache (remote.py). All end in the same ClipReader.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import glob
 import hashlib
 import io
@@ -20,21 +21,19 @@ import signal
 import sys
 import tarfile
 import threading
-import urllib.request
 from typing import NamedTuple
 
-import av
 import braceexpand
-import fsspec
 import numpy as np
 import torch
-import webdataset as wds
+from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
+from remote import Shard, cached
+from streams import READ_ERRORS, StreamedClips, Unreachable, stream_recordings  # noqa: F401  (for who imports the last from here)
 from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
-READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
 FEATURE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8}
 
 
@@ -43,12 +42,14 @@ FEATURE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.flo
 
 def is_stream(path):
     """True for what can only be read from front to back."""
-    return path.startswith("pipe:") or "://" in path
+    return (path.startswith("pipe:") or "://" in path) and not isinstance(path, Shard)
 
 
 def expand(patterns):
     """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each pattern. Raises FileNotFoundError
     naming what matches nothing."""
+    if isinstance(patterns, Shard):
+        return [patterns]
     if not isinstance(patterns, str):
         return list(dict.fromkeys(path for p in patterns for path in expand(p)))
     out = []
@@ -61,10 +62,13 @@ def expand(patterns):
 
 
 class Slice(io.RawIOBase):
-    """A seekable read-only view of bytes offset..offset+size of a file: what a decoder needs of a tar, without reading the rest."""
+    """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder needs of a tar, without the rest."""
+
+    total = 0  # bytes that this process has read through all of them
 
     def __init__(self, path, offset, size):
-        self.fd, self.offset, self.size, self.at, self.bytes_read = os.open(path, os.O_RDONLY), offset, size, 0, 0
+        self.fd = path.open() if isinstance(path, Shard) else os.open(path, os.O_RDONLY)
+        self.offset, self.size, self.at, self.bytes_read = offset, size, 0, 0
 
     def readable(self):
         return True
@@ -72,9 +76,9 @@ class Slice(io.RawIOBase):
     seekable = readable
 
     def readinto(self, buffer):
-        n = os.preadv(self.fd, [memoryview(buffer)[: max(self.size - self.at, 0)]], self.offset + self.at)
-        self.at += n
-        self.bytes_read += n
+        read = functools.partial(os.preadv, self.fd) if isinstance(self.fd, int) else self.fd.preadv
+        n = read([memoryview(buffer)[: max(self.size - self.at, 0)]], self.offset + self.at)
+        self.at, self.bytes_read, Slice.total = self.at + n, self.bytes_read + n, Slice.total + n
         return n
 
     def readall(self):  # the default reads 8 KB at a time
@@ -85,7 +89,7 @@ class Slice(io.RawIOBase):
         return self.at
 
     def close(self):
-        if not self.closed:
+        if not self.closed and isinstance(self.fd, int):
             os.close(self.fd)
         super().close()
 
@@ -111,9 +115,9 @@ class Record(NamedTuple):
 
 def shard_index(path):
     """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers only: 54 ms for 10 GB."""
-    found, bad, end = {}, [], os.path.getsize(path)
+    found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with Slice(path, 0, end) as f, tarfile.open(path, "r:", fileobj=f) as tar:
             for m in tar:
                 stem, extension = os.path.splitext(m.name)
                 if m.isfile() and extension in (".mp4", ".jsonl", ".safetensors"):
@@ -136,7 +140,8 @@ def shard_index(path):
 
 
 def index_shards(paths, workers=16):
-    """Local shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4 indices and feature headers only."""
+    """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4 indices and feature headers only; of those at
+    URLs once, then their notes in the cache."""
 
     def measure(r):
         try:
@@ -144,20 +149,35 @@ def index_shards(paths, workers=16):
                 return r._replace(length=feature_header(r)[0]["z"][1][0])
             with Slice(r.shard, *r.members["mp4"]) as f:
                 return r._replace(length=len(mp4_times(f)))
+        except Unreachable:
+            raise
         except READ_ERRORS as e:
             return r.shard, r.key, str(e)
 
+    def sorted_out(found, bad):
+        return [r for r in found if isinstance(r, Record)], bad + [r for r in found if not isinstance(r, Record)]
+
+    def look(source):
+        records, bad = shard_index(source)
+        return sorted_out([measure(r) for r in records], bad)
+
+    def index(path):
+        if not isinstance(path, Shard):
+            return shard_index(path)
+        rows, bad = path.index(look)
+        return [Record(path, *row[1:]) for row in rows], [(path, *flaw[1:]) for flaw in bad]
+
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        indexed = list(pool.map(shard_index, paths))
-        measured = list(pool.map(measure, [r for records, _ in indexed for r in records]))
-    records = [m for m in measured if isinstance(m, Record)]
-    return records, [b for _, bad in indexed for b in bad] + [m for m in measured if not isinstance(m, Record)]
+        indexed = list(tqdm(pool.map(index, paths), desc="index", total=len(paths), delay=10, disable=os.environ.get("RANK", "0") != "0"))
+        found = list(pool.map(lambda r: r if r.length else measure(r), [r for records, _ in indexed for r in records]))
+    return sorted_out(found, [b for _, bad in indexed for b in bad])
 
 
 def read_ticks(record):
     """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
-    stat = os.stat(record.shard)
-    name = f"{os.path.abspath(record.shard)} {stat.st_size} {stat.st_mtime_ns} {record.members['jsonl']} v2"
+    shard, stat = record.shard, None if isinstance(record.shard, Shard) else os.stat(record.shard)
+    name = f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}" if stat else f"{shard} {shard.size} {shard.version}"
+    name += f" {tuple(record.members['jsonl'])} v2"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     if os.path.exists(path):
         with open(path, "rb") as f:
@@ -201,7 +221,7 @@ def feature_settings(records):
     for r in {r.shard: r for r in records}.values():
         if "safetensors" not in r.members:
             raise ValueError(f"{r.shard} holds video, other shards of this run hold features: pass one kind")
-        found = feature_header(r)[1]
+        found = feature_header(r._replace(shard=r.shard.peek()) if isinstance(r.shard, Shard) else r)[1]
         if found != (out := out or found):
             raise ValueError(f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and {out}")
     return out
@@ -275,7 +295,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, index, number, place = item
-        bad = []
+        bad, before = [], Slice.total
         for attempt in range(20):
             rng = np.random.default_rng([self.seed, epoch, index, attempt])
             if attempt:
@@ -283,7 +303,9 @@ class Clips(torch.utils.data.Dataset):
             try:
                 clip = self.read(number, place, rng)
                 if clip is not None:
-                    return clip | {"bad": bad}
+                    return clip | {"bad": bad, "bytes": Slice.total - before}
+            except Unreachable as e:  # says nothing about the recording: to leave it out would be another run
+                raise ValueError(str(e)) from e
             except READ_ERRORS as e:
                 bad.append((self.records[number].shard, self.records[number].key, f"{type(e).__name__}: {e}"))
         reason = bad[-1][2] if bad else "--gui drop leaves out nearly everything"
@@ -335,84 +357,6 @@ def split_records(records, val_fraction):
     return [r for r, g in zip(records, group) if g not in held], [r for r, g in zip(records, group) if g in held]
 
 
-# --- streamed shards ---
-
-
-def stream_recordings(url):
-    """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever is wrong with the shard is raised
-    (OSError, ValueError, tarfile.TarError). Keys keep their dots; other members are passed over."""
-    if url.startswith("http"):
-        source = urllib.request.urlopen(url, timeout=60)
-    else:
-        source = wds.gopen(url) if url.startswith("pipe:") else fsspec.open(url).open()
-    found, whole = {}, 0
-    with tarfile.open(fileobj=source, mode="r|*") as tar:
-        for m in tar:
-            stem, extension = os.path.splitext(m.name)
-            if m.isfile() and extension in (".mp4", ".jsonl"):
-                found.setdefault(stem, {})[extension[1:]] = tar.extractfile(m).read()
-                if len(found[stem]) == 2:
-                    whole += 1
-                    yield stem, found.pop(stem)
-        if tar.fileobj.tell() < tar.offset + 512:
-            raise tarfile.ReadError("the stream ends before the tar does")
-    while source.read(1 << 20):  # a command that is still writing would fail
-        pass
-    source.close()  # raises OSError if the command failed
-    if found or not whole:
-        raise ValueError("no mp4 and jsonl beside each other " + (f"for {', '.join(found)}" if found else "in it"))
-
-
-class StreamedClips(torch.utils.data.IterableDataset):
-    """Endless clips from shards that cannot be sought: several clips a recording, a small shuffle buffer. Shards are dealt to ranks x
-    workers; when there are fewer, each of them reads every shard and takes its share of the clips, so nothing is seen twice or
-    waited for. The order depends on ranks and workers, and a resumed run starts a fresh epoch: index local copies for exact resume."""
-
-    def __init__(self, urls, reader, seed=0, epoch=0, rank=0, world=1, clips_per_recording=8, shuffle=64):
-        self.urls, self.reader, self.seed, self.epoch = urls, reader, seed, epoch
-        self.rank, self.world, self.clips, self.shuffle = rank, world, clips_per_recording, shuffle
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        units, unit = self.world * (info.num_workers if info else 1), self.rank + self.world * (info.id if info else 0)
-        bad, buffer, room = [], [], self.shuffle
-        for epoch in itertools.count(self.epoch):
-            rng = np.random.default_rng([self.seed, epoch, unit])
-            urls = [self.urls[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))]
-            shared, seen, dealt, used = len(urls) < units, 0, 0, 0
-            for url in urls if shared else urls[unit::units]:
-                try:
-                    for key, members in stream_recordings(url):
-                        mine = [i for i in range(self.clips) if not shared or (seen + i) % units == unit]
-                        seen, dealt = seen + self.clips, dealt + len(mine)
-                        try:
-                            for clip in self.cut(key, members, mine, rng):
-                                used += 1
-                                buffer.append(clip)
-                                if len(buffer) >= room:
-                                    yield buffer.pop(rng.integers(len(buffer))) | {"bad": bad}
-                                    bad = []
-                        except READ_ERRORS as e:
-                            bad.append((url, key, f"{type(e).__name__}: {e}"))
-                except (*READ_ERRORS, tarfile.TarError) as e:
-                    bad.append((url, "", f"{type(e).__name__}: {e}"))
-            if not used:  # never spin
-                if bad or dealt or unit < self.world:
-                    reason = bad[-1] if bad else "--gui drop leaves out everything" if dealt else f"{seen} clips for {self.world} ranks"
-                    raise RuntimeError(f"no clip could be read from {urls[0]} and the others: {reason}")
-                return  # fewer clips than workers: this one is not needed
-            room = min(room, len(buffer) + 1)  # few clips: do not read everything many times over before the first batch
-
-    def cut(self, key, members, places, rng):
-        f = io.BytesIO(members["mp4"])
-        times, ticks = mp4_times(f), parse_ticks(members["jsonl"])
-        starts = self.reader.starts(ticks, len(times))
-        for i in places:
-            clip = self.reader(f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key)
-            if clip is not None:
-                yield clip
-
-
 # --- loaders ---
 
 
@@ -432,9 +376,10 @@ def leave_signals(worker):
 
 
 def collate(clips):
-    """Clips -> a batch: tensors stacked, keys and bad clips listed."""
+    """Clips -> a batch: tensors stacked, keys and bad clips listed, "bytes" read for them summed up."""
     out = {k: torch.stack([c[k] for c in clips]) for k in clips[0] if isinstance(clips[0][k], torch.Tensor)}
-    return out | {"key": [c["key"] for c in clips], "bad": [b for c in clips for b in c["bad"]]}
+    lists = {"key": [c["key"] for c in clips], "bad": [b for c in clips for b in c["bad"]]}
+    return out | lists | {"bytes": sum(c.get("bytes", 0) for c in clips)}
 
 
 def open_records(data):
@@ -503,12 +448,14 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
 
 
 def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_epoch=None, num_workers=4, seed=0, epoch=0, itr=0, rank=0,
-               world=1, pin_memory=False):  # fmt: skip
+               world=1, pin_memory=False, cache_dir=None, cache_size=100.0):  # fmt: skip
     """Endless DataLoader over VPT (or feature) shards: batches {"video" (B, T·frames_per_step, 3, H, W) uint8, "actions" (B, T-1, A),
-    "states" (B, T, 2), "key", "bad"} (features: "z" (B, T, N, D) in place of video). data: patterns, or (records, shares) of open_split.
-    reader: a ClipReader, default ClipReader(). Without batches_per_epoch an epoch is one pass of non-overlapping clips. loader.bad lists
-    recordings left out while indexing."""
+    "states" (B, T, 2), "key", "bad", "bytes"} (features: "z" (B, T, N, D) in place of video). data: patterns, or (records, shares) of
+    open_split; with cache_dir, URLs among the patterns are copied there, at most cache_size GB. reader: a ClipReader, default ClipReader().
+    Without batches_per_epoch an epoch is one pass of non-overlapping clips. loader.bad lists recordings left out while indexing."""
     reader = reader or ClipReader()
+    if cache_dir:
+        data = cached([expand(group) for group in ([data] if isinstance(data, str) else data)], cache_dir, cache_size)
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0,
                "worker_init_fn": leave_signals}  # fmt: skip
     urls = [] if isinstance(data, tuple) else expand(data)

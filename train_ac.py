@@ -2,7 +2,7 @@
 
     python train_ac.py --data demo/train/*.tar --val_data demo/val/*.tar --encoder vit_tiny --crop_size 64 --epochs 4 --ipe 100 \\
         --warmup 1 --anneal 1 --batch_size 16 --pred_dim 128 --pred_depth 4 --pred_heads 4       # a laptop
-    torchrun --nproc_per_node=8 train_ac.py --data VPT/*.tar                                     # 8 GPUs, released ViT-L
+    torchrun --nproc_per_node=8 --max_restarts=3 train_ac.py --data VPT/*.tar --resume            # 8 GPUs, released ViT-L
 
 Reads VPT shards (or feature shards of encode.py) and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv, curves.png,
 bad_clips.jsonl, args.json and checkpoints. Stop it whenever you like and go on with --resume.
@@ -27,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import weights
-from data import Clips, collate, open_split, vpt_loader, windows
+from data import Clips, collate, expand, open_split, vpt_loader, windows
 from encode import open_source
 from fit_scaler import ActionScaler
 from kernels import chosen
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
+from remote import cached
 from runs import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
 from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
@@ -44,6 +45,8 @@ flag("--data_weights", type=float, nargs="+", help="share of the clips that each
 flag("--val_data", nargs="+", action="append", help="held-out shards (default: --val_fraction of --data)")
 flag("--val_fraction", type=float, default=0.1, help="share of the shards (of the recordings, below ten shards) held out")
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")
+flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed; without it they are streamed")
+flag("--cache_size", type=float, default=100.0, help="GB that --cache_dir may hold; what was used longest ago goes first")
 flag("--scaler", default="vpt_action_scaler.pkl", help="action statistics from fit_scaler.py")
 flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
 flag("--fps", type=float, default=5.0, help="sampled frames a second")
@@ -139,6 +142,9 @@ if __name__ == "__main__":
     augment = {k: getattr(args, k) for k in ("horizontal_flip", "random_resize_scale", "motion_shift", "temporal_jitter", "action_noise")}
     reader, val_reader = ClipReader(**source, **options, **augment), ClipReader(**source, **options)
     val_data = args.val_data if args.val_clips else None
+    if args.cache_dir:
+        shards = cached([expand(g) for g in [*groups, *(val_data or [])]], args.cache_dir, args.cache_size, say)
+        groups, val_data = shards[: len(groups)], shards[len(groups) :] or None
     train, shares, val, bad = open_split(groups, args.data_weights, val_data, fraction, args.max_bad_fraction)
     if bad:
         say(f"{len(bad)} recordings cannot be used, {' '.join(bad[0])} among them; all are listed in bad_clips.jsonl")
@@ -193,6 +199,12 @@ if __name__ == "__main__":
         step = state["epoch"] * args.ipe + state["itr"]
         changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k)]
         say(f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}; changed flags:", *changed)
+        now, was = args.batch_size * world * args.grad_accum, state["batch_size"] * state["world_size"] * state["args"]["grad_accum"]
+        if now != was:
+            inside = f"; of epoch {state['epoch']}, some clips come twice and others not at all" if state["itr"] else ""
+            say(f"a step now takes {now} clips, not {was}: other clips from here on{inside}; --grad_accum or --batch_size can keep them")
+        elif world != state["world_size"]:
+            say(f"{world} ranks, not {state['world_size']}: the same {now} clips in each step as before")
     elif checkpoint.list_checkpoints(args.out_dir) and not args.dry_run:
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
     elif args.init_from:
@@ -209,7 +221,7 @@ if __name__ == "__main__":
         module.compile(dynamic=False)  # the shapes of training never change
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
+    columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
     headers = {"train": (columns, *divmod(step, args.ipe)), "val": (["epoch", "jloss", "sloss", *METERS], *divmod(step, args.ipe))}
     writes = rank == 0 and not args.dry_run
     log = open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project) if writes else lambda *row: None
@@ -259,7 +271,7 @@ if __name__ == "__main__":
         lr = lr_at(step + 1, total, args.ipe, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses, keys = torch.zeros(2, device=device), []
+        losses, keys, fetched = torch.zeros(2, device=device), [], 0
         for micro in range(args.grad_accum):
             wait = time.perf_counter()
             batch = next(batches, None)
@@ -268,6 +280,7 @@ if __name__ == "__main__":
                 raise ValueError(f"rank {rank} got no clip: there are fewer recordings than ranks x workers; use fewer, or local shards")
             note_bad(batch["bad"])
             keys, failed, seen = keys + batch["key"], failed + batch["bad"], seen + len(batch["key"]) + len(batch["bad"])
+            fetched += batch["bytes"]
             if seen >= 100 and len(failed) > args.max_bad_fraction * seen:
                 raise ValueError(f"{len(failed)} of {seen} clips cannot be read, {' '.join(failed[-1])} the last; see bad_clips.jsonl")
             with contextlib.nullcontext() if micro == args.grad_accum - 1 or world == 1 else ddp.no_sync():
@@ -281,7 +294,7 @@ if __name__ == "__main__":
         loss_scaler.step(optimizer)
         loss_scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        pending.append((epoch, itr, losses, norm, lr, keys))
+        pending.append((epoch, itr, losses, norm, lr, keys, fetched))
         step += 1
 
         halt = stop.clone()  # a signal may come at any line: all ranks must decide on the same value
@@ -289,19 +302,20 @@ if __name__ == "__main__":
             dist.all_reduce(halt, dist.ReduceOp.MAX)
         at_end = step % args.ipe == 0 or step == last or bool(halt)
         if at_end or step % args.log_every == 0:
-            values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
+            values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending]).cpu().double()
+            values = torch.cat([values, torch.tensor([[world * p[6]] for p in pending])], dim=1) / world
             if world > 1:
-                dist.all_reduce(values := values.cpu() / world)
+                dist.all_reduce(values)
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
-            for (e, i, _, _, rate, clips), (j, s, n) in zip(pending, values.tolist()):
+            for (e, i, _, _, rate, clips, _), (j, s, n, read) in zip(pending, values.tolist()):
                 if not math.isfinite(j + s + (n if args.dtype != "float16" else 0)):  # float16 skips those steps
                     good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
                     where = f"epoch {e}, itr {i}, clips {', '.join(clips)}; last good checkpoint: {good}; lower --lr or set --grad_clip 1"
                     raise ValueError(f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}")
                 speed = len(clips) * world / seconds
-                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20
+                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20, read / seconds
                 log("train", dict(zip(columns, row)), e * args.ipe + i)
             say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  data "
                 f"wait {wait / seconds:4.0%}  ETA {datetime.timedelta(seconds=round((last - step) * seconds))}", flush=True)  # fmt: skip

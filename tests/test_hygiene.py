@@ -100,7 +100,7 @@ def commands(text):
                     yield word, parts[i + 1 :]
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/results.md", *SCRIPTS])
+@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "docs/scaling.md", *SCRIPTS])
 def test_commands_name_real_scripts_and_flags(path):
     """Bug: a command in the README or in a docstring that argparse refuses, or a script that was renamed."""
     if not os.path.exists(os.path.join(ROOT, path)):
@@ -120,6 +120,7 @@ def test_flags_named_in_prose_exist():
     """Bug: the README or an error message sends people to a flag that is called otherwise."""
     known = {s for path in SCRIPTS for spellings, _ in flags_of(path).values() for s in spellings}
     known |= {"--help", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--nodes", "--signal", "--ntasks-per-node"}
+    known |= {"--max_restarts"}
     if os.path.exists(os.path.join(ROOT, "README.md")):
         inline = [w for code in re.findall(r"`(--[^`]+)`", read("README.md")) for w in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)]
         assert sorted(set(inline) - known) == []
@@ -155,7 +156,7 @@ def test_line_budgets():
             if lines > budget:
                 over[path] = f"{lines} of {budget}"
     assert over == {}
-    assert len([p for p in SOURCES if os.sep not in p]) <= 23
+    assert len([p for p in SOURCES if os.sep not in p]) <= 25
 
 
 @pytest.mark.parametrize("path", SOURCES)

@@ -179,7 +179,7 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
     def inputs(batch):
         return batch["z"], batch["actions"], batch["states"]
 
-    options = {"num_samples": 256, "num_elites": 16, "iterations": 6}
+    options = {"num_samples": 256, "num_elites": 16, "iterations": 6, "correlation": 0.0}
     compose = functools.partial(compose_states, mean=torch.as_tensor(MOUSE.mean), scale=torch.as_tensor(MOUSE.scale))
     how = horizon, 2, 100, 512, torch.Generator().manual_seed(0), options
     sums, random, recordings = recorded(predictor, Recorded(), inputs, compose, lambda a: space, *how)
