@@ -5,7 +5,7 @@ FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
 TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
 	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
-.PHONY: demo demo-long demo-clip demo-lam demo-lora test test-all lint clean
+.PHONY: demo demo-long demo-clip demo-probe demo-plan demo-lam demo-lora test test-all lint clean
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/features/val $(FEATURES)
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl \
 		--out_dir out/demo $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
-	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar'
+	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
 
 demo-long: .venv/installed  # an hour of play, seven times the training
 	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
@@ -37,6 +37,20 @@ demo-clip: demo  # what --encode clip hides: half of the demo's training, on fea
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/clip/val $(FEATURES) --encode clip
 	$(PY) train_ac.py --data 'demo/clip/train/*.tar' --val_data 'demo/clip/val/*.tar' --encode clip --out_dir out/demo-clip $(SHORT)
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo-tubelet $(SHORT)
+
+demo-probe: demo  # what the demo's features and predictions say about actions
+	$(PY) probe.py --checkpoint out/demo --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --encoder vit_tiny \
+		--label_field hotbar --lines 'demo/*/*.tar'
+
+demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning with what it taught: a quarter of an hour
+	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
+	$(PY) fit_scaler.py --data 'demo-long/train/*.tar' --fps 20 --output demo-long/scaler20.pkl
+	$(PY) encode.py --data 'demo-long/train/*.tar' --out demo-long/features20/train $(FEATURES) --fps 20
+	$(PY) encode.py --data 'demo-long/val/*.tar' --out demo-long/features20/val $(FEATURES) --fps 20
+	$(PY) train_ac.py --data 'demo-long/features20/train/*.tar' --val_data 'demo-long/features20/val/*.tar' \
+		--scaler demo-long/scaler20.pkl --out_dir out/demo-plan $(TRAIN) --fps 20 --epochs 6 --ipe 400 --anneal 3 --val_every 2
+	$(PY) plan.py --checkpoint out/demo-plan --data 'demo-long/features20/val/*.tar' --temperature 0.01 --iterations 1 --correlation 0.9
+	$(PY) plan.py --checkpoint out/demo-plan --encoder vit_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
 
 demo-lam: .venv/installed  # latent actions of nine known moves: do the codes name them? 3 minutes
 	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --chunks 256

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     p.add_argument("--samples", type=int, default=64, help="candidates of an iteration")
     p.add_argument("--iterations", type=int, default=2, help="of CEM")
     p.add_argument("--horizons", type=int, nargs="+", default=[1, 2, 4, 8], help="steps planned ahead")
-    p.add_argument("--repeats", type=int, default=7, help="timed rounds")
+    p.add_argument("--repeats", type=int, default=15, help="timed rounds")
     p.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     args = p.parse_args()
     device, names = torch.device(args.device), ACTION_SPACES[36]
