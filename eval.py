@@ -184,10 +184,8 @@ if __name__ == "__main__":
     def keep(batch):
         """Every clip stays, as it was read, for what comes after the meter: a copy, since loader processes lend theirs."""
         sizes.append(len(batch["key"]))
-        clips.extend(
-            {k: v[i].clone() if torch.is_tensor(v) else v[i] for k, v in batch.items() if k not in ("bad", "bytes")}
-            for i in range(sizes[-1])
-        )
+        kept = {k: v for k, v in batch.items() if k not in ("bad", "bytes")}
+        clips.extend({k: v[i].clone() if torch.is_tensor(v) else v[i] for k, v in kept.items()} for i in range(sizes[-1]))
         return inputs(batch)
 
     def load(numbers):
