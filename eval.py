@@ -297,4 +297,4 @@ if __name__ == "__main__":
     out = args.out or os.path.dirname(path) or "."
     checkpoint.write_atomically(os.path.join(out, "report.json"), json.dumps(report, indent=1).encode())
     pictures.write_page(os.path.join(out, "report.html"), f"{path}: does it use the action?", "\n".join(facts), figures)
-    print(f"written to {out}: report.json, report.html")
+    print(f"written to {out}: report.json, report.html; peak memory {checkpoint.peak_memory(device):.0f} MiB")

@@ -35,7 +35,7 @@ from safetensors.numpy import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from checkpoint import one_sentence, write_atomically
+from checkpoint import one_sentence, peak_memory, write_atomically
 from data import READ_ERRORS, Slice, is_stream, open_lines, stream_recordings
 from droid import DroidSteps
 from kernels import merge_moments, moments, standard_errors
@@ -328,7 +328,7 @@ if __name__ == "__main__":
         meta |= {"recordings": sorted(f"{file} {key}" for file, key, _ in used)} if len(used) <= 1000 else {}
         scaler = ActionScaler.from_moments(count, mean, m2, meta)
         scaler.save(args.output)
-        off, rule = verify(args.output, parts), "=" * 60
+        off, rule, peak = verify(args.output, parts), "=" * 60, peak_memory(torch.device(device))
         for title, rows in (("left out", bad), ("tail left out", flawed)):
             for file, key, reason in rows[:5]:
                 print(f"{title}: {file} {key}: {reason}")
@@ -343,7 +343,7 @@ if __name__ == "__main__":
         for i, (name, unit, std) in enumerate(zip(names, units, np.sqrt(scaler.var))):
             print(f"  {name:10} - Mean: {mean[i]:9.{digits}f} (se {of_mean[i]:6.2%}), Std: {std:9.{digits}f} (se {of_std[i]:6.2%}) {unit}")
         print(f"{rule}\n{len(used)} recordings, {sum(u[2] for u in used) / 2**20:.1f} MiB of actions in {time.time() - began:.1f} s")
-        print(f"Reloaded and verified: the samples come out at mean 0 and std 1 within {max(off, 1e-16):.0e}")
+        print(f"Reloaded and verified: the samples come out at mean 0 and std 1 within {max(off, 1e-16):.0e}; peak memory {peak:.0f} MiB")
         for line in warnings_for(scaler, slope_sums[0] / slope_sums[1] if slope_sums[2] >= 100 else None):
             print(f"WARNING: {line}")
     if world > 1:
