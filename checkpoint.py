@@ -21,6 +21,7 @@ import torch
 
 LATEST = "checkpoint-latest.pth.tar"
 NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
+BROKEN = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
 held = []  # open files of `lock`, which lives as long as they do
 
 
@@ -112,8 +113,8 @@ def load(path):
             if _crc(f, os.path.getsize(path) - 8) != f.read():
                 raise ValueError("its checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} is damaged or no checkpoint of ours: {str(e).splitlines()[0]}") from e
+    except (*BROKEN, pickle.UnpicklingError) as e:  # a cut or foreign pickle may raise any of them
+        raise ValueError(f"{path} is damaged or no checkpoint of ours: {type(e).__name__} {str(e).partition(chr(10))[0]}") from e
 
 
 def load_latest(out_dir):

@@ -35,6 +35,7 @@ from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_s
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}  # of feature members, by safetensors' names
 
 
 # --- files ---
@@ -43,6 +44,11 @@ READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged 
 def is_stream(path):
     """True for what can only be read from front to back."""
     return path.startswith("pipe:") or "://" in path
+
+
+def stamp(path):
+    """Size and time of a file: when they have changed, an index of it tells nothing."""
+    return (stat := os.stat(path)).st_size, stat.st_mtime_ns
 
 
 def expand(patterns):
@@ -182,10 +188,14 @@ def feature_header(record):
         n = int.from_bytes(f.read(8), "little")
         if not 2 <= n <= min(size - 8, 1 << 20):
             raise ValueError("not a feature file (its header is damaged)")
-        header = dict(json.loads(f.read(n)))
-    meta = header.pop("__metadata__", {})
-    if header.keys() != {"z", "actions", "states"} or 8 + n + max(t["data_offsets"][1] for t in header.values()) > size:
-        raise ValueError("not a feature file, or cut")
+        header = json.loads(f.read(n))
+    try:
+        meta, shapes = dict(header.pop("__metadata__", {})), [len(header[k]["shape"]) for k in ("z", "actions", "states")]
+        spans = [(*t["data_offsets"], math.prod(t["shape"]) * DTYPES[t["dtype"]].itemsize) for t in header.values()]
+        if shapes != [3, 2, 2] or not all(0 <= a <= b <= size - 8 - n and b - a == length for a, b, length in spans):
+            raise ValueError("sizes that do not fit")
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"not a feature file, or cut ({e})") from e
     return header, meta, offset + 8 + n
 
 
@@ -207,7 +217,7 @@ def feature_rows(record, first, last):
     header, _, at = feature_header(record)
     out = []
     for name, count in (("z", last - first), ("actions", last - first - 1), ("states", last - first)):
-        dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[header[name]["dtype"]]
+        dtype = DTYPES[header[name]["dtype"]]
         shape = (count, *header[name]["shape"][1:])
         row = math.prod(shape[1:]) * dtype.itemsize
         with Slice(record.shard, at + header[name]["data_offsets"][0] + first * row, count * row) as f:
@@ -222,6 +232,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, records, shares, reader, seed=0):
         self.records, self.reader, self.seed = records, reader, seed
+        self.stamps = {path: stamp(path) for path in {r.shard for r in records} if os.path.exists(path)}
         self.cumulative = np.cumsum(np.asarray(shares, dtype=np.float64))
         self.opened = {}  # a plain dict, since macOS starts workers by pickling
 
@@ -275,14 +286,19 @@ class Clips(torch.utils.data.Dataset):
             rng = np.random.default_rng([self.seed, epoch, index, attempt])
             if attempt:
                 number, place = self.locate(rng.random())
+            r = self.records[number]
+            if os.path.exists(r.shard) and stamp(r.shard) != self.stamps.get(r.shard):  # it would be read at the places of the old one
+                raise ValueError(
+                    f"{r.shard} has changed since this run opened it: put the old one back, or start again with what it is now"
+                )
             try:
                 clip = self.read(number, place, rng)
                 if clip is not None:
                     return clip | {"bad": bad}
             except READ_ERRORS as e:
-                bad.append((self.records[number].shard, self.records[number].key, f"{type(e).__name__}: {e}"))
+                bad.append((r.shard, r.key, f"{type(e).__name__}: {e}"))
         reason = bad[-1][2] if bad else "--gui drop leaves out nearly everything"
-        raise ValueError(f"20 clips in a row cannot be used, the last from {self.records[number].shard}: {reason}")
+        raise ValueError(f"20 clips in a row cannot be used, the last from {r.shard}: {reason}")
 
 
 class Order(torch.utils.data.Sampler):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence, peak_memory, write_atomically
 from data import READ_ERRORS, Slice, is_stream, open_lines, stream_recordings
-from droid import DroidSteps
+from droid import DAMAGE, DroidSteps
 from kernels import merge_moments, moments, standard_errors
 from vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 
@@ -73,7 +73,9 @@ class _ScalarsOnly(NumpyArrayWrapper):
 
 
 class _ScalerUnpickler(NumpyUnpickler):
-    """Admits StandardScaler and numpy arrays, nothing else: a scaler file from elsewhere cannot run code."""
+    """Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and claims no memory it does not fill."""
+
+    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module, name):
         ours = {"sklearn.preprocessing._data.StandardScaler": StandardScaler, "joblib.numpy_pickle.NumpyArrayWrapper": _ScalarsOnly}
@@ -134,11 +136,10 @@ class ActionScaler(NamedTuple):
                     mean, var, scale, n = (f.get_tensor(k) for k in ("mean", "var", "scale", "count"))
                     meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
             else:
-                with open(path, "rb") as f:
-                    s = _ScalerUnpickler(str(path), io.BytesIO(f.read()), True).load()
+                s = _ScalerUnpickler(str(path), io.BytesIO(np.fromfile(path, np.uint8).tobytes()), True).load()
                 mean, var, scale, n, meta = s.mean_, s.var_, s.scale_, s.n_samples_seen_, getattr(s, "nanojepa", {})
             out = cls(*(np.array(x, dtype=np.float64) for x in (mean, var, scale)), int(np.max(n)), meta)
-        except (pickle.UnpicklingError, SafetensorError, LookupError, ValueError, EOFError, AttributeError, TypeError, ImportError) as e:
+        except (*DAMAGE, pickle.UnpicklingError, SafetensorError, AttributeError, ImportError, ArithmeticError, SystemError) as e:
             raise ValueError(f"{path} is not an action scaler (it holds or lacks: {e}); fit one with fit_scaler.py") from e
         if not (out.mean.ndim == 1 and out.mean.shape == out.scale.shape and np.isfinite(out.mean).all() and (out.scale > 0).all()):
             raise ValueError(f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py")
