@@ -13,8 +13,10 @@ import os
 import pickle
 import re
 import resource
+import signal
 import socket
 import sys
+import traceback
 import zlib
 
 import torch
@@ -25,13 +27,17 @@ BROKEN = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeE
 held = []  # open files of `lock`, which lives as long as they do
 
 
-def one_sentence(kind, error, traceback):
+def one_sentence(kind, error, trace):
     """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1) a traceback."""
-    killed = "DataLoader worker (pid" in str(error) and ": lower --num_workers if memory ran out; go on with --resume"
+    text, files = str(error).rpartition("\nValueError: ")[2], ["", *(f.f_code.co_filename for f, _ in traceback.walk_tb(trace))]
+    killed = "DataLoader worker (pid" in text or (issubclass(kind, (OSError, EOFError)) and "multiprocessing" in files[-1])
+    if killed:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again at exit
+        text = f"a loader process was killed ({text.strip() or kind.__name__}): lower --num_workers if memory ran out; go on with --resume"
     if (killed or issubclass(kind, (ValueError, OSError))) and not os.environ.get("NANOJEPA_DEBUG"):
-        print("error:", str(error).rpartition("\nValueError: ")[2] + (killed or ""), "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
+        print("error:", text, "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, trace)
 
 
 def peak_memory(device):

@@ -288,9 +288,7 @@ class Clips(torch.utils.data.Dataset):
                 number, place = self.locate(rng.random())
             r = self.records[number]
             if os.path.exists(r.shard) and stamp(r.shard) != self.stamps.get(r.shard):  # it would be read at the places of the old one
-                raise ValueError(
-                    f"{r.shard} has changed since this run opened it: put the old one back, or start again with what it is now"
-                )
+                raise ValueError(f"{r.shard} has changed since this run opened it: put the old one back, or start anew on what it is")
             try:
                 clip = self.read(number, place, rng)
                 if clip is not None:

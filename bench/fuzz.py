@@ -29,6 +29,7 @@ import zlib
 SCRATCH = tempfile.mkdtemp(prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py once, when it is imported
 
+import av  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -156,8 +157,9 @@ def attempt(target, data, folder):
     outcome, said = "accepted", ""
     try:
         reader(path)
-    except MemoryError as e:
-        outcome, said = "memory", f"MemoryError {e} {traceback.format_exc(limit=-2)}"
+    except MemoryError as e:  # FFmpeg's is its own: it does not ask the system for what a damaged index claims
+        outcome = "refused" if isinstance(e, av.FFmpegError) else "memory"
+        said = f"MemoryError {e} {traceback.format_exc(limit=-2)}"
     except allowed as e:
         said = f"{type(e).__name__}: {e}"
         outcome = "memory" if re.search("allocate|MemoryError", said) else "refused" if str(e) else "crash"
