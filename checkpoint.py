@@ -42,8 +42,12 @@ def one_sentence(kind, error, trace):
 
 def peak_memory(device):
     """The most MiB that this process has held so far: of the GPU's memory, or on a CPU of its own (Python and libraries are 300)."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else own) / 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "linux":  # where ru_maxrss starts with that of the process that started this one
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def lock(out_dir):
@@ -55,6 +59,8 @@ def lock(out_dir):
     except (BlockingIOError, PermissionError) as e:
         f.seek(0)
         raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or pass another --out_dir") from e
+    for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp")):
+        os.unlink(left)  # by a run that was killed while it wrote a log, curves or a checkpoint
     f.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
 

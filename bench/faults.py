@@ -47,7 +47,7 @@ def kill_training(world, out, rng):
 
 def kill_saving(world, out, rng):
     """kill -9 while a checkpoint's temporary file is there."""
-    p, number = Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out), rng.randint(1, 4)
+    p, number = Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out), rng.randint(1, 3)
     found = p.until(lambda: glob.glob(f"{out}/checkpoint-epoch{number:03d}*.tmp"))
     time.sleep(rng.uniform(0, 0.004))
     p.kill()
@@ -56,7 +56,7 @@ def kill_saving(world, out, rng):
 
 def sigterm_torchrun(world, out, rng):
     """SIGTERM to torchrun: one checkpoint, no process left."""
-    p, enough = world.torchrun(out), rng.randint(1, 3 * IPE)
+    p, enough = world.torchrun(out), rng.randint(1, 2 * IPE)
     while rows(out) < enough:
         assert p.poll() is None, read(out + ".log")
         time.sleep(0.002)
@@ -81,7 +81,7 @@ def disk_full(world, out, rng):
     disk = rng.random() < 0.5 and mounted(out, "-t", "tmpfs", "-o", f"size={6 * size}", "tmpfs")
     limit = None if disk else rng.randint(size // 8, size - 1)
     try:
-        p, enough = Run(world.folder, "train_ac.py", *world.flags, *world.data(), "--out_dir", out, limit=limit), rng.randint(1, 3 * IPE)
+        p, enough = Run(world.folder, "train_ac.py", *world.flags, *world.data(), "--out_dir", out, limit=limit), rng.randint(1, 2 * IPE)
         if disk and p.until(lambda: rows(out) >= enough):
             with contextlib.suppress(OSError), open(f"{out}/filler", "wb", buffering=0) as f:
                 while True:
@@ -132,7 +132,7 @@ def damaged(world, out, rng):
 
 def shard_replaced(world, out, rng):
     """A shard is replaced, overwritten or cut while it is trained on."""
-    folder, enough = shutil.copytree(world.features, out + "-data"), rng.randint(1, 3 * IPE)
+    folder, enough = shutil.copytree(world.features, out + "-data"), rng.randint(1, 2 * IPE)
     one, other = rng.sample(sorted(glob.glob(f"{folder}/*.tar"))[:-1], 2)
     p = Run(out, "train_ac.py", *world.flags, *world.data(folder), "--out_dir", out)
     found = p.until(lambda: rows(out) >= enough)
@@ -150,7 +150,7 @@ def shard_replaced(world, out, rng):
 
 def worker_killed(world, out, rng):
     """kill -9 of a loader process, as by the kernel when memory runs out."""
-    p, enough = Run(out, "train_ac.py", *world.flags, *world.data(), "--num_workers", 2, "--out_dir", out), rng.randint(1, 3 * IPE)
+    p, enough = Run(out, "train_ac.py", *world.flags, *world.data(), "--num_workers", 2, "--out_dir", out), rng.randint(1, 2 * IPE)
     if not p.until(lambda: rows(out) >= enough):
         return None
     workers = read(f"/proc/{p.process.pid}/task/{p.process.pid}/children").split()

@@ -22,8 +22,8 @@ from data import feature_rows, index_shards
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FORK = multiprocessing.get_context("forkserver")
 IPE = 12
-TRAIN = (f"--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32 --log_every 1 --epochs 4 --ipe {IPE} "
-         "--warmup 1 --anneal 1 --lr 2e-3 --val_clips 8 --val_every 4 --resume").split()  # fmt: skip
+TRAIN = (f"--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32 --log_every 1 --epochs 3 --ipe {IPE} "
+         "--warmup 1 --anneal 1 --lr 2e-3 --val_clips 8 --val_every 3 --resume").split()  # fmt: skip
 
 
 def start_server():
