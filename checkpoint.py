@@ -124,7 +124,10 @@ def load(path):
         with open(path, "rb") as f:
             if _crc(f, os.path.getsize(path) - 8) != f.read():
                 raise ValueError("its checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except (*BROKEN, pickle.UnpicklingError) as e:  # a cut or foreign pickle may raise any of them
         raise ValueError(f"{path} is damaged or no checkpoint of ours: {type(e).__name__} {str(e).partition(chr(10))[0]}") from e
 

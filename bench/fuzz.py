@@ -163,7 +163,7 @@ def attempt(target, data, folder):
     except allowed as e:
         said = f"{type(e).__name__}: {e}"
         outcome = "memory" if re.search("allocate|MemoryError", said) else "refused" if str(e) else "crash"
-    except Exception as e:
+    except Exception as e:  # what no reader documents is what is looked for
         outcome, said = "crash", f"{type(e).__name__}: {e} {traceback.format_exc(limit=-3)}"
     if os.path.exists(BOMB):
         shutil.rmtree(BOMB, ignore_errors=True) if os.path.isdir(BOMB) else os.unlink(BOMB)

@@ -87,10 +87,10 @@ def saved(value):
     return f.getvalue()
 
 
-def h5_of(shape, dtype, **options):
+def h5_of(shape, dtype, compression=None):
     f = io.BytesIO()
     with h5py.File(f, "w") as file:
-        data = file.create_dataset("latents", data=np.ones(shape, dtype), chunks=(1, *shape[1:]), **options)
+        data = file.create_dataset("latents", data=np.ones(shape, dtype), chunks=(1, *shape[1:]), compression=compression)
         data.attrs["fps"], data.attrs["vae"] = 8, "wan"
     return f.getvalue()
 

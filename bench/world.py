@@ -45,14 +45,19 @@ def child(script, flags, log, limit):
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = [script, *flags]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.push(end)
         runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-    except Exception:  # as the interpreter would, which is not there to do it
-        sys.excepthook(*sys.exc_info())
+
+
+def end(kind, error, trace):
+    """What the interpreter would do, which is not there to do it."""
+    if isinstance(error, Exception):
+        sys.excepthook(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(error, Exception):
         sys.exit(1)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 class Run:
