@@ -72,9 +72,8 @@ class _ScalarsOnly(NumpyArrayWrapper):
         return super().read_array(unpickler, ensure_native_byte_order)
 
 
+# Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and claims no memory it does not fill.
 class _ScalerUnpickler(NumpyUnpickler):
-    """Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and claims no memory it does not fill."""
-
     dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module, name):
