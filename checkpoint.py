@@ -7,6 +7,7 @@ the CRCs inside the zip do not cover its directory, where one flipped bit makes 
 
 import fcntl
 import functools
+import gc
 import glob
 import json
 import os
@@ -105,6 +106,7 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
     path, link, before = os.path.join(out_dir, name), os.path.join(out_dir, LATEST), [*list_checkpoints(out_dir)] or ["none"]
     for left in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*.tmp")):
         os.unlink(left)  # by a run that was killed while it saved
+    gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
     try:
         write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError

@@ -138,7 +138,7 @@ def shard_replaced(world, out, rng):
     found = p.until(lambda: rows(out) >= enough)
     how = rng.choice(("replace", "overwrite", "cut"))
     if how == "replace":
-        os.replace(other, one)
+        os.replace(shutil.copy(other, one + ".new"), one)
     else:
         with open(one, "r+b") as f:
             f.truncate(rng.randrange(os.path.getsize(one))) if how == "cut" else f.write(read_bytes(other))

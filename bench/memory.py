@@ -190,6 +190,7 @@ if __name__ == "__main__":
     flag("--optim", default="adamw", choices=["adamw", "adamw8bit"], help="moments in 32 or 8 bits")
     flag("--leak", action="store_true", help="train --steps steps for real, and let loaders fill up, in place of the estimate")
     flag("--steps", type=int, default=10_000, help="of --leak")
+    flag("--workers", type=int, nargs="+", default=[0, 2], help="of --leak: loader processes of the runs")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     if args.leak:
@@ -199,7 +200,7 @@ if __name__ == "__main__":
         os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
         start_server()
         world = World(folder)
-        table = [leak(world, args.steps, workers) for workers in (0, 2)]
+        table = [leak(world, args.steps, workers) for workers in args.workers]
         bench.report(table, args.json, torch.device("cpu"))
         bench.report(loader_rows(folder), args.json, torch.device("cpu"))
         shutil.rmtree(folder)
