@@ -33,6 +33,7 @@ def open_dataset(path):
     found, file = [], h5py.File(path, "r")
     try:
         file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        [file[name].dtype for name in found]  # read here, where it is known what it raises
     except (RuntimeError, LookupError, TypeError) as e:  # h5py has no exception of its own
         raise OSError(f"{path} is damaged: {str(e) or type(e).__name__}") from e
     if len(found) != 1:

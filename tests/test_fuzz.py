@@ -85,9 +85,10 @@ def test_a_damaged_h5_file_is_an_oserror(tmp_path):
         with pytest.raises(OSError, match="."):
             open_dataset(str(path))
     tag = raw.index(bytes([0x11, 0x20, 0x0F, 0]))  # the float type: its exponent and mantissa overlap
-    path.write_bytes(raw[: tag + 12] + bytes([3]) + raw[tag + 13 :])
-    with pytest.raises(OSError, match="a.h5 is damaged"):
-        open_dataset(str(path))
+    for at, bad in ((12, bytes([3])), (16, bytes(4))):  # and an exponent without a bias
+        path.write_bytes(raw[: tag + at] + bad + raw[tag + at + len(bad) :])
+        with pytest.raises(OSError, match="a.h5 is damaged"):
+            open_dataset(str(path))
 
 
 @pytest.mark.parametrize("change", [
