@@ -5,26 +5,65 @@ A checkpoint is `checkpoint-epochNNN.pth.tar` (N whole epochs done) or `checkpoi
 the CRCs inside the zip do not cover its directory, where one flipped bit makes torch.load return garbage.
 """
 
+import fcntl
+import functools
+import gc
 import glob
 import json
 import os
 import pickle
 import re
+import resource
+import signal
+import socket
 import sys
+import traceback
 import zlib
 
 import torch
 
 LATEST = "checkpoint-latest.pth.tar"
 NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
+BROKEN = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+held = []  # open files of `lock`, which lives as long as they do
 
 
-def one_sentence(kind, error, traceback):
+def one_sentence(kind, error, trace):
     """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1) a traceback."""
-    if issubclass(kind, (ValueError, OSError)) and not os.environ.get("NANOJEPA_DEBUG"):
-        print("error:", str(error).rpartition("\nValueError: ")[2], "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
+    text, files = str(error).rpartition("\nValueError: ")[2], ["", *(f.f_code.co_filename for f, _ in traceback.walk_tb(trace))]
+    killed = "DataLoader worker (pid" in text or (issubclass(kind, (OSError, EOFError)) and "multiprocessing" in files[-1])
+    if killed:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again at exit
+        text = f"a loader process was killed ({text.strip() or kind.__name__}): lower --num_workers if memory ran out; go on with --resume"
+    if (killed or issubclass(kind, (ValueError, OSError))) and not os.environ.get("NANOJEPA_DEBUG"):
+        print("error:", text, "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, trace)
+
+
+def peak_memory(device):
+    """The most MiB that this process has held so far: of the GPU's memory, or on a CPU of its own (Python and libraries are 300)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "linux":  # where ru_maxrss starts with that of the process that started this one
+        with open("/proc/self/status") as f:
+            return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def lock(out_dir):
+    """Make the folder of a run and hold it while this process lives, however it ends. ValueError if another process holds it."""
+    os.makedirs(out_dir, exist_ok=True)
+    held.append(f := open(os.path.join(out_dir, "lock"), "a+"))
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes, which outlive a killed run, would inherit that
+    except (BlockingIOError, PermissionError) as e:
+        f.seek(0)
+        raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or pass another --out_dir") from e
+    for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp")):
+        os.unlink(left)  # by a run that was killed while it wrote a log, curves or a checkpoint
+    f.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
 
 
 def write_atomically(path, data):
@@ -56,10 +95,8 @@ def list_checkpoints(out_dir):
 def _crc(f, size):
     """CRC-32 of the first `size` bytes of an open file, as eight hex digits; the file then stands after them."""
     f.seek(0)
-    crc = 0
-    while size > 0 and (data := f.read(min(size, 1 << 24))):
-        size, crc = size - len(data), zlib.crc32(data, crc)
-    return b"%08x" % crc
+    parts = (f.read(min(size - at, 1 << 24)) for at in range(0, size, 1 << 24))
+    return b"%08x" % functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
 def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
@@ -69,6 +106,7 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
     path, link, before = os.path.join(out_dir, name), os.path.join(out_dir, LATEST), [*list_checkpoints(out_dir)] or ["none"]
     for left in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*.tmp")):
         os.unlink(left)  # by a run that was killed while it saved
+    gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
     try:
         write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
@@ -88,9 +126,12 @@ def load(path):
         with open(path, "rb") as f:
             if _crc(f, os.path.getsize(path) - 8) != f.read():
                 raise ValueError("its checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} is damaged or no checkpoint of ours: {str(e).splitlines()[0]}") from e
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+    except (*BROKEN, pickle.UnpicklingError) as e:  # a cut or foreign pickle may raise any of them
+        raise ValueError(f"{path} is damaged or no checkpoint of ours: {type(e).__name__} {str(e).partition(chr(10))[0]}") from e
 
 
 def load_latest(out_dir):
@@ -110,14 +151,11 @@ def load_latest(out_dir):
 
 def open_csv(path, header, epoch, itr, keep):
     """A log as a function that appends a row (dict). With `keep`, rows before (epoch, itr) of an earlier run stay; else it starts empty."""
-    lines = [",".join(header)]
-    if keep and os.path.exists(path):
-        with open(path) as f:
-            for line in f.read().split("\n")[1:-1]:  # what follows the last newline was torn by a kill
-                row = dict(zip(header, line.split(",")))
-                if (int(row["epoch"]), int(row.get("itr", -1))) < (epoch, itr):
-                    lines.append(line)
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
+    with open(path if keep and os.path.exists(path) else os.devnull) as f:
+        lines = f.read().split("\n")[1:-1]  # what follows the last newline was torn by a kill
+    rows = [dict(zip(header, line.split(","))) for line in lines]
+    kept = [x for x, row in zip(lines, rows) if (int(row["epoch"]), int(row.get("itr", -1))) < (epoch, itr)]
+    write_atomically(path, "".join(line + "\n" for line in (",".join(header), *kept)).encode())
     f = open(path, "a", buffering=1)
     return lambda row: f.write(",".join(f"{row[k]:.9g}" for k in header) + "\n")
 

@@ -45,6 +45,11 @@ def is_stream(path):
     return (path.startswith("pipe:") or "://" in path) and not isinstance(path, Shard)
 
 
+def stamp(path):
+    """Size and time of a file: when they have changed, an index of it tells nothing."""
+    return (stat := os.stat(path)).st_size, stat.st_mtime_ns
+
+
 def expand(patterns):
     """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each pattern. Raises FileNotFoundError
     naming what matches nothing."""
@@ -247,6 +252,7 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, records, shares, reader, seed=0):
         self.records, self.reader, self.seed = records, reader, seed
+        self.stamps = {path: stamp(path) for path in {r.shard for r in records} if os.path.exists(path)}
         self.cumulative = np.cumsum(np.asarray(shares, dtype=np.float64))
         self.opened = {}  # a plain dict, since macOS starts workers by pickling
 
@@ -300,6 +306,9 @@ class Clips(torch.utils.data.Dataset):
             rng = np.random.default_rng([self.seed, epoch, index, attempt])
             if attempt:
                 number, place = self.locate(rng.random())
+            r = self.records[number]
+            if os.path.exists(r.shard) and stamp(r.shard) != self.stamps.get(r.shard):  # it would be read at the places of the old one
+                raise ValueError(f"{r.shard} has changed since this run opened it: put the old one back, or start anew on what it is")
             try:
                 clip = self.read(number, place, rng)
                 if clip is not None:
@@ -307,9 +316,9 @@ class Clips(torch.utils.data.Dataset):
             except Unreachable as e:  # says nothing about the recording: to leave it out would be another run
                 raise ValueError(str(e)) from e
             except READ_ERRORS as e:
-                bad.append((self.records[number].shard, self.records[number].key, f"{type(e).__name__}: {e}"))
+                bad.append((r.shard, r.key, f"{type(e).__name__}: {e}"))
         reason = bad[-1][2] if bad else "--gui drop leaves out nearly everything"
-        raise ValueError(f"20 clips in a row cannot be used, the last from {self.records[number].shard}: {reason}")
+        raise ValueError(f"20 clips in a row cannot be used, the last from {r.shard}: {reason}")
 
 
 class Order(torch.utils.data.Sampler):

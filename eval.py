@@ -207,7 +207,6 @@ if __name__ == "__main__":
     bands |= {"gap": interval(draws["shuffled"] / draws["true"] - 1), "skill": interval(draws["true"] / draws["copy"])}
     report = {"checkpoint": path, "clips": len(recordings), "recordings": len(set(recordings))} | summary
     report |= {"by_horizon": {k: v.mean(0).tolist() for k, v in errors.items() if k.startswith("ro_")}, "intervals": bands}
-
     # --- groups of actions ---
     groups, rows, actions = action_groups(names), [], torch.stack([c["actions"] for c in clips])
     for first, size in tqdm([*zip(np.cumsum([0, *sizes]), sizes)], "groups of actions", delay=10, unit=" batches"):
@@ -298,4 +297,4 @@ if __name__ == "__main__":
     out = args.out or os.path.dirname(path) or "."
     checkpoint.write_atomically(os.path.join(out, "report.json"), json.dumps(report, indent=1).encode())
     pictures.write_page(os.path.join(out, "report.html"), f"{path}: does it use the action?", "\n".join(facts), figures)
-    print(f"written to {out}: report.json, report.html")
+    print(f"written to {out}: report.json, report.html; peak memory {checkpoint.peak_memory(device):.0f} MiB")

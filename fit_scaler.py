@@ -35,9 +35,9 @@ from safetensors.numpy import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from checkpoint import one_sentence, write_atomically
+from checkpoint import one_sentence, peak_memory, write_atomically
 from data import READ_ERRORS, Slice, is_stream, open_lines, stream_recordings
-from droid import DroidSteps
+from droid import DAMAGE, DroidSteps
 from kernels import merge_moments, moments, standard_errors
 from vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 
@@ -72,8 +72,9 @@ class _ScalarsOnly(NumpyArrayWrapper):
         return super().read_array(unpickler, ensure_native_byte_order)
 
 
+# Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and claims no memory it does not fill.
 class _ScalerUnpickler(NumpyUnpickler):
-    """Admits StandardScaler and numpy arrays, nothing else: a scaler file from elsewhere cannot run code."""
+    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module, name):
         ours = {"sklearn.preprocessing._data.StandardScaler": StandardScaler, "joblib.numpy_pickle.NumpyArrayWrapper": _ScalarsOnly}
@@ -134,11 +135,10 @@ class ActionScaler(NamedTuple):
                     mean, var, scale, n = (f.get_tensor(k) for k in ("mean", "var", "scale", "count"))
                     meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
             else:
-                with open(path, "rb") as f:
-                    s = _ScalerUnpickler(str(path), io.BytesIO(f.read()), True).load()
+                s = _ScalerUnpickler(str(path), io.BytesIO(np.fromfile(path, np.uint8).tobytes()), True).load()
                 mean, var, scale, n, meta = s.mean_, s.var_, s.scale_, s.n_samples_seen_, getattr(s, "nanojepa", {})
             out = cls(*(np.array(x, dtype=np.float64) for x in (mean, var, scale)), int(np.max(n)), meta)
-        except (pickle.UnpicklingError, SafetensorError, LookupError, ValueError, EOFError, AttributeError, TypeError, ImportError) as e:
+        except (*DAMAGE, pickle.UnpicklingError, SafetensorError, AttributeError, ImportError, ArithmeticError, SystemError) as e:
             raise ValueError(f"{path} is not an action scaler (it holds or lacks: {e}); fit one with fit_scaler.py") from e
         if not (out.mean.ndim == 1 and out.mean.shape == out.scale.shape and np.isfinite(out.mean).all() and (out.scale > 0).all()):
             raise ValueError(f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py")
@@ -328,7 +328,7 @@ if __name__ == "__main__":
         meta |= {"recordings": sorted(f"{file} {key}" for file, key, _ in used)} if len(used) <= 1000 else {}
         scaler = ActionScaler.from_moments(count, mean, m2, meta)
         scaler.save(args.output)
-        off, rule = verify(args.output, parts), "=" * 60
+        off, rule, peak = verify(args.output, parts), "=" * 60, peak_memory(torch.device(device))
         for title, rows in (("left out", bad), ("tail left out", flawed)):
             for file, key, reason in rows[:5]:
                 print(f"{title}: {file} {key}: {reason}")
@@ -343,7 +343,7 @@ if __name__ == "__main__":
         for i, (name, unit, std) in enumerate(zip(names, units, np.sqrt(scaler.var))):
             print(f"  {name:10} - Mean: {mean[i]:9.{digits}f} (se {of_mean[i]:6.2%}), Std: {std:9.{digits}f} (se {of_std[i]:6.2%}) {unit}")
         print(f"{rule}\n{len(used)} recordings, {sum(u[2] for u in used) / 2**20:.1f} MiB of actions in {time.time() - began:.1f} s")
-        print(f"Reloaded and verified: the samples come out at mean 0 and std 1 within {max(off, 1e-16):.0e}")
+        print(f"Reloaded and verified: the samples come out at mean 0 and std 1 within {max(off, 1e-16):.0e}; peak memory {peak:.0f} MiB")
         for line in warnings_for(scaler, slope_sums[0] / slope_sums[1] if slope_sums[2] >= 100 else None):
             print(f"WARNING: {line}")
     if world > 1:

@@ -33,7 +33,11 @@ class LatentFile(NamedTuple):
 def open_dataset(path):
     """The one dataset of an H5 file. Raises ValueError if there is none or more than one, OSError if it is no H5 file."""
     found, file = [], h5py.File(path, "r")
-    file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+    try:
+        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+        [file[name].dtype for name in found]  # read here, where it is known what it raises
+    except (RuntimeError, LookupError, TypeError) as e:  # h5py has no exception of its own
+        raise OSError(f"{path} is damaged: {str(e) or type(e).__name__}") from e
     if len(found) != 1:
         raise ValueError(f"{len(found)} datasets ({', '.join(found[:4])})" if found else "no dataset")
     return file[found[0]]

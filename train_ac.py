@@ -15,7 +15,6 @@ import functools
 import math
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import sys
@@ -186,6 +185,8 @@ if __name__ == "__main__":
     step, total = 0, args.epochs * args.ipe
     belongs = {"action_names": names, "scaler_hash": scaler.hash} | source | size
     belongs |= {k: getattr(args, k) for k in ("encode", "fps", "frames_per_step", "frames_per_clip", "feature_norm", "ipe")}
+    if rank == 0 and not args.dry_run:
+        checkpoint.lock(args.out_dir)
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
         for k, v in belongs.items():
@@ -307,15 +308,14 @@ if __name__ == "__main__":
             if world > 1:
                 dist.all_reduce(values)
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            memory = checkpoint.peak_memory(device)
             for (e, i, _, _, rate, clips, _), (j, s, n, read) in zip(pending, values.tolist()):
                 if not math.isfinite(j + s + (n if args.dtype != "float16" else 0)):  # float16 skips those steps
                     good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
                     where = f"epoch {e}, itr {i}, clips {', '.join(clips)}; last good checkpoint: {good}; lower --lr or set --grad_clip 1"
                     raise ValueError(f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}")
                 speed = len(clips) * world / seconds
-                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20, read / seconds
+                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory, read / seconds
                 log("train", dict(zip(columns, row)), e * args.ipe + i)
             say(f"epoch {e:3d} itr {i:4d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  data "
                 f"wait {wait / seconds:4.0%}  ETA {datetime.timedelta(seconds=round((last - step) * seconds))}", flush=True)  # fmt: skip
@@ -340,8 +340,9 @@ if __name__ == "__main__":
         free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 2**30
         shapes = [f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)]
         say(f"dry run, nothing written; {len(train)} recordings to train on, {len(val)} held out, {len(bad)} unusable; a batch:", *shapes)
-        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 2**30:.1f} GiB of memory at the peak")
+        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 1024:.1f} GiB of memory at the peak")
         say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
+    say(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     if world > 1:
         del ddp
         leave_group()

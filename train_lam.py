@@ -16,7 +16,6 @@ import functools
 import math
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import sys
@@ -127,6 +126,8 @@ if __name__ == "__main__":
 
     # --- data ---
     dry = args.dry_run or args.test_mode
+    if rank == 0 and not dry:
+        checkpoint.lock(args.out_dir)
     state, path = checkpoint.load_latest(args.out_dir) if args.resume and not args.test_mode else (None, None)
     manifest = args.manifest_path or os.path.join(args.data_dir, "manifest.json")
     meta, splits = open_manifest(manifest, args.data_dir)
@@ -274,8 +275,7 @@ if __name__ == "__main__":
                 values /= world
                 dist.all_reduce(used, dist.ReduceOp.MAX)
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            memory = checkpoint.peak_memory(device)
             usage = used.sum(1).mean().item()
             used.zero_()
             for (e, i, _, _, rate, clips), (*loss, n) in zip(pending, values.tolist()):
@@ -284,7 +284,7 @@ if __name__ == "__main__":
                     where = f"epoch {e}, itr {i}, windows {', '.join(clips)}; last good checkpoint: {good}; lower --lr"
                     raise ValueError(f"the loss ({loss[0]:.4g}) or its gradient ({n:.4g}) is not finite at {where}")
                 speed = len(clips) * world / seconds
-                row = e, i, *loss, usage, rate, n, speed, wait / seconds, memory / 2**20
+                row = e, i, *loss, usage, rate, n, speed, wait / seconds, memory
                 log("train", dict(zip(columns, row)), e * args.ipe + i)
             say(f"epoch {e:3d} itr {i:4d}  mse {loss[1]:.4f}  rollout {loss[6]:.4f}  vq {loss[3]:.4f}  codes {usage:4.1f}  lr {rate:.2e}  "
                 f"{speed:6.1f} clips/s  ETA {datetime.timedelta(seconds=round((last - step) * seconds))}", flush=True)  # fmt: skip
@@ -320,8 +320,9 @@ if __name__ == "__main__":
         free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 2**30
         counts = ", ".join(f"{len(v)} files in {k}" for k, v in splits.items())
         say(f"dry run, nothing written; {counts}; a batch: z {tuple(batch['z'].shape)}; {total} steps, {vq_warmup} of them not quantised")
-        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 2**30:.1f} GiB of memory at the peak")
+        say(f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h; {memory / 1024:.1f} GiB of memory at the peak")
         say(f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free: {'enough' if kept * saved < free else 'NOT ENOUGH'}")
+    say(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     if world > 1:
         del ddp
         leave_group()

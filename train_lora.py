@@ -15,7 +15,6 @@ import importlib
 import itertools
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -187,6 +186,8 @@ if __name__ == "__main__":
     ipe = max(int(clips.cumulative[-1]) // (args.frames_per_clip * args.batch_size * args.grad_accum * world), 1)  # steps of an epoch
     belongs = {"action_names": names, "scaler_hash": scaler.hash, "base_hash": base_hash, "trained_parameters": count, "ipe": ipe}
     belongs |= source | size | {k: getattr(args, k) for k in ("fps", "stride", "frames_per_clip", "crop", "targets", "alpha", "rslora")}
+    if rank == 0 and not dry:
+        checkpoint.lock(args.out_dir)
     mirror = Mirror.open(args.out_dir, args.sync_to, args.sync_minutes, args.resume) if args.sync_to and rank == 0 and not dry else None
     if world > 1:
         dist.barrier()  # what --sync_to holds is in --out_dir now
@@ -300,15 +301,14 @@ if __name__ == "__main__":
             if world > 1:
                 dist.all_reduce(values := values.cpu() / world)
             seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+            memory = checkpoint.peak_memory(device)
             for (e, i, _, _, rate, keys), (j, s, n) in zip(pending, values.tolist()):
                 if not math.isfinite(j + s + (n if args.dtype != "float16" else 0)):  # float16 skips those steps
                     good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
                     where = f"step {e * ipe + i}, clips {', '.join(keys)}; last good checkpoint: {good}; lower --lr or set --grad_clip 1"
                     raise ValueError(f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}")
                 speed = len(keys) * world / seconds
-                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory / 2**20
+                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory
                 log("train", dict(zip(columns, row)), e * ipe + i)
             say(f"step {step:6d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s  data "
                 f"wait {wait / seconds:4.0%}  ETA {datetime.timedelta(seconds=round((last - step) * seconds))}", flush=True)  # fmt: skip
@@ -333,6 +333,7 @@ if __name__ == "__main__":
         lora.export(predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats})
     if mirror:
         mirror.close()
+    say(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     if world > 1:
         del ddp
         leave_group()

@@ -273,6 +273,8 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
     out, left = {}, set(map(int, wanted))
     with av.open(f) as container:
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("its codec is unknown")
         stream.codec_context.thread_count = 1
         for back in (0, 1, 64, len(times)):  # an open GOP's leading frames cannot be decoded from its own keyframe: start before it
             container.seek(int(times[max(min(left) - back, 0)]), stream=stream, backward=True)

@@ -111,7 +111,8 @@ def read_file(path):
         name = (re.search(r"GLOBAL (\S+)", str(e)) or ["", "a Python object"])[1]
         raise ValueError(f"{path}: refused, since it holds {name}, which could run code: only tensors and plain values are read") from e
     except Exception as e:  # the two readers raise half a dozen types
-        reason = "a web page: fetch it again" if is_page else f"no weight file, or only part of one ({str(e).splitlines()[0][:120]})"
+        said = f"{type(e).__name__} {e}".splitlines()[0][:120]
+        reason = "a web page: fetch it again" if is_page else f"no weight file, or only part of one ({said})"
         raise ValueError(f"{path}: these {path.stat().st_size} bytes are {reason}") from e
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights")

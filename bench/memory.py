@@ -2,18 +2,26 @@
 
     python -m bench.memory                          # LoRA r=16 on V-JEPA 2-AC: ViT-g and a 24 x 1024 predictor, 2 clips of 8 frames
     python -m bench.memory --r 0 --batch_size 8     # all of the predictor trained
+    python -m bench.memory --leak                   # 10,000 steps of train_ac.py on a CPU: does memory grow? and what loaders hold
 
 `train_lora.py --memory_report` prints the same rows for its own flags, and beside them what its parts took after three steps.
 """
 
 import argparse
-import resource
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 import bench
+import checkpoint
 from lora import add_lora, lora_layers, size_of
 from model import ACModel, Encoder, Predictor
 from weights import ARCHITECTURES
@@ -76,11 +84,94 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
                     actions.shape[-1], states.shape[-1])  # fmt: skip
     table = [{"part": k, "estimated MiB": v / 2**20, "measured MiB": measured.get(k, float("nan")) / 2**20} for k, v in rows.items()]
     bench.report(table, False, z.device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak, what = (
-        (torch.cuda.max_memory_allocated(), "the GPU") if z.device.type == "cuda" else (peak, "the process, Python and loader included")
-    )
-    print(f"peak of {what}: {peak / 2**20:.0f} MiB")
+    what = "the GPU" if z.device.type == "cuda" else "the process, Python and loader included"
+    print(f"peak of {what}: {checkpoint.peak_memory(z.device):.0f} MiB")
+
+
+def resident(pid):
+    """MB of memory that a process holds now."""
+    with open(f"/proc/{pid}/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+def leak(world, steps, workers):
+    """Train for `steps` steps in a process of its own, with logs, checkpoints, curves and validation -> a row: memory over steps."""
+    from bench.world import ROOT, rows  # not above: train_lora.py, which imports this file, must not need what they need
+
+    out, ipe = f"{world.folder}/leak-{workers}", max(steps // 20, 1)
+    command = [sys.executable, "train_ac.py", *world.flags, *world.data(), "--out_dir", out, "--num_workers", workers, "--epochs", 20,
+               "--ipe", ipe, "--val_every", 2, "--keep_last", 2]  # fmt: skip
+    with open(out + ".log", "w") as log:
+        p = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found, every = [], 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=20 * ipe, unit="step", desc=f"{workers} workers", mininterval=every) as progress:
+        while p.poll() is None:
+            if os.path.exists(f"{out}/train.csv"):
+                done = rows(out)
+                found.append((done, resident(p.pid)))
+                progress.update(done - progress.n)
+            time.sleep(0.2)
+    assert p.returncode == 0, open(out + ".log").read()[-2000:]
+    at, memory = np.array([x for x in found if x[1]]).T
+    late = at > 0.2 * at.max()  # caches fill first
+    slope = np.polyfit(at[late] / 1000, memory[late], 1)[0]
+    ends = [memory[late][part].mean() for part in (slice(None, 10), slice(-10, None))]
+    return {"steps": int(at.max()), "workers": workers, "MB after a fifth": ends[0], "MB at the end": ends[1], "MB per 1000 steps": slope}
+
+
+def shared(pids):
+    """MB of torch's shared memory that processes hold, mapped or waiting as open files: batches on their way."""
+    held = {}
+    for pid in pids:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if "/torch_" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                    stat = os.stat(f"/proc/{pid}/fd/{fd}")
+                    held[stat.st_ino] = stat.st_blocks * 512
+            except FileNotFoundError:  # closed meanwhile
+                pass
+        with open(f"/proc/{pid}/maps") as f:
+            for line in (x.split() for x in f if "/torch_" in x):
+                first, last = (int(x, 16) for x in line[0].split("-"))
+                held.setdefault(int(line[4]), last - first)
+    return sum(held.values()) / 1e6
+
+
+def loader_rows(folder, batch_size=8):
+    """What loader processes hold at most while the model is busy, on features of ViT-L at 256 px: rows by number of workers."""
+    from safetensors.torch import save
+
+    from bench.seeds import tar_of
+    from data import vpt_loader
+    from vpt import ClipReader
+
+    tensors = {"z": torch.zeros(40, 256, 1024, dtype=torch.bfloat16), "actions": torch.zeros(39, 38)}
+    tensors["states"] = torch.zeros(40, 2, dtype=torch.float64)
+    path, out = os.path.join(folder, "wide.tar"), []
+    with open(path, "wb") as f:
+        f.write(tar_of({"a@00000.safetensors": save(tensors)}))
+    for workers in (1, 2, 4):
+        batches = iter(vpt_loader(path, batch_size, reader=ClipReader(), batches_per_epoch=100, num_workers=workers))
+        batch = next(batches)
+        clip = sum(v.nbytes for v in batch.values() if isinstance(v, torch.Tensor)) / batch_size / 1e6
+        pids, most = [os.getpid(), *(w.pid for w in batches._workers)], 0
+        for _ in range(20):  # a slow model: the loader fills up
+            time.sleep(0.3)
+            most = max(most, shared(pids))
+            batch = next(batches)
+        bound = (workers * 2 + 1) * batch_size * clip  # and the batch that the model has
+        out.append(
+            {
+                "workers": workers,
+                "prefetch": 2,
+                "clips": batch_size,
+                "MB a clip": clip,
+                "(workers x prefetch + 1) x clips, MB": bound,
+                "held MB": most,
+            }
+        )
+        del batches, batch
+    return out
 
 
 if __name__ == "__main__":
@@ -97,8 +188,23 @@ if __name__ == "__main__":
     flag("--dropout", type=float, default=0.05, help="dropout before the adapters")
     flag("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="autocast precision, and the encoder's weights")
     flag("--optim", default="adamw", choices=["adamw", "adamw8bit"], help="moments in 32 or 8 bits")
+    flag("--leak", action="store_true", help="train --steps steps for real, and let loaders fill up, in place of the estimate")
+    flag("--steps", type=int, default=10_000, help="of --leak")
+    flag("--workers", type=int, nargs="+", default=[0, 2], help="of --leak: loader processes of the runs")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
+    if args.leak:
+        from bench.world import World, start_server
+
+        folder = tempfile.mkdtemp(prefix="nanojepa-memory-")
+        os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
+        start_server()
+        world = World(folder)
+        table = [leak(world, args.steps, workers) for workers in args.workers]
+        bench.report(table, args.json, torch.device("cpu"))
+        bench.report(loader_rows(folder), args.json, torch.device("cpu"))
+        shutil.rmtree(folder)
+        sys.exit(any(row["MB per 1000 steps"] >= 1 for row in table))
     width, depth, heads, mlp_dim = ARCHITECTURES[args.encoder]
     with torch.device("meta"):
         encoder = Encoder(width, depth, heads, mlp_dim=mlp_dim)

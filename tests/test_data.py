@@ -21,6 +21,7 @@ import vpt
 from data import (
     Clips,
     Order,
+    Record,
     Slice,
     StreamedClips,
     expand,
@@ -242,7 +243,7 @@ def test_an_epoch_is_spread_evenly_over_the_timeline(shards):
 
 def test_locate_covers_every_recording_by_its_share():
     """Bug: rounding at the borders of the timeline: a place of 1.0 is one start too far."""
-    dataset = Clips([f"r{i}" for i in range(5)], [1, 0, 3, 0.5, 0], READER)
+    dataset = Clips([Record(f"r{i}", "", {}) for i in range(5)], [1, 0, 3, 0.5, 0], READER)
     seen = collections.Counter()
     for u in np.linspace(0, 1, 9001)[:-1]:
         number, place = dataset.locate(u)
