@@ -20,6 +20,7 @@ import sys
 import traceback
 import zlib
 
+import numpy as np
 import torch
 
 LATEST = "checkpoint-latest.pth.tar"
@@ -155,9 +156,18 @@ def open_csv(path, header, epoch, itr, keep):
         lines = f.read().split("\n")[1:-1]  # what follows the last newline was torn by a kill
     rows = [dict(zip(header, line.split(","))) for line in lines]
     kept = [x for x, row in zip(lines, rows) if (int(row["epoch"]), int(row.get("itr", -1))) < (epoch, itr)]
+    kept = [line + ",nan" * (len(header) - 1 - line.count(",")) for line in kept]  # of a version that had fewer columns
     write_atomically(path, "".join(line + "\n" for line in (",".join(header), *kept)).encode())
     f = open(path, "a", buffering=1)
     return lambda row: f.write(",".join(f"{row[k]:.9g}" for k in header) + "\n")
+
+
+def read_csv(path):
+    """A log of `open_csv` as {column: (n,) float64}."""
+    with open(path) as f:
+        names, *rows = f.read().splitlines()
+    found = np.loadtxt(rows, delimiter=",", ndmin=2) if rows else np.zeros((0, names.count(",") + 1))
+    return dict(zip(names.split(","), found.T))
 
 
 def append_jsonl(path, rows):

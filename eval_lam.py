@@ -131,13 +131,13 @@ def complaints(summary, quantised):
 
 def plot_curves(out_dir):
     """curves.png of a run, from train.csv and val.csv."""
-    train, val = (np.genfromtxt(os.path.join(out_dir, n), delimiter=",", names=True, ndmin=1) for n in ("train.csv", "val.csv"))
+    train, val = (checkpoint.read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
     axes = fig.subplots(1, 3)
     at = train["epoch"] + train["itr"] / max(train["itr"].max() + 1, 1)
     for name in ("mse_loss", "rollout_loss"):
         axes[0].plot(at, train[name], lw=0.5, label=name.replace("_loss", ", training"))
-    if len(val):
+    if len(val["epoch"]):
         axes[0].plot(val["epoch"], val["mse_loss"], "o-", label="mse, held out")
         for name, label in zip(RATIOS[:3], ("copying the step before", "zeroed codes", "codes of other clips, averaged")):
             axes[1].plot(val["epoch"], val[name], "o-", label=label)

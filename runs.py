@@ -173,18 +173,18 @@ def open_logs(out_dir, headers, settings, keep, wandb_project):
 
 def plot_curves(out_dir):
     """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv; beside a base if there is one."""
-    train, val = (np.genfromtxt(os.path.join(out_dir, n), delimiter=",", names=True, ndmin=1) for n in ("train.csv", "val.csv"))
+    train, val = (checkpoint.read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
     axes = fig.subplots(1, 3)
     ipe = max(train["itr"].max() + 1, 1)
     axes[0].plot(train["epoch"] + train["itr"] / ipe, train["jloss"], lw=0.5, label="jloss, training")
     axes[0].plot(train["epoch"] + train["itr"] / ipe, train["sloss"], lw=0.5, label="sloss, training")
-    if len(val):
-        at = val["epoch"] + (val["itr"] / ipe if "itr" in val.dtype.names else 0)
+    if len(val["epoch"]):
+        at = val["epoch"] + (val["itr"] / ipe if "itr" in val else 0)
         axes[0].plot(at, val["jloss"], "o-", label="jloss, held out")
         for name in ("tf_true", "tf_shuffled", "tf_zero", "tf_copy"):
             axes[1].plot(at, val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
-        if "base_tf" in val.dtype.names and np.isfinite(val["base_tf"]).any():
+        if "base_tf" in val and np.isfinite(val["base_tf"]).any():
             axes[1].plot(at, val["base_tf"], "ks--", label="the base, true actions")
         axes[2].fill_between(at, 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
         axes[2].plot(at, 100 * val["tf_gap"], "o-", label="one step ahead")

@@ -165,3 +165,18 @@ def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     assert open(val).read().split() == ["epoch,skill", "1,0.1", "2,0.2"]
     checkpoint.open_csv(val, ["epoch", "skill"], 2, 0, keep=False)
     assert open(val).read() == "epoch,skill\n"
+
+
+def test_a_log_of_fewer_columns_goes_on(tmp_path):
+    """Bug: a run that an older version began cannot draw its curves after --resume; columns change places."""
+    path = str(tmp_path / "train.csv")
+    old = checkpoint.open_csv(path, ["epoch", "itr", "loss"], 0, 0, False)
+    for i in range(3):
+        old({"epoch": 0, "itr": i, "loss": i / 4})
+    new = checkpoint.open_csv(path, ["epoch", "itr", "loss", "bytes"], 0, 2, True)
+    new({"epoch": 0, "itr": 2, "loss": 9, "bytes": 5})
+    found = checkpoint.read_csv(path)
+    assert found["loss"].tolist() == [0, 0.25, 9] and found["itr"].tolist() == [0, 1, 2]
+    assert np.isnan(found["bytes"][:2]).all() and found["bytes"][2] == 5
+    empty = checkpoint.open_csv(str(tmp_path / "val.csv"), ["epoch", "x"], 0, 0, False)
+    assert len(checkpoint.read_csv(str(tmp_path / "val.csv"))["x"]) == 0 and empty

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SOURCES = sorted(os.path.relpath(p, ROOT) for d in ("", "prepare", "bench", "kernels") for p in glob.glob(os.path.join(ROOT, d, "*.py")))
-BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 168, "kernels/attention.py": 380}
+BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 180, "kernels/attention.py": 380}
 BUDGETS |= {"vpt.py": 373, "episodes.py": 350, "lora.py": 320, "eval_lam.py": 310, "encode.py": 320, "README.md": 220}
 BUDGETS |= dict.fromkeys(("fit_scaler.py", "train_ac.py", "train_lam.py", "train_lora.py"), 350)
 LEAF = 300  # encode, eval, eval_lam, runs, probe, plan, prepare/*, bench/*, kernels/*
