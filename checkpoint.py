@@ -165,9 +165,10 @@ def open_csv(path, header, epoch, itr, keep):
 def read_csv(path):
     """A log of `open_csv` as {column: (n,) float64}."""
     with open(path) as f:
-        names, *rows = f.read().splitlines()
-    found = np.loadtxt(rows, delimiter=",", ndmin=2) if rows else np.zeros((0, names.count(",") + 1))
-    return dict(zip(names.split(","), found.T))
+        names, first = f.readline().strip().split(","), f.tell()
+        rows = f.read(1) != ""
+        f.seek(first)
+        return dict(zip(names, np.loadtxt(f, delimiter=",", ndmin=2).T if rows else np.zeros((len(names), 0))))
 
 
 def append_jsonl(path, rows):

@@ -259,7 +259,7 @@ if __name__ == "__main__":
     note_bad(bad if rank == 0 else [])
     batches, seen, failed, pending, waited, began = prefetch(loader, device), 0, [], [], 0.0, time.perf_counter()
     if args.debug:
-        batches = itertools.repeat({k: v[:1] for k, v in next(batches).items()})
+        batches = itertools.repeat({k: v[:1] for k, v in next(batches).items() if k != "bytes"})
         checks = check_adapters(model, inputs(next(batches)), autocast, trained)
         next(checks)
     while step < last:
