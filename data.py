@@ -215,7 +215,7 @@ def feature_header(record):
         bad = [k for k, (dtype, s, a, b) in x.items() if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError("not a feature file (its header is damaged)") from e
-    if bad or any([*s] != header[k]["shape"] for k, s in shapes.items()):
+    if bad or any([*s] != header[k].get("shape") for k, s in shapes.items()):
         raise ValueError("not a feature file, or cut")
     return {k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()}, meta | {"embed_dim": D}
 

@@ -164,8 +164,8 @@ if __name__ == "__main__":
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
-    if args.samples < 1 or args.val_clips < 2:
-        parser.error(f"--samples {args.samples} --val_clips {args.val_clips}: one sample and two clips are the least")
+    if min(args.samples, args.val_clips - 1, args.batch_size) < 1 or args.landscape and len({*args.landscape}) < 2:
+        parser.error("one --samples, one of --batch_size, two --val_clips and two different --landscape dimensions are the least")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
     run, names, seconds = state["args"], state["action_names"], state["frames_per_step"] / state["fps"]

@@ -60,7 +60,7 @@ def recorded(predictor, dataset, inputs, compose, space_of, horizon, context, cl
 def readable(actions, scaler, names):
     """Scaled VPT actions (H, A) -> [(dx, dy in pixels, yaw, pitch in degrees, [keys that are held])]."""
     moves = actions[:, :4].cpu().double().numpy() * scaler.scale + scaler.mean
-    held = [[n.partition(".")[2] for n, x in zip(names, row) if x == 1 and n.startswith("key.")] for row in actions.tolist()]
+    held = [[n.removeprefix("key.") for n, x in zip(names, row) if x == 1 and n.startswith(("key.", "mouse."))] for row in actions.tolist()]
     return [(*m[:2].round(), *np.degrees(m[2:]), keys) for m, keys in zip(moves, held)]
 
 
@@ -135,19 +135,25 @@ if __name__ == "__main__":
     flag("--maxnorm", type=float, default=DROID_NORM, help="robots: largest motion of a step along an axis, in metres")
     flag("--chunk", type=int, default=512, help="candidates run at once: what bounds memory")
     flag("--seed", type=int, default=0, help="of trials and samples")
-    flag("--out", help="where to write the numbers (default: plan.json beside the checkpoint)")
+    flag("--out", help="where to write the numbers (default: plan.json, plan-pictures.json, plan-turn.json beside the checkpoint)")
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
-    if (args.start is None) != (args.goal is None):
-        parser.error("--start and --goal go together")
+    if (args.start is None) != (args.goal is None) or args.start and args.play:
+        parser.error("--start and --goal go together, and without --play")
+    least = {"horizon": min(args.horizon), "trials": args.trials, "steps": args.steps, "clips": args.clips - 1, "context": args.context,
+             "iterations": args.iterations, "chunk": args.chunk, "num_elites": args.num_elites - 1}  # fmt: skip
+    bad = [k for k, v in least.items() if v < 1] + [k for k in ("reach", "maxnorm") if getattr(args, k) <= 0]
+    bad += [k for k in ("momentum_mean", "momentum_std", "correlation") if not 0 <= getattr(args, k) < 1]
+    if bad or args.temperature < 0 or args.num_elites > args.num_samples:
+        bad = bad or ["temperature" if args.temperature < 0 else "num_elites"]
+        rule = "two --clips, two --num_elites (of --num_samples), one of all else are the least, momenta and correlation are below 1"
+        parser.error(f"--{bad[0]} {getattr(args, bad[0])} makes no plan: {rule}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
     predictor.to(device)
     names, robot, T = state["action_names"], state["dataset"] == "droid", state["frames_per_clip"] // state["frames_per_step"]
-    if args.context < 1 or args.context + max(args.horizon) > T:
+    if args.context + max(args.horizon) > T:
         raise ValueError(f"--context {args.context} and --horizon {max(args.horizon)} are more steps than the clips of this run have: {T}")
-    if not 1 <= args.num_elites <= args.num_samples:
-        raise ValueError(f"--num_elites {args.num_elites} is not from 1 to --num_samples {args.num_samples}")
     if robot and names != POSE:
         raise ValueError(f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and {' '.join(POSE)}")
     options = {k: getattr(args, k) for k in ("num_samples", "num_elites", "iterations", "momentum_mean", "momentum_std", "correlation")}
@@ -175,12 +181,17 @@ if __name__ == "__main__":
     if args.start:
         with torch.no_grad():
             now, goal = (features([f] * state["frames_per_step"]) for f in read_pictures([args.start, args.goal]))
+            if args.state and len(args.state) != state["state_dim"]:
+                raise ValueError(f"--state has {len(args.state)} numbers, states of this run have {state['state_dim']}")
             at = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)[None, None]
             cost = energy(predictor, now[None, None], torch.zeros(1, 0, len(names), device=device), at, goal, compose, args.chunk)
             found = search(cost, space_of(), args.horizon[0], generator=generator, device=device, **options)
             energies = cost(torch.stack([found, rest(space_of(), len(found), device)])).tolist()
         report |= {"energy": energies[0], "energy_at_rest": energies[1], "energy_now": (now - goal).abs().mean().item()}
-        print("energy of the plan {energy:.4f}, of resting {energy_at_rest:.4f}; now {energy_now:.4f}".format(**report))
+        print("distance to the goal (mean |difference| of features): now {energy_now:.4f}, expected after the plan {energy:.4f}, after "
+              "doing nothing {energy_at_rest:.4f}".format(**report))  # fmt: skip
+        if report["energy"] >= report["energy_now"]:
+            print("WARNING: no plan promises to come nearer than it is now: the pictures may be too far apart, or there already")
         if robot:
             moves = found * scale + mean
             moves[:, 6] *= moves[:, 6].abs() >= 0.25  # as Meta's planner: a gripper that is half told to move stays
@@ -190,9 +201,9 @@ if __name__ == "__main__":
                 print(f"{i:4d} " + "".join(f"{x:9.4f}" for x in action))
         else:
             report["plan"] = readable(found, scaler, names)
-            print("step   dx   dy   yaw deg pitch deg  keys")
+            print("step  dx px  dy px  yaw deg  pitch deg  keys")
             for i, (dx, dy, yaw, pitch, held) in enumerate(report["plan"]):
-                print(f"{i:4d} {dx:+5.0f}{dy:+5.0f} {yaw:+9.1f}{pitch:+9.1f}  {' '.join(held) or '-'}")
+                print(f"{i:4d} {dx:+7.0f}{dy:+7.0f}{yaw:+9.1f}{pitch:+11.1f}  {' '.join(held) or '-'}")
     elif args.play:
         from prepare import doom
 
@@ -239,8 +250,9 @@ if __name__ == "__main__":
                 report["recorded"].append(row | {"ratio": ratio, "ratio_low": low, "ratio_high": high})
                 numbers = "".join(f"{x:9.2f}" for x in (planned, chance, still))
                 lines.append(f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio:.2f} [{low:.2f}, {high:.2f}]")
-        print(f"{path}: plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum over the horizon - recorded|")
+        print(f"{path}: plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum - recorded|, lower is better")
         print("horizon  of     unit     plan   random     rest    random / plan, 95 % over recordings", *lines, sep="\n")
-    out = args.out or os.path.join(os.path.dirname(path), "plan.json")
+    name = "plan-pictures.json" if args.start else f"plan-{args.play}.json" if args.play else "plan.json"
+    out = args.out or os.path.join(os.path.dirname(path), name)
     checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
     print(f"written to {out}")

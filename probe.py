@@ -189,6 +189,10 @@ if __name__ == "__main__":
         raise ValueError("name a --checkpoint, or --data to fit on and --val_data to test on")
     if args.label and not (video_members(args.label) and (args.out or "").endswith(".tar")):
         raise ValueError("--label needs the shard to write: --out OUT.tar")
+    if args.label and os.path.realpath(args.label) == os.path.realpath(args.out):
+        raise ValueError(f"--out {args.out} is the shard of --label itself: what its lines say would be lost")
+    if min(args.steps, args.horizon, args.side, args.clips - 1, args.val_clips - 1, args.batch_size) < 1:
+        raise ValueError("two --clips and --val_clips, and one --steps, --horizon, --side and --batch_size are the least")
     asked = args.task or ["inverse", "anticipation"] + ["classify"] * bool(args.label_field or args.labels)
     if "classify" in asked and bool(args.label_field) == bool(args.labels):
         raise ValueError("--task classify needs one label: --label_field FIELD of the lines, or --labels FILE.csv")

@@ -174,12 +174,11 @@ def open_logs(out_dir, headers, settings, keep, wandb_project):
 def plot_curves(out_dir):
     """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv; beside a base if there is one."""
     train, val = (checkpoint.read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
-    fig = Figure(figsize=(13, 4), layout="constrained")
-    axes = fig.subplots(1, 3)
+    axes = (fig := Figure(figsize=(13, 4), layout="constrained")).subplots(1, 3)
     ipe = max(train["itr"].max() + 1, 1)
     every = slice(None, None, len(train["itr"]) // 4000 + 1)  # more points than the picture has pixels take time and memory at each save
     for name in ("jloss", "sloss"):
-        axes[0].plot((train["epoch"] + train["itr"] / ipe)[every], train[name][every], lw=0.5, label=f"{name}, training")
+        axes[0].plot((train["epoch"] + train["itr"] / ipe)[every], train[name][every], lw=0.5, label=name + ", training")
     if len(val["epoch"]):
         at = val["epoch"] + (val["itr"] / ipe if "itr" in val else 0)
         axes[0].plot(at, val["jloss"], "o-", label="jloss, held out")

@@ -28,8 +28,9 @@ class Space(NamedTuple):
 def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
     """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch tied to it at 0.15 degrees a pixel, keys
     (names of dims) as Bernoulli variables of 0.25, the hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
-    if missing := [k for k in keys if k not in names]:
-        raise ValueError(f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(n for n in names[4:] if '.' in n)}")
+    known = [n for n in names if n.startswith(("key.", "mouse."))]
+    if missing := [k for k in keys if k not in known]:
+        raise ValueError(f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(known)}")
     mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
     index = [names.index(k) for k in keys]
 

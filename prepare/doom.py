@@ -94,6 +94,7 @@ class Player:
     def step(self, dx=0, dy=0, held=()):
         """Mouse motion in pixels, spread over the ticks of the step, and keys held for all of it."""
         seen, ticks = [], self.frames * self.stride
+        held = [MOUSE[int(n[-1])] if n in ("mouse.0", "mouse.1") else n for n in held]
         for t in range(ticks):
             tick(self.game, *(round(v * (t + 1) / ticks) - round(v * t / ticks) for v in (dx, dy)), held)
             if (t + 1) % self.stride == 0:

@@ -275,7 +275,7 @@ def test_plan_between_two_pictures(game, tmp_path):  # noqa: F811
     base = ["--checkpoint", game.out, "--encoder vit_tiny --start", tmp_path / "a.png", "--goal"]
     text = run(tmp_path, "plan.py", *base, tmp_path / "b.png", "--horizon 2 --num_samples 16 --num_elites 4 --out", tmp_path / "p.json")
     report = json.loads((tmp_path / "p.json").read_text())
-    assert len(report["plan"]) == 2 and f"energy of the plan {report['energy']:.4f}" in text and report["energy_now"] > 0.01
+    assert len(report["plan"]) == 2 and f"after the plan {report['energy']:.4f}" in text and report["energy_now"] > 0.01
     same = run(tmp_path, "plan.py", *base, tmp_path / "a.png", "--horizon 1 --num_samples 16 --num_elites 4 --out", tmp_path / "q.json")
     assert "now 0.0000" in same
     (tmp_path / "d.png").write_bytes(b"no picture")
@@ -304,7 +304,10 @@ def test_closed_loop_program(game, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("flags, sentence", [
     ("--context 5 --horizon 4", "more steps than the clips of this run have: 8"), ("--keys key.tab", "not in this action space"),
     ("--play turn", "name the --encoder"), ("--play turn --encoder vit_base_16", "was trained on features of"),
-    ("--num_elites 500", "--num_elites 500 is not from 1 to --num_samples 128"),
+    ("--num_elites 500", "--num_elites 500 makes no plan"),
+    ("--horizon 0", "--horizon [0] makes no plan"), ("--correlation 1", "--correlation 1.0 makes no plan"),
+    ("--keys slot.1", "which has key.1"),
+    ("--temperature -1", "--temperature -1.0 makes no plan"), ("--clips 1", "--clips 1 makes no plan"),
 ])  # fmt: skip
 def test_bad_flags_are_one_sentence(game, tmp_path, flags, sentence):  # noqa: F811
     """Bug: a plan longer than what was trained, or with another encoder, gives numbers."""
