@@ -137,9 +137,7 @@ def measure(args, shape):
 
 def flops(encoder, predictor):
     """{"encoder", "predictor"}: useful FLOPs of one clip in one training step."""
-    weights = sum(p.numel() for m in (encoder.blocks, encoder.patch_embed) for p in m.parameters() if p.dim() > 1)
-    encode = STEPS * GRID**2 * (2 * weights + 4 * encoder.embed_dim * GRID**2 * len(encoder.blocks))
-    return {"encoder": encode, "predictor": useful_flops(encoder, predictor, 1, STEPS) - encode}
+    return dict(zip(("encoder", "predictor"), useful_flops(encoder, predictor, 1, STEPS)))
 
 
 def cluster(gpus, source, found, work, grads, args):

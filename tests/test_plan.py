@@ -311,4 +311,4 @@ def test_closed_loop_program(game, tmp_path):  # noqa: F811
 ])  # fmt: skip
 def test_bad_flags_are_one_sentence(game, tmp_path, flags, sentence):  # noqa: F811
     """Bug: a plan longer than what was trained, or with another encoder, gives numbers."""
-    assert sentence in fails(tmp_path, "plan.py", "--checkpoint", game.out, "--data", game.held, flags, "--clips 2")
+    assert sentence in fails(tmp_path, "plan.py", "--checkpoint", game.out, "--data", game.held, "--clips 2", flags)
