@@ -35,7 +35,7 @@ import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from checkpoint import one_sentence, write_atomically
+from checkpoint import one_sentence, peak_memory, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
 from kernels import chosen
 from latents import encode_latents, open_vae
@@ -310,6 +310,7 @@ if __name__ == "__main__":
     progress.close()
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")
-    print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {sum(os.path.getsize(targets[p]) for p in mine) / 2**20:,.1f} MiB")
+    size = sum(os.path.getsize(targets[p]) for p in mine) / 2**20
+    print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {size:,.1f} MiB; peak memory {peak_memory(device):.0f} MiB")
     if world > 1:
         dist.destroy_process_group()

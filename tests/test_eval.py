@@ -56,19 +56,20 @@ def arm(tmp_path_factory):
     (folder / "a").mkdir()
     for i in range(5):
         episode(folder / "a" / f"e{i}", i, 1.0, action_dim=3)
-    for name, keys in (("pose", None), ("command", ["command"])):
+    for name, keys, wider in (("pose", None, 1), ("wide", None, 4), ("command", ["command"], 1)):
         reader = DroidReader(5, action_keys=keys)
         records, _, _ = open_droid([str(folder / "a")], reader=reader, log=lambda *a: None)
         actions = np.concatenate([reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records])
         meta = {"names": reader.names, "units": reader.units, "fps": 4.0, "frames_per_step": 1}
-        m2 = ((actions - actions.mean(0)) ** 2).sum(0)
+        m2 = wider * ((actions - actions.mean(0)) ** 2).sum(0)
         ActionScaler.from_moments(len(actions), actions.mean(0), m2, meta).save(folder / f"{name}.safetensors")
     size, short = "--pred_dim 48 --pred_depth 2 --pred_heads 3", "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4"
     flags = ["--data", folder / "a", "--val_fraction 0.4 --grad_accum 1 --frames_per_clip 5 --warmup_steps 1", short]
     pose = ["--scaler", folder / "pose.safetensors"]
     run(folder, "train_lora.py", *flags, *pose, "--base none --full --max_steps 12 --lr 3e-3 --out_dir", folder / "base", size)
     adapt = ["--base", folder / "base", "--max_steps 6 --lr 1e-2"]
-    run(folder, "train_lora.py", *flags, *pose, *adapt, "--out_dir", folder / "lora")
+    wide = ["--scaler", folder / "wide.safetensors"]  # not the base's: it must be folded in
+    run(folder, "train_lora.py", *flags, *wide, *adapt, "--out_dir", folder / "lora")
     command = ["--scaler", folder / "command.safetensors", "--action_keys command"]
     run(folder, "train_lora.py", *flags, *command, *adapt, "--train_condition_encoders --out_dir", folder / "command")
     return folder
