@@ -164,7 +164,6 @@ def make_shard(path, recordings, length, size, seed, guide, parent):
     """Play recordings [(number, map), ...] and write them as one shard."""
     points, packed = start_points(), io.BytesIO()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w") as tar:
-        os.chdir(folder)  # the engine makes a folder where it starts; two that start together in one place would collide
         game = open_game(size, seed, folder)
         try:
             for number, map_number in recordings:

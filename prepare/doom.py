@@ -38,7 +38,7 @@ def start_points():
 
 
 def open_game(size, seed, folder):
-    """A headless game, ready for new_episode. folder: for its settings file."""
+    """A headless game, ready for new_episode. folder: for its settings and what it caches of maps, which it writes where it starts."""
     game = vizdoom.DoomGame()
     game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
     game.set_doom_game_path(WAD)
@@ -53,7 +53,12 @@ def open_game(size, seed, folder):
     game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
     game.set_seed(seed)
     game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
-    game.init()
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        game.init()
+    finally:
+        os.chdir(here)
     return game
 
 

@@ -91,6 +91,16 @@ def write_tar(path, members):
     return str(path)
 
 
+def write_shards(folder, count, mp4):
+    """Shards of two recordings each, whose lines differ."""
+    for s in range(count):
+        members = {}
+        for k in range(2):
+            members |= {f"6.1{s}_player-{k}.mp4": mp4, f"6.1{s}_player-{k}.jsonl": jsonl(contractor(seed=2 * s + k))}
+        write_tar(folder / f"shard-{s:06d}.tar", members)
+    return folder
+
+
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["NANOJEPA_CACHE"], ignore_errors=True)
 
@@ -104,13 +114,7 @@ def mp4():
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, mp4):
     """Three shards of two recordings each, of 300 frames; keys have dots."""
-    folder = tmp_path_factory.mktemp("shards")
-    for s in range(3):
-        members = {}
-        for k in range(2):
-            members |= {f"6.1{s}_player-{k}.mp4": mp4, f"6.1{s}_player-{k}.jsonl": jsonl(contractor(seed=2 * s + k))}
-        write_tar(folder / f"shard-{s:06d}.tar", members)
-    return folder
+    return write_shards(tmp_path_factory.mktemp("shards"), 3, mp4)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import contractor, film, jsonl, write_tar
+from conftest import contractor, film, jsonl, write_shards, write_tar
 from safetensors.torch import save as safetensors_bytes
 from test_train import ROOT, TINY, TORCHRUN, Run, fails, numbers, run, start_ranks, words
 
@@ -289,12 +289,7 @@ def test_a_file_that_may_not_grow_is_one_sentence(shards, tmp_path):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, mp4):
     """Eight shards of two recordings, and their features from an undisturbed run of one process."""
-    folder = tmp_path_factory.mktemp("many")
-    for s in range(8):
-        members = {}
-        for k in range(2):
-            members |= {f"r{s}{k}.mp4": mp4, f"r{s}{k}.jsonl": jsonl(contractor(seed=2 * s + k))}
-        write_tar(folder / f"shard-{s:06d}.tar", members)
+    folder = write_shards(tmp_path_factory.mktemp("many"), 8, mp4)
     flags = ["--data", folder / "*.tar", "--encoder vit_tiny --crop_size 32 --phases 4 --batch_size 4 --out"]
     run(folder, "encode.py", *flags, folder / "whole")
     return types.SimpleNamespace(flags=flags, whole=tars(folder / "whole"))
