@@ -4,7 +4,7 @@
 
 Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed: the order of clips is a pure function of (seed, epoch), dealt to
 ranks by index, so a run resumes exactly under any number of workers, and a clip costs a seek instead of a 64 MB read. What cannot be
-sought (pipe:, http://, s3://, gs://) is streamed, or copied into a local cache (remote.py). All end in the same ClipReader.
+sought (pipe:, http://, s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All end in the same ClipReader.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
-from remote import Shard, cached
-from streams import READ_ERRORS, StreamedClips, Unreachable, stream_recordings  # noqa: F401  (for who imports the last from here)
-from vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
+from files.remote import Shard, cached
+from files.streams import READ_ERRORS, StreamedClips, Unreachable, stream_recordings  # noqa: F401  (for who imports the last from here)
+from files.vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 FEATURE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence
 from data import Clips, Order, collate, leave_signals, spread
-from episodes import DAMAGE, STATES, Episode, filesystem, index_file, read_fields, read_pictures
+from files.episodes import DAMAGE, STATES, Episode, filesystem, index_file, read_fields, read_pictures
 
 POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]  # of a state, and of the action to the next one
 VERIFY = 50e9  # bytes; above them checking all checksums takes longer than it is worth

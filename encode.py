@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence, peak_memory, write_atomically
 from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
+from files.latents import encode_latents, open_vae
+from files.vpt import ClipReader, fitting, mp4_times, read_frames, step_actions, step_size
 from kernels import chosen
-from latents import encode_latents, open_vae
 from model import encode_steps, normalize_features, pack_features
-from vpt import ClipReader, fitting, mp4_times, read_frames, step_actions, step_size
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
 
 SETTINGS = "encode.json"  # what the files of an output folder were made with

@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import pictures
 from data import windows
+from evaluation import pictures
+from evaluation.runs import held_out, open_held_out, open_run
+from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
 from kernels import chosen
 from model import meter_summary, predict, predict_on
-from runs import held_out, open_held_out, open_run
-from vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
 
 SAMPLED, GRID = 96, 17  # clips whose actions are ranked and swept; points along an axis of a landscape, odd: no motion is one of them
 

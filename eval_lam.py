@@ -24,7 +24,7 @@ from sklearn.metrics import adjusted_mutual_info_score, balanced_accuracy_score,
 from torch import nn
 
 import checkpoint
-from latents import Latents, decoded_scores, latent_sequences, open_manifest, open_vae, pack_codes, unpack_codes
+from files.latents import Latents, decoded_scores, latent_sequences, open_manifest, open_vae, pack_codes, unpack_codes
 from model import LatentActionModel
 
 ERRORS = ("own", "copy", "zero", "marginal", "random", "same", "rollout_4", "copy_4")  # see held_out_codes

@@ -38,8 +38,8 @@ from tqdm import tqdm
 from checkpoint import one_sentence, peak_memory, write_atomically
 from data import READ_ERRORS, Slice, is_stream, open_lines, stream_recordings
 from droid import DAMAGE, DroidSteps
+from files.vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 from kernels import merge_moments, moments, standard_errors
-from vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -28,10 +28,10 @@ from data import collate, windows
 from droid import POSE, compose_poses
 from encode import encoder_hash, open_encoder, picture_features
 from eval import interval, resampled
+from evaluation.runs import open_held_out, open_run
+from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
+from files.vpt import SLOTS, wrap
 from model import compose_states
-from runs import open_held_out, open_run
-from search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
-from vpt import SLOTS, wrap
 
 
 def recorded(predictor, dataset, inputs, compose, space_of, horizon, context, clips, chunk, generator, options):

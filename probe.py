@@ -26,9 +26,9 @@ from tqdm import tqdm
 import checkpoint
 from data import READ_ERRORS, Slice, open_records, open_split, read_ticks, split_records
 from encode import open_source
-from heads import anticipation, anticipation_table, classify, classify_table, inverse, inverse_table, load, pool
-from runs import make_inputs, open_run
-from vpt import ACTION_SPACES, CONTINUOUS, SLOTS, ClipReader, mp4_times, read_frames, step_size, wrap
+from evaluation.heads import anticipation, anticipation_table, classify, classify_table, inverse, inverse_table, load, pool
+from evaluation.runs import make_inputs, open_run
+from files.vpt import ACTION_SPACES, CONTINUOUS, SLOTS, ClipReader, mp4_times, read_frames, step_size, wrap
 
 TASKS = ["inverse", "anticipation", "classify"]
 

@@ -28,12 +28,12 @@ import checkpoint
 import weights
 from data import Clips, collate, expand, open_split, vpt_loader, windows
 from encode import open_source
+from evaluation.runs import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
+from files.remote import cached
+from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
 from kernels import chosen
 from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
-from remote import cached
-from runs import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
-from vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from eval_lam import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
-from latents import Latents, latent_sequences, open_manifest
+from evaluation.runs import leave_group, open_logs, prefetch
+from files.latents import Latents, latent_sequences, open_manifest
 from model import LatentActionModel, VectorQuantizer
-from runs import leave_group, open_logs, prefetch
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -29,11 +29,22 @@ import lora
 from data import collate, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
 from encode import encoder_hash, fetch, open_source
+from evaluation.runs import (
+    beside,
+    beside_columns,
+    check_adapters,
+    held_out,
+    hold_state,
+    leave_group,
+    make_inputs,
+    open_logs,
+    plot_curves,
+    prefetch,
+)
+from files.mirror import Mirror
 from fit_scaler import ActionScaler
 from kernels import chosen
-from mirror import Mirror
 from model import ACModel, channel_stats
-from runs import beside, beside_columns, check_adapters, held_out, hold_state, leave_group, make_inputs, open_logs, plot_curves, prefetch
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

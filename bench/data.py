@@ -35,7 +35,7 @@ from tqdm import tqdm  # noqa: E402
 import data  # noqa: E402
 from bench import report  # noqa: E402
 from bench.readers import droid_rows, latent_rows, make_tfrecord  # noqa: E402
-from vpt import ClipReader, mp4_times  # noqa: E402
+from files.vpt import ClipReader, mp4_times  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 parser.add_argument("--minutes", type=float, default=5.0, help="length of the recording")

@@ -36,15 +36,14 @@ from tqdm import tqdm  # noqa: E402
 
 import bench  # noqa: E402
 import checkpoint  # noqa: E402
-import episodes  # noqa: E402
-import latents  # noqa: E402
 import weights  # noqa: E402
 from bench.seeds import mutate, seeds  # noqa: E402
 from data import READ_ERRORS, Clips, Record, feature_settings, index_shards, read_ticks  # noqa: E402
+from files import episodes, latents  # noqa: E402
+from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames  # noqa: E402
 from fit_scaler import ActionScaler  # noqa: E402
 from prepare.manifest import check  # noqa: E402
 from prepare.robot import record  # noqa: E402
-from vpt import ClipReader, mp4_times, parse_ticks, read_frames  # noqa: E402
 
 BOMB = os.path.join(SCRATCH, "code-ran")  # what no reader may ever make
 

@@ -143,7 +143,7 @@ def loader_rows(folder, batch_size=8):
 
     from bench.seeds import tar_of
     from data import vpt_loader
-    from vpt import ClipReader
+    from files.vpt import ClipReader
 
     tensors = {"z": torch.zeros(40, 256, 1024, dtype=torch.bfloat16), "actions": torch.zeros(39, 38)}
     tensors["states"] = torch.zeros(40, 2, dtype=torch.float64)

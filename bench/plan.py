@@ -13,9 +13,9 @@ import functools
 import torch
 
 from bench import medians, report
+from evaluation.search import energy, search, vpt_space
+from files.vpt import ACTION_SPACES
 from model import Predictor, compose_states, normalize_features
-from search import energy, search, vpt_space
-from vpt import ACTION_SPACES
 
 
 class NoScaler:

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import latents
 from droid import DroidReader, open_droid
-from episodes import Episode, fetch, index_rlds, places, read_fields, values
+from files import latents
+from files.episodes import Episode, fetch, index_rlds, places, read_fields, values
 from prepare.robot import droid_example, record
 
 FIELDS = {"observation/cartesian_position": 6, "observation/gripper_position": 1, "action_dict/joint_velocity": 7}

@@ -24,9 +24,9 @@ import bench
 import bench.data  # sets a cache of its own before data.py is imported, and makes recordings
 from bench.step import useful_flops
 from data import Clips, Slice, index_shards
+from files.vpt import ClipReader, parse_ticks
 from kernels import linear
 from model import ACModel, Encoder, Predictor, encode_steps
-from vpt import ClipReader, parse_ticks
 from weights import ARCHITECTURES
 
 STEPS, PIXELS, GRID, NODE = 8, 256, 16, 8  # steps of a clip, pixels, patches a side, GPUs of a node

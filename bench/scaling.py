@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 import bench
 from checkpoint import write_atomically
+from evaluation.runs import make_inputs
 from model import ACModel, Predictor
-from runs import make_inputs
 from weights import ARCHITECTURES, build_encoder
 
 SWEEPS = {"T": (2, 4, 8, 16, 32), "batch": (1, 2, 4, 8, 16), "width": (128, 256, 512, 1024), "depth": (3, 6, 12, 24)}

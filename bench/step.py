@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import bench
+from evaluation.runs import make_inputs
 from model import IMAGENET_MEAN, IMAGENET_STD, ACModel, Predictor
-from runs import make_inputs
 from weights import ARCHITECTURES, build_encoder
 
 

@@ -29,8 +29,8 @@ import vizdoom
 from tqdm import tqdm
 
 from checkpoint import write_atomically
+from files.vpt import DEGREES_PER_PIXEL
 from prepare.doom import FPS, MAPS, MOUSE, PITCH_LIMIT, SIZE, SLOTS, TICS, VARIABLES, begin, open_game, picture, start_points, tick
-from vpt import DEGREES_PER_PIXEL
 
 SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]  # yuv420p has no odd sizes
 X264 = {"preset": "veryfast", "crf": "20", "g": "60", "x264-params": "mbtree=0"}  # mbtree reads unset memory at heights such as 120 or 360

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import vizdoom
 
-from vpt import DEGREES_PER_PIXEL
+from files.vpt import DEGREES_PER_PIXEL
 
 FPS, TICS, PITCH_LIMIT = 20, 2, 31.0  # the software renderer stops at 32 upwards
 MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence
 from data import expand, index_shards
-from latents import VAE_FRAMES, latent_frames, write_latents
+from files.latents import VAE_FRAMES, latent_frames, write_latents
 
 PATCH, CHANNELS = 4, 16
 

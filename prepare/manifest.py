@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
+from files.latents import open_dataset, read_labels
 from kernels import merge_moments
-from latents import open_dataset, read_labels
 
 
 def check(path, shape, sequence_length):

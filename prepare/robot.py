@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
-from episodes import CAMERAS, masked_crc
+from files.episodes import CAMERAS, masked_crc
 from prepare.arm import HEIGHT, RATE, WIDTH, WORLDS, play
 
 X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}

@@ -4,7 +4,7 @@
     python -m prepare.shards recordings --out VPT --index all_7xx_Apr_6.json --max_files 100 # first what OpenAI's index lists
 
 Writes OUT/shard-%06d.tar of at most --shard_size bytes and OUT/skipped.jsonl (file and reason of what was left out). A recording is packed
-if its video is a whole mp4 whose first frame decodes, its lines are good by the rules of the loader (vpt.py), and there are as many of
+if its video is a whole mp4 whose first frame decodes, its lines are good by the loader's rules (files/vpt.py), and there are as many of
 them as frames, give or take five. Run it again after a kill or when more recordings have arrived: what is in OUT already stays.
 """
 
@@ -30,7 +30,7 @@ import orjson
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from vpt import ClipReader, mp4_times, parse_ticks, read_frames
+from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames
 
 SLACK = 5  # lines and frames of a real recording may differ by a few
 

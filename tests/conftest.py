@@ -16,7 +16,7 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-import streams  # noqa: E402
+from files import streams  # noqa: E402
 
 streams.WAIT = 0.01  # seconds between tries, which are 1 to 30; programs started by tests keep them
 

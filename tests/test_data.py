@@ -17,7 +17,6 @@ from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 from safetensors.torch import save as safetensors_bytes
 
 import data
-import vpt
 from data import (
     Clips,
     Order,
@@ -37,8 +36,9 @@ from data import (
     vpt_loader,
     windows,
 )
+from files import vpt
+from files.vpt import ClipReader
 from fit_scaler import ActionScaler
-from vpt import ClipReader
 
 READER = ClipReader(crop_size=HEIGHT)
 

@@ -1,4 +1,4 @@
-"""droid.py and episodes.py: TFRecords (one written by TensorFlow itself), raw DROID and one's own episodes -> batches and statistics."""
+"""droid.py and files/episodes.py: TFRecords (one by TensorFlow itself), raw DROID and one's own episodes -> batches and statistics."""
 
 import collections
 import functools
@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import droid
-import episodes
 from data import windows
 from droid import DroidClips, DroidReader, compose_poses, crop_resize, droid_clips, keep_ranges, open_droid, pose_actions
+from files import episodes
 from fit_scaler import ActionScaler
 from prepare.robot import droid_example, example, record, varint
 

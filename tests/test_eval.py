@@ -1,4 +1,4 @@
-"""eval.py, pictures.py and how runs.py opens a finished run: numbers against slow and plain ones, hand-made predictors, the page."""
+"""eval.py, its pictures and how evaluation/runs.py opens a finished run: numbers against plain ones, hand-made predictors, the page."""
 
 import base64
 import json
@@ -18,14 +18,14 @@ from test_train import fails, numbers, run
 
 import checkpoint
 import eval as report
-import pictures
 from data import index_shards, windows
 from droid import DroidReader, open_droid
+from evaluation import pictures
+from evaluation.runs import held_out, hold_state, open_held_out, open_run
+from files.vpt import ACTION_SPACES, ClipReader
 from fit_scaler import ActionScaler
 from lora import add_lora, lora_layers
 from model import Predictor, predict
-from runs import held_out, hold_state, open_held_out, open_run
-from vpt import ACTION_SPACES, ClipReader
 
 VPT = "--encoder vit_tiny --crop_size 32"
 SIZE = "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"

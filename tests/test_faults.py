@@ -14,7 +14,7 @@ import bench.faults as faults
 import checkpoint
 from bench.world import ROOT, World
 from data import Clips, index_shards
-from vpt import ClipReader
+from files.vpt import ClipReader
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 

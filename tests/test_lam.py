@@ -12,8 +12,8 @@ from test_train import ROOT, Run, column, fails, numbers, rows_of, run, start_ra
 
 import checkpoint
 import eval_lam
-import latents
-from latents import Latents, latent_sequences, open_manifest, pack_codes, unpack_codes
+from files import latents
+from files.latents import Latents, latent_sequences, open_manifest, pack_codes, unpack_codes
 from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
 from prepare.manifest import split_counts
 
@@ -598,8 +598,8 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     steps = latents.open_dataset(str(paths[0]))
     assert steps.shape == (15, 16, 2, 4, 4) and steps.dtype == np.float16  # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
     from data import Slice, index_shards, read_ticks
-    from latents import vae_latents
-    from vpt import mp4_times, read_frames
+    from files.latents import vae_latents
+    from files.vpt import mp4_times, read_frames
 
     record = next(r for r in index_shards([str(shards / "shard-000000.tar")])[0] if r.key == paths[0].stem)
     with Slice(record.shard, *record.members["mp4"]) as f:

@@ -1,4 +1,4 @@
-"""lora.py, mirror.py and train_lora.py: what adapters compute, Hugging Face PEFT both ways, runs as programs, copies to buckets."""
+"""lora.py, files/mirror.py and train_lora.py: what adapters compute, Hugging Face PEFT both ways, runs as programs, copies to buckets."""
 
 import copy
 import json
@@ -26,9 +26,9 @@ import lora
 import weights
 from bench.memory import activation_bytes, estimate
 from droid import DroidReader, open_droid
+from files.mirror import Mirror
 from fit_scaler import ActionScaler
 from lora import LoRALinear, add_lora, load_adapter, lora_layers, lora_state_dict, merge_lora, merged_state, save_adapter, unmerge_lora
-from mirror import Mirror
 from model import ACModel, Predictor, ac_losses
 
 SIZE = {"pred_dim": 48, "depth": 2, "num_heads": 3}
@@ -785,7 +785,7 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
 def test_a_copy_that_hangs_does_not_hold_up_the_exit(tmp_path, monkeypatch):
     """Bug: a process whose upload hangs never exits, or leaves without a word on what is missing; in training it ends all copying."""
     step(tmp_path / "run", 1)
-    program = """import sys, time; from mirror import Mirror
+    program = """import sys, time; from files.mirror import Mirror
 mirror = Mirror.open(sys.argv[1], "memory://hangs", 30, False)
 mirror.fs.put_file, mirror.patience, mirror.retry = lambda *a, **k: time.sleep(1000), 0.3, 0.1
 mirror.tick(now=True)

@@ -1,4 +1,4 @@
-"""search.py, plan.py and prepare/doom.py: the search finds what is known to be best, as the reference does, and does it in the game."""
+"""evaluation/search.py, plan.py and prepare/doom.py: it finds what is known to be best, as the reference does, and does it in the game."""
 
 import functools
 import json
@@ -18,11 +18,11 @@ from test_model import B, T, close, small_batch, small_predictor
 from test_train import FIXTURES, fails, run
 
 from droid import compose_poses
+from evaluation.search import Space, draw, droid_space, energy, rest, search, vpt_space
+from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
 from plan import agent, chooser, readable, recorded
 from prepare import doom
-from search import Space, draw, droid_space, energy, rest, search, vpt_space
-from vpt import ACTION_SPACES
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 PLAIN = types.SimpleNamespace(mean=np.zeros(7), scale=np.ones(7))

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from files.vpt import CONTINUOUS, KEY_BIT, parse_ticks
 from prepare import shards
-from vpt import CONTINUOUS, KEY_BIT, parse_ticks
 
 PLAY = ["--minutes", "0.5", "--size", "160x120", "--seed", "3"]  # six recordings of five seconds
 

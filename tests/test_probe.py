@@ -16,12 +16,12 @@ from sklearn.metrics import r2_score
 from test_train import ROOT, fails, run
 
 import checkpoint
-import heads
 import probe
 from data import feature_rows, open_records, read_ticks
 from encode import open_encoder
+from evaluation import heads
+from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 from model import encode_steps, normalize_features
-from vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 LINES = 400

@@ -20,12 +20,11 @@ import pytest
 from conftest import HEIGHT
 from test_train import PLAN, ROOT, TINY, fails, numbers, rows_of, run, same_run, start_ranks, words
 
-import remote
-import streams
 from data import Clips, Order, Slice, index_shards, open_split, read_ticks, vpt_loader
-from remote import cached
-from streams import Stream, StreamedClips, Unreachable, stream_recordings
-from vpt import ClipReader
+from files import remote, streams
+from files.remote import cached
+from files.streams import Stream, StreamedClips, Unreachable, stream_recordings
+from files.vpt import ClipReader
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 READER = ClipReader(crop_size=HEIGHT)

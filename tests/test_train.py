@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 import checkpoint
-import vpt
 import weights
 from data import Clips, Slice, feature_rows, index_shards, split_records
+from evaluation.runs import held_out, make_inputs, open_run
+from files import vpt
 from fit_scaler import ActionScaler
 from model import METERS, Predictor, encode_steps, meter_summary
-from runs import held_out, make_inputs, open_run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")

@@ -1,4 +1,4 @@
-"""vpt.py: lines to ticks to steps, frames by number, clips. Every recording here is a real mp4 and real JSONL (tests/conftest.py)."""
+"""files/vpt.py: lines to ticks to steps, frames by number, clips. Every recording here is a real mp4 and real JSONL (tests/conftest.py)."""
 
 import io
 import json
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import HEIGHT, contractor, film, jsonl, read_number
 
-import vpt
 from data import READ_ERRORS
+from files import vpt
+from files.vpt import ACTION_SPACES, ClipReader, mp4_times, parse_ticks, read_frames, step_actions, step_size, wrap
 from fit_scaler import ActionScaler
-from vpt import ACTION_SPACES, ClipReader, mp4_times, parse_ticks, read_frames, step_actions, step_size, wrap
 
 TABLE = (  # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
     "mouse_dx mouse_dy yaw_diff pitch_diff key.1 key.2 key.3 key.4 key.5 key.6 key.7 key.8 key.9 key.w key.a key.s key.d key.space "

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import READ_ERRORS, Clips, collate, leave_signals, windows
+from files.vpt import CONTINUOUS
 from model import Block, predict
-from vpt import CONTINUOUS
 
 RANK = 48  # principal components of a token whose products the linear head gets
 

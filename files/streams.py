@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from vpt import mp4_times, parse_ticks
+from files.vpt import mp4_times, parse_ticks
 
 READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
 TRIES, WAIT, LONGEST = 5, 1.0, 30.0  # seconds: about 1, 3, 9, 27 between the tries

@@ -29,7 +29,7 @@ from PIL import Image
 
 from checkpoint import write_atomically
 from data import CACHE, READ_ERRORS
-from vpt import mp4_times, read_frames
+from files.vpt import mp4_times, read_frames
 
 CAMERAS = {"exterior_1": "exterior_image_1_left", "exterior_2": "exterior_image_2_left", "wrist": "wrist_image_left"}
 RAW_CAMERAS = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist", "left": "left", "right": "right"}  # Meta's is left

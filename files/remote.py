@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 
 from checkpoint import write_atomically
-from streams import Stream, Unreachable, trying
+from files.streams import Stream, Unreachable, trying
 
 BLOCK = 1 << 18  # what an index asks for at once
 PATIENCE = 600.0  # seconds to wait for room in a cache whose files are all in use

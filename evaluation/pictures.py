@@ -12,9 +12,9 @@ from sklearn.decomposition import PCA
 
 import checkpoint
 from data import Slice, expand, index_shards, read_ticks
+from files.vpt import mp4_times, step_size
 from kernels import apply_rope
 from model import rope_tables
-from vpt import mp4_times, step_size
 
 CAPTIONS = {
     "Error by horizon": """Mean absolute error of a rollout from one known step, with 95 % intervals over recordings. Look for: true

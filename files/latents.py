@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from data import READ_ERRORS, Order, Slice, collate, leave_signals, read_ticks
-from vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
+from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
 
 VAE_FRAMES = 4  # that a video VAE merges in time
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from files.vpt import DEGREES_PER_PIXEL
 from model import predict_on
-from vpt import DEGREES_PER_PIXEL
 
 DROID_NORM = 0.05  # metres: Meta's bound of a step's motion along each axis
 

@@ -16,10 +16,10 @@ import checkpoint
 from data import Clips, collate, leave_signals, open_records, open_split, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, open_droid
 from encode import encoder_hash, fetch, open_source
+from files.vpt import CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
 from lora import adapt, lora_layers, merge_lora, open_base, without_lora
 from model import METERS, Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
-from vpt import CONTINUOUS, ClipReader
 
 
 def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):

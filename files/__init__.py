@@ -1,0 +1,1 @@
+"""How recordings, episodes, latents and shards lie in files, at URLs and in buckets."""
