@@ -303,4 +303,5 @@ if __name__ == "__main__":
         share = dict(zip(values, (counts / counts.sum()).tolist()))
         report["codes"] = [{"code": names[c], "share": share[c], "moves": moves[c]} for c in moves]
     checkpoint.write_atomically(os.path.join(out, "report.json"), json.dumps(report, indent=1).encode())
-    print(f"written to {out}: report.json" + (", codes.png" if K else ""))
+    peak = checkpoint.peak_memory(model.scale.device)
+    print(f"written to {out}: report.json{', codes.png' if K else ''}; peak memory {peak:.0f} MiB")

@@ -255,4 +255,4 @@ if __name__ == "__main__":
     name = "plan-pictures.json" if args.start else f"plan-{args.play}.json" if args.play else "plan.json"
     out = args.out or os.path.join(os.path.dirname(path), name)
     checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
-    print(f"written to {out}")
+    print(f"written to {out}; peak memory {checkpoint.peak_memory(device):.0f} MiB")

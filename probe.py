@@ -275,10 +275,10 @@ if __name__ == "__main__":
         print("\n".join(anticipation_table(report["anticipation"], run["frames_per_step"] / run["fps"])))
     out = os.path.join(os.path.dirname(args.out) if args.label else args.out or folder, "probe.json")
     checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
-    print(f"written to {out}")
     if args.label:
         head = heads["attentive"]
         done, bad = label_shard(args.label, args.out, lambda data: label_video(data, head, names, columns, reader, inputs, args.side)[0])
         for file, key, reason in bad:
             print(f"left out: {file} {key}: {reason}")
         print(f"labelled {done} recordings of {args.label} in {args.out}")
+    print(f"written to {out}; peak memory {checkpoint.peak_memory(device):.0f} MiB")
