@@ -9,7 +9,6 @@ import fcntl
 import functools
 import gc
 import glob
-import json
 import os
 import pickle
 import re
@@ -20,8 +19,8 @@ import sys
 import traceback
 import zlib
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
 LATEST = "checkpoint-latest.pth.tar"
 NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
@@ -81,6 +80,9 @@ def write_atomically(path, data):
         folder = os.open(os.path.dirname(path), os.O_RDONLY)
         os.fsync(folder)  # the rename itself must survive a power cut
         os.close(folder)
+    except OSError as e:
+        e.filename = e.filename or (path if e.errno else None)  # write() does not say what did not fit
+        raise
     finally:
         if os.path.exists(tmp):
             os.unlink(tmp)
@@ -111,7 +113,9 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
     try:
         write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
-        raise OSError(f"could not write {path} ({str(e).splitlines()[0]}); last good checkpoint: {before[-1]}") from e
+        raise OSError(
+            f"could not write {path} ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}); last good checkpoint: {before[-1]}"
+        ) from e
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
     every = list_checkpoints(out_dir)
@@ -136,9 +140,18 @@ def load(path):
 
 
 def load_latest(out_dir):
-    """(dictionary, path) of the newest good checkpoint of a run, saying which newer ones are damaged; (None, None) if there is none.
+    """(dictionary, path) of the newest good checkpoint of a run, saying which newer ones are damaged; (None, None) if there is none. With
+    several ranks a collective. ValueError when all checkpoints are damaged, or ranks find different ones."""
+    state, path = newest_good(out_dir)
+    if dist.is_initialized():
+        dist.all_gather_object(found := [None] * dist.get_world_size(), path and os.path.basename(path))
+        if len(set(found)) > 1:
+            raise ValueError(f"ranks find different checkpoints in {out_dir} ({', '.join(sorted({str(x) for x in found}))}): it must be "
+                             "one folder that all nodes see")  # fmt: skip
+    return state, path
 
-    Raises ValueError when there are checkpoints and all of them are damaged."""
+
+def newest_good(out_dir):
     paths = [*list_checkpoints(out_dir)]
     for path in reversed(paths):
         try:
@@ -148,32 +161,3 @@ def load_latest(out_dir):
     if paths:
         raise ValueError(f"all {len(paths)} checkpoints in {out_dir} are damaged: restore one, or start again in another --out_dir")
     return None, None
-
-
-def open_csv(path, header, epoch, itr, keep):
-    """A log as a function that appends a row (dict). With `keep`, rows before (epoch, itr) of an earlier run stay; else it starts empty."""
-    with open(path if keep and os.path.exists(path) else os.devnull) as f:
-        lines = f.read().split("\n")[1:-1]  # what follows the last newline was torn by a kill
-    rows = [dict(zip(header, line.split(","))) for line in lines]
-    kept = [x for x, row in zip(lines, rows) if (int(row["epoch"]), int(row.get("itr", -1))) < (epoch, itr)]
-    kept = [line + ",nan" * (len(header) - 1 - line.count(",")) for line in kept]  # of a version that had fewer columns
-    write_atomically(path, "".join(line + "\n" for line in (",".join(header), *kept)).encode())
-    f = open(path, "a", buffering=1)
-    return lambda row: f.write(",".join(f"{row[k]:.9g}" for k in header) + "\n")
-
-
-def read_csv(path):
-    """A log of `open_csv` as {column: (n,) float64}."""
-    with open(path) as f:
-        names, first = f.readline().strip().split(","), f.tell()
-        rows = f.read(1) != ""
-        f.seek(first)
-        return dict(zip(names, np.loadtxt(f, delimiter=",", ndmin=2).T if rows else np.zeros((len(names), 0))))
-
-
-def append_jsonl(path, rows):
-    """Dicts as lines at the end of a file; several processes may write to it."""
-    if rows:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "a") as f:
-            f.write("".join(json.dumps(r) + "\n" for r in rows))

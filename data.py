@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
 from files.remote import Shard, cached
-from files.streams import READ_ERRORS, StreamedClips, Unreachable, stream_recordings  # noqa: F401  (for who imports the last from here)
+from files.streams import READ_ERRORS, StreamedClips, Unreachable, disk_failed
 from files.vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
@@ -154,9 +154,11 @@ def index_shards(paths, workers=16):
                 return r._replace(length=feature_header(r)[0]["z"][1][0])
             with Slice(r.shard, *r.members["mp4"]) as f:
                 return r._replace(length=len(mp4_times(f)))
-        except Unreachable:
-            raise
         except READ_ERRORS as e:
+            if isinstance(e, Unreachable):
+                raise
+            if disk_failed(e):  # to leave the recording out would be another run
+                raise OSError(f"{r.shard} {r.key} cannot be read: {e}: mend the disk, then start again") from e
             return r.shard, r.key, str(e)
 
     def sorted_out(found, bad):

@@ -25,6 +25,7 @@ from torch import nn
 
 import checkpoint
 from files.latents import Latents, decoded_scores, latent_sequences, open_manifest, open_vae, pack_codes, unpack_codes
+from files.logs import read_csv
 from model import LatentActionModel
 
 ERRORS = ("own", "copy", "zero", "marginal", "random", "same", "rollout_4", "copy_4")  # see held_out_codes
@@ -131,7 +132,7 @@ def complaints(summary, quantised):
 
 def plot_curves(out_dir):
     """curves.png of a run, from train.csv and val.csv."""
-    train, val = (checkpoint.read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
+    train, val = (read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
     axes = fig.subplots(1, 3)
     at = train["epoch"] + train["itr"] / max(train["itr"].max() + 1, 1)

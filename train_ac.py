@@ -28,7 +28,8 @@ import checkpoint
 import weights
 from data import Clips, collate, expand, open_split, vpt_loader, windows
 from encode import open_source
-from evaluation.runs import held_out, leave_group, make_inputs, open_logs, own_predictor, plot_curves, prefetch
+from evaluation.runs import held_out, leave_group, make_inputs, own_predictor, prefetch
+from files.logs import append_jsonl, open_logs, plot_curves
 from files.remote import cached
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
@@ -218,6 +219,10 @@ if __name__ == "__main__":
         sample = Clips(train, shares, val_reader, args.seed)
         raw = (collate([sample[i] for i in items]) for items in windows(sample, args.batch_size, 256, rank, world))
         stats |= channel_stats((inputs(batch, normalize=False)[0] for batch in raw), source["embed_dim"], device)
+    last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
+    if step >= last:
+        say(f"nothing left to do: {step} steps are done")
+        sys.exit(leave_group() if world > 1 else None)
     for module in filter(None, (model, encoder) if args.compile else ()):
         module.compile(dynamic=False)  # the shapes of training never change
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -230,7 +235,7 @@ if __name__ == "__main__":
     def note_bad(found):
         """Clips that could not be read go into bad_clips.jsonl."""
         if not args.dry_run:
-            checkpoint.append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
+            append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
 
     def save(epoch, itr):
         """Write a checkpoint and the curves (rank 0)."""
@@ -254,9 +259,6 @@ if __name__ == "__main__":
         return {"epoch": epoch} | losses | meter_summary(errors, recordings)
 
     # --- train ---
-    last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
-    if step >= last:
-        sys.exit(say(f"nothing left to do: {step} steps are done"))
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
     for name in () if args.dry_run else (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))

@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from eval_lam import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
-from evaluation.runs import leave_group, open_logs, prefetch
+from evaluation.runs import leave_group, prefetch
 from files.latents import Latents, latent_sequences, open_manifest
+from files.logs import open_logs
 from model import LatentActionModel, VectorQuantizer
 
 # --- flags ---
@@ -186,6 +187,10 @@ if __name__ == "__main__":
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")
     if args.compile:
         model.compile(dynamic=False)
+    last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
+    if step >= last:
+        say(f"nothing left to do: {step} steps are done")
+        sys.exit(leave_group() if world > 1 else None)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
 
     terms = ["loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss", "commitment_loss", "rollout_loss"]
@@ -219,9 +224,6 @@ if __name__ == "__main__":
         return {"epoch": epoch} | dict(zip(terms, means.tolist())) | code_summary(found, args.num_embeddings if model.quantizer else None)
 
     # --- train ---
-    last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
-    if step >= last:
-        sys.exit(say(f"nothing left to do: {step} steps are done"))
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
     for name in () if dry else (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *a: stop.fill_(1))

@@ -37,10 +37,9 @@ from evaluation.runs import (
     hold_state,
     leave_group,
     make_inputs,
-    open_logs,
-    plot_curves,
     prefetch,
 )
+from files.logs import append_jsonl, open_logs, plot_curves
 from files.mirror import Mirror
 from fit_scaler import ActionScaler
 from kernels import chosen
@@ -215,7 +214,7 @@ if __name__ == "__main__":
     def note_bad(found):
         """Clips that could not be read go into bad_clips.jsonl."""
         if not dry:
-            checkpoint.append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
+            append_jsonl(f"{args.out_dir}/bad_clips.jsonl", [dict(zip(("file", "key", "reason"), b)) for b in found])
 
     def evaluate():
         """Errors of all held-out clips ({name: (n, K)}) and the episode of each."""

@@ -271,6 +271,8 @@ if __name__ == "__main__":
                 if not found["late"]:
                     break
                 counts[kind]["late"] += 1
+            else:
+                found["wrong"] = "five faults in a row went unnoticed, or came after the end of the run"
             counts[kind]["rounds"] += 1
             for what in ("lost", "diverging", "wrong"):
                 counts[kind][what] += bool(found[what])

@@ -13,7 +13,6 @@ between it and the keyframe before. int8: the same training, seed by seed, on bf
 """
 
 import argparse
-import csv
 import glob
 import os
 import statistics
@@ -29,6 +28,7 @@ import encode
 from bench import report
 from bench.step import useful_flops
 from data import expand, index_shards
+from files.logs import read_csv
 from model import Predictor
 from weights import build_encoder
 
@@ -46,13 +46,6 @@ def run(*words):
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stdout}{done.stderr}")
     return time.perf_counter() - began
-
-
-def columns(path, *names):
-    """Columns of a csv as lists of numbers."""
-    with open(path) as f:
-        rows = [*csv.DictReader(f)]
-    return [[float(r[n]) for r in rows] for n in names]
 
 
 def features(args, scratch, part, store, workers):
@@ -78,10 +71,9 @@ def speed_rows(args, scratch, folder):
             plan = ["--epochs", 2, "--ipe", steps, "--anneal", 0, "--max_steps", steps, "--val_clips", 0, "--num_workers", workers]
             run("train_ac.py", "--data", *data, "--scaler", f"{args.data}/scaler.pkl", "--out_dir", out, *TRAIN, *plan,
                 "--log_every", args.log_every)  # fmt: skip
-            rates, waits = columns(os.path.join(out, "train.csv"), "clips_per_s", "data_wait")
-            seconds = [1 / r for r in rates[args.log_every :]]  # a clip, of each step
-            total = sum(seconds)
-            found[kind].append((len(seconds) / total, sum(w * s for w, s in zip(waits[args.log_every :], seconds)) / total))
+            log = {k: v[args.log_every :] for k, v in read_csv(os.path.join(out, "train.csv")).items()}
+            seconds = 1 / log["clips_per_s"]  # a clip, of each step
+            found[kind].append((len(seconds) / seconds.sum(), (log["data_wait"] * seconds).sum() / seconds.sum()))
     rows = []
     for kind, turns in found.items():
         ratios = [ours / rate for (rate, _), (ours, _) in zip(turns, found["features"])]
@@ -146,7 +138,8 @@ def int8_rows(args, scratch, folders, held):
             plan = ["--epochs", 3, "--ipe", args.steps // 3, "--anneal", 1, "--val_every", 3, "--num_workers", args.num_workers]
             run("train_ac.py", "--data", f"{folder}/*.tar", "--val_data", f"{held[store]}/*.tar", "--scaler", f"{args.data}/scaler.pkl",
                 "--out_dir", out, *TRAIN, *plan, "--seed", seed, "--log_every", 50)  # fmt: skip
-            found[store, seed] = [x[-1] for x in columns(os.path.join(out, "val.csv"), "jloss", "sloss", "tf_skill")]
+            log = read_csv(os.path.join(out, "val.csv"))
+            found[store, seed] = [log[k][-1] for k in ("jloss", "sloss", "tf_skill")]
     rows = []
     for (store, seed), (jloss, sloss, skill) in sorted(found.items(), key=lambda x: x[0][::-1]):
         rows.append({"seed": seed, "store": store, "jloss": f"{jloss:.5f}", "sloss": f"{sloss:.5f}", "skill": f"{skill:.4f}",

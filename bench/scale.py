@@ -13,6 +13,7 @@ all-reduce over backward; `first` names the largest, above 1 it is what a step w
 
 import argparse
 import os
+import tarfile
 import time
 
 import torch
@@ -48,7 +49,7 @@ def feature_shard(path, width):
     z = torch.randn(64, GRID**2, width).bfloat16()
     member = path.replace(".tar", ".safetensors")
     save_file({"z": z, "actions": torch.zeros(63, 38), "states": torch.zeros(64, 2)}, member)
-    with bench.data.tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w") as tar:
         tar.add(member, arcname="recording@00000.safetensors")
 
 

@@ -3,9 +3,9 @@ bench.faults and bench.memory start processes in, and tests/test_faults.py too."
 
 import contextlib
 import csv
-import glob
 import multiprocessing
 import os
+import pathlib
 import resource
 import runpy
 import signal
@@ -17,7 +17,6 @@ import torch
 
 import checkpoint
 from bench.seeds import film, lines
-from data import feature_rows, index_shards
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FORK = multiprocessing.get_context("forkserver")
@@ -199,9 +198,6 @@ def read_or_nothing(path):
 
 
 def same_features(one, two):
-    """Are the tensors in the feature shards of two folders equal? Their bytes are not: safetensors writes metadata in any order."""
-    paths = [sorted(glob.glob(f"{folder}/*.tar")) for folder in (one, two)]
-    a, b = (index_shards(p)[0] for p in paths)
-    if [os.path.basename(r.shard) + r.key for r in a] != [os.path.basename(r.shard) + r.key for r in b]:
-        return False
-    return all(torch.equal(x, y) for r, s in zip(a, b) for x, y in zip(feature_rows(r, 0, r.length), feature_rows(s, 0, s.length)))
+    """Are the feature shards of two folders equal, byte for byte?"""
+    a, b = ({p.name: p.read_bytes() for p in pathlib.Path(folder).glob("*.tar")} for folder in (one, two))
+    return a == b

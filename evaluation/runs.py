@@ -2,14 +2,11 @@
 
 import contextlib
 import gc
-import json
 import math
 import os
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import checkpoint
@@ -151,51 +148,6 @@ def check_adapters(model, inputs, autocast, trained):
     if not all(found.values()):
         raise RuntimeError("--debug: this does not hold: " + "; ".join(k for k, v in found.items() if not v))
     yield from found
-
-
-def open_logs(out_dir, headers, settings, keep, wandb_project):
-    """args.json and the CSVs of a run as a function log(name, row, step). headers: {name: (columns, epoch, itr)}; with `keep`, rows before
-    (epoch, itr) stay."""
-    checkpoint.write_atomically(os.path.join(out_dir, "args.json"), json.dumps(settings, indent=1).encode())
-    logs = {k: checkpoint.open_csv(os.path.join(out_dir, k + ".csv"), *header, keep) for k, header in headers.items()}
-    if wandb_project:
-        import wandb
-
-        wandb.init(project=wandb_project, config=settings)
-
-    def log(name, row, step):
-        logs[name](row)
-        if wandb_project:
-            wandb.log({f"{name}/{k}": v for k, v in row.items()}, step=step)
-
-    return log
-
-
-def plot_curves(out_dir):
-    """curves.png of a run: losses and the action meter over epochs, from train.csv and val.csv; beside a base if there is one."""
-    train, val = (checkpoint.read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
-    axes = (fig := Figure(figsize=(13, 4), layout="constrained")).subplots(1, 3)
-    ipe = max(train["itr"].max() + 1, 1)
-    every = slice(None, None, len(train["itr"]) // 4000 + 1)  # more points than the picture has pixels take time and memory at each save
-    for name in ("jloss", "sloss"):
-        axes[0].plot((train["epoch"] + train["itr"] / ipe)[every], train[name][every], lw=0.5, label=name + ", training")
-    if len(val["epoch"]):
-        at = val["epoch"] + (val["itr"] / ipe if "itr" in val else 0)
-        axes[0].plot(at, val["jloss"], "o-", label="jloss, held out")
-        for name in ("tf_true", "tf_shuffled", "tf_zero", "tf_copy"):
-            axes[1].plot(at, val[name], "o-", label=name[3:] + (" actions" if name != "tf_copy" else " last step"))
-        if "base_tf" in val and np.isfinite(val["base_tf"]).any():
-            axes[1].plot(at, val["base_tf"], "ks--", label="the base, true actions")
-        axes[2].fill_between(at, 100 * val["tf_gap_low"], 100 * val["tf_gap_high"], alpha=0.3, label="95 % over recordings")
-        axes[2].plot(at, 100 * val["tf_gap"], "o-", label="one step ahead")
-        axes[2].plot(at, 100 * val["ro_gap"], "o--", label="rolled out")
-        axes[2].axhline(0, color="grey", lw=0.5)
-    titles = ("loss", "held-out error one step ahead", "action gap (shuffled / true - 1)")
-    for ax, title, unit in zip(axes, titles, ("mean |error|, layer-normed features", "mean |error|", "%")):
-        ax.set(title=title, xlabel="epoch", ylabel=unit)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=9)
-    checkpoint.write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
 
 
 def own_predictor(state):

@@ -11,7 +11,6 @@ import json
 import os
 from typing import NamedTuple
 
-import av
 import h5py
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from data import READ_ERRORS, Order, Slice, collate, leave_signals, read_ticks
+from files.streams import disk_failed
 from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
 
 VAE_FRAMES = 4  # that a video VAE merges in time
@@ -273,7 +273,7 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
             write_latents(out, record.key, torch.cat(z).numpy(), labels)
             done += 1
         except READ_ERRORS as e:
-            if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
+            if disk_failed(e):
                 raise
             bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
     for file, key, reason in bad:

@@ -36,11 +36,13 @@ def read(folder, name):
     return LOCAL.cat_file(path) if LOCAL.exists(path := os.path.join(folder, name)) else b""
 
 
+@contextlib.contextmanager
 def noting(errors, name):
-    """A `with` that puts an exception, whatever a storage library may raise, into `errors`, from where it is said, and goes on."""
-    stack = contextlib.ExitStack()
-    stack.push(lambda kind, error, trace: isinstance(error, Exception) and not errors.update({name: error}))
-    return stack
+    """Puts an exception into `errors`, from where it is said, and goes on."""
+    try:
+        yield
+    except Exception as e:  # storage libraries raise what they like
+        errors[name] = e
 
 
 class Mirror:

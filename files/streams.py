@@ -1,6 +1,5 @@
 """Shards from front to back: URLs and commands that are read on after a failure, and the clips of what cannot be sought."""
 
-import contextlib
 import io
 import itertools
 import os
@@ -25,17 +24,21 @@ class Unreachable(OSError):
     """What a URL did not give, after all tries: one sentence."""
 
 
+def disk_failed(error):
+    """Whether one of READ_ERRORS says something of the disk or network, and nothing of the recording."""
+    return isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
+
+
 def trying(url, call):
     """call(), again after a while if it fails, TRIES times at most; Unreachable then. Not again where the server says that it will not."""
     for attempt in range(TRIES):
         time.sleep(random.uniform(0.8, 1.2) * min(WAIT * 3 ** (attempt - 1), LONGEST) if attempt else 0)  # not all nodes at once
-        failed = []
-        with contextlib.ExitStack() as stack:  # storage libraries raise what they like
-            stack.push(lambda kind, error, trace, f=failed: isinstance(error, Exception) and not f.append(error))
+        try:
             return call()
-        error, cause = failed[0], failed[0].__cause__ or failed[0]  # fsspec calls each HTTP error "not found"
-        if isinstance(error, Unreachable):
-            raise error
+        except Unreachable:
+            raise
+        except Exception as e:  # storage libraries raise what they like; the last is raised again
+            error, cause = e, e.__cause__ or e  # fsspec calls each HTTP error "not found"
         final = isinstance(error, (FileNotFoundError, PermissionError)) and (cause is error or not url.startswith("http"))
         if isinstance(status := getattr(cause, "status", None), int):
             final = 400 <= status < 500 and status not in (408, 429)
@@ -151,12 +154,14 @@ class StreamedClips(torch.utils.data.IterableDataset):
                                     bad, size = [], 0
                         except READ_ERRORS as e:
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
+                except Unreachable as e:  # as in Clips: leaving a shard out would be another run
+                    raise ValueError(str(e)) from e
                 except (*READ_ERRORS, tarfile.TarError) as e:
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
             if not used:  # never spin
                 if bad or dealt or unit < self.world:
                     reason = bad[-1] if bad else "--gui drop leaves out everything" if dealt else f"{seen} clips for {self.world} ranks"
-                    raise RuntimeError(f"no clip could be read from {urls[0]} and the others: {reason}")
+                    raise ValueError(f"no clip could be read from {urls[0]} and the others: {reason}")
                 return  # fewer clips than workers: this one is not needed
             room = min(room, len(buffer) + 1)  # few clips: do not read everything many times over before the first batch
 

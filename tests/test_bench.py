@@ -40,5 +40,5 @@ def test_attention_rows_say_what_auto_takes():
 def test_scaling_measures_each_row_by_itself(tmp_path):
     """Bug: memory of a row holds what earlier rows left behind, so that it never falls."""
     rows, _ = bench("scaling", f"--sweeps depth width --crop_size 32 --repeats 1 --out {tmp_path / 'plot.png'}")
-    assert [r["size"] for r in rows] == [3, 6, 12, 24, 96, 192, 384, 768]
+    assert [r["size"] for r in rows] == [3, 6, 12, 24, 128, 256, 512, 1024]
     assert rows[4]["MiB"] < rows[3]["MiB"] and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""checkpoint.py: files that are whole or not there, damage that is known, logs that keep the right rows."""
+"""checkpoint.py and files/logs.py: files that are whole or not there, damage that is known, logs that keep the right rows."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+from files import logs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -147,36 +148,34 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
 def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     """Bug: on resume a log repeats its header, keeps rows that are computed again, loses good ones, or chokes on a torn last line."""
     path, header = tmp_path / "train.csv", ["epoch", "itr", "jloss"]
-    log = checkpoint.open_csv(path, header, 0, 0, keep=False)
+    log = logs.open_csv(path, header, 0, 0, keep=False)
     for i in range(25):
         log({"epoch": i // 10, "itr": i % 10, "jloss": 1 / (i + 3)})
     with open(path, "a") as f:
         f.write("1")  # the kill came in the middle of "12,0,0.1\n"
     before = open(path).read().splitlines()
-    checkpoint.open_csv(path, header, 1, 4, keep=True)({"epoch": 1, "itr": 4, "jloss": 0.123456789})
+    logs.open_csv(path, header, 1, 4, keep=True)({"epoch": 1, "itr": 4, "jloss": 0.123456789})
     assert open(path).read().splitlines() == before[:15] + ["1,4,0.123456789"]
     val = tmp_path / "val.csv"
-    log = checkpoint.open_csv(val, ["epoch", "skill"], 0, 0, keep=False)
+    log = logs.open_csv(val, ["epoch", "skill"], 0, 0, keep=False)
     for epoch in (1, 2, 3):
         log({"epoch": epoch, "skill": epoch / 10})
-    checkpoint.open_csv(
-        val, ["epoch", "skill"], 2, 0, keep=True
-    )  # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
+    logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=True)  # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
     assert open(val).read().split() == ["epoch,skill", "1,0.1", "2,0.2"]
-    checkpoint.open_csv(val, ["epoch", "skill"], 2, 0, keep=False)
+    logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=False)
     assert open(val).read() == "epoch,skill\n"
 
 
 def test_a_log_of_fewer_columns_goes_on(tmp_path):
     """Bug: a run that an older version began cannot draw its curves after --resume; columns change places."""
     path = str(tmp_path / "train.csv")
-    old = checkpoint.open_csv(path, ["epoch", "itr", "loss"], 0, 0, False)
+    old = logs.open_csv(path, ["epoch", "itr", "loss"], 0, 0, False)
     for i in range(3):
         old({"epoch": 0, "itr": i, "loss": i / 4})
-    new = checkpoint.open_csv(path, ["epoch", "itr", "loss", "bytes"], 0, 2, True)
+    new = logs.open_csv(path, ["epoch", "itr", "loss", "bytes"], 0, 2, True)
     new({"epoch": 0, "itr": 2, "loss": 9, "bytes": 5})
-    found = checkpoint.read_csv(path)
+    found = logs.read_csv(path)
     assert found["loss"].tolist() == [0, 0.25, 9] and found["itr"].tolist() == [0, 1, 2]
     assert np.isnan(found["bytes"][:2]).all() and found["bytes"][2] == 5
-    empty = checkpoint.open_csv(str(tmp_path / "val.csv"), ["epoch", "x"], 0, 0, False)
-    assert len(checkpoint.read_csv(str(tmp_path / "val.csv"))["x"]) == 0 and empty
+    empty = logs.open_csv(str(tmp_path / "val.csv"), ["epoch", "x"], 0, 0, False)
+    assert len(logs.read_csv(str(tmp_path / "val.csv"))["x"]) == 0 and empty

@@ -32,11 +32,11 @@ from data import (
     read_ticks,
     shard_index,
     split_records,
-    stream_recordings,
     vpt_loader,
     windows,
 )
 from files import vpt
+from files.streams import stream_recordings
 from files.vpt import ClipReader
 from fit_scaler import ActionScaler
 
@@ -550,11 +550,11 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
     for source, reason in ((f"{url}/gone.tar", "404"), (f"pipe:cat {empty}", "no mp4 and jsonl"), (f"pipe:cat {short}", "270 lines"),
                            ("pipe:cat /nonexistent", ""), (f"pipe:cat {gui}", "--gui drop")):  # fmt: skip
         reader = ClipReader(crop_size=HEIGHT, gui="drop")
-        with pytest.raises(RuntimeError, match=f"no clip could be read.*{reason}"):
+        with pytest.raises(ValueError, match=f"no clip could be read.*{reason}"):
             next(iter(vpt_loader(source, 1, reader=reader, num_workers=0)))
     one = write_tar(tmp_path / "one.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor())})
     stream = StreamedClips([f"pipe:cat {one}"], READER, rank=2, world=3, clips_per_recording=2)
-    with pytest.raises(RuntimeError, match="2 clips for 3 ranks"):
+    with pytest.raises(ValueError, match="2 clips for 3 ranks"):
         next(iter(stream))
 
 

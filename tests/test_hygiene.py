@@ -12,7 +12,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
 SOURCES = sorted(os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py")))
-BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 180, "kernels/attention.py": 380}
+BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 160, "kernels/attention.py": 380}
 BUDGETS |= {"files/vpt.py": 373, "files/episodes.py": 350, "lora.py": 320, "eval_lam.py": 310, "encode.py": 320, "README.md": 220}
 BUDGETS |= dict.fromkeys(("fit_scaler.py", "train_ac.py", "train_lam.py", "train_lora.py"), 350)
 LEAF = 300  # eval, probe, plan, files/*, evaluation/*, prepare/*, bench/*, kernels/*
@@ -166,7 +166,8 @@ def test_no_blind_excepts_and_no_kwargs(path):
     tree, lines = ast.parse(read(path)), read(path).splitlines()
     handlers = [n for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)]
     blind = [n.lineno for n in handlers if n.type is None or re.search(r"\b(Base)?Exception\b", ast.unparse(n.type))]
-    if path in ("weights.py", "bench/fuzz.py"):  # two readers raise half a dozen types, and it raises again; a fuzzer looks for all of them
+    # two readers raise half a dozen types, and it raises again; a fuzzer looks for all of them; storage libraries raise what they like
+    if path in ("weights.py", "bench/fuzz.py", "files/streams.py", "files/mirror.py"):
         assert len(blind) <= 1 and all("#" in lines[i - 1] for i in blind)
         blind = []
     assert blind == []
