@@ -209,7 +209,8 @@ class DroidReader:
 
     def flaw(self, r):
         """Why an episode cannot be used, or ''."""
-        missing = [k for k in (*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())) if r.kind == "rlds" and k not in r.members]
+        needed = (*(self.state_keys or STATES["rlds"]), *(self.action_keys or ())) if r.kind == "rlds" else ()
+        missing = [k for k in needed if k not in r.members]
         if not r.steps or missing:
             return f"no {f'steps/{missing[0]}' if r.steps else 'steps'} in it"
         if self.camera and r.kind != "features" and not self.views(r):

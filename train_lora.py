@@ -3,8 +3,8 @@
     python train_lora.py --data robot/b/*.tfrecord* --scaler robot/b.pkl --base robot/base.pt --encoder vit_tiny --crop_size 64  # laptop
     torchrun --nproc_per_node=8 train_lora.py --data 'gs://gresearch/robotics/droid/1.0.1/*.tfrecord*'   # 8 GPUs, Meta's AC file
 
-Reads robot episodes (droid.py), or features of them (encode.py --dataset droid), and the scaler of fit_scaler.py. Writes to --out_dir: adapter/ (PEFT's files), train.csv, val.csv,
-curves.png, bad_clips.jsonl, args.json and checkpoints. Go on with --resume.
+Reads robot episodes (droid.py), or features of them (encode.py --dataset droid), and the scaler of fit_scaler.py. Writes to --out_dir:
+adapter/ (PEFT's files), train.csv, val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Go on with --resume.
 """
 
 import argparse
@@ -240,10 +240,8 @@ if __name__ == "__main__":
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    headers = {
-        "train": (columns, *divmod(step, ipe)),
-        "val": (["epoch", "itr", *beside_columns(args.frames_per_clip - 1)], *divmod(step + 1, ipe)),
-    }
+    headers = {"train": (columns, *divmod(step, ipe)),
+               "val": (["epoch", "itr", *beside_columns(args.frames_per_clip - 1)], *divmod(step + 1, ipe))}  # fmt: skip
     writes = rank == 0 and not dry
     log = open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project) if writes else lambda *row: None
 
