@@ -250,7 +250,7 @@ class DroidReader:
         """A clip from step `start`; rng draws the camera."""
         sampled = start + self.stride_of(r) * np.arange(self.frames)
         if r.kind == "features":
-            z, actions, states = feature_rows(r, start, start + self.frames)
+            z, actions, states = (x.numpy() if i else x for i, x in enumerate(feature_rows(r, start, start + self.frames)))
             seen = {"z": z}
         else:
             (actions, states), views = self.motion(r, sampled), self.views(r)
