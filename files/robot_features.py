@@ -26,7 +26,6 @@ class Source(NamedTuple):
     episode: tuple  # files.episodes.Episode
     runs: list  # (camera, first row, steps) of each segment
     about: dict  # "episode" of their metadata
-
     shard = property(lambda self: self.episode.shard)
     key = property(lambda self: self.episode.key)
     length = property(lambda self: self.about["rows"] / self.about["rate"] * 20)  # in ticks, which hours are counted in
@@ -41,16 +40,14 @@ def tar_names(paths):
 
 
 def settings(reader):
-    """What a DroidReader takes from an episode, as text: the features that it reads must have been made with the same. Without a camera it
-    takes actions alone."""
+    """What a DroidReader takes from an episode, as text: features must have been made with the same (without a camera, actions alone)."""
     made = {"fps": str(float(reader.fps)), "stride": str(reader.stride or 0)}
     made |= {k: " ".join(getattr(reader, k) or ["default"]) for k in ("state_keys", "action_keys")}
     return made | ({"crop_size": str(reader.crop_size), "crop": reader.crop, "camera": " ".join(reader.camera)} if reader.camera else {})
 
 
 def sources(found, bad, reader, phases):
-    """What droid.index_episodes gives -> ([Source], [bad]). Each camera is stepped through `phases` times, from first rows spread over the
-    stride."""
+    """What droid.index_episodes gives -> ([Source], [bad]); each camera `phases` times, from first rows spread over the stride."""
     out, seen = [], set()
     for r, entry in found:
         stride, views = reader.stride_of(r), reader.views(r)
@@ -113,16 +110,20 @@ def index_tar(path):
                 raise ValueError(f"{'features of ' * bool(meta)}gameplay: train_ac.py reads it")
             about, first, steps = json.loads(meta["episode"]), int(r.key.rpartition("-")[2]), header["z"][1][0]
             rows, stride, rate = int(about["rows"]), int(about["stride"]), float(about["rate"])
+            words = [*json.loads(meta["names"]), *json.loads(meta["units"]), meta["encoder"], str(int(meta["grid"]))]
             idle = about["idle"] and [(int(a), int(b)) for a, b in about["idle"]]
             edges = [0, *(x for pair in idle or () for x in pair), 2**31]
-            whole = 0 <= first < stride and 2 <= steps == (rows - first - 1) // stride + 1 and edges == sorted(edges)
-            if not whole or not 0 < rate < math.inf or not meta["names"]:
+            whole = (
+                0 < rate < math.inf and 0 <= first < stride and 2 <= steps == (rows - first - 1) // stride + 1 and edges == sorted(edges)
+            )
+            whole &= len(words) == 2 * header["actions"][1][1] + 2 and all(isinstance(w, str) for w in words) and r.key.isprintable()
+            if not whole:
                 raise ValueError("its metadata and its tensors disagree")
             about = {"idle": idle, "success": bool(about["success"]), "rows": (first, stride, rows), "rate": rate / stride}
             segments.append({"key": r.key, "members": {"safetensors": r.members["safetensors"]}, "steps": steps} | about)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
             bad.append((path, r.key, str(e) if isinstance(e, ValueError) and str(e) else "not features (its metadata are damaged)"))
-    return segments, bad
+    return segments, [tuple(text.encode(errors="replace").decode() for text in b) for b in bad]  # a damaged name may be no text
 
 
 def keep_ranges(idle, steps, rule, span):
