@@ -1,9 +1,8 @@
 """Features of robot episodes: how encode.py cuts episodes into them, and what training must know of them.
 
-A member KEY@CAMERA-ROW.safetensors of a tar is a segment: a frame of one camera every `stride` rows of episode KEY, from row ROW on: z
-(S, N, D), actions (S-1, A) unscaled and states (S, state_dim) in float32. Its metadata: encode.py's settings, "names" and "units" of the
-actions, "state_dim", and of the whole "episode" {"rows", "stride", "rate", "success", "idle": [[row, row after]]}, which --success and
---idle_filter ask about.
+A member KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of episode KEY, from row ROW on: z (S, N, D),
+actions (S-1, A) unscaled, states (S, state_dim) in float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim",
+and what --success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle": [[row, row after]]}, the whole one's.
 """
 
 import functools
@@ -53,10 +52,9 @@ def sources(found, bad, reader, phases):
         stride, views = reader.stride_of(r), reader.views(r)
         firsts = sorted({p * stride // phases for p in range(phases)})
         runs = [(c, first, steps) for c in views for first in firsts if (steps := (r.last - first - 1) // stride + 1) >= 2]
-        names = "".join([r.key, *views])
         if flaw := ("features already" if r.kind == "features" else
                     f"{r.last} rows make no two steps of {stride} rows" if not runs else
-                    "its key or camera cannot be in a file name" if not names.isprintable() or "@" in "".join(views) else
+                    "its key or camera cannot be in a file name" if not "".join([r.key, *views]).isprintable() or "@" in "".join(views) else
                     "an earlier episode of this file has the same key" if (r.shard, r.key) in seen else ""):  # fmt: skip
             bad.append((r.shard, r.key, flaw))
             continue
