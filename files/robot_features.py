@@ -1,7 +1,7 @@
 """Features of robot episodes: how encode.py cuts episodes into them, and what training must know of them.
 
 A member KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of episode KEY, from row ROW on: z (S, N, D),
-actions (S-1, A) unscaled, states (S, state_dim) in float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim",
+actions (S-1, A) unscaled, states (S, state_dim) in float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim"
 and what --success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle": [[row, row after]]}, the whole one's.
 """
 
