@@ -59,7 +59,7 @@ def lock(out_dir):
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes, which outlive a killed run, would inherit that
     except (BlockingIOError, PermissionError) as e:
         f.seek(0)
-        raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or pass another --out_dir") from e
+        raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or choose another folder") from e
     for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp")):
         os.unlink(left)  # by a run that was killed while it wrote a log, curves or a checkpoint
     f.truncate(0)
@@ -113,9 +113,8 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
     try:
         write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
-        raise OSError(
-            f"could not write {path} ({getattr(e, 'strerror', None) or str(e).splitlines()[0]}); last good checkpoint: {before[-1]}"
-        ) from e
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise OSError(f"could not write {path} ({reason}); last good checkpoint: {before[-1]}") from e
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
     every = list_checkpoints(out_dir)

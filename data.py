@@ -151,7 +151,10 @@ def index_shards(paths, workers=16):
     def measure(r):
         try:
             if "safetensors" in r.members:
-                return r._replace(length=feature_header(r)[0]["z"][1][0])
+                header, meta = feature_header(r)
+                if meta.get("dataset") == "droid":
+                    raise ValueError("features of robot episodes: train_lora.py reads them")
+                return r._replace(length=header["z"][1][0])
             with Slice(r.shard, *r.members["mp4"]) as f:
                 return r._replace(length=len(mp4_times(f)))
         except READ_ERRORS as e:
@@ -211,40 +214,46 @@ def feature_header(record):
             at = 8 + int.from_bytes(f.read(8), "little")
             header = dict(json.loads(f.read(at - 8) if at <= min(size, 1 << 20) else b""))
         meta, (S, N, D) = dict(header.pop("__metadata__", {})), map(int, header["z"]["shape"])
-        shapes = {"z": (S, N, D), "actions": (S - 1, 38), "states": (S, 2)}
+        A, dim = (len(json.loads(meta["names"])), int(meta["state_dim"])) if meta.get("dataset") == "droid" else (38, 2)
+        shapes = {"z": (S, N, D), "actions": (S - 1, A), "states": (S, dim)}
         shapes |= {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
         x = {k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"])) for k, s in shapes.items()}
         bad = [k for k, (dtype, s, a, b) in x.items() if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError("not a feature file (its header is damaged)") from e
-    if bad or any([*s] != header[k].get("shape") for k, s in shapes.items()):
+    if bad or dim < 0 or any([*s] != header[k].get("shape") for k, s in shapes.items()):
         raise ValueError("not a feature file, or cut")
     return {k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()}, meta | {"embed_dim": D}
 
 
 def feature_settings(records):
-    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim). ValueError if shards disagree."""
+    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim), but for what tells of one robot episode.
+    ValueError if shards disagree."""
     out = None
     for r in {r.shard: r for r in records}.values():
         if "safetensors" not in r.members:
             raise ValueError(f"{r.shard} holds video, other shards of this run hold features: pass one kind")
         found = feature_header(r._replace(shard=r.shard.peek()) if isinstance(r.shard, Shard) else r)[1]
+        found.pop("episode", None)
         if found != (out := out or found):
             raise ValueError(f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and {out}")
     return out
 
 
-def feature_rows(record, first, last):
-    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8), actions (S-1, 38), states (S, 2)."""
+def feature_rows(record, first, last, motion_only=False):
+    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8; None, unread, with motion_only), actions
+    (S-1, A), states (S, state_dim): of VPT A is 38 and state_dim 2."""
     x = {}
     for name, (dtype, shape, at) in feature_header(record)[0].items():
+        if motion_only and name not in ("actions", "states"):
+            continue
         start, stop = {"actions": (first, last - 1), "z_channels": (0, 2)}.get(name, (first, last))
         row = math.prod(shape[1:])
         with Slice(record.shard, at + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize) as f:
             x[name] = torch.frombuffer(bytearray(f.read()), dtype=dtype, count=(stop - start) * row).reshape(-1, *shape[1:])
     if "z_scale" in x:
         x["z"] = (x["z"] * x["z_scale"].float()).mul_(x["z_channels"][1]).add_(x["z_channels"][0])
-    return x["z"], x["actions"], x["states"]
+    return x.get("z"), x["actions"], x["states"]
 
 
 class Clips(torch.utils.data.Dataset):

@@ -5,6 +5,7 @@
   *.tfrecord*     RLDS as released, on a disk (mmap) or at any fsspec URL (gs://gresearch/robotics/droid/1.0.1/*.tfrecord*)
   trajectory.h5   raw DROID, with recordings/MP4/*.mp4 and metadata_*.json beside it; or folders of them, or Meta's .csv of folders
   NAME.npz        one's own robot (prepare/robot.py says what is in it), with NAME.mp4 or NAME.CAMERA.mp4 beside it
+  *.tar           features of any of them (encode.py --dataset droid)
 They are indexed once (cached under NANOJEPA_CACHE), so that shuffling is data.Order's, by index: it mixes everything, resumes exactly and
 costs nothing, while a shuffle buffer of 100,000 pictures takes 17 GB, mixes only neighbours and is lost when a run stops.
 """
@@ -24,8 +25,9 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import Clips, Order, collate, leave_signals, spread
+from data import Clips, Order, collate, feature_rows, leave_signals, spread
 from files.episodes import DAMAGE, STATES, Episode, filesystem, index_file, read_fields, read_pictures
+from files.robot_features import check_features, keep_ranges, to_steps
 
 POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]  # of a state, and of the action to the next one
 VERIFY = 50e9  # bytes; above them checking all checksums takes longer than it is worth
@@ -47,41 +49,28 @@ def find_episodes(data):
             with open(p) as f:
                 found = find_episodes([line.split()[0] for line in f if line.strip()])
         elif os.path.isdir(p):
-            inside = [os.path.join(glob.escape(p), "**", n) for n in ("*.tfrecord*", "trajectory.h5", "*.npz")]
-            found = sorted(x for i in inside for x in glob.glob(i, recursive=True))
+            inside = [os.path.join(glob.escape(p), "**", n) for n in ("*.tfrecord*", "trajectory.h5", "*.npz", "*.tar")]
+            found = sorted({x for i in inside for x in glob.glob(i, recursive=True)})
         else:
             found = [p] if os.path.isfile(p) else find_episodes(sorted(glob.glob(p)))
         if not found:
-            raise FileNotFoundError(f"no episode at {p}: name *.tfrecord* files, trajectory.h5, NAME.npz, or folders of them")
+            raise FileNotFoundError(f"no episode at {p}: name *.tfrecord* files, trajectory.h5, NAME.npz, features (.tar), or folders")
         out += found
     return out
 
 
-def keep_ranges(idle, steps, rule, span):
-    """Idle runs of an episode -> [(first, last)] that clips of `span` steps may be cut from. off: everything. openpi: what is left without
-    idle runs of 7 steps or more, if 16 steps long, less its last 10. light: only clips in which nothing moves are left out."""
-    if rule == "off":
-        return [(0, steps)]
-    edges = [0, *(x for a, b in idle if b - a >= (7 if rule == "openpi" else span - 1) for x in (a, b)), steps]
-    pieces = [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
-    if rule == "openpi":
-        return [(a, b - 10) for a, b in pieces if b - a >= 16]
-    return [(max(a - span + 1, 0), min(b + span - 2, steps)) for a, b in pieces]
-
-
-def open_episodes(data, reader, idle_filter, success, verify, log):
-    """Patterns -> ([Episode], [bad]); what the filters leave out goes to the log."""
-    paths, out, bad = find_episodes(data), [], []
+def index_episodes(paths, reader, verify, log):
+    """Files -> ([(Episode, its entry of index_file)] that a reader can use, whole, [bad])."""
+    out, bad = [], []
     size = sum(os.path.getsize(p) for p in paths if "://" not in p)
     if verify is None and size > VERIFY:  # all of DROID is 1.7 TB
         verify = False
         log(f"{size / 1e9:.0f} GB: checksums are not checked, lengths are; a picture that is damaged is left out when it is decoded")
     with ThreadPoolExecutor(16) as pool:
         indexed = list(tqdm(pool.map(lambda path: index_file(path, verify), paths), "index", len(paths), unit=" files", delay=10))
-    seen = failures = short = unknown = possible = rows = still = 0
     for path, (kind, episodes, more) in zip(paths, indexed):
         bad += [tuple(b) for b in more]
-        needed = {*reader.camera, *(reader.state_keys or STATES[kind]), *(reader.action_keys or ())}  # the rest need not stay in memory
+        needed = {*reader.camera, *(reader.state_keys or STATES["rlds"]), *(reader.action_keys or ())}  # the rest need not stay in memory
         for e in episodes:
             members = e["members"]
             if kind == "rlds":
@@ -89,24 +78,36 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
             r = Episode(path, e["key"], kind, members, e["steps"], e.get("rate", 15.0), 0, e.get("last", e["steps"]), 0)
             if flaw := reader.flaw(r):
                 bad.append((path, r.key, flaw))
-                continue
-            seen, failed, starts = seen + 1, success == "only" and not e["success"], reader.starts(r)
-            rows, still = rows + r.steps, still + sum(b - a for a, b in e["idle"] or ())
-            failures, short = failures + failed, short + (not failed and not starts)
-            if failed or not starts:
-                continue
-            unknown, possible, stride = unknown + (e["idle"] is None), possible + starts, reader.stride_of(r)
-            rule = "off" if e["idle"] is None else idle_filter
-            ticks = max(round(20 / reader.fps), 1)  # as data.windows has it
-            ranges = keep_ranges(e["idle"], r.last, rule, (reader.frames - 1) * stride + 1)
-            out += [r._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1) for a, b in ranges if b > a]
+            else:
+                out.append((r, e))
+    return out, bad
+
+
+def open_episodes(data, reader, idle_filter, success, verify, log):
+    """Patterns -> ([Episode], [bad]); what the filters leave out goes to the log."""
+    (found, bad), out = index_episodes(find_episodes(data), reader, verify, log), []
+    failures = short = unknown = possible = rows = still = 0
+    for r, e in found:
+        failed, starts, stride = success == "only" and not e["success"], reader.starts(r), reader.stride_of(r)
+        at, every, last = e.get("rows", (0, 1, r.last))  # where the steps of features lie among the episode's
+        rows, still = rows + last, still + sum(b - a for a, b in e["idle"] or ())
+        failures, short = failures + failed, short + (not failed and not starts)
+        if failed or not starts:
+            continue
+        unknown, possible = unknown + (e["idle"] is None), possible + starts
+        rule = "off" if e["idle"] is None else idle_filter
+        ticks = 1 if r.kind == "features" else max(round(20 / reader.fps), 1)  # as data.windows has it
+        ranges = to_steps(keep_ranges(e["idle"], last, rule, (reader.frames - 1) * stride * every + 1), at, every)
+        out += [r._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1) for a, b in ranges if b > a]
     out = [r for r in out if reader.starts(r)]
     if not out:
         reason = "; ".join(" ".join(b) for b in bad[:3]) or "the filters leave nothing (--idle_filter off --success all keep everything)"
         raise ValueError(f"no usable episode in {data}: {reason}")
     share, more = sum(map(reader.starts, out)) / possible, f" ({unknown} without joint velocities: all)" * (unknown > 0)
-    log(f"{seen} episodes, {still / rows:.1%} of their rows idle: {failures} without success left out, {short} shorter than a clip, of the "
-        f"others --idle_filter {idle_filter} keeps {share:.1%} of {possible} starts of clips{more}, in {len(out)} stretches")  # fmt: skip
+    kind = "segments of features" if out[0].kind == "features" else "episodes"
+    log(f"{len(found)} {kind}, {still / rows:.1%} of their rows idle: {failures} without success left out, {short} shorter than a clip, "
+        f"of the others --idle_filter {idle_filter} keeps {share:.1%} of {possible} starts of clips{more}, "
+        f"in {len(out)} stretches")  # fmt: skip
     return out, bad
 
 
@@ -120,12 +121,14 @@ def open_droid(data, val_data=None, val_fraction=0.0, reader=None, *, idle_filte
     if val_data:
         val, more = open_episodes(val_data, reader, idle_filter, success, verify, log)
         bad = bad + more
-        if twice := {r.key for r in train} & {r.key for r in val}:
+        if twice := {r.recording for r in train} & {r.recording for r in val}:
             raise ValueError(f"--val_data and --data share {len(twice)} episodes, {min(twice)} among them: hold them out of --data")
     else:
-        keys = sorted({r.key for r in train}, key=lambda key: hashlib.sha256(key.encode()).digest())
+        keys = sorted({r.recording for r in train}, key=lambda key: hashlib.sha256(key.encode()).digest())
         held = set(keys[: min(max(round(len(keys) * val_fraction), int(val_fraction > 0)), len(keys) - 1)])
-        train, val = [r for r in train if r.key not in held], [r for r in train if r.key in held]
+        train, val = [r for r in train if r.recording not in held], [r for r in train if r.recording in held]
+    if any(r.kind == "features" for r in train + val):
+        check_features(train + val, reader)
     if len(bad) > max_bad_fraction * (n := len({r.key for r in train + val}) + len(bad)) and n >= 100:
         worst = " ".join(bad[0])
         raise ValueError(f"{len(bad)} of {n} episodes cannot be read, {worst} among them: mend them, or raise --max_bad_fraction")
@@ -189,13 +192,13 @@ class DroidReader:
         if frames_per_clip < 2 or fps <= 0 or (stride or 1) < 1:
             raise ValueError(f"--frames_per_clip {frames_per_clip} --fps {fps:g} --stride {stride} make no clip of two frames")
         self.frames, self.fps, self.crop_size, self.stride = frames_per_clip, fps, crop_size, stride
-        self.aspect = {"reference": (0.75, 1.35), "square": (1.0, 1.0)}[crop]
+        self.crop, self.aspect = crop, {"reference": (0.75, 1.35), "square": (1.0, 1.0)}[crop]
         self.camera = (camera,) if isinstance(camera, str) else tuple(camera)
         self.state_keys, self.action_keys, self.scaler, self.extrinsics = state_keys, action_keys, scaler, extrinsics
         self.names, self.units, self.state_dim = POSE, POSE_UNITS, 7
 
     def stride_of(self, r):
-        return self.stride or max(math.ceil(r.rate / self.fps - 1e-6), 1)
+        return 1 if r.kind == "features" else self.stride or max(math.ceil(r.rate / self.fps - 1e-6), 1)
 
     def starts(self, r):
         """Number of steps at which a clip can start."""
@@ -206,16 +209,19 @@ class DroidReader:
 
     def flaw(self, r):
         """Why an episode cannot be used, or ''."""
-        missing = [k for k in (*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())) if r.kind == "rlds" and k not in r.members]
+        needed = (*(self.state_keys or STATES["rlds"]), *(self.action_keys or ())) if r.kind == "rlds" else ()
+        missing = [k for k in needed if k not in r.members]
         if not r.steps or missing:
             return f"no {f'steps/{missing[0]}' if r.steps else 'steps'} in it"
-        if self.camera and not self.views(r):
+        if self.camera and r.kind != "features" and not self.views(r):
             return f"no camera {' or '.join(self.camera)} in it"
-        no_extrinsics = self.extrinsics and (r.kind == "rlds" or any(r.members[c][1] is None for c in self.views(r)))
+        no_extrinsics = self.extrinsics and (r.kind in ("rlds", "features") or any(r.members[c][1] is None for c in self.views(r)))
         return "no camera extrinsics in it (raw DROID has them)" if no_extrinsics else ""
 
     def motion(self, r, sampled):
         """Episode, increasing steps (T,) -> actions (T-1, A) unscaled, states (T, S), float64. Reads low-dimensional fields only."""
+        if r.kind == "features":  # of which all steps are taken, from the first to the last
+            return tuple(x.double().numpy() for x in feature_rows(r, sampled[0], sampled[-1] + 1, motion_only=True)[1:])
         keys = [*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())]
         found = read_fields(r, keys)
         n = len(keys) - len(self.action_keys or ())
@@ -236,19 +242,26 @@ class DroidReader:
         self.state_dim = states.shape[1]
         return actions, states
 
+    def pictures(self, r, camera, sampled):
+        """(T, 3, H, W) uint8 of increasing steps, as the encoder takes them."""
+        return crop_resize(read_pictures(r, camera, sampled), self.crop_size, *self.aspect)
+
     def __call__(self, r, start, rng):
         """A clip from step `start`; rng draws the camera."""
         sampled = start + self.stride_of(r) * np.arange(self.frames)
-        actions, states = self.motion(r, sampled)
-        views = self.views(r)
-        camera = views[rng.integers(len(views))]
-        frames = read_pictures(r, camera, sampled)
+        if r.kind == "features":
+            z, actions, states = (x.numpy() if i else x for i, x in enumerate(feature_rows(r, start, start + self.frames)))
+            seen = {"z": z}
+        else:
+            (actions, states), views = self.motion(r, sampled), self.views(r)
+            camera = views[rng.integers(len(views))]
+            seen = {"video": self.pictures(r, camera, sampled)}
         actions = actions if self.scaler is None else self.scaler.transform(actions)
         clip = {"actions": actions, "states": states}
         if self.extrinsics:
             clip["extrinsics"] = read_fields(r, [r.members[camera][1]])[0][sampled]
         clip = {k: torch.from_numpy(np.float32(x)) for k, x in clip.items()}
-        return clip | {"video": crop_resize(frames, self.crop_size, *self.aspect), "key": r.key}
+        return clip | seen | {"key": r.key}
 
 
 class DroidSteps:
@@ -260,6 +273,8 @@ class DroidSteps:
     def open(self, data, max_shards, val_fraction, log):
         """-> [Episode] less those that open_droid holds out, of max_shards files spread over all; bad; names and units of the actions."""
         found, _, bad = open_droid(data, None, val_fraction, self.reader, idle_filter="off", verify=False, log=log)
+        if found[0].kind == "features":  # an episode once: not from each camera and phase
+            found = [*{r.recording: r for r in reversed(found)}.values()][::-1]
         kept = set(spread(sorted({r.shard for r in found}), max_shards))
         return [r for r in found if r.shard in kept], bad, self.reader.names, self.reader.units
 
@@ -267,7 +282,7 @@ class DroidSteps:
         """Episode -> [(file, key, bytes of its actions, actions (n, A) float64 or None, flaw)]."""
         try:
             steps = self.reader.motion(r, np.arange(r.first, r.last, self.reader.stride_of(r)))[0]
-            return [(r.shard, r.key, steps.nbytes, steps, "")]
+            return [(r.source, r.recording, steps.nbytes, steps, "")]
         except DAMAGE as e:
             return [(r.shard, r.key, 0, None, f"{type(e).__name__}: {e}")]
 
@@ -322,7 +337,7 @@ if __name__ == "__main__":
     batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))
     for file, key, reason in bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")
-    for name in ("video", "actions", "states"):
+    for name in [k for k in ("video", "z", "actions", "states") if k in batch]:
         x = batch[name].float()
         print(f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f} to {x.max():.3f}")
     print(f"key      {batch['key'][0]}")

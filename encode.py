@@ -1,15 +1,18 @@
-"""Run the frozen encoder once over VPT shards and write its features as shards, from which train_ac.py trains without video or encoder.
+"""Run the frozen encoder once over VPT shards or robot episodes and write its features as shards, from which training needs neither video
+nor encoder.
 
     python encode.py --data demo/train/*.tar --out demo/features/train --encoder vit_tiny --crop_size 64
     torchrun --nproc_per_node=8 encode.py --data VPT/*.tar --out features --encoder vjepa2_vitl
+    python encode.py --dataset droid --data droid/*.tfrecord* --out droid-features --phases 4      # for train_lora.py
     python encode.py --data VPT/*.tar --out latents --vae diffusers:CogVideoX-2b/vae        # for train_lam.py
 
 Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D) features of S steps, not yet
 layer-normed, bfloat16 (or int8: model.pack_features), actions (S-1, 38) unscaled, states (S, 2) absolute yaw and pitch in radians. START
 is the tick of the first step: --phases P steps through a recording P times, from places spread over its first step (clip, for --encode
-clip). A run that was killed goes on with the same command. With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2, h, w) float16
-of chunks of 8 frames, each encoded alone, at 8 frames a second and 512 pixels unless told otherwise, and KEY.actions.npz, yaw and forward
-between latent steps, for eval_lam.py.
+clip). A run that was killed goes on with the same command; what cannot be read is listed in left_out.jsonl. Of robots it writes one shard
+per TFRecord, or per episode in files of its own: files/robot_features.py. With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2,
+h, w) float16 of chunks of 8 frames, each encoded alone, at 8 frames a second and 512 pixels unless told otherwise, and KEY.actions.npz,
+yaw and forward between latent steps, for eval_lam.py.
 """
 
 import argparse
@@ -17,7 +20,6 @@ import collections
 import concurrent.futures
 import datetime
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -35,26 +37,42 @@ import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from checkpoint import one_sentence, peak_memory, write_atomically
-from data import CACHE, READ_ERRORS, Slice, expand, feature_settings, index_shards, read_ticks, shard_index
+from checkpoint import lock, one_sentence, peak_memory, write_atomically
+from data import CACHE, READ_ERRORS, Shard, expand, feature_settings, is_stream, shard_index
+from droid import DroidReader, find_episodes, index_episodes
+from files.episodes import index_file
 from files.latents import encode_latents, open_vae
-from files.vpt import ClipReader, fitting, mp4_times, read_frames, step_actions, step_size
+from files.logs import append_jsonl
+from files.play_features import index_play, plan_recording, segments
+from files.remote import cached
+from files.robot_features import Source, plan_episode, settings, sources, tar_names
+from files.streams import disk_failed
+from files.vpt import ClipReader, fitting, step_size
 from kernels import chosen
 from model import encode_steps, normalize_features, pack_features
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
 
-SETTINGS = "encode.json"  # what the files of an output folder were made with
+SETTINGS, LEFT_OUT = "encode.json", "left_out.jsonl"  # what the files of an output folder were made with, and what is not in them
+OF_PLAY, OF_ROBOTS = "vae encode frames_per_step frames_per_clip decoder".split(), "stride crop camera state_keys action_keys".split()
 
 # --- flags ---
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-parser.add_argument("--data", "--data_path", nargs="+", action="append", required=True, help="VPT shards: paths, globs, {a..b} ranges")
+parser.add_argument("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
+parser.add_argument("--data", "--data_path", nargs="+", action="append", required=True, help="shards, episodes: paths, globs, {a..b}")
+parser.add_argument("--cache_dir", help="copy VPT shards at URLs into this folder (of each node) when their turn comes")
+parser.add_argument("--cache_size", type=float, default=100.0, help="GB that --cache_dir may hold; what was used longest ago goes first")
 parser.add_argument("--out", required=True, help="folder for the feature shards")
-parser.add_argument("--encoder", default="vjepa2_vitl", help="weights: a path, URL or name, or vit_tiny (random)")
+parser.add_argument("--encoder", default="vjepa2_vitl", help="path, URL or name, or vit_tiny (random); droid: vjepa2_ac_vitg if not given")
 parser.add_argument("--vae", metavar="diffusers:FOLDER", help="folder of a video VAE (Wan, CogVideoX): write H5 latents")
-parser.add_argument("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once")
+parser.add_argument("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees (droid: a frame)")
 parser.add_argument("--frames_per_clip", type=int, default=16, help="frames of a clip: what --encode clip sees at once")
-parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second")
-parser.add_argument("--frames_per_step", type=int, default=2, help="sampled frames a step")
+parser.add_argument("--fps", type=float, default=5.0, help="sampled frames a second (droid: 4 if not given)")
+parser.add_argument("--frames_per_step", type=int, default=2, help="sampled frames a step (droid: 1)")
+parser.add_argument("--stride", type=int, help="droid: rows between sampled frames in place of --fps; 15 is Meta's on raw DROID")
+parser.add_argument("--crop", default="reference", choices=["reference", "square"], help="droid: reference is at most 1.35:1, squeezed")
+parser.add_argument("--camera", nargs="+", default=["exterior_1"], help="droid: cameras, each of which is encoded")
+parser.add_argument("--state_keys", nargs="+", help="droid: fields of the state (default: the 7-D pose)")
+parser.add_argument("--action_keys", nargs="+", help="droid: fields of the action (default: differences of the pose)")
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
 parser.add_argument("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
 parser.add_argument("--phases", type=int, default=1, help="times each recording is stepped through, from different first frames")
@@ -89,8 +107,12 @@ def open_encoder(name, crop_size, frames_per_clip):
     if name in ARCHITECTURES:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
-        return build_encoder(name, crop_size, frames_per_clip)
-    return load_encoder(fetch(name))
+        encoder = build_encoder(name, crop_size, frames_per_clip)
+    else:
+        encoder = load_encoder(fetch(name))
+    if crop_size % encoder.patch_size:
+        raise ValueError(f"--crop_size {crop_size} is no multiple of the encoder's patches of {encoder.patch_size} pixels")
+    return encoder
 
 
 def encoder_hash(encoder):
@@ -117,8 +139,6 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
         if name is None:
             return None, source
     encoder = open_encoder(name or "vjepa2_vitl", crop_size, frames_per_clip)
-    if crop_size % encoder.patch_size:
-        raise ValueError(f"--crop_size {crop_size} is no multiple of the encoder's patches of {encoder.patch_size} pixels")
     found = {"encoder_hash": encoder_hash(encoder), "grid": crop_size // encoder.patch_size, "embed_dim": encoder.embed_dim}
     if source and found != source:
         raise ValueError(f"{records[0].shard} holds features of encoder {source}, --encoder {name} is {found}")
@@ -140,21 +160,12 @@ def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
     return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats or {})[0, 0]
 
 
-def segments(lines, stride, args):
-    """(first tick, steps) of the runs of steps a recording is cut into: one per phase; for --encode clip one per clip."""
-    span, clip = stride * args.frames_per_step, args.frames_per_clip // args.frames_per_step
-    for phase in range(args.phases):
-        first = phase * span * (clip if args.encode == "clip" else 1) // args.phases
-        steps = (lines - first - stride * (args.frames_per_step - 1) - 1) // span + 1
-        size = clip if args.encode == "clip" else max(steps, 1)
-        yield from ((first + w * size * span, size) for w in range(steps // size))
-
-
 def estimate(records, tokens, width, args):
     """(steps, bytes) of the features of indexed recordings, within a percent: lines at 20 a second, as many as frames."""
-    runs = [n for r in records for _, n in segments(r.length, step_size(20.0, args.fps), args) if n >= 2]
-    row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (38 + 2)
-    return sum(runs), sum(runs) * row + len(runs) * (1500 + 8 * width * (args.store == "int8"))
+    runs = [r.runs if isinstance(r, Source) else segments(r.length, step_size(20.0, args.fps), args) for r in records]
+    runs, robot = [n for found in runs for *_, n in found if n >= 2], args.dataset == "droid"
+    row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (7 + 7 if robot else 38 + 2)
+    return sum(runs), sum(runs) * row + len(runs) * ((3500 if robot else 1500) + 8 * width * (args.store == "int8"))
 
 
 def check_room(records, tokens, width, args):
@@ -165,55 +176,28 @@ def check_room(records, tokens, width, args):
     hours, steps, size = total.tolist()
     os.makedirs(args.out, exist_ok=True)
     free = shutil.disk_usage(args.out).free
-    text = f"{hours:.2f} hours of play, {steps:,.0f} steps x {tokens} tokens x {width} channels in {args.store}, take {size / 1e9:,.3f} GB"
+    what = "hours of episodes" if args.dataset == "droid" else "hours of play"
+    text = f"{hours:.2f} {what}, {steps:,.0f} steps x {tokens} tokens x {width} channels in {args.store}, take {size / 1e9:,.3f} GB"
     if size > free:
         less = " --store int8 for half of it," * (args.store == "bf16") + " fewer --phases," * (args.phases > 1)
         raise OSError(f"{text}, and {args.out} has {free / 1e9:,.3f} GB free: make room,{less} or put --out on a larger disk")
     return f"{text} of the {free / 1e9:,.3f} GB free in {args.out}"
 
 
-def plan_recording(record, reader, args):
-    """Functions that decode a recording, a part each: -> [(first tick, {"actions", "states"})] of all its segments, [(which of them, uint8
-    video (frames, 3, H, W))], at most batch_size steps of each. Raises what is wrong with the recording."""
-    with Slice(record.shard, *record.members["mp4"]) as f:
-        times = mp4_times(f)
-    ticks = read_ticks(record)
-    reader.starts(ticks, len(times))
-    ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, args.fps)
-    runs = [s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, args) if s[1] >= 2]
-    shown = [first + stride * np.arange(steps * args.frames_per_step).reshape(steps, -1) for first, steps in runs]
-    if args.encode == "clip":
-        parts = [[(i, s)] for i, s in enumerate(shown)]
-    else:  # phases side by side, so that each frame is decoded once
-        chunks = range(0, max(len(s) for s in shown), args.batch_size)
-        parts = [[(i, s[k : k + args.batch_size]) for i, s in enumerate(shown) if len(s) > k] for k in chunks]
-
-    ends = [s[:, -1] if args.encode == "tubelet" else s[:, 0] for s in shown]
-    actions = [torch.from_numpy(step_actions(ticks, e, 38)[0]).float() for e in ends]
-    states = [torch.from_numpy(ticks.motion[e, 2:].copy()) for e in ends]
-    labels = [(first, {"actions": a, "states": s}) for (first, _), a, s in zip(runs, actions, states)]
-
-    def decode(part):
-        wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
-        with Slice(record.shard, *record.members["mp4"]) as f:
-            frames = read_frames(f, times, wanted, args.crop_size, args.decoder)
-        y, x = (frames.shape[1] - args.crop_size) // 2, (frames.shape[2] - args.crop_size) // 2
-        frames = frames[:, y : y + args.crop_size, x : x + args.crop_size].transpose(0, 3, 1, 2)
-        return labels, [(i, torch.from_numpy(frames[np.searchsorted(wanted, s.ravel() * ratio)])) for i, s in part]
-
-    return [functools.partial(decode, part) for part in parts]
-
-
-def decode_ahead(records, reader, args):
+def decode_ahead(records, plan, args):
     """(record, future of a part) in order, at least one a recording, --num_workers parts ahead of the one that is taken; threads are
     enough, since decoders do not hold Python's lock. For what cannot be read it is a future that raises."""
+
+    def fail(error):
+        raise error
+
     waiting = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
         for record in records:
             try:
-                calls = plan_recording(record, reader, args)
-            except READ_ERRORS:
-                calls = [functools.partial(plan_recording, record, reader, args)]  # raises it again
+                calls = plan(record)
+            except READ_ERRORS as e:
+                calls = [functools.partial(fail, e)]
             for call in calls:
                 waiting.append((record, pool.submit(call)))
                 if len(waiting) > args.num_workers:
@@ -223,56 +207,90 @@ def decode_ahead(records, reader, args):
 
 @torch.inference_mode()
 def encode_recording(parts, encoder, args, device):
-    """[(first tick, tensors of a segment)] of the parts of one recording."""
+    """The parts of one recording -> [(name of a segment, its tensors, its own metadata)], what is wrong with the recording or ''. An error
+    of the disk, the encoder or its flags is raised: the shard must not be finished without the recording."""
     z = collections.defaultdict(list)
     for _, part in parts:
-        labels, videos = part.result()
+        try:
+            labels, videos = part.result()
+        except READ_ERRORS as e:
+            if disk_failed(e):
+                raise
+            return [], f"{type(e).__name__}: {e}"
         for i, video in videos:
             h = encode_steps(encoder, video[None].to(device), args.encode, args.frames_per_step)[0]
             z[i].append(h.to("cpu", torch.bfloat16 if args.store == "bf16" else h.dtype))
-    return [(first, pack_features(torch.cat(z.pop(i)), args.store) | label) for i, (first, label) in enumerate(labels)]
+    return [(name, pack_features(torch.cat(z.pop(i)), args.store) | label, more) for i, (name, label, more) in enumerate(labels)], ""
 
 
 if __name__ == "__main__":
     args = parser.parse_args()
-    if args.vae:
+    if robot := args.dataset == "droid":
+        parser.set_defaults(fps=4.0, encode="frame", frames_per_step=1, encoder="vjepa2_ac_vitg")
+    elif args.vae:
         parser.set_defaults(fps=8.0, crop_size=512)
-        args = parser.parse_args()
+    args = parser.parse_args()
+    if odd := [k for k in (OF_PLAY if robot else OF_ROBOTS) if getattr(args, k) != parser.get_default(k)]:
+        parser.error(f"--{odd[0]} is for --dataset {'vpt: robots have one frame a step' if robot else 'droid'}")
     sys.excepthook = one_sentence
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))  # so that the shard under way is removed
-    paths = expand([p for group in args.data for p in group])
+    paths = (find_episodes if robot else expand)([p for group in args.data for p in group])
+    if world > 1:
+        dist.init_process_group("gloo")
+    if rank == 0:
+        lock(args.out)
+    if world > 1:
+        dist.barrier()  # until what a run that was killed left is removed
+    share = paths[rank::world]
+    if not robot and (urls := [p for p in paths if is_stream(p)]):
+        if not args.cache_dir:
+            raise ValueError(f"{urls[0]}: encode.py needs to seek: name a --cache_dir that shards are copied to, or copy them yourself")
+        [share] = cached([share], args.cache_dir, args.cache_size, print if rank == 0 else lambda text: None)
     if args.vae:
         made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         check_settings(args.out, made)
+        records, bad = index_play(share)
+        keys = [[r.key for r in records]]
+        if world > 1:
+            dist.all_gather_object(keys := [None] * world, keys[0])
+        if twice := [k for k, n in collections.Counter(itertools.chain(*keys)).items() if n > 1]:
+            raise ValueError(f"two shards hold a recording {twice[0]}: encode them into different --out folders")
         vae = open_vae(args.vae, getattr(torch, args.dtype)).to(device)
         if rank == 0:
             write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
-        encode_latents(*index_shards(paths[rank::world]), vae, args.out, args.fps, args.crop_size, max(args.batch_size // 8, 1), device)
+        encode_latents(records, bad, vae, args.out, args.fps, args.crop_size, max(args.batch_size // 8, 1), device)
+        print(f"rank {rank}: peak memory {peak_memory(device):.0f} MiB")
         sys.exit()
-    if world > 1:
-        dist.init_process_group("gloo")  # so that rank 0 alone fetches the encoder
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
     meta = {k: str(getattr(args, k)) for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")}
-    meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size), "action_space": "38"}
+    meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size)}
     meta |= {"store": args.store} if args.store != "bf16" else {}
     encoder = encoder.to(dtype := getattr(torch, args.dtype))
-    reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode)
-    targets = {p: os.path.join(args.out, os.path.basename(p)) for p in paths}
+    made = {"phases": args.phases, "dtype": args.dtype}
+    if robot:
+        reader = DroidReader(2, args.fps, args.crop_size, args.crop, args.camera, args.stride, args.state_keys, args.action_keys)
+        meta |= {"dataset": "droid"} | settings(reader)
+        plan, (names, made["folder"]) = functools.partial(plan_episode, reader=reader, size=args.batch_size), tar_names(paths)
+    else:
+        reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode)
+        meta |= {"action_space": "38"}
+        plan, names = functools.partial(plan_recording, reader=reader, args=args), {p: os.path.basename(p.split("?")[0]) for p in paths}
+    targets = {p: os.path.join(args.out, name) for p, name in names.items()}
     if len(set(targets.values())) < len(paths):
         raise ValueError("two input shards have the same file name: encode them into different --out folders")
-    check_settings(args.out, made := meta | {"phases": args.phases, "dtype": args.dtype})
-    for path in (p for p in paths if os.path.exists(targets[p])):  # done in an earlier run, or not ours
-        keys = {r.recording for r in shard_index(targets[path])[0]}
-        if foreign := keys - {r.key for r in shard_index(path)[0]}:
+    check_settings(args.out, made := meta | made)
+    for path in (p for p in share if os.path.exists(targets[p])):  # done in an earlier run, or not ours
+        keys, source = {r.recording for r in shard_index(targets[path])[0]}, path.peek() if isinstance(path, Shard) else path
+        theirs = {e["key"] for e in index_file(path, False)[1]} if robot else {r.key for r in shard_index(source)[0]}
+        if foreign := keys - theirs:
             raise ValueError(f"{args.out} holds a {os.path.basename(path)} of other recordings ({min(foreign)}): choose another --out")
-    mine = [p for p in paths[rank::world] if not os.path.exists(targets[p])]
-    for left in (t for p in mine for t in glob.glob(glob.escape(targets[p]) + ".*.tmp")):
-        os.unlink(left)  # by a run that was killed
-    records, bad = index_shards(mine)
+    mine = [p for p in share if not os.path.exists(targets[p])]
+    records, bad = sources(*index_episodes(mine, reader, None, print), reader, args.phases) if robot else index_play(mine)
+    of = {path: [*group] for path, group in itertools.groupby(records, key=lambda r: r.shard)}
     room = check_room(records, int(meta["grid"]) ** 2, encoder.embed_dim, args)
     if world > 1:
         dist.barrier()  # before rank 0 writes what the others have just looked at
@@ -280,25 +298,20 @@ if __name__ == "__main__":
         print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}\nto encode: {room}")
         write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
     progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")
-    groups = itertools.groupby(decode_ahead(records, reader, args), key=lambda x: (x[0].shard, x[0].key))
+    groups = itertools.groupby(decode_ahead(records, plan, args), key=lambda x: (x[0].shard, x[0].key))
     for path in mine:
 
         def write_shard(out, path=path):
             with tarfile.open(fileobj=out, mode="w") as tar:
-                for record in (r for r in records if r.shard == path):
-                    try:
-                        encoded = encode_recording(next(groups)[1], encoder, args, device)
-                    except READ_ERRORS as e:
-                        if isinstance(e, OSError) and not isinstance(e, av.FFmpegError):
-                            raise  # the disk, not the recording: the shard must not be finished without it
-                        encoded = []
-                        bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
-                    for first, tensors in encoded:
-                        data = safetensors_bytes(tensors, metadata=meta)
+                for record in of.get(path, []):
+                    encoded, flaw = encode_recording(next(groups)[1], encoder, args, device)
+                    bad.extend([(record.shard, record.key, flaw)] if flaw else [])
+                    for name, tensors, more in encoded:
+                        data = safetensors_bytes(tensors, metadata=meta | more)
                         end = 8 + int.from_bytes(data[:8], "little")  # of the header, whose keys come in random order
-                        head = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+                        head = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
                         data = data[:8] + head.ljust(end - 8) + data[end:]
-                        member = tarfile.TarInfo(f"{record.key}@{first:05d}.safetensors")
+                        member = tarfile.TarInfo(f"{record.key}@{name}.safetensors")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
                     progress.update()
@@ -307,6 +320,7 @@ if __name__ == "__main__":
             write_atomically(targets[path], write_shard)
         except OSError as e:
             raise OSError(f"{targets[path]} ({e}): the shards that are finished stay; mend this and run the same command again") from e
+        append_jsonl(os.path.join(args.out, LEFT_OUT), [dict(zip(("file", "key", "reason"), b)) for b in bad if b[0] == path])
     progress.close()
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")

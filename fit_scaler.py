@@ -36,9 +36,9 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from checkpoint import one_sentence, peak_memory, write_atomically
-from data import READ_ERRORS, Slice, is_stream, open_lines
-from droid import DAMAGE, DroidSteps
-from files.streams import stream_recordings
+from data import Slice, is_stream, open_lines
+from droid import DroidSteps
+from files.streams import DAMAGE, READ_ERRORS, stream_recordings
 from files.vpt import ACTION_SPACES, CONTINUOUS, DEGREES_PER_PIXEL, UNITS, parse_ticks, step_actions, step_size
 from kernels import merge_moments, moments, standard_errors
 

@@ -239,8 +239,8 @@ def open_base(path, source, action_dim, state_dim, size):
     predictor = weights.load_predictor(file, size["num_heads"] or known.get("num_heads"), (source["grid"],) * 2)
     width, anew = predictor.predictor_proj.out_features, []
     if width != source["embed_dim"] or known.get("encoder_hash", source["encoder_hash"]) != source["encoder_hash"]:
-        raise ValueError(f"{file} was trained on features ({width} wide) of encoder {known.get('encoder_hash', 'of its own')}, --encoder "
-                         f"gives {source['embed_dim']} of {source['encoder_hash']}: name the one of that run")  # fmt: skip
+        raise ValueError(f"{file} was trained on features ({width} wide) of encoder {known.get('encoder_hash', 'of its own')}, these are "
+                         f"{source['embed_dim']} wide of {source['encoder_hash']}: name the one of that run")  # fmt: skip
     if (encode := known.get("encode", "frame")) != "frame":
         raise ValueError(f"{file} was trained with --encode {encode}, and robots have one frame a step: train its base with --encode frame")
     for name, dim in zip(CONDITION, (action_dim, state_dim)):

@@ -3,8 +3,8 @@
     python train_lora.py --data robot/b/*.tfrecord* --scaler robot/b.pkl --base robot/base.pt --encoder vit_tiny --crop_size 64  # laptop
     torchrun --nproc_per_node=8 train_lora.py --data 'gs://gresearch/robotics/droid/1.0.1/*.tfrecord*'   # 8 GPUs, Meta's AC file
 
-Reads robot episodes (droid.py) and the scaler of fit_scaler.py. Writes to --out_dir: adapter/ (PEFT's files), train.csv, val.csv,
-curves.png, bad_clips.jsonl, args.json and checkpoints. Go on with --resume.
+Reads robot episodes (droid.py), or features of them (encode.py --dataset droid), and the scaler of fit_scaler.py. Writes to --out_dir:
+adapter/ (PEFT's files), train.csv, val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Go on with --resume.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from model import ACModel, channel_stats
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 flag, switch = parser.add_argument, argparse.BooleanOptionalAction
 # data
-flag("--data", "--data_path", nargs="+", required=True, help="training episodes: TFRecords, trajectory.h5, NAME.npz, folders, globs, URLs")
+flag("--data", "--data_path", nargs="+", required=True, help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs")
 flag("--val_data", nargs="+", help="held-out episodes (default: --val_fraction of --data)")
 flag("--val_fraction", type=float, default=0.1, help="share of the episodes held out")
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")
@@ -159,14 +159,16 @@ if __name__ == "__main__":
     std = torch.cat([clips[i]["actions"] for items in windows(clips, 16, 16) for i in items]).std(0).double().numpy() * scaler.scale
 
     # --- model ---
-    base = "none" if args.base == "none" else fetch(args.base)
-    if base == "none" and not (args.full and args.encoder):
+    base, features = "none" if args.base == "none" else fetch(args.base), train[0].kind == "features"
+    if base == "none" and not (args.full and (args.encoder or features)):
         raise ValueError("--base none has nothing to adapt: pass --full to train a predictor from random weights, and its --encoder")
     source = {k: getattr(args, k) for k in ("fps", "crop_size", "frames_per_clip")} | {"encode": "frame", "frames_per_step": 1}
-    encoder, source = open_source([], args.encoder or str(base), **source)
-    encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
+    encoder, source = open_source(train + val if features else [], args.encoder or (None if features else str(base)), **source)
+    encoder = None if features else encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor, base_scaler, known, anew = lora.open_base(base, source, len(names), reader.state_dim, size)
+    if features and not args.encoder and known and "encoder_hash" not in known:
+        say(f"{base} does not say which encoder it belongs to: features are of {source['encoder_hash']}; name --encoder to compare")
     size, base_hash, plain = lora.size_of(predictor), encoder_hash(predictor), sum(p.numel() for p in predictor.parameters())
     [*map(say, lora.scale_warnings(reader, std, bool(known), base_scaler, None if args.no_scale else scaler))]
     options = None if args.full else {k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
@@ -232,15 +234,13 @@ if __name__ == "__main__":
         stats |= {k: v if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         changed = [f"--{k} {v} (was {state['args'].get(k)})" for k, v in vars(args).items() if v != state["args"].get(k)]
         say(f"resumed from {path} at step {step} of {total}; changed flags:", *changed)
-    for module in (model, encoder) if args.compile else ():
+    for module in (m for m in (model, encoder) if args.compile and m is not None):
         module.compile(dynamic=False)  # the shapes of training never change
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     columns = ["epoch", "itr", "jloss", "sloss", "total_loss", "lr", "grad_norm", "clips_per_s", "data_wait", "memory_mib"]
-    headers = {
-        "train": (columns, *divmod(step, ipe)),
-        "val": (["epoch", "itr", *beside_columns(args.frames_per_clip - 1)], *divmod(step + 1, ipe)),
-    }
+    headers = {"train": (columns, *divmod(step, ipe)),
+               "val": (["epoch", "itr", *beside_columns(args.frames_per_clip - 1)], *divmod(step + 1, ipe))}  # fmt: skip
     writes = rank == 0 and not dry
     log = open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project) if writes else lambda *row: None
 

@@ -38,8 +38,9 @@ import bench  # noqa: E402
 import checkpoint  # noqa: E402
 import weights  # noqa: E402
 from bench.seeds import mutate, seeds  # noqa: E402
-from data import READ_ERRORS, Clips, Record, feature_settings, index_shards, read_ticks  # noqa: E402
+from data import READ_ERRORS, Clips, Record, feature_rows, feature_settings, index_shards, read_ticks  # noqa: E402
 from files import episodes, latents  # noqa: E402
+from files.robot_features import keep_ranges  # noqa: E402
 from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames  # noqa: E402
 from fit_scaler import ActionScaler  # noqa: E402
 from prepare.manifest import check  # noqa: E402
@@ -67,6 +68,16 @@ def read_features(path):
     r = Record(path, "a", {"safetensors": (0, os.path.getsize(path))}, 12)
     feature_settings([r])
     Clips([r], [1.0], ClipReader(8)).read(0, 0.5, np.random.default_rng(0))
+
+
+def read_robot_features(path):
+    _, found, bad = episodes.index_file(path, True)
+    for e in found:
+        r = episodes.Episode(path, e["key"], "features", e["members"], e["steps"], e["rate"], 0, e["steps"], e["steps"])
+        keep_ranges(e["idle"], e["rows"][2], "light", 5) if e["idle"] else None
+        feature_rows(r, 1, e["steps"])
+    if bad:
+        raise ValueError(bad[0][2])
 
 
 def read_mp4(path):
@@ -128,6 +139,7 @@ TARGETS = {  # name -> (reader of a path, how the file is called, exceptions it 
     "tfrecord": (read_tfrecord, "x.tfrecord", episodes.DAMAGE),
     "example": (read_example, "x", episodes.DAMAGE),
     "features": (read_features, "x.safetensors", READ_ERRORS),
+    "robot features": (read_robot_features, "x.tar", episodes.DAMAGE),
     "safetensors": (lambda path: weights.load_encoder(path, num_heads=3), "x.safetensors", READ_ERRORS),
     "torch": (lambda path: weights.load_encoder(path, num_heads=3), "x.pt", READ_ERRORS),
     "pkl": (ActionScaler.load, "x.pkl", READ_ERRORS),

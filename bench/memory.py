@@ -71,7 +71,11 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.numel() > 1]
     adapters = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in lora_layers(predictor).values())
-    measured = {"encoder": sum(p.nbytes for p in encoder.parameters()), "adapters": adapters, "optimizer": sum(v.nbytes for v in moments)}
+    measured = {
+        "encoder": sum(p.nbytes for p in encoder.parameters()) if encoder else 0,
+        "adapters": adapters,
+        "optimizer": sum(v.nbytes for v in moments),
+    }
     measured["predictor"] = sum(p.nbytes for p in predictor.parameters()) - adapters
     with autocast():
         kept = activation_bytes(model, *inputs)

@@ -71,6 +71,21 @@ def features(steps):
     return safetensors_bytes(tensors | {"states": torch.zeros(steps, 2, dtype=torch.float64)}, metadata={"fps": "5.0", "encode": "tubelet"})
 
 
+def robot_features(steps):
+    """A member of a feature shard of robot episodes."""
+    episode = {"rows": 4 * steps - 1, "stride": 4, "rate": 15.0, "success": True, "idle": [[3, 9]]}
+    meta = {
+        "dataset": "droid",
+        "encoder": "e",
+        "grid": "2",
+        "state_dim": "7",
+        "names": json.dumps([*"abcdefg"]),
+        "units": json.dumps(["m"] * 7),
+    }
+    tensors = {"z": torch.zeros(steps, 4, 8, dtype=torch.bfloat16), "actions": torch.zeros(steps - 1, 7), "states": torch.zeros(steps, 7)}
+    return safetensors_bytes(tensors, metadata=meta | {"episode": json.dumps(episode)})
+
+
 def tar_of(members):
     f = io.BytesIO()
     with tarfile.open(fileobj=f, mode="w") as tar:
@@ -137,6 +152,7 @@ def seeds(folder, bomb_path):
         "tfrecord": [record(example()) * 2],
         "example": [example()],
         "features": [features(12)],
+        "robot features": [tar_of({"lab--a@wrist-00001.safetensors": robot_features(12)})],
         "safetensors": [safetensors_bytes(encoder), safetensors_bytes({"target_encoder." + k: v for k, v in encoder.items()})],
         "torch": [saved({"target_encoder": {"module.backbone." + k: v for k, v in encoder.items()}}), *map(saved, bombs(bomb_path))],
         "pkl": [scaler_bytes(folder, ".pkl"), pickle.dumps(sklearn), *hostile],

@@ -15,8 +15,6 @@ import os
 import re
 import struct
 import time
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import av
@@ -28,7 +26,9 @@ from google_crc32c import value as crc32c
 from PIL import Image
 
 from checkpoint import write_atomically
-from data import CACHE, READ_ERRORS
+from data import CACHE
+from files.robot_features import index_tar
+from files.streams import DAMAGE
 from files.vpt import mp4_times, read_frames
 
 CAMERAS = {"exterior_1": "exterior_image_1_left", "exterior_2": "exterior_image_2_left", "wrist": "wrist_image_left"}
@@ -37,29 +37,34 @@ STATES = {"rlds": ["observation/cartesian_position", "observation/gripper_positi
           "raw": ["observation/robot_state/cartesian_position", "observation/robot_state/gripper_position"],
           "robot": ["cartesian_position", "gripper_position"]}  # fmt: skip
 VELOCITY = {"rlds": "action_dict/joint_velocity", "raw": "action/joint_velocity", "robot": "joint_velocity"}
-DAMAGE = (*READ_ERRORS, LookupError, RuntimeError, TypeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 
 
 class Episode(NamedTuple):
     """A stretch of an episode (a data.Record to data.py): all of it, or one of the ranges that the idle filter keeps."""
 
     shard: str  # the file that holds it
-    key: str  # of the episode; RLDS: recording_folderpath--file_path, as in openpi's list of ranges
-    kind: str  # rlds, raw or robot
-    members: dict  # RLDS: feature -> (offset, size, sizes of its JPEGs or None); else camera -> (file, its extrinsics or None)
+    key: str  # RLDS: recording_folderpath--file_path, as in openpi's list of ranges; features: KEY@CAMERA-ROW
+    kind: str  # rlds, raw, robot or features
+    members: dict  # RLDS: feature -> (offset, size, sizes of its JPEGs or None); features: of a Record; else camera -> (file, extrinsics)
     steps: int  # of the whole episode
     rate: float  # steps a second
     first: int
     last: int  # the step after the stretch
-    length: int  # of the stretch in ticks of 1/20 s as --fps samples it, which data.windows counts in
+    length: int  # of the stretch, as data.windows counts: in ticks of 1/20 s as --fps samples it, of features in steps
 
     @property
     def recording(self):
-        return self.key
+        return self.key.rpartition("@")[0] if self.kind == "features" else self.key  # several members of features are of one episode
+
+    @property
+    def source(self):
+        """Name of the file that it was recorded in."""
+        name = os.path.basename(self.shard)
+        return name.removesuffix(".tar").rpartition("--")[2] if self.kind == "features" else name
 
     @property
     def name(self):
-        return f"{os.path.basename(self.shard)} {self.key}"
+        return f"{self.source} {self.recording}"
 
 
 # --- bytes ---
@@ -280,7 +285,7 @@ def index_files(path, files, kind):
 def index_file(path, verify):
     """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes. A URL that cannot be reached is an
     OSError: it says nothing about the episodes."""
-    kind = {".h5": "raw", ".npz": "robot"}.get(os.path.splitext(path)[1], "rlds")
+    kind = {".h5": "raw", ".npz": "robot", ".tar": "features"}.get(os.path.splitext(path)[1], "rlds")
     remote = "://" in path
     deep = not remote if verify is None else verify
     try:
@@ -291,13 +296,9 @@ def index_file(path, verify):
             files, end = [], info["size"]
             stamp = {k: str(v) for k, v in info.items() if k in ("size", "mtime", "created", "generation", "ETag", "etag")}
         else:
-            stem = glob.escape(os.path.splitext(path)[0])
-            beside = {
-                "rlds": [],
-                "raw": [os.path.dirname(stem) + "/**/*.mp4", os.path.dirname(stem) + "/*.json"],
-                "robot": [f"{stem}*.mp4"],
-            }
-            files = sorted(x for pattern in beside[kind] for x in glob.glob(pattern, recursive=True))
+            stem, folder = glob.escape(os.path.splitext(path)[0]), glob.escape(os.path.dirname(path) or ".")
+            beside = {"raw": [f"{folder}/**/*.mp4", f"{folder}/*.json"], "robot": [f"{stem}*.mp4"]}.get(kind, [])
+            files = sorted(x for pattern in beside for x in glob.glob(pattern, recursive=True))
             if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
                 files = [x for x in files if x.startswith(os.path.splitext(path)[0] + ".")]
             end = os.path.getsize(path)
@@ -308,7 +309,7 @@ def index_file(path, verify):
                 digest, raw = f.read(32), f.read()
             if hashlib.sha256(raw).digest() == digest:  # else the cache was damaged: the data is the truth
                 return kind, *orjson.loads(raw)
-        found = index_rlds(path, end, deep) if kind == "rlds" else index_files(path, files, kind)
+        found = index_rlds(path, end, deep) if kind == "rlds" else index_tar(path) if kind == "features" else index_files(path, files, kind)
     except DAMAGE as e:
         if remote and isinstance(e, OSError):
             raise OSError(f"{path} cannot be read: {e or 'not found'}") from e

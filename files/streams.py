@@ -4,19 +4,24 @@ import io
 import itertools
 import os
 import random
+import struct
 import tarfile
 import time
 import urllib.request
+import zipfile
+import zlib
 
 import av
 import fsspec
 import numpy as np
 import torch
 import webdataset as wds
+from PIL import Image
 
 from files.vpt import mp4_times, parse_ticks
 
 READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
+DAMAGE = (*READ_ERRORS, LookupError, RuntimeError, TypeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
 TRIES, WAIT, LONGEST = 5, 1.0, 30.0  # seconds: about 1, 3, 9, 27 between the tries
 
 

@@ -16,11 +16,14 @@ import pytest
 import torch
 from conftest import contractor, film, jsonl, write_shards, write_tar
 from safetensors.torch import save as safetensors_bytes
+from test_droid import episode, write
 from test_train import ROOT, TINY, TORCHRUN, Run, fails, numbers, run, start_ranks, words
 
 import encode
-from data import feature_rows, feature_settings, index_shards
+from data import feature_rows, feature_settings, index_shards, shard_index
+from files.robot_features import index_tar
 from model import METERS, normalize_features, pack_features
+from prepare.robot import record
 
 HOW = "--encoder vit_tiny --crop_size 32"
 
@@ -374,3 +377,102 @@ def test_sigterm_removes_the_shard_under_way(many, tmp_path):
     code, text = going.wait()
     assert code == 143 and "Traceback" not in text and not left_over(out)
     assert all(many.whole[k] == x for k, x in tars(out).items())
+
+
+# --- robot episodes ---
+
+
+@pytest.fixture(scope="module")
+def robots(tmp_path_factory):
+    """Four TFRecords of three episodes, and features of two of their cameras from an undisturbed run of one process."""
+    folder = tmp_path_factory.mktemp("robots")
+    for s in range(4):
+        write(folder / f"d.tfrecord-{s:05d}-of-00004", *(episode(3 * s + k, 60 + 20 * k) for k in range(3)))
+    flags = ["--dataset droid --data", folder / "*.tfrecord*", HOW, "--camera exterior_1 wrist --phases 4 --batch_size 8 --out"]
+    text = run(folder, "encode.py", *flags, folder / "whole")
+    return types.SimpleNamespace(folder=folder, flags=flags, whole=tars(folder / "whole"), text=text)
+
+
+def test_robots_killed_at_random_moments(robots, tmp_path):
+    """Bug: a shard of episodes written twice, cut, or with other bytes after a kill -9 or under ranks; an estimate that forgets cameras."""
+    steps = sum(4 * 2 * rows // 4 for s in range(4) for rows in (60, 80, 100))
+    size = sum(map(len, robots.whole.values()))
+    assert f"0.02 hours of episodes, {steps:,} steps x 4 tokens x 192 channels in bf16, take 0.00{size / 1e6:.0f} GB" in robots.text
+    rng, out, torn, ranks = random.Random(3), tmp_path / "f", 0, []
+    out.mkdir()
+
+    def start():
+        ranks[:] = start_ranks(tmp_path, "encode.py", *robots.flags, out)
+        return lambda: [r.process.pid for r in ranks]
+
+    for _ in range(2):
+        for path in list(out.glob("*.tar"))[2:]:
+            path.unlink()
+        torn += kill_at_random(robots, out, rng, start)
+        for r in ranks:
+            assert r.wait()[0] == -signal.SIGKILL
+    assert torn
+    run(tmp_path, "encode.py", *robots.flags, out)
+    assert tars(out) == robots.whole and not left_over(out) and len(robots.whole) == 4
+
+
+def test_other_ways_to_encode_robots_are_refused(robots, tmp_path):
+    """Bug: flags of gameplay that do nothing on robots, or the other way round; two makings, or other episodes, in one folder."""
+    done, flags = robots.folder / "whole", robots.flags[:-1]
+    for more, message in (
+        ("--frames_per_step 2", "--frames_per_step is for --dataset vpt"), ("--encode tubelet", "--encode is for --dataset vpt"),
+        ("--vae diffusers:x", "--vae is for --dataset vpt"), ("--fps 5", "holds what other settings made"),
+        ("--camera wrist", "holds what other settings made"), ("--crop square", "holds what other settings made"),
+    ):  # fmt: skip
+        assert message in fails(tmp_path, "encode.py", *flags, "--phases 4 --out", done, more)
+    assert "--crop is for --dataset droid" in fails(tmp_path, "encode.py", "--data", done, "--out", tmp_path, "--crop square")
+    write(tmp_path / "d.tfrecord-00000-of-00004", episode(77))
+    other = ["--dataset droid --data", tmp_path / "d.*", *robots.flags[2:], done]
+    assert "d.tfrecord-00000-of-00004 of other recordings (lab/success/0" in fails(tmp_path, "encode.py", *other)
+
+
+def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
+    """Bug: an episode that is damaged, too short, there twice or has no such camera ends the run, or takes its neighbour's frames."""
+    broken = episode(5)[12:-4].replace(b"\xff\xd8\xff", bytes(3))  # the heads of its JPEGs
+    records = [episode(1), record(broken), episode(2, 4), episode(1), episode(3, cameras=["wrist"]), episode(4, cameras=["exterior_1"])]
+    path, out = write(tmp_path / "d.tfrecord", *records), tmp_path / "out"
+    flags = ["--dataset droid --data", path, HOW, "--camera exterior_1 exterior_2 wrist --out", out]
+    text = run(tmp_path, "encode.py", *flags)
+    left = [line for line in text.splitlines() if line.startswith("left out: ")]
+    assert len(left) == 3 and all(any(why in line for line in left) for why in ("same key", "no two steps", "UnidentifiedImageError"))
+    found, bad, _ = shard_index(str(out / "d.tfrecord.tar"))[0], *index_tar(str(out / "d.tfrecord.tar"))[::-1]
+    keys = {r.key.partition("@")[2] + r.key.partition("/")[2].partition("/")[2][:1] for r in found}
+    assert not bad and keys == {*(f"{c}-000001" for c in ("exterior_1", "exterior_2", "wrist")), "wrist-000003", "exterior_1-000004"}
+
+
+def test_a_robots_feature_header_is_checked(robots):
+    """Bug: metadata that do not fit the tensors end the run with a KeyError, or give clips and idle ranges beside the segment."""
+    path = str(robots.folder / "whole" / "d.tfrecord-00000-of-00004.tar")
+    r = shard_index(path)[0][0]
+    with open(path, "rb") as f:
+        f.seek(r.members["safetensors"][0])
+        data = f.read(r.members["safetensors"][1])
+    end = 8 + int.from_bytes(data[:8], "little")
+
+    def told(change):
+        header = json.loads(data[8:end])
+        meta, about = header["__metadata__"], json.loads(header["__metadata__"]["episode"])
+        change(meta, about)
+        if meta.get("episode") == json.loads(data[8:end])["__metadata__"]["episode"]:
+            meta["episode"] = json.dumps(about)
+        text = json.dumps(header).encode()
+        folder = robots.folder / "told"
+        folder.mkdir(exist_ok=True)
+        return index_tar(write_tar(folder / "a.tar", {r.key + ".safetensors": len(text).to_bytes(8, "little") + text + data[end:]}))
+
+    assert len(told(lambda m, e: None)[0]) == 1
+    for change in (
+        lambda m, e: m.pop("names"), lambda m, e: m.update(names="[1"), lambda m, e: m.update(names='["x"]'), lambda m, e: m.pop("dataset"),
+        lambda m, e: m.update(state_dim="-7"), lambda m, e: m.update(state_dim="x"), lambda m, e: m.pop("episode"),
+        lambda m, e: m.update(episode="[]"), lambda m, e: m.update(episode="[" * 10**5), lambda m, e: m.update(episode=7),
+        lambda m, e: e.update(stride=0), lambda m, e: e.update(stride=5), lambda m, e: e.update(rows=10**30), lambda m, e: e.update(rate=0),
+        lambda m, e: e.update(rate=float("nan")), lambda m, e: e.update(idle=[[9, 3]]), lambda m, e: e.update(idle=[[1, 10**20]]),
+        lambda m, e: e.update(idle=7), lambda m, e: e.update(idle=[[1]]), lambda m, e: e.pop("success"),
+    ):  # fmt: skip
+        segments, bad = told(change)
+        assert not segments and len(bad) == 1 and bad[0][2]

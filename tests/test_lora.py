@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_bench import bench
+from test_droid import episode as tfrecord
+from test_droid import write
 from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
@@ -25,11 +27,11 @@ import kernels
 import lora
 import weights
 from bench.memory import activation_bytes, estimate
-from droid import DroidReader, open_droid
+from droid import POSE, POSE_UNITS, DroidReader, open_droid
 from files.mirror import Mirror
 from fit_scaler import ActionScaler
 from lora import LoRALinear, add_lora, load_adapter, lora_layers, lora_state_dict, merge_lora, merged_state, save_adapter, unmerge_lora
-from model import ACModel, Predictor, ac_losses
+from model import ACModel, Predictor, ac_losses, encode_steps
 
 SIZE = {"pred_dim": 48, "depth": 2, "num_heads": 3}
 SPLITS = [{}, {"fused_qkv": True}, {"targets": ("k_proj", "mlp.fc1")}, {"targets": ("v_proj", "q_proj", "o_proj"), "rslora": False}]
@@ -544,6 +546,174 @@ def test_bad_input(world, tuned, tmp_path, flags, message):
     flags = flags.format(tuned=tuned.out, new=tmp_path / "new")
     given = [*world.lora, "--out_dir", tmp_path / "out", *flags.split()]
     assert message in fails(tmp_path, "train_lora.py", *given)
+
+
+# --- features ---
+
+
+@pytest.fixture(scope="module")
+def encoded(world):
+    """Folders of features of world b: a step a row, in bf16 and int8."""
+    out = {}
+    for store in ("bf16", "int8"):
+        out[store] = world.folder / "features" / store
+        how = "--encoder vit_tiny --crop_size 32 --stride 1 --store"
+        run(world.folder, "encode.py", "--dataset droid --data", world.folder / "b", "--out", out[store], how, store)
+    return out
+
+
+def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
+    """Bug: steps shifted against rows, another crop, scaled actions stored, another split, a filter that works otherwise: other losses.
+    With a step a row the clips are the same ones. bf16 rounds each feature by up to 2^-9 = 0.2 %, int8 by 1 % of a channel's spread; in a
+    loss, which is a mean over thousands, that averages out: 0.4 % is allowed."""
+    flags = [*world.lora, "--stride 1 --max_steps 5 --eval_every_n_steps 5 --val_clips 32 --dropout 0"]
+    found = {}
+    for name, data in {"episodes": world.folder / "b", **encoded}.items():
+        given = ["--data", data, *[f.replace("--encoder vit_tiny", "") if name == "bf16" and f is FLAGS else f for f in flags[2:]]]
+        text = run(tmp_path, "train_lora.py", *given, "--out_dir", tmp_path / name)
+        assert ("RANDOM weights" in text) == (name != "bf16")  # no encoder unless one is named
+        columns = {"train.csv": ["jloss", "sloss"], "val.csv": ["jloss", "tf_true", "ro_true", "base_tf", "tf_shuffled", "tf_copy"]}
+        found[name] = [numbers(tmp_path / name, *c, log=log) for log, c in columns.items()]
+    for name in encoded:
+        for ours, theirs in zip(found[name], found["episodes"]):
+            assert len(ours) == len(theirs) > 0 and (ours != theirs).any()
+            np.testing.assert_allclose(ours, theirs, rtol=4e-3, err_msg=name)
+    again = run(tmp_path, "train_lora.py", "--data", encoded["bf16"], *flags[2:], "--max_steps 6 --resume --out_dir", tmp_path / "bf16")
+    assert "resumed from" in again
+    wrong = ["--data", encoded["bf16"], *flags[2:], "--encoder vit_base_16 --out_dir", tmp_path / "x"]
+    assert "holds features of encoder" in fails(tmp_path, "train_lora.py", *wrong)
+    text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "int8", "--samples 8 --val_clips 16 --num_workers 0")
+    assert "written to" in text and "retrieval" in text
+    for flag, said in (("--debug", "fell to"), ("--memory_report", "encoder")):
+        text = run(tmp_path, "train_lora.py", "--data", encoded["int8"], *flags[2:], flag, "--out_dir", tmp_path / "dry")
+        assert said in text and not (tmp_path / "dry").exists()
+
+
+def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
+    """Bug: Meta's file, whose encoder nobody has looked at, is taken for the features' without a word; a base of another encoder too."""
+    state = weights.meta_state(weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE))
+    torch.save(state | {"epoch": 1}, tmp_path / "meta.pt")
+    torch.save(torch.load(world.base, weights_only=True) | {"encoder_hash": "another"}, tmp_path / "other.pt")
+    flags = [
+        FLAGS.replace("--encoder vit_tiny", ""),
+        "--data",
+        encoded["bf16"],
+        *world.b[2:4],
+        "--stride 1 --pred_heads 3 --max_steps 1 --base",
+    ]
+    said = "meta.pt does not say which encoder it belongs to"
+    assert said in run(tmp_path, "train_lora.py", *flags, tmp_path / "meta.pt", "--out_dir", tmp_path / "a")
+    for encoder in ("vit_tiny", tmp_path / "meta.pt"):
+        named = run(
+            tmp_path, "train_lora.py", *flags, tmp_path / "meta.pt", "--encoder", encoder, "--out_dir", tmp_path / f"b-{encoder!s:.3}"
+        )
+        assert said not in named
+    error = fails(tmp_path, "train_lora.py", *flags, tmp_path / "other.pt", "--out_dir", tmp_path / "c")
+    assert "of encoder another, these are 192 wide" in error
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    """Two TFRecords of episodes with pauses, failures, and one without velocities; features of two cameras, from all first rows."""
+    folder, rng = tmp_path_factory.mktemp("idle"), np.random.default_rng(0)
+    for s in range(2):
+        records = []
+        for k in range(4):
+            velocity = rng.normal(0, 0.3, (100, 7))
+            velocity[20 + 7 * k : 45 + 9 * k] = 0.1
+            velocity[80 : 90 + k] = 0.2
+            change = {} if k == 3 else {"action_dict/joint_velocity": velocity}
+            records.append(tfrecord(10 * s + k, 100, k != 1, **change | ({"action_dict/joint_velocity": None} if k == 2 else {})))
+        write(folder / f"d.tfrecord-{s}", *records)
+    how = "--encoder vit_tiny --crop_size 32 --fps 5 --camera exterior_1 wrist --phases 3"
+    run(folder, "encode.py", "--dataset droid --data", folder / "d.*", "--out", folder / "f", how)
+    return folder
+
+
+READER = {"fps": 5, "crop_size": 32, "camera": ("exterior_1", "wrist")}
+
+
+def starts_of(records, reader):
+    """{(episode, camera, row)} that clips start at, each once."""
+    out = []
+    for r in records:
+        camera, _, first = r.key.rpartition("@")[2].rpartition("-") if r.kind == "features" else ("", "", 0)
+        stride = 3 if r.kind == "features" else 1
+        rows = [int(first) + stride * (r.first + i) for i in range(reader.starts(r))]
+        out += [(r.recording, c, row) for row in rows for c in ([camera] if camera else reader.camera)]
+    assert len(out) == len(set(out))
+    return set(out)
+
+
+def test_filters_and_split_are_the_same_on_features(idle):
+    """Bug: --success only or an idle filter does nothing on features, or leaves out other clips; an episode's cameras or phases on both
+    sides of the split, or another split than the TFRecords have."""
+    everything = None
+    for rule in ("off", "light", "openpi"):
+        for success in ("all", "only"):
+            sides = []
+            for data in (idle / "d.*", idle / "f"):
+                reader, said = DroidReader(4, **READER), []
+                found = open_droid(str(data), None, 0.25, reader, idle_filter=rule, success=success, log=said.append)
+                assert not found[2] and "17.2% of their rows idle" in said[0]
+                sides.append([starts_of(part, reader) for part in found[:2]])
+            assert sides[0] == sides[1] and all(map(len, sides[0])), (rule, success)
+            everything = everything or sides[0][0]
+            assert (sides[0][0] < everything) == ((rule, success) != ("off", "all"))
+
+
+def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
+    """Bug: z, actions or states of other rows or another camera than the member's name says; a scaler applied twice or not at all."""
+    scaler = ActionScaler(np.full(7, 0.1), 0, np.full(7, 0.3), 9, {})
+    encoder, rng = weights.build_encoder("vit_tiny", 32), np.random.default_rng(0)
+    live = {c: DroidReader(4, **READER | {"camera": (c,)}, scaler=scaler) for c in READER["camera"]}
+    episodes = {r.key: r for r in open_droid(str(idle / "d.*"), reader=DroidReader(4, **READER), idle_filter="off")[0]}
+    reader = DroidReader(4, **READER, scaler=scaler)
+    segments = open_droid(str(idle / "f"), reader=reader, idle_filter="off")[0]
+    assert (reader.names, reader.units, reader.state_dim) == (POSE, POSE_UNITS, 7) and len(segments) == 8 * 2 * 3
+    for r in segments[::5]:
+        camera, _, first = r.key.rpartition("@")[2].rpartition("-")
+        start = int(rng.integers(reader.starts(r)))
+        ours, theirs = reader(r, start, rng), live[camera](episodes[r.recording], int(first) + 3 * start, rng)
+        for k in ("actions", "states"):
+            torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)  # stored in float32
+        z = encode_steps(encoder, theirs["video"][None], "frame", 1)[0]
+        torch.testing.assert_close(ours["z"].float(), z, rtol=2**-8, atol=1e-4)
+        assert ours["key"].rpartition("@")[0] == theirs["key"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"fps": 3}, "made with --fps 5.0, this run has 3.0"), ({"stride": 3}, "made with --stride 0, this run has 3"),
+    ({"crop_size": 64}, "made with --crop_size 32, this run has 64"),
+    ({"crop": "square"}, "made with --crop reference, this run has square"),
+    ({"camera": ("wrist",)}, "made with --camera exterior_1 wrist, this run has wrist"),
+    ({"action_keys": ["action"]}, "made with --action_keys default, this run has action"),
+    ({"state_keys": ["x"]}, "made with --state_keys default, this run has x"), ({"extrinsics": True}, "no camera extrinsics"),
+])  # fmt: skip
+def test_features_made_otherwise_are_refused(idle, change, message):
+    """Bug: a run goes on with features of another rate, crop, camera or action than its flags say."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_droid(str(idle / "f"), reader=DroidReader(4, **READER | change), log=print)
+
+
+def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_path):
+    """Bug: features and episodes in one run; robots' features in train_ac.py, gameplay's in train_lora.py; cameras counted as samples."""
+    for data, val in ((f"{idle}/*", None), (f"{idle}/d.*", f"{encoded['bf16']}"), (f"{idle}/f", str(world.folder / "a"))):
+        with pytest.raises(ValueError, match="holds video, other shards of this run hold features: pass one kind"):
+            open_droid(data.split(), val and val.split(), 0.1, DroidReader(4, **READER), log=print)
+    run(tmp_path, "encode.py", "--data", shards / "shard-000000.tar", "--out", tmp_path / "play", "--encoder vit_tiny --crop_size 32")
+    for data, what in ((tmp_path / "play" / "*.tar", "features of gameplay"), (shards / "shard-000000.tar", "gameplay")):
+        error = fails(tmp_path, "train_lora.py", "--data", data, *world.b[2:], "--base", world.base)
+        assert f"{what}: train_ac.py reads it" in error and "no usable episode in" in error
+    scaler = ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 99, {})
+    scaler.save(tmp_path / "s.pkl")
+    error = fails(tmp_path, "train_ac.py", "--data", encoded["bf16"] / "*.tar", "--scaler", tmp_path / "s.pkl", "--encode frame")
+    assert "no usable recording" in error and "features of robot episodes: train_lora.py reads them" in error
+    for name, data in (("tfrecords", idle / "d.*"), ("features", idle / "f")):
+        run(tmp_path, "fit_scaler.py", "--dataset droid --fps 5 --num_workers 0 --data", data, "--output", tmp_path / f"{name}.pkl")
+    ours, theirs = (ActionScaler.load(tmp_path / f"{n}.pkl") for n in ("features", "tfrecords"))
+    assert ours.n == theirs.n and ours.meta == theirs.meta
+    np.testing.assert_allclose([ours.mean, ours.scale], [theirs.mean, theirs.scale], rtol=1e-6, atol=1e-9)
 
 
 # --- copies ---

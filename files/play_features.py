@@ -1,0 +1,58 @@
+"""Features of recordings of play: how encode.py cuts recordings into them (files/robot_features.py is the same for robot episodes)."""
+
+import functools
+
+import numpy as np
+import torch
+
+from data import Slice, index_shards, read_ticks
+from files.vpt import mp4_times, read_frames, step_actions, step_size
+
+
+def index_play(paths):
+    """data.index_shards for shards of video alone; ValueError for others."""
+    records, bad = index_shards(paths)
+    if made := [r for r in records if "mp4" not in r.members]:
+        raise ValueError(f"{made[0].shard} holds features already: name the shards of video")
+    return records, bad
+
+
+def segments(lines, stride, args):
+    """(first tick, steps) of the runs of steps a recording is cut into: one per phase; for --encode clip one per clip."""
+    span, clip = stride * args.frames_per_step, args.frames_per_clip // args.frames_per_step
+    for first in sorted({p * span * (clip if args.encode == "clip" else 1) // args.phases for p in range(args.phases)}):
+        steps = (lines - first - stride * (args.frames_per_step - 1) - 1) // span + 1
+        size = clip if args.encode == "clip" else max(steps, 1)
+        yield from ((first + w * size * span, size) for w in range(steps // size))
+
+
+def plan_recording(record, reader, args):
+    """Functions that decode a recording, a part each: -> [(first tick, {"actions", "states"}, {})] of all its segments, [(which of them,
+    uint8 video (frames, 3, H, W))], at most batch_size steps of each. Raises what is wrong with the recording."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times = mp4_times(f)
+    ticks = read_ticks(record)
+    reader.starts(ticks, len(times))
+    ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, args.fps)
+    runs = [s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, args) if s[1] >= 2]
+    shown = [first + stride * np.arange(steps * args.frames_per_step).reshape(steps, -1) for first, steps in runs]
+    if args.encode == "clip":
+        parts = [[(i, s)] for i, s in enumerate(shown)]
+    else:  # phases side by side, so that each frame is decoded once
+        chunks = range(0, max(len(s) for s in shown), args.batch_size)
+        parts = [[(i, s[k : k + args.batch_size]) for i, s in enumerate(shown) if len(s) > k] for k in chunks]
+
+    ends = [s[:, -1] if args.encode == "tubelet" else s[:, 0] for s in shown]
+    actions = [torch.from_numpy(step_actions(ticks, e, 38)[0]).float() for e in ends]
+    states = [torch.from_numpy(ticks.motion[e, 2:].copy()) for e in ends]
+    labels = [(f"{first:05d}", {"actions": a, "states": s}, {}) for (first, _), a, s in zip(runs, actions, states)]
+
+    def decode(part):
+        wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
+        with Slice(record.shard, *record.members["mp4"]) as f:
+            frames = read_frames(f, times, wanted, args.crop_size, args.decoder)
+        y, x = (frames.shape[1] - args.crop_size) // 2, (frames.shape[2] - args.crop_size) // 2
+        frames = frames[:, y : y + args.crop_size, x : x + args.crop_size].transpose(0, 3, 1, 2)
+        return labels, [(i, torch.from_numpy(frames[np.searchsorted(wanted, s.ravel() * ratio)])) for i, s in part]
+
+    return [functools.partial(decode, part) for part in parts]
