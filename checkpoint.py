@@ -81,7 +81,8 @@ def write_atomically(path, data):
         os.fsync(folder)  # the rename itself must survive a power cut
         os.close(folder)
     except OSError as e:
-        e.filename = e.filename or (path if e.errno else None)  # write() does not say what did not fit
+        if e.errno and not e.filename:
+            e.filename = path  # which write() does not know
         raise
     finally:
         if os.path.exists(tmp):

@@ -162,7 +162,8 @@ def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
 
 def estimate(records, tokens, width, args):
     """(steps, bytes) of the features of indexed recordings, within a percent: lines at 20 a second, as many as frames."""
-    runs = [r.runs if isinstance(r, Source) else segments(r.length, step_size(20.0, args.fps), args) for r in records]
+    cut = args.encode, args.frames_per_clip, args.frames_per_step, args.phases
+    runs = [r.runs if isinstance(r, Source) else segments(r.length, step_size(20.0, args.fps), *cut) for r in records]
     runs, robot = [n for found in runs for *_, n in found if n >= 2], args.dataset == "droid"
     row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (7 + 7 if robot else 38 + 2)
     return sum(runs), sum(runs) * row + len(runs) * ((3500 if robot else 1500) + 8 * width * (args.store == "int8"))
@@ -276,9 +277,10 @@ if __name__ == "__main__":
         meta |= {"dataset": "droid"} | settings(reader)
         plan, (names, made["folder"]) = functools.partial(plan_episode, reader=reader, size=args.batch_size), tar_names(paths)
     else:
-        reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode)
+        reader = ClipReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size, encode=args.encode, decoder=args.decoder)
         meta |= {"action_space": "38"}
-        plan, names = functools.partial(plan_recording, reader=reader, args=args), {p: os.path.basename(p.split("?")[0]) for p in paths}
+        plan = functools.partial(plan_recording, reader=reader, phases=args.phases, size=args.batch_size)
+        names = {p: os.path.basename(p.split("?")[0]) for p in paths}
     targets = {p: os.path.join(args.out, name) for p, name in names.items()}
     if len(set(targets.values())) < len(paths):
         raise ValueError("two input shards have the same file name: encode them into different --out folders")
@@ -319,7 +321,8 @@ if __name__ == "__main__":
         try:
             write_atomically(targets[path], write_shard)
         except OSError as e:
-            raise OSError(f"{targets[path]} ({e}): the shards that are finished stay; mend this and run the same command again") from e
+            why = f"{targets[path]} ({e.strerror or e}): the shards that are finished stay"
+            raise OSError(f"{why}; mend this and run the same command again") from e
         append_jsonl(os.path.join(args.out, LEFT_OUT), [dict(zip(("file", "key", "reason"), b)) for b in bad if b[0] == path])
     progress.close()
     for file, key, reason in bad:

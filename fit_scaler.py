@@ -148,8 +148,7 @@ class ActionScaler(NamedTuple):
     def check(self, path, names, fps, frames_per_step, stride=0):
         """Refuse a scaler that was fitted for other continuous dimensions, fps, frames per step or --stride (ValueError)."""
         if len(self.mean) != len(names) or self.meta.get("names", names) != names:
-            found = self.meta.get("names", f"{len(self.mean)} dimensions")
-            raise ValueError(f"{path} scales {found}, this run needs {names}; fit it again with fit_scaler.py")
+            raise ValueError(f"{path} scales {self.meta.get('names', len(self.mean))}, this run needs {names}; fit it with fit_scaler.py")
         for key, value in (("fps", fps), ("frames_per_step", frames_per_step), ("stride", stride)):
             if key in self.meta and float(self.meta[key]) != float(value):
                 raise ValueError(f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}: fit it again")

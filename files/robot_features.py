@@ -64,7 +64,7 @@ def sources(found, bad, reader, phases):
 
 
 def plan_episode(source, reader, size):
-    """files.play_features.plan_recording for an episode: functions that read a part each, at most `size` steps of each segment of one camera: ->
+    """play_features.plan_recording for an episode: functions that read a part each, at most `size` steps of each segment of one camera: ->
     [(name of the segment, {"actions", "states"}, its own metadata)] of all segments, [(which of them, uint8 video)]."""
     r, stride = source.episode, source.about["stride"]
     shown, labels = [first + stride * np.arange(steps) for _, first, steps in source.runs], []
