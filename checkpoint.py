@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import traceback
 import zlib
 
@@ -55,11 +56,18 @@ def lock(out_dir):
     """Make the folder of a run and hold it while this process lives, however it ends. ValueError if another process holds it."""
     os.makedirs(out_dir, exist_ok=True)
     held.append(f := open(os.path.join(out_dir, "lock"), "a+"))
-    try:
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes, which outlive a killed run, would inherit that
-    except (BlockingIOError, PermissionError) as e:
-        f.seek(0)
-        raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or choose another folder") from e
+    end = time.monotonic() + 120 * (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")  # NFS keeps a dead node's lock for a while
+    while True:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes, which outlive a killed run, would inherit that
+            break
+        except (BlockingIOError, PermissionError) as e:
+            if time.monotonic() >= end:
+                f.seek(0)
+                raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or choose another folder") from e
+            time.sleep(1)
+        except OSError as e:
+            raise OSError(f"{out_dir} cannot be locked ({e.strerror}): mount it with locks (Lustre: -o flock), or choose another") from e
     for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp")):
         os.unlink(left)  # by a run that was killed while it wrote a log, curves or a checkpoint
     f.truncate(0)

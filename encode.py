@@ -84,7 +84,7 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 
 def check_settings(out, made):
     """ValueError if a folder holds what other settings (dict) made."""
-    if os.path.exists(os.path.join(out, SETTINGS)):
+    if os.path.exists(os.path.join(out, SETTINGS)) and any(n.endswith((".tar", ".h5")) for n in os.listdir(out)):
         with open(os.path.join(out, SETTINGS)) as f:
             if (old := json.load(f)) != made:
                 raise ValueError(f"{out} holds what other settings made ({old}): choose another --out")

@@ -29,16 +29,7 @@ import lora
 from data import collate, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
 from encode import encoder_hash, fetch, open_source
-from evaluation.runs import (
-    beside,
-    beside_columns,
-    check_adapters,
-    held_out,
-    hold_state,
-    leave_group,
-    make_inputs,
-    prefetch,
-)
+from evaluation.runs import beside, beside_columns, check_adapters, held_out, hold_state, leave_group, make_inputs, prefetch
 from files.logs import append_jsonl, open_logs, plot_curves
 from files.mirror import Mirror
 from fit_scaler import ActionScaler
@@ -207,7 +198,8 @@ if __name__ == "__main__":
     if state is not None:
         for k, v in belongs.items():
             if state.get(k) != v:
-                raise ValueError(f"{path} was trained with {k} {state.get(k)}, this run has {v}: resume with the same, or start anew")
+                keep = " (ranks x --batch_size x --grad_accum must stay)" * (k == "ipe")
+                raise ValueError(f"{path} was trained with {k} {state.get(k)}, this run has {v}{keep}: resume with the same, or start anew")
         step = state["epoch"] * ipe + state["itr"]
     elif checkpoint.list_checkpoints(args.out_dir) and not dry:
         raise ValueError(f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir")

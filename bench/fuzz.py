@@ -11,6 +11,7 @@ are made, so that what is behind these is read too.
 """
 
 import argparse
+import atexit
 import mmap
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ import warnings
 import zlib
 
 SCRATCH = tempfile.mkdtemp(prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # not of cases, which end with os._exit
 os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py once, when it is imported
 
 import av  # noqa: E402
@@ -252,18 +254,15 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="out/fuzz", help="folder for the files of findings")
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
     args = parser.parse_args()
-    try:
-        torch.set_num_threads(1)
-        found, rows = seeds(SCRATCH, BOMB), []
-        progress = tqdm(total=args.cases, unit=" cases", mininterval=0.5 if sys.stderr.isatty() else 30)
-        for i, target in enumerate(args.targets):
-            count = args.cases * (i + 1) // len(args.targets) - args.cases * i // len(args.targets)
-            progress.mine = 0
-            progress.set_description(target)
-            rows.append(fuzz(target, count, args.seed, found[target], args.seconds, args.out, progress))
-        progress.close()
-    finally:
-        shutil.rmtree(SCRATCH, ignore_errors=True)
+    torch.set_num_threads(1)
+    found, rows = seeds(SCRATCH, BOMB), []
+    progress = tqdm(total=args.cases, unit=" cases", mininterval=0.5 if sys.stderr.isatty() else 30)
+    for i, target in enumerate(args.targets):
+        count = args.cases * (i + 1) // len(args.targets) - args.cases * i // len(args.targets)
+        progress.mine = 0
+        progress.set_description(target)
+        rows.append(fuzz(target, count, args.seed, found[target], args.seconds, args.out, progress))
+    progress.close()
     total = {"target": "all"} | {k: sum(r[k] for r in rows) for k in ("cases", *OUTCOMES)}
     total["slowest s"] = max(r["slowest s"] for r in rows)
     bench.report([*rows, total], args.json, torch.device("cpu"))

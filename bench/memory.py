@@ -93,22 +93,27 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
 
 
 def resident(pid):
-    """MB of memory that a process holds now."""
-    with open(f"/proc/{pid}/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+    """MB of memory that a process and those it has started hold now; what they share counts for each."""
+    try:
+        with open(f"/proc/{pid}/statm") as f, open(f"/proc/{pid}/task/{pid}/children") as g:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6 + sum(map(resident, g.read().split()))
+    except FileNotFoundError:  # it has just ended
+        return 0.0
 
 
-def leak(world, steps, workers):
-    """Train for `steps` steps in a process of its own, with logs, checkpoints, curves and validation -> a row: memory over steps."""
+def leak(world, reads, steps, workers):
+    """Train for `steps` steps in a process of its own, with logs, checkpoints, curves and validation -> a row: memory over steps. reads:
+    "features", or "video", decoded and encoded on the fly."""
     from bench.world import ROOT, rows  # not above: train_lora.py, which imports this file, must not need what they need
 
-    out, ipe = f"{world.folder}/leak-{workers}", max(steps // 20, 1)
-    command = [sys.executable, "train_ac.py", *world.flags, *world.data(), "--out_dir", out, "--num_workers", workers, "--epochs", 20,
+    out, ipe = f"{world.folder}/leak-{reads}-{workers}", max(steps // 20, 1)
+    data = world.data() if reads == "features" else [*world.data(world.shards), "--encoder", "vit_tiny"]
+    command = [sys.executable, "train_ac.py", *world.flags, *data, "--out_dir", out, "--num_workers", workers, "--epochs", 20,
                "--ipe", ipe, "--val_every", 2, "--keep_last", 2]  # fmt: skip
     with open(out + ".log", "w") as log:
         p = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found, every = [], 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=20 * ipe, unit="step", desc=f"{workers} workers", mininterval=every) as progress:
+    with tqdm(total=20 * ipe, unit="step", desc=f"{reads}, {workers} workers", mininterval=every) as progress:
         while p.poll() is None:
             if os.path.exists(f"{out}/train.csv"):
                 done = rows(out)
@@ -120,7 +125,14 @@ def leak(world, steps, workers):
     late = at > 0.2 * at.max()  # caches fill first
     slope = np.polyfit(at[late] / 1000, memory[late], 1)[0]
     ends = [memory[late][part].mean() for part in (slice(None, 10), slice(-10, None))]
-    return {"steps": int(at.max()), "workers": workers, "MB after a fifth": ends[0], "MB at the end": ends[1], "MB per 1000 steps": slope}
+    return {
+        "reads": reads,
+        "steps": int(at.max()),
+        "workers": workers,
+        "MB after a fifth": ends[0],
+        "MB at the end": ends[1],
+        "MB per 1000 steps": slope,
+    }
 
 
 def shared(pids):
@@ -143,17 +155,13 @@ def shared(pids):
 
 def loader_rows(folder, batch_size=8):
     """What loader processes hold at most while the model is busy, on features of ViT-L at 256 px: rows by number of workers."""
-    from safetensors.torch import save
-
-    from bench.seeds import tar_of
+    from bench.seeds import features, tar_of
     from data import vpt_loader
     from files.vpt import ClipReader
 
-    tensors = {"z": torch.zeros(40, 256, 1024, dtype=torch.bfloat16), "actions": torch.zeros(39, 38)}
-    tensors["states"] = torch.zeros(40, 2, dtype=torch.float64)
     path, out = os.path.join(folder, "wide.tar"), []
     with open(path, "wb") as f:
-        f.write(tar_of({"a@00000.safetensors": save(tensors)}))
+        f.write(tar_of({"a@00000.safetensors": features(40, 256, 1024)}))
     for workers in (1, 2, 4):
         batches = iter(vpt_loader(path, batch_size, reader=ClipReader(), batches_per_epoch=100, num_workers=workers))
         batch = next(batches)
@@ -164,16 +172,8 @@ def loader_rows(folder, batch_size=8):
             most = max(most, shared(pids))
             batch = next(batches)
         bound = (workers * 2 + 1) * batch_size * clip  # and the batch that the model has
-        out.append(
-            {
-                "workers": workers,
-                "prefetch": 2,
-                "clips": batch_size,
-                "MB a clip": clip,
-                "(workers x prefetch + 1) x clips, MB": bound,
-                "held MB": most,
-            }
-        )
+        out.append({"workers": workers, "prefetch": 2, "clips": batch_size, "MB a clip": clip})
+        out[-1] |= {"(workers x prefetch + 1) x clips, MB": bound, "held MB": most}
         del batches, batch
     return out
 
@@ -204,11 +204,12 @@ if __name__ == "__main__":
         os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
         start_server()
         world = World(folder)
-        table = [leak(world, args.steps, workers) for workers in args.workers]
+        table = [leak(world, reads, args.steps, workers) for reads in ("features", "video") for workers in args.workers]
         bench.report(table, args.json, torch.device("cpu"))
-        bench.report(loader_rows(folder), args.json, torch.device("cpu"))
+        bench.report(loaders := loader_rows(folder), args.json, torch.device("cpu"))
         shutil.rmtree(folder)
-        sys.exit(any(row["MB per 1000 steps"] >= 1 for row in table))
+        full = any(row["held MB"] > 1.02 * row["(workers x prefetch + 1) x clips, MB"] for row in loaders)
+        sys.exit(full or any(row["MB per 1000 steps"] >= 1 for row in table))
     width, depth, heads, mlp_dim = ARCHITECTURES[args.encoder]
     with torch.device("meta"):
         encoder = Encoder(width, depth, heads, mlp_dim=mlp_dim)

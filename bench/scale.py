@@ -13,16 +13,17 @@ all-reduce over backward; `first` names the largest, above 1 it is what a step w
 
 import argparse
 import os
-import tarfile
 import time
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from safetensors.torch import save_file
 
 import bench
 import bench.data  # sets a cache of its own before data.py is imported, and makes recordings
+from bench.memory import activation_bytes
+from bench.seeds import features as member
+from bench.seeds import tar_of
 from bench.step import useful_flops
 from data import Clips, Slice, index_shards
 from files.vpt import ClipReader, parse_ticks
@@ -44,15 +45,6 @@ def cpu_seconds(dataset, count):
     return (time.process_time() - began) / count, (Slice.total - before) / count
 
 
-def feature_shard(path, width):
-    """A shard with one recording of 64 steps of random bf16 features."""
-    z = torch.randn(64, GRID**2, width).bfloat16()
-    member = path.replace(".tar", ".safetensors")
-    save_file({"z": z, "actions": torch.zeros(63, 38), "states": torch.zeros(64, 2)}, member)
-    with tarfile.open(path, "w") as tar:
-        tar.add(member, arcname="recording@00000.safetensors")
-
-
 def small(width, depth, heads, mlp_dim, device="cpu"):
     with torch.device(device):
         return Encoder(width, depth, heads, mlp_dim=mlp_dim, img_size=PIXELS, num_frames=2 * STEPS)
@@ -60,16 +52,8 @@ def small(width, depth, heads, mlp_dim, device="cpu"):
 
 def kept(depth, width, dtype):
     """Bytes that a forward of ACModel keeps for backward, one clip, apart from weights."""
-    model, inputs, found = predictor_of(depth, width), clip_of(width), {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t):
-        found.setdefault(t.untyped_storage().data_ptr(), (t.untyped_storage().nbytes(), t))
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        sum(model(*inputs)).detach()
-    return sum(size for at, (size, _) in found.items() if at not in own)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return activation_bytes(predictor_of(depth, width), *clip_of(width))
 
 
 def predictor_of(depth, width, device="cpu"):
@@ -98,7 +82,8 @@ def measure(args, shape):
     out, folder, device = {}, bench.data.SCRATCH, torch.device("cpu")
     video, features = os.path.join(folder, "scale.tar"), os.path.join(folder, "features.tar")
     bench.data.make_recording(video, 1200, (640, 360), 250)
-    feature_shard(features, shape[0])
+    with open(features, "wb") as f:
+        f.write(tar_of({"recording@00000.safetensors": member(64, GRID**2, shape[0])}))
     reader = ClipReader(crop_size=PIXELS)
     records = index_shards([video])[0]
     out["decode"] = cpu_seconds(Clips(records, [1.0], reader), args.clips)

@@ -18,7 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
 
 from fit_scaler import ActionScaler
-from model import Encoder
+from model import Encoder, pack_features
 from prepare.robot import droid_example, record
 
 PIECES = [b"", b"0", b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b'"x"', b"true", b"9" * 400, b"[" * 3000, b"\xff\xfe", b"\0" * 8,
@@ -65,23 +65,17 @@ def lines(n, guide=False):
     return "".join(out).encode()
 
 
-def features(steps):
+def features(steps, tokens=4, width=8, store="bf16"):
     """A member of a feature shard."""
-    tensors = {"z": torch.zeros(steps, 4, 8, dtype=torch.bfloat16), "actions": torch.zeros(steps - 1, 38)}
+    tensors = pack_features(torch.randn(steps, tokens, width), store) | {"actions": torch.zeros(steps - 1, 38)}
     return safetensors_bytes(tensors | {"states": torch.zeros(steps, 2, dtype=torch.float64)}, metadata={"fps": "5.0", "encode": "tubelet"})
 
 
 def robot_features(steps):
     """A member of a feature shard of robot episodes."""
     episode = {"rows": 4 * steps - 1, "stride": 4, "rate": 15.0, "success": True, "idle": [[3, 9]]}
-    meta = {
-        "dataset": "droid",
-        "encoder": "e",
-        "grid": "2",
-        "state_dim": "7",
-        "names": json.dumps([*"abcdefg"]),
-        "units": json.dumps(["m"] * 7),
-    }
+    meta = {"dataset": "droid", "encoder": "e", "grid": "2", "state_dim": "7"}
+    meta |= {"names": json.dumps([*"abcdefg"]), "units": json.dumps(["m"] * 7)}
     tensors = {"z": torch.zeros(steps, 4, 8, dtype=torch.bfloat16), "actions": torch.zeros(steps - 1, 7), "states": torch.zeros(steps, 7)}
     return safetensors_bytes(tensors, metadata=meta | {"episode": json.dumps(episode)})
 
@@ -146,12 +140,12 @@ def seeds(folder, bomb_path):
     recording = {"a.b.mp4": mp4, "a.b.jsonl": lines(24)}
     return {
         "jsonl": [lines(24), lines(24, guide=True)],
-        "tar": [tar_of(recording), tar_of({"a@00000.safetensors": features(12)})],
+        "tar": [tar_of(recording), tar_of({"a@00000.safetensors": features(12), "b@00000.safetensors": features(12, store="int8")})],
         "mp4": [mp4, film(folder, 24, {"movflags": "faststart"}), film(folder, 24, {"movflags": "frag_keyframe+empty_moov"})],
         "h5": [h5_of((4, 4, 2, 4, 4), np.float16), h5_of((4, 4, 1, 4, 4), np.float32, compression="gzip")],
         "tfrecord": [record(example()) * 2],
         "example": [example()],
-        "features": [features(12)],
+        "features": [features(12), features(12, store="int8")],
         "robot features": [tar_of({"lab--a@wrist-00001.safetensors": robot_features(12)})],
         "safetensors": [safetensors_bytes(encoder), safetensors_bytes({"target_encoder." + k: v for k, v in encoder.items()})],
         "torch": [saved({"target_encoder": {"module.backbone." + k: v for k, v in encoder.items()}}), *map(saved, bombs(bomb_path))],

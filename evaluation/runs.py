@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import checkpoint
-from data import Clips, collate, leave_signals, open_records, open_split, windows
+from data import Clips, collate, expand, leave_signals, open_records, open_split, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, open_droid
 from encode import encoder_hash, fetch, open_source
+from files.remote import cached
 from files.vpt import CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
 from lora import adapt, lora_layers, merge_lora, open_base, without_lora
@@ -226,10 +227,17 @@ def open_held_out(state, scaler, data, encoder, device):
         compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
     else:
         scaler.check("the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"])
+
+        def through(groups):
+            """URLs are read as the run read them."""
+            found = groups and [expand(g) for g in groups]
+            return cached(found, run["cache_dir"], run["cache_size"]) if found and run.get("cache_dir") else groups
+
         if data:
-            records, bad = open_records(data)
+            records, bad = open_records(through([data]))
         else:
-            _, _, records, bad = open_split(run["data"] or [["VPT/*.tar"]], None, run["val_data"], run["val_fraction"])
+            found = (through(run["data"] or [["VPT/*.tar"]]), None, through(run["val_data"]), run["val_fraction"])
+            _, _, records, bad = open_split(*found)
         keep = {k: run[k] for k in ("crop_size", "action_space", "decoder", "gui")}
         reader = ClipReader(state["frames_per_clip"], state["fps"], state["frames_per_step"], scaler=scaler, encode=state["encode"], **keep)
         dataset, compose = Clips(records, [1.0] * len(records), reader, run["seed"]), compose_states

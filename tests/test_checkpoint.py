@@ -88,6 +88,26 @@ def test_a_cut_file_is_known_at_every_length(tmp_path, capsys):
     assert checkpoint.load_latest(tmp_path / "nothing") == (None, None)
 
 
+def test_a_restarted_rank_waits_for_the_lock_of_a_dead_node(tmp_path):
+    """Bug: NFS keeps the lock of a node that died for a minute and more, and rank 0, started again elsewhere, uses up --max_restarts."""
+    program = "import sys, time, checkpoint; checkpoint.lock(sys.argv[1]); print('mine', flush=True); time.sleep(float(sys.argv[2]))"
+
+    def start(seconds, restarts):
+        env = os.environ | {"TORCHELASTIC_RESTART_COUNT": restarts}
+        command = [sys.executable, "-c", program, str(tmp_path), str(seconds)]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first = start(60, "0")
+    assert first.stdout.readline() == "mine\n"
+    assert f"is in use by process {first.pid}" in start(0, "0").communicate(timeout=50)[1]
+    second = start(0, "1")
+    time.sleep(4)
+    assert second.poll() is None
+    first.kill()
+    assert second.communicate(timeout=50)[0] == "mine\n"
+    first.communicate()
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb",)

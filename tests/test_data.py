@@ -1,6 +1,7 @@
 """data.py: shards, order, windows, streams, features. Shards are real tar files of real recordings (tests/conftest.py)."""
 
 import collections
+import errno
 import http.server
 import io
 import itertools
@@ -528,6 +529,21 @@ def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
     clips = list(itertools.islice(stream, 40))
     bad = [x for c in clips for x in c["bad"]]
     assert {x[0] for x in bad} == {source} and 1 <= len(bad) <= 3 and all(x[2] for x in bad)
+
+
+def test_a_disk_that_fails_ends_indexing(shards, monkeypatch):
+    """Bug: an I/O error while mp4 indices are read counts as a damaged recording: encode.py leaves it out for good, training changes."""
+    real, path = os.preadv, str(shards / "shard-000001.tar")
+    first = shard_index(path)[0][0].members["mp4"][0]
+
+    def failing(fd, buffers, at):
+        if at == first:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(OSError, match=f"{path} .* cannot be read: .*Input/output error: mend the disk"):
+        index_shards([path])
 
 
 def test_a_stream_cut_inside_a_header_is_not_taken_for_whole(shards):

@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from test_droid import episode, write
 from test_train import ROOT, TINY, TORCHRUN, Run, fails, numbers, run, start_ranks, words
 
+import checkpoint
 import encode
 from data import feature_rows, feature_settings, index_shards, shard_index
 from files.robot_features import index_tar
@@ -284,6 +285,36 @@ def test_a_file_that_may_not_grow_is_one_sentence(shards, tmp_path):
     assert sorted(os.listdir(tmp_path / "f")) == ["encode.json", "lock"]
     run(tmp_path, "encode.py", *flags, tmp_path / "f")
     assert tars(tmp_path / "f") == tars(tmp_path / "whole")
+
+
+def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_path):
+    """Bug: wrong flags, features for video, URLs or another run in the folder make empty shards that count as finished, or a traceback."""
+    play, out = shards / "shard-000000.tar", ["--out", tmp_path / "f", "--encoder vit_tiny"]
+    assert "tubelet needs the encoder's 2 frames" in fails(
+        tmp_path, "encode.py", "--data", play, *out, "--crop_size 32 --frames_per_step 4"
+    )
+    assert not tars(tmp_path / "f") and not left_over(tmp_path / "f")
+    assert "--crop_size 40 is no multiple of the encoder's patches of 16" in fails(
+        tmp_path, "encode.py", "--data", play, *out, "--crop_size 40"
+    )
+    again = fails(tmp_path, "encode.py", "--data", encoded.folder / "bf16" / "train" / "shard-000000.tar", *out, "--crop_size 32")
+    assert "shard-000000.tar holds features already: name the shards of video" in again
+    url = fails(tmp_path, "encode.py", "--data http://localhost:1/a.tar", *out)
+    assert "http://localhost:1/a.tar: encode.py needs to seek: name a --cache_dir" in url
+    checkpoint.lock(tmp_path / "mine")
+    assert f"mine is in use by process {os.getpid()}" in fails(tmp_path, "encode.py", "--data", play, HOW, "--out", tmp_path / "mine")
+
+
+def test_what_is_left_out_is_listed_once(mp4, tmp_path):
+    """Bug: a recording that could not be read is forgotten when the command has ended, or listed again when it goes on."""
+    good, torn = {"good.mp4": mp4, "good.jsonl": jsonl(contractor())}, {"torn.mp4": mp4, "torn.jsonl": b"{not json\n"}
+    write_tar(tmp_path / "a.tar", good | torn)
+    for _ in range(2):
+        run(tmp_path, "encode.py", "--data", tmp_path / "a.tar", "--out", tmp_path / "f", HOW)
+    with open(tmp_path / "f" / "left_out.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    assert [(r["file"], r["key"]) for r in rows] == [(str(tmp_path / "a.tar"), "torn")] and "no usable line" in rows[0]["reason"]
+    assert {r.recording for r in shard_index(tmp_path / "f" / "a.tar")[0]} == {"good"}
 
 
 # --- kills ---

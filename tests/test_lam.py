@@ -624,5 +624,5 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     z = torch.from_numpy(steps[:4].swapaxes(1, 2).astype(np.float32)).flatten(0, 1)[None]
     scores = latents.decoded_scores(Oracle(), [z], vae, ["psnr", "ssim"])
     assert scores["ssim"][0] == pytest.approx(1, abs=1e-4) and scores["psnr"][0] > scores["psnr"][1] + 10 and scores["ssim"][1] < 1
-    error = fails(tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}")
+    error = fails(tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}", "--out", tmp_path / "other")
     assert "give diffusers:FOLDER, with config.json and weights" in error

@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import HEIGHT
-from test_train import PLAN, ROOT, TINY, fails, numbers, rows_of, run, same_run, start_ranks, words
+from test_train import PLAN, ROOT, TINY, Run, fails, numbers, rows_of, run, same_run, start_ranks, words
 
 from data import Clips, Order, Slice, index_shards, open_split, read_ticks, vpt_loader
 from files import remote, streams
@@ -79,11 +79,6 @@ def server(shards):
         s.shutdown()
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(streams, "WAIT", 0.01)
-
-
 def shard(url, folder, gigabytes=1.0):
     return cached([[url]], str(folder), gigabytes, str)[0][0]
 
@@ -141,7 +136,7 @@ def test_an_index_reads_ranges_only(server, shards, tmp_path, monkeypatch):
     assert server.handler.gets["shard-000002.tar"] == 2  # the question whether it serves ranges, and the copy
 
 
-def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path, quick):
+def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
     """Bug: a busy server or a cut connection ends the run; bytes are lost where a transfer goes on; tries without end, or an error that
     does not say what failed."""
     name = "shard-000000.tar"
@@ -185,7 +180,7 @@ def test_the_waits_grow_and_are_bounded(monkeypatch):
     assert max(waits[5:]) <= 36
 
 
-def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path, quick):
+def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
     """Bug: half of a copy is of the old version, or a copy of the old one serves a run that means the new one."""
     folder = tmp_path / "files"
     folder.mkdir()
@@ -311,7 +306,7 @@ def world(tmp_path_factory, shards):
 # --- streams, counters ---
 
 
-def test_a_stream_goes_on_where_it_was_cut(server, shards, quick):
+def test_a_stream_goes_on_where_it_was_cut(server, shards):
     """Bug: a transfer that breaks costs the rest of the shard, or its first bytes come twice."""
     name = "shard-000001.tar"
     expected = list(stream_recordings(f"pipe:cat {shards / name}"))
@@ -354,6 +349,18 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
     assert line.startswith(f"error: {server.url}/shard-000001.tar cannot be read: ClientResponseError: 403, message='Forbidden'"), line
 
 
+def test_encode_reads_urls_through_the_cache(world, shards, server, tmp_path):
+    """Bug: features of shards at URLs are not those of the files, or a second run copies them again."""
+    flags = ["--data", server.url + "/shard-{000000..000001}.tar", "--encoder vit_tiny --crop_size 32 --out", tmp_path / "f",
+             "--cache_dir", tmp_path / "cache"]  # fmt: skip
+    run(tmp_path, "encode.py", *flags)
+    for path in (world.folder / "features").glob("*.tar"):
+        assert (tmp_path / "f" / path.name).read_bytes() == path.read_bytes()
+    gets = dict(server.handler.gets)
+    assert "encoded 0 of 2 shards" in run(tmp_path, "encode.py", *flags)
+    assert server.handler.gets == gets and len(copies(tmp_path / "cache")) == 2
+
+
 # --- ranks ---
 
 
@@ -378,6 +385,23 @@ def test_ranks_times_micro_batches_can_change_between_runs(world, tmp_path):
     assert "a step now takes 2 clips, not 4: other clips from here on; of epoch 2, some clips come twice and others not at all" in text
     other = numbers(tmp_path / "changed", "jloss", "sloss")
     assert len(other) == 11 and np.abs(other[9:] / whole[9:] - 1).max() > 1e-3
+    assert "nothing left to do: 11 steps are done" in both(tmp_path / "two", "--resume --max_steps 11")  # and it ends well
+
+
+def test_ranks_that_find_different_checkpoints_end(world, tmp_path):
+    """Bug: --out_dir is a disk of each node's own: after a restart one rank goes on at step 4, the other, with no moments, at 0."""
+    flags = [*world.features, PLAN, "--ipe 4 --batch_size 2 --val_clips 0"]
+    run(tmp_path, "train_ac.py", *flags, "--max_steps 4 --out_dir", tmp_path / "a")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    ranks = [Run(tmp_path, "train_ac.py", *flags, "--resume --out_dir", tmp_path / out, env=env | {"RANK": str(r), "LOCAL_RANK": "0"})
+             for r, out in enumerate("ab")]  # fmt: skip
+    for rank in ranks:
+        code, text = rank.wait()
+        assert (
+            code and "ranks find different checkpoints in" in text and "(None, checkpoint-epoch001.pth.tar): it must be one folder" in text
+        )
 
 
 def test_the_order_is_dealt_by_global_batch():
