@@ -299,7 +299,7 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     )
     again = fails(tmp_path, "encode.py", "--data", encoded.folder / "bf16" / "train" / "shard-000000.tar", *out, "--crop_size 32")
     assert "shard-000000.tar holds features already: name the shards of video" in again
-    url = fails(tmp_path, "encode.py", "--data http://localhost:1/a.tar", *out)
+    url = fails(tmp_path, "encode.py", "--data", "http://localhost:1/a.tar", *out)
     assert "http://localhost:1/a.tar: encode.py needs to seek: name a --cache_dir" in url
     checkpoint.lock(tmp_path / "mine")
     assert f"mine is in use by process {os.getpid()}" in fails(tmp_path, "encode.py", "--data", play, HOW, "--out", tmp_path / "mine")
