@@ -85,7 +85,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
     p = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert int(p.stdout.readline()) == p.pid
-        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {p.pid} on .*: wait for it, stop it, or pass another"):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {p.pid} on .*: wait for it, stop it, or choose another"):
             checkpoint.lock(tmp_path)
         p.kill()
         p.wait()

@@ -254,10 +254,10 @@ def test_the_recipe_of_the_readme_runs(tmp_path, monkeypatch):
         code = next(b for b in re.findall(r"```python\n(.*?)```", f.read(), re.S) if "TransformObservation" in b)
     small = code.replace("(256, encoder", "(4, encoder").replace("encoder, 256)", "encoder, 32)")  # 256 patches of 256 pixels in the README
     assert small.count("4, encoder") == small.count("encoder, 32") == 1
-    encoder = open_encoder("vit_tiny", 32, 2)
-    scope = {"gymnasium": gymnasium, "np": np, "encoder": encoder, "env": gymnasium.make("VizdoomBasic-v1")}
+    torch.save({"target_encoder": open_encoder("vit_tiny", 32, 2).state_dict()}, "vitl.pt")
+    scope = {"env": gymnasium.make("VizdoomBasic-v1")}
     exec(small, scope)
-    env = scope["env"]
+    env, encoder = scope["env"], scope["encoder"]
     first, _ = env.reset(seed=0)
     later = [env.step(action)[0] for action in (0, 1, 1, 3)]
     assert all(z.shape == (4, 192) and z in env.observation_space for z in [first, *later])

@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
         ([*plan, "--out_dir", tmp_path / "run"], "run holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir"),
         ([*features, *new, PLAN, "--scaler", tmp_path / "none.pkl"], "none.pkl; fit one with: python fit_scaler.py"),
         ([*features, *new, PLAN, "--scaler", tmp_path / "fps.pkl"], "fitted with --fps 10, this run has 5: fit it again"),
-        ([*features, *new, PLAN, "--scaler", tmp_path / "dims.pkl"], "dims.pkl scales 3 dimensions, this run needs ['mouse_dx'"),
+        ([*features, *new, PLAN, "--scaler", tmp_path / "dims.pkl"], "dims.pkl scales 3, this run needs ['mouse_dx'"),
         ([*features, *new, PLAN, "--scaler", bad], "bad.pth.tar is not an action scaler"),
         ([*plan, *resume, "--scaler", tmp_path / "other.pkl"], "scaler_hash"),
         ([*plan, *resume, "--pred_dim 96"], "checkpoint-epoch003.pth.tar was trained with pred_dim 48, this run has 96"),
