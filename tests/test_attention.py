@@ -243,6 +243,7 @@ leave_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRET, reason="two processes on CPUs")
 def test_two_ranks_are_one(tmp_path):
     """Catches a custom op whose gradients DDP does not see."""

@@ -29,6 +29,7 @@ def test_the_baseline_step_has_our_losses():
     assert text.count("off by") == 2  # both were compared, and a difference above 1e-5 ends the run
 
 
+@pytest.mark.slow
 def test_attention_rows_say_what_auto_takes():
     """Bug: the row marked as what impl="auto" takes is another one; FlexAttention left out without a word."""
     rows, text = bench("attention", "--heads 2 --head_dim 32 --block 70 --steps 1 4 --no-flex --repeats 1")

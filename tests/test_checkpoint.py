@@ -99,9 +99,8 @@ def test_a_restarted_rank_waits_for_the_lock_of_a_dead_node(tmp_path):
 
     first = start(60, "0")
     assert first.stdout.readline() == "mine\n"
-    assert f"is in use by process {first.pid}" in start(0, "0").communicate(timeout=50)[1]
     second = start(0, "1")
-    time.sleep(4)
+    time.sleep(4)  # of which Python and torch take two
     assert second.poll() is None
     first.kill()
     assert second.communicate(timeout=50)[0] == "mine\n"

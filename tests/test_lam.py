@@ -478,6 +478,7 @@ def quantise_on_two(rank, port, out):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_codebooks_are_bitwise_equal_on_all_ranks(tmp_path):
     """Bug: each rank sums in its own order or draws its own dead codes, and the ranks end with different tables."""
     import socket

@@ -466,7 +466,14 @@ def test_estimated_activations_are_those_that_are_kept():
 
 
 @pytest.mark.parametrize(
-    "flags", ["--dtype bfloat16 --fused_qkv --no-rslora", "--dtype float16 --activation_checkpointing", "--optim adamw8bit"]
+    "flags",
+    [
+        "--optim adamw8bit",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("--dtype bfloat16 --fused_qkv --no-rslora", "--dtype float16 --activation_checkpointing")
+        ),
+    ],
 )
 def test_other_ways_to_train(world, flags):
     """Bug: a precision or optimizer whose state does not survive saving; GradScaler's own state lost."""
@@ -589,6 +596,7 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         assert said in text and not (tmp_path / "dry").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
     """Bug: Meta's file, whose encoder nobody has looked at, is taken for the features' without a word; a base of another encoder too."""
     state = weights.meta_state(weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE))

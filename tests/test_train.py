@@ -246,7 +246,7 @@ def test_ranks_and_micro_batches_are_one_batch(world):
 # --- stopping and going on ---
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
     """Bug: clip order, Adam's state, schedule or logs do not survive a kill in the middle of an epoch, or depend on --num_workers."""
     flags = [*trained.flags, "--dtype", dtype, "--out_dir"]
@@ -276,7 +276,8 @@ def test_resume_is_exact_on_video_with_augmentation(world, tmp_path):
     assert column(tmp_path / "plain", "jloss") != column(tmp_path / "whole", "jloss")
 
 
-@pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), *(pytest.param(*x, marks=pytest.mark.slow)
+                                                                   for x in ((signal.SIGINT, True), (signal.SIGTERM, False)))])  # fmt: skip
 def test_a_signal_stops_saves_and_resumes_exactly(tmp_path, trained, number, group):
     """Bug: the step's work is lost or counted twice; a signal to the whole group (Ctrl-C, scancel) kills the loader processes first."""
     flags = [*trained.flags, "--out_dir", tmp_path / "run"]
@@ -568,7 +569,7 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
     assert all(torch.equal(taken[k], v) for k, v in meta.state_dict().items() if "_encoder.weight" not in k)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
     """Bug: the encoder in the file is rounded to the training precision; or such a run neither resumes, nor evaluates, since its predictor
     is in Meta's layout."""
@@ -586,6 +587,7 @@ def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
 # --- features ---
 
 
+@pytest.mark.slow
 def test_features_are_what_training_on_video_sees(world, trained, tmp_path):
     """Bug: encode.py resizes, crops, pairs frames or aligns actions otherwise than the loader; encode modes are mixed up."""
     flags = "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --lr 0 --start_lr 0 --out_dir"  # the same predictor on the same windows
@@ -629,6 +631,7 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
         np.testing.assert_array_equal(states.numpy(), ticks.motion[ends, 2:])
 
 
+@pytest.mark.slow
 def test_encode_killed_and_run_again_is_whole(world, tmp_path):
     """Bug: a half-written shard is taken for a finished one, or finished ones for those of other settings or recordings."""
     flags = ["--data", world.shards / "*.tar", "--encoder vit_tiny --crop_size 32 --phases 4 --out"]
