@@ -81,7 +81,7 @@ def probed(world):
     with tarfile.open(world.folder / "val" / "shard-val-0.tar") as tar:
         video = tar.extractfile("play.12.mp4").read()
     unlabelled = write_tar(world.folder / "unlabelled.tar", {"new.mp4": video, "torn.mp4": video[:3000], "notes.txt": b""})
-    text = run(world.folder, "probe.py", *world.flags, "--encoder vit_tiny --steps 250 --label_field hotbar --lines",
+    text = run(world.folder, "probe.py", *world.flags, "--encoder vit_tiny --steps 150 --label_field hotbar --lines",
                world.folder / "train" / "*.tar", world.folder / "val" / "*.tar", "--label", unlabelled, "--out",
                world.folder / "labels" / "out.tar")  # fmt: skip
     report = json.loads((world.folder / "labels" / "probe.json").read_text())

@@ -292,6 +292,7 @@ def test_a_signal_stops_saves_and_resumes_exactly(tmp_path, trained, number, gro
     assert not [n for n in os.listdir(tmp_path / "run") if n.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both(world, tmp_path):
     """Bug: the rank that got the signal stops, the other waits for it for ever."""
     flags = [*world.features, PLAN, "--ipe 25 --batch_size 2"]
