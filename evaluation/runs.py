@@ -244,7 +244,7 @@ def open_held_out(state, scaler, data, encoder, device):
     found, known = {r.name for r in records}, set(state["held_out"])
     if seen := found - known if known else found & set(scaler.meta.get("recordings", [])):
         what = "not among those the run held out" if known else "among those its scaler was fitted on"
-        print(f"WARNING: {len(seen)} of {len(records)} recordings are {what}: was it trained on them?")
+        print(f"WARNING: {len(seen)} of {len(found)} recordings are {what}: was it trained on them?")
     if sum(map(len, windows(dataset, 1, 2))) < 2:
         span = f"{state['frames_per_clip']} frames at {state['fps']:g} fps"
         raise ValueError(f"{len(records)} held-out recordings hold fewer than two clips of {span}: name more with --data")
