@@ -93,12 +93,13 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
 
 
 def resident(pid):
-    """MB of memory that a process and those it has started hold now; what they share counts for each."""
+    """(processes, MB of memory that they hold now) of a process and those it has started; what they share counts for each."""
     try:
         with open(f"/proc/{pid}/statm") as f, open(f"/proc/{pid}/task/{pid}/children") as g:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6 + sum(map(resident, g.read().split()))
+            own, children = int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6, [resident(child) for child in g.read().split()]
     except FileNotFoundError:  # it has just ended
-        return 0.0
+        return 0, 0.0
+    return 1 + sum(n for n, _ in children), own + sum(size for _, size in children)
 
 
 def leak(world, reads, steps, workers):
@@ -117,22 +118,16 @@ def leak(world, reads, steps, workers):
         while p.poll() is None:
             if os.path.exists(f"{out}/train.csv"):
                 done = rows(out)
-                found.append((done, resident(p.pid)))
+                found.append((done, *resident(p.pid)))
                 progress.update(done - progress.n)
             time.sleep(0.2)
     assert p.returncode == 0, open(out + ".log").read()[-2000:]
-    at, memory = np.array([x for x in found if x[1]]).T
-    late = at > 0.2 * at.max()  # caches fill first
+    at, processes, memory = np.array(found).T
+    usual = processes == np.bincount(processes.astype(int)).argmax()  # validation has loaders of its own for a while
+    late = usual & (at > 0.2 * at.max())  # caches fill first
     slope = np.polyfit(at[late] / 1000, memory[late], 1)[0]
-    ends = [memory[late][part].mean() for part in (slice(None, 10), slice(-10, None))]
-    return {
-        "reads": reads,
-        "steps": int(at.max()),
-        "workers": workers,
-        "MB after a fifth": ends[0],
-        "MB at the end": ends[1],
-        "MB per 1000 steps": slope,
-    }
+    row = {"reads": reads, "steps": int(at.max()), "workers": workers, "MB after a fifth": np.median(memory[late][:10])}
+    return row | {"MB at the end": np.median(memory[late][-10:]), "MB per 1000 steps": slope}
 
 
 def shared(pids):
@@ -193,7 +188,8 @@ if __name__ == "__main__":
     flag("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="autocast precision, and the encoder's weights")
     flag("--optim", default="adamw", choices=["adamw", "adamw8bit"], help="moments in 32 or 8 bits")
     flag("--leak", action="store_true", help="train --steps steps for real, and let loaders fill up, in place of the estimate")
-    flag("--steps", type=int, default=10_000, help="of --leak; a quarter of them on video")
+    flag("--steps", type=int, default=10_000, help="of --leak")
+    flag("--reads", nargs="+", default=["features", "video"], choices=["features", "video"], help="of --leak; video takes 25 minutes")
     flag("--workers", type=int, nargs="+", default=[0, 2], help="of --leak: loader processes of the runs")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
@@ -204,8 +200,7 @@ if __name__ == "__main__":
         os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
         start_server()
         world = World(folder)
-        runs = {"features": args.steps, "video": args.steps // 4}  # which takes six times as long a step
-        table = [leak(world, reads, steps, workers) for reads, steps in runs.items() for workers in args.workers]
+        table = [leak(world, reads, args.steps, workers) for reads in args.reads for workers in args.workers]
         bench.report(table, args.json, torch.device("cpu"))
         bench.report(loaders := loader_rows(folder), args.json, torch.device("cpu"))
         shutil.rmtree(folder)
