@@ -233,6 +233,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if odd := [k for k in (OF_PLAY if robot else OF_ROBOTS) if getattr(args, k) != parser.get_default(k)]:
         parser.error(f"--{odd[0]} is for --dataset {'vpt: robots have one frame a step' if robot else 'droid'}")
+    if low := [k for k in ("phases", "batch_size", "crop_size", "frames_per_step", "frames_per_clip", "fps") if getattr(args, k) <= 0]:
+        parser.error(f"--{low[0]} {getattr(args, low[0]):g} is too small")
     sys.excepthook = one_sentence
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
@@ -240,6 +242,8 @@ if __name__ == "__main__":
         torch.cuda.set_device(device)
     signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))  # so that the shard under way is removed
     paths = (find_episodes if robot else expand)([p for group in args.data for p in group])
+    if os.path.realpath(args.out) in {os.path.dirname(os.path.realpath(p)) for p in paths}:
+        raise ValueError(f"--out {args.out} is where the recordings are: choose another folder")
     if world > 1:
         dist.init_process_group("gloo")
     if rank == 0:
@@ -301,6 +305,7 @@ if __name__ == "__main__":
         write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
     progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")
     groups = itertools.groupby(decode_ahead(records, plan, args), key=lambda x: (x[0].shard, x[0].key))
+    members = []
     for path in mine:
 
         def write_shard(out, path=path):
@@ -316,6 +321,7 @@ if __name__ == "__main__":
                         member = tarfile.TarInfo(f"{record.key}@{name}.safetensors")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
+                        members.append(member.name)
                     progress.update()
 
         try:
@@ -327,6 +333,12 @@ if __name__ == "__main__":
     progress.close()
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")
+    if mine and not members:
+        for path in mine:
+            os.unlink(targets[path])
+        raise ValueError(f"nothing could be encoded, see above{'' if robot else ' (robot episodes need --dataset droid)'}")
+    if os.path.exists(list_of_bad := os.path.join(args.out, LEFT_OUT)) and rank == 0:
+        print(f"what could not be read is in {list_of_bad}; delete a shard of {args.out} to have it encoded again")
     size = sum(os.path.getsize(targets[p]) for p in mine) / 2**20
     print(f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {size:,.1f} MiB; peak memory {peak_memory(device):.0f} MiB")
     if world > 1:

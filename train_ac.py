@@ -115,8 +115,8 @@ def lr_at(k, total, ipe, args):
 if __name__ == "__main__":
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
-    if args.warmup + args.anneal > args.epochs:
-        parser.error(f"--warmup {args.warmup} and --anneal {args.anneal} epochs do not fit into --epochs {args.epochs}")
+    if args.warmup + args.anneal > args.epochs or min(args.batch_size, args.grad_accum, args.ipe, args.log_every) < 1:
+        parser.error(f"--warmup {args.warmup} and --anneal {args.anneal} do not fit into --epochs {args.epochs}, or a size is below 1")
 
     # --- distributed --- (same in every train_*.py)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))

@@ -299,6 +299,13 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     )
     again = fails(tmp_path, "encode.py", "--data", encoded.folder / "bf16" / "train" / "shard-000000.tar", *out, "--crop_size 32")
     assert "shard-000000.tar holds features already: name the shards of video" in again
+    for flag in ("--batch_size 0", "--phases 0"):
+        assert f"{flag} is too small" in fails(tmp_path, "encode.py", "--data", play, *out, flag)
+    same = fails(tmp_path, "encode.py", "--data", play, HOW, "--out", shards)
+    assert f"--out {shards} is where the recordings are" in same and "lock" not in os.listdir(shards)
+    (tmp_path / "torn.tar").write_bytes(play.read_bytes()[:3000])
+    nothing = fails(tmp_path, "encode.py", "--data", tmp_path / "torn.tar", HOW, "--out", tmp_path / "n")
+    assert "nothing could be encoded, see above (robot episodes need --dataset droid)" in nothing and not tars(tmp_path / "n")
     url = fails(tmp_path, "encode.py", "--data", "http://localhost:1/a.tar", *out)
     assert "http://localhost:1/a.tar: encode.py needs to seek: name a --cache_dir" in url
     checkpoint.lock(tmp_path / "mine")

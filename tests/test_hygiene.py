@@ -13,7 +13,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
 SOURCES = sorted(os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py")))
 BUDGETS = {"model.py": 750, "data.py": 550, "droid.py": 350, "weights.py": 220, "checkpoint.py": 172, "kernels/attention.py": 380}
-BUDGETS |= {"files/vpt.py": 373, "files/episodes.py": 350, "lora.py": 320, "eval_lam.py": 310, "encode.py": 340, "README.md": 220}
+BUDGETS |= {"files/vpt.py": 373, "files/episodes.py": 350, "lora.py": 320, "eval_lam.py": 310, "encode.py": 350, "README.md": 220}
 BUDGETS |= dict.fromkeys(("fit_scaler.py", "train_ac.py", "train_lam.py", "train_lora.py"), 350)
 LEAF = 300  # eval, probe, plan, files/*, evaluation/*, prepare/*, bench/*, kernels/*
 
