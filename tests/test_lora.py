@@ -1010,7 +1010,7 @@ def test_urls_that_nothing_reads(tmp_path, url, message):
 def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     """Bug: what works with fsspec's memory does not with a bucket behind HTTP: its errors, its listings, its missing bucket."""
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # another test's has another address
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     port = server.get_host_and_port()[1]

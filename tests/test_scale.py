@@ -272,7 +272,7 @@ def test_processes_share_one_transfer_and_survive_a_kill(server, shards, tmp_pat
 def test_shards_in_a_bucket(shards, tmp_path, monkeypatch):
     """Bug: what works with a web server does not with S3: other names of size and version, other errors."""
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # another test's has another address
     bucket = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     bucket.start()
     settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{bucket.get_host_and_port()[1]}", "AWS_ACCESS_KEY_ID": "a"}
