@@ -1,9 +1,10 @@
 """Atomic, checksummed, rotated save and load of a training run.
 
-A checkpoint is `checkpoint-epochNNN.pth.tar` (N whole epochs done) or `checkpoint-epochNNN-itrNNNNN.pth.tar` (stopped inside one), and
-`checkpoint-latest.pth.tar` is a symlink to the newest. It is what torch.save writes and then, in eight hex digits, the CRC-32 of all that:
-the CRCs inside the zip do not cover its directory, where one flipped bit makes torch.load return garbage.
-"""
+A checkpoint is `checkpoint-epochNNN.pth.tar` (N whole epochs done) or
+`checkpoint-epochNNN-itrNNNNN.pth.tar` (stopped inside one), and `checkpoint-latest.pth.tar` is a
+symlink to the newest. It is what torch.save writes and then, in eight hex digits, the CRC-32 of all
+that: the CRCs inside the zip do not cover its directory, where one flipped bit makes torch.load
+return garbage."""
 
 import fcntl
 import functools
@@ -25,17 +26,37 @@ import torch.distributed as dist
 
 LATEST = "checkpoint-latest.pth.tar"
 NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
-BROKEN = (ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+BROKEN = (
+    ValueError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
 held = []  # open files of `lock`, which lives as long as they do
 
 
 def one_sentence(kind, error, trace):
-    """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1) a traceback."""
-    text, files = str(error).rpartition("\nValueError: ")[2], ["", *(f.f_code.co_filename for f, _ in traceback.walk_tb(trace))]
-    killed = "DataLoader worker (pid" in text or (issubclass(kind, (OSError, EOFError)) and "multiprocessing" in files[-1])
+    """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1)
+    a traceback."""
+    text, files = (
+        str(error).rpartition("\nValueError: ")[2],
+        ["", *(f.f_code.co_filename for f, _ in traceback.walk_tb(trace))],
+    )
+    killed = "DataLoader worker (pid" in text or (
+        issubclass(kind, (OSError, EOFError)) and "multiprocessing" in files[-1]
+    )
     if killed:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again at exit
-        text = f"a loader process was killed ({text.strip() or kind.__name__}): lower --num_workers if memory ran out; go on with --resume"
+        signal.signal(
+            signal.SIGCHLD, signal.SIG_DFL
+        )  # torch's handler would raise it again at exit
+        text = (
+            f"a loader process was killed ({text.strip() or kind.__name__}): lower --num_workers if"
+            " memory ran out; go on with --resume"
+        )
     if (killed or issubclass(kind, (ValueError, OSError))) and not os.environ.get("NANOJEPA_DEBUG"):
         print("error:", text, "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
     else:
@@ -43,31 +64,45 @@ def one_sentence(kind, error, trace):
 
 
 def peak_memory(device):
-    """The most MiB that this process has held so far: of the GPU's memory, or on a CPU of its own (Python and libraries are 300)."""
+    """The most MiB that this process has held so far: of the GPU's memory, or on a CPU of its own
+    (Python and libraries are 300)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "linux":  # where ru_maxrss starts with that of the process that started this one
+    if (
+        sys.platform == "linux"
+    ):  # where ru_maxrss starts with that of the process that started this one
         with open("/proc/self/status") as f:
             return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def lock(out_dir):
-    """Make the folder of a run and hold it while this process lives, however it ends. ValueError if another process holds it."""
+    """Make the folder of a run and hold it while this process lives, however it ends. ValueError if
+    another process holds it."""
     os.makedirs(out_dir, exist_ok=True)
     held.append(f := open(os.path.join(out_dir, "lock"), "a+"))
-    end = time.monotonic() + 120 * (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")  # NFS keeps a dead node's lock for a while
+    end = time.monotonic() + 120 * (
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    )  # NFS keeps a dead node's lock for a while
     while True:
         try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes, which outlive a killed run, would inherit that
+            fcntl.lockf(
+                f, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # not flock: loader processes, which outlive a killed run, would inherit that
             break
         except (BlockingIOError, PermissionError) as e:
             if time.monotonic() >= end:
                 f.seek(0)
-                raise ValueError(f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or choose another folder") from e
+                raise ValueError(
+                    f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or choose"
+                    " another folder"
+                ) from e
             time.sleep(1)
         except OSError as e:
-            raise OSError(f"{out_dir} cannot be locked ({e.strerror}): mount it with locks (Lustre: -o flock), or choose another") from e
+            raise OSError(
+                f"{out_dir} cannot be locked ({e.strerror}): mount it with locks (Lustre: -o"
+                " flock), or choose another"
+            ) from e
     for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp")):
         os.unlink(left)  # by a run that was killed while it wrote a log, curves or a checkpoint
     f.truncate(0)
@@ -75,7 +110,8 @@ def lock(out_dir):
 
 
 def write_atomically(path, data):
-    """Bytes (or a function that writes to an open file) to a file that is either the old one or the new one, whatever happens."""
+    """Bytes (or a function that writes to an open file) to a file that is either the old one or the
+    new one, whatever happens."""
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     tmp = f"{path}.{os.getpid()}.tmp"
@@ -100,22 +136,32 @@ def write_atomically(path, data):
 def list_checkpoints(out_dir):
     """{path: (epoch, itr)} of the checkpoints of a run, oldest first."""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    found = {os.path.join(out_dir, n): (int(m[1]), int(m[2] or 0)) for n in names if (m := NAME.fullmatch(n))}
+    found = {
+        os.path.join(out_dir, n): (int(m[1]), int(m[2] or 0))
+        for n in names
+        if (m := NAME.fullmatch(n))
+    }
     return dict(sorted(found.items(), key=lambda x: x[1]))
 
 
 def _crc(f, size):
-    """CRC-32 of the first `size` bytes of an open file, as eight hex digits; the file then stands after them."""
+    """CRC-32 of the first `size` bytes of an open file, as eight hex digits; the file then stands
+    after them."""
     f.seek(0)
     parts = (f.read(min(size - at, 1 << 24)) for at in range(0, size, 1 << 24))
     return b"%08x" % functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
 def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
-    """Write a checkpoint, point `latest` at it, then delete older ones except the last `keep_last` and each `keep_every`-th epoch. Raises
-    OSError naming the last good checkpoint when it cannot be written (disk full); that one is then untouched."""
+    """Write a checkpoint, point `latest` at it, then delete older ones except the last `keep_last`
+    and each `keep_every`-th epoch. Raises OSError naming the last good checkpoint when it cannot be
+    written (disk full); that one is then untouched."""
     name = f"checkpoint-epoch{epoch:03d}" + (f"-itr{itr:05d}" if itr else "") + ".pth.tar"
-    path, link, before = os.path.join(out_dir, name), os.path.join(out_dir, LATEST), [*list_checkpoints(out_dir)] or ["none"]
+    path, link, before = (
+        os.path.join(out_dir, name),
+        os.path.join(out_dir, LATEST),
+        [*list_checkpoints(out_dir)] or ["none"],
+    )
     for left in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*.tmp")):
         os.unlink(left)  # by a run that was killed while it saved
     gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
@@ -123,7 +169,9 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
         write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise OSError(f"could not write {path} ({reason}); last good checkpoint: {before[-1]}") from e
+        raise OSError(
+            f"could not write {path} ({reason}); last good checkpoint: {before[-1]}"
+        ) from e
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
     every = list_checkpoints(out_dir)
@@ -134,7 +182,8 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
 
 
 def load(path):
-    """A checkpoint's dictionary, after checking its CRC. Raises ValueError for a cut, damaged or foreign file; runs no pickled code."""
+    """A checkpoint's dictionary, after checking its CRC. Raises ValueError for a cut, damaged or
+    foreign file; runs no pickled code."""
     try:
         with open(path, "rb") as f:
             if _crc(f, os.path.getsize(path) - 8) != f.read():
@@ -144,18 +193,27 @@ def load(path):
             raise ValueError(f"it holds a {type(state).__name__}")
         return state
     except (*BROKEN, pickle.UnpicklingError) as e:  # a cut or foreign pickle may raise any of them
-        raise ValueError(f"{path} is damaged or no checkpoint of ours: {type(e).__name__} {str(e).partition(chr(10))[0]}") from e
+        raise ValueError(
+            f"{path} is damaged or no checkpoint of ours: {type(e).__name__}"
+            f" {str(e).partition(chr(10))[0]}"
+        ) from e
 
 
 def load_latest(out_dir):
-    """(dictionary, path) of the newest good checkpoint of a run, saying which newer ones are damaged; (None, None) if there is none. With
-    several ranks a collective. ValueError when all checkpoints are damaged, or ranks find different ones."""
+    """(dictionary, path) of the newest good checkpoint of a run, saying which newer ones are
+    damaged; (None, None) if there is none. With several ranks a collective. ValueError when all
+    checkpoints are damaged, or ranks find different ones."""
     state, path = newest_good(out_dir)
     if dist.is_initialized():
-        dist.all_gather_object(found := [None] * dist.get_world_size(), path and os.path.basename(path))
+        dist.all_gather_object(
+            found := [None] * dist.get_world_size(), path and os.path.basename(path)
+        )
         if len(set(found)) > 1:
-            raise ValueError(f"ranks find different checkpoints in {out_dir} ({', '.join(sorted({str(x) for x in found}))}): it must be "
-                             "one folder that all nodes see")  # fmt: skip
+            raise ValueError(
+                f"ranks find different checkpoints in {out_dir}"
+                f" ({', '.join(sorted({str(x) for x in found}))}): it must be one folder that all"
+                " nodes see"
+            )
     return state, path
 
 
@@ -167,5 +225,8 @@ def newest_good(out_dir):
         except ValueError as e:
             print(f"{e}; trying the one before")
     if paths:
-        raise ValueError(f"all {len(paths)} checkpoints in {out_dir} are damaged: restore one, or start again in another --out_dir")
+        raise ValueError(
+            f"all {len(paths)} checkpoints in {out_dir} are damaged: restore one, or start again in"
+            " another --out_dir"
+        )
     return None, None

@@ -1,11 +1,13 @@
-"""Everything between a VPT or feature file and a batch: shards, the action scaler, the order of clips, loaders.
+"""Everything between a VPT or feature file and a batch: shards, the action scaler, the order of
+clips, loaders.
 
     python -m data --inspect demo/train/shard-000000.tar      # shapes, ranges, mean and std of one batch
 
-Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed: the order of clips is a pure function of (seed, epoch), dealt to
-ranks by index, so a run resumes exactly under any number of workers, and a clip costs a seek instead of a 64 MB read. What cannot be
-sought (pipe:, http://, s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All end in the same ClipReader.
-"""
+Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed: the order of clips is a
+pure function of (seed, epoch), dealt to ranks by index, so a run resumes exactly under any number
+of workers, and a clip costs a seek instead of a 64 MB read. What cannot be sought (pipe:, http://,
+s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All end in the same
+ClipReader."""
 
 import argparse
 import concurrent.futures
@@ -34,7 +36,13 @@ from files.streams import READ_ERRORS, StreamedClips, Unreachable, disk_failed
 from files.vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
-FEATURE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8}
+FEATURE_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+}
 
 
 # --- files ---
@@ -51,8 +59,8 @@ def stamp(path):
 
 
 def expand(patterns):
-    """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each pattern. Raises FileNotFoundError
-    naming what matches nothing."""
+    """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each
+    pattern. Raises FileNotFoundError naming what matches nothing."""
     if isinstance(patterns, Shard):
         return [patterns]
     if not isinstance(patterns, str):
@@ -62,12 +70,16 @@ def expand(patterns):
         found = [p] if is_stream(p) or os.path.exists(p) else sorted(glob.glob(p))
         out += found
         if not found:
-            raise FileNotFoundError(f"no shard matches {p}; make some with: python -m prepare.demo --out demo (or prepare.shards)")
+            raise FileNotFoundError(
+                f"no shard matches {p}; make some with: python -m prepare.demo --out demo (or"
+                " prepare.shards)"
+            )
     return out
 
 
 class Slice(io.RawIOBase):
-    """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder needs of a tar, without the rest."""
+    """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder
+    needs of a tar, without the rest."""
 
     total = 0  # bytes that this process has read through all of them
 
@@ -100,7 +112,8 @@ class Slice(io.RawIOBase):
 
 
 class Record(NamedTuple):
-    """A recording in a local shard: member offsets and sizes, and its length (frames of video, or steps of features)."""
+    """A recording in a local shard: member offsets and sizes, and its length (frames of video, or
+    steps of features)."""
 
     shard: str
     key: str
@@ -109,7 +122,8 @@ class Record(NamedTuple):
 
     @property
     def recording(self):
-        """The key without the @TICK that encode.py adds: one recording gives several members of features."""
+        """The key without the @TICK that encode.py adds: one recording gives several members of
+        features."""
         return self.key.rpartition("@")[0] if "safetensors" in self.members else self.key
 
     @property
@@ -119,7 +133,8 @@ class Record(NamedTuple):
 
 
 def shard_index(path):
-    """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers only: 54 ms for 10 GB."""
+    """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers
+    only: 54 ms for 10 GB."""
     found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
     try:
         with Slice(path, 0, end) as f, tarfile.open(path, "r:", fileobj=f) as tar:
@@ -130,12 +145,17 @@ def shard_index(path):
                         raise tarfile.ReadError(f"the shard ends inside {m.name}")
                     found.setdefault(stem, {})[extension[1:]] = (m.offset_data, m.size)
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut or damaged header for the end and says nothing
+            if tar.fileobj.read(512) != bytes(
+                512
+            ):  # tarfile takes a cut or damaged header for the end and says nothing
                 raise tarfile.ReadError(f"no tar header and no end mark at byte {tar.offset}")
     except tarfile.TarError as e:
         bad.append((path, "", f"truncated or damaged tar: {e}"))
     lone = {key: m for key, m in found.items() if len(m) == 1 and "safetensors" not in m}
-    bad += [(path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it") for key, m in lone.items()]
+    bad += [
+        (path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it")
+        for key, m in lone.items()
+    ]
     if not found and not bad:
         bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
     return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
@@ -145,8 +165,8 @@ def shard_index(path):
 
 
 def index_shards(paths, workers=16):
-    """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4 indices and feature headers only; of those at
-    URLs once, then their notes in the cache."""
+    """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4
+    indices and feature headers only; of those at URLs once, then their notes in the cache."""
 
     def measure(r):
         try:
@@ -161,11 +181,15 @@ def index_shards(paths, workers=16):
             if isinstance(e, Unreachable):
                 raise
             if disk_failed(e):  # to leave the recording out would be another run
-                raise OSError(f"{r.shard} {r.key} cannot be read: {e}: mend the disk, then start again") from e
+                raise OSError(
+                    f"{r.shard} {r.key} cannot be read: {e}: mend the disk, then start again"
+                ) from e
             return r.shard, r.key, str(e)
 
     def sorted_out(found, bad):
-        return [r for r in found if isinstance(r, Record)], bad + [r for r in found if not isinstance(r, Record)]
+        return [r for r in found if isinstance(r, Record)], bad + [
+            r for r in found if not isinstance(r, Record)
+        ]
 
     def look(source):
         records, bad = shard_index(source)
@@ -178,21 +202,41 @@ def index_shards(paths, workers=16):
         return [Record(path, *row[1:]) for row in rows], [(path, *flaw[1:]) for flaw in bad]
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        indexed = list(tqdm(pool.map(index, paths), desc="index", total=len(paths), delay=10, disable=os.environ.get("RANK", "0") != "0"))
-        found = list(pool.map(lambda r: r if r.length else measure(r), [r for records, _ in indexed for r in records]))
+        indexed = list(
+            tqdm(
+                pool.map(index, paths),
+                desc="index",
+                total=len(paths),
+                delay=10,
+                disable=os.environ.get("RANK", "0") != "0",
+            )
+        )
+        found = list(
+            pool.map(
+                lambda r: r if r.length else measure(r),
+                [r for records, _ in indexed for r in records],
+            )
+        )
     return sorted_out(found, [b for _, bad in indexed for b in bad])
 
 
 def read_ticks(record):
-    """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
+    """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default
+    ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
     shard, stat = record.shard, None if isinstance(record.shard, Shard) else os.stat(record.shard)
-    name = f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}" if stat else f"{shard} {shard.size} {shard.version}"
+    name = (
+        f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
+        if stat
+        else f"{shard} {shard.size} {shard.version}"
+    )
     name += f" {tuple(record.members['jsonl'])} v2"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     if os.path.exists(path):
         with open(path, "rb") as f:
             digest, raw = f.read(32), f.read()
-        if hashlib.sha256(raw).digest() == digest:  # else the cache was damaged: the recording is the truth
+        if (
+            hashlib.sha256(raw).digest() == digest
+        ):  # else the cache was damaged: the recording is the truth
             with np.load(io.BytesIO(raw)) as z:
                 return Ticks(z["motion"], z["keys"], z["hotbar"], float(z["rate"]), str(z["flaw"]))
     with Slice(record.shard, *record.members["jsonl"]) as f:
@@ -207,63 +251,94 @@ def read_ticks(record):
 
 
 def feature_header(record):
-    """({name: (dtype, shape, file offset)}, metadata and embed_dim) of a feature member: the safetensors format, all sizes checked."""
+    """({name: (dtype, shape, file offset)}, metadata and embed_dim) of a feature member: the
+    safetensors format, all sizes checked."""
     offset, size = record.members["safetensors"]
     try:
         with Slice(record.shard, offset, size) as f:
             at = 8 + int.from_bytes(f.read(8), "little")
             header = dict(json.loads(f.read(at - 8) if at <= min(size, 1 << 20) else b""))
         meta, (S, N, D) = dict(header.pop("__metadata__", {})), map(int, header["z"]["shape"])
-        A, dim = (len(json.loads(meta["names"])), int(meta["state_dim"])) if meta.get("dataset") == "droid" else (38, 2)
+        A, dim = (
+            (len(json.loads(meta["names"])), int(meta["state_dim"]))
+            if meta.get("dataset") == "droid"
+            else (38, 2)
+        )
         shapes = {"z": (S, N, D), "actions": (S - 1, A), "states": (S, dim)}
-        shapes |= {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
-        x = {k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"])) for k, s in shapes.items()}
-        bad = [k for k, (dtype, s, a, b) in x.items() if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at]
+        shapes |= (
+            {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
+        )
+        x = {
+            k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"]))
+            for k, s in shapes.items()
+        }
+        bad = [
+            k
+            for k, (dtype, s, a, b) in x.items()
+            if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at
+        ]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError("not a feature file (its header is damaged)") from e
     if bad or dim < 0 or any([*s] != header[k].get("shape") for k, s in shapes.items()):
         raise ValueError("not a feature file, or cut")
-    return {k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()}, meta | {"embed_dim": D}
+    return {
+        k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()
+    }, meta | {"embed_dim": D}
 
 
 def feature_settings(records):
-    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim), but for what tells of one robot episode.
-    ValueError if shards disagree."""
+    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim),
+    but for what tells of one robot episode. ValueError if shards disagree."""
     out = None
     for r in {r.shard: r for r in records}.values():
         if "safetensors" not in r.members:
-            raise ValueError(f"{r.shard} holds video, other shards of this run hold features: pass one kind")
-        found = feature_header(r._replace(shard=r.shard.peek()) if isinstance(r.shard, Shard) else r)[1]
+            raise ValueError(
+                f"{r.shard} holds video, other shards of this run hold features: pass one kind"
+            )
+        found = feature_header(
+            r._replace(shard=r.shard.peek()) if isinstance(r.shard, Shard) else r
+        )[1]
         found.pop("episode", None)
         if found != (out := out or found):
-            raise ValueError(f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and {out}")
+            raise ValueError(
+                f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and"
+                f" {out}"
+            )
     return out
 
 
 def feature_rows(record, first, last, motion_only=False):
-    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8; None, unread, with motion_only), actions
-    (S-1, A), states (S, state_dim): of VPT A is 38 and state_dim 2."""
+    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8;
+    None, unread, with motion_only), actions (S-1, A), states (S, state_dim): of VPT A is 38 and
+    state_dim 2."""
     x = {}
     for name, (dtype, shape, at) in feature_header(record)[0].items():
         if motion_only and name not in ("actions", "states"):
             continue
         start, stop = {"actions": (first, last - 1), "z_channels": (0, 2)}.get(name, (first, last))
         row = math.prod(shape[1:])
-        with Slice(record.shard, at + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize) as f:
-            x[name] = torch.frombuffer(bytearray(f.read()), dtype=dtype, count=(stop - start) * row).reshape(-1, *shape[1:])
+        with Slice(
+            record.shard, at + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize
+        ) as f:
+            x[name] = torch.frombuffer(
+                bytearray(f.read()), dtype=dtype, count=(stop - start) * row
+            ).reshape(-1, *shape[1:])
     if "z_scale" in x:
         x["z"] = (x["z"] * x["z_scale"].float()).mul_(x["z_channels"][1]).add_(x["z_channels"][0])
     return x.get("z"), x["actions"], x["states"]
 
 
 class Clips(torch.utils.data.Dataset):
-    """Map-style dataset over indexed recordings. An item is (epoch, index, record number, place): place in [0, 1) is a share of the
-    recording's valid starts, an int the number of a window (see windows). A clip that cannot be read is replaced by the next draw of that
-    index, at most 20 times (never the same again), and reported in "bad" as (file, key, reason)."""
+    """Map-style dataset over indexed recordings. An item is (epoch, index, record number, place):
+    place in [0, 1) is a share of the recording's valid starts, an int the number of a window (see
+    windows). A clip that cannot be read is replaced by the next draw of that index, at most 20
+    times (never the same again), and reported in "bad" as (file, key, reason)."""
 
     def __init__(self, records, shares, reader, seed=0):
         self.records, self.reader, self.seed = records, reader, seed
-        self.stamps = {path: stamp(path) for path in {r.shard for r in records} if os.path.exists(path)}
+        self.stamps = {
+            path: stamp(path) for path in {r.shard for r in records} if os.path.exists(path)
+        }
         self.cumulative = np.cumsum(np.asarray(shares, dtype=np.float64))
         self.opened = {}  # a plain dict, since macOS starts workers by pickling
 
@@ -279,7 +354,8 @@ class Clips(torch.utils.data.Dataset):
         return self.opened[number]
 
     def locate(self, u):
-        """u in [0, 1) -> (record number, place in [0, 1)): the recordings laid end to end, each as long as its share."""
+        """u in [0, 1) -> (record number, place in [0, 1)): the recordings laid end to end, each as
+        long as its share."""
         at = u * self.cumulative[-1]
         number = min(int(np.searchsorted(self.cumulative, at, side="right")), len(self.records) - 1)
         left = self.cumulative[number - 1] if number else 0.0
@@ -302,11 +378,22 @@ class Clips(torch.utils.data.Dataset):
             if self.reader.scaler is not None:
                 actions = self.reader.scaler.transform(actions)
             actions[:, :4] += self.reader.noise * rng.standard_normal(actions[:, :4].shape)
-            return {"z": z, "actions": torch.from_numpy(np.float32(actions)), "states": torch.from_numpy(np.float32(states)), "key": r.key}
+            return {
+                "z": z,
+                "actions": torch.from_numpy(np.float32(actions)),
+                "states": torch.from_numpy(np.float32(states)),
+                "key": r.key,
+            }
         times, ticks, starts = self._open(number)
-        start = int(place * starts) if isinstance(place, float) else place * self.reader.frames * step_size(ticks.rate, self.reader.fps)
+        start = (
+            int(place * starts)
+            if isinstance(place, float)
+            else place * self.reader.frames * step_size(ticks.rate, self.reader.fps)
+        )
         if start >= starts:
-            raise ValueError(f"window {place} starts at tick {start}, the last clip at {starts - 1}")
+            raise ValueError(
+                f"window {place} starts at tick {start}, the last clip at {starts - 1}"
+            )
         with Slice(r.shard, *r.members["mp4"]) as f:
             return self.reader(f, times, ticks, start, rng, r.key)
 
@@ -318,13 +405,20 @@ class Clips(torch.utils.data.Dataset):
             if attempt:
                 number, place = self.locate(rng.random())
             r = self.records[number]
-            if os.path.exists(r.shard) and stamp(r.shard) != self.stamps.get(r.shard):  # it would be read at the places of the old one
-                raise ValueError(f"{r.shard} has changed since this run opened it: put the old one back, or start anew on what it is")
+            if os.path.exists(r.shard) and stamp(r.shard) != self.stamps.get(
+                r.shard
+            ):  # it would be read at the places of the old one
+                raise ValueError(
+                    f"{r.shard} has changed since this run opened it: put the old one back, or"
+                    " start anew on what it is"
+                )
             try:
                 clip = self.read(number, place, rng)
                 if clip is not None:
                     return clip | {"bad": bad, "bytes": Slice.total - before}
-            except Unreachable as e:  # says nothing about the recording: to leave it out would be another run
+            except (
+                Unreachable
+            ) as e:  # says nothing about the recording: to leave it out would be another run
                 raise ValueError(str(e)) from e
             except READ_ERRORS as e:
                 bad.append((r.shard, r.key, f"{type(e).__name__}: {e}"))
@@ -333,8 +427,9 @@ class Clips(torch.utils.data.Dataset):
 
 
 class Order(torch.utils.data.Sampler):
-    """Endless batches of items from batch `itr` of `epoch` on: clips spread evenly over the timeline of all recordings, in random order, a
-    pure function of (seed, epoch) and the number of clips an epoch has; rank r takes the r-th part of each global batch."""
+    """Endless batches of items from batch `itr` of `epoch` on: clips spread evenly over the
+    timeline of all recordings, in random order, a pure function of (seed, epoch) and the number of
+    clips an epoch has; rank r takes the r-th part of each global batch."""
 
     def __init__(self, dataset, batch_size, batches_per_epoch, epoch=0, itr=0, rank=0, world=1):
         self.dataset, self.batch_size, self.batches = dataset, batch_size, batches_per_epoch
@@ -347,15 +442,26 @@ class Order(torch.utils.data.Sampler):
             u = (rng.permutation(n) + rng.random(n)) / n
             for batch in range(self.itr if epoch == self.epoch else 0, self.batches):
                 first = (batch * self.world + self.rank) * self.batch_size
-                yield [(epoch, i, *self.dataset.locate(u[i])) for i in range(first, first + self.batch_size)]
+                yield [
+                    (epoch, i, *self.dataset.locate(u[i]))
+                    for i in range(first, first + self.batch_size)
+                ]
 
 
 def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
-    """Batches of items for validation: non-overlapping windows on the step grid, at most `limit`, spread over all recordings; the batches
-    do not depend on the number of ranks that share them; with a batch_size above 1 none has a single clip unless there is only one."""
+    """Batches of items for validation: non-overlapping windows on the step grid, at most `limit`,
+    spread over all recordings; the batches do not depend on the number of ranks that share them;
+    with a batch_size above 1 none has a single clip unless there is only one."""
     r, steps = dataset.reader, dataset.reader.frames // dataset.reader.frames_per_step
     stride = max(round(20 / r.fps), 1)
-    counts = [x.length // steps if "safetensors" in x.members else (x.length - 1 + stride) // (r.frames * stride) for x in dataset.records]
+    counts = [
+        (
+            x.length // steps
+            if "safetensors" in x.members
+            else (x.length - 1 + stride) // (r.frames * stride)
+        )
+        for x in dataset.records
+    ]
     every = [(number, k) for number, count in enumerate(counts) for k in range(count)]
     chosen = np.random.default_rng(seed).permutation(len(every))[:limit]
     items = [(0, i, *every[j]) for i, j in enumerate(chosen)]
@@ -365,7 +471,8 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
 
 
 def split_records(records, val_fraction):
-    """(train, val): the last shards are held out; with fewer than ten shards, recordings chosen by a hash of their key. Never windows."""
+    """(train, val): the last shards are held out; with fewer than ten shards, recordings chosen by
+    a hash of their key. Never windows."""
     names = sorted({r.shard for r in records}, reverse=True)
     group = [r.shard for r in records]
     if len(names) < 10:  # feature members of one recording (KEY@START) stay together
@@ -374,15 +481,18 @@ def split_records(records, val_fraction):
     if val_fraction <= 0 or len(names) < 2:
         return records, []
     held = set(names[: min(max(round(len(names) * val_fraction), 1), len(names) - 1)])
-    return [r for r, g in zip(records, group) if g not in held], [r for r, g in zip(records, group) if g in held]
+    return [r for r, g in zip(records, group) if g not in held], [
+        r for r, g in zip(records, group) if g in held
+    ]
 
 
 # --- loaders ---
 
 
 def leave_signals(worker):
-    """A loader process must not die of a SIGTERM or Ctrl-C to everybody (scancel, timeout, a terminal): the run needs its clips to finish
-    the step and save. A SIGTERM of its parent it obeys: so are loader processes ended."""
+    """A loader process must not die of a SIGTERM or Ctrl-C to everybody (scancel, timeout, a
+    terminal): the run needs its clips to finish the step and save. A SIGTERM of its parent it
+    obeys: so are loader processes ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
 
@@ -396,35 +506,51 @@ def leave_signals(worker):
 
 
 def collate(clips):
-    """Clips -> a batch: tensors stacked, keys and bad clips listed, "bytes" read for them summed up."""
-    out = {k: torch.stack([c[k] for c in clips]) for k in clips[0] if isinstance(clips[0][k], torch.Tensor)}
+    """Clips -> a batch: tensors stacked, keys and bad clips listed, "bytes" read for them summed
+    up."""
+    out = {
+        k: torch.stack([c[k] for c in clips])
+        for k in clips[0]
+        if isinstance(clips[0][k], torch.Tensor)
+    }
     lists = {"key": [c["key"] for c in clips], "bad": [b for c in clips for b in c["bad"]]}
     return out | lists | {"bytes": sum(c.get("bytes", 0) for c in clips)}
 
 
 def open_records(data):
-    """Shards -> ([Record], [(file, key, reason)] of what cannot be used). Raises ValueError if nothing can."""
+    """Shards -> ([Record], [(file, key, reason)] of what cannot be used). Raises ValueError if
+    nothing can."""
     if streams := [p for p in expand(data) if is_stream(p)]:
         raise ValueError(f"{streams[0]} cannot be sought, which is needed here: copy it to a file")
     records, bad = index_shards(expand(data))
     if not records:
-        raise ValueError(f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}")
+        raise ValueError(
+            f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}"
+        )
     return records, bad
 
 
 def spread(items, count):
     """At most `count` of the items, uniformly over the list."""
-    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))] if count else items
+    return (
+        [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+        if count
+        else items
+    )
 
 
 def open_lines(data, max_shards, val_fraction):
-    """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] that cannot be read). Reads tar headers. Splits
-    before it thins out, so that nothing held out is used whatever max_shards is; below ten shards the split counts recordings, so videos
-    that cannot be read must be known."""
+    """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] that
+    cannot be read). Reads tar headers. Splits before it thins out, so that nothing held out is used
+    whatever max_shards is; below ten shards the split counts recordings, so videos that cannot be
+    read must be known."""
     paths, records, bad = expand([p for group in data for p in group]), [], []
     if streams := [p for p in paths if is_stream(p)]:
         if len(streams) < len(paths) or val_fraction:
-            raise ValueError(f"{streams[0]} cannot be sought: it goes neither with local shards nor with --val_fraction; copy it to a file")
+            raise ValueError(
+                f"{streams[0]} cannot be sought: it goes neither with local shards nor with"
+                " --val_fraction; copy it to a file"
+            )
         return spread(streams, max_shards), []
     wanted = set(paths if val_fraction else spread(paths, max_shards))
     for group in data:
@@ -436,16 +562,21 @@ def open_lines(data, max_shards, val_fraction):
                 indexed = list(pool.map(shard_index, files))
         found = [r for more, _ in indexed for r in more]
         bad += [b for _, more in indexed for b in more]
-        bad += [(r.shard, r.key, "features; fit on the recordings they were made from") for r in found if "jsonl" not in r.members]
+        bad += [
+            (r.shard, r.key, "features; fit on the recordings they were made from")
+            for r in found
+            if "jsonl" not in r.members
+        ]
         records += split_records([r for r in found if "jsonl" in r.members], val_fraction)[0]
     keep = set(spread(sorted({r.shard for r in records}), max_shards))
     return [r for r in records if r.shard in keep], bad
 
 
 def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0):
-    """--data as given ([[pattern, ...], ...], or simpler) and --val_data, or a val_fraction of each --data -> (train [Record], [share of
-    the clips], val [Record], [bad]). Shares follow length and data_weights; train is empty for streams, which their loader opens. Raises
-    ValueError when train and val share a recording, a --data gives none to train on, or too many are bad."""
+    """--data as given ([[pattern, ...], ...], or simpler) and --val_data, or a val_fraction of each
+    --data -> (train [Record], [share of the clips], val [Record], [bad]). Shares follow length and
+    data_weights; train is empty for streams, which their loader opens. Raises ValueError when train
+    and val share a recording, a --data gives none to train on, or too many are bad."""
     groups = [data] if isinstance(data, str) else data
     if data_weights and len(data_weights) != len(groups):
         raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
@@ -459,58 +590,114 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
     if val_data:
         val, more = open_records(val_data)
         bad = bad + more
-        if twice := {(os.path.realpath(r.shard), r.key) for r in val} & {(os.path.realpath(r.shard), r.key) for r in train}:
-            raise ValueError(f"--val_data and --data share {len(twice)} recordings, {min(twice)} among them: hold them out of --data")
+        if twice := {(os.path.realpath(r.shard), r.key) for r in val} & {
+            (os.path.realpath(r.shard), r.key) for r in train
+        }:
+            raise ValueError(
+                f"--val_data and --data share {len(twice)} recordings, {min(twice)} among them:"
+                " hold them out of --data"
+            )
     if len(bad) > max_bad_fraction * (n := len(train) + len(val) + len(bad)) and n >= 100:
         worst = " ".join(bad[0])
-        raise ValueError(f"{len(bad)} of {n} recordings cannot be read, {worst} among them: mend them, or raise --max_bad_fraction")
+        raise ValueError(
+            f"{len(bad)} of {n} recordings cannot be read, {worst} among them: mend them, or raise"
+            " --max_bad_fraction"
+        )
     return train, shares, val, bad
 
 
-def vpt_loader(data, batch_size, *, reader=None, data_weights=None, batches_per_epoch=None, num_workers=4, seed=0, epoch=0, itr=0, rank=0,
-               world=1, pin_memory=False, cache_dir=None, cache_size=100.0):  # fmt: skip
-    """Endless DataLoader over VPT (or feature) shards: batches {"video" (B, T·frames_per_step, 3, H, W) uint8, "actions" (B, T-1, A),
-    "states" (B, T, 2), "key", "bad", "bytes"} (features: "z" (B, T, N, D) in place of video). data: patterns, or (records, shares) of
-    open_split; with cache_dir, URLs among the patterns are copied there, at most cache_size GB. reader: a ClipReader, default ClipReader().
-    Without batches_per_epoch an epoch is one pass of non-overlapping clips. loader.bad lists recordings left out while indexing."""
+def vpt_loader(
+    data,
+    batch_size,
+    *,
+    reader=None,
+    data_weights=None,
+    batches_per_epoch=None,
+    num_workers=4,
+    seed=0,
+    epoch=0,
+    itr=0,
+    rank=0,
+    world=1,
+    pin_memory=False,
+    cache_dir=None,
+    cache_size=100.0,
+):
+    """Endless DataLoader over VPT (or feature) shards: batches {"video" (B, T·frames_per_step, 3,
+    H, W) uint8, "actions" (B, T-1, A), "states" (B, T, 2), "key", "bad", "bytes"} (features: "z"
+    (B, T, N, D) in place of video). data: patterns, or (records, shares) of open_split; with
+    cache_dir, URLs among the patterns are copied there, at most cache_size GB. reader: a
+    ClipReader, default ClipReader(). Without batches_per_epoch an epoch is one pass of
+    non-overlapping clips. loader.bad lists recordings left out while indexing."""
     reader = reader or ClipReader()
     if cache_dir:
-        data = cached([expand(group) for group in ([data] if isinstance(data, str) else data)], cache_dir, cache_size)
-    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": collate, "persistent_workers": num_workers > 0,
-               "worker_init_fn": leave_signals}  # fmt: skip
+        data = cached(
+            [expand(group) for group in ([data] if isinstance(data, str) else data)],
+            cache_dir,
+            cache_size,
+        )
+    options = {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "collate_fn": collate,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": leave_signals,
+    }
     urls = [] if isinstance(data, tuple) else expand(data)
     if any(map(is_stream, urls)):
         if data_weights or not all(map(is_stream, urls)):
-            raise ValueError("streamed shards cannot be mixed with local ones or weighted; copy them to local files first")
+            raise ValueError(
+                "streamed shards cannot be mixed with local ones or weighted; copy them to local"
+                " files first"
+            )
         bad, options = [], options | {"batch_size": batch_size, "drop_last": True}
         dataset = StreamedClips(urls, reader, seed, epoch, rank, world)
     else:
-        records, shares, _, bad = (*data, [], []) if isinstance(data, tuple) else open_split(data, data_weights)
+        records, shares, _, bad = (
+            (*data, [], []) if isinstance(data, tuple) else open_split(data, data_weights)
+        )
         dataset = Clips(records, shares, reader, seed)
         if batches_per_epoch is None:
             steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
-            clips = sum(r.length / (steps if "safetensors" in r.members else ticks) for r in records)
+            clips = sum(
+                r.length / (steps if "safetensors" in r.members else ticks) for r in records
+            )
             batches_per_epoch = max(int(clips) // (batch_size * world), 1)
-        options["batch_sampler"] = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
+        options["batch_sampler"] = Order(
+            dataset, batch_size, batches_per_epoch, epoch, itr, rank, world
+        )
     loader = torch.utils.data.DataLoader(dataset, **options)
     loader.bad = bad
     return loader
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="look into a shard: shapes, ranges, mean and std of one batch", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="look into a shard: shapes, ranges, mean and std of one batch",
+        allow_abbrev=False,
+    )
     parser.add_argument("--inspect", metavar="SHARD", required=True, help="a shard, glob or URL")
-    parser.add_argument("--action_space", type=int, default=13, choices=ACTION_SPACES, help="which actions to show")
+    parser.add_argument(
+        "--action_space", type=int, default=13, choices=ACTION_SPACES, help="which actions to show"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
     args = parser.parse_args()
     sys.excepthook = one_sentence
-    loader = vpt_loader(args.inspect, args.batch_size, num_workers=0, reader=ClipReader(action_space=args.action_space))
+    loader = vpt_loader(
+        args.inspect,
+        args.batch_size,
+        num_workers=0,
+        reader=ClipReader(action_space=args.action_space),
+    )
     batch = next(iter(loader))
     for file, key, reason in loader.bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")
     for name in [k for k in ("video", "z", "actions", "states") if k in batch]:
         x = batch[name].float()
-        print(f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f} to {x.max():.3f}")
+        print(
+            f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f}"
+            f" to {x.max():.3f}"
+        )
     print(f"keys     {', '.join(batch['key'][:4])}")
     print(f"{'action':18} {'min':>9} {'max':>9} {'mean':>9} {'std':>9}")
     for name, x in zip(ACTION_SPACES[args.action_space], batch["actions"].flatten(0, 1).T):

@@ -1,8 +1,9 @@
-"""Reading and writing everybody's weights: Meta's V-JEPA 1, V-JEPA 2 and AC files, jepa-wms, Hugging Face VJEPA2, and our own.
+"""Reading and writing everybody's weights: Meta's V-JEPA 1, V-JEPA 2 and AC files, jepa-wms,
+Hugging Face VJEPA2, and our own.
 
-Nothing is loaded in part: a missing, unmatched or misshapen key is an error that lists it. Nothing is executed: `weights_only=True`.
-Sizes come from the tensors, but no tensor shows the number of heads: it is a known architecture's, or must be given.
-"""
+Nothing is loaded in part: a missing, unmatched or misshapen key is an error that lists it. Nothing
+is executed: `weights_only=True`. Sizes come from the tensors, but no tensor shows the number of
+heads: it is a known architecture's, or must be given."""
 
 import http.client
 import os
@@ -40,34 +41,52 @@ RELEASED = {
 def build_encoder(name, img_size=256, num_frames=16, seed=0):
     """A frozen V-JEPA 2 encoder with seeded random weights."""
     if name not in ARCHITECTURES:
-        raise ValueError(f"architecture {name!r} is unknown, choose from: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"architecture {name!r} is unknown, choose from: {', '.join(ARCHITECTURES)}"
+        )
     width, depth, heads, mlp_dim = ARCHITECTURES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(width, depth, heads, mlp_dim=mlp_dim, img_size=img_size, num_frames=num_frames).eval().requires_grad_(False)
+        return (
+            Encoder(width, depth, heads, mlp_dim=mlp_dim, img_size=img_size, num_frames=num_frames)
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 def load_encoder(path, num_heads=None, num_frames=None, pos=None, which="target_encoder"):
-    """The frozen encoder in a weight file; `which` of Meta's two where there are two (the EMA one serves evaluation and AC training).
+    """The frozen encoder in a weight file; `which` of Meta's two where there are two (the EMA one
+    serves evaluation and AC training).
 
-    `pos` "rope" or "sincos"; None goes by the released file's name, else by whether there is a `pos_embed` that is not all zero.
-    `num_frames` is what a sincos table was made for (default 16).
+    `pos` "rope" or "sincos"; None goes by the released file's name, else by whether there is a
+    `pos_embed` that is not all zero. `num_frames` is what a sincos table was made for (default 16).
     """
-    state = from_hugging_face(part_of(path, which, "patch_embed.proj.weight", "embeddings.patch_embeddings.proj.weight"))
+    state = from_hugging_face(
+        part_of(path, which, "patch_embed.proj.weight", "embeddings.patch_embeddings.proj.weight")
+    )
     if state["patch_embed.proj.weight"].ndim != 5:
-        raise ValueError(f"{path}: an image encoder, its patch_embed.proj.weight has no time dimension")
+        raise ValueError(
+            f"{path}: an image encoder, its patch_embed.proj.weight has no time dimension"
+        )
     width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
     sizes = sizes_of(path, state, "blocks.", width, num_heads)
     table = state.get("pos_embed")
     is_jepa1 = {Path(p).name: p.startswith("jepa/") for p in RELEASED.values()}
-    pos = pos or ("sincos" if is_jepa1.get(Path(path).name, table is not None and table.any()) else "rope")
+    pos = pos or (
+        "sincos" if is_jepa1.get(Path(path).name, table is not None and table.any()) else "rope"
+    )
     if pos == "rope":
-        state.pop("pos_embed", None)  # released V-JEPA 2 files may still hold one, their models never used it
+        state.pop(
+            "pos_embed", None
+        )  # released V-JEPA 2 files may still hold one, their models never used it
     elif table is not None:
         T = (num_frames or 16) // tubelet
         grid = round((table.shape[1] / T) ** 0.5)
         if table.shape[1] != T * grid * grid:
-            raise ValueError(f"{path}: {table.shape[1]} positions are not {T} steps of a square grid: give num_frames")
+            raise ValueError(
+                f"{path}: {table.shape[1]} positions are not {T} steps of a square grid: give"
+                " num_frames"
+            )
         sizes |= {"img_size": grid * patch, "num_frames": T * tubelet}
     with torch.device("meta"):
         encoder = Encoder(width, **sizes, patch_size=patch, tubelet_size=tubelet, pos=pos)
@@ -75,16 +94,34 @@ def load_encoder(path, num_heads=None, num_frames=None, pos=None, which="target_
 
 
 def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
-    """The trainable AC predictor in a weight file, for features on this patch grid. An unused extrinsics layer is kept, frozen."""
-    state = {k.replace("proprio_", "state_"): v for k, v in part_of(path, "predictor", "predictor_embed.weight").items()}  # jepa-wms
+    """The trainable AC predictor in a weight file, for features on this patch grid. An unused
+    extrinsics layer is kept, frozen."""
+    state = {
+        k.replace("proprio_", "state_"): v
+        for k, v in part_of(path, "predictor", "predictor_embed.weight").items()
+    }  # jepa-wms
     if "action_encoder.weight" not in state:
-        raise ValueError(f"{path}: the predictor has no action_encoder, so it is a mask predictor and not an action-conditioned one")
+        raise ValueError(
+            f"{path}: the predictor has no action_encoder, so it is a mask predictor and not an"
+            " action-conditioned one"
+        )
     pred_dim, embed_dim = state["predictor_embed.weight"].shape
     sizes = sizes_of(path, state, "predictor_blocks.", pred_dim, num_heads)
-    action_dim, state_dim = (state[k].shape[1] if k in state else 0 for k in ("action_encoder.weight", "state_encoder.weight"))
+    action_dim, state_dim = (
+        state[k].shape[1] if k in state else 0
+        for k in ("action_encoder.weight", "state_encoder.weight")
+    )
     has_layer = use_extrinsics or "extrinsics_encoder.weight" in state
     with torch.device("meta"):
-        predictor = Predictor(embed_dim, action_dim, state_dim, grid, pred_dim=pred_dim, **sizes, use_extrinsics=has_layer)
+        predictor = Predictor(
+            embed_dim,
+            action_dim,
+            state_dim,
+            grid,
+            pred_dim=pred_dim,
+            **sizes,
+            use_extrinsics=has_layer,
+        )
     load_strict(predictor, state, path)
     if has_layer and not use_extrinsics:
         predictor.use_extrinsics = False
@@ -93,26 +130,48 @@ def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
 
 
 def meta_state(encoder, predictor):
-    """`encoder`, `target_encoder`, `predictor` as in Meta's released AC file: their hub code loads it (the predictor where A = S = 7)."""
-    bias = torch.zeros(predictor.predictor_embed.out_features)  # upstream always builds the extrinsics layer and loads strictly
-    state = {"extrinsics_encoder.weight": bias.new_zeros(len(bias), 6), "extrinsics_encoder.bias": bias} | predictor.state_dict()
+    """`encoder`, `target_encoder`, `predictor` as in Meta's released AC file: their hub code loads
+    it (the predictor where A = S = 7)."""
+    bias = torch.zeros(
+        predictor.predictor_embed.out_features
+    )  # upstream always builds the extrinsics layer and loads strictly
+    state = {
+        "extrinsics_encoder.weight": bias.new_zeros(len(bias), 6),
+        "extrinsics_encoder.bias": bias,
+    } | predictor.state_dict()
     frozen = {f"module.{k}": v for k, v in encoder.state_dict().items()}
-    return {"encoder": frozen, "target_encoder": frozen, "predictor": {f"module.{k}": v for k, v in state.items()}}
+    return {
+        "encoder": frozen,
+        "target_encoder": frozen,
+        "predictor": {f"module.{k}": v for k, v in state.items()},
+    }
 
 
 def read_file(path):
-    """The dictionary in a .safetensors or torch.save file, memory-mapped; one clear sentence for what is no weight file."""
+    """The dictionary in a .safetensors or torch.save file, memory-mapped; one clear sentence for
+    what is no weight file."""
     path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     with open(path, "rb") as f:
         is_page = f.read(64).lstrip().startswith(b"<")
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True, mmap=True)
+        loaded = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, "cpu", weights_only=True, mmap=True)
+        )
     except pickle.UnpicklingError as e:
         name = (re.search(r"GLOBAL (\S+)", str(e)) or ["", "a Python object"])[1]
-        raise ValueError(f"{path}: refused, since it holds {name}, which could run code: only tensors and plain values are read") from e
+        raise ValueError(
+            f"{path}: refused, since it holds {name}, which could run code: only tensors and plain"
+            " values are read"
+        ) from e
     except Exception as e:  # the two readers raise half a dozen types
         said = f"{type(e).__name__} {e}".splitlines()[0][:120]
-        reason = "a web page: fetch it again" if is_page else f"no weight file, or only part of one ({said})"
+        reason = (
+            "a web page: fetch it again"
+            if is_page
+            else f"no weight file, or only part of one ({said})"
+        )
         raise ValueError(f"{path}: these {path.stat().st_size} bytes are {reason}") from e
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights")
@@ -120,18 +179,23 @@ def read_file(path):
 
 
 def part_of(path, which, *landmarks):
-    """The state dict `which` of the file (the file itself, when flat), without the prefix that stands before the landmark key."""
+    """The state dict `which` of the file (the file itself, when flat), without the prefix that
+    stands before the landmark key."""
     state = read_file(path)
     state = state.get(which, state) or {}
     found = [(k, k.removesuffix(mark)) for k in state for mark in landmarks if k.endswith(mark)]
     if len(found) != 1:
-        raise ValueError(f"{path}: {which!r} needs one key that ends in {landmarks[0]}, {len(found)} found; it has {some(state)}")
+        raise ValueError(
+            f"{path}: {which!r} needs one key that ends in {landmarks[0]}, {len(found)} found; it"
+            f" has {some(state)}"
+        )
     prefix = found[0][1]
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def from_hugging_face(state):
-    """VJEPA2Model's encoder under Meta's names, with query, key and value merged; any other state as it is."""
+    """VJEPA2Model's encoder under Meta's names, with query, key and value merged; any other state
+    as it is."""
     merged = {}
     for key, value in state.items():
         key = key.replace("embeddings.patch_embeddings", "patch_embed").replace("layernorm", "norm")
@@ -144,53 +208,82 @@ def from_hugging_face(state):
 
 
 def sizes_of(path, state, prefix, width, num_heads):
-    """Depth, heads and MLP width of the blocks; the heads of the known architectures where none are given."""
+    """Depth, heads and MLP width of the blocks; the heads of the known architectures where none are
+    given."""
     first = f"{prefix}0.mlp.fc1.weight"
     if first not in state:
         raise ValueError(f"{path}: no {first} in it; it has {some(state)}")
-    depth, mlp_dim = 1 + max(int(k.split(".")[1]) for k in state if k.startswith(prefix)), state[first].shape[0]
-    heads = num_heads or {(w, d, m): heads for w, d, heads, m in ARCHITECTURES.values()}.get((width, depth, mlp_dim))
+    depth, mlp_dim = (
+        1 + max(int(k.split(".")[1]) for k in state if k.startswith(prefix)),
+        state[first].shape[0],
+    )
+    heads = num_heads or {(w, d, m): heads for w, d, heads, m in ARCHITECTURES.values()}.get(
+        (width, depth, mlp_dim)
+    )
     if heads is None:
-        raise ValueError(f"{path}: width {width}, depth {depth}, MLP {mlp_dim} is no known architecture: give num_heads")
+        raise ValueError(
+            f"{path}: width {width}, depth {depth}, MLP {mlp_dim} is no known architecture: give"
+            " num_heads"
+        )
     return {"depth": depth, "num_heads": heads, "mlp_dim": mlp_dim}
 
 
 def load_strict(model, state, path):
-    """Copies `state` into a model made on the meta device, in fp32; every key must be there, and no other."""
+    """Copies `state` into a model made on the meta device, in fp32; every key must be there, and no
+    other."""
     want = model.state_dict()
     problems = {
         "missing": [k for k in want if k not in state],
         "unmatched": [k for k in state if k not in want],
-        "misshapen": [f"{k} {[*v.shape]}, not {[*want[k].shape]}" for k, v in state.items() if k in want and v.shape != want[k].shape],
+        "misshapen": [
+            f"{k} {[*v.shape]}, not {[*want[k].shape]}"
+            for k, v in state.items()
+            if k in want and v.shape != want[k].shape
+        ],
     }
     if any(problems.values()):
-        raise ValueError(f"{path}: " + "; ".join(f"{len(v)} {k} keys: {some(v)}" for k, v in problems.items() if v))
+        raise ValueError(
+            f"{path}: "
+            + "; ".join(f"{len(v)} {k} keys: {some(v)}" for k, v in problems.items() if v)
+        )
     model.to_empty(device="cpu").load_state_dict(state)
     return model
 
 
 def some(names, most=20):
     names = [*names]
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most) or "nothing"
+    return (
+        ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+        or "nothing"
+    )
 
 
 def find_encoder(name, cache_dir):
-    """The local file for a path, a URL or a released file's name, fetched into `cache_dir` once (call it on rank 0 only)."""
+    """The local file for a path, a URL or a released file's name, fetched into `cache_dir` once
+    (call it on rank 0 only)."""
     url = str(name)
     if name in RELEASED:
-        url = os.environ.get("NANOJEPA_WEIGHTS_URL", "https://dl.fbaipublicfiles.com").rstrip("/") + "/" + RELEASED[name]
+        url = (
+            os.environ.get("NANOJEPA_WEIGHTS_URL", "https://dl.fbaipublicfiles.com").rstrip("/")
+            + "/"
+            + RELEASED[name]
+        )
         path = Path(cache_dir) / Path(url).name
     elif "://" in url:
         path = Path(cache_dir) / re.sub(r"[^\w.-]", "_", url.split("://")[1].split("?")[0])
     elif not Path(name).exists():
-        raise FileNotFoundError(f"encoder {url!r}: no such file, and none of the names {', '.join([*RELEASED, *ARCHITECTURES])}")
+        raise FileNotFoundError(
+            f"encoder {url!r}: no such file, and none of the names"
+            f" {', '.join([*RELEASED, *ARCHITECTURES])}"
+        )
     else:
         return Path(name)
     return path if path.exists() else download(url, path)
 
 
 def download(url, path, tries=5, timeout=60):
-    """`url` to `path`: resumes `path`.part by HTTP Range, checks the length; `path` appears only when whole and on disk."""
+    """`url` to `path`: resumes `path`.part by HTTP Range, checks the length; `path` appears only
+    when whole and on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for attempt in range(tries):
@@ -199,10 +292,19 @@ def download(url, path, tries=5, timeout=60):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                have = have if response.status == 206 else 0  # a server that ignores Range sends it all
+                have = (
+                    have if response.status == 206 else 0
+                )  # a server that ignores Range sends it all
                 total = have + int(response.headers["Content-Length"] or 0)
                 every = 0.5 if sys.stderr.isatty() else 30
-                bar = tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True, mininterval=every)
+                bar = tqdm(
+                    desc=path.name,
+                    total=total,
+                    initial=have,
+                    unit="B",
+                    unit_scale=True,
+                    mininterval=every,
+                )
                 with bar, open(part, "ab" if have else "wb") as f:
                     while data := response.read(1 << 20):
                         bar.update(f.write(data))
@@ -217,4 +319,7 @@ def download(url, path, tries=5, timeout=60):
                 part.unlink()  # longer than the file: no part of it
             elif status < 500:
                 break
-    raise ConnectionError(f"could not download {url} ({reason}). Put the file at {path}, or use --encoder vit_tiny (--base none --full)")
+    raise ConnectionError(
+        f"could not download {url} ({reason}). Put the file at {path}, or use --encoder vit_tiny"
+        " (--base none --full)"
+    )

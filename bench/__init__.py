@@ -1,4 +1,5 @@
-"""What the kernel and step benchmarks share: interleaved medians, the machine's ceilings, and rows for people or as JSON lines."""
+"""What the kernel and step benchmarks share: interleaved medians, the machine's ceilings, and rows
+for people or as JSON lines."""
 
 import importlib.metadata
 import importlib.util
@@ -13,12 +14,17 @@ from kernels import linear
 
 
 def medians(calls, device, repeats=10, warmup=2):
-    """Median seconds of each of {name: function}, called in turn, round after round, so that a slow minute hits all of them alike."""
+    """Median seconds of each of {name: function}, called in turn, round after round, so that a slow
+    minute hits all of them alike."""
     times, events = {name: [] for name in calls}, []
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    flush = (
+        torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    )
     for _ in range(warmup + repeats):
         for name, call in calls.items():
-            if device.type == "cuda":  # the host runs ahead, so that what it takes to launch a short kernel is not timed
+            if (
+                device.type == "cuda"
+            ):  # the host runs ahead, so that what it takes to launch a short kernel is not timed
                 flush.zero_()  # what the last call left in the L2 cache
                 events.append((name, *(torch.cuda.Event(enable_timing=True) for _ in range(2))))
                 events[-1][1].record()
@@ -36,7 +42,8 @@ def medians(calls, device, repeats=10, warmup=2):
 
 
 def peak_memory(call, device):
-    """{"MiB": what a call needs above what is allocated before it}; {} on a CPU, where bench.scaling asks processes."""
+    """{"MiB": what a call needs above what is allocated before it}; {} on a CPU, where
+    bench.scaling asks processes."""
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize()
@@ -47,24 +54,37 @@ def peak_memory(call, device):
 
 
 def ceilings(device, dtype):
-    """FLOP/s of a large square matmul and bytes/s (read + write) of a large copy, measured now: what a share of the hardware means."""
+    """FLOP/s of a large square matmul and bytes/s (read + write) of a large copy, measured now:
+    what a share of the hardware means."""
     n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    found = medians({"matmul": lambda: linear(a, b, None), "copy": lambda: target.copy_(source)}, device)
+    found = medians(
+        {"matmul": lambda: linear(a, b, None), "copy": lambda: target.copy_(source)}, device
+    )
     return 2 * n**3 / found["matmul"], 2 * size / found["copy"]
 
 
 def machine(device):
     """Device and versions, for every row."""
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "triton": triton, "python": platform.python_version()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+    }
 
 
 def report(rows, as_json, device):
-    """Rows (dicts with the same keys) as one JSON object a line, or as an aligned table headed by the machine and what all rows share."""
+    """Rows (dicts with the same keys) as one JSON object a line, or as an aligned table headed by
+    the machine and what all rows share."""
     if as_json:
         for row in rows:
             print(json.dumps(machine(device) | row))

@@ -1,9 +1,10 @@
-"""How much of what full fine-tuning gains over the base do adapters recover? A table of finished runs of train_lora.py on the same data.
+"""How much of what full fine-tuning gains over the base do adapters recover? A table of finished
+runs of train_lora.py on the same data.
 
     python -m bench.adapters out/robot/full out/robot/r16       # `make demo-lora` makes the runs
 
-Reads val.csv, train.csv and the newest checkpoint of each run. Errors are those of the last validation: one step ahead, and rolled out.
-"""
+Reads val.csv, train.csv and the newest checkpoint of each run. Errors are those of the last
+validation: one step ahead, and rolled out."""
 
 import argparse
 import csv
@@ -18,7 +19,8 @@ import checkpoint
 
 
 def read(folder):
-    """(last row of val.csv, median seconds of a step, peak MiB, parameters trained, of the predictor or 0, bytes of the adapter)."""
+    """(last row of val.csv, median seconds of a step, peak MiB, parameters trained, of the
+    predictor or 0, bytes of the adapter)."""
     rows = {}
     for name in ("train", "val"):
         with open(os.path.join(folder, name + ".csv")) as f:
@@ -40,8 +42,14 @@ def read(folder):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="run folders; the first is that of full fine-tuning")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", help="run folders; the first is that of full fine-tuning"
+    )
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
@@ -51,10 +59,27 @@ if __name__ == "__main__":
     for folder in args.runs:
         v, speed, memory, trained, size = read(folder)
         if abs(v["base_tf"] / full["base_tf"] - 1) > 1e-4:
-            raise ValueError(f"{folder} has another base or other held-out clips than {args.runs[0]}: its gain cannot be compared")
-        gains = {f"recovered, {n}": (v[f"base_{k}"] - v[f"{k}_true"]) / (full[f"base_{k}"] - full[f"{k}_true"])
-                 for n, k in (("one step", "tf"), ("rolled out", "ro"))}  # fmt: skip
-        errors = {"base": v["base_tf"], "error": v["tf_true"], "base rolled out": v["base_ro"], "rolled out": v["ro_true"]}
+            raise ValueError(
+                f"{folder} has another base or other held-out clips than {args.runs[0]}: its gain"
+                " cannot be compared"
+            )
+        gains = {
+            f"recovered, {n}": (
+                (v[f"base_{k}"] - v[f"{k}_true"]) / (full[f"base_{k}"] - full[f"{k}_true"])
+            )
+            for n, k in (("one step", "tf"), ("rolled out", "ro"))
+        }
+        errors = {
+            "base": v["base_tf"],
+            "error": v["tf_true"],
+            "base rolled out": v["base_ro"],
+            "rolled out": v["ro_true"],
+        }
         costs = {"steps/s": speed, "peak MiB": memory, "file MB": size / 1e6}
-        table.append({"run": os.path.basename(folder), "trained": trained, "share": trained / whole} | errors | gains | costs)
+        table.append(
+            {"run": os.path.basename(folder), "trained": trained, "share": trained / whole}
+            | errors
+            | gains
+            | costs
+        )
     bench.report(table, args.json, torch.device("cpu"))

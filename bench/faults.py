@@ -1,14 +1,16 @@
-"""Faults on real runs: each round starts one, breaks something at a random moment, goes on with --resume, and compares the end bitwise.
+"""Faults on real runs: each round starts one, breaks something at a random moment, goes on with
+--resume, and compares the end bitwise.
 
     python -m bench.faults --rounds 50                     # 10 minutes on two cores; folders to mount need root, else files stand in
     python -m bench.faults --kinds kill_saving two_runs --rounds 10 --seed 3
 
-A run is train_ac.py on features of vit_tiny, deterministic on the CPU: what it logs and its last weights must be those of a run that
-nothing disturbed. Lost: a checkpoint that the log promises (a row of the next epoch is there, or "saved" was printed) is gone or cannot be
-read. Diverging: a number in train.csv or a weight differs. Wrong: the fault went unsaid or was said in a traceback, or something was left
-behind. Late: the run was over before the fault came, and it is tried again. Processes start from a server that has imported torch already
-(multiprocessing's forkserver); torchrun is torchrun.
-"""
+A run is train_ac.py on features of vit_tiny, deterministic on the CPU: what it logs and its last
+weights must be those of a run that nothing disturbed. Lost: a checkpoint that the log promises (a
+row of the next epoch is there, or "saved" was printed) is gone or cannot be read. Diverging: a
+number in train.csv or a weight differs. Wrong: the fault went unsaid or was said in a traceback, or
+something was left behind. Late: the run was over before the fault came, and it is tried again.
+Processes start from a server that has imported torch already (multiprocessing's forkserver);
+torchrun is torchrun."""
 
 import argparse
 import contextlib
@@ -32,9 +34,24 @@ from tqdm import tqdm
 import bench
 import checkpoint
 from bench.seeds import tar_of
-from bench.world import IPE, Run, World, differs, lost, read, read_bytes, read_or_nothing, rows, run, same_features, sentence, start_server
+from bench.world import (
+    IPE,
+    Run,
+    World,
+    differs,
+    lost,
+    read,
+    read_bytes,
+    read_or_nothing,
+    rows,
+    run,
+    same_features,
+    sentence,
+    start_server,
+)
 
-# --- faults: each breaks a run in `out` and returns (flags of the resumed run, checkpoints it damaged), or None if it came too late ---
+# --- faults: each breaks a run in `out` and returns (flags of the resumed run, checkpoints it
+# damaged), or None if it came too late ---
 
 
 def kill_training(world, out, rng):
@@ -47,7 +64,10 @@ def kill_training(world, out, rng):
 
 def kill_saving(world, out, rng):
     """kill -9 while a checkpoint's temporary file is there."""
-    p, number = Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out), rng.randint(1, 3)
+    p, number = (
+        Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out),
+        rng.randint(1, 3),
+    )
     found = p.until(lambda: glob.glob(f"{out}/checkpoint-epoch{number:03d}*.tmp"))
     time.sleep(rng.uniform(0, 0.004))
     p.kill()
@@ -72,7 +92,10 @@ def sigterm_torchrun(world, out, rng):
 
 
 def mounted(out, *how):
-    return os.getuid() == 0 and subprocess.run(["mount", *how, out], capture_output=True).returncode == 0
+    return (
+        os.getuid() == 0
+        and subprocess.run(["mount", *how, out], capture_output=True).returncode == 0
+    )
 
 
 def disk_full(world, out, rng):
@@ -81,7 +104,18 @@ def disk_full(world, out, rng):
     disk = rng.random() < 0.5 and mounted(out, "-t", "tmpfs", "-o", f"size={6 * size}", "tmpfs")
     limit = None if disk else rng.randint(size // 8, size - 1)
     try:
-        p, enough = Run(world.folder, "train_ac.py", *world.flags, *world.data(), "--out_dir", out, limit=limit), rng.randint(1, 2 * IPE)
+        p, enough = (
+            Run(
+                world.folder,
+                "train_ac.py",
+                *world.flags,
+                *world.data(),
+                "--out_dir",
+                out,
+                limit=limit,
+            ),
+            rng.randint(1, 2 * IPE),
+        )
         if disk and p.until(lambda: rows(out) >= enough):
             with contextlib.suppress(OSError), open(f"{out}/filler", "wb", buffering=0) as f:
                 while True:
@@ -99,16 +133,28 @@ def disk_full(world, out, rng):
 
 
 def read_only(world, out, rng):
-    """A killed run is resumed while its folder is read-only (without root: while a file stands in its place)."""
+    """A killed run is resumed while its folder is read-only (without root: while a file stands in
+    its place)."""
     kill_training(world, out, rng)
     if mounted(out, "--bind", out):
         subprocess.run(["mount", "-o", "remount,ro,bind", out], check=True)
         try:
-            sentence(*Run(world.folder, "train_ac.py", *world.flags, *world.data(), "--out_dir", out).wait(), "Read-only", out)
+            sentence(
+                *Run(
+                    world.folder, "train_ac.py", *world.flags, *world.data(), "--out_dir", out
+                ).wait(),
+                "Read-only",
+                out,
+            )
         finally:
             subprocess.run(["umount", out], check=True)
     with open(out + "-file", "w"):
-        sentence(*Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out + "-file").wait(), out + "-file")
+        sentence(
+            *Run(
+                out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out + "-file"
+            ).wait(),
+            out + "-file",
+        )
     return world.data(), ()
 
 
@@ -141,7 +187,11 @@ def shard_replaced(world, out, rng):
         os.replace(shutil.copy(other, one + ".new"), one)
     else:
         with open(one, "r+b") as f:
-            f.truncate(rng.randrange(os.path.getsize(one))) if how == "cut" else f.write(read_bytes(other))
+            (
+                f.truncate(rng.randrange(os.path.getsize(one)))
+                if how == "cut"
+                else f.write(read_bytes(other))
+            )
     code, text = p.wait()
     if found and code:
         sentence(code, text, "has changed since this run opened it")
@@ -150,7 +200,10 @@ def shard_replaced(world, out, rng):
 
 def worker_killed(world, out, rng):
     """kill -9 of a loader process, as by the kernel when memory runs out."""
-    p, enough = Run(out, "train_ac.py", *world.flags, *world.data(), "--num_workers", 2, "--out_dir", out), rng.randint(1, 2 * IPE)
+    p, enough = (
+        Run(out, "train_ac.py", *world.flags, *world.data(), "--num_workers", 2, "--out_dir", out),
+        rng.randint(1, 2 * IPE),
+    )
     if not p.until(lambda: rows(out) >= enough):
         return None
     workers = read(f"/proc/{p.process.pid}/task/{p.process.pid}/children").split()
@@ -176,14 +229,17 @@ def nan_clip(world, out, rng):
         f.write(tar_of(members | {name: safetensors_bytes(tensors, metadata=meta)}))
     code, text = Run(out, "train_ac.py", *world.flags, *world.data(folder), "--out_dir", out).wait()
     if code:
-        sentence(code, text, "is not finite", name.removesuffix(".safetensors"), "last good checkpoint")
+        sentence(
+            code, text, "is not finite", name.removesuffix(".safetensors"), "last good checkpoint"
+        )
     for path in checkpoint.list_checkpoints(out):
         assert all(torch.isfinite(v).all() for v in checkpoint.load(path)["predictor"].values())
     return (world.data(), ()) if code else None
 
 
 def two_runs(world, out, rng):
-    """A second run in the same folder is refused; the first is killed -9, and the third starts at once."""
+    """A second run in the same folder is refused; the first is killed -9, and the third starts at
+    once."""
     command = ["train_ac.py", *world.flags, *world.data(), "--out_dir", out]
     first, enough = Run(out, *command, "--num_workers", rng.choice((0, 2))), rng.randint(1, 2 * IPE)
     if not first.until(lambda: rows(out) >= enough):
@@ -210,22 +266,49 @@ def kill_shards(world, out, rng):
     """prepare.shards is killed -9 at any moment, twice; every recording is then in one shard."""
     for _ in range(2):
         p = Run(out, "prepare/shards.py", *world.pack, f"{out}/shards")
-        p.until(lambda: glob.glob(f"{out}/shards/*.tmp") if rng.random() < 0.01 else os.path.exists(f"{out}/shards/shard-000001.tar"))
+        p.until(
+            lambda: (
+                glob.glob(f"{out}/shards/*.tmp")
+                if rng.random() < 0.01
+                else os.path.exists(f"{out}/shards/shard-000001.tar")
+            )
+        )
         time.sleep(rng.uniform(0, 0.01))
         p.kill()
     run(out, "prepare/shards.py", *world.pack, f"{out}/shards")
     found = [m.name for path in glob.glob(f"{out}/shards/*.tar") for m in tarfile.open(path)]
-    return None if sorted(found) == sorted(os.listdir(world.loose)) else f"other members: {sorted(found)}"
+    return (
+        None
+        if sorted(found) == sorted(os.listdir(world.loose))
+        else f"other members: {sorted(found)}"
+    )
 
 
-TRAINING = {f.__name__: f for f in (kill_training, kill_saving, sigterm_torchrun, disk_full, read_only, damaged, shard_replaced,
-                                    worker_killed, nan_clip, two_runs)}  # fmt: skip
+TRAINING = {
+    f.__name__: f
+    for f in (
+        kill_training,
+        kill_saving,
+        sigterm_torchrun,
+        disk_full,
+        read_only,
+        damaged,
+        shard_replaced,
+        worker_killed,
+        nan_clip,
+        two_runs,
+    )
+}
 WRITING = {f.__name__: f for f in (kill_encode, kill_shards)}
 
 
 def one_round(world, kind, rng):
-    """{"lost", "diverging", "wrong"}: sentences about what went wrong in a round, '' where nothing did."""
-    out, found = tempfile.mkdtemp(prefix=kind + "-", dir=world.folder), dict.fromkeys(("late", "lost", "diverging", "wrong"), "")
+    """{"lost", "diverging", "wrong"}: sentences about what went wrong in a round, '' where nothing
+    did."""
+    out, found = (
+        tempfile.mkdtemp(prefix=kind + "-", dir=world.folder),
+        dict.fromkeys(("late", "lost", "diverging", "wrong"), ""),
+    )
     try:
         if kind in WRITING:
             return found | {"wrong": WRITING[kind](world, out, rng) or ""}
@@ -239,7 +322,9 @@ def one_round(world, kind, rng):
             whole = world.pair()
         else:
             had = [*checkpoint.list_checkpoints(out)]
-            code, text = Run(world.folder, "train_ac.py", *world.flags, *flags, "--out_dir", out).wait()
+            code, text = Run(
+                world.folder, "train_ac.py", *world.flags, *flags, "--out_dir", out
+            ).wait()
             assert code == 0 and (not had or "resumed from" in text or "nothing left" in text), text
             assert all(f"{path} is damaged" in text for path in spared), text
         left = glob.glob(f"{out}/*.tmp")
@@ -252,17 +337,41 @@ def one_round(world, kind, rng):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=50, help="how many faults, dealt evenly to the kinds")
-    parser.add_argument("--kinds", nargs="+", default=[*TRAINING, *WRITING], choices=[*TRAINING, *WRITING], help="which faults")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=50, help="how many faults, dealt evenly to the kinds"
+    )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=[*TRAINING, *WRITING],
+        choices=[*TRAINING, *WRITING],
+        help="which faults",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of moments and choices")
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
     args = parser.parse_args()
-    rng, folder, began = random.Random(args.seed), tempfile.mkdtemp(prefix="nanojepa-faults-"), time.monotonic()
+    rng, folder, began = (
+        random.Random(args.seed),
+        tempfile.mkdtemp(prefix="nanojepa-faults-"),
+        time.monotonic(),
+    )
     os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
     start_server()
-    world, counts = World(folder), {kind: {"rounds": 0, "late": 0, "lost": 0, "diverging": 0, "wrong": 0} for kind in args.kinds}
-    with tqdm(total=args.rounds, unit="round", mininterval=0.5 if sys.stderr.isatty() else 30) as progress:
+    world, counts = (
+        World(folder),
+        {
+            kind: {"rounds": 0, "late": 0, "lost": 0, "diverging": 0, "wrong": 0}
+            for kind in args.kinds
+        },
+    )
+    with tqdm(
+        total=args.rounds, unit="round", mininterval=0.5 if sys.stderr.isatty() else 30
+    ) as progress:
         for number in range(args.rounds):
             kind = args.kinds[number % len(args.kinds)]
             progress.set_description(kind)
@@ -272,7 +381,9 @@ if __name__ == "__main__":
                     break
                 counts[kind]["late"] += 1
             else:
-                found["wrong"] = "five faults in a row went unnoticed, or came after the end of the run"
+                found["wrong"] = (
+                    "five faults in a row went unnoticed, or came after the end of the run"
+                )
             counts[kind]["rounds"] += 1
             for what in ("lost", "diverging", "wrong"):
                 counts[kind][what] += bool(found[what])
@@ -280,11 +391,18 @@ if __name__ == "__main__":
                     tqdm.write(f"round {number}, {kind}, {what}: {found[what]}")
             progress.update()
     table = [{"fault": kind} | n for kind, n in counts.items() if n["rounds"]]
-    total = {"fault": "all"} | {k: sum(n[k] for n in counts.values()) for k in ("rounds", "late", "lost", "diverging", "wrong")}
+    total = {"fault": "all"} | {
+        k: sum(n[k] for n in counts.values())
+        for k in ("rounds", "late", "lost", "diverging", "wrong")
+    }
     bench.report([*table, total], args.json, torch.device("cpu"))
     bad = sum(total[k] for k in ("lost", "diverging", "wrong"))
-    print(f"rounds {total['rounds']}, lost checkpoints {total['lost']}, diverging losses {total['diverging']}, wrong {total['wrong']}; "
-          f"{time.monotonic() - began:.0f} s" + f"; folders kept in {folder}" * (bad > 0))  # fmt: skip
+    print(
+        f"rounds {total['rounds']}, lost checkpoints {total['lost']}, diverging losses"
+        f" {total['diverging']}, wrong {total['wrong']}; {time.monotonic() - began:.0f} s"
+        + f"; folders kept in {folder}"
+        * (bad > 0)
+    )
     if not bad:
         shutil.rmtree(folder)
     sys.exit(bad > 0)

@@ -1,14 +1,16 @@
-"""Damaged and hostile files for every reader: good ones are changed at random, and what the reader then does is sorted into a table.
+"""Damaged and hostile files for every reader: good ones are changed at random, and what the reader
+then does is sorted into a table.
 
     python -m bench.fuzz                              # 100,000 cases, 10 minutes on two cores
     python -m bench.fuzz --cases 1000 --targets mp4 --seed 7
 
-A case is a pure function of (seed, target, number). Refused: an exception that the reader documents, with a message. Anything else is a
-finding: a crash (another exception, or a signal), a hang (over --seconds), memory (over 1 GiB more than the process has, which its limit
-refuses), or code that ran (files hold pickles that would make a file). Cases run in processes of their own, so that one that kills its
-process is one row; the file of each finding is kept in --out. Pickles, TFRecords and checkpoints are also changed before their checksums
-are made, so that what is behind these is read too.
-"""
+A case is a pure function of (seed, target, number). Refused: an exception that the reader
+documents, with a message. Anything else is a finding: a crash (another exception, or a signal), a
+hang (over --seconds), memory (over 1 GiB more than the process has, which its limit refuses), or
+code that ran (files hold pickles that would make a file). Cases run in processes of their own, so
+that one that kills its process is one row; the file of each finding is kept in --out. Pickles,
+TFRecords and checkpoints are also changed before their checksums are made, so that what is behind
+these is read too."""
 
 import argparse
 import atexit
@@ -27,9 +29,13 @@ import traceback
 import warnings
 import zlib
 
-SCRATCH = tempfile.mkdtemp(prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+SCRATCH = tempfile.mkdtemp(
+    prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+)
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # not of cases, which end with os._exit
-os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")  # read by data.py once, when it is imported
+os.environ["NANOJEPA_CACHE"] = os.path.join(
+    SCRATCH, "cache"
+)  # read by data.py once, when it is imported
 
 import av  # noqa: E402
 import numpy as np  # noqa: E402
@@ -40,7 +46,15 @@ import bench  # noqa: E402
 import checkpoint  # noqa: E402
 import weights  # noqa: E402
 from bench.seeds import mutate, seeds  # noqa: E402
-from data import READ_ERRORS, Clips, Record, feature_rows, feature_settings, index_shards, read_ticks  # noqa: E402
+from data import (  # noqa: E402
+    READ_ERRORS,
+    Clips,
+    Record,
+    feature_rows,
+    feature_settings,
+    index_shards,
+    read_ticks,
+)
 from files import episodes, latents  # noqa: E402
 from files.robot_features import keep_ranges  # noqa: E402
 from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames  # noqa: E402
@@ -75,7 +89,17 @@ def read_features(path):
 def read_robot_features(path):
     _, found, bad = episodes.index_file(path, True)
     for e in found:
-        r = episodes.Episode(path, e["key"], "features", e["members"], e["steps"], e["rate"], 0, e["steps"], e["steps"])
+        r = episodes.Episode(
+            path,
+            e["key"],
+            "features",
+            e["members"],
+            e["steps"],
+            e["rate"],
+            0,
+            e["steps"],
+            e["steps"],
+        )
         keep_ranges(e["idle"], e["rows"][2], "light", 5) if e["idle"] else None
         feature_rows(r, 1, e["steps"])
     if bad:
@@ -101,7 +125,9 @@ def read_h5(path):
 def read_tfrecord(path):
     _, found, bad = episodes.index_file(path, True)
     for e in found:
-        r = episodes.Episode(path, e["key"], "rlds", e["members"], e["steps"], 15.0, 0, e["steps"], e["steps"])
+        r = episodes.Episode(
+            path, e["key"], "rlds", e["members"], e["steps"], 15.0, 0, e["steps"], e["steps"]
+        )
         for names in episodes.STATES["rlds"]:
             if names in r.members:
                 episodes.read_fields(r, [names])
@@ -142,7 +168,11 @@ TARGETS = {  # name -> (reader of a path, how the file is called, exceptions it 
     "example": (read_example, "x", episodes.DAMAGE),
     "features": (read_features, "x.safetensors", READ_ERRORS),
     "robot features": (read_robot_features, "x.tar", episodes.DAMAGE),
-    "safetensors": (lambda path: weights.load_encoder(path, num_heads=3), "x.safetensors", READ_ERRORS),
+    "safetensors": (
+        lambda path: weights.load_encoder(path, num_heads=3),
+        "x.safetensors",
+        READ_ERRORS,
+    ),
     "torch": (lambda path: weights.load_encoder(path, num_heads=3), "x.pt", READ_ERRORS),
     "pkl": (ActionScaler.load, "x.pkl", READ_ERRORS),
     "scaler": (ActionScaler.load, "x.safetensors", READ_ERRORS),
@@ -170,12 +200,20 @@ def attempt(target, data, folder):
     outcome, said = "accepted", ""
     try:
         reader(path)
-    except MemoryError as e:  # FFmpeg's is its own: it does not ask the system for what a damaged index claims
+    except (
+        MemoryError
+    ) as e:  # FFmpeg's is its own: it does not ask the system for what a damaged index claims
         outcome = "refused" if isinstance(e, av.FFmpegError) else "memory"
         said = f"MemoryError {e} {traceback.format_exc(limit=-2)}"
     except allowed as e:
         said = f"{type(e).__name__}: {e}"
-        outcome = "memory" if re.search("allocate|MemoryError", said) else "refused" if str(e) else "crash"
+        outcome = (
+            "memory"
+            if re.search("allocate|MemoryError", said)
+            else "refused"
+            if str(e)
+            else "crash"
+        )
     except Exception as e:  # what no reader documents is what is looked for
         outcome, said = "crash", f"{type(e).__name__}: {e} {traceback.format_exc(limit=-3)}"
     if os.path.exists(BOMB):
@@ -188,7 +226,8 @@ OUTCOMES = ["refused", "accepted", "crash", "hang", "memory", "code ran"]
 
 
 def work(target, first, last, seed, good, seconds, board, out):
-    """In a process of its own: cases first..last-1. board: shared [case at hand, slowest in microseconds, outcomes ...]."""
+    """In a process of its own: cases first..last-1. board: shared [case at hand, slowest in
+    microseconds, outcomes ...]."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that print what is wrong with a file
@@ -229,7 +268,9 @@ def fuzz(target, cases, seed, good, seconds, out, progress=None):
     board, first = context.RawArray("q", 2 + len(OUTCOMES)), 0
     while first < cases:
         board[0] = first
-        p = context.Process(target=work, args=(target, first, cases, seed, good, seconds, board, out))
+        p = context.Process(
+            target=work, args=(target, first, cases, seed, good, seconds, board, out)
+        )
         p.start()
         while p.exitcode is None:
             p.join(0.2)
@@ -240,17 +281,36 @@ def fuzz(target, cases, seed, good, seconds, out, progress=None):
             break
         outcome = "hang" if p.exitcode == -signal.SIGALRM else "crash"
         board[2 + OUTCOMES.index(outcome)] += 1
-        keep(out, target, board[0], seed, case(target, board[0], seed, good), f"{outcome}: exit code {p.exitcode}")
+        keep(
+            out,
+            target,
+            board[0],
+            seed,
+            case(target, board[0], seed, good),
+            f"{outcome}: exit code {p.exitcode}",
+        )
         first = board[0] + 1
-    return {"target": target, "cases": sum(board[2:])} | dict(zip(OUTCOMES, board[2:])) | {"slowest s": board[1] / 1e6}
+    return (
+        {"target": target, "cases": sum(board[2:])}
+        | dict(zip(OUTCOMES, board[2:]))
+        | {"slowest s": board[1] / 1e6}
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--cases", type=int, default=100_000, help="of all targets together")
-    parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=TARGETS, help="which readers")
+    parser.add_argument(
+        "--targets", nargs="+", default=[*TARGETS], choices=TARGETS, help="which readers"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the cases")
-    parser.add_argument("--seconds", type=float, default=5.0, help="a case that takes longer is a hang")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="a case that takes longer is a hang"
+    )
     parser.add_argument("--out", default="out/fuzz", help="folder for the files of findings")
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
     args = parser.parse_args()

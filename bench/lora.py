@@ -1,11 +1,12 @@
-"""Forward + backward of our LoRA against the same predictor wrapped by Hugging Face PEFT: time, and bytes kept for the backward pass.
+"""Forward + backward of our LoRA against the same predictor wrapped by Hugging Face PEFT: time, and
+bytes kept for the backward pass.
 
     python -m bench.lora                             # CPU: a 6-layer 384-wide predictor, 8 x 8 patches, T=8, 2 clips, fp32
     python -m bench.lora --pred_dim 1024 --pred_depth 24 --pred_heads 16 --embed_dim 1408 --grid 16 --dtype bfloat16     # a GPU
 
-PEFT gets the adapter that we write, so both compute the same; losses and gradients are compared before anything is timed. A LoRA layer of
-PEFT adds scale B A x to the output of the frozen layer in further passes, and under autocast keeps 16-bit copies of the frozen weights.
-"""
+PEFT gets the adapter that we write, so both compute the same; losses and gradients are compared
+before anything is timed. A LoRA layer of PEFT adds scale B A x to the output of the frozen layer in
+further passes, and under autocast keeps 16-bit copies of the frozen weights."""
 
 import argparse
 import contextlib
@@ -21,7 +22,11 @@ from lora import add_lora, lora_layers, save_adapter
 from model import ACModel, Predictor
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     flag = parser.add_argument
     flag("--embed_dim", type=int, default=192, help="width of the encoder's features")
     flag("--grid", type=int, default=8, help="patches along a side of a frame")
@@ -31,8 +36,15 @@ if __name__ == "__main__":
     flag("--pred_depth", type=int, default=6, help="blocks of the predictor")
     flag("--pred_heads", type=int, default=6, help="attention heads of the predictor")
     flag("--r", type=int, default=16, help="rank of the adapters")
-    flag("--dropout", type=float, default=0.05, help="dropout before the adapters, in what is timed")
-    flag("--dtype", default="float32", choices=["float32", "bfloat16"], help="autocast precision of both")
+    flag(
+        "--dropout", type=float, default=0.05, help="dropout before the adapters, in what is timed"
+    )
+    flag(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="autocast precision of both",
+    )
     flag("--repeats", type=int, default=10, help="timed calls of each")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
@@ -44,7 +56,11 @@ if __name__ == "__main__":
     inputs, rows = [torch.randn(args.batch_size, *s, device=device) for s in shapes], []
 
     def autocast():
-        return torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+        return (
+            torch.autocast(device.type, torch.bfloat16)
+            if args.dtype == "bfloat16"
+            else contextlib.nullcontext()
+        )
 
     for form, fused in (("split", False), ("fused qkv", True)):
         ours = copy.deepcopy(base)
@@ -53,7 +69,9 @@ if __name__ == "__main__":
             m.lora_B.data.normal_(std=0.01)
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(ours, folder)
-            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True).base_model.model
+            theirs = peft.PeftModel.from_pretrained(
+                copy.deepcopy(base), folder, is_trainable=True
+            ).base_model.model
         models, calls, wanted = {"PEFT": ACModel(theirs), "ours": ACModel(ours)}, {}, None
         for name, model in models.items():
 
@@ -63,12 +81,22 @@ if __name__ == "__main__":
                 loss.backward()
                 return loss.detach()
 
-            loss = step(exact=True).item()  # in 16 bits the sign in the gradient of L1 flips wherever the error is small
-            sizes = {n: p.grad for n, p in model.named_parameters() if "lora_A" in n}  # B is block-diagonal here and three blocks there
+            loss = step(
+                exact=True
+            ).item()  # in 16 bits the sign in the gradient of L1 flips wherever the error is small
+            sizes = {
+                n: p.grad for n, p in model.named_parameters() if "lora_A" in n
+            }  # B is block-diagonal here and three blocks there
             found = loss, torch.cat([g.flatten() for g in sizes.values()])
             wanted = wanted or found
-            off = abs(loss / wanted[0] - 1), ((found[1] - wanted[1]).norm() / wanted[1].norm()).item()
-            print(f"{form}, {name}: loss {loss:.6f}, off by {off[0]:.1e}, gradients of A by {off[1]:.1e}")
+            off = (
+                abs(loss / wanted[0] - 1),
+                ((found[1] - wanted[1]).norm() / wanted[1].norm()).item(),
+            )
+            print(
+                f"{form}, {name}: loss {loss:.6f}, off by {off[0]:.1e}, gradients of A by"
+                f" {off[1]:.1e}"
+            )
             if max(off) > 1e-3:
                 raise SystemExit(f"{name} computes something else than PEFT")
             model.zero_grad(set_to_none=True)
@@ -86,6 +114,11 @@ if __name__ == "__main__":
                 kept[name] = activation_bytes(model, *inputs) / 2**20
         seconds = bench.medians(calls, device, args.repeats)
         for name, s in seconds.items():
-            ratios = {"PEFT / it": seconds["PEFT"] / s, "memory / PEFT's": kept[name] / kept["PEFT"]}
-            rows.append({"adapters": form, "by": name, "ms": 1e3 * s, "kept MiB": kept[name]} | ratios)
+            ratios = {
+                "PEFT / it": seconds["PEFT"] / s,
+                "memory / PEFT's": kept[name] / kept["PEFT"],
+            }
+            rows.append(
+                {"adapters": form, "by": name, "ms": 1e3 * s, "kept MiB": kept[name]} | ratios
+            )
     bench.report(rows, args.json, device)

@@ -1,11 +1,11 @@
-"""Candidates a second of the planner: keys and values kept and shared, against running the whole sequence anew for each step (upstream).
+"""Candidates a second of the planner: keys and values kept and shared, against running the whole
+sequence anew for each step (upstream).
 
     python -m bench.plan
     python -m bench.plan --width 1024 --depth 24 --grid 16 --samples 64 --horizons 1 2        # the released predictor's size
 
-One whole search each (CEM), from the same noise, on a predictor with random weights. Prints medians of interleaved repeats and the largest
-difference between the actions that the two chose.
-"""
+One whole search each (CEM), from the same noise, on a predictor with random weights. Prints medians
+of interleaved repeats and the largest difference between the actions that the two chose."""
 
 import argparse
 import functools
@@ -25,15 +25,23 @@ class NoScaler:
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     p.add_argument("--width", type=int, default=192, help="of the predictor")
     p.add_argument("--depth", type=int, default=4, help="blocks of the predictor")
     p.add_argument("--grid", type=int, default=4, help="patches along a side")
     p.add_argument("--context", type=int, default=1, help="steps of the past")
     p.add_argument("--samples", type=int, default=64, help="candidates of an iteration")
     p.add_argument("--iterations", type=int, default=2, help="of CEM")
-    p.add_argument("--horizons", type=int, nargs="+", default=[1, 2, 4, 8], help="steps planned ahead")
+    p.add_argument(
+        "--horizons", type=int, nargs="+", default=[1, 2, 4, 8], help="steps planned ahead"
+    )
     p.add_argument("--repeats", type=int, default=15, help="timed rounds")
     p.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     args = p.parse_args()
@@ -43,20 +51,47 @@ if __name__ == "__main__":
     size = {"pred_dim": args.width, "depth": args.depth, "num_heads": heads}
     predictor = Predictor(192, len(names), 2, (args.grid, args.grid), **size).to(device).eval()
     z = normalize_features(torch.randn(1, args.context + 1, args.grid**2, 192, device=device))
-    actions, states = torch.randn(1, args.context - 1, len(names), device=device), torch.zeros(1, args.context, 2, device=device)
-    compose = functools.partial(compose_states, mean=NoScaler.mean.to(device), scale=NoScaler.scale.to(device))
+    actions, states = (
+        torch.randn(1, args.context - 1, len(names), device=device),
+        torch.zeros(1, args.context, 2, device=device),
+    )
+    compose = functools.partial(
+        compose_states, mean=NoScaler.mean.to(device), scale=NoScaler.scale.to(device)
+    )
     space, rows = vpt_space(names, NoScaler), []
     for horizon in args.horizons:
 
         def plan(cached, horizon=horizon):
             with torch.no_grad():
-                cost = energy(predictor, z[:, :-1], actions, states, z[0, -1], compose, cached=cached)
+                cost = energy(
+                    predictor, z[:, :-1], actions, states, z[0, -1], compose, cached=cached
+                )
             generator = torch.Generator().manual_seed(0)
-            return search(cost, space, horizon, num_samples=args.samples, iterations=args.iterations, generator=generator, device=device)
+            return search(
+                cost,
+                space,
+                horizon,
+                num_samples=args.samples,
+                iterations=args.iterations,
+                generator=generator,
+                device=device,
+            )
 
-        times = medians({"cache": lambda: plan(True), "anew": lambda: plan(False)}, device, args.repeats, warmup=1)
-        row = {"horizon": horizon} | {f"{k} candidates/s": args.samples * args.iterations / t for k, t in times.items()}
+        times = medians(
+            {"cache": lambda: plan(True), "anew": lambda: plan(False)},
+            device,
+            args.repeats,
+            warmup=1,
+        )
+        row = {"horizon": horizon} | {
+            f"{k} candidates/s": args.samples * args.iterations / t for k, t in times.items()
+        }
         same = (plan(True) - plan(False)).abs().max().item()
-        rows.append(row | {"anew / cache": times["anew"] / times["cache"], "actions differ by": same})
-    print(f"width {args.width}, depth {args.depth}, {args.grid}x{args.grid} patches, context {args.context}, {args.samples} samples")
+        rows.append(
+            row | {"anew / cache": times["anew"] / times["cache"], "actions differ by": same}
+        )
+    print(
+        f"width {args.width}, depth {args.depth}, {args.grid}x{args.grid} patches, context"
+        f" {args.context}, {args.samples} samples"
+    )
     report(rows, args.json, device)

@@ -1,15 +1,17 @@
-"""What every stage of train_ac.py costs on this machine, and from that what 8, 64 and 512 GPUs would need: a scaling model.
+"""What every stage of train_ac.py costs on this machine, and from that what 8, 64 and 512 GPUs
+would need: a scaling model.
 
     python -m bench.scale                                   # ViT-L at 256 px; a minute of CPU
     python -m bench.scale --encoder vit_giant_xformers --storage 100
 
-Measured here: CPU seconds to decode a clip (of a recording made here: 640x360, 20 fps, 1.7 Mbit/s, a keyframe every 250), to parse the JSON
-of a minute and to read a clip of features; FLOP/s of two blocks of the encoder and of the predictor beside a large matmul; what they keep
-for backward; an all-reduce between two processes over loopback. NOT measured: anything of a GPU or a cluster. There a step takes useful
-FLOPs (bench.step) / (--share of --tflops); fp32 gradients go around a ring, 2 (n-1)/n of their bytes a GPU, over --nvlink inside a node of
-8 and else over --net; backward is two thirds of the predictor's time. `load` is what is asked for over what there is: cores, storage, and
-all-reduce over backward; `first` names the largest, above 1 it is what a step waits for.
-"""
+Measured here: CPU seconds to decode a clip (of a recording made here: 640x360, 20 fps, 1.7 Mbit/s,
+a keyframe every 250), to parse the JSON of a minute and to read a clip of features; FLOP/s of two
+blocks of the encoder and of the predictor beside a large matmul; what they keep for backward; an
+all-reduce between two processes over loopback. NOT measured: anything of a GPU or a cluster. There
+a step takes useful FLOPs (bench.step) / (--share of --tflops); fp32 gradients go around a ring, 2
+(n-1)/n of their bytes a GPU, over --nvlink inside a node of 8 and else over --net; backward is two
+thirds of the predictor's time. `load` is what is asked for over what there is: cores, storage, and
+all-reduce over backward; `first` names the largest, above 1 it is what a step waits for."""
 
 import argparse
 import os
@@ -32,7 +34,12 @@ from model import ACModel, Encoder, Predictor, encode_steps
 from weights import ARCHITECTURES
 
 STEPS, PIXELS, GRID, NODE = 8, 256, 16, 8  # steps of a clip, pixels, patches a side, GPUs of a node
-ANSWER = {"decode": "encode.py, then --data features", "storage": "--cache_dir", "all-reduce": "--grad_accum, --batch_size", "GPUs": "-"}
+ANSWER = {
+    "decode": "encode.py, then --data features",
+    "storage": "--cache_dir",
+    "all-reduce": "--grad_accum, --batch_size",
+    "GPUs": "-",
+}
 
 
 def cpu_seconds(dataset, count):
@@ -62,7 +69,11 @@ def predictor_of(depth, width, device="cpu"):
 
 
 def clip_of(width):
-    return torch.randn(1, STEPS, GRID**2, width), torch.randn(1, STEPS - 1, 13), torch.randn(1, STEPS, 2)
+    return (
+        torch.randn(1, STEPS, GRID**2, width),
+        torch.randn(1, STEPS - 1, 13),
+        torch.randn(1, STEPS, 2),
+    )
 
 
 def all_reduce(rank, file, count, out):
@@ -95,7 +106,10 @@ def measure(args, shape):
     torch.manual_seed(0)
     encoder, model = small(shape[0], 2, *shape[2:]), predictor_of(2, shape[0])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    picture, inputs = torch.randint(256, (1, 2, 3, PIXELS, PIXELS), dtype=torch.uint8), clip_of(shape[0])
+    picture, inputs = (
+        torch.randint(256, (1, 2, 3, PIXELS, PIXELS), dtype=torch.uint8),
+        clip_of(shape[0]),
+    )
 
     def step():
         sum(model(*inputs)).backward()
@@ -108,7 +122,9 @@ def measure(args, shape):
 
     a, b = torch.randn(2, 2048, 2048)
     calls = {"matmul": lambda: linear(a, b, None), "encoder": encode, "predictor": step}
-    seconds = bench.medians(calls, device, args.repeats, warmup=1)  # in turn, so that other load on the machine meets all
+    seconds = bench.medians(
+        calls, device, args.repeats, warmup=1
+    )  # in turn, so that other load on the machine meets all
     work, speed = flops(encoder, model.predictor), 2 * 2048**3 / seconds["matmul"]
     for k, share in (("encoder", STEPS), ("predictor", 1)):  # one step of the clip's is encoded
         out[k] = work[k] / share / seconds[k], work[k] / share / seconds[k] / speed
@@ -116,7 +132,9 @@ def measure(args, shape):
     out["kept"] = (2 * one - two, two - one)  # outside the blocks, a block
     with torch.multiprocessing.Manager() as manager:
         times = manager.dict()
-        torch.multiprocessing.spawn(all_reduce, (os.path.join(folder, "meet"), 25_000_000, times), nprocs=2)
+        torch.multiprocessing.spawn(
+            all_reduce, (os.path.join(folder, "meet"), 25_000_000, times), nprocs=2
+        )
         out["all-reduce"] = 1e8 / max(times.values())
     return out
 
@@ -133,53 +151,113 @@ def cluster(gpus, source, found, work, grads, args):
     rate = args.batch_size / seconds  # clips/s a GPU
     cpu, size = found["decode" if source == "video" else "features"]
     link = args.nvlink * 1e9 if gpus <= NODE else args.net * 1e9 / 8
-    ring, backward = 2 * (gpus - 1) / gpus * grads / link, args.batch_size * work["predictor"] * 2 / 3 / speed
-    load = {"decode": rate * cpu / args.cores, "storage": gpus * rate * size / args.storage / 1e9, "all-reduce": ring / backward}
+    ring, backward = (
+        2 * (gpus - 1) / gpus * grads / link,
+        args.batch_size * work["predictor"] * 2 / 3 / speed,
+    )
+    load = {
+        "decode": rate * cpu / args.cores,
+        "storage": gpus * rate * size / args.storage / 1e9,
+        "all-reduce": ring / backward,
+    }
     first = max(load, key=load.get)
-    return {"GPUs": gpus, "from": source, "batch": gpus * args.batch_size, "clips/s": gpus * rate, "step ms": 1e3 * seconds,
-            "cores/GPU": rate * cpu, "GB/s a node": NODE * rate * size / 1e9, "GB/s in all": gpus * rate * size / 1e9,
-            "all-reduce ms": 1e3 * ring, "of backward": load["all-reduce"], "first": first, "load": load[first],
-            "answer": ANSWER[first if load[first] > 1 else "GPUs"]}  # fmt: skip
+    return {
+        "GPUs": gpus,
+        "from": source,
+        "batch": gpus * args.batch_size,
+        "clips/s": gpus * rate,
+        "step ms": 1e3 * seconds,
+        "cores/GPU": rate * cpu,
+        "GB/s a node": NODE * rate * size / 1e9,
+        "GB/s in all": gpus * rate * size / 1e9,
+        "all-reduce ms": 1e3 * ring,
+        "of backward": load["all-reduce"],
+        "first": first,
+        "load": load[first],
+        "answer": ANSWER[first if load[first] > 1 else "GPUs"],
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     flag = parser.add_argument
-    flag("--encoder", default="vit_large_16", choices=ARCHITECTURES, help="architecture of the frozen encoder")
+    flag(
+        "--encoder",
+        default="vit_large_16",
+        choices=ARCHITECTURES,
+        help="architecture of the frozen encoder",
+    )
     flag("--clips", type=int, default=24, help="clips decoded")
     flag("--repeats", type=int, default=3, help="times the encoder and the predictor run")
     flag("--gpus", type=int, nargs="+", default=[8, 64, 512], help="rows of the table")
     flag("--batch_size", type=int, default=8, help="clips a GPU")
     flag("--tflops", type=float, default=989.0, help="dense bf16 peak of a GPU (H100 SXM)")
-    flag("--share", type=float, default=0.4, help="share of it that useful FLOPs reach (an assumption)")
+    flag(
+        "--share",
+        type=float,
+        default=0.4,
+        help="share of it that useful FLOPs reach (an assumption)",
+    )
     flag("--nvlink", type=float, default=450.0, help="GB/s a GPU sends inside a node")
-    flag("--net", type=float, default=400.0, help="Gbit/s that a node's ring sends to the next node")
+    flag(
+        "--net", type=float, default=400.0, help="Gbit/s that a node's ring sends to the next node"
+    )
     flag("--cores", type=float, default=16.0, help="cores a GPU")
-    flag("--storage", type=float, default=20.0, help="GB/s of the shared storage, all nodes together")
+    flag(
+        "--storage", type=float, default=20.0, help="GB/s of the shared storage, all nodes together"
+    )
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     shape = ARCHITECTURES[args.encoder]
     found = measure(args, shape)
     full = small(*shape, "meta"), predictor_of(24, shape[0], "meta").predictor
     work, count = flops(*full), sum(p.numel() for p in full[1].parameters())
-    (decode, video), (load, features), here = found["decode"], found["features"], torch.device("cpu")
-    rows = [("decode a clip of video", decode, "CPU s"), ("its bytes read", video / 1e6, "MB"),
-            ("parse the JSON of a minute", found["json"], "CPU s, once"), ("read a clip of features", load, "CPU s"),
-            ("its bytes read", features / 1e6, "MB"), ("features of an hour of play", 3600 * 2.5 / STEPS * features / 1e9, "GB"),
-            ("encoder, FLOPs a clip", work["encoder"] / 1e12, "TFLOP"), ("encoder here", found["encoder"][0] / 1e9, "GFLOP/s"),
-            ("  of a large matmul", found["encoder"][1], ""), ("predictor, FLOPs a clip and step", work["predictor"] / 1e12, "TFLOP"),
-            ("predictor here", found["predictor"][0] / 1e9, "GFLOP/s"), ("  of a large matmul", found["predictor"][1], ""),
-            ("all-reduce over loopback", found["all-reduce"] / 1e9, "GB/s")]  # fmt: skip
+    (decode, video), (load, features), here = (
+        found["decode"],
+        found["features"],
+        torch.device("cpu"),
+    )
+    rows = [
+        ("decode a clip of video", decode, "CPU s"),
+        ("its bytes read", video / 1e6, "MB"),
+        ("parse the JSON of a minute", found["json"], "CPU s, once"),
+        ("read a clip of features", load, "CPU s"),
+        ("its bytes read", features / 1e6, "MB"),
+        ("features of an hour of play", 3600 * 2.5 / STEPS * features / 1e9, "GB"),
+        ("encoder, FLOPs a clip", work["encoder"] / 1e12, "TFLOP"),
+        ("encoder here", found["encoder"][0] / 1e9, "GFLOP/s"),
+        ("  of a large matmul", found["encoder"][1], ""),
+        ("predictor, FLOPs a clip and step", work["predictor"] / 1e12, "TFLOP"),
+        ("predictor here", found["predictor"][0] / 1e9, "GFLOP/s"),
+        ("  of a large matmul", found["predictor"][1], ""),
+        ("all-reduce over loopback", found["all-reduce"] / 1e9, "GB/s"),
+    ]
     outside, block = found["kept"]
-    tokens = (STEPS - 1 + 2) * (GRID**2 + 2) * 1024 * 4  # what checkpointing keeps of a block: its input, fp32, of both passes
+    tokens = (
+        (STEPS - 1 + 2) * (GRID**2 + 2) * 1024 * 4
+    )  # what checkpointing keeps of a block: its input, fp32, of both passes
     frozen = 2 * sum(p.numel() for p in full[0].parameters())
-    memory = [("trained parameters", count, "numbers"), ("weights, gradients, Adam's moments", 16 * count / 1e9, "GB"),
-              ("frozen encoder, bf16", frozen / 1e9, "GB"),
-              ("kept for backward, a clip", (outside + 24 * block) / 1e9, "GB"),
-              ("with --activation_checkpointing", (outside + 24 * tokens + block) / 1e9, "GB")]  # fmt: skip
+    memory = [
+        ("trained parameters", count, "numbers"),
+        ("weights, gradients, Adam's moments", 16 * count / 1e9, "GB"),
+        ("frozen encoder, bf16", frozen / 1e9, "GB"),
+        ("kept for backward, a clip", (outside + 24 * block) / 1e9, "GB"),
+        ("with --activation_checkpointing", (outside + 24 * tokens + block) / 1e9, "GB"),
+    ]
     for table in (rows, memory):
         bench.report([dict(zip(("stage", "value", "unit"), row)) for row in table], args.json, here)
-    table = [cluster(n, source, found, work, 4 * count, args) for n in args.gpus for source in ("video", "features")]
-    assumed = (f"--{k} {getattr(args, k):g}" for k in ("tflops", "share", "nvlink", "net", "cores", "storage"))
+    table = [
+        cluster(n, source, found, work, 4 * count, args)
+        for n in args.gpus
+        for source in ("video", "features")
+    ]
+    assumed = (
+        f"--{k} {getattr(args, k):g}"
+        for k in ("tflops", "share", "nvlink", "net", "cores", "storage")
+    )
     print("arithmetic, not measured:", ", ".join(assumed))
     bench.report(table, args.json, here)

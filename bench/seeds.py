@@ -1,4 +1,5 @@
-"""Good files in every format that is read here, small ones, and ways to change them: what bench.fuzz starts from."""
+"""Good files in every format that is read here, small ones, and ways to change them: what
+bench.fuzz starts from."""
 
 import io
 import json
@@ -21,9 +22,43 @@ from fit_scaler import ActionScaler
 from model import Encoder, pack_features
 from prepare.robot import droid_example, record
 
-PIECES = [b"", b"0", b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b'"x"', b"true", b"9" * 400, b"[" * 3000, b"\xff\xfe", b"\0" * 8,
-          b"18446744073709551615", b"-9223372036854775809", b"\xed\xa0\x80", b"1" * 25]  # fmt: skip
-NUMBERS = [0, 1, 2, 7, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+PIECES = [
+    b"",
+    b"0",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"[]",
+    b"{}",
+    b'"x"',
+    b"true",
+    b"9" * 400,
+    b"[" * 3000,
+    b"\xff\xfe",
+    b"\0" * 8,
+    b"18446744073709551615",
+    b"-9223372036854775809",
+    b"\xed\xa0\x80",
+    b"1" * 25,
+]
+NUMBERS = [
+    0,
+    1,
+    2,
+    7,
+    127,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 class Bomb:
@@ -37,18 +72,28 @@ class Bomb:
 
 
 def bombs(path):
-    return [Bomb(os.mkdir, path), Bomb(eval, f"__import__('os').mkdir({path!r})"), Bomb(os.system, f"touch {path}"),
-            Bomb(open, path, "w")]  # fmt: skip
+    return [
+        Bomb(os.mkdir, path),
+        Bomb(eval, f"__import__('os').mkdir({path!r})"),
+        Bomb(os.system, f"touch {path}"),
+        Bomb(open, path, "w"),
+    ]
 
 
 def film(folder, frames, container=None):
     """Bytes of a small mp4 with B-frames."""
     path = os.path.join(folder, "film.mp4")  # a file, since faststart reads back what it wrote
     with av.open(path, "w", options=container or {}) as c:
-        stream = c.add_stream("libx264", rate=20, options={"g": "8", "bf": "2", "threads": "1", "preset": "ultrafast"})
+        stream = c.add_stream(
+            "libx264", rate=20, options={"g": "8", "bf": "2", "threads": "1", "preset": "ultrafast"}
+        )
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for i in range(frames):
-            c.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), 9 * i % 256, np.uint8))))
+            c.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.full((32, 48, 3), 9 * i % 256, np.uint8))
+                )
+            )
         c.mux(stream.encode())
     with open(path, "rb") as f:
         return f.read()
@@ -58,17 +103,38 @@ def lines(n, guide=False):
     """Bytes of JSONL: contractor lines, or the guides'."""
     out = []
     for i in range(n):
-        mouse = {"x": 640.0, "y": 360.0, "dx": 3.0 * i, "dy": -1.0, "buttons": [0] * (i % 2), "newButtons": []}
-        line = {"mouse": mouse, "keyboard": {"keys": ["key.keyboard.w", "key.keyboard.2"]}, "isGuiOpen": i > 9, "hotbar": i % 9}
-        line |= {"timestamp": i / 20, "camera": [0.01 * i, 0.1]} if guide else {"yaw": 0.45 * i, "pitch": 10.0, "inventory": [{"a": 1}]}
+        mouse = {
+            "x": 640.0,
+            "y": 360.0,
+            "dx": 3.0 * i,
+            "dy": -1.0,
+            "buttons": [0] * (i % 2),
+            "newButtons": [],
+        }
+        line = {
+            "mouse": mouse,
+            "keyboard": {"keys": ["key.keyboard.w", "key.keyboard.2"]},
+            "isGuiOpen": i > 9,
+            "hotbar": i % 9,
+        }
+        line |= (
+            {"timestamp": i / 20, "camera": [0.01 * i, 0.1]}
+            if guide
+            else {"yaw": 0.45 * i, "pitch": 10.0, "inventory": [{"a": 1}]}
+        )
         out.append(json.dumps(line) + "\n")
     return "".join(out).encode()
 
 
 def features(steps, tokens=4, width=8, store="bf16"):
     """A member of a feature shard."""
-    tensors = pack_features(torch.randn(steps, tokens, width), store) | {"actions": torch.zeros(steps - 1, 38)}
-    return safetensors_bytes(tensors | {"states": torch.zeros(steps, 2, dtype=torch.float64)}, metadata={"fps": "5.0", "encode": "tubelet"})
+    tensors = pack_features(torch.randn(steps, tokens, width), store) | {
+        "actions": torch.zeros(steps - 1, 38)
+    }
+    return safetensors_bytes(
+        tensors | {"states": torch.zeros(steps, 2, dtype=torch.float64)},
+        metadata={"fps": "5.0", "encode": "tubelet"},
+    )
 
 
 def robot_features(steps):
@@ -76,7 +142,11 @@ def robot_features(steps):
     episode = {"rows": 4 * steps - 1, "stride": 4, "rate": 15.0, "success": True, "idle": [[3, 9]]}
     meta = {"dataset": "droid", "encoder": "e", "grid": "2", "state_dim": "7"}
     meta |= {"names": json.dumps([*"abcdefg"]), "units": json.dumps(["m"] * 7)}
-    tensors = {"z": torch.zeros(steps, 4, 8, dtype=torch.bfloat16), "actions": torch.zeros(steps - 1, 7), "states": torch.zeros(steps, 7)}
+    tensors = {
+        "z": torch.zeros(steps, 4, 8, dtype=torch.bfloat16),
+        "actions": torch.zeros(steps - 1, 7),
+        "states": torch.zeros(steps, 7),
+    }
     return safetensors_bytes(tensors, metadata=meta | {"episode": json.dumps(episode)})
 
 
@@ -99,7 +169,9 @@ def saved(value):
 def h5_of(shape, dtype, compression=None):
     f = io.BytesIO()
     with h5py.File(f, "w") as file:
-        data = file.create_dataset("latents", data=np.ones(shape, dtype), chunks=(1, *shape[1:]), compression=compression)
+        data = file.create_dataset(
+            "latents", data=np.ones(shape, dtype), chunks=(1, *shape[1:]), compression=compression
+        )
         data.attrs["fps"], data.attrs["vae"] = 8, "wan"
     return f.getvalue()
 
@@ -107,14 +179,21 @@ def h5_of(shape, dtype, compression=None):
 def example(steps=6):
     f = io.BytesIO()
     Image.new("RGB", (16, 9)).save(f, "JPEG")
-    fields = {"observation/cartesian_position": 6, "observation/gripper_position": 1, "action_dict/joint_velocity": 7, "action": 7}
+    fields = {
+        "observation/cartesian_position": 6,
+        "observation/gripper_position": 1,
+        "action_dict/joint_velocity": 7,
+        "action": 7,
+    }
     rows = {k: np.ones((steps, d), np.float32) for k, d in fields.items()}
     pictures = {c: [f.getvalue()] * steps for c in ("exterior_1", "exterior_2", "wrist")}
     return droid_example(rows, pictures, "lab/0", "success/0", ("a", "b", "c"), True)
 
 
 def scaler():
-    return ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 99, {"names": ["a", "b", "c", "d"], "fps": 5.0})
+    return ActionScaler(
+        np.zeros(4), np.ones(4), np.ones(4), 99, {"names": ["a", "b", "c", "d"], "fps": 5.0}
+    )
 
 
 def scaler_bytes(folder, extension):
@@ -125,11 +204,19 @@ def scaler_bytes(folder, extension):
 
 
 def seeds(folder, bomb_path):
-    """{target: [bytes of a good (or hostile) file]}; the hostile ones would make `bomb_path`. folder: for scratch."""
+    """{target: [bytes of a good (or hostile) file]}; the hostile ones would make `bomb_path`.
+    folder: for scratch."""
     with torch.random.fork_rng():
         encoder = Encoder(24, 1, 3, mlp_dim=48, img_size=32, num_frames=4).state_dict()
-    run = {"predictor": {"w": torch.ones(5, 3), "b": torch.ones(3)[1:]}, "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}}}
-    run |= {"epoch": 3, "args": {"data": [["a"]], "lr": 1e-3, "encoder": None}, "rng": torch.get_rng_state()}
+    run = {
+        "predictor": {"w": torch.ones(5, 3), "b": torch.ones(3)[1:]},
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}},
+    }
+    run |= {
+        "epoch": 3,
+        "args": {"data": [["a"]], "lr": 1e-3, "encoder": None},
+        "rng": torch.get_rng_state(),
+    }
     sklearn = StandardScaler().fit(np.random.default_rng(0).normal(size=(9, 4)))
     hostile = []
     for bomb in bombs(bomb_path):  # a scaler that is one, and one with a bomb inside
@@ -140,24 +227,49 @@ def seeds(folder, bomb_path):
     recording = {"a.b.mp4": mp4, "a.b.jsonl": lines(24)}
     return {
         "jsonl": [lines(24), lines(24, guide=True)],
-        "tar": [tar_of(recording), tar_of({"a@00000.safetensors": features(12), "b@00000.safetensors": features(12, store="int8")})],
-        "mp4": [mp4, film(folder, 24, {"movflags": "faststart"}), film(folder, 24, {"movflags": "frag_keyframe+empty_moov"})],
-        "h5": [h5_of((4, 4, 2, 4, 4), np.float16), h5_of((4, 4, 1, 4, 4), np.float32, compression="gzip")],
+        "tar": [
+            tar_of(recording),
+            tar_of(
+                {
+                    "a@00000.safetensors": features(12),
+                    "b@00000.safetensors": features(12, store="int8"),
+                }
+            ),
+        ],
+        "mp4": [
+            mp4,
+            film(folder, 24, {"movflags": "faststart"}),
+            film(folder, 24, {"movflags": "frag_keyframe+empty_moov"}),
+        ],
+        "h5": [
+            h5_of((4, 4, 2, 4, 4), np.float16),
+            h5_of((4, 4, 1, 4, 4), np.float32, compression="gzip"),
+        ],
         "tfrecord": [record(example()) * 2],
         "example": [example()],
         "features": [features(12), features(12, store="int8")],
         "robot features": [tar_of({"lab--a@wrist-00001.safetensors": robot_features(12)})],
-        "safetensors": [safetensors_bytes(encoder), safetensors_bytes({"target_encoder." + k: v for k, v in encoder.items()})],
-        "torch": [saved({"target_encoder": {"module.backbone." + k: v for k, v in encoder.items()}}), *map(saved, bombs(bomb_path))],
+        "safetensors": [
+            safetensors_bytes(encoder),
+            safetensors_bytes({"target_encoder." + k: v for k, v in encoder.items()}),
+        ],
+        "torch": [
+            saved({"target_encoder": {"module.backbone." + k: v for k, v in encoder.items()}}),
+            *map(saved, bombs(bomb_path)),
+        ],
         "pkl": [scaler_bytes(folder, ".pkl"), pickle.dumps(sklearn), *hostile],
         "scaler": [scaler_bytes(folder, ".safetensors")],
         "checkpoint": [saved(run) + b"%08x" % zlib.crc32(saved(run))],
-        "checkpoint, right CRC": [saved(run), *(saved({"epoch": bomb}) for bomb in bombs(bomb_path))],
+        "checkpoint, right CRC": [
+            saved(run),
+            *(saved({"epoch": bomb}) for bomb in bombs(bomb_path)),
+        ],
     }
 
 
 def mutate(data, others, rng):
-    """A changed copy: one to six changes of bits, integers, JSON values, or of the length; half of them near the start, where heads are."""
+    """A changed copy: one to six changes of bits, integers, JSON values, or of the length; half of
+    them near the start, where heads are."""
     b = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         end = max(min(len(b), 600) if rng.random() < 0.5 else len(b), 1)
@@ -168,7 +280,9 @@ def mutate(data, others, rng):
             b[at : at + 1] = bytes([rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))])
         elif kind == 2:
             form = rng.choice(("<Q", ">Q", "<I", ">I", "<H", ">H", "B"))
-            number = (rng.choice(NUMBERS) + rng.choice((0, 0, -1, 1, 3))) % 256 ** struct.calcsize(form)
+            number = (rng.choice(NUMBERS) + rng.choice((0, 0, -1, 1, 3))) % 256 ** struct.calcsize(
+                form
+            )
             b[at : at + struct.calcsize(form)] = struct.pack(form, number)
         elif kind == 3:
             del b[at:]
@@ -183,7 +297,11 @@ def mutate(data, others, rng):
             start = rng.randrange(max(len(other) - n, 1))
             b[at : at + n] = other[start : start + n]
         else:  # a value of JSON, or a name
-            found = list(re.finditer(rb'-?\d+(?:\.\d+)?|"[^"\\]{0,40}"|\[[^\[\]]{0,40}\]', bytes(b[: 1 << 14])))
+            found = list(
+                re.finditer(
+                    rb'-?\d+(?:\.\d+)?|"[^"\\]{0,40}"|\[[^\[\]]{0,40}\]', bytes(b[: 1 << 14])
+                )
+            )
             if found:
                 m = rng.choice(found)
                 b[m.start() : m.end()] = rng.choice(PIECES)

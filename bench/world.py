@@ -1,5 +1,6 @@
-"""A small world of recordings, shards and features, runs in it, and how a run is compared with one that nothing disturbed: what
-bench.faults and bench.memory start processes in, and tests/test_faults.py too."""
+"""A small world of recordings, shards and features, runs in it, and how a run is compared with one
+that nothing disturbed: what bench.faults and bench.memory start processes in, and
+tests/test_faults.py too."""
 
 import contextlib
 import csv
@@ -21,8 +22,11 @@ from bench.seeds import film, lines
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FORK = multiprocessing.get_context("forkserver")
 IPE = 12
-TRAIN = (f"--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32 --log_every 1 --epochs 3 --ipe {IPE} "
-         "--warmup 1 --anneal 1 --lr 2e-3 --val_clips 8 --val_every 3 --resume").split()  # fmt: skip
+TRAIN = (
+    "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32"
+    f" --log_every 1 --epochs 3 --ipe {IPE} --warmup 1 --anneal 1 --lr 2e-3 --val_clips 8"
+    " --val_every 3 --resume"
+).split()
 
 
 def start_server():
@@ -35,8 +39,11 @@ def start_server():
 
 
 def child(script, flags, log, limit):
-    """In the forked process: become `python SCRIPT FLAGS > LOG 2>&1`; limit: bytes of the largest file it may write."""
-    multiprocessing.set_start_method("fork", force=True)  # for its loader, as where it is started by hand
+    """In the forked process: become `python SCRIPT FLAGS > LOG 2>&1`; limit: bytes of the largest
+    file it may write."""
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # for its loader, as where it is started by hand
     os.setsid()
     os.chdir(ROOT)
     for fd in (1, 2):
@@ -67,7 +74,9 @@ class Run:
     def __init__(self, folder, script, *flags, limit=None):
         Run.count += 1
         self.log = os.path.join(folder, f"log-{os.getpid()}-{Run.count}.txt")
-        self.process = FORK.Process(target=child, args=(script, [*map(str, flags)], self.log, limit))
+        self.process = FORK.Process(
+            target=child, args=(script, [*map(str, flags)], self.log, limit)
+        )
         self.process.start()
         self.began = time.monotonic()
 
@@ -108,16 +117,20 @@ def run(folder, script, *flags):
 
 
 def sentence(code, text, *parts):
-    """What a user must read: an exit code, one line with "error: " and these parts, no traceback."""
+    """What a user must read: an exit code, one line with "error: " and these parts, no
+    traceback."""
     errors = [line for line in text.splitlines() if "error: " in line]
-    assert code and len(errors) == 1 and "Traceback" not in text and all(p in errors[0] for p in parts), (code, parts, text)
+    assert (
+        code and len(errors) == 1 and "Traceback" not in text and all(p in errors[0] for p in parts)
+    ), (code, parts, text)
 
 
 # --- a world, a run in it ---
 
 
 class World:
-    """Recordings, their shards, scaler and features, and undisturbed runs: what the rounds are compared with."""
+    """Recordings, their shards, scaler and features, and undisturbed runs: what the rounds are
+    compared with."""
 
     def __init__(self, folder):
         self.folder, self.loose = folder, os.path.join(folder, "loose")
@@ -127,10 +140,32 @@ class World:
             for extension, data in recording.items():
                 with open(f"{self.loose}/play-{i}.{extension}", "wb") as f:
                     f.write(data)
-        self.shards, self.pack = f"{folder}/shards", [self.loose, "--shard_size", "30000", "--jobs", "1", "--out"]
+        self.shards, self.pack = (
+            f"{folder}/shards",
+            [self.loose, "--shard_size", "30000", "--jobs", "1", "--out"],
+        )
         run(folder, "prepare/shards.py", *self.pack, self.shards)
-        run(folder, "fit_scaler.py", "--data", f"{self.shards}/*.tar", "--output", f"{folder}/scaler.pkl", "--num_workers", "0")
-        self.encode = ["--data", f"{self.shards}/*.tar", "--encoder", "vit_tiny", "--crop_size", "32", "--phases", "4", "--out"]
+        run(
+            folder,
+            "fit_scaler.py",
+            "--data",
+            f"{self.shards}/*.tar",
+            "--output",
+            f"{folder}/scaler.pkl",
+            "--num_workers",
+            "0",
+        )
+        self.encode = [
+            "--data",
+            f"{self.shards}/*.tar",
+            "--encoder",
+            "vit_tiny",
+            "--crop_size",
+            "32",
+            "--phases",
+            "4",
+            "--out",
+        ]
         began = time.monotonic()
         run(folder, "encode.py", *self.encode, f"{folder}/features")
         self.encode_seconds, self.features = time.monotonic() - began, f"{folder}/features"
@@ -143,15 +178,30 @@ class World:
         return ["--data", f"{folder or self.features}/*.tar"]
 
     def torchrun(self, out):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_ac.py", *self.flags]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "train_ac.py",
+            *self.flags,
+        ]
         with open(out + ".log", "a") as log:
-            return subprocess.Popen([*command, *self.data(), "--batch_size", "2", "--out_dir", out], cwd=ROOT, stdout=log, stderr=log,
-                                    env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+            return subprocess.Popen(
+                [*command, *self.data(), "--batch_size", "2", "--out_dir", out],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
 
     def pair(self):
         """The folder of an undisturbed run of two ranks."""
         if not os.path.exists(f"{self.folder}/pair"):
-            assert self.torchrun(f"{self.folder}/pair").wait(120) == 0, read(f"{self.folder}/pair.log")
+            assert self.torchrun(f"{self.folder}/pair").wait(120) == 0, read(
+                f"{self.folder}/pair.log"
+            )
         return f"{self.folder}/pair"
 
 
@@ -161,7 +211,8 @@ def rows(out):
 
 
 def lost(out, spared=()):
-    """Sentences about checkpoints that were promised and are not there, or are there and cannot be read; spared: those we damaged."""
+    """Sentences about checkpoints that were promised and are not there, or are there and cannot be
+    read; spared: those we damaged."""
     said, best = [], 0
     for path, (epoch, itr) in checkpoint.list_checkpoints(out).items():
         if path not in spared:
@@ -179,11 +230,23 @@ def differs(out, whole):
     logs = []
     for folder in (out, whole):
         with open(f"{folder}/train.csv") as f:
-            logs.append([[r[k] for k in ("epoch", "itr", "jloss", "sloss", "lr", "grad_norm")] for r in csv.DictReader(f)])
+            logs.append(
+                [
+                    [r[k] for k in ("epoch", "itr", "jloss", "sloss", "lr", "grad_norm")]
+                    for r in csv.DictReader(f)
+                ]
+            )
     if logs[0] != logs[1]:
-        return f"train.csv: {len(logs[0])} and {len(logs[1])} rows, first other one {next((x for x in zip(*logs) if x[0] != x[1]), '')}"
+        return (
+            f"train.csv: {len(logs[0])} and {len(logs[1])} rows, first other one"
+            f" {next((x for x in zip(*logs) if x[0] != x[1]), '')}"
+        )
     one, two = (checkpoint.load_latest(folder)[0] for folder in (out, whole))
-    return "" if all(torch.equal(one["predictor"][k], v) for k, v in two["predictor"].items()) else "weights"
+    return (
+        ""
+        if all(torch.equal(one["predictor"][k], v) for k, v in two["predictor"].items())
+        else "weights"
+    )
 
 
 def read_bytes(path):
@@ -199,5 +262,8 @@ def read_or_nothing(path):
 
 def same_features(one, two):
     """Are the feature shards of two folders equal, byte for byte?"""
-    a, b = ({p.name: p.read_bytes() for p in pathlib.Path(folder).glob("*.tar")} for folder in (one, two))
+    a, b = (
+        {p.name: p.read_bytes() for p in pathlib.Path(folder).glob("*.tar")}
+        for folder in (one, two)
+    )
     return a == b

@@ -1,4 +1,5 @@
-"""What training scripts do around their loop, and what a finished run needs again: features of a batch, held-out errors, logs, curves."""
+"""What training scripts do around their loop, and what a finished run needs again: features of a
+batch, held-out errors, logs, curves."""
 
 import contextlib
 import gc
@@ -17,18 +18,38 @@ from files.remote import cached
 from files.vpt import CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
 from lora import adapt, lora_layers, merge_lora, open_base, without_lora
-from model import METERS, Predictor, ac_losses, action_meter, compose_states, encode_steps, meter_summary, normalize_features
+from model import (
+    METERS,
+    Predictor,
+    ac_losses,
+    action_meter,
+    compose_states,
+    encode_steps,
+    meter_summary,
+    normalize_features,
+)
 
 
 def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
-    """A function from a batch of data.py to (z, actions, states) on the device; stats ("mean", "std") of channels may be set later."""
+    """A function from a batch of data.py to (z, actions, states) on the device; stats ("mean",
+    "std") of channels may be set later."""
 
     @torch.no_grad()
     def inputs(batch, normalize=True):
-        h, actions, states = (batch[k].to(device, non_blocking=True) for k in ("z" if "z" in batch else "video", "actions", "states"))
+        h, actions, states = (
+            batch[k].to(device, non_blocking=True)
+            for k in ("z" if "z" in batch else "video", "actions", "states")
+        )
         if "z" not in batch:
-            cast = autocast() if encoder.patch_embed.proj.weight.dtype == torch.float32 else contextlib.nullcontext()
-            with torch.inference_mode(), cast:  # bf16 weights need none, which would only go back and forth
+            cast = (
+                autocast()
+                if encoder.patch_embed.proj.weight.dtype == torch.float32
+                else contextlib.nullcontext()
+            )
+            with (
+                torch.inference_mode(),
+                cast,
+            ):  # bf16 weights need none, which would only go back and forth
                 h = encode_steps(encoder, h, encode, frames_per_step)
         return normalize_features(h, **stats) if normalize else h.float(), actions, states
 
@@ -36,21 +57,26 @@ def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contex
 
 
 def leave_group():
-    """Collective: ends the process group after the last reference to a DistributedDataParallel. Its threads must end before Python does, or
-    the process aborts with "terminate called without an active exception", one run in five (pytorch/pytorch#190489)."""
+    """Collective: ends the process group after the last reference to a DistributedDataParallel. Its
+    threads must end before Python does, or the process aborts with "terminate called without an
+    active exception", one run in five (pytorch/pytorch#190489)."""
     gc.collect()
     dist.destroy_process_group()
 
 
 def prefetch(batches, device):
-    """The same batches; on a GPU each one's copy (from pinned memory, on a stream of its own) runs while the one before is computed on."""
+    """The same batches; on a GPU each one's copy (from pinned memory, on a stream of its own) runs
+    while the one before is computed on."""
     if device.type != "cuda":
         yield from batches
         return
     stream, ahead = torch.cuda.Stream(device), None
     for batch in batches:
         with torch.cuda.stream(stream):
-            batch = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            batch = {
+                k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+                for k, v in batch.items()
+            }
         if ahead is not None:
             yield ahead
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -63,33 +89,70 @@ def prefetch(batches, device):
 
 
 @torch.no_grad()
-def held_out(predictor, dataset, inputs, batch_size, clips, num_workers, auto_steps, loss_exp, autocast=contextlib.nullcontext,
-             compose=compose_states):  # fmt: skip
-    """Losses and action meter of at most `clips` windows of a Clips dataset, shared among ranks (all get everyone's):
-    ({name: (n, K) errors}, [recording], [bad clip of this rank]); "jloss" and "sloss" are (n, 1). compose: model.compose_states, or what
-    makes states of actions on another robot.
+def held_out(
+    predictor,
+    dataset,
+    inputs,
+    batch_size,
+    clips,
+    num_workers,
+    auto_steps,
+    loss_exp,
+    autocast=contextlib.nullcontext,
+    compose=compose_states,
+):
+    """Losses and action meter of at most `clips` windows of a Clips dataset, shared among ranks
+    (all get everyone's): ({name: (n, K) errors}, [recording], [bad clip of this rank]); "jloss" and
+    "sloss" are (n, 1). compose: model.compose_states, or what makes states of actions on another
+    robot.
 
-    Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in random order, so that is another
-    recording nearly always. A lone clip would get its own, so a batch has two at least."""
+    Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in
+    random order, so that is another recording nearly always. A lone clip would get its own, so a
+    batch has two at least."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training = predictor.training
     predictor.eval()
     items, rows, bad = windows(dataset, max(batch_size, 2), clips, rank, world), [], []
-    for batch in DataLoader(dataset, batch_sampler=items, num_workers=num_workers, collate_fn=collate, worker_init_fn=leave_signals):
+    for batch in DataLoader(
+        dataset,
+        batch_sampler=items,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals,
+    ):
         bad += batch["bad"]
         z, actions, states = inputs(batch)
-        mean, scale = (torch.tensor(x, device=z.device).float() for x in (dataset.reader.scaler.mean, dataset.reader.scaler.scale))
+        mean, scale = (
+            torch.tensor(x, device=z.device).float()
+            for x in (dataset.reader.scaler.mean, dataset.reader.scaler.scale)
+        )
         shuffle = torch.roll(torch.arange(len(z)), 1)
         with autocast():
             losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
-            errors = action_meter(predictor, z, actions, states, shuffle, lambda s, a, m=mean, d=scale: compose(s, a, m, d))
+            errors = action_meter(
+                predictor,
+                z,
+                actions,
+                states,
+                shuffle,
+                lambda s, a, m=mean, d=scale: compose(s, a, m, d),
+            )
         errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
-        rows.append(({k: x.float().cpu() for k, x in errors.items()}, [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]]))
+        rows.append(
+            (
+                {k: x.float().cpu() for k, x in errors.items()},
+                [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]],
+            )
+        )
     predictor.train(training)
     if dist.is_initialized():
         dist.all_gather_object(everyone := [None] * world, rows)
         rows = [r for part in everyone for r in part]
-    return {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]}, [k for r in rows for k in r[1]], bad
+    return (
+        {k: torch.cat([r[0][k] for r in rows]) for k in rows[0][0]},
+        [k for r in rows for k in r[1]],
+        bad,
+    )
 
 
 HELP = ["base_tf", "base_ro", "help", "help_low", "help_high"]
@@ -97,37 +160,67 @@ HELP = ["base_tf", "base_ro", "help", "help_low", "help_high"]
 
 def beside_columns(K):
     """Columns of val.csv that `beside` fills, for clips that predict K steps."""
-    return ["jloss", "sloss", *METERS, *HELP, *(f"{name}_{k + 1}" for name in ("error", "base") for k in range(K))]
+    return [
+        "jloss",
+        "sloss",
+        *METERS,
+        *HELP,
+        *(f"{name}_{k + 1}" for name in ("error", "base") for k in range(K)),
+    ]
 
 
 def beside(errors, recordings, base):
-    """Held-out errors of a fine-tuned model, with those of the base on the same clips or None -> (row of val.csv: METERS, HELP, error_k and
-    base_k rolled out k steps; two lines for a person). help = error of the base / error - 1 one step ahead, with its 95 % interval over
-    recordings: the meter's gap, with the base in place of shuffled actions."""
+    """Held-out errors of a fine-tuned model, with those of the base on the same clips or None ->
+    (row of val.csv: METERS, HELP, error_k and base_k rolled out k steps; two lines for a person).
+    help = error of the base / error - 1 one step ahead, with its 95 % interval over recordings: the
+    meter's gap, with the base in place of shuffled actions."""
     row = {k: errors[k].mean().item() for k in ("jloss", "sloss")} | dict.fromkeys(HELP, math.nan)
     errors = {k: x for k, x in errors.items() if k not in row}
     row |= meter_summary(errors, recordings)
     for name, found in (("error", errors), ("base", base or {})):
-        row |= {f"{name}_{k + 1}": x for k, x in enumerate((found.get("ro_true", errors["ro_true"] * math.nan)).mean(0).tolist())}
-    gap = f"{row['tf_gap']:+.2%} [{row['tf_gap_low']:+.2%}, {row['tf_gap_high']:+.2%}]; rolled out {row['ro_gap']:+.2%}"
+        row |= {
+            f"{name}_{k + 1}": x
+            for k, x in enumerate(
+                (found.get("ro_true", errors["ro_true"] * math.nan)).mean(0).tolist()
+            )
+        }
+    gap = (
+        f"{row['tf_gap']:+.2%} [{row['tf_gap_low']:+.2%}, {row['tf_gap_high']:+.2%}]; rolled out"
+        f" {row['ro_gap']:+.2%}"
+    )
     text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
     if base is not None:
-        versus = meter_summary(errors | {f"{p}_shuffled": base[f"{p}_true"] for p in ("tf", "ro")}, recordings)
-        row |= dict(zip(HELP, (versus[k] for k in ("tf_shuffled", "ro_shuffled", "tf_gap", "tf_gap_low", "tf_gap_high"))))
-        text += (
-            f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}: {row['help']:+.2%} [{row['help_low']:+.2%}, "
+        versus = meter_summary(
+            errors | {f"{p}_shuffled": base[f"{p}_true"] for p in ("tf", "ro")}, recordings
         )
-        text += f"{row['help_high']:+.2%}]; rolled out {row['ro_true']:.4f} and {row['base_ro']:.4f}"
+        row |= dict(
+            zip(
+                HELP,
+                (
+                    versus[k]
+                    for k in ("tf_shuffled", "ro_shuffled", "tf_gap", "tf_gap_low", "tf_gap_high")
+                ),
+            )
+        )
+        text += (
+            f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}:"
+            f" {row['help']:+.2%} [{row['help_low']:+.2%}, "
+        )
+        text += (
+            f"{row['help_high']:+.2%}]; rolled out {row['ro_true']:.4f} and {row['base_ro']:.4f}"
+        )
     return row, text
 
 
 def hold_state(state0, actions, mean, scale):
-    """In place of compose_poses for a robot of which we do not know what its actions do to its state: that stays the first."""
+    """In place of compose_poses for a robot of which we do not know what its actions do to its
+    state: that stays the first."""
     return state0[:, None].expand(-1, actions.shape[1], -1)
 
 
 def check_adapters(model, inputs, autocast, trained):
-    """A generator: looks at one clip before training on it, and yields after it what holds; RuntimeError for what does not."""
+    """A generator: looks at one clip before training on it, and yields after it what holds;
+    RuntimeError for what does not."""
 
     def losses():
         with autocast(), torch.no_grad():
@@ -139,36 +232,77 @@ def check_adapters(model, inputs, autocast, trained):
     start = losses()
     model.train()
     yield
-    end, moved = losses(), [n for n, p in model.predictor.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
-    found = {f"loss {start.sum():.4f} fell to {end.sum():.4f} on this clip": end.sum() < start.sum(),
-             f"{len(frozen)} frozen tensors are as they were": not moved}  # fmt: skip
+    end, moved = (
+        losses(),
+        [
+            n
+            for n, p in model.predictor.named_parameters()
+            if n in frozen and not torch.equal(p, frozen[n])
+        ],
+    )
+    found = {
+        f"loss {start.sum():.4f} fell to {end.sum():.4f} on this clip": end.sum() < start.sum(),
+        f"{len(frozen)} frozen tensors are as they were": not moved,
+    }
     if lora_layers(model.predictor):
-        found |= {"before the first step the losses were those of the base, bit for bit": torch.equal(start, base)}
+        found |= {
+            "before the first step the losses were those of the base, bit for bit": torch.equal(
+                start, base
+            )
+        }
         merge_lora(model.predictor)
-        found |= {f"merged, the losses differ by {(losses() - end).abs().max():.1e}": (losses() - end).abs().max() < 1e-2 * end.max()}
+        found |= {
+            f"merged, the losses differ by {(losses() - end).abs().max():.1e}": (
+                (losses() - end).abs().max() < 1e-2 * end.max()
+            )
+        }
     if not all(found.values()):
-        raise RuntimeError("--debug: this does not hold: " + "; ".join(k for k, v in found.items() if not v))
+        raise RuntimeError(
+            "--debug: this does not hold: " + "; ".join(k for k, v in found.items() if not v)
+        )
     yield from found
 
 
 def own_predictor(state):
-    """The predictor's weights in a checkpoint; --save_encoder writes them in Meta's layout, with a prefix and an unused layer."""
-    return {k.removeprefix("module."): v for k, v in state["predictor"].items() if "extrinsics_encoder" not in k}
+    """The predictor's weights in a checkpoint; --save_encoder writes them in Meta's layout, with a
+    prefix and an unused layer."""
+    return {
+        k.removeprefix("module."): v
+        for k, v in state["predictor"].items()
+        if "extrinsics_encoder" not in k
+    }
 
 
 def adapted_predictor(state):
-    """The predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what else was trained."""
+    """The predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what
+    else was trained."""
     run, size = state["args"], {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
     try:
         file = fetch(run["base"])
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"the base of this run is not at {run['base']} ({e}): start in the folder that it was trained in") from e
+        raise FileNotFoundError(
+            f"the base of this run is not at {run['base']} ({e}): start in the folder that it was"
+            " trained in"
+        ) from e
     state_dim = len(state["adapter"].get("state_encoder.weight", [[]])[0]) or None
-    predictor, base_scaler, _, anew = open_base(file, state, len(state["action_names"]), state_dim, size)
+    predictor, base_scaler, _, anew = open_base(
+        file, state, len(state["action_names"]), state_dim, size
+    )
     if not anew and (found := encoder_hash(predictor)) != state["base_hash"]:
-        raise ValueError(f"{file} has changed: its weights hash to {found}, those that this run adapted to {state['base_hash']}")
+        raise ValueError(
+            f"{file} has changed: its weights hash to {found}, those that this run adapted to"
+            f" {state['base_hash']}"
+        )
     options = {k: run[k] for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
-    adapt(predictor, base_scaler, anew, scaler_of(state), options, run["init_from"], run["train_condition_encoders"])
+    adapt(
+        predictor,
+        base_scaler,
+        anew,
+        scaler_of(state),
+        options,
+        run["init_from"],
+        run["train_condition_encoders"],
+    )
     predictor.load_state_dict(predictor.state_dict() | state["adapter"])
     return predictor
 
@@ -180,81 +314,163 @@ def scaler_of(state):
 
 
 def open_run(path):
-    """A run folder or checkpoint of train_ac.py or train_lora.py -> (Predictor in eval mode, its checkpoint dictionary, ActionScaler, file
-    path). Both kinds have in the dictionary: dataset ("vpt" or "droid"), encode, fps, frames_per_step, frames_per_clip, action_names,
-    state_dim, held_out (names of recordings; [] if unknown)."""
+    """A run folder or checkpoint of train_ac.py or train_lora.py -> (Predictor in eval mode, its
+    checkpoint dictionary, ActionScaler, file path). Both kinds have in the dictionary: dataset
+    ("vpt" or "droid"), encode, fps, frames_per_step, frames_per_clip, action_names, state_dim,
+    held_out (names of recordings; [] if unknown)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
-    state, path = checkpoint.load_latest(folder := path) if os.path.isdir(path) else (checkpoint.load(path), path)
+    state, path = (
+        checkpoint.load_latest(folder := path)
+        if os.path.isdir(path)
+        else (checkpoint.load(path), path)
+    )
     if state is None:
         raise FileNotFoundError(f"no checkpoint in {folder}")
     if "lam" in state:
         raise ValueError(f"{path} is a run of train_lam.py: judge it with eval_lam.py")
     if not ("adapter" in state or "predictor" in state) or "action_scaler" not in state:
-        raise ValueError(f"{path} is no checkpoint of train_ac.py or train_lora.py: it has no predictor, or no action_scaler")
+        raise ValueError(
+            f"{path} is no checkpoint of train_ac.py or train_lora.py: it has no predictor, or no"
+            " action_scaler"
+        )
     robot = {"dataset": "droid", "encode": "frame", "frames_per_step": 1, "held_out": []}
     state = (robot if "base_hash" in state else {"dataset": "vpt"}) | state
     if "adapter" in state:
         predictor = adapted_predictor(state)
     else:
         found = own_predictor(state)
-        size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")} | {"mlp_dim": len(found["predictor_blocks.0.mlp.fc1.bias"])}
+        size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")} | {
+            "mlp_dim": len(found["predictor_blocks.0.mlp.fc1.bias"])
+        }
         state_dim = found["state_encoder.weight"].shape[1] if "state_encoder.weight" in found else 0
-        predictor = Predictor(state["embed_dim"], len(state["action_names"]), state_dim, (state["grid"],) * 2, **size)
+        predictor = Predictor(
+            state["embed_dim"], len(state["action_names"]), state_dim, (state["grid"],) * 2, **size
+        )
         predictor.load_state_dict(found)
-    state["state_dim"] = predictor.state_encoder.in_features if predictor.state_encoder is not None else 0
+    state["state_dim"] = (
+        predictor.state_encoder.in_features if predictor.state_encoder is not None else 0
+    )
     return predictor.eval(), state, scaler_of(state), path
 
 
 def open_held_out(state, scaler, data, encoder, device):
-    """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of make_inputs, compose of action_meter:
-    states of actions, [bad]). data: VPT shards, video or features, or robot episodes; None: what the run held out. encoder: weights, for
-    video; None: what the run used. ValueError for what belongs to another encoder, fps or action space, and for too little."""
+    """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
+    make_inputs, compose of action_meter: states of actions, [bad]). data: VPT shards, video or
+    features, or robot episodes; None: what the run held out. encoder: weights, for video; None:
+    what the run used. ValueError for what belongs to another encoder, fps or action space, and for
+    too little."""
     run, names = state["args"], state["action_names"]
-    source = {k: state[k] for k in ("encode", "fps", "frames_per_step", "frames_per_clip")} | {"crop_size": run["crop_size"]}
+    source = {k: state[k] for k in ("encode", "fps", "frames_per_step", "frames_per_clip")} | {
+        "crop_size": run["crop_size"]
+    }
     if state["dataset"] == "droid":
-        reader = DroidReader(state["frames_per_clip"], *(run[k] for k in ("fps", "crop_size", "crop", "camera", "stride", "state_keys",
-                                                                         "action_keys")), scaler=scaler)  # fmt: skip
-        given, fraction = (data, 0.0) if data else (run["data"], run["val_fraction"] * bool(run["val_clips"]))
-        train, val, bad = open_droid(given, None if data else run["val_data"], fraction, reader, idle_filter=run["idle_filter"],
-                                     success=run["success"])  # fmt: skip
+        reader = DroidReader(
+            state["frames_per_clip"],
+            *(
+                run[k]
+                for k in (
+                    "fps",
+                    "crop_size",
+                    "crop",
+                    "camera",
+                    "stride",
+                    "state_keys",
+                    "action_keys",
+                )
+            ),
+            scaler=scaler,
+        )
+        given, fraction = (
+            (data, 0.0) if data else (run["data"], run["val_fraction"] * bool(run["val_clips"]))
+        )
+        train, val, bad = open_droid(
+            given,
+            None if data else run["val_data"],
+            fraction,
+            reader,
+            idle_filter=run["idle_filter"],
+            success=run["success"],
+        )
         records = train if data else val
-        scaler.check("the scaler in the checkpoint", reader.names, run["fps"], 1, run["stride"] or 0)
+        scaler.check(
+            "the scaler in the checkpoint", reader.names, run["fps"], 1, run["stride"] or 0
+        )
         if (reader.names, reader.state_dim) != (names, state["state_dim"] or reader.state_dim):
-            raise ValueError(f"the run has actions {names} and {state['state_dim']}-D states, these episodes {reader.names} and "
-                             f"{reader.state_dim}-D states")  # fmt: skip
+            raise ValueError(
+                f"the run has actions {names} and {state['state_dim']}-D states, these episodes"
+                f" {reader.names} and {reader.state_dim}-D states"
+            )
         dataset = DroidClips(records, reader, run["seed"])
         compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
     else:
-        scaler.check("the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"])
+        scaler.check(
+            "the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"]
+        )
 
         def through(groups):
             """URLs are read as the run read them."""
             found = groups and [expand(g) for g in groups]
-            return cached(found, run["cache_dir"], run["cache_size"]) if found and run.get("cache_dir") else groups
+            return (
+                cached(found, run["cache_dir"], run["cache_size"])
+                if found and run.get("cache_dir")
+                else groups
+            )
 
         if data:
             records, bad = open_records(through([data]))
         else:
-            found = (through(run["data"] or [["VPT/*.tar"]]), None, through(run["val_data"]), run["val_fraction"])
+            found = (
+                through(run["data"] or [["VPT/*.tar"]]),
+                None,
+                through(run["val_data"]),
+                run["val_fraction"],
+            )
             _, _, records, bad = open_split(*found)
         keep = {k: run[k] for k in ("crop_size", "action_space", "decoder", "gui")}
-        reader = ClipReader(state["frames_per_clip"], state["fps"], state["frames_per_step"], scaler=scaler, encode=state["encode"], **keep)
+        reader = ClipReader(
+            state["frames_per_clip"],
+            state["fps"],
+            state["frames_per_step"],
+            scaler=scaler,
+            encode=state["encode"],
+            **keep,
+        )
         dataset, compose = Clips(records, [1.0] * len(records), reader, run["seed"]), compose_states
     found, known = {r.name for r in records}, set(state["held_out"])
     if seen := found - known if known else found & set(scaler.meta.get("recordings", [])):
-        what = "not among those the run held out" if known else "among those its scaler was fitted on"
-        print(f"WARNING: {len(seen)} of {len(found)} recordings are {what}: was it trained on them?")
+        what = (
+            "not among those the run held out" if known else "among those its scaler was fitted on"
+        )
+        print(
+            f"WARNING: {len(seen)} of {len(found)} recordings are {what}: was it trained on them?"
+        )
     if sum(map(len, windows(dataset, 1, 2))) < 2:
         span = f"{state['frames_per_clip']} frames at {state['fps']:g} fps"
-        raise ValueError(f"{len(records)} held-out recordings hold fewer than two clips of {span}: name more with --data")
+        raise ValueError(
+            f"{len(records)} held-out recordings hold fewer than two clips of {span}: name more"
+            " with --data"
+        )
     features = "safetensors" in records[0].members
-    if not features and not (encoder := encoder or run["encoder"] or (state["dataset"] == "droid" and fetch(run["base"]))):
-        raise ValueError("these shards hold video: name the --encoder of the run (train_ac.py's default is vjepa2_vitl)")
+    if not features and not (
+        encoder := encoder or run["encoder"] or (state["dataset"] == "droid" and fetch(run["base"]))
+    ):
+        raise ValueError(
+            "these shards hold video: name the --encoder of the run (train_ac.py's default is"
+            " vjepa2_vitl)"
+        )
     model, source = open_source(records, None if features else encoder, **source)
     if source["encoder_hash"] != state["encoder_hash"]:
-        raise ValueError(f"the run was trained on features of encoder {state['encoder_hash']}, these are of {source['encoder_hash']}")
+        raise ValueError(
+            f"the run was trained on features of encoder {state['encoder_hash']}, these are of"
+            f" {source['encoder_hash']}"
+        )
     if model is not None:
         model.to(device)
     stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
-    return dataset, make_inputs(model, state["encode"], state["frames_per_step"], stats, device), compose, bad
+    return (
+        dataset,
+        make_inputs(model, state["encode"], state["frames_per_step"], stats, device),
+        compose,
+        bad,
+    )

@@ -1,4 +1,5 @@
-"""Search for actions in latent space: the cross-entropy method (CEM) and MPPI on candidates that share the keys and values of the past."""
+"""Search for actions in latent space: the cross-entropy method (CEM) and MPPI on candidates that
+share the keys and values of the past."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +17,9 @@ DROID_NORM = 0.05  # metres: Meta's bound of a step's motion along each axis
 
 
 class Space(NamedTuple):
-    """What a planner varies. std (d,): of the first Gaussian samples; clamp: keeps samples (n, H, d) within bounds; prob (m,): of keys
-    being pressed at first; actions: (n, H, d) and pressed (n, H, m) -> scaled actions (n, H, A) as the predictor takes them."""
+    """What a planner varies. std (d,): of the first Gaussian samples; clamp: keeps samples (n, H,
+    d) within bounds; prob (m,): of keys being pressed at first; actions: (n, H, d) and pressed (n,
+    H, m) -> scaled actions (n, H, A) as the predictor takes them."""
 
     std: torch.Tensor
     clamp: Callable
@@ -26,11 +28,14 @@ class Space(NamedTuple):
 
 
 def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
-    """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch tied to it at 0.15 degrees a pixel, keys
-    (names of dims) as Bernoulli variables of 0.25, the hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
+    """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch
+    tied to it at 0.15 degrees a pixel, keys (names of dims) as Bernoulli variables of 0.25, the
+    hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
     known = [n for n in names if n.startswith(("key.", "mouse."))]
     if missing := [k for k in keys if k not in known]:
-        raise ValueError(f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(known)}")
+        raise ValueError(
+            f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(known)}"
+        )
     mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
     index = [names.index(k) for k in keys]
 
@@ -44,12 +49,17 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
             out[..., names.index(f"slot.{slot + 1}")] = 1
         return out
 
-    return Space(torch.full((2,), reach), lambda u: u.clamp(-3 * reach, 3 * reach), torch.full((len(index),), 0.25), actions)
+    return Space(
+        torch.full((2,), reach),
+        lambda u: u.clamp(-3 * reach, 3 * reach),
+        torch.full((len(index),), 0.25),
+        actions,
+    )
 
 
 def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
-    """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step `close_gripper` on it closes (vjepa2
-    notebooks/utils/mpc_utils.py)."""
+    """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step
+    `close_gripper` on it closes (vjepa2 notebooks/utils/mpc_utils.py)."""
     mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
     bound = torch.tensor([maxnorm] * 3 + [0.75])
 
@@ -60,7 +70,9 @@ def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
         return u
 
     def actions(u, pressed):
-        return (torch.cat([u[..., :3], torch.zeros_like(u[..., :3]), u[..., 3:]], dim=-1) - mean.to(u)) / scale.to(u)
+        return (
+            torch.cat([u[..., :3], torch.zeros_like(u[..., :3]), u[..., 3:]], dim=-1) - mean.to(u)
+        ) / scale.to(u)
 
     return Space(torch.tensor([maxnorm] * 3 + [1.0]), clamp, torch.zeros(0), actions)
 
@@ -69,16 +81,27 @@ def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
 
 
 def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True):
-    """The function from candidates (n, H, A) to their energies (n,): mean |z after the last - goal|. z (1, c, N, E): the steps until
-    now, actions (1, c-1, A) between them, states (1, c, S), goal (N, E). compose(state0, actions) gives the states before each action. The
-    past is run once, and `chunk` candidates at a time; cached=False runs everything anew for every step, as the reference does."""
-    cache = predict_on(predictor, z[:, :-1], actions, states)[1] if cached and z.shape[1] > 1 else None if cached else False
+    """The function from candidates (n, H, A) to their energies (n,): mean |z after the last -
+    goal|. z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S),
+    goal (N, E). compose(state0, actions) gives the states before each action. The past is run once,
+    and `chunk` candidates at a time; cached=False runs everything anew for every step, as the
+    reference does."""
+    cache = (
+        predict_on(predictor, z[:, :-1], actions, states)[1]
+        if cached and z.shape[1] > 1
+        else None
+        if cached
+        else False
+    )
 
     def cost(candidates):
         found = []
         for part in candidates.split(chunk):
             n, ahead = len(part), compose(states[:, -1].expand(len(part), -1), part)
-            given = (torch.cat([x.expand(n, -1, -1), y], dim=1) for x, y in ((actions, part), (states[:, :-1], ahead)))
+            given = (
+                torch.cat([x.expand(n, -1, -1), y], dim=1)
+                for x, y in ((actions, part), (states[:, :-1], ahead))
+            )
             last = predictor.rollout(z.expand(n, -1, -1, -1), *given, cache=cache)[:, -1]
             found.append((last - goal).abs().mean((1, 2)))
         return torch.cat(found)
@@ -87,7 +110,8 @@ def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True)
 
 
 def noise_of(n, horizon, dims, correlation, generator):
-    """Standard normal (n, H, dims), of which each step is correlated with the one before (AR(1)): a turn goes on for a while."""
+    """Standard normal (n, H, dims), of which each step is correlated with the one before (AR(1)): a
+    turn goes on for a while."""
     x = torch.randn(n, horizon, dims, generator=generator)
     for h in range(1, horizon):
         x[:, h] = correlation * x[:, h - 1] + (1 - correlation**2) ** 0.5 * x[:, h]
@@ -103,17 +127,37 @@ def draw(space, n, horizon, generator, device="cpu", correlation=0.0):
 
 def rest(space, horizon, device="cpu"):
     """No motion, no key: scaled actions (H, A)."""
-    return space.actions(*(torch.zeros(1, horizon, len(x), device=device) for x in (space.std, space.prob)))[0]
+    return space.actions(
+        *(torch.zeros(1, horizon, len(x), device=device) for x in (space.std, space.prob))
+    )[0]
 
 
 @torch.no_grad()
-def search(cost, space, horizon, *, num_samples=128, num_elites=16, iterations=2, momentum_mean=0.0, momentum_std=0.0, temperature=None,
-           correlation=0.0, generator=None, noise=None, device="cpu"):  # fmt: skip
-    """Scaled actions (H, A) of low cost. CEM: the Gaussian (and the probabilities of keys) move to the num_elites best samples; new = (1 -
-    momentum) elites + momentum old, unbiased std. With a temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost /
-    temperature), and the std stays. correlation: of a sample's motion in one step and the next. The mean itself is always a candidate,
-    unless `noise` (iterations, H, n, d) is given."""
-    mean, std = torch.zeros(horizon, len(space.std), device=device), space.std.to(device).expand(horizon, -1)
+def search(
+    cost,
+    space,
+    horizon,
+    *,
+    num_samples=128,
+    num_elites=16,
+    iterations=2,
+    momentum_mean=0.0,
+    momentum_std=0.0,
+    temperature=None,
+    correlation=0.0,
+    generator=None,
+    noise=None,
+    device="cpu",
+):
+    """Scaled actions (H, A) of low cost. CEM: the Gaussian (and the probabilities of keys) move to
+    the num_elites best samples; new = (1 - momentum) elites + momentum old, unbiased std. With a
+    temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost / temperature), and
+    the std stays. correlation: of a sample's motion in one step and the next. The mean itself is
+    always a candidate, unless `noise` (iterations, H, n, d) is given."""
+    mean, std = (
+        torch.zeros(horizon, len(space.std), device=device),
+        space.std.to(device).expand(horizon, -1),
+    )
     prob = space.prob.to(device).expand(horizon, -1)
     for i in range(iterations):
         if noise is None:
@@ -131,6 +175,9 @@ def search(cost, space, horizon, *, num_samples=128, num_elites=16, iterations=2
             prob = pressed[best].float().mean(0)
         else:
             weight = (-costs / temperature).softmax(0)
-            mean, prob = torch.einsum("n,nhd->hd", weight, u), torch.einsum("n,nhm->hm", weight, pressed.float())
+            mean, prob = (
+                torch.einsum("n,nhd->hd", weight, u),
+                torch.einsum("n,nhm->hm", weight, pressed.float()),
+            )
         prob = prob.clamp(0.02, 0.98)  # a key must not be ruled out for ever
     return space.actions(mean[None], (prob > 0.5)[None])[0]

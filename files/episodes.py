@@ -1,10 +1,11 @@
-"""What a robot's episode is in files: RLDS TFRecords as DROID released them (without TensorFlow), raw DROID, and a form for one's own.
+"""What a robot's episode is in files: RLDS TFRecords as DROID released them (without TensorFlow),
+raw DROID, and a form for one's own.
 
-An episode has rows ("steps") at `rate` Hz, and a picture of each camera a step. A TFRecord is its length (u64), the checksum of those 8
-bytes, the data, the data's checksum. The data is protobuf: Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or
-3: Int64List}} ...}}, each list {1: value ...} with its numbers packed into one. So the heads of some 30 features tell where everything is,
-and what is read afterwards is a few kB of numbers and the JPEGs of a clip.
-"""
+An episode has rows ("steps") at `rate` Hz, and a picture of each camera a step. A TFRecord is its
+length (u64), the checksum of those 8 bytes, the data, the data's checksum. The data is protobuf:
+Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or 3: Int64List}} ...}},
+each list {1: value ...} with its numbers packed into one. So the heads of some 30 features tell
+where everything is, and what is read afterwards is a few kB of numbers and the JPEGs of a clip."""
 
 import functools
 import glob
@@ -31,30 +32,57 @@ from files.robot_features import index_tar
 from files.streams import DAMAGE
 from files.vpt import mp4_times, read_frames
 
-CAMERAS = {"exterior_1": "exterior_image_1_left", "exterior_2": "exterior_image_2_left", "wrist": "wrist_image_left"}
-RAW_CAMERAS = {"exterior_1": "ext1", "exterior_2": "ext2", "wrist": "wrist", "left": "left", "right": "right"}  # Meta's is left
-STATES = {"rlds": ["observation/cartesian_position", "observation/gripper_position"],
-          "raw": ["observation/robot_state/cartesian_position", "observation/robot_state/gripper_position"],
-          "robot": ["cartesian_position", "gripper_position"]}  # fmt: skip
-VELOCITY = {"rlds": "action_dict/joint_velocity", "raw": "action/joint_velocity", "robot": "joint_velocity"}
+CAMERAS = {
+    "exterior_1": "exterior_image_1_left",
+    "exterior_2": "exterior_image_2_left",
+    "wrist": "wrist_image_left",
+}
+RAW_CAMERAS = {
+    "exterior_1": "ext1",
+    "exterior_2": "ext2",
+    "wrist": "wrist",
+    "left": "left",
+    "right": "right",
+}  # Meta's is left
+STATES = {
+    "rlds": ["observation/cartesian_position", "observation/gripper_position"],
+    "raw": [
+        "observation/robot_state/cartesian_position",
+        "observation/robot_state/gripper_position",
+    ],
+    "robot": ["cartesian_position", "gripper_position"],
+}
+VELOCITY = {
+    "rlds": "action_dict/joint_velocity",
+    "raw": "action/joint_velocity",
+    "robot": "joint_velocity",
+}
 
 
 class Episode(NamedTuple):
-    """A stretch of an episode (a data.Record to data.py): all of it, or one of the ranges that the idle filter keeps."""
+    """A stretch of an episode (a data.Record to data.py): all of it, or one of the ranges that the
+    idle filter keeps."""
 
     shard: str  # the file that holds it
-    key: str  # RLDS: recording_folderpath--file_path, as in openpi's list of ranges; features: KEY@CAMERA-ROW
+    # RLDS: recording_folderpath--file_path, as in openpi's list of ranges; features: KEY@CAMERA-ROW
+    key: str
     kind: str  # rlds, raw, robot or features
-    members: dict  # RLDS: feature -> (offset, size, sizes of its JPEGs or None); features: of a Record; else camera -> (file, extrinsics)
+    # RLDS: feature -> (offset, size, sizes of its JPEGs or None); features: of a Record; else
+    # camera -> (file, extrinsics)
+    members: dict
     steps: int  # of the whole episode
     rate: float  # steps a second
     first: int
     last: int  # the step after the stretch
-    length: int  # of the stretch, as data.windows counts: in ticks of 1/20 s as --fps samples it, of features in steps
+    # of the stretch, as data.windows counts: in ticks of 1/20 s as --fps samples it, of features in
+    # steps
+    length: int
 
     @property
     def recording(self):
-        return self.key.rpartition("@")[0] if self.kind == "features" else self.key  # several members of features are of one episode
+        return (
+            self.key.rpartition("@")[0] if self.kind == "features" else self.key
+        )  # several members of features are of one episode
 
     @property
     def source(self):
@@ -73,9 +101,13 @@ class Episode(NamedTuple):
 def filesystem(url):
     """URL or path -> (fsspec filesystem, path in it). Google's public bucket needs no account."""
     try:
-        return fsspec.core.url_to_fs(url, **({"token": "anon"} if re.match("gc?s://gresearch/", url) else {}))
+        return fsspec.core.url_to_fs(
+            url, **({"token": "anon"} if re.match("gc?s://gresearch/", url) else {})
+        )
     except ImportError as e:
-        raise ValueError(f"{url} cannot be read: {e} (pip install gcsfs for gs://), or copy the shards to a disk") from e
+        raise ValueError(
+            f"{url} cannot be read: {e} (pip install gcsfs for gs://), or copy the shards to a disk"
+        ) from e
 
 
 @functools.lru_cache(64)
@@ -85,11 +117,17 @@ def _mapped(path, size, mtime):
 
 
 def fetch(path, ranges):
-    """[(offset, size)] of a file (mapped, nothing is copied) or of a URL (all at once) -> buffers. OSError unless all of it is there."""
+    """[(offset, size)] of a file (mapped, nothing is copied) or of a URL (all at once) -> buffers.
+    OSError unless all of it is there."""
     if "://" in path:
         fs, name = filesystem(path)  # fsspec caches them, and makes new ones after a fork
         for wait in (1, 4, 0):
-            out = fs.cat_ranges([name] * len(ranges), [at for at, _ in ranges], [at + n for at, n in ranges], on_error="return")
+            out = fs.cat_ranges(
+                [name] * len(ranges),
+                [at for at, _ in ranges],
+                [at + n for at, n in ranges],
+                on_error="return",
+            )
             if not any(isinstance(data, Exception) for data in out):
                 break
             time.sleep(wait)  # a server may be busy for a moment
@@ -98,20 +136,28 @@ def fetch(path, ranges):
         out = [_mapped(path, stat.st_size, stat.st_mtime_ns)[at : at + size] for at, size in ranges]
     for (at, size), data in zip(ranges, out):
         if isinstance(data, Exception) or len(data) != size:
-            reason = f"{type(data).__name__} {data}" if isinstance(data, Exception) else f"got {len(data)} (does the server serve ranges?)"
+            reason = (
+                f"{type(data).__name__} {data}"
+                if isinstance(data, Exception)
+                else f"got {len(data)} (does the server serve ranges?)"
+            )
             raise OSError(f"{path}: cannot read {size} bytes at {at}: {reason}")
     return out
 
 
 def ahead(path, end):
-    """(offset, size) -> bytes of a file of `end` bytes, cut at its end, that asks for 64 kB at a time: an index is little pieces."""
+    """(offset, size) -> bytes of a file of `end` bytes, cut at its end, that asks for 64 kB at a
+    time: an index is little pieces."""
     first, held = 0, b""
 
     def read(at, size):
         nonlocal first, held
         size = max(min(size, end - at), 0)
         if not first <= at <= at + size <= first + len(held):
-            first, held = at, fetch(path, [(at, min(max(size, 1 << 16), end - at))])[0] if size else b""
+            first, held = (
+                at,
+                fetch(path, [(at, min(max(size, 1 << 16), end - at))])[0] if size else b"",
+            )
         return held[at - first : at - first + size]
 
     return read
@@ -124,16 +170,22 @@ def masked_crc(data):
 
 
 def records(read, end, check):
-    """A TFRecord file of `end` bytes -> (offset, size, flaw or "") of each record's data; check: look at the checksums of the data, which
-    reads it all. Raises ValueError where the rest cannot be read."""
+    """A TFRecord file of `end` bytes -> (offset, size, flaw or "") of each record's data; check:
+    look at the checksums of the data, which reads it all. Raises ValueError where the rest cannot
+    be read."""
     at = 0
     while at < end:
         head = bytes(read(at, 12))
         size, crc = struct.unpack("<QI", head.ljust(12, b"\0"))
         if len(head) == 12 and masked_crc(head[:8]) != crc:
-            raise ValueError(f"the length at byte {at} has a wrong checksum: not a TFRecord, or damaged; what follows is lost")
+            raise ValueError(
+                f"the length at byte {at} has a wrong checksum: not a TFRecord, or damaged; what"
+                " follows is lost"
+            )
         if at + 16 + size > end:
-            raise ValueError(f"the file ends inside the record at byte {at}: truncated, or not a TFRecord")
+            raise ValueError(
+                f"the file ends inside the record at byte {at}: truncated, or not a TFRecord"
+            )
         body = read(at + 12, size + 4) if check else None
         wrong = check and masked_crc(body[:-4]) != struct.unpack("<I", body[-4:])[0]
         yield at + 12, size, "wrong checksum: its bytes have changed" if wrong else ""
@@ -149,8 +201,8 @@ def varint(b, i):
 
 
 def features(read, at, size):
-    """The Example of `size` bytes at `at` -> {name: (offset, size) of its list}. read(offset, size) is asked for the heads of features
-    only. ValueError if there is something else."""
+    """The Example of `size` bytes at `at` -> {name: (offset, size) of its list}. read(offset, size)
+    is asked for the heads of features only. ValueError if there is something else."""
     out, end = {}, at + size
     try:
         b = read(at, min(11, size))
@@ -189,7 +241,8 @@ def values(raw):
 
 
 def places(sizes):
-    """Sizes of the values of a BytesList -> [(offset, size)], what `values` gives without the bytes."""
+    """Sizes of the values of a BytesList -> [(offset, size)], what `values` gives without the
+    bytes."""
     sizes = np.asarray(sizes, dtype=np.int64)
     heads = 2 + (sizes[:, None] >= [1 << 7, 1 << 14, 1 << 21, 1 << 28]).sum(1)
     return list(zip((np.cumsum(heads + sizes) - sizes).tolist(), sizes.tolist()))
@@ -215,13 +268,15 @@ def numbers(raw):
 
 
 def idle_runs(velocity):
-    """Joint velocities (steps, joints) -> [[start, end)] of idle steps: no joint's command is 1e-3 off that of the step before (openpi)."""
+    """Joint velocities (steps, joints) -> [[start, end)] of idle steps: no joint's command is 1e-3
+    off that of the step before (openpi)."""
     idle = np.pad(np.all(np.abs(np.diff(velocity, axis=0)) < 1e-3, axis=1), (2, 1)).astype(int)
     return np.flatnonzero(np.diff(idle)).reshape(-1, 2).tolist()
 
 
 def index_rlds(path, end, deep):
-    """A TFRecord shard of `end` bytes -> ([episode], [bad]). deep: check every checksum and note the sizes of JPEGs, which reads it all."""
+    """A TFRecord shard of `end` bytes -> ([episode], [bad]). deep: check every checksum and note
+    the sizes of JPEGs, which reads it all."""
     episodes, bad, read = [], [], ahead(path, end)
     try:
         for start, size, flaw in records(read, end, deep):
@@ -230,22 +285,50 @@ def index_rlds(path, end, deep):
                 if flaw:
                     raise ValueError(flaw)
                 found = features(read, start, size)
-                meta = [read(*found.pop(f"episode_metadata/{k}", (0, 0))) for k in ("recording_folderpath", "file_path")]
+                meta = [
+                    read(*found.pop(f"episode_metadata/{k}", (0, 0)))
+                    for k in ("recording_folderpath", "file_path")
+                ]
                 texts = [bytes(raw[i : i + n]).decode() for raw in meta for i, n in values(raw)]
                 key = "--".join(texts) or key
-                found = {k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k}
-                cameras = {c: found.pop(f"observation/{k}") for c, k in CAMERAS.items() if f"observation/{k}" in found}
+                found = {
+                    k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k
+                }
+                cameras = {
+                    c: found.pop(f"observation/{k}")
+                    for c, k in CAMERAS.items()
+                    if f"observation/{k}" in found
+                }
                 if "is_first" not in found:
                     raise ValueError("no steps/is_first in it, which says how many there are")
                 flags = read(*found["is_first"])  # a byte each, packed or with a tag each
-                steps = len(flags) // 2 if flags[:1] == b"\x08" else varint(flags, 1)[0] if len(flags) else 0
-                members = {c: (*m, [n for _, n in values(read(*m))] if deep else None) for c, m in cameras.items()}
-                if wrong := [f"{c} {len(m[2])}" for c, m in members.items() if deep and len(m[2]) != steps]:
+                steps = (
+                    len(flags) // 2
+                    if flags[:1] == b"\x08"
+                    else varint(flags, 1)[0]
+                    if len(flags)
+                    else 0
+                )
+                members = {
+                    c: (*m, [n for _, n in values(read(*m))] if deep else None)
+                    for c, m in cameras.items()
+                }
+                if wrong := [
+                    f"{c} {len(m[2])}" for c, m in members.items() if deep and len(m[2]) != steps
+                ]:
                     raise ValueError(f"{steps} steps, but pictures of {', '.join(wrong)}")
                 speed = numbers(read(*found.get(VELOCITY["rlds"], (0, 0))))
                 idle = idle_runs(speed.reshape(steps, -1)) if speed.size else None
                 members |= {k: (*m, None) for k, m in found.items()}
-                episodes.append({"key": key, "members": members, "steps": steps, "idle": idle, "success": "success" in (texts or [""])[-1]})
+                episodes.append(
+                    {
+                        "key": key,
+                        "members": members,
+                        "steps": steps,
+                        "idle": idle,
+                        "success": "success" in (texts or [""])[-1],
+                    }
+                )
             except (ValueError, IndexError) as e:
                 bad.append((path, key, str(e)))
     except ValueError as e:
@@ -254,62 +337,126 @@ def index_rlds(path, end, deep):
 
 
 def index_files(path, files, kind):
-    """trajectory.h5 of raw DROID, or NAME.npz of one's own, and the files beside it -> ([episode], []). Row i goes with frame i."""
+    """trajectory.h5 of raw DROID, or NAME.npz of one's own, and the files beside it -> ([episode],
+    []). Row i goes with frame i."""
     with h5py.File(path) if kind == "raw" else np.load(path) as f:
         idle, rate = idle_runs(f[VELOCITY[kind]][:]) if VELOCITY[kind] in f else None, 15.0
         if kind == "raw":
             if not (jsons := [x for x in files if x.endswith(".json")]):
-                raise ValueError("no metadata_*.json beside it: the upload of this episode was not finished")
+                raise ValueError(
+                    "no metadata_*.json beside it: the upload of this episode was not finished"
+                )
             with open(jsons[0], "rb") as m:
                 meta = orjson.loads(m.read())
             steps, has = len(f[STATES[kind][0]]), f.get("observation/camera_extrinsics", ())
-            key, success = meta.get("uuid") or os.path.basename(os.path.dirname(path)), meta.get("success", "/success/" in path)
+            key, success = (
+                meta.get("uuid") or os.path.basename(os.path.dirname(path)),
+                meta.get("success", "/success/" in path),
+            )
             videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
-            serials = {c: os.path.basename(meta.get(f"{k}_mp4_path") or "")[:-4] for c, k in RAW_CAMERAS.items()}
-            members = {c: (videos[s], f"observation/camera_extrinsics/{s}_left" if f"{s}_left" in has else None)
-                       for c, s in serials.items() if s in videos}  # fmt: skip
+            serials = {
+                c: os.path.basename(meta.get(f"{k}_mp4_path") or "")[:-4]
+                for c, k in RAW_CAMERAS.items()
+            }
+            members = {
+                c: (
+                    videos[s],
+                    f"observation/camera_extrinsics/{s}_left" if f"{s}_left" in has else None,
+                )
+                for c, s in serials.items()
+                if s in videos
+            }
         else:
             stem, steps = path[: -len(".npz")], max((len(f[k]) for k in f if f[k].ndim), default=0)
-            key, rate, success = "/".join(os.path.abspath(stem).split("/")[-2:]), float(f.get("rate", 15)), bool(f.get("success", True))
-            members = {x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None) for x in files if x != path}
+            key, rate, success = (
+                "/".join(os.path.abspath(stem).split("/")[-2:]),
+                float(f.get("rate", 15)),
+                bool(f.get("success", True)),
+            )
+            members = {
+                x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None)
+                for x in files
+                if x != path
+            }
     frames = []
     for video, _ in members.values():
         with open(video, "rb") as v:
             frames.append(len(mp4_times(v)))
     if not frames or max(abs(n - steps) for n in frames) > 5:
-        raise ValueError(f"{steps} rows, and {frames or 'no'} frames in its videos: which row goes with which frame is unknown")
+        raise ValueError(
+            f"{steps} rows, and {frames or 'no'} frames in its videos: which row goes with which"
+            " frame is unknown"
+        )
     last = min(steps, *frames)
-    return [{"key": key, "members": members, "steps": steps, "last": last, "idle": idle, "success": success, "rate": rate}], []
+    return [
+        {
+            "key": key,
+            "members": members,
+            "steps": steps,
+            "last": last,
+            "idle": idle,
+            "success": success,
+            "rate": rate,
+        }
+    ], []
 
 
 def index_file(path, verify):
-    """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes. A URL that cannot be reached is an
-    OSError: it says nothing about the episodes."""
-    kind = {".h5": "raw", ".npz": "robot", ".tar": "features"}.get(os.path.splitext(path)[1], "rlds")
+    """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes.
+    A URL that cannot be reached is an OSError: it says nothing about the episodes."""
+    kind = {".h5": "raw", ".npz": "robot", ".tar": "features"}.get(
+        os.path.splitext(path)[1], "rlds"
+    )
     remote = "://" in path
     deep = not remote if verify is None else verify
     try:
         if remote:
             info = filesystem(path)[0].info(path)
             if kind != "rlds" or info.get("size") is None:
-                raise OSError("only TFRecords on a server that says how long they are can be read from a URL; copy it to a disk")
+                raise OSError(
+                    "only TFRecords on a server that says how long they are can be read from a URL;"
+                    " copy it to a disk"
+                )
             files, end = [], info["size"]
-            stamp = {k: str(v) for k, v in info.items() if k in ("size", "mtime", "created", "generation", "ETag", "etag")}
+            stamp = {
+                k: str(v)
+                for k, v in info.items()
+                if k in ("size", "mtime", "created", "generation", "ETag", "etag")
+            }
         else:
-            stem, folder = glob.escape(os.path.splitext(path)[0]), glob.escape(os.path.dirname(path) or ".")
-            beside = {"raw": [f"{folder}/**/*.mp4", f"{folder}/*.json"], "robot": [f"{stem}*.mp4"]}.get(kind, [])
+            stem, folder = (
+                glob.escape(os.path.splitext(path)[0]),
+                glob.escape(os.path.dirname(path) or "."),
+            )
+            beside = {
+                "raw": [f"{folder}/**/*.mp4", f"{folder}/*.json"],
+                "robot": [f"{stem}*.mp4"],
+            }.get(kind, [])
             files = sorted(x for pattern in beside for x in glob.glob(pattern, recursive=True))
             if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
                 files = [x for x in files if x.startswith(os.path.splitext(path)[0] + ".")]
             end = os.path.getsize(path)
-            stamp = [(os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns) for x in [path, *files]]
-        cache = os.path.join(CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v1".encode()).hexdigest()[:32])
+            stamp = [
+                (os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns)
+                for x in [path, *files]
+            ]
+        cache = os.path.join(
+            CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v1".encode()).hexdigest()[:32]
+        )
         if os.path.exists(cache):
             with open(cache, "rb") as f:
                 digest, raw = f.read(32), f.read()
-            if hashlib.sha256(raw).digest() == digest:  # else the cache was damaged: the data is the truth
+            if (
+                hashlib.sha256(raw).digest() == digest
+            ):  # else the cache was damaged: the data is the truth
                 return kind, *orjson.loads(raw)
-        found = index_rlds(path, end, deep) if kind == "rlds" else index_tar(path) if kind == "features" else index_files(path, files, kind)
+        found = (
+            index_rlds(path, end, deep)
+            if kind == "rlds"
+            else index_tar(path)
+            if kind == "features"
+            else index_files(path, files, kind)
+        )
     except DAMAGE as e:
         if remote and isinstance(e, OSError):
             raise OSError(f"{path} cannot be read: {e or 'not found'}") from e
@@ -318,7 +465,9 @@ def index_file(path, verify):
     try:
         write_atomically(cache, hashlib.sha256(raw).digest() + raw)
     except OSError as e:
-        print(f"the index of episodes is not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
+        print(
+            f"the index of episodes is not cached: {e} (set NANOJEPA_CACHE to a folder with room)"
+        )
     return kind, *orjson.loads(raw)
 
 
@@ -328,7 +477,10 @@ def index_file(path, verify):
 def read_fields(r, names):
     """Low-dimensional fields of an Episode by name -> [(steps, d) float64]."""
     if r.kind == "rlds":
-        return [numbers(raw).astype(np.float64).reshape(r.steps, -1) for raw in fetch(r.shard, [r.members[k][:2] for k in names])]
+        return [
+            numbers(raw).astype(np.float64).reshape(r.steps, -1)
+            for raw in fetch(r.shard, [r.members[k][:2] for k in names])
+        ]
     with h5py.File(r.shard) if r.kind == "raw" else np.load(r.shard) as f:
         if missing := [k for k in names if k not in f]:
             raise ValueError(f"no {missing[0]} in it, but {', '.join(f)}")
@@ -336,11 +488,14 @@ def read_fields(r, names):
 
 
 def read_pictures(r, camera, wanted):
-    """Pictures by increasing number -> [(H, W, 3) uint8]. Other JPEGs are not touched (at a URL: if the index knows their sizes)."""
+    """Pictures by increasing number -> [(H, W, 3) uint8]. Other JPEGs are not touched (at a URL: if
+    the index knows their sizes)."""
     if r.kind != "rlds":
         with open(r.members[camera][0], "rb") as f:
             with av.open(f) as container:
-                short = min(container.streams.video[0].width, container.streams.video[0].height)  # as it is
+                short = min(
+                    container.streams.video[0].width, container.streams.video[0].height
+                )  # as it is
             return read_frames(f, mp4_times(f), wanted, short)
     at, size, sizes = r.members[camera]
     table = values(fetch(r.shard, [(at, size)])[0]) if sizes is None else places(sizes)

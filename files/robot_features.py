@@ -1,9 +1,11 @@
-"""Features of robot episodes: how encode.py cuts episodes into them, and what training must know of them.
+"""Features of robot episodes: how encode.py cuts episodes into them, and what training must know of
+them.
 
-A member KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of episode KEY, from row ROW on: z (S, N, D),
-actions (S-1, A) unscaled, states (S, state_dim) in float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim"
-and what --success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle": [[row, row after]]}, the whole one's.
-"""
+A member KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of
+episode KEY, from row ROW on: z (S, N, D), actions (S-1, A) unscaled, states (S, state_dim) in
+float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim" and what
+--success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle": [[row, row
+after]]}, the whole one's."""
 
 import functools
 import json
@@ -26,52 +28,103 @@ class Source(NamedTuple):
     about: dict  # "episode" of their metadata
     shard = property(lambda self: self.episode.shard)
     key = property(lambda self: self.episode.key)
-    length = property(lambda self: self.about["rows"] / self.about["rate"] * 20)  # in ticks, which hours are counted in
+    length = property(
+        lambda self: self.about["rows"] / self.about["rate"] * 20
+    )  # in ticks, which hours are counted in
 
 
 def tar_names(paths):
-    """Files of episodes -> ({file: name of its tar}, the folder that it is relative to: of TFRecords "", the name alone will do)."""
+    """Files of episodes -> ({file: name of its tar}, the folder that it is relative to: of
+    TFRecords "", the name alone will do)."""
     single = [os.path.abspath(p) for p in paths if p.endswith((".h5", ".npz"))]
     top = os.path.commonpath([os.path.dirname(p) for p in single]) if single else ""
-    names = {p: os.path.relpath(p, top).replace(os.sep, "--") if p.endswith((".h5", ".npz")) else os.path.basename(p) for p in paths}
+    names = {
+        p: (
+            os.path.relpath(p, top).replace(os.sep, "--")
+            if p.endswith((".h5", ".npz"))
+            else os.path.basename(p)
+        )
+        for p in paths
+    }
     return {p: name + ".tar" for p, name in names.items()}, os.path.basename(top)
 
 
 def settings(reader):
-    """What a DroidReader takes from an episode, as text: features must have been made with the same (without a camera, actions alone)."""
+    """What a DroidReader takes from an episode, as text: features must have been made with the same
+    (without a camera, actions alone)."""
     made = {"fps": str(float(reader.fps)), "stride": str(reader.stride or 0)}
     made |= {k: " ".join(getattr(reader, k) or ["default"]) for k in ("state_keys", "action_keys")}
-    return made | ({"crop_size": str(reader.crop_size), "crop": reader.crop, "camera": " ".join(reader.camera)} if reader.camera else {})
+    return made | (
+        {"crop_size": str(reader.crop_size), "crop": reader.crop, "camera": " ".join(reader.camera)}
+        if reader.camera
+        else {}
+    )
 
 
 def sources(found, bad, reader, phases):
-    """What droid.index_episodes gives -> ([Source], [bad]); each camera `phases` times, from first rows spread over the stride."""
+    """What droid.index_episodes gives -> ([Source], [bad]); each camera `phases` times, from first
+    rows spread over the stride."""
     out, seen = [], set()
     for r, entry in found:
         stride, views = reader.stride_of(r), reader.views(r)
         firsts = sorted({p * stride // phases for p in range(phases)})
-        runs = [(c, first, steps) for c in views for first in firsts if (steps := (r.last - first - 1) // stride + 1) >= 2]
-        if flaw := ("features already" if r.kind == "features" else
-                    f"{r.last} rows make no two steps of {stride} rows" if not runs else
-                    "its key or camera cannot be in a file name" if not "".join([r.key, *views]).isprintable() or "@" in "".join(views) else
-                    "an earlier episode of this file has the same key" if (r.shard, r.key) in seen else ""):  # fmt: skip
+        runs = [
+            (c, first, steps)
+            for c in views
+            for first in firsts
+            if (steps := (r.last - first - 1) // stride + 1) >= 2
+        ]
+        if flaw := (
+            "features already"
+            if r.kind == "features"
+            else (
+                f"{r.last} rows make no two steps of {stride} rows"
+                if not runs
+                else (
+                    "its key or camera cannot be in a file name"
+                    if not "".join([r.key, *views]).isprintable() or "@" in "".join(views)
+                    else (
+                        "an earlier episode of this file has the same key"
+                        if (r.shard, r.key) in seen
+                        else ""
+                    )
+                )
+            )
+        ):
             bad.append((r.shard, r.key, flaw))
             continue
         seen.add((r.shard, r.key))
-        about = {"rows": r.last, "stride": stride, "rate": r.rate, "success": bool(entry["success"]), "idle": entry["idle"]}
+        about = {
+            "rows": r.last,
+            "stride": stride,
+            "rate": r.rate,
+            "success": bool(entry["success"]),
+            "idle": entry["idle"],
+        }
         out.append(Source(r, runs, about))
     return out, bad
 
 
 def plan_episode(source, reader, size):
-    """play_features.plan_recording for an episode: functions that read a part each, at most `size` steps of each segment of one camera: ->
-    [(name of the segment, {"actions", "states"}, its own metadata)] of all segments, [(which of them, uint8 video)]."""
+    """play_features.plan_recording for an episode: functions that read a part each, at most `size`
+    steps of each segment of one camera: -> [(name of the segment, {"actions", "states"}, its own
+    metadata)] of all segments, [(which of them, uint8 video)]."""
     r, stride = source.episode, source.about["stride"]
     shown, labels = [first + stride * np.arange(steps) for _, first, steps in source.runs], []
     for (camera, first, _), rows in zip(source.runs, shown):
         moved = [torch.from_numpy(np.float32(x)) for x in guarded(r, reader.motion, r, rows)]
-        more = {"names": json.dumps(reader.names), "units": json.dumps(reader.units), "state_dim": str(reader.state_dim)}
-        labels.append((f"{camera}-{first:05d}", dict(zip(("actions", "states"), moved)), more | {"episode": json.dumps(source.about)}))
+        more = {
+            "names": json.dumps(reader.names),
+            "units": json.dumps(reader.units),
+            "state_dim": str(reader.state_dim),
+        }
+        labels.append(
+            (
+                f"{camera}-{first:05d}",
+                dict(zip(("actions", "states"), moved)),
+                more | {"episode": json.dumps(source.about)},
+            )
+        )
 
     def read(camera, part):
         wanted = np.unique(np.concatenate([s for _, s in part]))
@@ -82,12 +135,17 @@ def plan_episode(source, reader, size):
     for camera in dict.fromkeys(c for c, _, _ in source.runs):
         mine = [(i, s) for i, (s, run) in enumerate(zip(shown, source.runs)) if run[0] == camera]
         for k in range(0, max(len(s) for _, s in mine), size):
-            parts.append(functools.partial(read, camera, [(i, s[k : k + size]) for i, s in mine if len(s) > k]))
+            parts.append(
+                functools.partial(
+                    read, camera, [(i, s[k : k + size]) for i, s in mine if len(s) > k]
+                )
+            )
     return parts
 
 
 def guarded(r, call, *given):
-    """call(*given), where what is wrong with the episode is a ValueError; an error of the disk or a server stays an OSError."""
+    """call(*given), where what is wrong with the episode is a ValueError; an error of the disk or a
+    server stays an OSError."""
     try:
         return call(*given)
     except DAMAGE as e:
@@ -97,7 +155,8 @@ def guarded(r, call, *given):
 
 
 def index_tar(path):
-    """A tar -> ([segment], [bad]) as files.episodes.index_file tells of episodes, each with its "rows": (first, stride, the episode's)."""
+    """A tar -> ([segment], [bad]) as files.episodes.index_file tells of episodes, each with its
+    "rows": (first, stride, the episode's)."""
     found, bad = shard_index(path)
     segments = []
     for r in found:
@@ -105,30 +164,71 @@ def index_tar(path):
             header, meta = feature_header(r) if "safetensors" in r.members else (None, {})
             if meta.get("dataset") != "droid":
                 raise ValueError(f"{'features of ' * bool(meta)}gameplay: train_ac.py reads it")
-            about, first, steps = json.loads(meta["episode"]), int(r.key.rpartition("-")[2]), header["z"][1][0]
+            about, first, steps = (
+                json.loads(meta["episode"]),
+                int(r.key.rpartition("-")[2]),
+                header["z"][1][0],
+            )
             rows, stride, rate = int(about["rows"]), int(about["stride"]), float(about["rate"])
-            words = [*json.loads(meta["names"]), *json.loads(meta["units"]), meta["encoder"], str(int(meta["grid"]))]
+            words = [
+                *json.loads(meta["names"]),
+                *json.loads(meta["units"]),
+                meta["encoder"],
+                str(int(meta["grid"])),
+            ]
             idle = about["idle"] and [(int(a), int(b)) for a, b in about["idle"]]
             edges = [0, *(x for pair in idle or () for x in pair), 2**31]
             whole = (
-                0 < rate < math.inf and 0 <= first < stride and 2 <= steps == (rows - first - 1) // stride + 1 and edges == sorted(edges)
+                0 < rate < math.inf
+                and 0 <= first < stride
+                and 2 <= steps == (rows - first - 1) // stride + 1
+                and edges == sorted(edges)
             )
-            whole &= len(words) == 2 * header["actions"][1][1] + 2 and all(isinstance(w, str) for w in words) and r.key.isprintable()
+            whole &= (
+                len(words) == 2 * header["actions"][1][1] + 2
+                and all(isinstance(w, str) for w in words)
+                and r.key.isprintable()
+            )
             if not whole:
                 raise ValueError("its metadata and its tensors disagree")
-            about = {"idle": idle, "success": bool(about["success"]), "rows": (first, stride, rows), "rate": rate / stride}
-            segments.append({"key": r.key, "members": {"safetensors": r.members["safetensors"]}, "steps": steps} | about)
+            about = {
+                "idle": idle,
+                "success": bool(about["success"]),
+                "rows": (first, stride, rows),
+                "rate": rate / stride,
+            }
+            segments.append(
+                {"key": r.key, "members": {"safetensors": r.members["safetensors"]}, "steps": steps}
+                | about
+            )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
-            bad.append((path, r.key, str(e) if isinstance(e, ValueError) and str(e) else "not features (its metadata are damaged)"))
-    return segments, [tuple(text.encode(errors="replace").decode() for text in b) for b in bad]  # a damaged name may be no text
+            bad.append(
+                (
+                    path,
+                    r.key,
+                    (
+                        str(e)
+                        if isinstance(e, ValueError) and str(e)
+                        else "not features (its metadata are damaged)"
+                    ),
+                )
+            )
+    return segments, [
+        tuple(text.encode(errors="replace").decode() for text in b) for b in bad
+    ]  # a damaged name may be no text
 
 
 def keep_ranges(idle, steps, rule, span):
-    """Idle runs of an episode -> [(first, last)] that clips of `span` steps may be cut from. off: everything. openpi: what is left without
-    idle runs of 7 steps or more, if 16 steps long, less its last 10. light: only clips in which nothing moves are left out."""
+    """Idle runs of an episode -> [(first, last)] that clips of `span` steps may be cut from. off:
+    everything. openpi: what is left without idle runs of 7 steps or more, if 16 steps long, less
+    its last 10. light: only clips in which nothing moves are left out."""
     if rule == "off":
         return [(0, steps)]
-    edges = [0, *(x for a, b in idle if b - a >= (7 if rule == "openpi" else span - 1) for x in (a, b)), steps]
+    edges = [
+        0,
+        *(x for a, b in idle if b - a >= (7 if rule == "openpi" else span - 1) for x in (a, b)),
+        steps,
+    ]
     pieces = [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
     if rule == "openpi":
         return [(a, b - 10) for a, b in pieces if b - a >= 16]
@@ -141,9 +241,17 @@ def to_steps(ranges, first, stride):
 
 
 def check_features(records, reader):
-    """Refuse features made with other settings than a DroidReader has (ValueError), and tell it what their actions and states are."""
+    """Refuse features made with other settings than a DroidReader has (ValueError), and tell it
+    what their actions and states are."""
     made = feature_settings(records)
     for k, v in settings(reader).items():
         if made.get(k) != v:
-            raise ValueError(f"{records[0].shard} was made with --{k} {made.get(k)}, this run has {v}: change one of them")
-    reader.names, reader.units, reader.state_dim = json.loads(made["names"]), json.loads(made["units"]), int(made["state_dim"])
+            raise ValueError(
+                f"{records[0].shard} was made with --{k} {made.get(k)}, this run has {v}: change"
+                " one of them"
+            )
+    reader.names, reader.units, reader.state_dim = (
+        json.loads(made["names"]),
+        json.loads(made["units"]),
+        int(made["state_dim"]),
+    )

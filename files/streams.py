@@ -1,4 +1,5 @@
-"""Shards from front to back: URLs and commands that are read on after a failure, and the clips of what cannot be sought."""
+"""Shards from front to back: URLs and commands that are read on after a failure, and the clips of
+what cannot be sought."""
 
 import io
 import itertools
@@ -20,8 +21,22 @@ from PIL import Image
 
 from files.vpt import mp4_times, parse_ticks
 
-READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)  # what a damaged recording may raise; anything else is our bug
-DAMAGE = (*READ_ERRORS, LookupError, RuntimeError, TypeError, struct.error, zipfile.BadZipFile, zlib.error, Image.DecompressionBombError)
+READ_ERRORS = (
+    ValueError,
+    OSError,
+    EOFError,
+    av.FFmpegError,
+)  # what a damaged recording may raise; anything else is our bug
+DAMAGE = (
+    *READ_ERRORS,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 TRIES, WAIT, LONGEST = 5, 1.0, 30.0  # seconds: about 1, 3, 9, 27 between the tries
 
 
@@ -30,31 +45,40 @@ class Unreachable(OSError):
 
 
 def disk_failed(error):
-    """Whether one of READ_ERRORS says something of the disk or network, and nothing of the recording."""
+    """Whether one of READ_ERRORS says something of the disk or network, and nothing of the
+    recording."""
     return isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
 
 
 def trying(url, call):
-    """call(), again after a while if it fails, TRIES times at most; Unreachable then. Not again where the server says that it will not."""
+    """call(), again after a while if it fails, TRIES times at most; Unreachable then. Not again
+    where the server says that it will not."""
     for attempt in range(TRIES):
-        time.sleep(random.uniform(0.8, 1.2) * min(WAIT * 3 ** (attempt - 1), LONGEST) if attempt else 0)  # not all nodes at once
+        time.sleep(
+            random.uniform(0.8, 1.2) * min(WAIT * 3 ** (attempt - 1), LONGEST) if attempt else 0
+        )  # not all nodes at once
         try:
             return call()
         except Unreachable:
             raise
         except Exception as e:  # storage libraries raise what they like; the last is raised again
             error, cause = e, e.__cause__ or e  # fsspec calls each HTTP error "not found"
-        final = isinstance(error, (FileNotFoundError, PermissionError)) and (cause is error or not url.startswith("http"))
+        final = isinstance(error, (FileNotFoundError, PermissionError)) and (
+            cause is error or not url.startswith("http")
+        )
         if isinstance(status := getattr(cause, "status", None), int):
             final = 400 <= status < 500 and status not in (408, 429)
         if final or isinstance(error, ImportError):
             break
     times = f"{attempt + 1} times" if attempt else "at once, so not tried again"
-    raise Unreachable(f"{url} cannot be read: {type(cause).__name__}: {str(cause) or 'no reason given'} ({times})") from error
+    raise Unreachable(
+        f"{url} cannot be read: {type(cause).__name__}: {str(cause) or 'no reason given'} ({times})"
+    ) from error
 
 
 class Stream(io.RawIOBase):
-    """A URL or pipe: from front to back. What fails is opened again at the byte that was reached; a pipe: is not."""
+    """A URL or pipe: from front to back. What fails is opened again at the byte that was reached; a
+    pipe: is not."""
 
     def __init__(self, url):
         self.url, self.at, self.size, self.source = url, 0, None, None
@@ -65,9 +89,13 @@ class Stream(io.RawIOBase):
     def start(self):
         """Opens it at byte `at`."""
         if self.url.startswith("http"):
-            request = urllib.request.Request(self.url, headers={"Range": f"bytes={self.at}-"} if self.at else {})
+            request = urllib.request.Request(
+                self.url, headers={"Range": f"bytes={self.at}-"} if self.at else {}
+            )
             self.source = urllib.request.urlopen(request, timeout=60)
-            skip = 0 if self.source.status == 206 else self.at  # a server that ignores ranges begins anew
+            skip = (
+                0 if self.source.status == 206 else self.at
+            )  # a server that ignores ranges begins anew
             length = self.source.headers["Content-Length"]
             size = int(length) + self.at - skip if length else None
             while skip and (passed := len(self.source.read(min(skip, 1 << 20)))):
@@ -78,7 +106,9 @@ class Stream(io.RawIOBase):
             self.source.seek(self.at)
             size = self.source.size
         if self.size not in (None, size):
-            raise Unreachable(f"{self.url} changed while it was read: {self.size} bytes, then {size}")
+            raise Unreachable(
+                f"{self.url} changed while it was read: {self.size} bytes, then {size}"
+            )
         self.size = size
 
     def more(self, buffer):
@@ -107,8 +137,9 @@ class Stream(io.RawIOBase):
 
 
 def stream_recordings(url):
-    """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever is wrong with the shard is raised
-    (OSError, ValueError, tarfile.TarError). Keys keep their dots; other members are passed over."""
+    """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever
+    is wrong with the shard is raised (OSError, ValueError, tarfile.TarError). Keys keep their dots;
+    other members are passed over."""
     source, found, whole = Stream(url), {}, 0
     with tarfile.open(fileobj=source, mode="r|*") as tar:
         for m in tar:
@@ -124,38 +155,56 @@ def stream_recordings(url):
         pass
     source.close()  # raises OSError if the command failed
     if found or not whole:
-        raise ValueError("no mp4 and jsonl beside each other " + (f"for {', '.join(found)}" if found else "in it"))
+        raise ValueError(
+            "no mp4 and jsonl beside each other "
+            + (f"for {', '.join(found)}" if found else "in it")
+        )
 
 
 class StreamedClips(torch.utils.data.IterableDataset):
-    """Endless clips from shards that cannot be sought: several clips a recording, a small shuffle buffer. Shards are dealt to ranks x
-    workers; when there are fewer, each of them reads every shard and takes its share of the clips, so nothing is seen twice or
-    waited for. The order depends on ranks and workers, and a resumed run starts a fresh epoch: index local copies for exact resume."""
+    """Endless clips from shards that cannot be sought: several clips a recording, a small shuffle
+    buffer. Shards are dealt to ranks x workers; when there are fewer, each of them reads every
+    shard and takes its share of the clips, so nothing is seen twice or waited for. The order
+    depends on ranks and workers, and a resumed run starts a fresh epoch: index local copies for
+    exact resume."""
 
-    def __init__(self, urls, reader, seed=0, epoch=0, rank=0, world=1, clips_per_recording=8, shuffle=64):
+    def __init__(
+        self, urls, reader, seed=0, epoch=0, rank=0, world=1, clips_per_recording=8, shuffle=64
+    ):
         self.urls, self.reader, self.seed, self.epoch = urls, reader, seed, epoch
         self.rank, self.world, self.clips, self.shuffle = rank, world, clips_per_recording, shuffle
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
-        units, unit = self.world * (info.num_workers if info else 1), self.rank + self.world * (info.id if info else 0)
+        units, unit = (
+            self.world * (info.num_workers if info else 1),
+            self.rank + self.world * (info.id if info else 0),
+        )
         bad, buffer, room, size = [], [], self.shuffle, 0
         for epoch in itertools.count(self.epoch):
             rng = np.random.default_rng([self.seed, epoch, unit])
-            urls = [self.urls[i] for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))]
+            urls = [
+                self.urls[i]
+                for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))
+            ]
             shared, seen, dealt, used = len(urls) < units, 0, 0, 0
             for url in urls if shared else urls[unit::units]:
                 try:
                     for key, members in stream_recordings(url):
                         size += sum(map(len, members.values()))
-                        mine = [i for i in range(self.clips) if not shared or (seen + i) % units == unit]
+                        mine = [
+                            i for i in range(self.clips) if not shared or (seen + i) % units == unit
+                        ]
                         seen, dealt = seen + self.clips, dealt + len(mine)
                         try:
                             for clip in self.cut(key, members, mine, rng):
                                 used += 1
                                 buffer.append(clip)
                                 if len(buffer) >= room:
-                                    yield buffer.pop(rng.integers(len(buffer))) | {"bad": bad, "bytes": size}
+                                    yield buffer.pop(rng.integers(len(buffer))) | {
+                                        "bad": bad,
+                                        "bytes": size,
+                                    }
                                     bad, size = [], 0
                         except READ_ERRORS as e:
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
@@ -163,16 +212,30 @@ class StreamedClips(torch.utils.data.IterableDataset):
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
             if not used:  # never spin
                 if bad or dealt or unit < self.world:
-                    reason = bad[-1] if bad else "--gui drop leaves out everything" if dealt else f"{seen} clips for {self.world} ranks"
-                    raise ValueError(f"no clip could be read from {urls[0]} and the others: {reason}")
+                    reason = (
+                        bad[-1]
+                        if bad
+                        else (
+                            "--gui drop leaves out everything"
+                            if dealt
+                            else f"{seen} clips for {self.world} ranks"
+                        )
+                    )
+                    raise ValueError(
+                        f"no clip could be read from {urls[0]} and the others: {reason}"
+                    )
                 return  # fewer clips than workers: this one is not needed
-            room = min(room, len(buffer) + 1)  # few clips: do not read everything many times over before the first batch
+            room = min(
+                room, len(buffer) + 1
+            )  # few clips: do not read everything many times over before the first batch
 
     def cut(self, key, members, places, rng):
         f = io.BytesIO(members["mp4"])
         times, ticks = mp4_times(f), parse_ticks(members["jsonl"])
         starts = self.reader.starts(ticks, len(times))
         for i in places:
-            clip = self.reader(f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key)
+            clip = self.reader(
+                f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key
+            )
             if clip is not None:
                 yield clip

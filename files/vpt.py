@@ -1,9 +1,11 @@
-"""What a VPT recording is: JSONL lines -> ticks -> (action, state) of a step, mp4 -> frames, and both -> a clip.
+"""What a VPT recording is: JSONL lines -> ticks -> (action, state) of a step, mp4 -> frames, and
+both -> a clip.
 
-A *tick* is one line of a recording (1/20 s in VPT). Line t goes with frame t; its effect is visible in frame t+1. A *step* is what the
-predictor sees at once; `ends[t]` is the last frame step t shows. Action t sums every tick from ends[t] until ends[t+1], state t is taken
-at ends[t]. Angles are radians, yaw to the right and pitch downwards are positive, mouse motion is in pixels of a 1280x720 window.
-"""
+A *tick* is one line of a recording (1/20 s in VPT). Line t goes with frame t; its effect is visible
+in frame t+1. A *step* is what the predictor sees at once; `ends[t]` is the last frame step t shows.
+Action t sums every tick from ends[t] until ends[t+1], state t is taken at ends[t]. Angles are
+radians, yaw to the right and pitch downwards are positive, mouse motion is in pixels of a 1280x720
+window."""
 
 import io
 import math
@@ -24,12 +26,28 @@ BUTTONS = ["mouse.0", "mouse.1", "mouse.2"]
 SLOTS = [f"slot.{n}" for n in range(1, 10)]
 ACTION_SPACES = {
     13: CONTINUOUS + HOTBAR,  # the guides' reduced space
-    36: CONTINUOUS + HOTBAR + MOVES + ["key.left.control"] + BUTTONS + SLOTS,  # VPT's 20 keys, 3 buttons, 9 slots
-    38: CONTINUOUS + HOTBAR + MOVES + ["key.right.shift", "key.left.control"] + BUTTONS + SLOTS + ["gui_open"],  # the guides' table
+    36: (
+        CONTINUOUS + HOTBAR + MOVES + ["key.left.control"] + BUTTONS + SLOTS
+    ),  # VPT's 20 keys, 3 buttons, 9 slots
+    38: (
+        CONTINUOUS
+        + HOTBAR
+        + MOVES
+        + ["key.right.shift", "key.left.control"]
+        + BUTTONS
+        + SLOTS
+        + ["gui_open"]
+    ),  # the guides' table
 }
-BITS = HOTBAR + MOVES + ["key.left.control", "key.right.shift"] + BUTTONS + ["gui_open"]  # bit i of Ticks.keys
-KEY_BIT = {"key.keyboard." + name[4:]: 1 << i for i, name in enumerate(BITS) if name.startswith("key.")}
-BUTTON_BIT = {n: 1 << BITS.index(f"mouse.{n}") for n in range(3)}  # ids above 2 occur in real files and are ignored
+BITS = (
+    HOTBAR + MOVES + ["key.left.control", "key.right.shift"] + BUTTONS + ["gui_open"]
+)  # bit i of Ticks.keys
+KEY_BIT = {
+    "key.keyboard." + name[4:]: 1 << i for i, name in enumerate(BITS) if name.startswith("key.")
+}
+BUTTON_BIT = {
+    n: 1 << BITS.index(f"mouse.{n}") for n in range(3)
+}  # ids above 2 occur in real files and are ignored
 GUI = 1 << BITS.index("gui_open")
 DEGREES_PER_PIXEL = 0.15  # 360/2400, VPT's CAMERA_SCALER
 
@@ -43,8 +61,9 @@ def wrap(angle):
 
 
 class Ticks(NamedTuple):
-    """The lines of one recording: motion (n, 4) float64 = dx, dy in pixels and yaw, pitch in radians (absolute); keys (n,) uint32 bit
-    set in the order of BITS; hotbar (n,) uint8 slot 0..8; rate in Hz; flaw: why the tail was dropped, or ''."""
+    """The lines of one recording: motion (n, 4) float64 = dx, dy in pixels and yaw, pitch in
+    radians (absolute); keys (n,) uint32 bit set in the order of BITS; hotbar (n,) uint8 slot 0..8;
+    rate in Hz; flaw: why the tail was dropped, or ''."""
 
     motion: np.ndarray
     keys: np.ndarray
@@ -54,12 +73,17 @@ class Ticks(NamedTuple):
 
 
 def _line(line):
-    """One JSONL line as a dict; what follows "inventory" is most of the bytes and says nothing about actions."""
+    """One JSONL line as a dict; what follows "inventory" is most of the bytes and says nothing
+    about actions."""
     cut = line.find(b', "inventory"')
     if cut > 0 and line.endswith(b"}"):  # a torn line does not
         try:
             d = orjson.loads(line[:cut] + b"}")
-            if {"mouse", "isGuiOpen", "pitch"} <= d.keys():  # else the fields stand in another order
+            if {
+                "mouse",
+                "isGuiOpen",
+                "pitch",
+            } <= d.keys():  # else the fields stand in another order
                 return d
         except orjson.JSONDecodeError:
             pass  # the words stood inside something else: the whole line decides
@@ -67,11 +91,13 @@ def _line(line):
 
 
 def parse_ticks(data):
-    """The JSONL bytes of a recording -> Ticks, for contractor lines (yaw, pitch in degrees) and the guides' (camera in radians).
+    """The JSONL bytes of a recording -> Ticks, for contractor lines (yaw, pitch in degrees) and the
+    guides' (camera in radians).
 
-    Known flaws of real recordings: attack stuck from line 0 is released, null mouse or keyboard is no input, a bad line (torn, NaN, no
-    angle) drops the rest of the recording and is named in `flaw`, since lines after it can no longer be trusted to match their frames.
-    Raises ValueError when not one line is good, or when camera is clearly not in radians."""
+    Known flaws of real recordings: attack stuck from line 0 is released, null mouse or keyboard is
+    no input, a bad line (torn, NaN, no angle) drops the rest of the recording and is named in
+    `flaw`, since lines after it can no longer be trusted to match their frames. Raises ValueError
+    when not one line is good, or when camera is clearly not in radians."""
     motion, keys, hotbar, times, flaw = [], [], [], [], ""
     stuck = False
     for i, line in enumerate(data.splitlines()):
@@ -79,7 +105,12 @@ def parse_ticks(data):
             d = _line(line)
             mouse, keyboard = d.get("mouse") or {}, d.get("keyboard") or {}
             yaw, pitch = (d["yaw"], d["pitch"]) if "yaw" in d else d.get("camera")
-            row = (float(mouse.get("dx") or 0), float(mouse.get("dy") or 0), float(yaw), float(pitch))
+            row = (
+                float(mouse.get("dx") or 0),
+                float(mouse.get("dy") or 0),
+                float(yaw),
+                float(pitch),
+            )
             new, held = mouse.get("newButtons") or (), mouse.get("buttons") or ()
             bits = GUI if d.get("isGuiOpen") else 0
             for name in keyboard.get("keys") or ():
@@ -92,8 +123,19 @@ def parse_ticks(data):
             if not (math.isfinite(sum(row)) and 0 <= slot <= 8):
                 raise ValueError(f"motion {row} or hotbar slot {slot} is out of range")
             times.append(float(d["timestamp"]) if "timestamp" in d else None)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:  # orjson.JSONDecodeError is a ValueError
-            reason = f"no {e}" if isinstance(e, KeyError) else "no yaw or camera" if "unpack" in str(e) else str(e)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as e:  # orjson.JSONDecodeError is a ValueError
+            reason = (
+                f"no {e}"
+                if isinstance(e, KeyError)
+                else "no yaw or camera"
+                if "unpack" in str(e)
+                else str(e)
+            )
             flaw = f"line {i}: {reason}"
             break
         degrees = "yaw" in d
@@ -106,13 +148,18 @@ def parse_ticks(data):
     if degrees:
         motion[:, 2:] = np.radians(motion[:, 2:])
     elif (largest := np.abs(motion[:, 2:]).max()) > 2 * np.pi + 1e-3:
-        raise ValueError(f"camera reaches {largest:.1f}, which is no angle in radians; write yaw and pitch in degrees instead")
+        raise ValueError(
+            f"camera reaches {largest:.1f}, which is no angle in radians; write yaw and pitch in"
+            " degrees instead"
+        )
     rate = 20.0
     if len(times) > 1 and None not in times:
         rate = 1.0 / max(float(np.median(np.diff(times))), 1e-6)
     hotbar = np.array(hotbar, dtype=np.uint8)
     keys = np.array(keys, dtype=np.uint32)
-    changed = np.flatnonzero(np.diff(hotbar)) + 1  # the wheel leaves no key in the recording: inject the one that does the same
+    changed = (
+        np.flatnonzero(np.diff(hotbar)) + 1
+    )  # the wheel leaves no key in the recording: inject the one that does the same
     keys[changed] |= np.uint32(1) << hotbar[changed].astype(np.uint32)
     return Ticks(motion, keys, hotbar, rate, flaw)
 
@@ -121,18 +168,24 @@ def parse_ticks(data):
 
 
 def step_size(rate, fps):
-    """Ticks between two sampled frames. Raises ValueError when fps does not divide the line rate (within 2 %)."""
+    """Ticks between two sampled frames. Raises ValueError when fps does not divide the line rate
+    (within 2 %)."""
     stride = round(rate / fps)
     if stride < 1 or abs(rate / fps - stride) > 0.02 * stride:
-        raise ValueError(f"--fps {fps:g} does not divide the recording's {rate:g} lines a second; take {rate / max(stride, 1):g}")
+        raise ValueError(
+            f"--fps {fps:g} does not divide the recording's {rate:g} lines a second; take"
+            f" {rate / max(stride, 1):g}"
+        )
     return stride
 
 
 def step_actions(ticks, ends, action_space=13):
-    """Ticks, ends (T,) increasing tick numbers -> actions (T-1, A) unscaled float64, states (T, 2): yaw relative to ends[0], pitch.
+    """Ticks, ends (T,) increasing tick numbers -> actions (T-1, A) unscaled float64, states (T, 2):
+    yaw relative to ends[0], pitch.
 
-    Continuous: sums of dx, dy over the ticks ends[t]..ends[t+1]-1, wrapped difference of yaw, difference of pitch. Keys and buttons:
-    held on any of those ticks. Hotbar slot: at the first of them."""
+    Continuous: sums of dx, dy over the ticks ends[t]..ends[t+1]-1, wrapped difference of yaw,
+    difference of pitch. Keys and buttons: held on any of those ticks. Hotbar slot: at the first of
+    them."""
     ends = np.asarray(ends)
     inside = ends[:-1] - ends[0]
     names = ACTION_SPACES[action_space]
@@ -154,7 +207,8 @@ def step_actions(ticks, ends, action_space=13):
 
 
 def flip_actions(actions, states, action_space):
-    """Mirror left and right: mouse_dx, yaw_diff and yaw change sign, a and d change places. Returns new arrays."""
+    """Mirror left and right: mouse_dx, yaw_diff and yaw change sign, a and d change places. Returns
+    new arrays."""
     names = ACTION_SPACES[action_space]
     actions, states = actions.copy(), states.copy()
     actions[:, [0, 2]] *= -1
@@ -169,10 +223,12 @@ def flip_actions(actions, states, action_space):
 
 
 def mp4_times(f):
-    """A seekable mp4 -> (frames,) int64 presentation times in stream units, in display order: from its index, or from every packet if the
-    index does not tell (fragments, edit lists that cut frames out).
+    """A seekable mp4 -> (frames,) int64 presentation times in stream units, in display order: from
+    its index, or from every packet if the index does not tell (fragments, edit lists that cut
+    frames out).
 
-    Also the guard against truncated files: the top-level boxes must hold moov and mdat and end where the file ends (ISO 14496-12)."""
+    Also the guard against truncated files: the top-level boxes must hold moov and mdat and end
+    where the file ends (ISO 14496-12)."""
 
     def boxes(span):
         at, end, out = *span, {}
@@ -182,7 +238,10 @@ def mp4_times(f):
             size, kind, wide = struct.unpack(">I4sQ", head.ljust(16, b"\0"))
             start, size = (16, wide) if size == 1 else (8, size or end - at)
             if size < start or at + size > end:
-                raise ValueError(f"the mp4 is truncated or damaged: box {kind} at byte {at} claims {size} bytes of {end - at}")
+                raise ValueError(
+                    f"the mp4 is truncated or damaged: box {kind} at byte {at} claims {size} bytes"
+                    f" of {end - at}"
+                )
             out.setdefault(kind, []).append((at + start, at + size))
             at += size
         return out
@@ -200,7 +259,9 @@ def mp4_times(f):
 
     def spread(rows):  # (count, value) -> a value per frame
         if rows["f0"].sum() > end:
-            raise ValueError("the mp4's index is damaged: it claims more frames than the file has bytes")
+            raise ValueError(
+                "the mp4's index is damaged: it claims more frames than the file has bytes"
+            )
         return np.repeat(rows["f1"], rows["f0"]).astype(np.int64)
 
     def timescale(span):
@@ -227,10 +288,16 @@ def mp4_times(f):
                 times += spread(table(stbl[b"ctts"][0], ">u4,>i4"))[: len(times)]
             if b"moof" in top or not len(times):
                 return packet_times(f)
-            if b"edts" in boxes(track):  # usually takes off the delay that B-frames cause, and nothing else
+            if b"edts" in boxes(
+                track
+            ):  # usually takes off the delay that B-frames cause, and nothing else
                 edits = table(child(track, b"edts", b"elst"), ">u4,>i4,>i4", ">u8,>i8,>i4")
                 duration, start, _ = edits[0].tolist()
-                shown = duration * timescale(child(track, b"mdia", b"mdhd")) / timescale(moov[b"mvhd"][0])
+                shown = (
+                    duration
+                    * timescale(child(track, b"mdia", b"mdhd"))
+                    / timescale(moov[b"mvhd"][0])
+                )
                 if len(edits) > 1 or times.min() != start or times.max() >= start + shown:
                     return packet_times(f)
                 times -= start
@@ -244,7 +311,12 @@ def packet_times(f):
     """Presentation times of the frames that a decoder will show, by reading every packet."""
     f.seek(0)
     with av.open(f) as container:
-        return np.sort(np.array([p.pts for p in container.demux(video=0) if p.pts is not None and not p.is_discard], dtype=np.int64))
+        return np.sort(
+            np.array(
+                [p.pts for p in container.demux(video=0) if p.pts is not None and not p.is_discard],
+                dtype=np.int64,
+            )
+        )
 
 
 def fitting(width, height, short_side):
@@ -254,9 +326,11 @@ def fitting(width, height, short_side):
 
 
 def read_frames(f, times, wanted, short_side, decoder="pyav"):
-    """Frames by number in display order (never by time x fps) -> (len(wanted), H, W, 3) uint8, the short side resized with antialias.
+    """Frames by number in display order (never by time x fps) -> (len(wanted), H, W, 3) uint8, the
+    short side resized with antialias.
 
-    f: seekable file; times: from mp4_times or packet_times; wanted: increasing frame numbers. Raises ValueError or av.FFmpegError."""
+    f: seekable file; times: from mp4_times or packet_times; wanted: increasing frame numbers.
+    Raises ValueError or av.FFmpegError."""
     f.seek(0)
     if decoder == "decord":
         try:
@@ -265,9 +339,15 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
             raise RuntimeError("--decoder decord needs: pip install decord2") from e
         raw = f.read()
         with av.open(io.BytesIO(raw)) as container:
-            width, height = fitting(container.streams.video[0].width, container.streams.video[0].height, short_side)
+            width, height = fitting(
+                container.streams.video[0].width, container.streams.video[0].height, short_side
+            )
         try:
-            return decord.VideoReader(io.BytesIO(raw), width=width, height=height, num_threads=1).get_batch(list(wanted)).asnumpy()
+            return (
+                decord.VideoReader(io.BytesIO(raw), width=width, height=height, num_threads=1)
+                .get_batch(list(wanted))
+                .asnumpy()
+            )
         except (decord.DECORDError, IndexError, RuntimeError) as e:
             raise ValueError("decord cannot read it: " + str(e).partition("\n")[0]) from e
     out, left = {}, set(map(int, wanted))
@@ -276,7 +356,12 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
         stream.codec_context.thread_count = 1
-        for back in (0, 1, 64, len(times)):  # an open GOP's leading frames cannot be decoded from its own keyframe: start before it
+        for back in (
+            0,
+            1,
+            64,
+            len(times),
+        ):  # an open GOP's leading frames cannot be decoded from its own keyframe: start before it
             container.seek(int(times[max(min(left) - back, 0)]), stream=stream, backward=True)
             for frame in container.decode(stream):
                 number = len(times) if frame.pts is None else int(np.searchsorted(times, frame.pts))
@@ -284,7 +369,9 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
                     raise ValueError(f"frame time {frame.pts} is not in the mp4's index")
                 if number in left:
                     width, height = fitting(frame.width, frame.height, short_side)
-                    out[number] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
+                    out[number] = frame.to_ndarray(
+                        format="rgb24", width=width, height=height, interpolation="BILINEAR"
+                    )
                     left.discard(number)
                 if not left or number > max(left):
                     break
@@ -301,48 +388,95 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
 class ClipReader:
     """Cuts clips out of recordings; the same object serves indexed and streamed shards.
 
-    The clip is a dict: video (frames_per_clip, 3, crop, crop) uint8, actions (T-1, A) float32 (scaled if there is a scaler), states (T, 2)
-    float32, key. T = frames_per_clip / frames_per_step. encode says which frame a step ends on (DESIGN: tubelet its last, else its first).
-    gui="drop" leaves out clips with an open GUI. Augmentations are off at their defaults: horizontal_flip mirrors half of the clips,
-    actions too; random_resize_scale is the smallest crop as a share of the short side; motion_shift moves the crop over the clip by up to
-    that share of it; temporal_jitter moves each sampled frame by up to that many ticks; action_noise is a std in scaled units."""
+    The clip is a dict: video (frames_per_clip, 3, crop, crop) uint8, actions (T-1, A) float32
+    (scaled if there is a scaler), states (T, 2) float32, key. T = frames_per_clip /
+    frames_per_step. encode says which frame a step ends on (DESIGN: tubelet its last, else its
+    first). gui="drop" leaves out clips with an open GUI. Augmentations are off at their defaults:
+    horizontal_flip mirrors half of the clips, actions too; random_resize_scale is the smallest crop
+    as a share of the short side; motion_shift moves the crop over the clip by up to that share of
+    it; temporal_jitter moves each sampled frame by up to that many ticks; action_noise is a std in
+    scaled units."""
 
-    def __init__(self, frames_per_clip=16, fps=5.0, frames_per_step=2, crop_size=256, action_space=13, scaler=None, encode="tubelet",
-                 decoder="pyav", gui="keep", horizontal_flip=False, random_resize_scale=1.0, motion_shift=0.0, temporal_jitter=0,
-                 action_noise=0.0):  # fmt: skip
+    def __init__(
+        self,
+        frames_per_clip=16,
+        fps=5.0,
+        frames_per_step=2,
+        crop_size=256,
+        action_space=13,
+        scaler=None,
+        encode="tubelet",
+        decoder="pyav",
+        gui="keep",
+        horizontal_flip=False,
+        random_resize_scale=1.0,
+        motion_shift=0.0,
+        temporal_jitter=0,
+        action_noise=0.0,
+    ):
         if frames_per_clip % frames_per_step or frames_per_clip < 2 * frames_per_step:
-            raise ValueError(f"--frames_per_clip {frames_per_clip} is not two or more steps of --frames_per_step {frames_per_step}")
+            raise ValueError(
+                f"--frames_per_clip {frames_per_clip} is not two or more steps of --frames_per_step"
+                f" {frames_per_step}"
+            )
         if action_space not in ACTION_SPACES:
             raise ValueError(f"--action_space {action_space} is not one of {list(ACTION_SPACES)}")
         self.frames, self.fps, self.frames_per_step = frames_per_clip, fps, frames_per_step
         self.crop, self.action_space = crop_size, action_space
-        self.scaler, self.encode, self.decoder, self.gui, self.flip = scaler, encode, decoder, gui, horizontal_flip
-        self.resize, self.shift, self.jitter, self.noise = random_resize_scale, motion_shift, temporal_jitter, action_noise
+        self.scaler, self.encode, self.decoder, self.gui, self.flip = (
+            scaler,
+            encode,
+            decoder,
+            gui,
+            horizontal_flip,
+        )
+        self.resize, self.shift, self.jitter, self.noise = (
+            random_resize_scale,
+            motion_shift,
+            temporal_jitter,
+            action_noise,
+        )
 
     def starts(self, ticks, frames):
-        """Number of ticks at which a clip can start. Raises ValueError if the recording is too short, or lines and frames disagree."""
+        """Number of ticks at which a clip can start. Raises ValueError if the recording is too
+        short, or lines and frames disagree."""
         ratio = self.frames_per_line(ticks, frames)
         lines = len(ticks.motion)
         flaw = f" ({ticks.flaw})" if ticks.flaw else ""
-        if abs(lines - frames / ratio) > 5 and not (flaw and ticks.rate > 15):  # at 20 Hz a line is a frame, however many are lost
-            raise ValueError(f"{lines} lines{flaw} but {frames} frames: which line goes with which frame is unknown")
+        if abs(lines - frames / ratio) > 5 and not (
+            flaw and ticks.rate > 15
+        ):  # at 20 Hz a line is a frame, however many are lost
+            raise ValueError(
+                f"{lines} lines{flaw} but {frames} frames: which line goes with which frame is"
+                " unknown"
+            )
         n = min(lines, frames // ratio) - step_size(ticks.rate, self.fps) * (self.frames - 1)
         if n < 1:
-            raise ValueError(f"too short: {lines} usable lines{flaw} and {frames} frames, a clip needs {lines - n + 1}")
+            raise ValueError(
+                f"too short: {lines} usable lines{flaw} and {frames} frames, a clip needs"
+                f" {lines - n + 1}"
+            )
         return n
 
     def frames_per_line(self, ticks, frames):
-        """1 in VPT, and where the video runs at the line rate; more for lines that are fewer than the frames of a 20 fps video."""
+        """1 in VPT, and where the video runs at the line rate; more for lines that are fewer than
+        the frames of a 20 fps video."""
         ratio, lines = max(round(20 / ticks.rate), 1), len(ticks.motion)
         return ratio if abs(lines * ratio - frames) < abs(lines - frames) else 1
 
     def __call__(self, f, times, ticks, start, rng, key):
-        """A clip from tick `start` of a recording, or None if --gui drop leaves it out. rng is used by the augmentations only."""
+        """A clip from tick `start` of a recording, or None if --gui drop leaves it out. rng is used
+        by the augmentations only."""
         stride = step_size(ticks.rate, self.fps)
         sampled = start + stride * np.arange(self.frames)
         if self.jitter:
-            order = np.arange(self.frames)  # each frame stays after the one before, inside the recording
-            last = min(len(ticks.motion), len(times) // self.frames_per_line(ticks, len(times))) - self.frames
+            order = np.arange(
+                self.frames
+            )  # each frame stays after the one before, inside the recording
+            last = (
+                min(len(ticks.motion), len(times) // self.frames_per_line(ticks, len(times)))
+                - self.frames
+            )
             sampled = sampled + rng.integers(-self.jitter, self.jitter + 1, self.frames)
             sampled = np.clip(np.maximum.accumulate(sampled - order), 0, last) + order
         shown = sampled.reshape(-1, self.frames_per_step)
@@ -352,12 +486,22 @@ class ClipReader:
         actions, states = step_actions(ticks, ends, self.action_space)
         scale = rng.uniform(self.resize, 1.0) if self.resize < 1 else 1.0
         short = round(self.crop / scale * (1 + self.shift))
-        video = read_frames(f, times, sampled * self.frames_per_line(ticks, len(times)), short, self.decoder)
+        video = read_frames(
+            f, times, sampled * self.frames_per_line(ticks, len(times)), short, self.decoder
+        )
         room = np.array([video.shape[1] - self.crop, video.shape[2] - self.crop])
         corner = room / 2 if scale == 1 and not self.shift else rng.uniform(0, 1, 2) * room
-        end = np.clip(corner + rng.uniform(-1, 1, 2) * self.shift * self.crop, 0, room) if self.shift else corner
-        corners = np.floor(corner + np.linspace(0, 1, self.frames)[:, None] * (end - corner)).astype(int)
-        video = np.stack([v[y : y + self.crop, x : x + self.crop] for v, (y, x) in zip(video, corners)])
+        end = (
+            np.clip(corner + rng.uniform(-1, 1, 2) * self.shift * self.crop, 0, room)
+            if self.shift
+            else corner
+        )
+        corners = np.floor(
+            corner + np.linspace(0, 1, self.frames)[:, None] * (end - corner)
+        ).astype(int)
+        video = np.stack(
+            [v[y : y + self.crop, x : x + self.crop] for v, (y, x) in zip(video, corners)]
+        )
         if self.flip and rng.random() < 0.5:
             video = video[:, :, ::-1]
             actions, states = flip_actions(actions, states, self.action_space)

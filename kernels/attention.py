@@ -1,10 +1,11 @@
-"""Block-causal attention, forward and backward, fused in Triton: FlashAttention-2 (arXiv 2307.08691) with a limit per query row.
+"""Block-causal attention, forward and backward, fused in Triton: FlashAttention-2 (arXiv
+2307.08691) with a limit per query row.
 
-Row i sees the keys j < (i // block + 1) * block. A tile of queries therefore runs over two ranges of keys: those that all of its rows see,
-without a mask, and the few up to what its last row sees, with one. Scores never leave the chip; no atomics, so that two runs are equal bit
-by bit. `python -m bench.compile` compiles every row of the tile table without a GPU, `TRITON_INTERPRET=1 pytest tests/test_attention.py`
-runs the kernels on a CPU.
-"""
+Row i sees the keys j < (i // block + 1) * block. A tile of queries therefore runs over two ranges
+of keys: those that all of its rows see, without a mask, and the few up to what its last row sees,
+with one. Scores never leave the chip; no atomics, so that two runs are equal bit by bit. `python -m
+bench.compile` compiles every row of the tile table without a GPU, `TRITON_INTERPRET=1 pytest
+tests/test_attention.py` runs the kernels on a CPU."""
 
 import math
 import os
@@ -17,11 +18,17 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 HEAD_DIMS = (32, 64, 80, 128)  # 80 is computed as 128, the rest of every row masked at the load
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRET)  # numpy has no bf16: the interpreter would multiply bit patterns
-GROUP = tl.constexpr(32)  # heads that run side by side: their keys and values fit in the L2 cache (17 MB at L = 2064, hd = 64, 16 bit)
-PAD = 128  # rows of the backward's lse and delta are padded to this, so that their loads are wide and unmasked
+GROUP = tl.constexpr(
+    32
+    # heads that run side by side: their keys and values fit in the L2 cache (17 MB at L = 2064, hd
+    # = 64, 16 bit)
+)
+# rows of the backward's lse and delta are padded to this, so that their loads are wide and unmasked
+PAD = 128
 
-# (architecture, width of a head) -> rows, keys, warps, stages of the forward, dK/dV and dQ kernel. Chosen by bench/compile.py, no GPU timed
-# them: no spill anywhere; on sm_90 and sm_100 two programs of the forward and of dQ share a multiprocessor up to hd = 64.
+# (architecture, width of a head) -> rows, keys, warps, stages of the forward, dK/dV and dQ kernel.
+# Chosen by bench/compile.py, no GPU timed them: no spill anywhere; on sm_90 and sm_100 two programs
+# of the forward and of dQ share a multiprocessor up to hd = 64.
 TILES = {
     (80, 32): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
     (80, 64): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
@@ -32,11 +39,13 @@ TILES = {
     (100, 32): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
     (100, 64): ((128, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 3)),
     (100, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-    # any architecture: up to two steps, where tiles of 128 would compute half as many scores again as are needed ...
+    # any architecture: up to two steps, where tiles of 128 would compute half as many scores again
+    # as are needed ...
     ("short", 32): ((64, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2)),
     ("short", 64): ((64, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2)),
     ("short", 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
-    # ... and fp32, multiplied without tensor cores: TF32 keeps 11 bits, three of them 22 and round every sum towards zero
+    # ... and fp32, multiplied without tensor cores: TF32 keeps 11 bits, three of them 22 and round
+    # every sum towards zero
     ("fp32", 32): ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("fp32", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("fp32", 128): ((32, 16, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2)),
@@ -44,7 +53,8 @@ TILES = {
 
 
 def tiles(device, dtype, head_dim, length, block):
-    """The row of the table for these inputs. sm_86, 89 and 120 have the instructions of sm_80, whose rows fit their shared memory too."""
+    """The row of the table for these inputs. sm_86, 89 and 120 have the instructions of sm_80,
+    whose rows fit their shared memory too."""
     kind = "fp32" if dtype == torch.float32 else "short" if length <= 2 * block else 80
     if kind == 80 and device.type == "cuda":
         kind = {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
@@ -53,11 +63,16 @@ def tiles(device, dtype, head_dim, length, block):
 
 def runs_triton(device):
     """Whether our Triton kernels run there: NVIDIA from compute capability 8.0 (bf16)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def served(device, dtype, head_dim):
-    """Whether attention_triton runs on these inputs: such a GPU, or anything in Triton's interpreter."""
+    """Whether attention_triton runs on these inputs: such a GPU, or anything in Triton's
+    interpreter."""
     return (runs_triton(device) or INTERPRET) and dtype in DTYPES and head_dim in HEAD_DIMS
 
 
@@ -70,7 +85,8 @@ def _dot(a, b, acc=None):
 
 @triton.jit
 def _place(tiles, heads):
-    """(tile, batch * head) of this program: tile by tile over a group of heads, so that the longest tiles of a group start first."""
+    """(tile, batch * head) of this program: tile by tile over a group of heads, so that the longest
+    tiles of a group start first."""
     group = tl.program_id(0) // (GROUP * tiles)
     rest = tl.program_id(0) % (GROUP * tiles)
     size = tl.minimum(GROUP, heads - group * GROUP)
@@ -89,13 +105,18 @@ def _base(X, head, nh, stride_b, stride_h):
 
 @triton.jit
 def _pointers(X, first, stride, ROWS: tl.constexpr, BD: tl.constexpr):
-    offsets = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BD)[None, :]  # 32 bit: half the registers
+    offsets = (
+        tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BD)[None, :]
+    )  # 32 bit: half the registers
     return X + tl.cast(first, tl.int64) * stride + offsets
 
 
 @triton.jit
-def _load(X, first, stride, L, ROWS: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
-    """Rows first .. first + ROWS of a head, (ROWS, BD): zero after column HD and, where CHECK, after row L."""
+def _load(
+    X, first, stride, L, ROWS: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows first .. first + ROWS of a head, (ROWS, BD): zero after column HD and, where CHECK,
+    after row L."""
     inside = tl.arange(0, BD)[None, :] < HD
     if CHECK:
         inside = inside & (first + tl.arange(0, ROWS)[:, None] < L)
@@ -119,7 +140,9 @@ def _forward_range(acc, top, total, q, K, V, k_l, v_l, lo, hi, limit, L, scale,
         s = _dot(q, k.T)
         if MASKED:
             s = tl.where(n + tl.arange(0, BN)[None, :] < limit[:, None], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1) * scale)  # finite from the first tile on: every row sees key 0
+        new = tl.maximum(
+            top, tl.max(s, 1) * scale
+        )  # finite from the first tile on: every row sees key 0
         p = tl.math.exp2(s * scale - new[:, None])
         shrink = tl.math.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
@@ -141,9 +164,13 @@ def _forward(Q, K, V, OUT, LSE, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b
     acc = tl.zeros((BM, BD), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    acc, top, total = _forward_range(acc, top, total, q, K, V, k_l, v_l, 0, seen_by_all, limit, L, scale, HD, BD, BN, False)
+    acc, top, total = _forward_range(
+        acc, top, total, q, K, V, k_l, v_l, 0, seen_by_all, limit, L, scale, HD, BD, BN, False
+    )
     last = _limit(tl.minimum(first + BM, L) - 1, block, L)
-    acc, top, total = _forward_range(acc, top, total, q, K, V, k_l, v_l, seen_by_all, last, limit, L, scale, HD, BD, BN, True)
+    acc, top, total = _forward_range(
+        acc, top, total, q, K, V, k_l, v_l, seen_by_all, last, limit, L, scale, HD, BD, BN, True
+    )
     _store(_base(OUT, head, nh, o_b, o_h), acc / total[:, None], first, o_l, L, BM, HD, BD)
     tl.store(LSE + head.to(tl.int64) * L + rows, top + tl.math.log2(total), mask=rows < L)
 
@@ -151,7 +178,8 @@ def _forward(Q, K, V, OUT, LSE, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b
 @triton.jit(do_not_specialize=["nh", "heads", "L"])
 def _delta(OUT, DO, LSE, LSE_PAD, DELTA, o_b, o_h, o_l, do_b, do_h, do_l, nh, heads, L, padded,
            HD: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):  # fmt: skip
-    """Row sums of dO * O, and the log-sum-exp, both padded; infinity makes every probability of a row that is not there zero."""
+    """Row sums of dO * O, and the log-sum-exp, both padded; infinity makes every probability of a
+    row that is not there zero."""
     tile, head = _place(padded // BM, heads)
     rows = tile * BM + tl.arange(0, BM)
     o = _load(_base(OUT, head, nh, o_b, o_h), tile * BM, o_l, L, BM, HD, BD, True).to(tl.float32)
@@ -167,7 +195,11 @@ def _dkdv_range(dk, dv, k, v, Q, DO, LSE, DELTA, q_l, do_l, lo, hi, start, L, sc
     for m in range(lo, hi, BM):
         q = _load(Q, m, q_l, L, BM, HD, BD, True)
         rows = m + tl.arange(0, BM)
-        s = _dot(k, q.T) * scale  # scores transposed, (keys, rows): p and ds are then left operands, which stay in registers
+        s = (
+            _dot(k, q.T) * scale
+            # scores transposed, (keys, rows): p and ds are then left operands, which stay in
+            # registers
+        )
         if MASKED:
             s = tl.where(start[:, None] <= rows[None, :], s, float("-inf"))
         p = tl.math.exp2(s - tl.load(LSE + rows)[None, :])
@@ -184,7 +216,9 @@ def _dkdv(Q, K, V, DO, DK, DV, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_
           HD: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     tile, head = _place(tl.cdiv(L, BN), heads)  # the first keys are seen by the most rows
     first = tile * BN
-    start = (first + tl.arange(0, BN)) // block * block  # key j is seen by the rows from the start of its step
+    start = (
+        (first + tl.arange(0, BN)) // block * block
+    )  # key j is seen by the rows from the start of its step
     all_see = tl.cdiv((tl.minimum(first + BN, L) - 1) // block * block, BM) * BM
     k = _load(_base(K, head, nh, k_b, k_h), first, k_l, L, BN, HD, BD, True)
     v = _load(_base(V, head, nh, v_b, v_h), first, v_l, L, BN, HD, BD, True)
@@ -194,8 +228,12 @@ def _dkdv(Q, K, V, DO, DK, DV, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     lo = first // block * block // BM * BM
-    dk, dv = _dkdv_range(dk, dv, k, v, Q, DO, LSE, DELTA, q_l, do_l, lo, all_see, start, L, scale, HD, BD, BM, True)
-    dk, dv = _dkdv_range(dk, dv, k, v, Q, DO, LSE, DELTA, q_l, do_l, all_see, L, start, L, scale, HD, BD, BM, False)
+    dk, dv = _dkdv_range(
+        dk, dv, k, v, Q, DO, LSE, DELTA, q_l, do_l, lo, all_see, start, L, scale, HD, BD, BM, True
+    )
+    dk, dv = _dkdv_range(
+        dk, dv, k, v, Q, DO, LSE, DELTA, q_l, do_l, all_see, L, start, L, scale, HD, BD, BM, False
+    )
     _store(_base(DK, head, nh, d_b, d_h), dk * softmax_scale, first, d_l, L, BN, HD, BD)
     _store(_base(DV, head, nh, d_b, d_h), dv, first, d_l, L, BN, HD, BD)
 
@@ -230,14 +268,19 @@ def _dq(Q, K, V, DO, DQ, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l
     delta = tl.load(DELTA + head.to(tl.int64) * padded + rows)
     K, V = _base(K, head, nh, k_b, k_h), _base(V, head, nh, v_b, v_h)
     dq = tl.zeros((BM, BD), tl.float32)
-    dq = _dq_range(dq, q, do, lse, delta, K, V, k_l, v_l, 0, seen_by_all, limit, L, scale, HD, BD, BN, False)
+    dq = _dq_range(
+        dq, q, do, lse, delta, K, V, k_l, v_l, 0, seen_by_all, limit, L, scale, HD, BD, BN, False
+    )
     last = _limit(tl.minimum(first + BM, L) - 1, block, L)
-    dq = _dq_range(dq, q, do, lse, delta, K, V, k_l, v_l, seen_by_all, last, limit, L, scale, HD, BD, BN, True)
+    dq = _dq_range(
+        dq, q, do, lse, delta, K, V, k_l, v_l, seen_by_all, last, limit, L, scale, HD, BD, BN, True
+    )
     _store(_base(DQ, head, nh, d_b, d_h), dq * softmax_scale, first, d_l, L, BM, HD, BD)
 
 
 def _empty(x):
-    """Like x (B, nh, L, hd), laid out as (B, L, nh, hd): the `transpose(1, 2).flatten(2)` that follows attention is then a view."""
+    """Like x (B, nh, L, hd), laid out as (B, L, nh, hd): the `transpose(1, 2).flatten(2)` that
+    follows attention is then a view."""
     B, nh, L, hd = x.shape
     return x.new_empty(B, L, nh, hd).transpose(1, 2)
 
@@ -251,7 +294,9 @@ def _strides(*tensors):
 
 
 @torch.library.custom_op("nanojepa::attention", mutates_args=())
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     B, nh, L, hd = q.shape
     q, k, v = _dense_rows(q, k, v)
     o, lse = _empty(q), q.new_empty(B, nh, L, dtype=torch.float32)
@@ -272,16 +317,35 @@ def _(q, k, v, block):
 
 @torch.library.custom_op("nanojepa::attention_backward", mutates_args=())
 def _attention_backward(
-    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, block: int
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, nh, L, hd = q.shape
     do, q, k, v, o = _dense_rows(do, q, k, v, o)
     dq, dk, dv = (_empty(q) for _ in range(3))
     padded = triton.cdiv(L, PAD) * PAD
     lse_pad, delta = lse.new_empty(2, B * nh, padded).unbind()
-    _, (BM, BN, warps, stages), (BM_q, BN_q, warps_q, stages_q) = tiles(q.device, q.dtype, hd, L, block)
+    _, (BM, BN, warps, stages), (BM_q, BN_q, warps_q, stages_q) = tiles(
+        q.device, q.dtype, hd, L, block
+    )
     width, scale = triton.next_power_of_2(hd), hd**-0.5 * math.log2(math.e)
-    shared = (*_strides(q, k, v, do, dq), nh, B * nh, L, padded, min(block, L), scale, hd**-0.5, hd, width)
+    shared = (
+        *_strides(q, k, v, do, dq),
+        nh,
+        B * nh,
+        L,
+        padded,
+        min(block, L),
+        scale,
+        hd**-0.5,
+        hd,
+        width,
+    )
     with torch.cuda.device_of(q):
         _delta[(padded // PAD * B * nh,)](
             o, do, lse.contiguous(), lse_pad, delta, *_strides(o, do), nh, B * nh, L, padded, hd, width, PAD, num_warps=8
@@ -313,43 +377,75 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention_triton(q, k, v, block):
-    """Attention over (B, nh, L, hd), any strides, where token i sees the keys j < (i // block + 1) * block; gradients for all three.
+    """Attention over (B, nh, L, hd), any strides, where token i sees the keys j < (i // block + 1)
+    * block; gradients for all three.
 
-    fp32, fp16 or bf16 (sums in fp32), hd 32, 64, 80 or 128; under autocast the inputs are cast as for SDPA. Returns (B, nh, L, hd) in the
-    memory order (B, L, nh, hd). Raises ValueError for anything that the kernels do not compute."""
+    fp32, fp16 or bf16 (sums in fp32), hd 32, 64, 80 or 128; under autocast the inputs are cast as
+    for SDPA. Returns (B, nh, L, hd) in the memory order (B, L, nh, hd). Raises ValueError for
+    anything that the kernels do not compute."""
     if q.dim() != 4 or q.numel() == 0 or not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k, v of shapes {[tuple(x.shape) for x in (q, k, v)]}: give three non-empty (B, nh, L, hd) of one shape")
+        raise ValueError(
+            f"q, k, v of shapes {[tuple(x.shape) for x in (q, k, v)]}: give three non-empty (B, nh,"
+            " L, hd) of one shape"
+        )
     if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"head dim {q.shape[-1]} is not one of {HEAD_DIMS}: change the number of heads, or use impl='prefix'")
+        raise ValueError(
+            f"head dim {q.shape[-1]} is not one of {HEAD_DIMS}: change the number of heads, or use"
+            " impl='prefix'"
+        )
     if not q.device == k.device == v.device or not served(q.device, torch.float32, q.shape[-1]):
         where = ", ".join(str(x.device) for x in (q, k, v))
-        raise ValueError(f"q, k, v on {where}: needs one NVIDIA GPU of compute capability 8.0 or more; elsewhere use impl='prefix'")
+        raise ValueError(
+            f"q, k, v on {where}: needs one NVIDIA GPU of compute capability 8.0 or more; elsewhere"
+            " use impl='prefix'"
+        )
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: cast all three to one of {', '.join(map(str, DTYPES))}")
+        raise ValueError(
+            f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: cast all three to one of"
+            f" {', '.join(map(str, DTYPES))}"
+        )
     if block < 1:
         raise ValueError(f"block={block}: tokens per step, at least 1")
     return _attention(q, k, v, block)[0]
 
 
 def compile_rows(arch):
-    """What bench/compile.py compiles for sm_`arch`, one tuple for every kernel, tile row, dtype and head dim: (name, kernel,
-    {argument: type}, {constexpr: value}, arguments that are multiples of 16, warps, stages, needs tensor cores). No kernel is
-    specialised for a length: what is compiled here is what runs for every L and block."""
+    """What bench/compile.py compiles for sm_`arch`, one tuple for every kernel, tile row, dtype and
+    head dim: (name, kernel, {argument: type}, {constexpr: value}, arguments that are multiples of
+    16, warps, stages, needs tensor cores). No kernel is specialised for a length: what is compiled
+    here is what runs for every L and block."""
     for (kind, width), (forward, dkdv, dq) in TILES.items():
         if kind not in (arch, "short", "fp32"):
             continue
-        kernels = [(_forward, forward), (_dkdv, dkdv), (_dq, dq)] + [(_delta, (PAD, 0, 8, 3))] * (kind != "short")
+        kernels = [(_forward, forward), (_dkdv, dkdv), (_dq, dq)] + [(_delta, (PAD, 0, 8, 3))] * (
+            kind != "short"
+        )
         for dtype in ("fp32",) if kind == "fp32" else ("bf16", "fp16"):
             for hd in (h for h in HEAD_DIMS if triton.next_power_of_2(h) == width):
                 for kernel, (BM, BN, warps, stages) in kernels:
-                    sizes = {k: v for k, v in {"HD": hd, "BD": width, "BM": BM, "BN": BN}.items() if k in kernel.arg_names}
+                    sizes = {
+                        k: v
+                        for k, v in {"HD": hd, "BD": width, "BM": BM, "BN": BN}.items()
+                        if k in kernel.arg_names
+                    }
                     types = dict.fromkeys((a for a in kernel.arg_names if a not in sizes), "i32")
                     types |= {a: f"*{dtype}" for a in types if a.isupper() and a != "L"}
                     types |= {a: "*fp32" for a in types if a in ("LSE", "LSE_PAD", "DELTA")}
                     types |= {a: "fp32" for a in types if a.endswith("scale")}
-                    whole = [a for a in types if types[a] != "fp32" and a not in kernel.do_not_specialize]
+                    whole = [
+                        a for a in types if types[a] != "fp32" and a not in kernel.do_not_specialize
+                    ]
                     needs = dtype != "fp32" and kernel is not _delta
-                    yield f"attention.{kernel.__name__}", kernel, types, sizes, whole, warps, stages, needs
+                    yield (
+                        f"attention.{kernel.__name__}",
+                        kernel,
+                        types,
+                        sizes,
+                        whole,
+                        warps,
+                        stages,
+                        needs,
+                    )

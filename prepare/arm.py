@@ -1,10 +1,12 @@
-"""The arm of prepare.robot: Franka's kinematics in MuJoCo, a table with four blocks, an operator who moves one, three cameras.
+"""The arm of prepare.robot: Franka's kinematics in MuJoCo, a table with four blocks, an operator
+who moves one, three cameras.
 
-Poses are measured, at the moment of the picture; a row's action_dict is what is commanded then, which the arm follows with a lag. The tool
-frame is such that a gripper that points down has angles 0 (Franka's has roll near +-pi, where it jumps). World b's arm is shorter, quicker
-and of other colours, and its cameras stand on the other side and higher: +x and +y go to the other side of the picture, and a metre is
-another number of pixels. Some grasps miss, and in every episode the operator rests at the start and once later.
-"""
+Poses are measured, at the moment of the picture; a row's action_dict is what is commanded then,
+which the arm follows with a lag. The tool frame is such that a gripper that points down has angles
+0 (Franka's has roll near +-pi, where it jumps). World b's arm is shorter, quicker and of other
+colours, and its cameras stand on the other side and higher: +x and +y go to the other side of the
+picture, and a metre is another number of pixels. Some grasps miss, and in every episode the
+operator rests at the start and once later."""
 
 import functools
 import os
@@ -15,19 +17,45 @@ from scipy.spatial.transform import Rotation
 
 RATE, SUBSTEPS, WIDTH, HEIGHT = 15, 16, 320, 180
 HOME = np.array([0, 0.1, 0, -2.0, 0, 2.1, -np.pi / 4])
-COLOURS = {"red": "0.85 0.1 0.1", "green": "0.1 0.65 0.2", "blue": "0.1 0.25 0.85", "yellow": "0.95 0.8 0.1"}
-# size: of the arm; speed: metres a second; views: (azimuth, elevation, distance) of the exterior cameras, degrees and metres
+COLOURS = {
+    "red": "0.85 0.1 0.1",
+    "green": "0.1 0.65 0.2",
+    "blue": "0.1 0.25 0.85",
+    "yellow": "0.95 0.8 0.1",
+}
+# size: of the arm; speed: metres a second; views: (azimuth, elevation, distance) of the exterior
+# cameras, degrees and metres
 WORLDS = {
-    "a": {"size": 1.0, "speed": 0.4, "links": "0.93 0.93 0.95", "joints": "0.15 0.2 0.3", "table": "0.72 0.6 0.45",
-          "floor": "0.45 0.5 0.55", "views": {"exterior_1": (70, -16, 1.0), "exterior_2": (-70, -25, 1.2)}},
-    "b": {"size": 0.85, "speed": 0.55, "links": "0.95 0.55 0.1", "joints": "0.1 0.1 0.1", "table": "0.35 0.4 0.38",
-          "floor": "0.7 0.68 0.66", "views": {"exterior_1": (-115, -42, 0.9), "exterior_2": (115, -30, 1.0)}},
-}  # fmt: skip
-# (position, quaternion, joint range, capsule from the joint to there, its radius): Franka's kinematics (mujoco_menagerie, panda.xml)
-CHAIN = [((0, 0, 0.333), "1 0 0 0", 2.9, (0, 0, -0.2), 0.075), ((0, 0, 0), "1 -1 0 0", 1.8, (0, -0.316, 0), 0.065),
-         ((0, -0.316, 0), "1 1 0 0", 2.9, (0.0825, 0, 0), 0.065), ((0.0825, 0, 0), "1 1 0 0", 3.1, (-0.0825, 0.384, 0), 0.055),
-         ((-0.0825, 0.384, 0), "1 -1 0 0", 2.9, (0, 0, -0.06), 0.055), ((0, 0, 0), "1 1 0 0", 3.8, (0.088, 0, 0), 0.05),
-         ((0.088, 0, 0), "1 1 0 0", 2.9, (0, 0, 0.09), 0.045)]  # fmt: skip
+    "a": {
+        "size": 1.0,
+        "speed": 0.4,
+        "links": "0.93 0.93 0.95",
+        "joints": "0.15 0.2 0.3",
+        "table": "0.72 0.6 0.45",
+        "floor": "0.45 0.5 0.55",
+        "views": {"exterior_1": (70, -16, 1.0), "exterior_2": (-70, -25, 1.2)},
+    },
+    "b": {
+        "size": 0.85,
+        "speed": 0.55,
+        "links": "0.95 0.55 0.1",
+        "joints": "0.1 0.1 0.1",
+        "table": "0.35 0.4 0.38",
+        "floor": "0.7 0.68 0.66",
+        "views": {"exterior_1": (-115, -42, 0.9), "exterior_2": (115, -30, 1.0)},
+    },
+}
+# (position, quaternion, joint range, capsule from the joint to there, its radius): Franka's
+# kinematics (mujoco_menagerie, panda.xml)
+CHAIN = [
+    ((0, 0, 0.333), "1 0 0 0", 2.9, (0, 0, -0.2), 0.075),
+    ((0, 0, 0), "1 -1 0 0", 1.8, (0, -0.316, 0), 0.065),
+    ((0, -0.316, 0), "1 1 0 0", 2.9, (0.0825, 0, 0), 0.065),
+    ((0.0825, 0, 0), "1 1 0 0", 3.1, (-0.0825, 0.384, 0), 0.055),
+    ((-0.0825, 0.384, 0), "1 -1 0 0", 2.9, (0, 0, -0.06), 0.055),
+    ((0, 0, 0), "1 1 0 0", 3.8, (0.088, 0, 0), 0.05),
+    ((0.088, 0, 0), "1 1 0 0", 2.9, (0, 0, 0.09), 0.045),
+]
 
 
 def scene(world):
@@ -51,7 +79,9 @@ def scene(world):
         blocks += f"""<body name="{name}"><freejoint/><geom type="box" size="0.024 0.024 0.024" rgba="{rgba} 1" mass="0.08"
             friction="1.5 0.05 0.01" condim="4"/></body>"""
     servos = "".join(f'<position joint="j{i}" kp="1500" kv="150"/>' for i in range(7))
-    servos += "".join(f'<position joint="f{i}" kp="400" kv="20" forcerange="-15 15"/>' for i in (0, 1))
+    servos += "".join(
+        f'<position joint="f{i}" kp="400" kv="20" forcerange="-15 15"/>' for i in (0, 1)
+    )
     return f"""<mujoco><compiler angle="radian"/><option timestep="{1 / RATE / SUBSTEPS}" integrator="implicitfast" cone="elliptic"/>
         <visual><global offwidth="{WIDTH}" offheight="{HEIGHT}" fovy="50"/>
         <quality shadowsize="0" offsamples="0" numslices="20" numstacks="10"/>
@@ -69,7 +99,8 @@ def scene(world):
 
 @functools.lru_cache(1)
 def open_world(world):
-    """(mujoco, model, renderer) of this process. ValueError if MuJoCo is absent or cannot draw here."""
+    """(mujoco, model, renderer) of this process. ValueError if MuJoCo is absent or cannot draw
+    here."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -77,16 +108,24 @@ def open_world(world):
 
         model = mujoco.MjModel.from_xml_string(scene(world))
         return mujoco, model, mujoco.Renderer(model, HEIGHT, WIDTH)
-    except (ImportError, AttributeError, RuntimeError) as e:  # PyOpenGL and MuJoCo, where a library is missing
+    except (
+        ImportError,
+        AttributeError,
+        RuntimeError,
+    ) as e:  # PyOpenGL and MuJoCo, where a library is missing
         raise ValueError(
-            f"cannot draw ({e}): pip install mujoco==4.0.0, and for EGL apt install libegl1 libgl1; or MUJOCO_GL=osmesa"
+            f"cannot draw ({e}): pip install mujoco==4.0.0, and for EGL apt install libegl1 libgl1;"
+            " or MUJOCO_GL=osmesa"
         ) from e
 
 
 def waypoints(rng, block, angle, goal):
-    """What the operator does: [(xyz, angles, gripper, steps to wait there)]: to a block, lift, carry, put down, wander on."""
+    """What the operator does: [(xyz, angles, gripper, steps to wait there)]: to a block, lift,
+    carry, put down, wander on."""
     beside = np.array([0, 0.1, 0]) * rng.choice([-1, 1]) * (rng.random() < 0.3)  # some grasps miss
-    turn = np.array([0, 0, (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4])  # the nearest one that takes a face of it
+    turn = np.array(
+        [0, 0, (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4]
+    )  # the nearest one that takes a face of it
 
     def somewhere():
         return rng.uniform((0.3, -0.25, 0.1), (0.6, 0.25, 0.4)), tilt(), int(rng.random() < 0.3), 2
@@ -95,13 +134,23 @@ def waypoints(rng, block, angle, goal):
         return turn + rng.uniform(-0.3, 0.3, 3)
 
     up, take, put = np.array([0, 0, rng.uniform(0.14, 0.26)]), block + beside, goal + [0, 0, 0.01]
-    out = [(take + up, tilt(), 0, 0), (take + [0, 0, 0.06], turn, 0, 0), (take, turn, 0, 1), (take, turn, 1, 6), (block + up, tilt(), 1, 0),
-           (goal + up, tilt(), 1, 0), (put, turn, 1, 1), (put, turn, 0, 4), (goal + up, tilt(), 0, 0)]  # fmt: skip
+    out = [
+        (take + up, tilt(), 0, 0),
+        (take + [0, 0, 0.06], turn, 0, 0),
+        (take, turn, 0, 1),
+        (take, turn, 1, 6),
+        (block + up, tilt(), 1, 0),
+        (goal + up, tilt(), 1, 0),
+        (put, turn, 1, 1),
+        (put, turn, 0, 4),
+        (goal + up, tilt(), 0, 0),
+    ]
     return [somewhere()] * (rng.random() < 0.5) + out + [somewhere() for _ in range(12)]
 
 
 def reach(mujoco, model, ghost, joints, position, rotation):
-    """Joint angles near `joints` that bring the tool to a pose: damped least squares, pulled gently to HOME."""
+    """Joint angles near `joints` that bring the tool to a pose: damped least squares, pulled gently
+    to HOME."""
     for _ in range(4):
         ghost.qpos[:7] = joints
         mujoco.mj_kinematics(model, ghost)
@@ -117,7 +166,8 @@ def reach(mujoco, model, ghost, joints, position, rotation):
 
 
 def play(world, seed, number, steps):
-    """One episode -> (rows {field: (T, d)}, pictures {camera: [(180, 320, 3) uint8]}, what was asked, whether it was done)."""
+    """One episode -> (rows {field: (T, d)}, pictures {camera: [(180, 320, 3) uint8]}, what was
+    asked, whether it was done)."""
     mujoco, model, renderer = open_world(world)
     rng, w = np.random.default_rng([seed, number, ord(world)]), WORLDS[world]
     data, ghost = mujoco.MjData(model), mujoco.MjData(model)
@@ -133,11 +183,19 @@ def play(world, seed, number, steps):
     views = {}
     for name, where in w["views"].items():
         views[name] = mujoco.MjvCamera()
-        views[name].azimuth, views[name].elevation, views[name].distance = where + rng.normal(0, (1.5, 1, 0.02))
+        views[name].azimuth, views[name].elevation, views[name].distance = where + rng.normal(
+            0, (1.5, 1, 0.02)
+        )
         views[name].lookat[:] = np.array([0.4, 0, 0.2]) * w["size"] + rng.normal(0, 0.01, 3)
     views["wrist"] = "wrist"
-    pauses = {0: int(rng.integers(3, 15)), int(rng.integers(steps // 4, steps)): int(rng.integers(8, 26))}  # step -> steps of rest
-    position, angles = rng.uniform((0.35, -0.15, 0.2), (0.5, 0.15, 0.38)) * w["size"], rng.uniform(-0.2, 0.2, 3)
+    pauses = {
+        0: int(rng.integers(3, 15)),
+        int(rng.integers(steps // 4, steps)): int(rng.integers(8, 26)),
+    }  # step -> steps of rest
+    position, angles = (
+        rng.uniform((0.35, -0.15, 0.2), (0.5, 0.15, 0.38)) * w["size"],
+        rng.uniform(-0.2, 0.2, 3),
+    )
     joints, velocity, spin = HOME.copy(), np.zeros(3), np.zeros(3)
     for _ in range(20):
         joints = reach(mujoco, model, ghost, joints, position, Rotation.from_euler("xyz", angles))
@@ -149,7 +207,12 @@ def play(world, seed, number, steps):
         for name, view in views.items():
             renderer.update_scene(data, view)
             pictures[name].append(renderer.render().copy())
-        pose = np.concatenate([data.site_xpos[0], Rotation.from_matrix(data.site_xmat[0].reshape(3, 3)).as_euler("xyz")])
+        pose = np.concatenate(
+            [
+                data.site_xpos[0],
+                Rotation.from_matrix(data.site_xmat[0].reshape(3, 3)).as_euler("xyz"),
+            ]
+        )
         before, joints_before = np.array([*position, *angles, grip]), joints
         idle = max(idle - 1, 0, pauses.get(t, 0))
         if idle:
@@ -165,21 +228,33 @@ def play(world, seed, number, steps):
                 grip, wait = grip + np.clip(grip_to - grip, -0.34, 0.34), wait + 1
                 if wait > hold and abs(grip - grip_to) < 0.01 and len(path) > 1:
                     path, wait = path[1:], 0
-            joints = reach(mujoco, model, ghost, joints, position, Rotation.from_euler("xyz", angles))
+            joints = reach(
+                mujoco, model, ghost, joints, position, Rotation.from_euler("xyz", angles)
+            )
         data.ctrl[:7], data.ctrl[7:] = joints, 0.04 * (1 - grip)
         command = np.array([*position, *angles, grip])
         speed = (command - before) * RATE
         found = {
-            "observation/cartesian_position": pose, "observation/gripper_position": [1 - data.qpos[7:9].sum() / 0.08],
-            "observation/joint_position": data.qpos[:7].copy(), "action_dict/cartesian_position": command[:6],
-            "action_dict/cartesian_velocity": speed[:6], "action_dict/gripper_position": [grip], "action_dict/gripper_velocity": speed[6:],
-            "action_dict/joint_position": joints, "action_dict/joint_velocity": (joints - joints_before) * RATE,
+            "observation/cartesian_position": pose,
+            "observation/gripper_position": [1 - data.qpos[7:9].sum() / 0.08],
+            "observation/joint_position": data.qpos[:7].copy(),
+            "action_dict/cartesian_position": command[:6],
+            "action_dict/cartesian_velocity": speed[:6],
+            "action_dict/gripper_position": [grip],
+            "action_dict/gripper_velocity": speed[6:],
+            "action_dict/joint_position": joints,
+            "action_dict/joint_velocity": (joints - joints_before) * RATE,
             "action": [*speed[:6], grip],
-        }  # fmt: skip
+        }
         for k, x in found.items():
             rows.setdefault(k, []).append(x)
         for _ in range(SUBSTEPS):
             mujoco.mj_step(model, data)
     end = data.qpos[9 + 7 * wanted :][:3]
     done = bool(np.hypot(*(end - goal)[:2]) < 0.06 and end[2] < 0.05)
-    return {k: np.array(x, dtype=np.float32) for k, x in rows.items()}, pictures, list(COLOURS)[wanted], done
+    return (
+        {k: np.array(x, dtype=np.float32) for k, x in rows.items()},
+        pictures,
+        list(COLOURS)[wanted],
+        done,
+    )

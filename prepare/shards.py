@@ -1,12 +1,14 @@
-"""Pack downloaded VPT recordings (NAME.mp4 + NAME.jsonl, in any folders) into WebDataset shards; with --index, download them first.
+"""Pack downloaded VPT recordings (NAME.mp4 + NAME.jsonl, in any folders) into WebDataset shards;
+with --index, download them first.
 
     python -m prepare.shards recordings --out VPT                                            # what is in the folder
     python -m prepare.shards recordings --out VPT --index all_7xx_Apr_6.json --max_files 100 # first what OpenAI's index lists
 
-Writes OUT/shard-%06d.tar of at most --shard_size bytes and OUT/skipped.jsonl (file and reason of what was left out). A recording is packed
-if its video is a whole mp4 whose first frame decodes, its lines are good by the loader's rules (files/vpt.py), and there are as many of
-them as frames, give or take five. Run it again after a kill or when more recordings have arrived: what is in OUT already stays.
-"""
+Writes OUT/shard-%06d.tar of at most --shard_size bytes and OUT/skipped.jsonl (file and reason of
+what was left out). A recording is packed if its video is a whole mp4 whose first frame decodes, its
+lines are good by the loader's rules (files/vpt.py), and there are as many of them as frames, give
+or take five. Run it again after a kill or when more recordings have arrived: what is in OUT already
+stays."""
 
 import argparse
 import collections
@@ -39,9 +41,11 @@ SLACK = 5  # lines and frames of a real recording may differ by a few
 
 
 def fetch(url, path, retries, wait):
-    """Download url to path by way of path.part, going on where a broken transfer stopped. Returns the bytes that came, None for a 404.
+    """Download url to path by way of path.part, going on where a broken transfer stopped. Returns
+    the bytes that came, None for a 404.
 
-    Retries what may pass (no connection, a transfer cut short, 429, 5xx) after wait, 2 wait, 4 wait... seconds; then raises OSError."""
+    Retries what may pass (no connection, a transfer cut short, 429, 5xx) after wait, 2 wait, 4
+    wait... seconds; then raises OSError."""
     part, came = path + ".part", 0
     for attempt in range(retries + 1):
         time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
@@ -49,7 +53,9 @@ def fetch(url, path, retries, wait):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
-                resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(
+                    f"bytes {have}-"
+                )
                 have = have if resumed else 0
                 length = reply.headers.get("Content-Length")
                 with open(part, "ab" if resumed else "wb") as f:
@@ -76,7 +82,8 @@ def fetch(url, path, retries, wait):
 
 
 def download(index, folder, jobs, max_files, retries, wait):
-    """Fetch the recordings of an index file ({"basedir": url, "relpaths": ["data/6.13/NAME.mp4", ...]}) into folder. Returns a Counter."""
+    """Fetch the recordings of an index file ({"basedir": url, "relpaths": ["data/6.13/NAME.mp4",
+    ...]}) into folder. Returns a Counter."""
     with open(index) as f:
         listing = json.load(f)
     if not isinstance(listing, dict) or not {"basedir", "relpaths"} <= listing.keys():
@@ -88,10 +95,18 @@ def download(index, folder, jobs, max_files, retries, wait):
             raise ValueError(f"{index} lists {relpath}, which lies outside its folder")
         os.makedirs(os.path.dirname(os.path.join(folder, stem)), exist_ok=True)
         came = 0
-        for extension in (".jsonl", ".mp4"):  # the small one first: without it the video is of no use
+        for extension in (
+            ".jsonl",
+            ".mp4",
+        ):  # the small one first: without it the video is of no use
             path = os.path.join(folder, stem) + extension
             if not os.path.exists(path):
-                new = fetch(listing["basedir"].rstrip("/") + "/" + urllib.parse.quote(stem + extension), path, retries, wait)
+                new = fetch(
+                    listing["basedir"].rstrip("/") + "/" + urllib.parse.quote(stem + extension),
+                    path,
+                    retries,
+                    wait,
+                )
                 if new is None:
                     return "missing", 0
                 came += new
@@ -109,13 +124,18 @@ def download(index, folder, jobs, max_files, retries, wait):
                     outcome, came = "broken", 0
                     broken.append(str(e))
                 counts.update({outcome: 1, "bytes": came})
-                bar.set_postfix_str(f"{counts['bytes'] / 2**20:.0f} MiB, {counts['missing']} missing")
+                bar.set_postfix_str(
+                    f"{counts['bytes'] / 2**20:.0f} MiB, {counts['missing']} missing"
+                )
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
     recordings = len(listing["relpaths"][:max_files])
-    print(f"index       {recordings:7d} recordings: {counts['new']} fetched ({counts['bytes'] / 2**20:.1f} MiB), "
-          f"{counts['there']} were there, {counts['missing']} missing on the server (404)")  # fmt: skip
+    print(
+        f"index       {recordings:7d} recordings: {counts['new']} fetched"
+        f" ({counts['bytes'] / 2**20:.1f} MiB), {counts['there']} were there, {counts['missing']}"
+        " missing on the server (404)"
+    )
     if broken:
         more = "run again to go on, or without --index to pack what has come"
         raise OSError(f"{len(broken)} downloads broke off, such as {broken[0]}; {more}")
@@ -126,9 +146,11 @@ def download(index, folder, jobs, max_files, retries, wait):
 
 
 def key_of(stem):
-    """The WebDataset key of a recording: a function of its path below IN_DIR alone, so that it stays when others are added.
+    """The WebDataset key of a recording: a function of its path below IN_DIR alone, so that it
+    stays when others are added.
 
-    A key ends at its first dot, so `6.10_a` and `6.13_b` would be one; what is not safe becomes _, and a checksum keeps the keys apart."""
+    A key ends at its first dot, so `6.10_a` and `6.13_b` would be one; what is not safe becomes _,
+    and a checksum keeps the keys apart."""
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", stem.replace("/", "-"))
     return safe if safe == stem else f"{safe}-{zlib.crc32(stem.encode()):08x}"
 
@@ -144,7 +166,9 @@ def check(folder, stem, extensions):
         ticks = parse_ticks(text)
         if ticks.flaw:
             return f"jsonl: {ticks.flaw}", 0
-        for i, line in enumerate(text.splitlines()):  # the loader does not look at inventory and stats
+        for i, line in enumerate(
+            text.splitlines()
+        ):  # the loader does not look at inventory and stats
             try:
                 orjson.loads(line)
             except orjson.JSONDecodeError:
@@ -158,7 +182,9 @@ def check(folder, stem, extensions):
         return " ".join(str(e).split()), 0
     lines, frames = len(ticks.motion), len(times)
     ratio = ClipReader().frames_per_line(ticks, frames)
-    return (f"{lines} lines but {frames} frames" if abs(lines - frames / ratio) > SLACK else ""), frames
+    return (
+        f"{lines} lines but {frames} frames" if abs(lines - frames / ratio) > SLACK else ""
+    ), frames
 
 
 def packed_already(out):
@@ -191,7 +217,8 @@ def write_shard(path, folder, recordings, bar):
 
 
 def pack(folder, out, shard_size, jobs):
-    """Pack every good recording below folder that no shard of out holds. Returns the number packed, [{"file", "reason"}, ...] left out."""
+    """Pack every good recording below folder that no shard of out holds. Returns the number packed,
+    [{"file", "reason"}, ...] left out."""
     found = collections.defaultdict(dict)  # stem -> {extension: size}
     for root, _, names in os.walk(folder, followlinks=True):
         for name in names:
@@ -214,7 +241,10 @@ def pack(folder, out, shard_size, jobs):
         elif done[key] == found[stem]:
             before += 1
         else:
-            raise ValueError(f"{out} holds another recording as {key} than {os.path.join(folder, stem)}: give another --out")
+            raise ValueError(
+                f"{out} holds another recording as {key} than {os.path.join(folder, stem)}: give"
+                " another --out"
+            )
 
     skipped, batch, filled, packed, frames, first = [], [], 0, 0, 0, number
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
@@ -224,9 +254,16 @@ def pack(folder, out, shard_size, jobs):
         with tqdm(total=total, unit="B", unit_scale=True, desc="pack") as bar:
             for i, stem in enumerate(todo):
                 reason, n = checks[i].result()
-                size = sum(1024 + s for s in found[stem].values())  # a header and padding for each member
+                size = sum(
+                    1024 + s for s in found[stem].values()
+                )  # a header and padding for each member
                 if reason:
-                    skipped.append({"file": stem + (".mp4" if "mp4" in found[stem] else ".jsonl"), "reason": reason})
+                    skipped.append(
+                        {
+                            "file": stem + (".mp4" if "mp4" in found[stem] else ".jsonl"),
+                            "reason": reason,
+                        }
+                    )
                     bar.update(sum(found[stem].values()))
                     continue
                 if batch and filled + size > shard_size:
@@ -239,12 +276,20 @@ def pack(folder, out, shard_size, jobs):
                 number += 1
     finally:
         pool.shutdown(cancel_futures=True)
-    write_atomically(os.path.join(out, "skipped.jsonl"), "".join(json.dumps(s) + "\n" for s in skipped).encode())
+    write_atomically(
+        os.path.join(out, "skipped.jsonl"), "".join(json.dumps(s) + "\n" for s in skipped).encode()
+    )
 
     kinds = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)
     print(f"found       {len(found):7d} recordings below {folder}")
-    print(f"packed      {packed:7d} now ({frames / 20 / 3600:.2f} hours), in {number - first} shards; {before} were packed before")
-    print(f"left out    {len(skipped):7d}" + (f", see {os.path.join(out, 'skipped.jsonl')}" if skipped else ""))
+    print(
+        f"packed      {packed:7d} now ({frames / 20 / 3600:.2f} hours), in {number - first} shards;"
+        f" {before} were packed before"
+    )
+    print(
+        f"left out    {len(skipped):7d}"
+        + (f", see {os.path.join(out, 'skipped.jsonl')}" if skipped else "")
+    )
     for kind, n in kinds.most_common(8):
         print(f"            {n:7d} {kind}")
     return packed, skipped
@@ -252,21 +297,45 @@ def pack(folder, out, shard_size, jobs):
 
 if __name__ == "__main__":
     # --- flags ---
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("in_dir", metavar="IN_DIR", help="folder of recordings, searched recursively; --index downloads into it")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "in_dir",
+        metavar="IN_DIR",
+        help="folder of recordings, searched recursively; --index downloads into it",
+    )
     parser.add_argument("--out", default="VPT", help="folder of the shards")
-    parser.add_argument("--shard_size", type=float, default=1e9, help="bytes a shard may hold (one recording at least)")
+    parser.add_argument(
+        "--shard_size",
+        type=float,
+        default=1e9,
+        help="bytes a shard may hold (one recording at least)",
+    )
     parser.add_argument("--jobs", type=int, default=8, help="downloads, and checks, at a time")
-    parser.add_argument("--index", help='file {"basedir": url, "relpaths": [...]} that says what to download')
+    parser.add_argument(
+        "--index", help='file {"basedir": url, "relpaths": [...]} that says what to download'
+    )
     parser.add_argument("--max_files", type=int, help="take only that many recordings of the index")
-    parser.add_argument("--retries", type=int, default=5, help="further attempts at a download that broke off")
-    parser.add_argument("--retry_wait", type=float, default=1.0, help="seconds before the first of them; doubled each time")
+    parser.add_argument(
+        "--retries", type=int, default=5, help="further attempts at a download that broke off"
+    )
+    parser.add_argument(
+        "--retry_wait",
+        type=float,
+        default=1.0,
+        help="seconds before the first of them; doubled each time",
+    )
     args = parser.parse_args()
 
     # --- run ---
     try:
         if args.index:
-            download(args.index, args.in_dir, args.jobs, args.max_files, args.retries, args.retry_wait)
+            download(
+                args.index, args.in_dir, args.jobs, args.max_files, args.retries, args.retry_wait
+            )
         pack(args.in_dir, args.out, args.shard_size, args.jobs)
     except (OSError, ValueError) as e:
         sys.exit(str(e))

@@ -1,4 +1,5 @@
-"""Recordings for the tests: real mp4 whose frames carry their own number, real JSONL, real tar shards; and a cache of their own."""
+"""Recordings for the tests: real mp4 whose frames carry their own number, real JSONL, real tar
+shards; and a cache of their own."""
 
 import io
 import json
@@ -10,7 +11,9 @@ import tarfile
 import tempfile
 from fractions import Fraction
 
-os.environ["NANOJEPA_CACHE"] = tempfile.mkdtemp(prefix="nanojepa-cache-")  # before data.py is imported: it reads this once
+os.environ["NANOJEPA_CACHE"] = tempfile.mkdtemp(
+    prefix="nanojepa-cache-"
+)  # before data.py is imported: it reads this once
 
 import av  # noqa: E402
 import numpy as np  # noqa: E402
@@ -24,7 +27,8 @@ WIDTH, HEIGHT, BLOCK, LEFT = 80, 64, 16, 8  # a 64-pixel centre crop shows all b
 
 
 def picture(number):
-    """A frame (64, 80, 3) with its number in ten black or white blocks, then one white and one black one: a mirrored frame reads wrong."""
+    """A frame (64, 80, 3) with its number in ten black or white blocks, then one white and one
+    black one: a mirrored frame reads wrong."""
     image = np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)
     for bit in range(12):
         y, x = bit // 4 * BLOCK, LEFT + bit % 4 * BLOCK
@@ -33,7 +37,8 @@ def picture(number):
 
 
 def read_number(image):
-    """The number in a 64 x 64 centre crop, (H, W, 3) or (3, H, W); -1 if it is mirrored or no such picture."""
+    """The number in a 64 x 64 centre crop, (H, W, 3) or (3, H, W); -1 if it is mirrored or no such
+    picture."""
     image = np.asarray(image)
     image = image if image.shape[-1] == 3 else image.transpose(1, 2, 0)
     image = image[:, (image.shape[1] - HEIGHT) // 2 :]
@@ -42,17 +47,32 @@ def read_number(image):
 
 
 def film(frames=300, gop=60, bframes=3, times=None, container=None, x264="", size=None):
-    """Bytes of an mp4 of numbered frames at 20 fps, or at `times` in milliseconds; size: (width, height) of plain noise instead."""
-    path = os.path.join(tempfile.mkdtemp(), "film.mp4")  # a file, since faststart reads back what it wrote
+    """Bytes of an mp4 of numbered frames at 20 fps, or at `times` in milliseconds; size: (width,
+    height) of plain noise instead."""
+    path = os.path.join(
+        tempfile.mkdtemp(), "film.mp4"
+    )  # a file, since faststart reads back what it wrote
     with av.open(path, "w", options=container or {}) as c:
         stream = c.add_stream("libx264", rate=20)
         stream.width, stream.height = size or (WIDTH, HEIGHT)
         stream.pix_fmt = "yuv420p"
-        stream.options = {"g": str(gop), "bf": str(bframes), "threads": "1", "preset": "veryfast", "crf": "18", "x264-params": x264}
+        stream.options = {
+            "g": str(gop),
+            "bf": str(bframes),
+            "threads": "1",
+            "preset": "veryfast",
+            "crf": "18",
+            "x264-params": x264,
+        }
         stream.codec_context.time_base = Fraction(1, 1000)
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(i) if size is None else np.full((size[1], size[0], 3), i % 256, np.uint8))
-            frame.pts, frame.time_base = int(50 * i if times is None else times[i]), Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(
+                picture(i) if size is None else np.full((size[1], size[0], 3), i % 256, np.uint8)
+            )
+            frame.pts, frame.time_base = (
+                int(50 * i if times is None else times[i]),
+                Fraction(1, 1000),
+            )
             c.mux(stream.encode(frame))
         c.mux(stream.encode())
     with open(path, "rb") as f:
@@ -62,17 +82,39 @@ def film(frames=300, gop=60, bframes=3, times=None, container=None, x264="", siz
 
 
 def contractor(lines=300, seed=0, **change):
-    """Contractor lines as dicts: the camera follows the mouse at 0.15 degrees a pixel; change: field -> value or function of the line."""
+    """Contractor lines as dicts: the camera follows the mouse at 0.15 degrees a pixel; change:
+    field -> value or function of the line."""
     rng = np.random.default_rng(seed)
     dx, dy = rng.normal(0, 30, lines).round(1), rng.normal(0, 10, lines).round(1)
     yaw, pitch = 0.15 * (np.cumsum(dx) - dx), np.clip(0.15 * (np.cumsum(dy) - dy), -90, 90)
     out = []
     for i in range(lines):
-        mouse = {"x": 640.0, "y": 360.0, "dx": dx[i], "dy": dy[i], "dwheel": 0.0, "buttons": [], "newButtons": []}
-        keys = [f"key.keyboard.{k}" for k, p in (("w", 0.5), ("a", 0.2), ("d", 0.1)) if rng.random() < p]
-        line = {"mouse": mouse, "keyboard": {"keys": keys, "newKeys": [], "chars": ""}, "isGuiOpen": False, "isGuiInventory": False,
-                "hotbar": 0, "yaw": yaw[i], "pitch": pitch[i], "xpos": 1.5, "tick": i, "milli": 50 * i,
-                "inventory": [{"type": "oak_planks", "quantity": 3}], "stats": {"minecraft.custom:minecraft.jump": i}}  # fmt: skip
+        mouse = {
+            "x": 640.0,
+            "y": 360.0,
+            "dx": dx[i],
+            "dy": dy[i],
+            "dwheel": 0.0,
+            "buttons": [],
+            "newButtons": [],
+        }
+        keys = [
+            f"key.keyboard.{k}" for k, p in (("w", 0.5), ("a", 0.2), ("d", 0.1)) if rng.random() < p
+        ]
+        line = {
+            "mouse": mouse,
+            "keyboard": {"keys": keys, "newKeys": [], "chars": ""},
+            "isGuiOpen": False,
+            "isGuiInventory": False,
+            "hotbar": 0,
+            "yaw": yaw[i],
+            "pitch": pitch[i],
+            "xpos": 1.5,
+            "tick": i,
+            "milli": 50 * i,
+            "inventory": [{"type": "oak_planks", "quantity": 3}],
+            "stats": {"minecraft.custom:minecraft.jump": i},
+        }
         out.append(line | {k: v(i) if callable(v) else v for k, v in change.items()})
     return out
 
@@ -96,7 +138,10 @@ def write_shards(folder, count, mp4):
     for s in range(count):
         members = {}
         for k in range(2):
-            members |= {f"6.1{s}_player-{k}.mp4": mp4, f"6.1{s}_player-{k}.jsonl": jsonl(contractor(seed=2 * s + k))}
+            members |= {
+                f"6.1{s}_player-{k}.mp4": mp4,
+                f"6.1{s}_player-{k}.jsonl": jsonl(contractor(seed=2 * s + k)),
+            }
         write_tar(folder / f"shard-{s:06d}.tar", members)
     return folder
 
@@ -131,9 +176,20 @@ def forkserver():
     """Processes of our scripts start from a server that has imported them already."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # it finds what it imports from here
+        patch.chdir(
+            os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        )  # it finds what it imports from here
         multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["train_ac", "encode", "eval", "fit_scaler", "train_lam", "eval_lam", "prepare.manifest", "train_lora"]
+            [
+                "train_ac",
+                "encode",
+                "eval",
+                "fit_scaler",
+                "train_lam",
+                "eval_lam",
+                "prepare.manifest",
+                "train_lora",
+            ]
         )
         multiprocessing.forkserver.ensure_running()
         yield

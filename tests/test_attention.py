@@ -1,7 +1,7 @@
 """The Triton attention kernels against float64: in Triton's interpreter on a CPU, or on a GPU.
 
-TRITON_INTERPRET=1 pytest tests/test_attention.py      # Triton reads the variable when a kernel is imported: a process of its own
-"""
+TRITON_INTERPRET=1 pytest tests/test_attention.py      # Triton reads the variable when a kernel is
+imported: a process of its own"""
 
 import contextlib
 import os
@@ -14,7 +14,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 pytest tests/test_attention.py", allow_module_level=True)
+    pytest.skip(
+        "needs a GPU, or TRITON_INTERPRET=1 pytest tests/test_attention.py", allow_module_level=True
+    )
 
 import kernels  # noqa: E402
 from kernels import attention  # noqa: E402
@@ -34,17 +36,21 @@ def fused(B, nh, L, hd, dtype=torch.float32, seed=0):
 def run(attend, qkv, block, seed=1):
     """(output, gradient of the fused qkv) for a random output gradient."""
     out = attend(*qkv.permute(2, 0, 3, 1, 4), block)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, out.dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(
+        DEVICE, out.dtype
+    )
     return out.detach(), *torch.autograd.grad(out, qkv, grad)
 
 
 def errors(got, exact):
-    """Relative errors of the output and of dq, dk, dv. A gradient that is zero but for rounding (one key: its weight is always 1)
-    is measured against dv."""
+    """Relative errors of the output and of dq, dk, dv. A gradient that is zero but for rounding
+    (one key: its weight is always 1) is measured against dv."""
     (o, d), (o_exact, d_exact) = ([x.double() for x in pair] for pair in (got, exact))
     size = [d_exact[:, :, i].norm() for i in range(3)]
     size = [s if s > 1e-6 * size[2] else size[2] for s in size]
-    return [((o - o_exact).norm() / o_exact.norm()).item()] + [((d - d_exact)[:, :, i].norm() / size[i]).item() for i in range(3)]
+    return [((o - o_exact).norm() / o_exact.norm()).item()] + [
+        ((d - d_exact)[:, :, i].norm() / size[i]).item() for i in range(3)
+    ]
 
 
 def check(B, nh, L, hd, block, dtype):
@@ -61,7 +67,16 @@ def check(B, nh, L, hd, block, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "T, block, hd, cut", [(1, 1, 32, 0), (1, 41, 64, 0), (2, 70, 64, 0), (7, 18, 80, 0), (8, 20, 128, 7), (16, 9, 32, 4), (37, 1, 64, 0)]
+    "T, block, hd, cut",
+    [
+        (1, 1, 32, 0),
+        (1, 41, 64, 0),
+        (2, 70, 64, 0),
+        (7, 18, 80, 0),
+        (8, 20, 128, 7),
+        (16, 9, 32, 4),
+        (37, 1, 64, 0),
+    ],
 )
 def test_forward_and_gradients(T, block, hd, cut, dtype):
     """Catches a wrong limit at a step's edge, a lost tail of L, a missing scale of dQ or dK."""
@@ -70,7 +85,8 @@ def test_forward_and_gradients(T, block, hd, cut, dtype):
 
 @pytest.mark.parametrize("kind, width", TILES)
 def test_every_tile(kind, width, monkeypatch):
-    """Catches a tile whose loops miss the keys between the unmasked and the masked range, where block, L and tile share no divisor."""
+    """Catches a tile whose loops miss the keys between the unmasked and the masked range, where
+    block, L and tile share no divisor."""
     dtype = torch.float32 if INTERPRET or kind == "fp32" else torch.bfloat16
     monkeypatch.setattr(attention, "tiles", lambda *_: TILES[kind, width])
     for L, block in ((201, 67), (150, 31), (3, 2)):
@@ -81,32 +97,44 @@ def test_every_tile(kind, width, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("T, block, hd", [(2, 258, 64), (7, 258, 64), (8, 198, 80), (4, 259, 32), (3, 578, 128), (16, 130, 64)])
+@pytest.mark.parametrize(
+    "T, block, hd",
+    [(2, 258, 64), (7, 258, 64), (8, 198, 80), (4, 259, 32), (3, 578, 128), (16, 130, 64)],
+)
 def test_real_sizes(T, block, hd, dtype):
-    """Catches what small shapes hide: many tiles, head groups, log-sum-exps of thousands of keys."""
+    """Catches what small shapes hide: many tiles, head groups, log-sum-exps of thousands of
+    keys."""
     check(1, 1 if INTERPRET else 40, T * block, hd, block, dtype)
 
 
 def test_more_heads_than_a_group():
-    """Catches a program that is given the head or the tile of another one: 35 heads are a group of 32 and one of 3."""
+    """Catches a program that is given the head or the tile of another one: 35 heads are a group of
+    32 and one of 3."""
     check(5, 7, 70, 32, 35, torch.float32)
 
 
 def test_any_strides():
-    """Catches kernels that assume contiguous rows, batch-major heads, or that the output gradient has the output's layout."""
+    """Catches kernels that assume contiguous rows, batch-major heads, or that the output gradient
+    has the output's layout."""
     q, k, v = (torch.randn(2, 3, 72, 80, device=DEVICE) for _ in range(3))
     plain = attention_triton(q, k, v, 24)
     columns = q.mT.contiguous().mT  # last stride 72
-    wide = torch.full((2, 3, 72, 240), float("nan"), device=DEVICE)  # hd = 80 is computed as 128: what lies behind must not be read
+    wide = torch.full(
+        (2, 3, 72, 240), float("nan"), device=DEVICE
+    )  # hd = 80 is computed as 128: what lies behind must not be read
     wide[..., 80:160] = k
     repeated = v[:, :1].expand(2, 3, 72, 80)  # stride 0 over heads
     assert torch.equal(attention_triton(columns, wide[..., 80:160], v, 24), plain)
     assert torch.equal(attention_triton(q, k, repeated, 24)[:, 0], plain[:, 0])
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    of_sum = torch.autograd.grad(attention_triton(*inputs, 24).sum(), inputs)  # a gradient of stride 0
+    of_sum = torch.autograd.grad(
+        attention_triton(*inputs, 24).sum(), inputs
+    )  # a gradient of stride 0
     of_ones = torch.autograd.grad(attention_triton(*inputs, 24), inputs, torch.ones_like(q))
     assert all(torch.equal(a, b) for a, b in zip(of_sum, of_ones))
-    assert plain.transpose(1, 2).flatten(2).data_ptr() == plain.data_ptr()  # no copy before the projection
+    assert (
+        plain.transpose(1, 2).flatten(2).data_ptr() == plain.data_ptr()
+    )  # no copy before the projection
 
 
 @pytest.mark.skipif(not INTERPRET, reason="9 GB of a sparse file")
@@ -117,24 +145,32 @@ def test_offsets_beyond_32_bits(tmp_path):
         k = base.as_strided((B, 1, L, 32), strides)
         k.copy_(torch.randn(B, 1, L, 32, generator=torch.Generator().manual_seed(0)))
         q, v = torch.randn(2, B, 1, L, 32).half()
-        assert torch.equal(attention_triton(q, k, v, 150), attention_triton(q, k.contiguous(), v, 150))
+        assert torch.equal(
+            attention_triton(q, k, v, 150), attention_triton(q, k.contiguous(), v, 150)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_later_steps_cannot_be_seen(dtype):
-    """Catches a leak too small for a tolerance: later tokens become huge, earlier outputs and dq stay equal bit by bit."""
+    """Catches a leak too small for a tolerance: later tokens become huge, earlier outputs and dq
+    stay equal bit by bit."""
     block, L = 23, 161
     before = fused(1, 2, L, 64, dtype)
     for t in (1, 3, 6):
         after = before.detach().clone()
-        after[:, t * block :, 1:] = torch.tensor([1e3, 1e4], dtype=dtype, device=DEVICE)[:, None, None]
-        (o1, d1), (o2, d2) = (run(attention_triton, x.requires_grad_(), block) for x in (before, after))
+        after[:, t * block :, 1:] = torch.tensor([1e3, 1e4], dtype=dtype, device=DEVICE)[
+            :, None, None
+        ]
+        (o1, d1), (o2, d2) = (
+            run(attention_triton, x.requires_grad_(), block) for x in (before, after)
+        )
         assert torch.equal(o1[:, :, : t * block], o2[:, :, : t * block]) and not torch.equal(o1, o2)
         assert torch.equal(d1[:, : t * block, 0], d2[:, : t * block, 0])
 
 
 def test_later_rows_give_no_gradient_upwards():
-    """Catches dK/dV that sum over rows which cannot see the key: an output gradient of step t reaches the keys of steps <= t only."""
+    """Catches dK/dV that sum over rows which cannot see the key: an output gradient of step t
+    reaches the keys of steps <= t only."""
     q, k, v = (x.detach().requires_grad_() for x in fused(1, 1, 150, 32).permute(2, 0, 3, 1, 4))
     out = attention_triton(q, k, v, 30)
     grad = torch.zeros_like(out)
@@ -155,16 +191,22 @@ def test_outputs_are_written_everywhere(monkeypatch):
     qkv = fused(1, 2, 77, 80)
     expected = run(attention_triton, qkv, 19)
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan"))
+    )
     assert all(torch.equal(a, b) for a, b in zip(expected, run(attention_triton, qkv, 19)))
 
 
 def test_opcheck():
-    """Catches a fake tensor of another layout than the real one, a mutated input, and gradients that differ under AOTAutograd."""
+    """Catches a fake tensor of another layout than the real one, a mutated input, and gradients
+    that differ under AOTAutograd."""
     q, k, v = (torch.randn(1, 2, 20, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     torch.library.opcheck(torch.ops.nanojepa.attention, (q, k, v, 6))
     o, lse = torch.ops.nanojepa.attention(q.detach(), k.detach(), v.detach(), 6)
-    torch.library.opcheck(torch.ops.nanojepa.attention_backward, (torch.ones_like(o), q.detach(), k.detach(), v.detach(), o, lse, 6))
+    torch.library.opcheck(
+        torch.ops.nanojepa.attention_backward,
+        (torch.ones_like(o), q.detach(), k.detach(), v.detach(), o, lse, 6),
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -179,19 +221,31 @@ def test_compiles_as_one_graph(backend):
     eager = run(layer, qkv, 8)
     compiled = run(torch.compile(layer, fullgraph=True, backend=backend), qkv, 8)
     for a, b in zip(eager, compiled):
-        torch.testing.assert_close(a, b, rtol=0 if backend == "aot_eager" else 1e-5, atol=0 if backend == "aot_eager" else 1e-5)
+        torch.testing.assert_close(
+            a,
+            b,
+            rtol=0 if backend == "aot_eager" else 1e-5,
+            atol=0 if backend == "aot_eager" else 1e-5,
+        )
 
 
 def test_autocast_computes_in_its_dtype():
-    """Catches fp32 inputs that stay fp32 under autocast (no tensor cores), and gradients that come back in 16 bits."""
+    """Catches fp32 inputs that stay fp32 under autocast (no tensor cores), and gradients that come
+    back in 16 bits."""
     qkv = fused(1, 1, 30, 32)
-    by_hand = run(lambda q, k, v, block: attention_triton(q.bfloat16(), k.bfloat16(), v.bfloat16(), block), qkv, 10)
+    by_hand = run(
+        lambda q, k, v, block: attention_triton(q.bfloat16(), k.bfloat16(), v.bfloat16(), block),
+        qkv,
+        10,
+    )
     with torch.autocast(DEVICE.type, torch.bfloat16):
         automatic = run(attention_triton, qkv, 10)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = attention_triton(q.bfloat16(), k, v.bfloat16(), 10)
     assert automatic[0].dtype == torch.bfloat16 and automatic[1].dtype == torch.float32
-    assert torch.equal(mixed, automatic[0]) and all(torch.equal(a, b) for a, b in zip(by_hand, automatic))
+    assert torch.equal(mixed, automatic[0]) and all(
+        torch.equal(a, b) for a, b in zip(by_hand, automatic)
+    )
 
 
 def test_activation_checkpointing():
@@ -204,7 +258,8 @@ def test_activation_checkpointing():
 
 @pytest.mark.parametrize("dtype, checkpointing", [(torch.float32, False), (torch.bfloat16, True)])
 def test_the_losses_are_one_graph(monkeypatch, dtype, checkpointing):
-    """Catches a graph break or other numbers where compiling, autocast, checkpointing and the rollout's kept keys and values meet."""
+    """Catches a graph break or other numbers where compiling, autocast, checkpointing and the
+    rollout's kept keys and values meet."""
     monkeypatch.setattr(kernels, "attention_impl", lambda *a: "triton")
     torch.manual_seed(0)
     ac = ACModel(Predictor(24, 3, 2, (2, 3), pred_dim=64, depth=2, num_heads=2)).to(DEVICE)
@@ -215,11 +270,15 @@ def test_the_losses_are_one_graph(monkeypatch, dtype, checkpointing):
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             losses = module(*data)
         sum(losses).backward()
-        return torch.stack([x.detach().float() for x in losses]), torch.cat([p.grad.flatten() for p in ac.parameters()])
+        return torch.stack([x.detach().float() for x in losses]), torch.cat(
+            [p.grad.flatten() for p in ac.parameters()]
+        )
 
     plain = step(ac)
     ac.predictor.activation_checkpointing = checkpointing
-    for a, b in zip(plain, step(torch.compile(ac, fullgraph=True, dynamic=False, backend="aot_eager"))):
+    for a, b in zip(
+        plain, step(torch.compile(ac, fullgraph=True, dynamic=False, backend="aot_eager"))
+    ):
         assert ((a - b).norm() / a.norm()).item() < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
@@ -248,7 +307,10 @@ leave_group()
 def test_two_ranks_are_one(tmp_path):
     """Catches a custom op whose gradients DDP does not see."""
     (tmp_path / "ranks.py").write_text(DDP)
-    torch.save([torch.randn(*shape) for shape in ((2, 3, 6, 24), (2, 2, 3), (2, 3, 2))], tmp_path / "data.pt")
+    torch.save(
+        [torch.randn(*shape) for shape in ((2, 3, 6, 24), (2, 2, 3), (2, 3, 2))],
+        tmp_path / "data.pt",
+    )
     command = [
         sys.executable,
         "-m",
@@ -258,20 +320,29 @@ def test_two_ranks_are_one(tmp_path):
         tmp_path / "ranks.py",
         tmp_path / "data.pt",
     ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
-    """Catches a launch on GPU 0 of pointers of GPU 3: Triton takes the current device, whatever holds the tensors."""
+    """Catches a launch on GPU 0 of pointers of GPU 3: Triton takes the current device, whatever
+    holds the tensors."""
     entered = []
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x.shape) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "device_of", lambda x: entered.append(x.shape) or contextlib.nullcontext()
+    )
     q, k, v = (torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     kernels.block_causal_attention(q, k, v, 4, impl="triton").sum().backward()
     assert len(entered) == 2
     sum(
-        x.sum() for x in kernels.apply_rope((q, k), torch.ones(12, 32, device=DEVICE), torch.ones(12, 32, device=DEVICE), "triton")
+        x.sum()
+        for x in kernels.apply_rope(
+            (q, k), torch.ones(12, 32, device=DEVICE), torch.ones(12, 32, device=DEVICE), "triton"
+        )
     ).backward()
     assert len(entered) == 4
     kernels.moments(q[0, 0].detach(), "triton")
@@ -281,7 +352,9 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
 def test_gradients_of_gradients_are_refused():
     """Catches second derivatives that are silently zero."""
     qkv = fused(1, 1, 6, 32)
-    (grad,) = torch.autograd.grad(attention_triton(*qkv.permute(2, 0, 3, 1, 4), 2).pow(2).sum(), qkv, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        attention_triton(*qkv.permute(2, 0, 3, 1, 4), 2).pow(2).sum(), qkv, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="attention_backward"):
         grad.sum().backward()
 
@@ -293,7 +366,10 @@ def test_gradients_of_gradients_are_refused():
         ({"k": (1, 2, 6, 32)}, r"\(1, 2, 6, 32\).*one shape"),
         ({"q": (2, 12, 32)}, r"\(B, nh, L, hd\)"),
         ({"q": (1, 2, 0, 32), "k": (1, 2, 0, 32), "v": (1, 2, 0, 32)}, "non-empty"),
-        ({name: (1, 2, 12, 48) for name in "qkv"}, r"head dim 48 is not one of \(32, 64, 80, 128\).*prefix"),
+        (
+            {name: (1, 2, 12, 48) for name in "qkv"},
+            r"head dim 48 is not one of \(32, 64, 80, 128\).*prefix",
+        ),
         ({"dtype": torch.float64}, "torch.float64.*cast all three"),
         ({"v_dtype": torch.bfloat16}, "torch.float32, torch.float32, torch.bfloat16"),
         ({"block": 0}, "block=0"),
@@ -302,12 +378,26 @@ def test_gradients_of_gradients_are_refused():
 )
 def test_wrong_inputs_say_what_to_do(change, message):
     """Catches shapes and dtypes that would read out of bounds, or be cast in silence."""
-    q, k, v = (torch.zeros(change.get(n, (1, 2, 12, 32)), dtype=change.get("dtype", torch.float32), device=DEVICE) for n in "qkv")
+    q, k, v = (
+        torch.zeros(
+            change.get(n, (1, 2, 12, 32)), dtype=change.get("dtype", torch.float32), device=DEVICE
+        )
+        for n in "qkv"
+    )
     with pytest.raises(ValueError, match=message):
-        attention_triton(q.to(change.get("device", DEVICE)), k, v.to(change.get("v_dtype", v.dtype)), change.get("block", 4))
+        attention_triton(
+            q.to(change.get("device", DEVICE)),
+            k,
+            v.to(change.get("v_dtype", v.dtype)),
+            change.get("block", 4),
+        )
 
 
 def test_served_is_what_runs():
     """Catches a dispatcher that sends here what attention_triton refuses."""
-    assert all(attention.served(DEVICE, dtype, hd) for dtype in attention.DTYPES for hd in HEAD_DIMS)
-    assert not attention.served(DEVICE, torch.float64, 64) and not attention.served(DEVICE, torch.float32, 48)
+    assert all(
+        attention.served(DEVICE, dtype, hd) for dtype in attention.DTYPES for hd in HEAD_DIMS
+    )
+    assert not attention.served(DEVICE, torch.float64, 64) and not attention.served(
+        DEVICE, torch.float32, 48
+    )

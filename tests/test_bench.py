@@ -1,4 +1,5 @@
-"""The benchmarks of kernels and step, shrunk, from the command line: what they compare must be equal before it is timed."""
+"""The benchmarks of kernels and step, shrunk, from the command line: what they compare must be
+equal before it is timed."""
 
 import json
 import os
@@ -21,9 +22,12 @@ def bench(name, flags):
 
 
 def test_the_baseline_step_has_our_losses():
-    """Bug: the step that ours is timed against drifts from it, so that the ratio compares two models."""
+    """Bug: the step that ours is timed against drifts from it, so that the ratio compares two
+    models."""
     rows, text = bench(
-        "step", "--no-compile --crop_size 32 --pred_dim 48 --pred_depth 2 --pred_heads 2 --steps 4 --batch_size 2 --repeats 1"
+        "step",
+        "--no-compile --crop_size 32 --pred_dim 48 --pred_depth 2 --pred_heads 2 --steps 4"
+        " --batch_size 2 --repeats 1",
     )
     assert [row["step"] for row in rows] == ["reference", "ours"]
     assert text.count("off by") == 2  # both were compared, and a difference above 1e-5 ends the run
@@ -31,8 +35,11 @@ def test_the_baseline_step_has_our_losses():
 
 @pytest.mark.slow
 def test_attention_rows_say_what_auto_takes():
-    """Bug: the row marked as what impl="auto" takes is another one; FlexAttention left out without a word."""
-    rows, text = bench("attention", "--heads 2 --head_dim 32 --block 70 --steps 1 4 --no-flex --repeats 1")
+    """Bug: the row marked as what impl="auto" takes is another one; FlexAttention left out without
+    a word."""
+    rows, text = bench(
+        "attention", "--heads 2 --head_dim 32 --block 70 --steps 1 4 --no-flex --repeats 1"
+    )
     assert [(r["T"], r["impl"]) for r in rows if r["auto"]] == [(1, "prefix"), (4, "prefix")]
     assert {r["impl"] for r in rows} == {"reference", "prefix"} and "triton: needs a GPU" in text
 
@@ -40,6 +47,10 @@ def test_attention_rows_say_what_auto_takes():
 @pytest.mark.slow
 def test_scaling_measures_each_row_by_itself(tmp_path):
     """Bug: memory of a row holds what earlier rows left behind, so that it never falls."""
-    rows, _ = bench("scaling", f"--sweeps depth width --crop_size 32 --repeats 1 --out {tmp_path / 'plot.png'}")
+    rows, _ = bench(
+        "scaling", f"--sweeps depth width --crop_size 32 --repeats 1 --out {tmp_path / 'plot.png'}"
+    )
     assert [r["size"] for r in rows] == [3, 6, 12, 24, 128, 256, 512, 1024]
-    assert rows[4]["MiB"] < rows[3]["MiB"] and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert rows[4]["MiB"] < rows[3]["MiB"] and (tmp_path / "plot.png").read_bytes().startswith(
+        b"\x89PNG"
+    )

@@ -1,4 +1,5 @@
-"""checkpoint.py and files/logs.py: files that are whole or not there, damage that is known, logs that keep the right rows."""
+"""checkpoint.py and files/logs.py: files that are whole or not there, damage that is known, logs
+that keep the right rows."""
 
 import os
 import signal
@@ -19,8 +20,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def state(step=0):
     torch.manual_seed(step)
     tensors = {f"blocks.{i}.weight": torch.randn(9, 7) for i in range(4)}
-    return {"predictor": tensors, "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-            "epoch": step, "itr": 0, "args": {"data": [["a"]], "lr": 1e-3, "encoder": None}, "rng": torch.get_rng_state()}  # fmt: skip
+    return {
+        "predictor": tensors,
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(2.0)}},
+            "param_groups": [{"lr": 0.1, "params": [0]}],
+        },
+        "epoch": step,
+        "itr": 0,
+        "args": {"data": [["a"]], "lr": 1e-3, "encoder": None},
+        "rng": torch.get_rng_state(),
+    }
 
 
 def equal(a, b):
@@ -34,37 +44,63 @@ def names(folder):
 
 
 def test_what_is_saved_is_what_is_loaded_and_torch_can_read_it(tmp_path):
-    """Bug: our checksum makes the file unreadable for plain torch.load, which Meta's hub code and users call."""
+    """Bug: our checksum makes the file unreadable for plain torch.load, which Meta's hub code and
+    users call."""
     path = checkpoint.save(tmp_path, state(3), 3)
     assert equal(checkpoint.load(path), state(3))
-    assert equal(torch.load(path, weights_only=True), state(3)) and equal(torch.load(path, weights_only=True, mmap=True), state(3))
+    assert equal(torch.load(path, weights_only=True), state(3)) and equal(
+        torch.load(path, weights_only=True, mmap=True), state(3)
+    )
     assert os.readlink(tmp_path / checkpoint.LATEST) == "checkpoint-epoch003.pth.tar"
 
 
 def test_rotation_keeps_the_last_and_every_nth(tmp_path):
-    """Bug: rotation deletes what it has just written, sorts epoch 10 before 9 or 1000 before 999, or keeps all when keep_last is 0."""
+    """Bug: rotation deletes what it has just written, sorts epoch 10 before 9 or 1000 before 999,
+    or keeps all when keep_last is 0."""
     for epoch, itr in ((9, 0), (9, 5), (10, 0), (25, 0), (26, 7), (999, 0), (1000, 0)):
-        path = checkpoint.save(tmp_path, {"epoch": epoch, "itr": itr}, epoch, itr, keep_last=2, keep_every=25)
+        path = checkpoint.save(
+            tmp_path, {"epoch": epoch, "itr": itr}, epoch, itr, keep_last=2, keep_every=25
+        )
         assert os.path.realpath(tmp_path / checkpoint.LATEST) == os.path.realpath(path)
         assert checkpoint.load_latest(tmp_path) == ({"epoch": epoch, "itr": itr}, path)
-    assert names(tmp_path) == ["checkpoint-epoch025.pth.tar", "checkpoint-epoch999.pth.tar", "checkpoint-epoch1000.pth.tar"]
+    assert names(tmp_path) == [
+        "checkpoint-epoch025.pth.tar",
+        "checkpoint-epoch999.pth.tar",
+        "checkpoint-epoch1000.pth.tar",
+    ]
     for epoch in (1001, 1002):
-        checkpoint.save(tmp_path, {}, epoch, keep_last=0, keep_every=0)  # 0: none is kept for good, and the new one must survive
+        checkpoint.save(
+            tmp_path, {}, epoch, keep_last=0, keep_every=0
+        )  # 0: none is kept for good, and the new one must survive
     assert names(tmp_path) == ["checkpoint-epoch1002.pth.tar"]
     (tmp_path / "checkpoint-epoch001-copy.pth.tar").write_bytes(b"a user's own")
     checkpoint.save(tmp_path, {}, 1003, keep_last=1)
     assert (tmp_path / "checkpoint-epoch001-copy.pth.tar").exists() and len(names(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("where", ["start", "data.pkl", "tensor", "padding", "directory", "attributes", "end", "checksum"])
+@pytest.mark.parametrize(
+    "where",
+    ["start", "data.pkl", "tensor", "padding", "directory", "attributes", "end", "checksum"],
+)
 def test_a_flipped_bit_is_known_wherever_it_is(tmp_path, where):
-    """Bug: the zip's CRCs do not cover its directory: bit 4 of an entry's attributes makes torch.load return uninitialised memory."""
+    """Bug: the zip's CRCs do not cover its directory: bit 4 of an entry's attributes makes
+    torch.load return uninitialised memory."""
     path = checkpoint.save(tmp_path, state(), 1)
     raw = bytearray(open(path, "rb").read())
-    entry = raw.index(b"PK\x01\x02", raw.index(b"PK\x01\x02") + 200)  # a record of the central directory
+    entry = raw.index(
+        b"PK\x01\x02", raw.index(b"PK\x01\x02") + 200
+    )  # a record of the central directory
     tensor = raw.index(state()["predictor"]["blocks.2.weight"].numpy().tobytes())
-    place = {"start": 5, "data.pkl": raw.index(b"predictor"), "tensor": tensor + 9, "padding": tensor - 1, "directory": entry + 12,
-             "attributes": entry + 38, "end": len(raw) - 12, "checksum": len(raw) - 3}[where]  # fmt: skip
+    place = {
+        "start": 5,
+        "data.pkl": raw.index(b"predictor"),
+        "tensor": tensor + 9,
+        "padding": tensor - 1,
+        "directory": entry + 12,
+        "attributes": entry + 38,
+        "end": len(raw) - 12,
+        "checksum": len(raw) - 3,
+    }[where]
     raw[place] ^= 0x10
     open(path, "wb").write(raw)
     with pytest.raises(ValueError, match="checkpoint-epoch001.pth.tar is damaged"):
@@ -72,7 +108,8 @@ def test_a_flipped_bit_is_known_wherever_it_is(tmp_path, where):
 
 
 def test_a_cut_file_is_known_at_every_length(tmp_path, capsys):
-    """Bug: a file cut just before its end still loads, or raises something else than ValueError, and the run does not fall back."""
+    """Bug: a file cut just before its end still loads, or raises something else than ValueError,
+    and the run does not fall back."""
     good = checkpoint.save(tmp_path, state(1), 1)
     path = checkpoint.save(tmp_path, state(2), 2)
     raw = open(path, "rb").read()
@@ -89,13 +126,19 @@ def test_a_cut_file_is_known_at_every_length(tmp_path, capsys):
 
 
 def test_a_restarted_rank_waits_for_the_lock_of_a_dead_node(tmp_path):
-    """Bug: NFS keeps the lock of a node that died for a minute and more, and rank 0, started again elsewhere, uses up --max_restarts."""
-    program = "import sys, time, checkpoint; checkpoint.lock(sys.argv[1]); print('mine', flush=True); time.sleep(float(sys.argv[2]))"
+    """Bug: NFS keeps the lock of a node that died for a minute and more, and rank 0, started again
+    elsewhere, uses up --max_restarts."""
+    program = (
+        "import sys, time, checkpoint; checkpoint.lock(sys.argv[1]); print('mine', flush=True);"
+        " time.sleep(float(sys.argv[2]))"
+    )
 
     def start(seconds, restarts):
         env = os.environ | {"TORCHELASTIC_RESTART_COUNT": restarts}
         command = [sys.executable, "-c", program, str(tmp_path), str(seconds)]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     first = start(60, "0")
     assert first.stdout.readline() == "mine\n"
@@ -113,7 +156,8 @@ class Bomb:
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
-    """Bug: a checkpoint from elsewhere runs code; or is refused by an exception that load_latest does not expect."""
+    """Bug: a checkpoint from elsewhere runs code; or is refused by an exception that load_latest
+    does not expect."""
     monkeypatch.chdir(tmp_path)
     path = checkpoint.save("run", {"epoch": Bomb()}, 1)  # with a right checksum
     with pytest.raises(ValueError, match="checkpoint-epoch001"):
@@ -131,21 +175,31 @@ for epoch in range(1, 10**6):
 
 
 def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """Bug: a checkpoint is visible before it is whole, `latest` points at nothing, or what the killed saves left behind piles up."""
+    """Bug: a checkpoint is visible before it is whole, `latest` points at nothing, or what the
+    killed saves left behind piles up."""
     rng = np.random.default_rng(0)
     for _ in range(3):
-        p = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        p = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(3):
             p.stdout.readline()
         time.sleep(rng.uniform(0, 0.05))
         p.send_signal(signal.SIGKILL)
         done = [int(x) for x in p.communicate()[0].split()]
         loaded, path = checkpoint.load_latest(tmp_path)
-        assert loaded["epoch"] >= max(done, default=3) and torch.equal(loaded["predictor"]["w"], torch.arange(3_000_000.0))
+        assert loaded["epoch"] >= max(done, default=3) and torch.equal(
+            loaded["predictor"]["w"], torch.arange(3_000_000.0)
+        )
         assert os.path.exists(tmp_path / checkpoint.LATEST)
         assert len(names(tmp_path)) <= 3
     (tmp_path / "checkpoint-epoch900.pth.tar.77.tmp").write_bytes(b"x")
-    (tmp_path / (checkpoint.LATEST + ".tmp")).symlink_to("gone")  # killed between the two lines that move the link
+    (tmp_path / (checkpoint.LATEST + ".tmp")).symlink_to(
+        "gone"
+    )  # killed between the two lines that move the link
     checkpoint.save(tmp_path, {"epoch": 10**6}, 10**6)
     assert not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
     assert checkpoint.load_latest(tmp_path)[0] == {"epoch": 10**6}
@@ -161,11 +215,14 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         checkpoint.write_atomically(tmp_path / "new" / "a.json", half)
-    assert (tmp_path / "new" / "a.json").read_bytes() == b"old" and os.listdir(tmp_path / "new") == ["a.json"]
+    assert (tmp_path / "new" / "a.json").read_bytes() == b"old" and os.listdir(
+        tmp_path / "new"
+    ) == ["a.json"]
 
 
 def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
-    """Bug: on resume a log repeats its header, keeps rows that are computed again, loses good ones, or chokes on a torn last line."""
+    """Bug: on resume a log repeats its header, keeps rows that are computed again, loses good ones,
+    or chokes on a torn last line."""
     path, header = tmp_path / "train.csv", ["epoch", "itr", "jloss"]
     log = logs.open_csv(path, header, 0, 0, keep=False)
     for i in range(25):
@@ -179,14 +236,17 @@ def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     log = logs.open_csv(val, ["epoch", "skill"], 0, 0, keep=False)
     for epoch in (1, 2, 3):
         log({"epoch": epoch, "skill": epoch / 10})
-    logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=True)  # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
+    logs.open_csv(
+        val, ["epoch", "skill"], 2, 0, keep=True
+    )  # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
     assert open(val).read().split() == ["epoch,skill", "1,0.1", "2,0.2"]
     logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=False)
     assert open(val).read() == "epoch,skill\n"
 
 
 def test_a_log_of_fewer_columns_goes_on(tmp_path):
-    """Bug: a run that an older version began cannot draw its curves after --resume; columns change places."""
+    """Bug: a run that an older version began cannot draw its curves after --resume; columns change
+    places."""
     path = str(tmp_path / "train.csv")
     old = logs.open_csv(path, ["epoch", "itr", "loss"], 0, 0, False)
     for i in range(3):

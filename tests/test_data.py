@@ -1,4 +1,5 @@
-"""data.py: shards, order, windows, streams, features. Shards are real tar files of real recordings (tests/conftest.py)."""
+"""data.py: shards, order, windows, streams, features. Shards are real tar files of real recordings
+(tests/conftest.py)."""
 
 import collections
 import errno
@@ -53,7 +54,10 @@ def records_of(*paths):
 
 def fingerprint(batch):
     """What identifies the clips of a batch: keys, first frame numbers, and every action."""
-    return [(k, read_number(v[0]), a.numpy().tobytes()) for k, v, a in zip(batch["key"], batch["video"], batch["actions"])]
+    return [
+        (k, read_number(v[0]), a.numpy().tobytes())
+        for k, v, a in zip(batch["key"], batch["video"], batch["actions"])
+    ]
 
 
 def take(loader, n):
@@ -64,23 +68,43 @@ def take(loader, n):
 
 
 def test_expand_globs_ranges_and_lists(tmp_path):
-    """Bug: a range or glob that matches nothing is passed over, and the run trains on less data than it was given."""
+    """Bug: a range or glob that matches nothing is passed over, and the run trains on less data
+    than it was given."""
     for name in ("s-000000.tar", "s-000001.tar", "s-000002.tar", "t.tar"):
         (tmp_path / name).touch()
     d = str(tmp_path)
     every = [f"{d}/s-{i:06d}.tar" for i in range(3)]
-    assert expand(d + "/s-*.tar") == expand(d + "/s-{000000..000002}.tar") == expand([[every[0], d + "/s-*.tar"], [every[2]]]) == every
-    assert expand([d + "/t.tar", d + "/s-*1.tar"]) == [d + "/t.tar", every[1]]  # the user's order between patterns
-    for pattern, named in (("/s-{000001..000004}.tar", "/s-000003.tar"), ("/none*.tar", "/none*.tar"), ("/x.tar", "/x.tar")):
+    assert (
+        expand(d + "/s-*.tar")
+        == expand(d + "/s-{000000..000002}.tar")
+        == expand([[every[0], d + "/s-*.tar"], [every[2]]])
+        == every
+    )
+    assert expand([d + "/t.tar", d + "/s-*1.tar"]) == [
+        d + "/t.tar",
+        every[1],
+    ]  # the user's order between patterns
+    for pattern, named in (
+        ("/s-{000001..000004}.tar", "/s-000003.tar"),
+        ("/none*.tar", "/none*.tar"),
+        ("/x.tar", "/x.tar"),
+    ):
         with pytest.raises(FileNotFoundError) as e:
             expand([d + "/t.tar", d + pattern])
         assert d + named in str(e.value) and "prepare" in str(e.value)
-    assert expand("pipe:cat a{0..1}.tar") == ["pipe:cat a0.tar", "pipe:cat a1.tar"] and is_stream("pipe:x") and not is_stream(d)
+    assert (
+        expand("pipe:cat a{0..1}.tar") == ["pipe:cat a0.tar", "pipe:cat a1.tar"]
+        and is_stream("pipe:x")
+        and not is_stream(d)
+    )
 
 
 def test_slice_is_the_member_and_nothing_else(tmp_path):
     """Bug: reads that run over into the next member, or count fewer bytes than were read."""
-    path = write_tar(tmp_path / "a.tar", {"a.mp4": b"A" * 700, "a.jsonl": bytes(range(256)) * 4, "b.mp4": b"B" * 700})
+    path = write_tar(
+        tmp_path / "a.tar",
+        {"a.mp4": b"A" * 700, "a.jsonl": bytes(range(256)) * 4, "b.mp4": b"B" * 700},
+    )
     members = shard_index(path)[0][0].members
     with Slice(path, *members["jsonl"]) as f:
         assert f.read() == bytes(range(256)) * 4 and f.read(10) == b"" and f.bytes_read == 1024
@@ -92,7 +116,8 @@ def test_slice_is_the_member_and_nothing_else(tmp_path):
 
 
 def test_keys_keep_their_dots_and_folders(tmp_path, mp4):
-    """Bug: WebDataset cuts keys at the first dot, so that all 6.x recordings melt into one sample."""
+    """Bug: WebDataset cuts keys at the first dot, so that all 6.x recordings melt into one
+    sample."""
     lines = jsonl(contractor())
     names = ["6.10_a", "6.10_b", "v7/6.10_a", "6"]
     members = {f"{n}.{e}": d for n in names for e, d in (("mp4", mp4), ("jsonl", lines))}
@@ -102,15 +127,33 @@ def test_keys_keep_their_dots_and_folders(tmp_path, mp4):
     assert [k for k, _ in stream_recordings("pipe:cat " + path)] == names
 
 
-@pytest.mark.parametrize("how", ["inside_video", "inside_header", "at_boundary", "header_damaged", "zero", "end_only", "text"])
+@pytest.mark.parametrize(
+    "how",
+    ["inside_video", "inside_header", "at_boundary", "header_damaged", "zero", "end_only", "text"],
+)
 def test_cut_and_empty_tars_keep_what_is_whole_and_say_so(tmp_path, mp4, how):
-    """Bug: tarfile takes a cut or damaged header for the end of the archive: half of the data is gone without a word."""
-    whole = write_tar(tmp_path / "w.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor()), "b.mp4": mp4, "b.jsonl": jsonl(contractor())})
+    """Bug: tarfile takes a cut or damaged header for the end of the archive: half of the data is
+    gone without a word."""
+    whole = write_tar(
+        tmp_path / "w.tar",
+        {
+            "a.mp4": mp4,
+            "a.jsonl": jsonl(contractor()),
+            "b.mp4": mp4,
+            "b.jsonl": jsonl(contractor()),
+        },
+    )
     raw, records = open(whole, "rb").read(), shard_index(whole)[0]
     header = records[1].members["mp4"][0] - 512
-    cut = {"inside_video": raw[: header + 5000], "inside_header": raw[: header + 200], "at_boundary": raw[:header], "zero": b"",
-           "header_damaged": raw[:header] + b"x" * 512 + raw[header + 512 :],
-           "end_only": bytes(10240), "text": b"no tar\n" * 900}[how]  # fmt: skip
+    cut = {
+        "inside_video": raw[: header + 5000],
+        "inside_header": raw[: header + 200],
+        "at_boundary": raw[:header],
+        "zero": b"",
+        "header_damaged": raw[:header] + b"x" * 512 + raw[header + 512 :],
+        "end_only": bytes(10240),
+        "text": b"no tar\n" * 900,
+    }[how]
     path = tmp_path / "cut.tar"
     path.write_bytes(cut)
     records, bad = records_of(path)
@@ -122,16 +165,32 @@ def test_cut_and_empty_tars_keep_what_is_whole_and_say_so(tmp_path, mp4, how):
 
 
 def test_missing_partner_and_bad_videos_are_listed_by_reason(tmp_path, mp4):
-    """Bug: a recording that cannot be used disappears without a trace, or takes the whole shard with it."""
+    """Bug: a recording that cannot be used disappears without a trace, or takes the whole shard
+    with it."""
     lines = jsonl(contractor())
-    bad = {"lone.mp4": mp4, "lonely.jsonl": lines, "empty.mp4": b"", "empty.jsonl": lines, "text.mp4": b"hello" * 99, "text.jsonl": lines}
+    bad = {
+        "lone.mp4": mp4,
+        "lonely.jsonl": lines,
+        "empty.mp4": b"",
+        "empty.jsonl": lines,
+        "text.mp4": b"hello" * 99,
+        "text.jsonl": lines,
+    }
     for percent in (5, 50, 95):
         bad |= {f"cut{percent}.mp4": mp4[: len(mp4) * percent // 100], f"cut{percent}.jsonl": lines}
     path = write_tar(tmp_path / "a.tar", {"ok.mp4": mp4, "ok.jsonl": lines} | bad)
     records, found = records_of(path)
     assert [r.key for r in records] == ["ok"]
     reasons = {key: reason for _, key, reason in found}
-    expected = {"lone": "no jsonl", "lonely": "no mp4", "empty": "zero bytes", "text": "", "cut5": "", "cut50": "", "cut95": ""}
+    expected = {
+        "lone": "no jsonl",
+        "lonely": "no mp4",
+        "empty": "zero bytes",
+        "text": "",
+        "cut5": "",
+        "cut50": "",
+        "cut95": "",
+    }
     assert reasons.keys() == expected.keys() and all(v in reasons[k] for k, v in expected.items())
 
 
@@ -145,12 +204,16 @@ def test_ticks_are_read_once_then_from_the_cache(shards, monkeypatch):
     monkeypatch.setattr(data, "parse_ticks", lambda raw: pytest.fail("the JSONL was read again"))
     monkeypatch.setattr(data, "Slice", lambda *a: pytest.fail("the shard was opened"))
     second = read_ticks(record)
-    assert all(np.array_equal(x, y) for x, y in zip(first, second)) and first.motion.dtype == second.motion.dtype
+    assert (
+        all(np.array_equal(x, y) for x, y in zip(first, second))
+        and first.motion.dtype == second.motion.dtype
+    )
     assert type(second.rate) is float and type(second.flaw) is str
 
 
 def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4, monkeypatch):
-    """Bug: a half-written or flipped cache file gives other actions, or stops the run; or an old cache serves a new shard."""
+    """Bug: a half-written or flipped cache file gives other actions, or stops the run; or an old
+    cache serves a new shard."""
     path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=1))})
     record = records_of(path)[0][0]
     monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
@@ -158,18 +221,28 @@ def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4
     (cache,) = (tmp_path / "cache" / "ticks").iterdir()
     raw, rng = open(cache, "rb").read(), np.random.default_rng(0)
     damages = [b"", raw[:20], raw[:-1], raw[: len(raw) // 2], raw + b"x", b"x" * len(raw)]
-    damages += [raw[:i] + bytes([raw[i] ^ 64]) + raw[i + 1 :] for i in rng.integers(0, len(raw), 60)]
+    damages += [
+        raw[:i] + bytes([raw[i] ^ 64]) + raw[i + 1 :] for i in rng.integers(0, len(raw), 60)
+    ]
     damages += [raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :] for i in range(0, 300, 3)]
     for damage in damages:
         with open(cache, "wb") as f:
             f.write(damage)
         ticks = read_ticks(record)
-        assert np.array_equal(ticks.motion, good.motion) and np.array_equal(ticks.keys, good.keys) and ticks.flaw == ""
+        assert (
+            np.array_equal(ticks.motion, good.motion)
+            and np.array_equal(ticks.keys, good.keys)
+            and ticks.flaw == ""
+        )
     assert open(cache, "rb").read() == raw
     size = os.path.getsize(path)
-    write_tar(path, {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=1)).replace(b'"yaw": -', b'"yaw": 1')})  # byte for byte as long
+    write_tar(
+        path, {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=1)).replace(b'"yaw": -', b'"yaw": 1')}
+    )  # byte for byte as long
     os.utime(path, ns=(1, 1))
-    assert os.path.getsize(path) == size and not np.array_equal(read_ticks(records_of(path)[0][0]).motion, good.motion)
+    assert os.path.getsize(path) == size and not np.array_equal(
+        read_ticks(records_of(path)[0][0]).motion, good.motion
+    )
 
 
 def test_an_unwritable_cache_only_costs_time(shards, monkeypatch, capsys, tmp_path):
@@ -185,12 +258,15 @@ def test_an_unwritable_cache_only_costs_time(shards, monkeypatch, capsys, tmp_pa
 
 def loader_of(shards, batch_size=4, **options):
     return vpt_loader(
-        str(shards / "*.tar"), batch_size, **{"reader": READER, "num_workers": 0, "batches_per_epoch": 3, "seed": 5} | options
+        str(shards / "*.tar"),
+        batch_size,
+        **{"reader": READER, "num_workers": 0, "batches_per_epoch": 3, "seed": 5} | options,
     )
 
 
 def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
-    """Bug: workers deal clips by their own random state, so that a run can only be resumed with the same number of them, or not at all."""
+    """Bug: workers deal clips by their own random state, so that a run can only be resumed with the
+    same number of them, or not at all."""
     plain = take(loader_of(shards), 7)
     assert plain[:3] != plain[3:6] and take(loader_of(shards), 7) == plain
     assert take(loader_of(shards, num_workers=2), 7) == plain
@@ -200,13 +276,25 @@ def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
 
 
 def test_augmentations_follow_the_clip_not_the_worker(shards):
-    """Bug: augmentation noise from a worker's own generator: the same run with other workers or after a resume sees other pixels."""
+    """Bug: augmentation noise from a worker's own generator: the same run with other workers or
+    after a resume sees other pixels."""
     reader = ClipReader(
-        crop_size=HEIGHT, horizontal_flip=True, random_resize_scale=0.7, motion_shift=0.1, temporal_jitter=1, action_noise=0.1
+        crop_size=HEIGHT,
+        horizontal_flip=True,
+        random_resize_scale=0.7,
+        motion_shift=0.1,
+        temporal_jitter=1,
+        action_noise=0.1,
     )
-    runs = [list(itertools.islice(loader_of(shards, reader=reader, **o), 2)) for o in ({}, {"num_workers": 2}, {"itr": 1})]
+    runs = [
+        list(itertools.islice(loader_of(shards, reader=reader, **o), 2))
+        for o in ({}, {"num_workers": 2}, {"itr": 1})
+    ]
     for x, y in ((runs[0][0], runs[1][0]), (runs[0][1], runs[1][1]), (runs[0][1], runs[2][0])):
-        assert all(torch.equal(x[k], y[k]) for k in ("video", "actions", "states")) and x["key"] == y["key"]
+        assert (
+            all(torch.equal(x[k], y[k]) for k in ("video", "actions", "states"))
+            and x["key"] == y["key"]
+        )
     assert not torch.equal(runs[0][0]["video"], runs[0][1]["video"])
 
 
@@ -219,14 +307,16 @@ def test_resuming_decodes_nothing_that_was_seen(shards, monkeypatch):
 
 
 def test_two_ranks_together_see_the_batches_of_one(shards):
-    """Bug: ranks share clips or leave some out; the same global batch on other hardware is another run."""
+    """Bug: ranks share clips or leave some out; the same global batch on other hardware is another
+    run."""
     one = take(loader_of(shards, batch_size=4), 4)
     two = [take(loader_of(shards, batch_size=2, rank=r, world=2), 4) for r in range(2)]
     assert [a + b for a, b in zip(*two)] == one
 
 
 def test_an_epoch_is_spread_evenly_over_the_timeline(shards):
-    """Bug: independent draws: a third of the play unseen in every epoch, other parts seen thrice."""
+    """Bug: independent draws: a third of the play unseen in every epoch, other parts seen
+    thrice."""
     records = records_of(*sorted(shards.glob("*.tar")))[0]
     dataset = Clips(records, [r.length for r in records], READER)
     batches = list(itertools.islice(Order(dataset, 10, 24, epoch=3), 24))
@@ -255,26 +345,44 @@ def test_locate_covers_every_recording_by_its_share():
 
 
 def test_data_weights_are_shares_of_clips(shards, tmp_path, mp4):
-    """Bug: weights per shard instead of per dataset, so that the larger dataset wins whatever the weights say."""
-    members = {"b.mp4": mp4, "b.jsonl": jsonl(contractor()), "c.mp4": film(100), "c.jsonl": jsonl(contractor(100))}
+    """Bug: weights per shard instead of per dataset, so that the larger dataset wins whatever the
+    weights say."""
+    members = {
+        "b.mp4": mp4,
+        "b.jsonl": jsonl(contractor()),
+        "c.mp4": film(100),
+        "c.jsonl": jsonl(contractor(100)),
+    }
     write_tar(tmp_path / "b.tar", members)
     groups = [[str(shards / "*.tar")], [str(tmp_path / "b.tar")]]
     for weights, share in (([0.25, 0.75], 0.75), ([3, 1], 0.25), (None, 400 / 2200)):
         records, shares, _, _ = open_split(groups, weights)
-        keys = [records[i[2]].key for i in next(iter(Order(Clips(records, shares, READER), 400, 1)))]
-        assert keys.count("b") / 400 == pytest.approx(share * 0.75, abs=0.006)  # inside a dataset by length: 300 and 100 frames
+        keys = [
+            records[i[2]].key for i in next(iter(Order(Clips(records, shares, READER), 400, 1)))
+        ]
+        assert keys.count("b") / 400 == pytest.approx(
+            share * 0.75, abs=0.006
+        )  # inside a dataset by length: 300 and 100 frames
         assert keys.count("c") / 400 == pytest.approx(share * 0.25, abs=0.006)
     with pytest.raises(ValueError, match="--data_weights has 1 numbers for 2 --data"):
         open_split(groups, [1.0])
 
 
 def test_each_data_is_split_and_weighed_by_itself(shards, tmp_path, mp4):
-    """Bug: the last shards of all --data together are held out, so that one --data is validated on and never trained on."""
-    path = write_tar(tmp_path / "z.tar", {f"{k}.{x}": v for k in "bcde" for x, v in (("mp4", mp4), ("jsonl", jsonl(contractor())))})
-    train, shares, val, _ = open_split([[str(shards / "*.tar")], [str(path)]], [0.7, 0.3], val_fraction=0.25)
+    """Bug: the last shards of all --data together are held out, so that one --data is validated on
+    and never trained on."""
+    path = write_tar(
+        tmp_path / "z.tar",
+        {f"{k}.{x}": v for k in "bcde" for x, v in (("mp4", mp4), ("jsonl", jsonl(contractor())))},
+    )
+    train, shares, val, _ = open_split(
+        [[str(shards / "*.tar")], [str(path)]], [0.7, 0.3], val_fraction=0.25
+    )
     mine = [r.shard == str(path) for r in train]
     assert sum(mine) == 3 and sum(r.shard == str(path) for r in val) == 1 and len(val) > 1
-    assert sum(s for s, m in zip(shares, mine) if m) == pytest.approx(0.3) and sum(shares) == pytest.approx(1.0)
+    assert sum(s for s, m in zip(shares, mine) if m) == pytest.approx(0.3) and sum(
+        shares
+    ) == pytest.approx(1.0)
 
 
 def test_clips_can_be_sent_to_workers_by_pickling(shards):
@@ -295,21 +403,36 @@ def test_clips_can_be_sent_to_workers_by_pickling(shards):
 
 @pytest.fixture(scope="module")
 def partly_bad(tmp_path_factory, mp4):
-    """Five recordings, of which two fail only when a clip is cut: pictures zeroed, and 30 lines short."""
+    """Five recordings, of which two fail only when a clip is cut: pictures zeroed, and 30 lines
+    short."""
     hole = bytearray(mp4)
     hole[200 : mp4.index(b"moov") - 4] = bytes(mp4.index(b"moov") - 204)
     members = {}
-    for key, video, lines in (("a", mp4, 300), ("hole", bytes(hole), 300), ("b", mp4, 300), ("short", mp4, 270), ("c", mp4, 297)):
+    for key, video, lines in (
+        ("a", mp4, 300),
+        ("hole", bytes(hole), 300),
+        ("b", mp4, 300),
+        ("short", mp4, 270),
+        ("c", mp4, 297),
+    ):
         members |= {f"{key}.mp4": video, f"{key}.jsonl": jsonl(contractor(lines, seed=ord(key[0])))}
-    members |= {"none.mp4": mp4, "none.jsonl": b"", "nan.mp4": mp4, "nan.jsonl": b'{"yaw": NaN}\n' * 300}
+    members |= {
+        "none.mp4": mp4,
+        "none.jsonl": b"",
+        "nan.mp4": mp4,
+        "nan.jsonl": b'{"yaw": NaN}\n' * 300,
+    }
     return write_tar(tmp_path_factory.mktemp("bad") / "bad.tar", members)
 
 
 def test_a_bad_clip_is_replaced_by_the_same_one_everywhere(partly_bad):
-    """Bug: batches shrink, ranks fall out of step, or a resumed run gets another replacement; bad files never become known."""
+    """Bug: batches shrink, ranks fall out of step, or a resumed run gets another replacement; bad
+    files never become known."""
     runs = []
     for options in ({}, {"num_workers": 2}, {"itr": 2}):
-        loader = vpt_loader(partly_bad, 8, reader=READER, batches_per_epoch=4, **{"num_workers": 0} | options)
+        loader = vpt_loader(
+            partly_bad, 8, reader=READER, batches_per_epoch=4, **{"num_workers": 0} | options
+        )
         runs.append(list(itertools.islice(loader, 4 - options.get("itr", 0))))
     for batch in runs[0]:
         assert len(batch["video"]) == 8 and set(batch["key"]) <= {"a", "b", "c"}
@@ -318,8 +441,14 @@ def test_a_bad_clip_is_replaced_by_the_same_one_everywhere(partly_bad):
     bad = [x for b in runs[0] for x in b["bad"]]
     assert bad == [x for b in runs[1] for x in b["bad"]]
     reasons = {key: reason for _, key, reason in bad}
-    assert reasons.keys() == {"hole", "short", "none", "nan"} and {x[0] for x in bad} == {partly_bad}
-    assert "270 lines but 300 frames" in reasons["short"] and "empty" in reasons["none"] and "line 0" in reasons["nan"]
+    assert reasons.keys() == {"hole", "short", "none", "nan"} and {x[0] for x in bad} == {
+        partly_bad
+    }
+    assert (
+        "270 lines but 300 frames" in reasons["short"]
+        and "empty" in reasons["none"]
+        and "line 0" in reasons["nan"]
+    )
     first = [fingerprint(b) for b in runs[0]]
     assert len({c for b in first for c in b}) == 32  # the replacements are no copies of other clips
 
@@ -329,9 +458,15 @@ def test_nothing_but_bad_clips_is_an_error_that_names_the_file(tmp_path, mp4):
     path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(270))})
     with pytest.raises(ValueError, match="a.tar.*270 lines"):
         next(iter(vpt_loader(path, 2, reader=READER, num_workers=0)))
-    path = write_tar(tmp_path / "g.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))})
+    path = write_tar(
+        tmp_path / "g.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))}
+    )
     with pytest.raises(ValueError, match="--gui drop"):
-        next(iter(vpt_loader(path, 2, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0)))
+        next(
+            iter(
+                vpt_loader(path, 2, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0)
+            )
+        )
 
 
 def test_our_own_bugs_are_not_taken_for_bad_clips(shards, monkeypatch):
@@ -345,8 +480,14 @@ def test_gui_drop_replaces_clips(tmp_path, mp4):
     """Bug: a dropped clip leaves a hole in the batch, or is listed as damage."""
     lines = jsonl(contractor(isGuiOpen=lambda i: i < 150))
     path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": lines})
-    batch = next(iter(vpt_loader(path, 12, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0)))
-    assert min(read_number(v[0]) for v in batch["video"]) >= 150 and not batch["bad"] and len(batch["video"]) == 12
+    batch = next(
+        iter(vpt_loader(path, 12, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0))
+    )
+    assert (
+        min(read_number(v[0]) for v in batch["video"]) >= 150
+        and not batch["bad"]
+        and len(batch["video"]) == 12
+    )
 
 
 # --- splits and windows ---
@@ -354,30 +495,48 @@ def test_gui_drop_replaces_clips(tmp_path, mp4):
 
 def many_records(shards, recordings, suffixes=("",)):
     member = {"safetensors": (0, 1)} if suffixes != ("",) else {"mp4": (0, 1), "jsonl": (0, 1)}
-    return [data.Record(f"s{s:02d}.tar", f"r{s}-{k}{x}", member, 100) for s in range(shards) for k in range(recordings) for x in suffixes]
+    return [
+        data.Record(f"s{s:02d}.tar", f"r{s}-{k}{x}", member, 100)
+        for s in range(shards)
+        for k in range(recordings)
+        for x in suffixes
+    ]
 
 
 @pytest.mark.parametrize(
-    "shards, recordings, fraction, held", [(20, 3, 0.1, 6), (10, 3, 0.01, 3), (3, 10, 0.2, 6), (1, 2, 0.01, 1), (1, 2, 0.99, 1)]
+    "shards, recordings, fraction, held",
+    [(20, 3, 0.1, 6), (10, 3, 0.01, 3), (3, 10, 0.2, 6), (1, 2, 0.01, 1), (1, 2, 0.99, 1)],
 )
 def test_split_holds_out_whole_shards_or_recordings(shards, recordings, fraction, held):
     """Bug: windows of one recording on both sides: validation measures memory."""
     records = many_records(shards, recordings)
     train, val = split_records(records, fraction)
-    assert len(val) == held and sorted(train + val) == sorted(records) and not {r.key for r in train} & {r.key for r in val}
+    assert (
+        len(val) == held
+        and sorted(train + val) == sorted(records)
+        and not {r.key for r in train} & {r.key for r in val}
+    )
     if shards >= 10:
-        assert not {r.shard for r in train} & {r.shard for r in val} and max(r.shard for r in train) < min(r.shard for r in val)
+        assert not {r.shard for r in train} & {r.shard for r in val} and max(
+            r.shard for r in train
+        ) < min(r.shard for r in val)
     assert split_records(records[::-1], fraction)[1] == val[::-1]
-    assert split_records(records, 0) == (records, []) and split_records(records[:1], 0.5) == (records[:1], [])
+    assert split_records(records, 0) == (records, []) and split_records(records[:1], 0.5) == (
+        records[:1],
+        [],
+    )
 
 
 def test_split_keeps_the_phases_of_a_recording_together_and_agrees_with_its_video():
-    """Bug: encode.py --phases writes one recording as several members; split by member, validation is the training data 2 ticks later."""
+    """Bug: encode.py --phases writes one recording as several members; split by member, validation
+    is the training data 2 ticks later."""
     for shards, recordings in ((4, 5), (12, 2)):
         _, videos = split_records(many_records(shards, recordings), 0.2)
         train, val = split_records(many_records(shards, recordings, ("@00000", "@00004")), 0.2)
         name = lambda r: r.key.partition("@")[0]  # noqa: E731
-        assert not {name(r) for r in train} & {name(r) for r in val} and {name(r) for r in val} == {r.key for r in videos}
+        assert not {name(r) for r in train} & {name(r) for r in val} and {name(r) for r in val} == {
+            r.key for r in videos
+        }
 
 
 def test_open_split_refuses_a_recording_on_both_sides(shards):
@@ -396,18 +555,25 @@ def test_windows_do_not_overlap_and_do_not_depend_on_the_world(shards):
     dataset = Clips(records_of(*sorted(shards.glob("*.tar")))[0], [1] * 6, READER)
     every = windows(dataset, 4, 1000)
     items = [i for b in every for i in b]
-    assert len(items) == 6 * 4 and len({i[2:] for i in items}) == 24 and {len(b) for b in every} == {4}  # 300 ticks hold 4 of 64
+    assert (
+        len(items) == 6 * 4 and len({i[2:] for i in items}) == 24 and {len(b) for b in every} == {4}
+    )  # 300 ticks hold 4 of 64
     for world in (2, 3, 5):
         parts = [windows(dataset, 4, 1000, r, world) for r in range(world)]
         assert [b for group in itertools.zip_longest(*parts) for b in group if b] == every
     clips = {(number, place): dataset[(e, i, number, place)] for e, i, number, place in items}
-    assert all(not c["bad"] and read_number(c["video"][0]) == 64 * place for (_, place), c in clips.items())
-    assert len({i[2] for b in windows(dataset, 4, 12) for i in b}) >= 4  # a few windows come from many recordings
+    assert all(
+        not c["bad"] and read_number(c["video"][0]) == 64 * place for (_, place), c in clips.items()
+    )
+    assert (
+        len({i[2] for b in windows(dataset, 4, 12) for i in b}) >= 4
+    )  # a few windows come from many recordings
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 8])
 def test_no_window_is_alone_in_its_batch(shards, batch_size):
-    """Bug: the action meter shuffles actions inside the batch; a batch of one has no other clip's action."""
+    """Bug: the action meter shuffles actions inside the batch; a batch of one has no other clip's
+    action."""
     dataset = Clips(records_of(*sorted(shards.glob("*.tar")))[0], [1] * 6, READER)
     for limit in range(2, 24):
         batches = windows(dataset, batch_size, limit)
@@ -418,7 +584,8 @@ def test_no_window_is_alone_in_its_batch(shards, batch_size):
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """A folder over HTTP; paths that start with /cut send half of the bytes they promise, /gone is 404, /fail is 500."""
+    """A folder over HTTP; paths that start with /cut send half of the bytes they promise, /gone is
+    404, /fail is 500."""
 
     def do_GET(self):
         if self.path.startswith("/fail"):
@@ -452,13 +619,19 @@ def test_streams_give_the_recordings_of_the_files(shards, url):
     with tarfile.open(path) as tar:
         expected = {m.name: tar.extractfile(m).read() for m in tar}
     for source in (f"pipe:cat {path}", f"{url}/shard-000001.tar", f"pipe:gzip -c {path}"):
-        found = {f"{key}.{e}": raw for key, members in stream_recordings(source) for e, raw in members.items()}
+        found = {
+            f"{key}.{e}": raw
+            for key, members in stream_recordings(source)
+            for e, raw in members.items()
+        }
         assert found == expected
 
 
 def test_streamed_clips_are_the_indexed_clips(shards):
     """Bug: two paths to a clip that differ in pixels, in scaling or in where an action starts."""
-    scaler = ActionScaler.from_moments(10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {})
+    scaler = ActionScaler.from_moments(
+        10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {}
+    )
     reader = ClipReader(crop_size=HEIGHT, scaler=scaler, action_space=36)
     path = str(shards / "shard-000002.tar")
     records = records_of(path)[0]
@@ -466,21 +639,32 @@ def test_streamed_clips_are_the_indexed_clips(shards):
     stream = StreamedClips([f"pipe:cat {path}"], reader, shuffle=1)
     for clip in itertools.islice(stream, 16):
         number = [r.key for r in records].index(clip["key"])
-        twin = dataset.read(number, (read_number(clip["video"][0]) + 0.5) / 240, np.random.default_rng(0))
+        twin = dataset.read(
+            number, (read_number(clip["video"][0]) + 0.5) / 240, np.random.default_rng(0)
+        )
         assert all(torch.equal(clip[k], twin[k]) for k in ("video", "actions", "states"))
 
 
 @pytest.mark.parametrize("world, workers", [(1, 1), (1, 2), (2, 2), (3, 3), (4, 8)])
 def test_fewer_shards_than_readers_neither_repeat_nor_drop(shards, world, workers, monkeypatch):
-    """Bug: readers without a shard hang or end early (ranks then wait for each other), or every reader gives every clip."""
-    urls = [f"pipe:cat {p}" for p in sorted(shards.glob("*.tar"))]  # 3 shards of 2 recordings, 8 clips each: 48 clips a pass
+    """Bug: readers without a shard hang or end early (ranks then wait for each other), or every
+    reader gives every clip."""
+    urls = [
+        f"pipe:cat {p}" for p in sorted(shards.glob("*.tar"))
+    ]  # 3 shards of 2 recordings, 8 clips each: 48 clips a pass
     units, parts = world * workers, []
     for rank, worker in itertools.product(range(world), range(workers)):
-        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda w=worker: types.SimpleNamespace(id=w, num_workers=workers))
+        monkeypatch.setattr(
+            torch.utils.data,
+            "get_worker_info",
+            lambda w=worker: types.SimpleNamespace(id=w, num_workers=workers),
+        )
         unit = rank + world * worker
         share = len(range(unit, 48, units)) if units > 3 else 16 * len(range(unit, 3, units))
         stream = StreamedClips(urls, READER, seed=3, rank=rank, world=world, shuffle=1)
-        parts.append([(c["key"], read_number(c["video"][0])) for c in itertools.islice(stream, share)])
+        parts.append(
+            [(c["key"], read_number(c["video"][0])) for c in itertools.islice(stream, share)]
+        )
     clips = [c for part in parts for c in part]
     assert all(parts) and len(clips) == 48 == len(set(clips))
     assert set(collections.Counter(k for k, _ in clips).values()) == {8}
@@ -496,7 +680,9 @@ def test_one_shard_serves_two_ranks_with_two_workers_for_ever(shards):
         loader = vpt_loader(url, 3, reader=READER, num_workers=2, rank=rank, world=2)
         batches = list(itertools.islice(loader, 8))
         assert all(len(b["video"]) == 3 and not b["bad"] for b in batches)
-        assert len({c for b in batches for c in fingerprint(b)}) > 8  # 16 clips a pass, 4 readers, 24 clips each rank
+        assert (
+            len({c for b in batches for c in fingerprint(b)}) > 8
+        )  # 16 clips a pass, 4 readers, 24 clips each rank
 
 
 def test_streams_change_with_the_epoch_and_follow_the_seed(shards):
@@ -508,22 +694,42 @@ def test_streams_change_with_the_epoch_and_follow_the_seed(shards):
         return [c["key"] + str(read_number(c["video"][0])) for c in clips]
 
     one = run(seed=1)
-    assert one == run(seed=1) and one[48:] == run(seed=1, epoch=1)[:48] and one[:48] != one[48:] and one != run(seed=2)
+    assert (
+        one == run(seed=1)
+        and one[48:] == run(seed=1, epoch=1)[:48]
+        and one[:48] != one[48:]
+        and one != run(seed=2)
+    )
 
 
 def test_shuffle_buffer_loses_nothing(shards):
-    """Bug: clips left behind in the buffer, or a wait for a buffer that so few clips can never fill."""
+    """Bug: clips left behind in the buffer, or a wait for a buffer that so few clips can never
+    fill."""
     url = f"pipe:cat {shards / 'shard-000000.tar'}"
-    clips = [(c["key"], c["actions"].numpy().tobytes()) for c in itertools.islice(StreamedClips([url], READER, shuffle=5), 40)]
+    clips = [
+        (c["key"], c["actions"].numpy().tobytes())
+        for c in itertools.islice(StreamedClips([url], READER, shuffle=5), 40)
+    ]
     assert len(set(clips)) == 40 and clips[:8] != sorted(clips[:8])
     first = next(iter(StreamedClips([url], READER, shuffle=10_000)))
     assert first["key"].startswith("6.10")
 
 
-@pytest.mark.parametrize("broken", ["/cut/shard-000001.tar", "/gone.tar", "/fail.tar", "pipe:head -c 90000 {}",
-    "pipe:cat {} | head -c 40000; exit 3", "pipe:cat /nonexistent", "pipe:cat {}; exit 4"])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "/cut/shard-000001.tar",
+        "/gone.tar",
+        "/fail.tar",
+        "pipe:head -c 90000 {}",
+        "pipe:cat {} | head -c 40000; exit 3",
+        "pipe:cat /nonexistent",
+        "pipe:cat {}; exit 4",
+    ],
+)
 def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
-    """Bug: a transfer that ends early counts as the end of the shard, is retried for ever, or stops the run."""
+    """Bug: a transfer that ends early counts as the end of the shard, is retried for ever, or stops
+    the run."""
     source = broken.format(shards / "shard-000001.tar") if "pipe" in broken else url + broken
     stream = StreamedClips([source, f"{url}/shard-000000.tar"], READER, shuffle=1, seed=1)
     clips = list(itertools.islice(stream, 40))
@@ -532,7 +738,8 @@ def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
 
 
 def test_a_disk_that_fails_ends_indexing(shards, monkeypatch):
-    """Bug: an I/O error while mp4 indices are read counts as a damaged recording: encode.py leaves it out for good, training changes."""
+    """Bug: an I/O error while mp4 indices are read counts as a damaged recording: encode.py leaves
+    it out for good, training changes."""
     real, path = os.preadv, str(shards / "shard-000001.tar")
     first = shard_index(path)[0][0].members["mp4"][0]
 
@@ -542,12 +749,15 @@ def test_a_disk_that_fails_ends_indexing(shards, monkeypatch):
         return real(fd, buffers, at)
 
     monkeypatch.setattr(os, "preadv", failing)
-    with pytest.raises(OSError, match=f"{path} .* cannot be read: .*Input/output error: mend the disk"):
+    with pytest.raises(
+        OSError, match=f"{path} .* cannot be read: .*Input/output error: mend the disk"
+    ):
         index_shards([path])
 
 
 def test_a_stream_cut_inside_a_header_is_not_taken_for_whole(shards):
-    """Bug: tarfile ends in silence there, and every later recording of the shard is lost in every epoch."""
+    """Bug: tarfile ends in silence there, and every later recording of the shard is lost in every
+    epoch."""
     path = str(shards / "shard-000001.tar")
     header = shard_index(path)[0][1].members["mp4"][0] - 512
     for size in (header, header + 200):
@@ -562,9 +772,16 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
     """Bug: a loader that spins for ever over shards that give nothing."""
     empty = write_tar(tmp_path / "empty.tar", {"notes.txt": b"x"})
     short = write_tar(tmp_path / "short.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(270))})
-    gui = write_tar(tmp_path / "gui.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))})
-    for source, reason in ((f"{url}/gone.tar", "404"), (f"pipe:cat {empty}", "no mp4 and jsonl"), (f"pipe:cat {short}", "270 lines"),
-                           ("pipe:cat /nonexistent", ""), (f"pipe:cat {gui}", "--gui drop")):  # fmt: skip
+    gui = write_tar(
+        tmp_path / "gui.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))}
+    )
+    for source, reason in (
+        (f"{url}/gone.tar", "404"),
+        (f"pipe:cat {empty}", "no mp4 and jsonl"),
+        (f"pipe:cat {short}", "270 lines"),
+        ("pipe:cat /nonexistent", ""),
+        (f"pipe:cat {gui}", "--gui drop"),
+    ):
         reader = ClipReader(crop_size=HEIGHT, gui="drop")
         with pytest.raises(ValueError, match=f"no clip could be read.*{reason}"):
             next(iter(vpt_loader(source, 1, reader=reader, num_workers=0)))
@@ -576,7 +793,9 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
 
 def test_a_recording_without_its_partner_is_reported_in_streams(tmp_path, mp4):
     """Bug: the lone member is held in memory until the end and never mentioned."""
-    path = write_tar(tmp_path / "a.tar", {"lone.mp4": mp4, "a.mp4": mp4, "a.jsonl": jsonl(contractor())})
+    path = write_tar(
+        tmp_path / "a.tar", {"lone.mp4": mp4, "a.mp4": mp4, "a.jsonl": jsonl(contractor())}
+    )
     clips = list(itertools.islice(StreamedClips([f"pipe:cat {path}"], READER, shuffle=1), 9))
     assert {c["key"] for c in clips} == {"a"} and "lone" in clips[8]["bad"][0][2]
 
@@ -601,11 +820,15 @@ def features(tmp_path_factory):
         members = {}
         for k in range(2):
             base = 1000 * (2 * s + k)
-            z = (torch.arange(STEPS)[:, None, None] + base / 1000 * 64 + torch.zeros(1, 4, 8)).to(torch.bfloat16)
+            z = (torch.arange(STEPS)[:, None, None] + base / 1000 * 64 + torch.zeros(1, 4, 8)).to(
+                torch.bfloat16
+            )
             actions = (base + torch.arange(STEPS - 1)[:, None] * 38 + torch.arange(38)).float()
             actions[:, 37] = (torch.arange(STEPS - 1) == 30).float()
             yaw = torch.arange(STEPS, dtype=torch.float64) * 0.5 + 100
-            states = torch.stack([yaw, torch.linspace(-1, 1, STEPS, dtype=torch.float64)], dim=1).float()
+            states = torch.stack(
+                [yaw, torch.linspace(-1, 1, STEPS, dtype=torch.float64)], dim=1
+            ).float()
             name = f"r{s}{k}@00000"
             tensors[name] = {"z": z, "actions": actions, "states": states}
             meta = {"encode": "tubelet", "fps": "5.0", "crop_size": "64"}
@@ -616,9 +839,12 @@ def features(tmp_path_factory):
 
 @pytest.mark.parametrize("space", [13, 36, 38])
 def test_feature_clips_are_the_right_rows(features, space):
-    """Bug: a row too early or late against the actions; columns of another action space; absolute yaw where the model expects relative."""
+    """Bug: a row too early or late against the actions; columns of another action space; absolute
+    yaw where the model expects relative."""
     folder, tensors = features
-    scaler = ActionScaler.from_moments(10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {})
+    scaler = ActionScaler.from_moments(
+        10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {}
+    )
     reader = ClipReader(action_space=space, scaler=scaler)
     records, bad = records_of(*sorted(folder.glob("*.tar")))
     assert not bad and [r.length for r in records] == [STEPS] * 4
@@ -626,14 +852,27 @@ def test_feature_clips_are_the_right_rows(features, space):
     columns = [vpt.ACTION_SPACES[38].index(n) for n in vpt.ACTION_SPACES[space]]
     for number, record in enumerate(records):
         t = tensors[record.key]
-        for place, start in ((0, 0), (2, 16), (4, 32), (0.0, 0), (0.5, 16), (1 - 1e-12, 32)):  # a window, or a share of 33 starts
+        for place, start in (
+            (0, 0),
+            (2, 16),
+            (4, 32),
+            (0.0, 0),
+            (0.5, 16),
+            (1 - 1e-12, 32),
+        ):  # a window, or a share of 33 starts
             clip = dataset[(0, 0, number, place)]
-            assert clip["key"] == record.key and torch.equal(clip["z"], t["z"][start : start + 8]) and clip["z"].dtype == torch.bfloat16
+            assert (
+                clip["key"] == record.key
+                and torch.equal(clip["z"], t["z"][start : start + 8])
+                and clip["z"].dtype == torch.bfloat16
+            )
             expected = t["actions"][start : start + 7].double().numpy()[:, columns]
             expected[:, :4] = (expected[:, :4] - scaler.mean) / scaler.scale
             np.testing.assert_allclose(clip["actions"], expected, rtol=1e-6)
             yaw = 0.5 * np.arange(8)
-            np.testing.assert_allclose(clip["states"][:, 0], np.arctan2(np.sin(yaw), np.cos(yaw)), atol=1e-5)
+            np.testing.assert_allclose(
+                clip["states"][:, 0], np.arctan2(np.sin(yaw), np.cos(yaw)), atol=1e-5
+            )
             assert torch.equal(clip["states"][:, 1], t["states"][start : start + 8, 1])
 
 
@@ -657,10 +896,18 @@ def test_feature_clips_read_their_own_rows_only(features, monkeypatch):
 def test_noise_and_gui_drop_work_on_features_too(features):
     """Bug: flags that only the video path obeys."""
     folder, _ = features
-    plain, noisy = (vpt_loader(str(folder / "*.tar"), 16, reader=ClipReader(action_noise=n), num_workers=0) for n in (0.0, 0.5))
+    plain, noisy = (
+        vpt_loader(str(folder / "*.tar"), 16, reader=ClipReader(action_noise=n), num_workers=0)
+        for n in (0.0, 0.5)
+    )
     a, b = next(iter(plain)), next(iter(noisy))
     diff = (b["actions"] - a["actions"]).numpy()
-    assert a["key"] == b["key"] and 0.3 < diff[..., :4].std() < 0.7 and not diff[..., 4:].any() and torch.equal(a["z"], b["z"])
+    assert (
+        a["key"] == b["key"]
+        and 0.3 < diff[..., :4].std() < 0.7
+        and not diff[..., 4:].any()
+        and torch.equal(a["z"], b["z"])
+    )
     reader = ClipReader(gui="drop", action_space=38)
     batch = next(iter(vpt_loader(str(folder / "*.tar"), 40, reader=reader, num_workers=0)))
     assert not batch["actions"][..., 37].any() and not batch["bad"]
@@ -669,19 +916,38 @@ def test_noise_and_gui_drop_work_on_features_too(features):
 def test_damaged_features_are_reported(features, tmp_path):
     """Bug: z stands last in the file: a cut there went unnoticed until a clip needed it."""
     raw = safetensors_bytes(features[1]["r00@00000"])
-    cases = {"cut": raw[:-4], "half": raw[: len(raw) // 2], "empty": b"", "text": b"hello" * 9, "header": b"\xff" * 8 + raw[8:],
-             "other": safetensors_bytes({"x": torch.zeros(3)}), "list": (2).to_bytes(8, "little") + b"[]"}  # fmt: skip
-    path = write_tar(tmp_path / "a.tar", {f"{k}@00000.safetensors": v for k, v in cases.items()} | {"ok@00000.safetensors": raw})
+    cases = {
+        "cut": raw[:-4],
+        "half": raw[: len(raw) // 2],
+        "empty": b"",
+        "text": b"hello" * 9,
+        "header": b"\xff" * 8 + raw[8:],
+        "other": safetensors_bytes({"x": torch.zeros(3)}),
+        "list": (2).to_bytes(8, "little") + b"[]",
+    }
+    path = write_tar(
+        tmp_path / "a.tar",
+        {f"{k}@00000.safetensors": v for k, v in cases.items()} | {"ok@00000.safetensors": raw},
+    )
     records, bad = records_of(path)
-    assert [r.key for r in records] == ["ok@00000"] and {b[1].partition("@")[0] for b in bad} == set(cases)
+    assert [r.key for r in records] == ["ok@00000"] and {
+        b[1].partition("@")[0] for b in bad
+    } == set(cases)
 
 
 def test_feature_shards_that_disagree_are_refused(features, shards, tmp_path):
     """Bug: features of two encoders or crops in one run."""
     folder, tensors = features
     records = records_of(*sorted(folder.glob("*.tar")))[0]
-    assert feature_settings(records) == {"encode": "tubelet", "fps": "5.0", "crop_size": "64", "embed_dim": 8}
-    raw = safetensors_bytes(tensors["r00@00000"], metadata={"encode": "tubelet", "fps": "5.0", "crop_size": "128"})
+    assert feature_settings(records) == {
+        "encode": "tubelet",
+        "fps": "5.0",
+        "crop_size": "64",
+        "embed_dim": 8,
+    }
+    raw = safetensors_bytes(
+        tensors["r00@00000"], metadata={"encode": "tubelet", "fps": "5.0", "crop_size": "128"}
+    )
     other = records_of(write_tar(tmp_path / "other.tar", {"x@00000.safetensors": raw}))[0]
     with pytest.raises(ValueError, match="other.tar.*other settings"):
         feature_settings(records + other)
@@ -693,5 +959,11 @@ def test_an_epoch_without_a_number_is_one_pass(shards, features):
     """Bug: an epoch of one batch, or of millions of overlapping clips."""
     count = lambda loader: loader.batch_sampler.batches  # noqa: E731
     assert count(loader_of(shards, batch_size=2, batches_per_epoch=None)) == 6 * 300 // 64 // 2
-    assert count(loader_of(shards, batch_size=1, batches_per_epoch=None, world=4)) == 6 * 300 // 64 // 4
-    assert count(vpt_loader(str(features[0] / "*.tar"), 2, reader=READER, num_workers=0)) == 4 * STEPS // 8 // 2
+    assert (
+        count(loader_of(shards, batch_size=1, batches_per_epoch=None, world=4))
+        == 6 * 300 // 64 // 4
+    )
+    assert (
+        count(vpt_loader(str(features[0] / "*.tar"), 2, reader=READER, num_workers=0))
+        == 4 * STEPS // 8 // 2
+    )

@@ -1,4 +1,5 @@
-"""droid.py and files/episodes.py: TFRecords (one by TensorFlow itself), raw DROID and one's own episodes -> batches and statistics."""
+"""droid.py and files/episodes.py: TFRecords (one by TensorFlow itself), raw DROID and one's own
+episodes -> batches and statistics."""
 
 import collections
 import functools
@@ -24,7 +25,16 @@ from scipy.spatial.transform import Rotation
 
 import droid
 from data import windows
-from droid import DroidClips, DroidReader, compose_poses, crop_resize, droid_clips, keep_ranges, open_droid, pose_actions
+from droid import (
+    DroidClips,
+    DroidReader,
+    compose_poses,
+    crop_resize,
+    droid_clips,
+    keep_ranges,
+    open_droid,
+    pose_actions,
+)
 from files import episodes
 from fit_scaler import ActionScaler
 from prepare.robot import droid_example, example, record, varint
@@ -32,7 +42,11 @@ from prepare.robot import droid_example, example, record, varint
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
 SMALL = {"crop_size": 64, "crop": "square"}  # the pictures are 80x64: the crop shows their numbers
-CAMERAS = {"exterior_1": 0, "exterior_2": 300, "wrist": 600}  # what is added to the number of a picture
+CAMERAS = {
+    "exterior_1": 0,
+    "exterior_2": 300,
+    "wrist": 600,
+}  # what is added to the number of a picture
 
 
 pytestmark = pytest.mark.usefixtures("deadline")
@@ -48,19 +62,38 @@ def jpeg(number):
 def rows(seed, steps):
     """Fields of an episode: a smooth wander; the gripper tells the row: row / 1000."""
     rng = np.random.default_rng(seed)
-    pose = np.cumsum(rng.normal(0, 0.02, (steps, 6)), axis=0) + [0.4, 0, 0.3, 3.1, 0, 0]  # roll about pi, as Franka's: it wraps
+    pose = np.cumsum(rng.normal(0, 0.02, (steps, 6)), axis=0) + [
+        0.4,
+        0,
+        0.3,
+        3.1,
+        0,
+        0,
+    ]  # roll about pi, as Franka's: it wraps
     pose[:, 3:] = (pose[:, 3:] + np.pi) % (2 * np.pi) - np.pi
-    return {"observation/cartesian_position": pose, "observation/gripper_position": np.arange(steps)[:, None] / 1000,
-            "action_dict/joint_velocity": rng.normal(0, 0.3, (steps, 7)), "action": rng.normal(0, 1, (steps, 7))}  # fmt: skip
+    return {
+        "observation/cartesian_position": pose,
+        "observation/gripper_position": np.arange(steps)[:, None] / 1000,
+        "action_dict/joint_velocity": rng.normal(0, 0.3, (steps, 7)),
+        "action": rng.normal(0, 1, (steps, 7)),
+    }
 
 
 def episode(seed, steps=60, success=True, cameras=CAMERAS, **change):
-    """A record: the Example of an episode, framed; change: field -> array, or None to leave it out."""
+    """A record: the Example of an episode, framed; change: field -> array, or None to leave it
+    out."""
     fields = {k: x for k, x in (rows(seed, steps) | change).items() if x is not None}
     pictures = {c: [jpeg(CAMERAS[c] + i) for i in range(steps)] for c in cameras}
     name = f"lab/{'success' if success else 'failure'}/{seed}"
     return record(
-        droid_example({k: np.float32(x) for k, x in fields.items()}, pictures, f"{name}/MP4", f"{name}/trajectory.h5", "abc", success)
+        droid_example(
+            {k: np.float32(x) for k, x in fields.items()},
+            pictures,
+            f"{name}/MP4",
+            f"{name}/trajectory.h5",
+            "abc",
+            success,
+        )
     )
 
 
@@ -75,7 +108,10 @@ def shards(tmp_path_factory):
     """Three TFRecords of three episodes of 60 to 100 rows."""
     folder = tmp_path_factory.mktemp("droid")
     for s in range(3):
-        write(folder / f"d.tfrecord-{s:05d}-of-00003", *(episode(3 * s + k, 60 + 20 * k) for k in range(3)))
+        write(
+            folder / f"d.tfrecord-{s:05d}-of-00003",
+            *(episode(3 * s + k, 60 + 20 * k) for k in range(3)),
+        )
     return folder
 
 
@@ -88,7 +124,8 @@ def opened(data, reader=None, **options):
 
 
 def test_checksums_of_very_much_data_are_not_read_first(tmp_path, monkeypatch):
-    """Bug: a start on all of DROID reads 1.7 TB before its first step, or leaves checksums out without a word."""
+    """Bug: a start on all of DROID reads 1.7 TB before its first step, or leaves checksums out
+    without a word."""
     data, said = episode(3), []
     path = write(tmp_path / "a", episode(4), data[:-1] + bytes([data[-1] ^ 1]))
     assert "checksum" in opened(path)[2][0][2]
@@ -103,15 +140,23 @@ def loader_of(data, batch_size=4, reader=None, **options):
 
 
 def take(loader, n):
-    return [[(k, read_number(v[0]), a.numpy().tobytes()) for k, v, a in zip(b["key"], b["video"], b["actions"])]
-            for b in itertools.islice(loader, n)]  # fmt: skip
+    return [
+        [
+            (k, read_number(v[0]), a.numpy().tobytes())
+            for k, v, a in zip(b["key"], b["video"], b["actions"])
+        ]
+        for b in itertools.islice(loader, n)
+    ]
 
 
 def expected_actions(states):
     """Differences of poses, said again a row at a time."""
     out = []
     for a, b in itertools.pairwise(np.asarray(states, dtype=np.float64)):
-        turn = Rotation.from_euler("xyz", b[3:6]).as_matrix() @ Rotation.from_euler("xyz", a[3:6]).as_matrix().T
+        turn = (
+            Rotation.from_euler("xyz", b[3:6]).as_matrix()
+            @ Rotation.from_euler("xyz", a[3:6]).as_matrix().T
+        )
         out.append([*(b[:3] - a[:3]), *Rotation.from_matrix(turn).as_euler("xyz"), b[6] - a[6]])
     return np.array(out)
 
@@ -120,11 +165,16 @@ def expected_actions(states):
 
 
 def test_poses_are_those_of_the_reference():
-    """Bug: intrinsic angles, R[t]^T R[t+1], plain differences of angles, degrees: wrong actions that train all the same."""
+    """Bug: intrinsic angles, R[t]^T R[t+1], plain differences of angles, degrees: wrong actions
+    that train all the same."""
     t = load_file(f"{FIXTURES}/poses.safetensors")
-    np.testing.assert_allclose(pose_actions(t["in/poses/states"].numpy()), t["out/poses/actions"], atol=1e-9)
+    np.testing.assert_allclose(
+        pose_actions(t["in/poses/states"].numpy()), t["out/poses/actions"], atol=1e-9
+    )
     pose, action = t["in/newpose/pose"], t["in/newpose/action"]
-    both = compose_poses(pose[:, 0], action.repeat(1, 2, 1), torch.zeros(7).double(), torch.ones(7).double())
+    both = compose_poses(
+        pose[:, 0], action.repeat(1, 2, 1), torch.zeros(7).double(), torch.ones(7).double()
+    )
     torch.testing.assert_close(both[:, 1:], t["out/newpose/pose"], rtol=0, atol=1e-9)
     states = t["in/poses/states"][None].clone()
     states[..., 6] = states[..., 6].clamp(0, 1)
@@ -144,15 +194,29 @@ def test_strides_are_those_of_the_reference():
         r = episodes.Episode("", "", "raw", {}, 900, float(rate), 0, 900, 0)
         assert DroidReader(fps=float(fps)).stride_of(r) == found[name].diff().unique().item(), name
     r = episodes.Episode("", "", "raw", {}, 900, 15.0, 0, 900, 0)
-    assert [DroidReader(fps=f).stride_of(r) for f in (4, 5, 15, 30, 7.5)] == [4, 3, 1, 1, 2] and DroidReader(stride=15).stride_of(r) == 15
+    assert [DroidReader(fps=f).stride_of(r) for f in (4, 5, 15, 30, 7.5)] == [
+        4,
+        3,
+        1,
+        1,
+        2,
+    ] and DroidReader(stride=15).stride_of(r) == 15
 
 
 def test_crop_is_that_of_the_reference():
-    """Bug: an antialiased or uncentred crop, or a squeezed whole picture: the encoder sees an arm of another shape than Meta's did."""
+    """Bug: an antialiased or uncentred crop, or a squeezed whole picture: the encoder sees an arm
+    of another shape than Meta's did."""
     t = load_file(f"{FIXTURES}/transform.safetensors")
-    mean, std = (255 * torch.tensor(x)[:, None, None, None] for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    for name, aspect in (("droid_config_16x9", (0.75, 1.35)), ("droid_config_4x3", (0.75, 1.35)), ("jepa_wms_square", (1.0, 1.0)),
-                         ("notebook_identity", (0.75, 1.35))):  # fmt: skip
+    mean, std = (
+        255 * torch.tensor(x)[:, None, None, None]
+        for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    for name, aspect in (
+        ("droid_config_16x9", (0.75, 1.35)),
+        ("droid_config_4x3", (0.75, 1.35)),
+        ("jepa_wms_square", (1.0, 1.0)),
+        ("notebook_identity", (0.75, 1.35)),
+    ):
         ours = crop_resize(list(t[f"in/{name}/frames"].numpy()), 64, *aspect).transpose(0, 1)
         theirs = t[f"out/{name}/clip"] * std + mean
         assert ours.dtype == torch.uint8 and (ours - theirs).abs().max() < 0.51, name
@@ -160,36 +224,65 @@ def test_crop_is_that_of_the_reference():
 
 
 def test_a_file_that_tensorflow_wrote():
-    """Bug: our reader and our writer agree on something that is no TFRecord or Example. This one TensorFlow 2.21 wrote: two episodes of 40
-    steps; field k is sin(t / 10 + column + k + episode), picture n of camera c of episode e shows 100 (3 e + c) + n."""
+    """Bug: our reader and our writer agree on something that is no TFRecord or Example. This one
+    TensorFlow 2.21 wrote: two episodes of 40 steps; field k is sin(t / 10 + column + k + episode),
+    picture n of camera c of episode e shows 100 (3 e + c) + n."""
     path = f"{FIXTURES}/droid_tf.tfrecord"
     lines, t = [], np.arange(40)
-    reader = DroidReader(8, 4, **SMALL, camera=("wrist",), action_keys=["action_dict/joint_velocity", "action"])
+    reader = DroidReader(
+        8, 4, **SMALL, camera=("wrist",), action_keys=["action_dict/joint_velocity", "action"]
+    )
     train, val, bad = open_droid(path, reader=reader, idle_filter="off", log=lines.append)
     assert [r.key for r in train] == [
-        f"gs://x/{e}/recordings/MP4--gs://x/{s}/{e}/trajectory.h5" for e, s in enumerate(("success", "failure"))
+        f"gs://x/{e}/recordings/MP4--gs://x/{s}/{e}/trajectory.h5"
+        for e, s in enumerate(("success", "failure"))
     ]
-    assert not val and not bad and lines[0].startswith("2 episodes, 0.0% of their rows idle: 0 without") and reader.names[7] == "action.0"
+    assert (
+        not val
+        and not bad
+        and lines[0].startswith("2 episodes, 0.0% of their rows idle: 0 without")
+        and reader.names[7] == "action.0"
+    )
     for e, r in enumerate(train):
         assert r.steps == 40
-        names = {"observation/cartesian_position": (0, 6), "action_dict/joint_velocity": (25, 7), "action": (40, 7)}
+        names = {
+            "observation/cartesian_position": (0, 6),
+            "action_dict/joint_velocity": (25, 7),
+            "action": (40, 7),
+        }
         for (k, d), x in zip(names.values(), episodes.read_fields(r, names)):
-            np.testing.assert_allclose(x, np.sin(0.1 * t[:, None] + np.arange(d) + k + e), atol=1e-6)
+            np.testing.assert_allclose(
+                x, np.sin(0.1 * t[:, None] + np.arange(d) + k + e), atol=1e-6
+            )
         clip = reader(r, 5, np.random.default_rng(0))
-        assert [read_number(f) for f in clip["video"]] == [100 * (3 * e + 2) + 5 + 4 * i for i in range(8)]
+        assert [read_number(f) for f in clip["video"]] == [
+            100 * (3 * e + 2) + 5 + 4 * i for i in range(8)
+        ]
         mean = np.sin(0.1 * t[5:33, None] + np.arange(7) + 40 + e).reshape(7, 4, 7).mean(1)
         np.testing.assert_allclose(clip["actions"][:, 7:], mean, atol=1e-6)
-    assert [r.key[:6] for r in opened(path, success="only")[0]] == ["gs://x"] and len(opened(path, success="only")[0]) == 1
+    assert [r.key[:6] for r in opened(path, success="only")[0]] == ["gs://x"] and len(
+        opened(path, success="only")[0]
+    ) == 1
 
 
 def test_frames_states_and_actions_are_of_the_same_rows(shards):
-    """Bug: pictures a step off the poses, actions of neighbouring rows in place of the sampled ones."""
+    """Bug: pictures a step off the poses, actions of neighbouring rows in place of the sampled
+    ones."""
     train, _, _ = opened([str(shards)])
     batch = next(iter(loader_of(train, 16)))
-    assert batch["video"].shape == (16, 4, 3, 64, 64) and batch["actions"].shape == (16, 3, 7) and not batch["bad"]
-    for video, states, actions, key in zip(batch["video"], batch["states"], batch["actions"], batch["key"]):
+    assert (
+        batch["video"].shape == (16, 4, 3, 64, 64)
+        and batch["actions"].shape == (16, 3, 7)
+        and not batch["bad"]
+    )
+    for video, states, actions, key in zip(
+        batch["video"], batch["states"], batch["actions"], batch["key"]
+    ):
         numbers = [read_number(f) for f in video]
-        assert np.diff(numbers).tolist() == [3, 3, 3] and numbers == (1000 * states[:, 6]).round().int().tolist()
+        assert (
+            np.diff(numbers).tolist() == [3, 3, 3]
+            and numbers == (1000 * states[:, 6]).round().int().tolist()
+        )
         seed = int(key.split("/")[2])
         true = np.float32(np.hstack([*rows(seed, 60 + 20 * (seed % 3)).values()][:2]))[numbers]
         np.testing.assert_allclose(states, true, atol=1e-6)
@@ -203,7 +296,11 @@ def test_frames_states_and_actions_are_of_the_same_rows(shards):
 def openpi_ranges(velocity):
     """openpi's compute_droid_nonidle_ranges.py, a step at a time."""
     n = len(velocity)
-    idle = [t > 0 and all(abs(velocity[t][j] - velocity[t - 1][j]) < 1e-3 for j in range(len(velocity[t]))) for t in range(n)]
+    idle = [
+        t > 0
+        and all(abs(velocity[t][j] - velocity[t - 1][j]) < 1e-3 for j in range(len(velocity[t])))
+        for t in range(n)
+    ]
     keep, t = [True] * n, 0
     while t < n:
         end = t
@@ -233,7 +330,8 @@ def random_velocity(rng):
 
 
 def test_idle_filter_is_openpis_rule():
-    """Bug: off by one at the ends of an idle run; idle from small commands rather than from commands that stay the same."""
+    """Bug: off by one at the ends of an idle run; idle from small commands rather than from
+    commands that stay the same."""
     rng, kept = np.random.default_rng(0), 0
     for _ in range(400):
         v = random_velocity(rng)
@@ -248,17 +346,26 @@ def test_idle_filter_is_openpis_rule():
 
 
 def test_light_filter_leaves_out_exactly_the_clips_in_which_nothing_moves():
-    """Bug: pauses, which a world model must predict too, are lost with the idle clips; or a start is in two ranges and drawn twice."""
+    """Bug: pauses, which a world model must predict too, are lost with the idle clips; or a start
+    is in two ranges and drawn twice."""
     rng = np.random.default_rng(1)
     for _ in range(300):
         v, span = random_velocity(rng), int(rng.integers(2, 20))
-        still = [all(np.abs(np.diff(v[s : s + span], axis=0)).max(1) < 1e-3) for s in range(len(v) - span + 1)]
-        found = [s for a, b in keep_ranges(episodes.idle_runs(v), len(v), "light", span) for s in range(a, b - span + 1)]
+        still = [
+            all(np.abs(np.diff(v[s : s + span], axis=0)).max(1) < 1e-3)
+            for s in range(len(v) - span + 1)
+        ]
+        found = [
+            s
+            for a, b in keep_ranges(episodes.idle_runs(v), len(v), "light", span)
+            for s in range(a, b - span + 1)
+        ]
         assert found == [s for s, x in enumerate(still) if not x]
 
 
 def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
-    """Bug: a filter that drops most of the data without a word; clips that run over into an idle stretch."""
+    """Bug: a filter that drops most of the data without a word; clips that run over into an idle
+    stretch."""
     velocity = np.random.default_rng(0).normal(0, 0.3, (120, 7))
     velocity[40:70] = 0.1
     change = {"action_dict/joint_velocity": velocity}
@@ -271,37 +378,60 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
     )
     reader, lines = DroidReader(4, 5, **SMALL), []
     assert episodes.idle_runs(velocity) == [[41, 70]]
-    train, _, bad = open_droid(path, reader=reader, idle_filter="openpi", success="only", log=lines.append)
+    train, _, bad = open_droid(
+        path, reader=reader, idle_filter="openpi", success="only", log=lines.append
+    )
     assert [(r.first, r.last) for r in train] == [(0, 31), (70, 110), (0, 120)] and not bad
     share = (31 - 9 + 40 - 9 + 111) / 222
-    left = f"1 without success left out, 1 shorter than a clip, of the others --idle_filter openpi keeps {share:.1%} of 222 starts of clips"
-    assert lines == [f"4 episodes, 7.9% of their rows idle: {left} (1 without joint velocities: all), in 3 stretches"]
-    numbers = [[read_number(f) for f in v] for b in itertools.islice(loader_of(train[:2], 16), 3) for v in b["video"]]
-    assert {n for clip in numbers for n in clip} >= {0, 30, 70, 109} and all(max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers)
+    left = (
+        "1 without success left out, 1 shorter than a clip, of the others --idle_filter openpi"
+        f" keeps {share:.1%} of 222 starts of clips"
+    )
+    assert lines == [
+        f"4 episodes, 7.9% of their rows idle: {left} (1 without joint velocities: all), in 3"
+        " stretches"
+    ]
+    numbers = [
+        [read_number(f) for f in v]
+        for b in itertools.islice(loader_of(train[:2], 16), 3)
+        for v in b["video"]
+    ]
+    assert {n for clip in numbers for n in clip} >= {0, 30, 70, 109} and all(
+        max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers
+    )
     assert [len(opened(path, idle_filter=f)[0]) for f in ("off", "light")] == [3, 4]
     velocity[:] = 0
-    with pytest.raises(ValueError, match="no usable episode in .*b.tfrecord: the filters leave nothing .--idle_filter off"):
+    with pytest.raises(
+        ValueError,
+        match="no usable episode in .*b.tfrecord: the filters leave nothing .--idle_filter off",
+    ):
         opened(write(tmp_path / "b.tfrecord", episode(1, 120, **change)))
 
 
 def test_the_split_goes_by_episode_wherever_it_lies(shards, tmp_path):
-    """Bug: two stretches of one episode on both sides; another split once the shards are merged, so that held-out clips are trained on."""
+    """Bug: two stretches of one episode on both sides; another split once the shards are merged, so
+    that held-out clips are trained on."""
     train, val, _ = opened(str(shards / "*"), val_fraction=0.3)
     keys = [{r.key for r in side} for side in (train, val)]
     assert len(keys[0]) == 6 and len(keys[1]) == 3 and not keys[0] & keys[1]
-    merged = write(tmp_path / "all.tfrecord", *(episode(s, 60 + 20 * (s % 3)) for s in reversed(range(9))))
+    merged = write(
+        tmp_path / "all.tfrecord", *(episode(s, 60 + 20 * (s % 3)) for s in reversed(range(9)))
+    )
     assert {r.key for r in opened(merged, val_fraction=0.3)[1]} == keys[1]
     with pytest.raises(ValueError, match="--val_data and --data share 9 episodes"):
         opened(str(shards), val_data=merged)
     alone = write(tmp_path / "one.tfrecord", episode(1))
-    assert len(opened(alone, val_fraction=0.5)[0]) == 1 and opened(alone, val_fraction=0.5)[1] == []  # nothing to hold out
+    assert (
+        len(opened(alone, val_fraction=0.5)[0]) == 1 and opened(alone, val_fraction=0.5)[1] == []
+    )  # nothing to hold out
 
 
 # --- order ---
 
 
 def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
-    """Bug: the same run with other workers or after a resume sees other clips, other cameras, or the same ones twice."""
+    """Bug: the same run with other workers or after a resume sees other clips, other cameras, or
+    the same ones twice."""
     reader = DroidReader(4, 5, **SMALL, camera=tuple(CAMERAS))
     train, _, _ = opened(str(shards), reader)
     plain = take(loader_of(train, reader=reader), 7)
@@ -318,7 +448,8 @@ def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
 
 
 def test_validation_windows_can_all_be_read_and_cover_the_episodes(shards):
-    """Bug: a window past the end of a stretch fails in every validation; half of the held-out frames are never looked at."""
+    """Bug: a window past the end of a stretch fails in every validation; half of the held-out
+    frames are never looked at."""
     for frames, fps in ((4, 5), (8, 4), (3, 15)):
         reader = DroidReader(frames, fps, **SMALL)
         train, _, _ = opened(str(shards), reader, idle_filter="openpi")
@@ -328,7 +459,9 @@ def test_validation_windows_can_all_be_read_and_cover_the_episodes(shards):
         assert not any(c["bad"] for c in got)
         stride = reader.stride_of(train[0])
         assert len(items) == sum(((r.last - r.first - 1) // stride + 1) // frames for r in train)
-        assert len({(c["key"], read_number(f)) for c in got for f in c["video"]}) == frames * len(items)  # no frame twice
+        assert len({(c["key"], read_number(f)) for c in got for f in c["video"]}) == frames * len(
+            items
+        )  # no frame twice
 
 
 def test_an_epoch_spreads_over_all_starts(shards):
@@ -336,7 +469,9 @@ def test_an_epoch_spreads_over_all_starts(shards):
     train, _, _ = opened(str(shards))
     starts = sum(DroidReader(4, 5).starts(r) for r in train)
     batches = loader_of(train, 8, batches_per_epoch=starts // 8).batch_sampler
-    numbers = collections.Counter(n for b in itertools.islice(batches, starts // 8) for _, _, n, _ in b)
+    numbers = collections.Counter(
+        n for b in itertools.islice(batches, starts // 8) for _, _, n, _ in b
+    )
     assert all(abs(numbers[i] - DroidReader(4, 5).starts(r)) <= 2 for i, r in enumerate(train))
 
 
@@ -344,7 +479,8 @@ def test_an_epoch_spreads_over_all_starts(shards):
 
 
 def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
-    """Bug: a subset without some fields stops the run; floats or flags that are not packed are read as garbage."""
+    """Bug: a subset without some fields stops the run; floats or flags that are not packed are read
+    as garbage."""
 
     def unpack(record_bytes):
         """The same Example with a tag before each number, as other writers have it."""
@@ -359,66 +495,143 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
             else:
                 out[name] = ("1", raw)
         part = lambda n, data: bytes([n << 3 | 2]) + varint(len(data)) + data  # noqa: E731
-        return record(part(1, b"".join(part(1, part(1, k.encode()) + part(2, part(int(n), x))) for k, (n, x) in out.items())))
+        return record(
+            part(
+                1,
+                b"".join(
+                    part(1, part(1, k.encode()) + part(2, part(int(n), x)))
+                    for k, (n, x) in out.items()
+                ),
+            )
+        )
 
     plain = episode(7)
-    a, b = (opened(write(tmp_path / name, data))[0][0] for name, data in (("a", plain), ("b", unpack(plain))))
+    a, b = (
+        opened(write(tmp_path / name, data))[0][0]
+        for name, data in (("a", plain), ("b", unpack(plain)))
+    )
     assert unpack(plain) != plain and (a.steps, a.key) == (b.steps, b.key)
     for x, y in zip(*(episodes.read_fields(r, episodes.STATES["rlds"]) for r in (a, b))):
         assert np.array_equal(x, y) and len(x) == 60
-    cases = {"no steps/is_first": {"gone": "steps/is_first"},
-             "no steps/observation/cartesian_position": {"observation/cartesian_position": None},
-             "no camera exterior_1": {"cameras": ["wrist"]}, "no steps in it": {"steps": 0}}  # fmt: skip
+    cases = {
+        "no steps/is_first": {"gone": "steps/is_first"},
+        "no steps/observation/cartesian_position": {"observation/cartesian_position": None},
+        "no camera exterior_1": {"cameras": ["wrist"]},
+        "no steps in it": {"steps": 0},
+    }
     records = [plain]
     for change in cases.values():
         data = episode(len(records), **{k: v for k, v in change.items() if k != "gone"})
-        records.append(data.replace(b"steps/is_first", b"steps/no_first") if "gone" in change else data)
+        records.append(
+            data.replace(b"steps/is_first", b"steps/no_first") if "gone" in change else data
+        )
     train, _, bad = opened(write(tmp_path / "c", *records), verify=False)
     assert [r.key for r in train] == [a.key] and len(bad) == 4
     for reason, (_, _, found) in zip(cases, bad):
         assert reason in found
-    lost = episode(5).replace(b"\x0a" + varint(len(jpeg(659))) + jpeg(659), b"\x12" + varint(len(jpeg(659))) + jpeg(659))
-    assert "a list of bytes is damaged" in opened(write(tmp_path / "f", record(lost[12:-4]), plain))[2][0][2]
+    lost = episode(5).replace(
+        b"\x0a" + varint(len(jpeg(659))) + jpeg(659), b"\x12" + varint(len(jpeg(659))) + jpeg(659)
+    )
+    assert (
+        "a list of bytes is damaged"
+        in opened(write(tmp_path / "f", record(lost[12:-4]), plain))[2][0][2]
+    )
     pictures = {c: [jpeg(i) for i in range(60 - (c == "wrist"))] for c in CAMERAS}
-    fewer = record(droid_example({k: np.float32(x) for k, x in rows(1, 60).items()}, pictures, "a", "b", "abc", True))
-    assert opened(write(tmp_path / "g", fewer, plain))[2][0][2] == "60 steps, but pictures of wrist 59"
-    only_wrist = opened(write(tmp_path / "d", episode(1, cameras=["wrist"])), DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist")))[0]
-    assert take(loader_of(only_wrist, 1, DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist"))), 1)[0][0][1] >= 600
-    few = write(tmp_path / "e", record(example({"steps/is_first": np.ones(3, int)})), record(b""), record(b"\x0a\x05hello"), plain)
+    fewer = record(
+        droid_example(
+            {k: np.float32(x) for k, x in rows(1, 60).items()}, pictures, "a", "b", "abc", True
+        )
+    )
+    assert (
+        opened(write(tmp_path / "g", fewer, plain))[2][0][2] == "60 steps, but pictures of wrist 59"
+    )
+    only_wrist = opened(
+        write(tmp_path / "d", episode(1, cameras=["wrist"])),
+        DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist")),
+    )[0]
+    assert (
+        take(
+            loader_of(only_wrist, 1, DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist"))), 1
+        )[0][0][1]
+        >= 600
+    )
+    few = write(
+        tmp_path / "e",
+        record(example({"steps/is_first": np.ones(3, int)})),
+        record(b""),
+        record(b"\x0a\x05hello"),
+        plain,
+    )
     reasons = [reason for *_, reason in opened(few)[2]]
-    assert len(reasons) == 3 and all("not a tf.train.Example" in r for r in reasons[:2]) and "no steps/observation/c" in reasons[2]
+    assert (
+        len(reasons) == 3
+        and all("not a tf.train.Example" in r for r in reasons[:2])
+        and "no steps/observation/c" in reasons[2]
+    )
 
 
 def test_places_of_pictures_follow_from_their_sizes():
-    """Bug: the length of a JPEG takes one, two or three bytes, and an error in that gives the neighbour's bytes."""
+    """Bug: the length of a JPEG takes one, two or three bytes, and an error in that gives the
+    neighbour's bytes."""
     sizes = [0, 1, 127, 128, 129, 16383, 16384, 20000, (1 << 21) - 1, 1 << 21, 5]
     raw = b"".join(b"\x0a" + varint(n) + bytes(n) for n in sizes)
     assert episodes.places(sizes) == episodes.values(raw) and episodes.places([]) == []
 
 
-@pytest.mark.parametrize("how", ["cut", "cut_head", "cut_tail", "length", "data", "crc", "text", "gzip", "empty", "huge"])
+@pytest.mark.parametrize(
+    "how", ["cut", "cut_head", "cut_tail", "length", "data", "crc", "text", "gzip", "empty", "huge"]
+)
 def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
-    """Bug: a truncated download or a flipped bit gives other numbers or a traceback, or silently ends the data."""
+    """Bug: a truncated download or a flipped bit gives other numbers or a traceback, or silently
+    ends the data."""
     whole = [episode(s) for s in range(3)]
     raw, at = b"".join(whole), len(whole[0])
     flip = lambda i: raw[:i] + bytes([raw[i] ^ 16]) + raw[i + 1 :]  # noqa: E731
-    damaged = {"cut": raw[: at + 5000], "cut_head": raw[: at + 5], "cut_tail": raw[:-2], "length": flip(at + 2), "data": flip(at + 900),
-               "crc": flip(2 * at - 1), "text": b"not a record\n" * 500, "gzip": b"\x1f\x8b" + raw[5:], "empty": b"",
-               "huge": b"\xff" * 4096}[how]  # fmt: skip
+    damaged = {
+        "cut": raw[: at + 5000],
+        "cut_head": raw[: at + 5],
+        "cut_tail": raw[:-2],
+        "length": flip(at + 2),
+        "data": flip(at + 900),
+        "crc": flip(2 * at - 1),
+        "text": b"not a record\n" * 500,
+        "gzip": b"\x1f\x8b" + raw[5:],
+        "empty": b"",
+        "huge": b"\xff" * 4096,
+    }[how]
     path = write(tmp_path / "x.tfrecord", damaged)
-    kept = {"data": "02", "crc": "02", "cut": "0", "cut_head": "0", "cut_tail": "01", "length": "0"}.get(how, "")
-    reason = {"cut": "the file ends inside the record at byte", "cut_head": "the file ends inside", "cut_tail": "truncated",
-              "data": "wrong checksum", "crc": "wrong checksum", "empty": "no episode in it"}.get(how, "not a TFRecord")  # fmt: skip
+    kept = {
+        "data": "02",
+        "crc": "02",
+        "cut": "0",
+        "cut_head": "0",
+        "cut_tail": "01",
+        "length": "0",
+    }.get(how, "")
+    reason = {
+        "cut": "the file ends inside the record at byte",
+        "cut_head": "the file ends inside",
+        "cut_tail": "truncated",
+        "data": "wrong checksum",
+        "crc": "wrong checksum",
+        "empty": "no episode in it",
+    }.get(how, "not a TFRecord")
     if not kept:
         with pytest.raises(ValueError, match=f"no usable episode in .*x.tfrecord.*{reason}"):
             opened(path)
         return
     train, _, bad = opened(path)
-    assert [r.key.split("/")[2] for r in train] == [*kept] and len(bad) == 1 and bad[0][0] == path and reason in bad[0][2]
+    assert (
+        [r.key.split("/")[2] for r in train] == [*kept]
+        and len(bad) == 1
+        and bad[0][0] == path
+        and reason in bad[0][2]
+    )
 
 
 def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
-    """Bug: some flipped byte of the protobuf gives an exception that nobody catches, an endless loop, or gigabytes of memory."""
+    """Bug: some flipped byte of the protobuf gives an exception that nobody catches, an endless
+    loop, or gigabytes of memory."""
     raw, rng = episode(1, 30), np.random.default_rng(0)
     start = raw.index(b"steps/observation/cartesian_position") - 40
     places = [*range(12, 60), *range(start, start + 90), *rng.integers(12, len(raw) - 4, 100)]
@@ -428,7 +641,17 @@ def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
         found, bad = episodes.index_rlds(write(tmp_path / f"{i}", data), len(data), False)
         assert len(found) + len(bad) == 1
         for e in found:
-            r = episodes.Episode(str(tmp_path / f"{i}"), e["key"], "rlds", e["members"], e["steps"], 15.0, 0, e["steps"], 0)
+            r = episodes.Episode(
+                str(tmp_path / f"{i}"),
+                e["key"],
+                "rlds",
+                e["members"],
+                e["steps"],
+                15.0,
+                0,
+                e["steps"],
+                0,
+            )
             try:
                 if flaw := reader.flaw(r):
                     raise ValueError(flaw)
@@ -447,17 +670,28 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     broken = episode(3)
     for i in range(60):
         broken = broken.replace(jpeg(i), b"\xff\xd8" + bytes(len(jpeg(i)) - 2))
-    path = write(tmp_path / "a.tfrecord", episode(2, **{"observation/cartesian_position": nan}), episode(1), broken)
+    path = write(
+        tmp_path / "a.tfrecord",
+        episode(2, **{"observation/cartesian_position": nan}),
+        episode(1),
+        broken,
+    )
     train, _, bad = opened(path, verify=False)
     assert len(train) == 3 and not bad
     batches = list(itertools.islice(loader_of(train, 8), 6))
-    reasons = collections.Counter((key.split("/")[2], reason) for b in batches for _, key, reason in b["bad"])
+    reasons = collections.Counter(
+        (key.split("/")[2], reason) for b in batches for _, key, reason in b["bad"]
+    )
     assert (
-        {k for k, _ in reasons} == {"2", "3"} and any("not finite" in r for _, r in reasons) and all(len(b["video"]) == 8 for b in batches)
+        {k for k, _ in reasons} == {"2", "3"}
+        and any("not finite" in r for _, r in reasons)
+        and all(len(b["video"]) == 8 for b in batches)
     )
     assert all(torch.isfinite(b["states"]).all() for b in batches)
     os.truncate(path, 4000)  # while the run goes on
-    with pytest.raises(ValueError, match="20 clips in a row.*damaged or changed since it was indexed"):
+    with pytest.raises(
+        ValueError, match="20 clips in a row.*damaged or changed since it was indexed"
+    ):
         next(iter(loader_of(train)))
 
 
@@ -466,27 +700,41 @@ def test_bad_episodes_are_bounded(tmp_path):
     good, wrong = [episode(s, 30) for s in range(95)], [record(b"nonsense")] * 6
     path = write(tmp_path / "a.tfrecord", *good, *wrong)
     assert len(opened(path, max_bad_fraction=0.1)[2]) == 6
-    with pytest.raises(ValueError, match="6 of 101 episodes cannot be read, .*a.tfrecord.*raise --max_bad_fraction"):
+    with pytest.raises(
+        ValueError, match="6 of 101 episodes cannot be read, .*a.tfrecord.*raise --max_bad_fraction"
+    ):
         opened(path, max_bad_fraction=0.05)
 
 
 # --- the index ---
 
 
-def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(tmp_path, monkeypatch, capsys):
-    """Bug: every start reads every shard again; a half-written or old index gives pictures of other episodes."""
+def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
+    tmp_path, monkeypatch, capsys
+):
+    """Bug: every start reads every shard again; a half-written or old index gives pictures of other
+    episodes."""
     monkeypatch.setattr(episodes, "CACHE", str(tmp_path / "cache"))
     calls, index = [], episodes.index_rlds
     monkeypatch.setattr(episodes, "index_rlds", lambda *a: calls.append(a) or index(*a))
     path = write(tmp_path / "a.tfrecord", episode(1), episode(2))
     first = opened(path)[0]
-    show = lambda found: [(r.key, {k: (*m[:2], list(m[2] if m[2] is not None else [])) for k, m in r.members.items()}) for r in found]  # noqa: E731
+    show = lambda found: [  # noqa: E731
+        (r.key, {k: (*m[:2], list(m[2] if m[2] is not None else [])) for k, m in r.members.items()})
+        for r in found
+    ]
     assert show(opened(path)[0]) == show(first) and len(calls) == 1
     (cache,) = (tmp_path / "cache" / "droid").iterdir()
     raw = cache.read_bytes()
-    for i, damage in enumerate([b"", raw[:20], raw[:-1], raw + b"x", raw[:100] + b"9" + raw[101:], b"{}" * 50]):
+    for i, damage in enumerate(
+        [b"", raw[:20], raw[:-1], raw + b"x", raw[:100] + b"9" + raw[101:], b"{}" * 50]
+    ):
         cache.write_bytes(damage)
-        assert show(opened(path)[0]) == show(first) and len(calls) == 2 + i and cache.read_bytes() == raw
+        assert (
+            show(opened(path)[0]) == show(first)
+            and len(calls) == 2 + i
+            and cache.read_bytes() == raw
+        )
     write(path, episode(3), episode(4))
     os.utime(path, ns=(1, 1))
     assert [r.key.split("/")[2] for r in opened(path)[0]] == ["3", "4"]
@@ -508,7 +756,8 @@ def test_only_sampled_pictures_are_decoded(shards, monkeypatch):
 
 
 class Ranges(http.server.BaseHTTPRequestHandler):
-    """Files of `folder`, parts of them if asked; `fail` answers of 503 first; counts what it sends."""
+    """Files of `folder`, parts of them if asked; `fail` answers of 503 first; counts what it
+    sends."""
 
     folder, sent, fail, serve_ranges = "", 0, 0, True
 
@@ -567,12 +816,17 @@ def test_any_fsspec_url_gives_the_same_batches(shards):
 
 
 def test_http_reads_ranges_only(tmp_path, server):
-    """Bug: a shard of 0.85 GB is fetched to train on eight pictures of it; or a busy server ends the run."""
+    """Bug: a shard of 0.85 GB is fetched to train on eight pictures of it; or a busy server ends
+    the run."""
     url, handler = server
     big = [jpeg(0) + bytes(60000)] * 60  # what follows a JPEG's end mark is not looked at
     r = {k: np.float32(x) for k, x in rows(1, 60).items()}
     path = write(
-        tmp_path / "a.tfrecord", *(record(droid_example(r, dict.fromkeys(CAMERAS, big), f"e{i}", "success", "abc", True)) for i in range(3))
+        tmp_path / "a.tfrecord",
+        *(
+            record(droid_example(r, dict.fromkeys(CAMERAS, big), f"e{i}", "success", "abc", True))
+            for i in range(3)
+        ),
     )
     train, _, bad = opened(url + "/a.tfrecord")
     assert len(train) == 3 and not bad and handler.sent < 0.2 * os.path.getsize(path)
@@ -582,7 +836,9 @@ def test_http_reads_ranges_only(tmp_path, server):
     handler.sent, handler.fail = 0, 2
     batch = next(iter(loader_of(train, 2)))
     assert handler.sent < 2 * (4 * 66000 + 20000)
-    assert take(loader_of(train, 2, num_workers=2), 2) == take(loader_of(train, 2), 2)  # in processes that inherited the connection
+    assert take(loader_of(train, 2, num_workers=2), 2) == take(
+        loader_of(train, 2), 2
+    )  # in processes that inherited the connection
     assert batch["video"].shape[0] == 2 and handler.fail == 0 and not batch["bad"]
     handler.serve_ranges = False
     write(tmp_path / "b.tfrecord", episode(1))
@@ -596,7 +852,8 @@ def test_http_reads_ranges_only(tmp_path, server):
 
 
 def raw_droid(folder, seed=1, steps=60, frames=None, metadata=True, uuid="lab+1"):
-    """trajectory.h5, two mp4s of numbered frames and metadata, as DROID's raw release lays them out."""
+    """trajectory.h5, two mp4s of numbered frames and metadata, as DROID's raw release lays them
+    out."""
     os.makedirs(folder / "recordings" / "MP4")
     r = rows(seed, steps)
     with h5py.File(folder / "trajectory.h5", "w") as f:
@@ -614,12 +871,15 @@ def raw_droid(folder, seed=1, steps=60, frames=None, metadata=True, uuid="lab+1"
         "wrist_mp4_path": None,
     }
     if metadata:
-        (folder / "metadata_1.json").write_text(json.dumps(meta | {"left_mp4_path": "a/111.mp4", "right_mp4_path": "a/222.mp4"}))
+        (folder / "metadata_1.json").write_text(
+            json.dumps(meta | {"left_mp4_path": "a/111.mp4", "right_mp4_path": "a/222.mp4"})
+        )
     return r
 
 
 def test_raw_droid_as_metas_loader_reads_it(tmp_path):
-    """Bug: rows and frames drift apart; Meta's setting (left camera, every 15th row) cannot be repeated; the wrong camera's extrinsics."""
+    """Bug: rows and frames drift apart; Meta's setting (left camera, every 15th row) cannot be
+    repeated; the wrong camera's extrinsics."""
     r = raw_droid(tmp_path / "a")
     raw_droid(tmp_path / "b", seed=2, uuid="lab+2")
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'a'} 0\n{tmp_path / 'b'} 0\n")
@@ -632,43 +892,88 @@ def test_raw_droid_as_metas_loader_reads_it(tmp_path):
     pose = r["observation/cartesian_position"][[14, 29, 44, 59]]
     np.testing.assert_allclose(clip["states"][:, :6], pose, atol=1e-6)
     np.testing.assert_allclose(clip["extrinsics"], pose + 1, atol=1e-6)
-    np.testing.assert_allclose(clip["actions"], expected_actions(np.column_stack([pose, [0.014, 0.029, 0.044, 0.059]])), atol=1e-6)
+    np.testing.assert_allclose(
+        clip["actions"],
+        expected_actions(np.column_stack([pose, [0.014, 0.029, 0.044, 0.059]])),
+        atol=1e-6,
+    )
     assert "no camera extrinsics" in str(
-        pytest.raises(ValueError, opened, str(tmp_path / "a"), DroidReader(4, 5, camera="right", extrinsics=True)).value
+        pytest.raises(
+            ValueError,
+            opened,
+            str(tmp_path / "a"),
+            DroidReader(4, 5, camera="right", extrinsics=True),
+        ).value
     )
     raw_droid(tmp_path / "c", metadata=False)
     raw_droid(tmp_path / "d", frames=40)
     (tmp_path / "e").mkdir()
     write(tmp_path / "e" / "trajectory.h5", b"no HDF5")
-    reasons = {os.path.basename(os.path.dirname(file)): reason for file, _, reason in opened(str(tmp_path), reader)[2]}
+    reasons = {
+        os.path.basename(os.path.dirname(file)): reason
+        for file, _, reason in opened(str(tmp_path), reader)[2]
+    }
     assert (
-        "no metadata_*.json" in reasons["c"] and "60 rows, and [40, 40" in reasons["d"] and reasons["e"] and set(reasons) == {"c", "d", "e"}
+        "no metadata_*.json" in reasons["c"]
+        and "60 rows, and [40, 40" in reasons["d"]
+        and reasons["e"]
+        and set(reasons) == {"c", "d", "e"}
     )
 
 
 def test_ones_own_episodes_of_any_dimension(tmp_path):
-    """Bug: a robot that is no 7-D arm cannot be used; demo-1 takes the videos of demo-10; actions of the last row only."""
+    """Bug: a robot that is no 7-D arm cannot be used; demo-1 takes the videos of demo-10; actions
+    of the last row only."""
     rng = np.random.default_rng(0)
-    for name, cameras, steps in (("demo-1", ["front", "side"], 50), ("demo-10", [""], 50), ("short", ["front"], 3)):
-        fields = {"joints": rng.normal(size=(steps, 5)), "torque": rng.normal(size=(steps, 2)), "grip": rng.random(steps)}
+    for name, cameras, steps in (
+        ("demo-1", ["front", "side"], 50),
+        ("demo-10", [""], 50),
+        ("short", ["front"], 3),
+    ):
+        fields = {
+            "joints": rng.normal(size=(steps, 5)),
+            "torque": rng.normal(size=(steps, 2)),
+            "grip": rng.random(steps),
+        }
         np.savez(tmp_path / f"{name}.npz", rate=10.0, success=name != "demo-10", **fields)
         for c in cameras:
             write(tmp_path / f"{name}{c and '.' + c}.mp4", film(steps))
-    reader = DroidReader(4, 5, **SMALL, camera=("front",), state_keys=["joints", "grip"], action_keys=["torque"])
+    reader = DroidReader(
+        4, 5, **SMALL, camera=("front",), state_keys=["joints", "grip"], action_keys=["torque"]
+    )
     train, _, bad = opened(str(tmp_path), reader)
-    assert [r.key.split("/")[1] for r in train] == ["demo-1", "demo-10"] and not bad and list(train[0].members) == ["front", "side"]
-    assert (reader.names, reader.state_dim, reader.stride_of(train[0])) == (["torque.0", "torque.1"], 6, 2)
+    assert (
+        [r.key.split("/")[1] for r in train] == ["demo-1", "demo-10"]
+        and not bad
+        and list(train[0].members) == ["front", "side"]
+    )
+    assert (reader.names, reader.state_dim, reader.stride_of(train[0])) == (
+        ["torque.0", "torque.1"],
+        6,
+        2,
+    )
     for r in train:  # a lone NAME.mp4 is taken for any camera
         with np.load(r.shard) as f:
             clip = reader(r, 7, rng)
             assert [read_number(x) for x in clip["video"]] == [7, 9, 11, 13]
-            np.testing.assert_allclose(clip["states"], np.column_stack([f["joints"], f["grip"]])[7:14:2], atol=1e-6)
-            np.testing.assert_allclose(clip["actions"], f["torque"][7:13].reshape(3, 2, 2).mean(1), atol=1e-6)
-    assert [r.key.split("/")[1] for r in opened(str(tmp_path), reader, success="only")[0]] == ["demo-1"]
-    with pytest.raises(ValueError, match="6 numbers, and pose differences need 7: name --action_keys"):
+            np.testing.assert_allclose(
+                clip["states"], np.column_stack([f["joints"], f["grip"]])[7:14:2], atol=1e-6
+            )
+            np.testing.assert_allclose(
+                clip["actions"], f["torque"][7:13].reshape(3, 2, 2).mean(1), atol=1e-6
+            )
+    assert [r.key.split("/")[1] for r in opened(str(tmp_path), reader, success="only")[0]] == [
+        "demo-1"
+    ]
+    with pytest.raises(
+        ValueError, match="6 numbers, and pose differences need 7: name --action_keys"
+    ):
         opened(str(tmp_path), DroidReader(4, 5, camera="front", state_keys=["joints", "grip"]))
     with pytest.raises(ValueError, match="no wheel in it, but .*torque"):
-        opened(str(tmp_path), DroidReader(4, 5, camera="front", state_keys=["joints"], action_keys=["wheel"]))
+        opened(
+            str(tmp_path),
+            DroidReader(4, 5, camera="front", state_keys=["joints"], action_keys=["wheel"]),
+        )
 
 
 # --- the scaler ---
@@ -692,13 +997,16 @@ def fit(folder, *flags, output="s.safetensors"):
 
 
 def test_statistics_of_poses_without_a_picture(tmp_path):
-    """Bug: actions go in unscaled (they are some 55 times too small); rows between episodes count as motion; a picture is decoded."""
+    """Bug: actions go in unscaled (they are some 55 times too small); rows between episodes count
+    as motion; a picture is decoded."""
     records, every = [], []
     for s in range(6):
         r, data = rows(s, 60 + s), episode(s, 60 + s)
         for i in range(60 + s):
             data = data.replace(jpeg(i), bytes(len(jpeg(i))))  # no picture can be decoded
-        states = np.float32(np.hstack([r["observation/cartesian_position"], r["observation/gripper_position"]])).astype(float)
+        states = np.float32(
+            np.hstack([r["observation/cartesian_position"], r["observation/gripper_position"]])
+        ).astype(float)
         records.append(data)
         every.append(expected_actions(states[::4]))
     path = write(tmp_path / "a.tfrecord", *records)
@@ -709,16 +1017,37 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
     np.testing.assert_allclose(scaler.var, x.var(0), rtol=1e-9)
     np.testing.assert_allclose(scaler.scale, x.std(0), rtol=1e-9)
     meta = scaler.meta
-    assert (meta["names"], meta["fps"], meta["frames_per_step"], meta["stride"]) == (droid.POSE, 4.0, 1, 0) and "action_space" not in meta
+    assert (meta["names"], meta["fps"], meta["frames_per_step"], meta["stride"]) == (
+        droid.POSE,
+        4.0,
+        1,
+        0,
+    ) and "action_space" not in meta
     scaler.check(path, droid.POSE, 4.0, 1)
     with pytest.raises(ValueError, match="--fps 4, this run has 5"):
         scaler.check(path, droid.POSE, 5.0, 1)
     with pytest.raises(ValueError, match="--stride 0, this run has 15"):
         scaler.check(path, droid.POSE, 4.0, 1, 15)
     held = {r.key for r in opened(path, val_fraction=0.3, idle_filter="off", verify=False)[1]}
-    part, _ = fit(tmp_path, "--data", path, "--val_fraction", 0.3, "--stride", 6, "--action_keys", "action", output="p.pkl")
+    part, _ = fit(
+        tmp_path,
+        "--data",
+        path,
+        "--val_fraction",
+        0.3,
+        "--stride",
+        6,
+        "--action_keys",
+        "action",
+        output="p.pkl",
+    )
     used = {name.partition(" ")[2] for name in part.meta["recordings"]}
-    assert len(held) == 2 and len(used) == 4 and not held & used and part.meta["names"] == [f"action.{i}" for i in range(7)]
+    assert (
+        len(held) == 2
+        and len(used) == 4
+        and not held & used
+        and part.meta["names"] == [f"action.{i}" for i in range(7)]
+    )
 
 
 def test_scaled_actions_come_out_of_the_reader(shards):
@@ -726,8 +1055,13 @@ def test_scaled_actions_come_out_of_the_reader(shards):
     mean, scale = np.arange(7.0), np.arange(1.0, 8.0)
     scaler = ActionScaler(mean, scale**2, scale, 1, {})
     train = opened(str(shards))[0]
-    plain, scaled = (next(iter(loader_of(train, reader=DroidReader(4, 5, **SMALL, scaler=s))))["actions"] for s in (None, scaler))
-    torch.testing.assert_close(scaled * torch.tensor(scale).float() + torch.tensor(mean).float(), plain, atol=1e-5, rtol=0)
+    plain, scaled = (
+        next(iter(loader_of(train, reader=DroidReader(4, 5, **SMALL, scaler=s))))["actions"]
+        for s in (None, scaler)
+    )
+    torch.testing.assert_close(
+        scaled * torch.tensor(scale).float() + torch.tensor(mean).float(), plain, atol=1e-5, rtol=0
+    )
 
 
 # --- scripts ---
@@ -737,24 +1071,54 @@ def test_inspect_prints_what_is_in_a_file(tmp_path):
     """Bug: the first thing a user tries prints a traceback or nothing of use."""
     velocity = np.random.default_rng(0).normal(0, 0.3, (90, 7))
     velocity[20:70] = 0.1
-    path = write(tmp_path / "a.tfrecord", episode(1, 90, **{"action_dict/joint_velocity": velocity}), record(b"nonsense"))
-    run = lambda *flags: subprocess.run([sys.executable, "-m", "droid", *flags], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
+    path = write(
+        tmp_path / "a.tfrecord",
+        episode(1, 90, **{"action_dict/joint_velocity": velocity}),
+        record(b"nonsense"),
+    )
+    run = lambda *flags: subprocess.run(  # noqa: E731
+        [sys.executable, "-m", "droid", *flags], cwd=ROOT, capture_output=True, text=True
+    )
     done = run("--inspect", path, "--batch_size", "4")
     assert done.returncode == 0, done.stderr
-    assert "video    (4, 8, 3, 256, 256)" in done.stdout and "54.4% of their rows idle" in done.stdout and "left out:" in done.stdout
-    assert re.search(r"gripper +-?[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+\n", done.stdout) and max(map(len, done.stdout.splitlines())) < 200
+    assert (
+        "video    (4, 8, 3, 256, 256)" in done.stdout
+        and "54.4% of their rows idle" in done.stdout
+        and "left out:" in done.stdout
+    )
+    assert (
+        re.search(r"gripper +-?[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+\n", done.stdout)
+        and max(map(len, done.stdout.splitlines())) < 200
+    )
     wrong = run("--inspect", str(tmp_path / "none*"))
-    assert wrong.returncode == 1 and wrong.stderr.startswith("error: no episode at") and len(wrong.stderr.splitlines()) == 1
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr.startswith("error: no episode at")
+        and len(wrong.stderr.splitlines()) == 1
+    )
 
 
 @pytest.fixture(scope="module")
 def robot(tmp_path_factory):
-    """Two episodes of the simulated arm in each form, and the same again by another number of processes."""
+    """Two episodes of the simulated arm in each form, and the same again by another number of
+    processes."""
     pytest.importorskip("mujoco")
     folder = tmp_path_factory.mktemp("robot")
-    for name, flags in (("a", ""), ("again", "--workers 1 --shards 1"), ("b", "--world b --form npz")):
-        command = [sys.executable, "-m", "prepare.robot", *"--episodes 2 --steps 40 60 --shards 2 --workers 2 --out".split(), folder / name]
-        done = subprocess.run([*map(str, command), *flags.split()], cwd=ROOT, capture_output=True, text=True)
+    for name, flags in (
+        ("a", ""),
+        ("again", "--workers 1 --shards 1"),
+        ("b", "--world b --form npz"),
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "prepare.robot",
+            *"--episodes 2 --steps 40 60 --shards 2 --workers 2 --out".split(),
+            folder / name,
+        ]
+        done = subprocess.run(
+            [*map(str, command), *flags.split()], cwd=ROOT, capture_output=True, text=True
+        )
         if "cannot draw" in done.stderr:
             pytest.skip(done.stderr)
         assert done.returncode == 0, done.stderr
@@ -762,40 +1126,90 @@ def robot(tmp_path_factory):
 
 
 def test_the_simulated_arm_writes_droids_schema(robot):
-    """Bug: the demo trains on files that are unlike those it stands for, or that change with the number of processes."""
+    """Bug: the demo trains on files that are unlike those it stands for, or that change with the
+    number of processes."""
     names = sorted(os.listdir(robot / "a"))
-    assert names == ["droid_101-train.tfrecord-00000-of-00002", "droid_101-train.tfrecord-00001-of-00002", "robot.json"]
+    assert names == [
+        "droid_101-train.tfrecord-00000-of-00002",
+        "droid_101-train.tfrecord-00001-of-00002",
+        "robot.json",
+    ]
     raw = b"".join((robot / "a" / n).read_bytes() for n in names[:2])
     assert raw == (robot / "again" / "droid_101-train.tfrecord-00000-of-00001").read_bytes()
     found = episodes.features(lambda at, n: raw[at : at + n], 12, int.from_bytes(raw[:8], "little"))
-    observed = "cartesian_position gripper_position joint_position exterior_image_1_left exterior_image_2_left wrist_image_left".split()
-    commanded = [f"{k}_{x}" for k in ("cartesian", "joint", "gripper") for x in ("position", "velocity")]
-    steps = "action discount reward is_first is_last is_terminal language_instruction language_instruction_2 language_instruction_3".split()
-    assert set(found) == {f"steps/observation/{k}" for k in observed} | {f"steps/action_dict/{k}" for k in commanded} | {
-        f"steps/{k}" for k in steps} | {"episode_metadata/file_path", "episode_metadata/recording_folderpath"}  # fmt: skip
+    observed = (
+        "cartesian_position gripper_position joint_position exterior_image_1_left"
+        " exterior_image_2_left wrist_image_left".split()
+    )
+    commanded = [
+        f"{k}_{x}" for k in ("cartesian", "joint", "gripper") for x in ("position", "velocity")
+    ]
+    steps = (
+        "action discount reward is_first is_last is_terminal language_instruction"
+        " language_instruction_2 language_instruction_3".split()
+    )
+    assert set(found) == {f"steps/observation/{k}" for k in observed} | {
+        f"steps/action_dict/{k}" for k in commanded
+    } | {f"steps/{k}" for k in steps} | {
+        "episode_metadata/file_path",
+        "episode_metadata/recording_folderpath",
+    }
     train = opened(str(robot / "a"), DroidReader(4, 5), idle_filter="off")[0]
-    fields = episodes.read_fields(train[0], ["observation/cartesian_position", "observation/gripper_position"])
-    assert 40 <= train[0].steps <= 60 and fields[0].shape == (train[0].steps, 6) and np.ptp(fields[0][:, :3], axis=0).max() > 0.05
+    fields = episodes.read_fields(
+        train[0], ["observation/cartesian_position", "observation/gripper_position"]
+    )
+    assert (
+        40 <= train[0].steps <= 60
+        and fields[0].shape == (train[0].steps, 6)
+        and np.ptp(fields[0][:, :3], axis=0).max() > 0.05
+    )
     frames = episodes.read_pictures(train[0], "exterior_1", [0, train[0].steps - 1])
     assert frames[0].shape == (180, 320, 3) and np.abs(frames[0].astype(int) - frames[1]).mean() > 2
-    assert any(b - a >= 3 for a, b in json.loads(json.dumps(episodes.index_file(train[0].shard, None)[1]))[0]["idle"])
+    assert any(
+        b - a >= 3
+        for a, b in json.loads(json.dumps(episodes.index_file(train[0].shard, None)[1]))[0]["idle"]
+    )
 
 
 def test_the_own_robot_form_of_the_simulated_arm_is_read(robot):
     """Bug: the documented npz form is not what the reader takes."""
     reader = DroidReader(4, 5, 64, camera=("exterior_1", "wrist"))
     train, _, bad = opened(str(robot / "b"), reader)
-    assert len({r.key for r in train}) == 2 and not bad and sorted(train[0].members) == ["exterior_1", "exterior_2", "wrist"]
+    assert (
+        len({r.key for r in train}) == 2
+        and not bad
+        and sorted(train[0].members) == ["exterior_1", "exterior_2", "wrist"]
+    )
     batch = next(iter(loader_of(train, 4, reader)))
-    assert batch["video"].shape == (4, 4, 3, 64, 64) and batch["states"].shape == (4, 4, 7) and not batch["bad"]
+    assert (
+        batch["video"].shape == (4, 4, 3, 64, 64)
+        and batch["states"].shape == (4, 4, 7)
+        and not batch["bad"]
+    )
 
 
 @pytest.mark.slow
 def test_the_readers_of_the_benchmark_agree():
     """Bug: the speed of our reader is that of reading something else."""
-    command = [sys.executable, "-m", "bench.data", *"--of droid --episodes 2 --steps 40 --json".split()]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.data",
+        *"--of droid --episodes 2 --steps 40 --json".split(),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = {x["reader"]: x for x in map(json.loads, (line for line in done.stdout.splitlines() if line.startswith("{")))}
-    assert found["ours"]["checksum"] == found["ours, indexed"]["checksum"] != found["ours, indexed, numbers only"]["checksum"]
-    assert all(name in found or f"{name}: left out" in done.stdout for name in ("tfrecord", "TensorFlow"))
+    found = {
+        x["reader"]: x
+        for x in map(
+            json.loads, (line for line in done.stdout.splitlines() if line.startswith("{"))
+        )
+    }
+    assert (
+        found["ours"]["checksum"]
+        == found["ours, indexed"]["checksum"]
+        != found["ours, indexed, numbers only"]["checksum"]
+    )
+    assert all(
+        name in found or f"{name}: left out" in done.stdout for name in ("tfrecord", "TensorFlow")
+    )

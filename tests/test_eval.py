@@ -1,4 +1,5 @@
-"""eval.py, its pictures and how evaluation/runs.py opens a finished run: numbers against plain ones, hand-made predictors, the page."""
+"""eval.py, its pictures and how evaluation/runs.py opens a finished run: numbers against plain
+ones, hand-made predictors, the page."""
 
 import base64
 import json
@@ -34,24 +35,62 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 @pytest.fixture(scope="module")
 def game(tmp_path_factory, shards):
-    """A run of train_ac.py on features with 36-D actions, .out; .held are features it held out, .video the shard they are of."""
+    """A run of train_ac.py on features with 36-D actions, .out; .held are features it held out,
+    .video the shard they are of."""
     folder, video = tmp_path_factory.mktemp("game"), shards / "shard-000000.tar"
-    run(folder, "fit_scaler.py", "--data", shards / "shard-000001.tar", "--output", folder / "scaler.pkl", "--num_workers 0")
+    run(
+        folder,
+        "fit_scaler.py",
+        "--data",
+        shards / "shard-000001.tar",
+        "--output",
+        folder / "scaler.pkl",
+        "--num_workers 0",
+    )
     for name, shard in (("train", shards / "shard-000001.tar"), ("held", video)):
         run(folder, "encode.py", "--data", shard, "--out", folder / name, VPT)
     held = folder / "held" / "*.tar"
-    run(folder, "train_ac.py", "--data", folder / "train" / "*.tar", "--val_data", held, "--scaler", folder / "scaler.pkl", SIZE,
-        "--crop_size 32 --action_space 36 --epochs 1 --warmup 0 --anneal 0 --ipe 30 --lr 3e-3 --out_dir", folder / "run")  # fmt: skip
-    text = run(folder, "eval.py", "--checkpoint", folder / "run", "--video", video, "--samples 8 --batch_size 4 --num_workers 0 --out",
-               folder / "report")  # fmt: skip
+    run(
+        folder,
+        "train_ac.py",
+        "--data",
+        folder / "train" / "*.tar",
+        "--val_data",
+        held,
+        "--scaler",
+        folder / "scaler.pkl",
+        SIZE,
+        "--crop_size 32 --action_space 36 --epochs 1 --warmup 0 --anneal 0 --ipe 30 --lr 3e-3"
+        " --out_dir",
+        folder / "run",
+    )
+    text = run(
+        folder,
+        "eval.py",
+        "--checkpoint",
+        folder / "run",
+        "--video",
+        video,
+        "--samples 8 --batch_size 4 --num_workers 0 --out",
+        folder / "report",
+    )
     found = json.loads((folder / "report" / "report.json").read_text())
     page = (folder / "report" / "report.html").read_text()
-    return types.SimpleNamespace(folder=folder, out=folder / "run", held=held, video=video, text=text, report=found, page=page)
+    return types.SimpleNamespace(
+        folder=folder,
+        out=folder / "run",
+        held=held,
+        video=video,
+        text=text,
+        report=found,
+        page=page,
+    )
 
 
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory):
-    """Runs on robot episodes: .base (--full), .lora on it, .command (LoRA, actions of another size)."""
+    """Runs on robot episodes: .base (--full), .lora on it, .command (LoRA, actions of another
+    size)."""
     folder = tmp_path_factory.mktemp("arm")
     (folder / "a").mkdir()
     for i in range(5):
@@ -59,32 +98,69 @@ def arm(tmp_path_factory):
     for name, keys, wider in (("pose", None, 1), ("wide", None, 4), ("command", ["command"], 1)):
         reader = DroidReader(5, action_keys=keys)
         records, _, _ = open_droid([str(folder / "a")], reader=reader, log=lambda *a: None)
-        actions = np.concatenate([reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records])
+        actions = np.concatenate(
+            [reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records]
+        )
         meta = {"names": reader.names, "units": reader.units, "fps": 4.0, "frames_per_step": 1}
         m2 = wider * ((actions - actions.mean(0)) ** 2).sum(0)
-        ActionScaler.from_moments(len(actions), actions.mean(0), m2, meta).save(folder / f"{name}.safetensors")
-    size, short = "--pred_dim 48 --pred_depth 2 --pred_heads 3", "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4"
-    flags = ["--data", folder / "a", "--val_fraction 0.4 --grad_accum 1 --frames_per_clip 5 --warmup_steps 1", short]
+        ActionScaler.from_moments(len(actions), actions.mean(0), m2, meta).save(
+            folder / f"{name}.safetensors"
+        )
+    size, short = (
+        "--pred_dim 48 --pred_depth 2 --pred_heads 3",
+        "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4",
+    )
+    flags = [
+        "--data",
+        folder / "a",
+        "--val_fraction 0.4 --grad_accum 1 --frames_per_clip 5 --warmup_steps 1",
+        short,
+    ]
     pose = ["--scaler", folder / "pose.safetensors"]
-    run(folder, "train_lora.py", *flags, *pose, "--base none --full --max_steps 12 --lr 3e-3 --out_dir", folder / "base", size)
+    run(
+        folder,
+        "train_lora.py",
+        *flags,
+        *pose,
+        "--base none --full --max_steps 12 --lr 3e-3 --out_dir",
+        folder / "base",
+        size,
+    )
     adapt = ["--base", folder / "base", "--max_steps 6 --lr 1e-2"]
     wide = ["--scaler", folder / "wide.safetensors"]  # not the base's: it must be folded in
     run(folder, "train_lora.py", *flags, *wide, *adapt, "--out_dir", folder / "lora")
     command = ["--scaler", folder / "command.safetensors", "--action_keys command"]
-    run(folder, "train_lora.py", *flags, *command, *adapt, "--train_condition_encoders --out_dir", folder / "command")
+    run(
+        folder,
+        "train_lora.py",
+        *flags,
+        *command,
+        *adapt,
+        "--train_condition_encoders --out_dir",
+        folder / "command",
+    )
     return folder
 
 
 def clips_of(path, data=None, batch_size=4):
-    """What eval.py works on: predictor, scaler, [(z, actions, states)] of the batches of the run's held-out clips."""
+    """What eval.py works on: predictor, scaler, [(z, actions, states)] of the batches of the run's
+    held-out clips."""
     predictor, state, scaler, _ = open_run(str(path))
     dataset, inputs, _, _ = open_held_out(state, scaler, data, None, torch.device("cpu"))
     batches = [[dataset[i] for i in items] for items in windows(dataset, batch_size, 512)]
-    return predictor, scaler, [inputs({k: torch.stack([c[k] for c in b]) for k in ("z", "actions", "states")}) for b in batches]
+    return (
+        predictor,
+        scaler,
+        [
+            inputs({k: torch.stack([c[k] for c in b]) for k in ("z", "actions", "states")})
+            for b in batches
+        ],
+    )
 
 
 class Moved(torch.nn.Module):
-    """A predictor whose channels move on by as many places as the first action says (rounded), or by nothing if it is deaf."""
+    """A predictor whose channels move on by as many places as the first action says (rounded), or
+    by nothing if it is deaf."""
 
     rollout, predictor_embed = Predictor.rollout, types.SimpleNamespace(out_features=1)
 
@@ -100,7 +176,8 @@ class Moved(torch.nn.Module):
 
 
 class Pushed(Moved):
-    """A predictor that adds the first two actions times two fixed directions: the error is least at the true ones alone."""
+    """A predictor that adds the first two actions times two fixed directions: the error is least at
+    the true ones alone."""
 
     def extend(self, z, actions, states, extrinsics=None, past=None):
         u = torch.randn(2, z.shape[-1], generator=torch.Generator().manual_seed(3))
@@ -113,14 +190,21 @@ class Pushed(Moved):
 
 @pytest.mark.parametrize("name", ["base", "lora", "command"])
 def test_a_robot_run_opens_as_it_was_trained(arm, name):
-    """Bug: adapters on another base, with another scale, or not loaded; the action encoder of another scaler; states of other actions;
-    other held-out clips: any of them, and the errors are not those that validation logged."""
+    """Bug: adapters on another base, with another scale, or not loaded; the action encoder of
+    another scaler; states of other actions; other held-out clips: any of them, and the errors are
+    not those that validation logged."""
     predictor, state, scaler, _ = open_run(str(arm / name))
-    assert bool(lora_layers(predictor)) == (name != "base") and not predictor.training and state["dataset"] == "droid"
+    assert (
+        bool(lora_layers(predictor)) == (name != "base")
+        and not predictor.training
+        and state["dataset"] == "droid"
+    )
     dataset, inputs, compose, bad = open_held_out(state, scaler, None, None, torch.device("cpu"))
     assert (compose is hold_state) == (name == "command") and state["state_dim"] == 7 and not bad
     errors, recordings, _ = held_out(predictor, dataset, inputs, 4, 256, 0, 2, 1.0, compose=compose)
-    logged = numbers(arm / name, "tf_true", "tf_shuffled", "ro_true", "ro_shuffled", log="val.csv")[-1]
+    logged = numbers(arm / name, "tf_true", "tf_shuffled", "ro_true", "ro_shuffled", log="val.csv")[
+        -1
+    ]
     found = [errors[k].mean().item() for k in ("tf_true", "tf_shuffled", "ro_true", "ro_shuffled")]
     np.testing.assert_allclose(found, logged, rtol=1e-5)
     assert len(set(recordings)) == 2
@@ -132,7 +216,8 @@ def test_a_robot_run_opens_as_it_was_trained(arm, name):
 
 
 def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
-    """Bug: a changed or missing base, data of other actions, fps or length, or a file without a scaler end in a traceback or in numbers."""
+    """Bug: a changed or missing base, data of other actions, fps or length, or a file without a
+    scaler end in a traceback or in numbers."""
     shutil.copytree(arm / "lora", tmp_path / "lora", symlinks=True)
     state, path = checkpoint.load_latest(tmp_path / "lora")
 
@@ -144,7 +229,9 @@ def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
         open_run(rewritten(base_hash="0" * 16))
     with pytest.raises(FileNotFoundError, match="base of this run is not at nowhere.pt"):
         open_run(rewritten(args=state["args"] | {"base": "nowhere.pt"}))
-    checkpoint.save(str(tmp_path / "bare"), {k: v for k, v in state.items() if k != "action_scaler"}, 0)
+    checkpoint.save(
+        str(tmp_path / "bare"), {k: v for k, v in state.items() if k != "action_scaler"}, 0
+    )
     with pytest.raises(ValueError, match="no predictor, or no action_scaler"):
         open_run(str(tmp_path / "bare"))
     predictor, state, scaler, _ = open_run(str(arm / "lora"))
@@ -153,20 +240,32 @@ def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
         open_held_out(state, scaler, None, None, torch.device("cpu"))
     _, state, scaler, _ = open_run(str(game.out))
     with pytest.raises(ValueError, match=r"was made with --fps 5.0, this run has 4.0"):
-        open_held_out(state | {"fps": 4.0}, scaler._replace(meta=scaler.meta | {"fps": 4.0}), [str(game.held)], None, torch.device("cpu"))
+        open_held_out(
+            state | {"fps": 4.0},
+            scaler._replace(meta=scaler.meta | {"fps": 4.0}),
+            [str(game.held)],
+            None,
+            torch.device("cpu"),
+        )
     with pytest.raises(ValueError, match="this run has 4"):
         open_held_out(state | {"fps": 4.0}, scaler, [str(game.held)], None, torch.device("cpu"))
     with pytest.raises(ValueError, match="fewer than two clips of 128 frames at 5 fps"):
-        open_held_out(state | {"frames_per_clip": 128}, scaler, [str(game.held)], None, torch.device("cpu"))
+        open_held_out(
+            state | {"frames_per_clip": 128}, scaler, [str(game.held)], None, torch.device("cpu")
+        )
 
 
 def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
-    """Bug: a misspelt dimension or head is noticed after minutes, or ignored; a video of other play is shown as if it were the clip's."""
+    """Bug: a misspelt dimension or head is noticed after minutes, or ignored; a video of other play
+    is shown as if it were the clip's."""
     other = {}
     for r in index_shards([str(game.video)])[0]:
         with open(game.video, "rb") as f:
             f.seek(r.members["mp4"][0])
-            other |= {r.key + ".mp4": f.read(r.members["mp4"][1]), r.key + ".jsonl": jsonl(contractor(seed=77))}
+            other |= {
+                r.key + ".mp4": f.read(r.members["mp4"][1]),
+                r.key + ".jsonl": jsonl(contractor(seed=77)),
+            }
     base = ["--checkpoint", game.out, "--num_workers 0 --samples 4 --out", tmp_path]
     for flags, sentence in [
         (["--landscape mouse_dx yaw"], "--landscape yaw: no such action; the run has mouse_dx,"),
@@ -176,8 +275,14 @@ def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
         (["--samples 0"], "one --samples, one of --batch_size"),
         (["--landscape mouse_dx mouse_dx"], "two different --landscape"),
         (["--video", shards / "shard-000001.tar"], "--video holds no recording 6.10_player-0"),
-        (["--video", write_tar(tmp_path / "other.tar", other)], "has other actions than the features of that name"),
-        (["--data", game.video, "--encoder vit_tiny --video", game.video], "--video is for data that are features"),
+        (
+            ["--video", write_tar(tmp_path / "other.tar", other)],
+            "has other actions than the features of that name",
+        ),
+        (
+            ["--data", game.video, "--encoder vit_tiny --video", game.video],
+            "--video is for data that are features",
+        ),
     ]:
         assert sentence in fails(tmp_path, "eval.py", *base, *flags), flags
     assert not os.path.exists(tmp_path / "report.html")
@@ -187,7 +292,8 @@ def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
 
 
 def test_the_bootstrap_is_over_recordings():
-    """Bug: clips are resampled, not recordings; a long recording weighs as much as a short one; two quotients use other draws."""
+    """Bug: clips are resampled, not recordings; a long recording weighs as much as a short one; two
+    quotients use other draws."""
     g = torch.Generator().manual_seed(1)
     recordings = ["b", "a", "a", "c", "a", "b"]
     x, y = (torch.rand(6, 3, generator=g) for _ in range(2))
@@ -199,16 +305,26 @@ def test_the_bootstrap_is_over_recordings():
     low, high = report.interval(expected)
     np.testing.assert_allclose([low, high], np.quantile(expected.numpy(), [0.025, 0.975], axis=0))
     gap = report.gap_of(x, y, recordings)
-    assert gap[0] == pytest.approx(x.double().mean().item() / y.double().mean().item() - 1) and gap[1] < gap[0] < gap[2]
+    assert (
+        gap[0] == pytest.approx(x.double().mean().item() / y.double().mean().item() - 1)
+        and gap[1] < gap[0] < gap[2]
+    )
 
 
 def test_gaps_of_groups_are_those_of_a_plain_loop(game):
-    """Bug: a group with the wrong dimensions; the rest is shuffled too; rolled out, the states still tell the true camera, or tell another
-    one although the camera is true; other clips than the meter's."""
+    """Bug: a group with the wrong dimensions; the rest is shuffled too; rolled out, the states
+    still tell the true camera, or tell another one although the camera is true; other clips than
+    the meter's."""
     predictor, scaler, batches = clips_of(game.out)
     names = ACTION_SPACES[36]
-    groups = {"camera": names[:4], "keys": [n for n in names if n[:4] in ("key.", "mous") and not n[4:].isdigit() and "_" not in n] +
-              ["mouse.0", "mouse.1", "mouse.2"], "hotbar": [f"{p}.{i}" for p in ("key", "slot") for i in range(1, 10)]}  # fmt: skip
+    groups = {
+        "camera": names[:4],
+        "keys": (
+            [n for n in names if n[:4] in ("key.", "mous") and not n[4:].isdigit() and "_" not in n]
+            + ["mouse.0", "mouse.1", "mouse.2"]
+        ),
+        "hotbar": [f"{p}.{i}" for p in ("key", "slot") for i in range(1, 10)],
+    }
     for group, members in groups.items():
         columns = sorted({names.index(n) for n in members})
         true, wrong = {"tf": [], "ro": []}, {"tf": [], "ro": []}
@@ -218,14 +334,26 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
                 mixed = actions[b].clone()
                 mixed[:, columns] = actions[b - 1][:, columns]
                 for a, out in ((actions[b], true), (mixed, wrong)):
-                    unscaled = a.double().numpy() * np.r_[scaler.scale, np.ones(32)] + np.r_[scaler.mean, np.zeros(32)]
-                    turned = states[b, 0].double().numpy() + np.r_[[[0, 0]], np.cumsum(unscaled[:, 2:4], 0)[:-1]]
+                    unscaled = (
+                        a.double().numpy() * np.r_[scaler.scale, np.ones(32)]
+                        + np.r_[scaler.mean, np.zeros(32)]
+                    )
+                    turned = (
+                        states[b, 0].double().numpy()
+                        + np.r_[[[0, 0]], np.cumsum(unscaled[:, 2:4], 0)[:-1]]
+                    )
                     turned[:, 0] = [math.atan2(math.sin(x), math.cos(x)) for x in turned[:, 0]]
                     rolled = [z[b, 0]]
                     for k in range(1, T):
-                        ends = (torch.stack(rolled).flatten(0, 1)[None], a[None, :k], torch.tensor(turned[None, :k]).float())
+                        ends = (
+                            torch.stack(rolled).flatten(0, 1)[None],
+                            a[None, :k],
+                            torch.tensor(turned[None, :k]).float(),
+                        )
                         rolled.append(F.layer_norm(predictor(*ends)[0, -4:], (192,)).detach())
-                        seen = predictor(z[b, :k].flatten(0, 1)[None], a[None, :k], states[None, b, :k])[0, -4:]
+                        seen = predictor(
+                            z[b, :k].flatten(0, 1)[None], a[None, :k], states[None, b, :k]
+                        )[0, -4:]
                         out["tf"].append((F.layer_norm(seen, (192,)) - z[b, k]).abs().mean().item())
                         out["ro"].append((rolled[-1] - z[b, k]).abs().mean().item())
         for p in ("tf", "ro"):
@@ -238,16 +366,28 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
 def test_groups_of_other_actions():
     """Bug: dimensions of a space that is not the demo's are lost or end in one heap."""
     assert report.action_groups(ACTION_SPACES[38])["gui"] == [37]
-    assert {k: len(v) for k, v in report.action_groups(ACTION_SPACES[13]).items()} == {"camera": 4, "hotbar": 9}
-    assert report.action_groups(["command.0", "command.1", "grip.0", "gripper"]) == {"command": [0, 1], "grip": [2], "gripper": [3]}
+    assert {k: len(v) for k, v in report.action_groups(ACTION_SPACES[13]).items()} == {
+        "camera": 4,
+        "hotbar": 9,
+    }
+    assert report.action_groups(["command.0", "command.1", "grip.0", "gripper"]) == {
+        "command": [0, 1],
+        "grip": [2],
+        "gripper": [3],
+    }
 
 
 @pytest.mark.parametrize("steps, state_dim", [(5, 2), (2, 2), (4, 0)])
 def test_energies_are_those_of_whole_passes(steps, state_dim):
-    """Bug: what came before an action is wrong in the cached pass, the states are of another step, or chunks are mixed up."""
+    """Bug: what came before an action is wrong in the cached pass, the states are of another step,
+    or chunks are mixed up."""
     torch.manual_seed(0)
     predictor = Predictor(24, 5, state_dim, (2, 2), pred_dim=48, depth=2, num_heads=3).eval()
-    z, actions, states = F.layer_norm(torch.randn(steps, 4, 24), (24,)), torch.randn(steps - 1, 5), torch.randn(steps, state_dim)
+    z, actions, states = (
+        F.layer_norm(torch.randn(steps, 4, 24), (24,)),
+        torch.randn(steps - 1, 5),
+        torch.randn(steps, state_dim),
+    )
     candidates = torch.randn(7, 5)
     found = report.energies(predictor, z, actions, states, candidates)
     for a, e in zip(candidates, found):
@@ -257,92 +397,155 @@ def test_energies_are_those_of_whole_passes(steps, state_dim):
 
 
 def test_the_minimum_and_the_rank_of_a_predictor_that_is_known():
-    """Bug: axes in the wrong order or units, ties not shared, the true action ranked from the wrong end."""
+    """Bug: axes in the wrong order or units, ties not shared, the true action ranked from the wrong
+    end."""
     g, names = torch.Generator().manual_seed(0), ["x", "y", "grip"]
     scaler = ActionScaler(np.array([0.1, -0.2]), np.array([4.0, 9.0]), np.array([2.0, 3.0]), 9, {})
     axes = [np.linspace(-1, 1, 5), np.linspace(-4, 4, 9)]
-    z, actions = F.layer_norm(torch.randn(3, 4, 24, generator=g), (24,)), torch.randn(2, 3, generator=g)
+    z, actions = (
+        F.layer_norm(torch.randn(3, 4, 24, generator=g), (24,)),
+        torch.randn(2, 3, generator=g),
+    )
     actions[-1, :2] = torch.from_numpy(scaler.transform(np.array([0.5, -3.0])))
     z[2] = predict(Pushed(), z[None, :2], actions[None], torch.zeros(1, 3, 2))[0, -1]
     land = report.swept(actions[-1], names, scaler, [0, 1], axes)
     e = report.energies(Pushed(), z, actions, torch.zeros(3, 2), land).view(5, 9)
-    assert np.unravel_index(int(e.argmin()), e.shape) == (3, 1) and e.min() < 1e-6 < e.sort().values.flatten()[1]
+    assert (
+        np.unravel_index(int(e.argmin()), e.shape) == (3, 1)
+        and e.min() < 1e-6 < e.sort().values.flatten()[1]
+    )
     assert torch.equal(land[:, 2], actions[-1:, 2].expand(45))
     others = torch.randn(50, 3, generator=g)
     e = report.energies(Pushed(), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others]))
-    assert report.rank_of(e[0], e[1:]) == 0 and report.rank_of(e[1:].max(), e[1:]) == pytest.approx(0.99)
-    e = report.energies(Moved(deaf=True), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others]))
+    assert report.rank_of(e[0], e[1:]) == 0 and report.rank_of(e[1:].max(), e[1:]) == pytest.approx(
+        0.99
+    )
+    e = report.energies(
+        Moved(deaf=True), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others])
+    )
     assert report.rank_of(e[0], e[1:]) == 0.5
 
 
 def test_mouse_and_camera_turn_together():
-    """Bug: the mouse is swept and the camera stays, an action that no player makes; degrees for radians; keys lost on the way."""
-    scaler = ActionScaler(np.array([5.0, 0.0, 0.1, 0.0]), np.ones(4), np.array([50.0, 20.0, 0.2, 0.1]), 9, {})
+    """Bug: the mouse is swept and the camera stays, an action that no player makes; degrees for
+    radians; keys lost on the way."""
+    scaler = ActionScaler(
+        np.array([5.0, 0.0, 0.1, 0.0]), np.ones(4), np.array([50.0, 20.0, 0.2, 0.1]), 9, {}
+    )
     names, true = ACTION_SPACES[36], torch.zeros(36)
     true[[0, 3, 13]] = torch.tensor([0.3, 0.7, 1.0])
-    by_mouse = report.to_units(report.swept(true, names, scaler, [0, 1], [np.array([-100.0, 100.0]), np.array([40.0])]), scaler)
+    by_mouse = report.to_units(
+        report.swept(true, names, scaler, [0, 1], [np.array([-100.0, 100.0]), np.array([40.0])]),
+        scaler,
+    )
     np.testing.assert_allclose(
-        by_mouse[:, :4], [[-100, 40, -np.radians(15), np.radians(6)], [100, 40, np.radians(15), np.radians(6)]], atol=1e-5
+        by_mouse[:, :4],
+        [[-100, 40, -np.radians(15), np.radians(6)], [100, 40, np.radians(15), np.radians(6)]],
+        atol=1e-5,
     )
     assert (by_mouse[:, 13] == 1).all() and not by_mouse[:, 14:].any()
-    by_camera = report.to_units(report.swept(true, names, scaler, [2, 13], [np.array([np.radians(30)]), np.array([0.0])]), scaler)
-    np.testing.assert_allclose(by_camera[0, [0, 2, 3, 13]], [200, np.radians(30), 0.07, 0], atol=1e-4)
-    both = report.to_units(report.swept(true, names, scaler, [0, 2], [np.array([7.0]), np.array([0.5])]), scaler)
+    by_camera = report.to_units(
+        report.swept(true, names, scaler, [2, 13], [np.array([np.radians(30)]), np.array([0.0])]),
+        scaler,
+    )
+    np.testing.assert_allclose(
+        by_camera[0, [0, 2, 3, 13]], [200, np.radians(30), 0.07, 0], atol=1e-4
+    )
+    both = report.to_units(
+        report.swept(true, names, scaler, [0, 2], [np.array([7.0]), np.array([0.5])]), scaler
+    )
     np.testing.assert_allclose(both[0, [0, 2]], [7, 0.5], atol=1e-5)
 
 
 def test_sampled_actions_are_of_other_clips():
-    """Bug: a clip's own actions are among those that its true one is ranked among; some clips or steps never are."""
+    """Bug: a clip's own actions are among those that its true one is ranked among; some clips or
+    steps never are."""
     actions = torch.arange(12).view(4, 3, 1).float()
     for i in range(4):
-        drawn = report.drawn_from_others(actions, i, 500, torch.Generator().manual_seed(i)).flatten()
+        drawn = report.drawn_from_others(
+            actions, i, 500, torch.Generator().manual_seed(i)
+        ).flatten()
         assert set(drawn.tolist()) == set(range(12)) - set(range(3 * i, 3 * i + 3))
 
 
 def test_rank_and_landscape_in_the_report(game):
-    """Bug: the numbers on the page are of other clips, of other dimensions or steps than their caption says."""
+    """Bug: the numbers on the page are of other clips, of other dimensions or steps than their
+    caption says."""
     predictor, scaler, batches = clips_of(game.out)
     z, actions, states = (torch.cat(x) for x in zip(*batches))
     plain = actions.double().numpy()[..., :2] * scaler.scale[:2] + scaler.mean[:2]
-    axes = [np.linspace(-m, m, report.GRID) for m in np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)]
+    axes = [
+        np.linspace(-m, m, report.GRID)
+        for m in np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
+    ]
     generator, ranks, misses = torch.Generator().manual_seed(0), [], []
     for i in range(len(z)):
         others = report.drawn_from_others(actions, i, 8, generator)
-        e = report.energies(predictor, z[i], actions[i], states[i], torch.cat([actions[i, -1:], others]))
+        e = report.energies(
+            predictor, z[i], actions[i], states[i], torch.cat([actions[i, -1:], others])
+        )
         ranks.append((e[1:] < e[0]).float().mean().item())
         tried = report.swept(actions[i, -1], ACTION_SPACES[36], scaler, [0, 1], axes)
         at = report.energies(predictor, z[i], actions[i], states[i], tried).argmin().item()
         misses.append(abs(axes[0][at // report.GRID] - plain[i, -1, 0]))
-    assert game.report["rank"] == pytest.approx(np.mean(ranks), abs=1e-6) and game.report["ranked_clips"] == len(z) == 8
-    assert game.report["landscape"]["mouse_dx"]["argmin"] == pytest.approx(np.mean(misses), rel=1e-6)
-    assert game.report["landscape"]["mouse_dy"]["unit"] == "pixels" and f"among 8 others: {np.mean(ranks):.3f}" in game.text
+    assert (
+        game.report["rank"] == pytest.approx(np.mean(ranks), abs=1e-6)
+        and game.report["ranked_clips"] == len(z) == 8
+    )
+    assert game.report["landscape"]["mouse_dx"]["argmin"] == pytest.approx(
+        np.mean(misses), rel=1e-6
+    )
+    assert (
+        game.report["landscape"]["mouse_dy"]["unit"] == "pixels"
+        and f"among 8 others: {np.mean(ranks):.3f}" in game.text
+    )
 
 
 def one_hots(first, T):
-    """Steps (T, 1, 40), layer-normed: the first has its one at `first`, each later one a place on."""
+    """Steps (T, 1, 40), layer-normed: the first has its one at `first`, each later one a place
+    on."""
     return F.layer_norm(torch.eye(40)[first : first + T, None], (40,))
 
 
 def test_retrieval_of_a_predictor_that_is_known():
-    """Bug: steps of another recording are found, neighbouring clips are not searched, offsets in clips instead of steps or with windows of
-    the wrong length, hits of the copy counted as the model's."""
+    """Bug: steps of another recording are found, neighbouring clips are not searched, offsets in
+    clips instead of steps or with windows of the wrong length, hits of the copy counted as the
+    model's."""
     z = torch.stack([one_hots(0, 4), one_hots(4, 4), one_hots(0, 4), one_hots(12, 4)])
     actions = torch.tensor([1.0, 2.0, 1.0, 0.0])[:, None, None].expand(4, 3, 1)
     places = {0: (7, 0), 1: (7, 1), 2: (9, 0), 3: (7, 3)}  # window 2 of record 7 was not evaluated
     load = lambda rows: (z[rows], actions[rows], torch.zeros(len(rows), 4, 2))  # noqa: E731
-    found, rows = report.retrieval(Moved(), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load)
-    assert found[0] == [(0, 1), (0, 2), (0, 3)] and found[2] == [(2, 1), (2, 2), (2, 3)]  # not clip 0, which is alike
+    found, rows = report.retrieval(
+        Moved(), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
+    )
+    assert found[0] == [(0, 1), (0, 2), (0, 3)] and found[2] == [
+        (2, 1),
+        (2, 2),
+        (2, 3),
+    ]  # not clip 0, which is alike
     assert found[1][0] == (1, 2)  # twice as far
     assert found[3] == [(3, 0)] * 3
     np.testing.assert_allclose(rows["hit"], [0.5, 0.5, 0.5])
     np.testing.assert_allclose(rows["copy_hit"], [0, 0, 0])
     np.testing.assert_allclose(rows["copy_offset"], [1, 2, 3])
     assert rows["offset"][0] == 0 and rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
-    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)  # from one window into the other
-    found, rows = report.retrieval(Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load)
-    assert found[1][0] == (3, 0) and found[3][0] == (1, 3) and rows["offset"][0] == 6  # 7 and 6: the lower median
-    still, rows = report.retrieval(Moved(deaf=True), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load)
-    assert rows["hit"] == [0, 0, 0] and rows["offset"] == rows["copy_offset"] and still[1] == [(1, 0)] * 3
+    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(
+        4, 3, 1
+    )  # from one window into the other
+    found, rows = report.retrieval(
+        Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
+    )
+    assert (
+        found[1][0] == (3, 0) and found[3][0] == (1, 3) and rows["offset"][0] == 6
+    )  # 7 and 6: the lower median
+    still, rows = report.retrieval(
+        Moved(deaf=True), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
+    )
+    assert (
+        rows["hit"] == [0, 0, 0]
+        and rows["offset"] == rows["copy_offset"]
+        and still[1] == [(1, 0)] * 3
+    )
 
 
 # --- pictures ---
@@ -350,7 +553,8 @@ def test_retrieval_of_a_predictor_that_is_known():
 
 @pytest.mark.parametrize("adapted, state_dim", [(False, 2), (True, 2), (False, 0)])
 def test_attention_is_what_the_model_does(adapted, state_dim):
-    """Bug: weights without RoPE, mask or scale, of the wrong block, or without the adapters: pictures of another model."""
+    """Bug: weights without RoPE, mask or scale, of the wrong block, or without the adapters:
+    pictures of another model."""
     torch.manual_seed(0)
     predictor = Predictor(24, 5, state_dim, (2, 3), pred_dim=48, depth=3, num_heads=4).eval()
     predictor.predictor_blocks.requires_grad_(False)
@@ -361,7 +565,12 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
         for m in lora_layers(predictor).values():
             m.lora_B.data.normal_(std=0.1)
     T, C = 4, 1 + bool(state_dim)
-    z, actions, states, caught = torch.randn(T, 6, 24), torch.randn(T, 5), torch.randn(T, state_dim), {}
+    z, actions, states, caught = (
+        torch.randn(T, 6, 24),
+        torch.randn(T, 5),
+        torch.randn(T, state_dim),
+        {},
+    )
     for b, blk in enumerate(predictor.predictor_blocks):
         blk.attn.register_forward_hook(lambda m, i, out, b=b: caught.update({b: (i[0], out[0])}))
     heads = [(1, 3), (0, 0), (2, 2)]
@@ -370,13 +579,16 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
     for (b, h), m in zip(heads, maps):
         attn, (x, out) = predictor.predictor_blocks[b].attn, caught[b]
         weights, v = pictures.attention_of(attn, attn.qkv(x), rope, C + 6)
-        torch.testing.assert_close(attn.proj((weights @ v).transpose(1, 2).flatten(2)), out, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            attn.proj((weights @ v).transpose(1, 2).flatten(2)), out, rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(m.flatten(1), weights[0, h, -(C + 6) :], rtol=0, atol=1e-6)
         assert m.shape == (C + 6, T, C + 6) and weights[0, :, 0, C + 6 :].abs().max() == 0
 
 
 def test_frames_are_those_of_the_features(game):
-    """Bug: the strip shows frames of another tick, window or recording than the features beside it."""
+    """Bug: the strip shows frames of another tick, window or recording than the features beside
+    it."""
     records = sorted(index_shards([str(p) for p in (game.folder / "held").glob("*.tar")])[0])
     videos = pictures.find_videos([str(game.video)], records)
     _, state, scaler, _ = open_run(str(game.out))
@@ -390,7 +602,8 @@ def test_frames_are_those_of_the_features(game):
 
 
 def test_colours_are_fitted_on_both():
-    """Bug: recorded and predicted tokens get colours of their own, so that alike looks unlike; one outlier makes all others grey."""
+    """Bug: recorded and predicted tokens get colours of their own, so that alike looks unlike; one
+    outlier makes all others grey."""
     torch.manual_seed(0)
     a = torch.randn(5, 4, 24)
     b = a.clone()
@@ -404,31 +617,71 @@ def test_colours_are_fitted_on_both():
 
 
 def test_the_page_is_whole_and_offline(game, arm, tmp_path):
-    """Bug: a figure that is missing, empty or a link; scripts or fonts from the net; a strip promised without pixels."""
+    """Bug: a figure that is missing, empty or a link; scripts or fonts from the net; a strip
+    promised without pixels."""
     images = re.findall(r'<img alt="" src="data:image/png;base64,([^"]+)">', game.page)
-    assert len(images) == 10 and all(base64.b64decode(x)[:8] == b"\x89PNG\r\n\x1a\n" and len(x) > 4000 for x in images)
+    assert len(images) == 10 and all(
+        base64.b64decode(x)[:8] == b"\x89PNG\r\n\x1a\n" and len(x) > 4000 for x in images
+    )
     rest = re.sub(r"base64,[^\"]+", "", game.page)
     assert not re.search(r"https?:|<script|<link|url\(|@import", rest) and rest.count("src=") == 10
     headings = re.findall(r"<h2>(.*?)</h2>", game.page)
     assert headings == [*pictures.CAPTIONS] and pictures.NO_PIXELS not in game.page
     shown = re.search(r"<pre>(.*?)</pre>", game.page, re.S)[1]
-    assert all(f"  {g} " in shown and f"  {g} " in game.text for g in ("camera", "keys", "hotbar")) and "median steps off" in shown
-    run(tmp_path, "eval.py", "--checkpoint", game.out, "--num_workers 0 --samples 2 --heads 0:1 --landscape mouse_dy key.w --out", tmp_path)
+    assert (
+        all(f"  {g} " in shown and f"  {g} " in game.text for g in ("camera", "keys", "hotbar"))
+        and "median steps off" in shown
+    )
+    run(
+        tmp_path,
+        "eval.py",
+        "--checkpoint",
+        game.out,
+        "--num_workers 0 --samples 2 --heads 0:1 --landscape mouse_dy key.w --out",
+        tmp_path,
+    )
     page = (tmp_path / "report.html").read_text()
     assert page.count("<img") == 7 and "Left out: these data are features without pixels" in page
-    assert list(json.loads((tmp_path / "report.json").read_text())["landscape"]) == ["mouse_dy", "key.w"]
+    assert list(json.loads((tmp_path / "report.json").read_text())["landscape"]) == [
+        "mouse_dy",
+        "key.w",
+    ]
 
 
 def test_a_lora_run_is_reported_on(arm, tmp_path):
-    """Bug: eval.py is for gameplay only: robot actions have no groups, no units, their frames no strip, or the numbers are the base's."""
-    text = run(tmp_path, "eval.py", "--checkpoint", arm / "lora", "--num_workers 0 --batch_size 4 --samples 16 --out", tmp_path)
+    """Bug: eval.py is for gameplay only: robot actions have no groups, no units, their frames no
+    strip, or the numbers are the base's."""
+    text = run(
+        tmp_path,
+        "eval.py",
+        "--checkpoint",
+        arm / "lora",
+        "--num_workers 0 --batch_size 4 --samples 16 --out",
+        tmp_path,
+    )
     found = json.loads((tmp_path / "report.json").read_text())
     np.testing.assert_allclose(
-        [found["tf_true"], found["ro_gap"]], numbers(arm / "lora", "tf_true", "ro_gap", log="val.csv")[-1], rtol=1e-4
+        [found["tf_true"], found["ro_gap"]],
+        numbers(arm / "lora", "tf_true", "ro_gap", log="val.csv")[-1],
+        rtol=1e-4,
     )
-    assert list(found["groups"]) == ["position", "rotation", "gripper"] and found["landscape"]["y"]["unit"] == "m"
+    assert (
+        list(found["groups"]) == ["position", "rotation", "gripper"]
+        and found["landscape"]["y"]["unit"] == "m"
+    )
     assert (tmp_path / "report.html").read_text().count("<img") == 10 and "rotation" in text
-    data = ["--data", arm / "a", "--checkpoint", arm / "command", "--num_workers 0 --samples 4 --out", tmp_path / "c"]
+    data = [
+        "--data",
+        arm / "a",
+        "--checkpoint",
+        arm / "command",
+        "--num_workers 0 --samples 4 --out",
+        tmp_path / "c",
+    ]
     run(tmp_path, "eval.py", *data)
     found = json.loads((tmp_path / "c" / "report.json").read_text())
-    assert list(found["groups"]) == ["command"] and list(found["landscape"]) == ["command.0", "command.1"] and found["recordings"] == 5
+    assert (
+        list(found["groups"]) == ["command"]
+        and list(found["landscape"]) == ["command.0", "command.1"]
+        and found["recordings"] == 5
+    )

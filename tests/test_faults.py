@@ -1,5 +1,6 @@
-"""Faults that other tests do not have (those have kills, signals, full disks, damaged files and NaN): a round of bench.faults of each kind,
-on real runs that must end as if nothing had happened; and the lock of a run's folder."""
+"""Faults that other tests do not have (those have kills, signals, full disks, damaged files and
+NaN): a round of bench.faults of each kind, on real runs that must end as if nothing had happened;
+and the lock of a run's folder."""
 
 import os
 import random
@@ -36,8 +37,9 @@ def round_of(world, kind, seed):
 
 @pytest.mark.parametrize("kind", ["worker_killed", "two_runs"])
 def test_a_fault_costs_nothing(world, kind):
-    """Bug: a folder that cannot be written is a traceback, one in use is shared by two runs; a loader process that the kernel killed leaves
-    a riddle; what a killed run was writing lies about for ever."""
+    """Bug: a folder that cannot be written is a traceback, one in use is shared by two runs; a
+    loader process that the kernel killed leaves a riddle; what a killed run was writing lies about
+    for ever."""
     round_of(world, kind, 0)
 
 
@@ -45,18 +47,22 @@ def test_a_fault_costs_nothing(world, kind):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", [*faults.TRAINING, *faults.WRITING])
 def test_faults_at_other_moments(world, kind, seed):
-    """Bug: what holds at one moment does not at another: start-up, the end, between a log line and the checkpoint."""
+    """Bug: what holds at one moment does not at another: start-up, the end, between a log line and
+    the checkpoint."""
     round_of(world, kind, seed + 1)
 
 
 def test_the_battery_finds_what_is_wrong(world, tmp_path):
-    """Bug: a battery that passes whatever it sees: a lost checkpoint, other losses, other weights must be told."""
+    """Bug: a battery that passes whatever it sees: a lost checkpoint, other losses, other weights
+    must be told."""
     out = tmp_path / "run"
     subprocess.run(["cp", "-a", f"{world.folder}/alone", out], check=True)
     assert not faults.lost(out) and not faults.differs(out, f"{world.folder}/alone")
     text = (out / "train.csv").read_text()
     lines = text.splitlines(keepends=True)
-    (out / "train.csv").write_text("".join([*lines[:20], lines[20].replace(",0.", ",1.", 1), *lines[21:]]))
+    (out / "train.csv").write_text(
+        "".join([*lines[:20], lines[20].replace(",0.", ",1.", 1), *lines[21:]])
+    )
     assert faults.differs(out, f"{world.folder}/alone").startswith("train.csv: 36 and 36 rows")
     (out / "train.csv").write_text(text)
     newest = [*checkpoint.list_checkpoints(out)][-1]
@@ -65,7 +71,9 @@ def test_the_battery_finds_what_is_wrong(world, tmp_path):
     checkpoint.save(out, state, 3)
     assert faults.differs(out, f"{world.folder}/alone") == "weights"
     os.unlink(newest)
-    assert not faults.lost(out)  # 36 rows promise two epochs: a kill may come between the last row and its checkpoint
+    assert not faults.lost(
+        out
+    )  # 36 rows promise two epochs: a kill may come between the last row and its checkpoint
     os.unlink([*checkpoint.list_checkpoints(out)][-1])
     assert faults.lost(out) == ["step 24 was saved, 0 is the newest"]
 
@@ -81,11 +89,24 @@ time.sleep(60)
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    """Bug: after a kill -9 the folder stays locked by a file, or by loader processes that inherited the lock; two runs both get it."""
-    p = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    """Bug: after a kill -9 the folder stays locked by a file, or by loader processes that inherited
+    the lock; two runs both get it."""
+    p = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         assert int(p.stdout.readline()) == p.pid
-        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {p.pid} on .*: wait for it, stop it, or choose another"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"{tmp_path} is in use by process {p.pid} on .*: wait for it, stop it, or choose"
+                " another"
+            ),
+        ):
             checkpoint.lock(tmp_path)
         p.kill()
         p.wait()
@@ -96,7 +117,8 @@ def test_a_lock_ends_with_its_process(tmp_path):
 
 
 def test_a_changed_shard_is_not_a_bad_clip(world, tmp_path):
-    """Bug: a shard that was replaced is taken for a clip that cannot be read, and another clip is drawn for it."""
+    """Bug: a shard that was replaced is taken for a clip that cannot be read, and another clip is
+    drawn for it."""
     path = str(tmp_path / "shard-000000.tar")
     one, other = (open(f"{world.features}/shard-00000{i}.tar", "rb").read() for i in (0, 1))
     with open(path, "wb") as f:
@@ -108,13 +130,25 @@ def test_a_changed_shard_is_not_a_bad_clip(world, tmp_path):
     with pytest.raises(ValueError, match="shard-000000.tar has changed since this run opened it"):
         clips[0, 0, 0, 0.5]
     os.unlink(path)
-    with pytest.raises(ValueError, match="20 clips in a row cannot be used.*FileNotFoundError"):  # gone: the others go on
+    with pytest.raises(
+        ValueError, match="20 clips in a row cannot be used.*FileNotFoundError"
+    ):  # gone: the others go on
         clips[0, 0, 0, 0.5]
 
 
 def test_peak_memory_is_a_peak():
     """Bug: kilobytes taken for bytes, or what is held now for the most that was held."""
-    code = "import torch, checkpoint; x = torch.ones(100 << 20); del x; print(checkpoint.peak_memory(torch.device('cpu')))"
+    code = (
+        "import torch, checkpoint; x = torch.ones(100 << 20); del x;"
+        " print(checkpoint.peak_memory(torch.device('cpu')))"
+    )
     plain = code.replace("100 << 20", "1")
-    most, least = (float(subprocess.run([sys.executable, "-c", c], cwd=ROOT, capture_output=True, text=True).stdout) for c in (code, plain))
+    most, least = (
+        float(
+            subprocess.run(
+                [sys.executable, "-c", c], cwd=ROOT, capture_output=True, text=True
+            ).stdout
+        )
+        for c in (code, plain)
+    )
     assert 390 < most - least < 460

@@ -29,14 +29,22 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def fuzz(folder, *flags):
     """(rows by target, exit code) of a small bench.fuzz."""
     command = [sys.executable, "-m", "bench.fuzz", "--json", "--out", str(folder), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert rows, done.stderr[-2000:]
     return {r["target"]: r for r in rows}, done.returncode
 
 
 def test_damaged_and_hostile_files_are_refused_in_a_sentence(tmp_path):
-    """Bug: a reader ends in an exception that nobody expects, in a dead process, hangs, asks for gigabytes or runs what a file holds."""
+    """Bug: a reader ends in an exception that nobody expects, in a dead process, hangs, asks for
+    gigabytes or runs what a file holds."""
     rows, code = fuzz(tmp_path, "--cases", "2800", "--seed", "5")
     found = {p.name: p.read_text() for p in tmp_path.glob("*.txt")}
     assert code == 0 and not found, found
@@ -61,11 +69,20 @@ print(f.fuzz("jsonl", 30, 0, [b"x" * n for n in range(1000, 1006)], 0.3, sys.arg
 
 
 def test_the_fuzzer_finds_what_it_looks_for(tmp_path):
-    """Bug: a fuzzer that finds nothing since it looks at nothing: wrong exceptions, dead processes, hangs, memory, code that ran."""
-    done = subprocess.run([sys.executable, "-c", BAD_READERS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """Bug: a fuzzer that finds nothing since it looks at nothing: wrong exceptions, dead processes,
+    hangs, memory, code that ran."""
+    done = subprocess.run(
+        [sys.executable, "-c", BAD_READERS, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     row = eval(done.stdout)
-    assert row["cases"] == 30 and all(row[k] > 0 for k in ("accepted", "crash", "hang", "memory", "code ran")), row
+    assert row["cases"] == 30 and all(
+        row[k] > 0 for k in ("accepted", "crash", "hang", "memory", "code ran")
+    ), row
     kept = [p.read_text() for p in tmp_path.glob("*.txt")]
     assert len(kept) == row["crash"] + row["hang"] + row["memory"] + row["code ran"]
     assert any("KeyError" in t for t in kept) and any("exit code -11" in t for t in kept)
@@ -78,27 +95,46 @@ def test_a_damaged_h5_file_is_an_oserror(tmp_path):
     """Bug: h5py's RuntimeError and KeyError ended prepare.manifest for all files."""
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as f:
-        f.create_dataset("latents", data=np.ones((4, 4, 2, 4, 4), np.float16), chunks=(1, 4, 2, 4, 4))
+        f.create_dataset(
+            "latents", data=np.ones((4, 4, 2, 4, 4), np.float16), chunks=(1, 4, 2, 4, 4)
+        )
     raw = path.read_bytes()
     for mark in (b"HEAP", b"SNOD", b"TREE"):
         path.write_bytes(raw.replace(mark, b"XXXX"))
         with pytest.raises(OSError, match="."):
             open_dataset(str(path))
-    tag = raw.index(bytes([0x11, 0x20, 0x0F, 0]))  # the float type: its exponent and mantissa overlap
+    tag = raw.index(
+        bytes([0x11, 0x20, 0x0F, 0])
+    )  # the float type: its exponent and mantissa overlap
     for at, bad in ((12, bytes([3])), (16, bytes(4))):  # and an exponent without a bias
         path.write_bytes(raw[: tag + at] + bad + raw[tag + at + len(bad) :])
         with pytest.raises(OSError, match="a.h5 is damaged"):
             open_dataset(str(path))
 
 
-@pytest.mark.parametrize("change", [
-    lambda h: h["z"].pop("data_offsets"), lambda h: h["z"].pop("shape"), lambda h: h["states"].pop("dtype"), lambda h: h.pop("actions"),
-    lambda h: h["z"].update(dtype="I64"), lambda h: h["z"].update(shape=[3, 4]), lambda h: h["z"].update(shape=[10**9, 4, 8]),
-    lambda h: h["z"].update(data_offsets=[0, None]), lambda h: h["actions"].update(data_offsets=[-8, 296]), lambda h: h.update(z=3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["z"].pop("data_offsets"),
+        lambda h: h["z"].pop("shape"),
+        lambda h: h["states"].pop("dtype"),
+        lambda h: h.pop("actions"),
+        lambda h: h["z"].update(dtype="I64"),
+        lambda h: h["z"].update(shape=[3, 4]),
+        lambda h: h["z"].update(shape=[10**9, 4, 8]),
+        lambda h: h["z"].update(data_offsets=[0, None]),
+        lambda h: h["actions"].update(data_offsets=[-8, 296]),
+        lambda h: h.update(z=3),
+    ],
+)
 def test_a_feature_header_must_fit_its_bytes(tmp_path, change):
-    """Bug: a KeyError that ends the run; rows read from where another tensor is, when shape and bytes do not agree."""
-    tensors = {"z": torch.zeros(3, 4, 8, dtype=torch.bfloat16), "actions": torch.zeros(2, 38), "states": torch.zeros(3, 2)}
+    """Bug: a KeyError that ends the run; rows read from where another tensor is, when shape and
+    bytes do not agree."""
+    tensors = {
+        "z": torch.zeros(3, 4, 8, dtype=torch.bfloat16),
+        "actions": torch.zeros(2, 38),
+        "states": torch.zeros(3, 2),
+    }
     raw = safetensors_bytes(tensors)
     n = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + n])
@@ -106,7 +142,9 @@ def test_a_feature_header_must_fit_its_bytes(tmp_path, change):
     def write():
         text = json.dumps(header).encode()
         (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n :])
-        return Record(str(tmp_path / "a"), "a", {"safetensors": (0, os.path.getsize(tmp_path / "a"))})
+        return Record(
+            str(tmp_path / "a"), "a", {"safetensors": (0, os.path.getsize(tmp_path / "a"))}
+        )
 
     assert feature_header(write())[0]["z"][1] == (3, 4, 8)
     change(header)
@@ -115,12 +153,17 @@ def test_a_feature_header_must_fit_its_bytes(tmp_path, change):
     assert not index_shards([str(tmp_path / "a")])[0]
 
 
-@pytest.mark.parametrize("data", [
-    pickle.dumps([1] * 99, protocol=4)[:8],  # struct.error
-    b"\x80\x05\x96" + (1 << 31).to_bytes(8, "little") + b".",  # BYTEARRAY8: 2 GiB that are not there
-    pickle.dumps(np.ones(3), protocol=4).replace(b"f8", b"V8"),
-    b"",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.dumps([1] * 99, protocol=4)[:8],  # struct.error
+        b"\x80\x05\x96"
+        + (1 << 31).to_bytes(8, "little")
+        + b".",  # BYTEARRAY8: 2 GiB that are not there
+        pickle.dumps(np.ones(3), protocol=4).replace(b"f8", b"V8"),
+        b"",
+    ],
+)
 def test_a_damaged_scaler_is_said(tmp_path, data):
     """Bug: a traceback of struct's or numpy's; a file of 12 bytes that allocates 2 GiB."""
     (tmp_path / "a.pkl").write_bytes(data)
@@ -128,9 +171,21 @@ def test_a_damaged_scaler_is_said(tmp_path, data):
         ActionScaler.load(str(tmp_path / "a.pkl"))
 
 
-@pytest.mark.parametrize("code", [b"", b"h\x07.", b"(.", b"]s.", b"Kx.", b"X\xff\xff\xff\x7f.", b"ctorch._utils\n_rebuild_tensor_v2\n)R."])
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"",
+        b"h\x07.",
+        b"(.",
+        b"]s.",
+        b"Kx.",
+        b"X\xff\xff\xff\x7f.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n)R.",
+    ],
+)
 def test_a_damaged_pickle_under_a_right_checksum_is_said(tmp_path, code):
-    """Bug: KeyError, IndexError or an error without a message from torch's reader ended the run instead of taking the checkpoint before."""
+    """Bug: KeyError, IndexError or an error without a message from torch's reader ended the run
+    instead of taking the checkpoint before."""
     f = io.BytesIO()
     torch.save({"epoch": 1}, f)
     out = io.BytesIO()
@@ -139,7 +194,9 @@ def test_a_damaged_pickle_under_a_right_checksum_is_said(tmp_path, code):
             new.writestr(name, b"\x80\x02" + code if name.endswith("data.pkl") else old.read(name))
     path = tmp_path / "checkpoint-epoch001.pth.tar"
     path.write_bytes(out.getvalue() + b"%08x" % zlib.crc32(out.getvalue()))
-    with pytest.raises(ValueError, match="checkpoint-epoch001.pth.tar is damaged or no checkpoint of ours: [A-Z]"):
+    with pytest.raises(
+        ValueError, match="checkpoint-epoch001.pth.tar is damaged or no checkpoint of ours: [A-Z]"
+    ):
         checkpoint.load(path)
     (tmp_path / "weights.pt").write_bytes(out.getvalue())
     with pytest.raises(ValueError, match="weights.pt: "):
@@ -147,7 +204,8 @@ def test_a_damaged_pickle_under_a_right_checksum_is_said(tmp_path, code):
 
 
 def test_an_unknown_codec_is_said():
-    """Bug: AttributeError: 'NoneType' object has no attribute 'thread_count', which ends the loader."""
+    """Bug: AttributeError: 'NoneType' object has no attribute 'thread_count', which ends the
+    loader."""
     raw = film(12).replace(b"avc1", b"xxx1")
     times = mp4_times(io.BytesIO(raw))
     with pytest.raises(ValueError, match="codec"):

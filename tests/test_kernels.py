@@ -1,4 +1,5 @@
-"""The operations of kernels/ against their definitions (the Triton ones: test_attention.py, test_stats.py)."""
+"""The operations of kernels/ against their definitions (the Triton ones: test_attention.py,
+test_stats.py)."""
 
 from pathlib import Path
 
@@ -6,7 +7,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kernels import ATTENTION, attention_impl, block_causal_attention, linear, merge_moments, moments
+from kernels import (
+    ATTENTION,
+    attention_impl,
+    block_causal_attention,
+    linear,
+    merge_moments,
+    moments,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -17,9 +25,12 @@ def qkv(B, nh, L, hd, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("impl", ["reference", "prefix", "auto"])
-@pytest.mark.parametrize("name, block", [("T1_H2_W2_K2", 6), ("T3_H2_W3_K3", 9), ("T4_H4_W4_K2", 18)])
+@pytest.mark.parametrize(
+    "name, block", [("T1_H2_W2_K2", 6), ("T3_H2_W3_K3", 9), ("T4_H4_W4_K2", 18)]
+)
 def test_mask_is_the_references(impl, name, block):
-    """Catches an off-by-one at a step's edge: with v = identity the output is the attention matrix, zero exactly where the mask is."""
+    """Catches an off-by-one at a step's edge: with v = identity the output is the attention matrix,
+    zero exactly where the mask is."""
     with safe_open(FIXTURES / "ac_mask_and_shapes.safetensors", "pt") as f:
         mask = f.get_tensor(f"out/{name}")
     q, k, _ = qkv(1, 1, len(mask), 8)
@@ -28,10 +39,18 @@ def test_mask_is_the_references(impl, name, block):
 
 
 @pytest.mark.parametrize(
-    "B, nh, L, hd, block", [(2, 3, 7 * 18, 32, 18), (1, 2, 3 * 17, 6, 17), (2, 1, 5, 4, 1), (1, 2, 41, 10, 9), (1, 1, 7, 8, 50)]
+    "B, nh, L, hd, block",
+    [
+        (2, 3, 7 * 18, 32, 18),
+        (1, 2, 3 * 17, 6, 17),
+        (2, 1, 5, 4, 1),
+        (1, 2, 41, 10, 9),
+        (1, 1, 7, 8, 50),
+    ],
 )
 def test_prefix_equals_dense_with_gradients(B, nh, L, hd, block):
-    """Catches lost gradient terms of shared prefixes, and lengths that are no multiple of anything, the last step cut short included."""
+    """Catches lost gradient terms of shared prefixes, and lengths that are no multiple of anything,
+    the last step cut short included."""
     inputs = qkv(B, nh, L, hd, torch.float64)
     grad = torch.randn(B, nh, L, hd, dtype=torch.float64)
     results = []
@@ -45,13 +64,16 @@ def test_prefix_equals_dense_with_gradients(B, nh, L, hd, block):
 
 @pytest.mark.parametrize("impl", ["reference", "prefix"])
 def test_later_steps_cannot_be_seen(impl):
-    """Catches a leak that is too small for a tolerance: later keys are replaced by huge values, earlier outputs stay equal bit by bit."""
+    """Catches a leak that is too small for a tolerance: later keys are replaced by huge values,
+    earlier outputs stay equal bit by bit."""
     q, k, v = (x.detach() for x in qkv(1, 2, 4 * 9, 16))
     before = block_causal_attention(q, k, v, 9, impl=impl)
     k2, v2 = k.clone(), v.clone()
     k2[:, :, 18:], v2[:, :, 18:] = 100.0, 1e6
     after = block_causal_attention(q, k2, v2, 9, impl=impl)
-    assert torch.equal(before[:, :, :18], after[:, :, :18]) and not torch.equal(before[:, :, 18:], after[:, :, 18:])
+    assert torch.equal(before[:, :, :18], after[:, :, :18]) and not torch.equal(
+        before[:, :, 18:], after[:, :, 18:]
+    )
 
 
 def test_unknown_impl_is_refused():
@@ -64,16 +86,20 @@ def test_unknown_impl_is_refused():
 
 
 def test_auto_attention_on_a_cpu():
-    """Catches short sequences paying for a loop over steps, long ones for an L x L mask, and Triton chosen where there is no GPU."""
+    """Catches short sequences paying for a loop over steps, long ones for an L x L mask, and Triton
+    chosen where there is no GPU."""
     cpu = torch.device("cpu")
     assert attention_impl(cpu, torch.float32, 64, 6, 42) == "reference"
     assert attention_impl(cpu, torch.float32, 64, 258, 7 * 258) == "prefix"
-    assert attention_impl(cpu, torch.bfloat16, 64, 258, 258) == "prefix"  # a single step needs no mask
+    assert (
+        attention_impl(cpu, torch.bfloat16, 64, 258, 258) == "prefix"
+    )  # a single step needs no mask
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (1, 1, 5)])
 def test_linear_by_onednn_is_linear(shape):
-    """Catches rows and columns mixed up in the detour over a convolution, forward or in any of the three gradients; strided input."""
+    """Catches rows and columns mixed up in the detour over a convolution, forward or in any of the
+    three gradients; strided input."""
     torch.manual_seed(0)
     inputs = [torch.randn(*shape), torch.randn(6, 5), torch.randn(6)]
     inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
@@ -88,18 +114,22 @@ def test_linear_by_onednn_is_linear(shape):
 
 @pytest.mark.parametrize("mean, rtol", [(0.0, 1e-14), (1e4, 1e-13), (1e9, 2e-9)])
 def test_moments_survive_a_large_mean(mean, rtol):
-    """Catches E[x^2] - E[x]^2, which at mean 1e9 loses every digit of a variance of 1, and chunks merged with wrong weights."""
+    """Catches E[x^2] - E[x]^2, which at mean 1e9 loses every digit of a variance of 1, and chunks
+    merged with wrong weights."""
     torch.manual_seed(0)
     x = torch.randn(200_001, 3, dtype=torch.float64) + mean  # three full chunks and a rest
     exact = x - mean  # what the rounding of x left of the noise: no cancellation in what follows
     n, got_mean, m2 = moments(x)
     assert n == len(x)
-    torch.testing.assert_close(got_mean - mean, exact.mean(0), rtol=0, atol=2.3e-16 * max(1.0, mean))
+    torch.testing.assert_close(
+        got_mean - mean, exact.mean(0), rtol=0, atol=2.3e-16 * max(1.0, mean)
+    )
     torch.testing.assert_close(m2, ((exact - exact.mean(0)) ** 2).sum(0), rtol=rtol, atol=0)
 
 
 def test_second_pass_is_corrected():
-    """Catches the mean's own rounding left in M2: at 1e9 it is half a unit of 1.2e-7, no longer small beside a spread of 1e-6."""
+    """Catches the mean's own rounding left in M2: at 1e9 it is half a unit of 1.2e-7, no longer
+    small beside a spread of 1e-6."""
     torch.manual_seed(0)
     exact = (torch.randn(50_000, 2, dtype=torch.float64) * 1e-6 + 5e-8 + 1e9) - 1e9
     _, _, m2 = moments(exact + 1e9)
@@ -107,7 +137,8 @@ def test_second_pass_is_corrected():
 
 
 def test_moments_of_float32_are_float64():
-    """Catches sums in the dtype of the data: in float32 the mean of 300,000 values near 1000 is off in the fourth digit."""
+    """Catches sums in the dtype of the data: in float32 the mean of 300,000 values near 1000 is off
+    in the fourth digit."""
     x = (torch.arange(300_000) % 7 + 1000.0)[:, None]
     n, mean, m2 = moments(x)
     assert mean.dtype == m2.dtype == torch.float64
@@ -117,7 +148,8 @@ def test_moments_of_float32_are_float64():
 
 
 def test_merging_any_split_is_the_whole():
-    """Catches Chan's formula with the counts swapped, and an empty part (a rank without shards) turning everything into nan."""
+    """Catches Chan's formula with the counts swapped, and an empty part (a rank without shards)
+    turning everything into nan."""
     torch.manual_seed(0)
     x = torch.randn(1000, 2) * 3 + 50
     whole = moments(x)
@@ -125,6 +157,8 @@ def test_merging_any_split_is_the_whole():
         for a, b in ((x[:cut], x[cut:]), (x[cut:], x[:cut])):
             n, mean, m2 = merge_moments(moments(a), moments(b))
             assert n == 1000
-            torch.testing.assert_close(torch.stack([mean, m2]), torch.stack(whole[1:]), rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                torch.stack([mean, m2]), torch.stack(whole[1:]), rtol=1e-12, atol=0
+            )
     n, mean, m2 = merge_moments(moments(x[:0]), moments(x[:0]))
     assert n == 0 and not mean.isnan().any() and not m2.isnan().any()

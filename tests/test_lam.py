@@ -1,4 +1,5 @@
-"""Latent actions: the quantiser, the model, H5 files, train_lam.py as a program, and whether the codes are the actions."""
+"""Latent actions: the quantiser, the model, H5 files, train_lam.py as a program, and whether the
+codes are the actions."""
 
 import json
 import os
@@ -17,8 +18,19 @@ from files.latents import Latents, latent_sequences, open_manifest, pack_codes, 
 from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
 from prepare.manifest import split_counts
 
-TINY = {"embed_dim": 16, "encoder_depth": 3, "decoder_depth": 2, "num_heads": 2, "patch_dim": 16, "codebook_dim": 8, "size": (8, 12)}
-SMALL = "--embed_dim 16 --encoder_depth 1 --decoder_depth 1 --num_heads 2 --patch_dim 16 --codebook_dim 8 --batch_size 4 --num_workers 0"
+TINY = {
+    "embed_dim": 16,
+    "encoder_depth": 3,
+    "decoder_depth": 2,
+    "num_heads": 2,
+    "patch_dim": 16,
+    "codebook_dim": 8,
+    "size": (8, 12),
+}
+SMALL = (
+    "--embed_dim 16 --encoder_depth 1 --decoder_depth 1 --num_heads 2 --patch_dim 16 --codebook_dim"
+    " 8 --batch_size 4 --num_workers 0"
+)
 PLAN = "--epochs 3 --ipe 10 --log_every 1 --lr 2e-3 --vq_warmup_steps 8 --val_clips 8"
 
 
@@ -28,7 +40,9 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 def tiny(**change):
     torch.manual_seed(0)
     model = LatentActionModel(**TINY | {"vq_warmup_steps": 0} | change)
-    for blk in model.decoder:  # as after training: at the start the decoder does not listen to the code
+    for (
+        blk
+    ) in model.decoder:  # as after training: at the start the decoder does not listen to the code
         torch.nn.init.normal_(blk.film.weight, std=0.5)
     return model.eval()
 
@@ -64,17 +78,27 @@ def feed(vq, z, **options):
 
 
 def test_warmup_then_kmeans_then_codes():
-    """Bug: the warm-up quantises, k-means sees the first batch instead of the last ones, or its centres are not what is chosen from."""
+    """Bug: the warm-up quantises, k-means sees the first batch instead of the last ones, or its
+    centres are not what is chosen from."""
     torch.manual_seed(0)
     vq = VectorQuantizer(3, 4, 8, warmup=5)
     true = 10 * torch.randn(3, 4, 8)
     for step in range(5):
         names = torch.randint(4, (64, 3))
-        z = true[torch.arange(3), names] + 0.01 * torch.randn(64, 3, 8) if step else 1000 * torch.randn(64, 3, 8)
+        z = (
+            true[torch.arange(3), names] + 0.01 * torch.randn(64, 3, 8)
+            if step
+            else 1000 * torch.randn(64, 3, 8)
+        )
         z_q, _, codebook, commitment = feed(vq, z)
-        assert torch.equal(z_q, z) and codebook == 0 and commitment == 0 and vq.active() == (step == 4)
+        assert (
+            torch.equal(z_q, z) and codebook == 0 and commitment == 0 and vq.active() == (step == 4)
+        )
         if not step:
-            vq.recent.zero_(), vq.seen[1].zero_()  # the first batch is forgotten when 1024 newer ones have come
+            (
+                vq.recent.zero_(),
+                vq.seen[1].zero_(),
+            )  # the first batch is forgotten when 1024 newer ones have come
     z_q, indices, codebook, _ = vq.eval()(true[torch.arange(3), names])
     assert (z_q - true[torch.arange(3), names]).abs().max() < 0.02 and codebook < 1e-3
     for slot in range(3):
@@ -93,13 +117,16 @@ def test_kmeans_finds_the_clusters_and_survives_few_points():
 
 @pytest.mark.parametrize("codebook", ["ema", "loss"])
 def test_a_dead_code_comes_back_and_its_sums_are_reset(codebook):
-    """Bug: a revived code is pulled back to where it died by its old EMA sum, dies again at once, or comes back while the run settles."""
+    """Bug: a revived code is pulled back to where it died by its old EMA sum, dies again at once,
+    or comes back while the run settles."""
     torch.manual_seed(0)
     vq = VectorQuantizer(2, 3, 4, codebook=codebook, warmup=0, kmeans=False)
     with torch.no_grad():
         vq.codebook[:] = torch.tensor([0.0, 1.0, 1000.0]).view(1, 3, 1).expand(2, 3, 4)
         vq.sums.copy_(vq.codebook * 1.0)
-    z = torch.cat([torch.zeros(40, 2, 4), torch.ones(40, 2, 4), torch.full((40, 2, 4), 7.0)]) + 0.01 * torch.randn(120, 2, 4)
+    z = torch.cat(
+        [torch.zeros(40, 2, 4), torch.ones(40, 2, 4), torch.full((40, 2, 4), 7.0)]
+    ) + 0.01 * torch.randn(120, 2, 4)
     vq.mass[:, 2] = 1e-3
     feed(vq, z, settle=True)
     assert (vq.codebook[:, 2] > 100).all()
@@ -113,7 +140,8 @@ def test_a_dead_code_comes_back_and_its_sums_are_reset(codebook):
 
 
 def test_ema_converges_to_the_mean_of_what_chose_it():
-    """Bug: sums and counts decay at different rates or Laplace smoothing biases a table of few counts."""
+    """Bug: sums and counts decay at different rates or Laplace smoothing biases a table of few
+    counts."""
     vq = VectorQuantizer(1, 2, 2, warmup=0, kmeans=False)
     z = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, -3.0]]).unsqueeze(1)
     with torch.no_grad():
@@ -121,11 +149,14 @@ def test_ema_converges_to_the_mean_of_what_chose_it():
         vq.sums.copy_(vq.codebook)
     for _ in range(1500):
         feed(vq, z)
-    torch.testing.assert_close(vq.codebook.detach()[0], torch.tensor([[3.0, 0.0], [0.0, -3.0]]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        vq.codebook.detach()[0], torch.tensor([[3.0, 0.0], [0.0, -3.0]]), atol=1e-3, rtol=0
+    )
 
 
 def test_gradients_pass_straight_through():
-    """Bug: the quantiser blocks the decoder's gradient, or the codebook loss trains the encoder and the commitment loss the codebook."""
+    """Bug: the quantiser blocks the decoder's gradient, or the codebook loss trains the encoder and
+    the commitment loss the codebook."""
     vq = VectorQuantizer(2, 3, 4, codebook="loss", warmup=0)
     z = torch.randn(5, 2, 4, requires_grad=True)
     z_q, _, codebook, commitment = vq(z)
@@ -140,7 +171,8 @@ def test_gradients_pass_straight_through():
 
 
 def test_fsq_rounds_to_its_levels():
-    """Bug: FSQ indices and vectors disagree (decode of indices is not what training decoded), or a level cannot be reached."""
+    """Bug: FSQ indices and vectors disagree (decode of indices is not what training decoded), or a
+    level cannot be reached."""
     torch.manual_seed(0)
     fsq = FiniteScalars(12, 6)
     z_q, indices, _, _ = fsq(5 * torch.randn(4000, 3, 6))
@@ -149,10 +181,13 @@ def test_fsq_rounds_to_its_levels():
 
 
 def test_vector_quantize_pytorch_agrees():
-    """Bug: our distance, straight-through, or commitment loss is not what the well-known library computes (where it is installed)."""
+    """Bug: our distance, straight-through, or commitment loss is not what the well-known library
+    computes (where it is installed)."""
     library = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
-    theirs = library.VectorQuantize(dim=8, codebook_size=12, commitment_weight=0.25, decay=0.99, rotation_trick=False).eval()
+    theirs = library.VectorQuantize(
+        dim=8, codebook_size=12, commitment_weight=0.25, decay=0.99, rotation_trick=False
+    ).eval()
     ours = VectorQuantizer(1, 12, 8, warmup=0).eval()
     with torch.no_grad():
         ours.codebook[0] = theirs._codebook.embed[0]
@@ -176,7 +211,8 @@ def test_pack_and_unpack():
 
 
 def test_codes_do_not_know_the_future_nor_the_past():
-    """Bug: the code of t to t+1 changes with step t+2 (the guide's origin leaks through its depth), or with where the clip began."""
+    """Bug: the code of t to t+1 changes with step t+2 (the guide's origin leaks through its depth),
+    or with where the clip began."""
     model, z = tiny(quantizer="none"), torch.randn(2, 6, 16, 8, 12)
     before = model.encode(z)[1]
     for step in range(6):
@@ -187,13 +223,18 @@ def test_codes_do_not_know_the_future_nor_the_past():
 
 
 def test_decoding_at_once_is_decoding_step_by_step():
-    """Bug: generation runs another path than training (the guide's origin has two decoders), or the decoder sees later steps."""
+    """Bug: generation runs another path than training (the guide's origin has two decoders), or the
+    decoder sees later steps."""
     model, z = tiny(), torch.randn(2, 6, 16, 8, 12)
     indices = model.encode(z)[0]
     whole = model.decode(z[:, :-1], indices)
     for t in range(1, 6):
-        torch.testing.assert_close(model.decode(z[:, :t], indices[:, :t])[:, -1], whole[:, t - 1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.decode(z[:, 0], indices[:, 0]), whole[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.decode(z[:, :t], indices[:, :t])[:, -1], whole[:, t - 1], atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(
+        model.decode(z[:, 0], indices[:, 0]), whole[:, 0], atol=1e-5, rtol=1e-5
+    )
     ahead = model.rollout(z[:, 0], indices[:, :3])
     context = z[:, :1]
     for t in range(3):
@@ -203,21 +244,29 @@ def test_decoding_at_once_is_decoding_step_by_step():
 
 
 def test_the_shift_moves_what_the_encoder_sees_and_nothing_else():
-    """Bug: the two steps of a pair move differently, by parts of a patch, or the decoder's input moves too."""
+    """Bug: the two steps of a pair move differently, by parts of a patch, or the decoder's input
+    moves too."""
     model, z = tiny(quantizer="none", rollout_horizon=1), torch.randn(2, 3, 16, 8, 12)
     shift = torch.tensor([[[1, 2], [0, 1]], [[1, 0], [0, 0]]])
     found = model.encode(z, shift)[1]
     for b in range(2):
         for t in range(2):
-            rolled = torch.roll(z[b : b + 1, t : t + 2], (4 * shift[b, t, 0].item(), 4 * shift[b, t, 1].item()), (3, 4))
-            torch.testing.assert_close(model.encode(rolled)[1][0, 0], found[b, t], atol=1e-5, rtol=1e-5)
+            rolled = torch.roll(
+                z[b : b + 1, t : t + 2],
+                (4 * shift[b, t, 0].item(), 4 * shift[b, t, 1].item()),
+                (3, 4),
+            )
+            torch.testing.assert_close(
+                model.encode(rolled)[1][0, 0], found[b, t], atol=1e-5, rtol=1e-5
+            )
     with torch.no_grad():
         model.to_code.weight.zero_()  # the code says nothing: only the decoder's input is left
     assert model(z, shift)["mse"] == model(z)["mse"]
 
 
 def test_rollout_loss():
-    """Bug: the rollout loss is zero (a two-step window at the guide's origin), or is not the error of generation."""
+    """Bug: the rollout loss is zero (a two-step window at the guide's origin), or is not the error
+    of generation."""
     model, z = tiny(mean=0.5, std=2.0), torch.randn(2, 3, 16, 8, 12)
     losses = model(z)
     ahead = model.rollout(z[:, 0], losses["indices"])
@@ -226,14 +275,23 @@ def test_rollout_loss():
     total = losses["mse"] + losses["codebook"] + 0.25 * losses["commitment"] + losses["rollout"]
     torch.testing.assert_close(losses["loss"], total)
     for horizon, T in ((2, 2), (3, 3)):
-        with pytest.raises(ValueError, match=f"--rollout_horizon {horizon} needs windows of {horizon + 1} steps, --sequence_length is {T}"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"--rollout_horizon {horizon} needs windows of {horizon + 1} steps,"
+                f" --sequence_length is {T}"
+            ),
+        ):
             tiny(rollout_horizon=horizon)(z[:, :T])
     assert tiny(rollout_horizon=1)(z[:, :2])["rollout"] == 0
 
 
-@pytest.mark.parametrize("quantizer, codebook", [("vq", "ema"), ("vq", "loss"), ("fsq", "ema"), ("none", "ema")])
+@pytest.mark.parametrize(
+    "quantizer, codebook", [("vq", "ema"), ("vq", "loss"), ("fsq", "ema"), ("none", "ema")]
+)
 def test_every_parameter_gets_a_gradient(quantizer, codebook):
-    """Bug: a layer that nothing uses: DistributedDataParallel then waits for it, and `none` or the warm-up trains only half."""
+    """Bug: a layer that nothing uses: DistributedDataParallel then waits for it, and `none` or the
+    warm-up trains only half."""
     for warmup in (0, 5):
         model = tiny(quantizer=quantizer, codebook=codebook, vq_warmup_steps=warmup).train()
         model(torch.randn(2, 4, 16, 8, 12))["loss"].backward()
@@ -242,19 +300,30 @@ def test_every_parameter_gets_a_gradient(quantizer, codebook):
 
 
 def test_full_size_is_the_guides():
-    """Bug: the shapes of the guide's table are not those of the model (256 patches of 256, 3 codes of 12, 128 dims)."""
+    """Bug: the shapes of the guide's table are not those of the model (256 patches of 256, 3 codes
+    of 12, 128 dims)."""
     with torch.device("meta"):
         model = LatentActionModel()
-    assert model.grid == (16, 16) and model.adapter.weight.shape == (256, 16, 4, 4) and model.out_adapter.weight.shape == (256, 16, 4, 4)
-    assert model.quantizer.codebook.shape == (3, 12, 128) and len(model.encoder) == len(model.decoder) == 3
-    assert sum(p.numel() for p in model.parameters()) < 39_058_448  # the guide's origin, with its second decoder
+    assert (
+        model.grid == (16, 16)
+        and model.adapter.weight.shape == (256, 16, 4, 4)
+        and model.out_adapter.weight.shape == (256, 16, 4, 4)
+    )
+    assert (
+        model.quantizer.codebook.shape == (3, 12, 128)
+        and len(model.encoder) == len(model.decoder) == 3
+    )
+    assert (
+        sum(p.numel() for p in model.parameters()) < 39_058_448
+    )  # the guide's origin, with its second decoder
 
 
 # --- measures ---
 
 
 def test_purity_is_not_bought_with_many_codes():
-    """Bug: purity is fitted on what it is scored on, so that a code for every transition scores 1."""
+    """Bug: purity is fitted on what it is scored on, so that a code for every transition scores
+    1."""
     rng = np.random.default_rng(0)
     actions = rng.integers(0, 9, 2000)
     assert eval_lam.purity(np.arange(2000), actions) == 0
@@ -264,7 +333,8 @@ def test_purity_is_not_bought_with_many_codes():
 
 
 def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
-    """Bug: the baselines are mixed up: a decoder that ignores its code, or codes that name the next frame, look good."""
+    """Bug: the baselines are mixed up: a decoder that ignores its code, or codes that name the next
+    frame, look good."""
 
     class Oracle(LatentActionModel):
         """Steps count up by 1, 2 or 3 everywhere; codes say which."""
@@ -277,69 +347,131 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
             return step.round().long().unsqueeze(-1).expand(-1, -1, 3), z_q, z_q
 
         def codes(self, indices):
-            return indices if indices.is_floating_point() else indices.unsqueeze(-1).expand(*indices.shape, 8).float()
+            return (
+                indices
+                if indices.is_floating_point()
+                else indices.unsqueeze(-1).expand(*indices.shape, 8).float()
+            )
 
         def predict(self, z, codes, x=None):
             return z + (2.0 if self.deaf else codes.mean((2, 3))[:, :, None, None, None] + 0.01)
 
     class Windows(Latents):
         def __init__(self):
-            self.files, self.length, self.seed, self.labels = [latents.LatentFile("", 400, ())], 4, 0, ["step"]
+            self.files, self.length, self.seed, self.labels = (
+                [latents.LatentFile("", 400, ())],
+                4,
+                0,
+                ["step"],
+            )
             self.step = np.random.default_rng(0).integers(1, 4, 399)
 
         def __getitem__(self, item):
             at = np.concatenate([[0], self.step.cumsum()])[item[3] : item[3] + 4]
-            z = torch.tensor(at, dtype=torch.float32)[:, None, None, None].expand(4, 16, 8, 12).clone()
-            return {"z": z, "labels": torch.tensor(self.step[item[3] : item[3] + 3, None]), "key": "", "bad": []}
+            z = (
+                torch.tensor(at, dtype=torch.float32)[:, None, None, None]
+                .expand(4, 16, 8, 12)
+                .clone()
+            )
+            return {
+                "z": z,
+                "labels": torch.tensor(self.step[item[3] : item[3] + 3, None]),
+                "key": "",
+                "bad": [],
+            }
 
     model = Oracle(**TINY, vq_warmup_steps=0).eval()
     found = eval_lam.held_out_codes(model, Windows(), 10, 60)
     s = eval_lam.code_summary(found, 12)
     assert len(found["own"]) == 180 and found["own"].mean() == pytest.approx(1e-4, rel=0.01)
-    assert s["purity"] == 1 and s["ami"] == pytest.approx(1) and s["joint_codes"] == 3 and s["same_over_own"] == pytest.approx(1, rel=0.01)
-    assert s["mse_over_copy"] < 1e-4 and s["mse_over_zero"] < 1e-4 and 1e-4 < s["mse_over_marginal"] < 1e-3 and s["psnr_random"] > 30
+    assert (
+        s["purity"] == 1
+        and s["ami"] == pytest.approx(1)
+        and s["joint_codes"] == 3
+        and s["same_over_own"] == pytest.approx(1, rel=0.01)
+    )
+    assert (
+        s["mse_over_copy"] < 1e-4
+        and s["mse_over_zero"] < 1e-4
+        and 1e-4 < s["mse_over_marginal"] < 1e-3
+        and s["psnr_random"] > 30
+    )
     assert not list(eval_lam.complaints(s, True))
     model.deaf = True
     s = eval_lam.code_summary(eval_lam.held_out_codes(model, Windows(), 10, 60), 12)
-    assert s["mse_over_zero"] == pytest.approx(1) and "ignores the code" in " ".join(eval_lam.complaints(s, True))
+    assert s["mse_over_zero"] == pytest.approx(1) and "ignores the code" in " ".join(
+        eval_lam.complaints(s, True)
+    )
     collapsed = found | {"codes": np.zeros_like(found["codes"])}
     assert "collapsed" in " ".join(eval_lam.complaints(eval_lam.code_summary(collapsed, 12), True))
     positions = found | {"same": 30 * found["own"]}
-    assert "codes are no actions" in " ".join(eval_lam.complaints(eval_lam.code_summary(positions, 12), True))
+    assert "codes are no actions" in " ".join(
+        eval_lam.complaints(eval_lam.code_summary(positions, 12), True)
+    )
 
 
 # --- files ---
 
 
 @pytest.mark.parametrize("T", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"chunks": (3, 16, 1, 8, 8)}, {"chunks": (1, 5, 1, 3, 8), "compression": "gzip"},
-                                     {"compression": "lzf", "shuffle": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chunks": (3, 16, 1, 8, 8)},
+        {"chunks": (1, 5, 1, 3, 8), "compression": "gzip"},
+        {"compression": "lzf", "shuffle": True},
+    ],
+)
 def test_windows_cross_chunks(tmp_path, options, T):
-    """Bug: steps inside a chunk are out of order, a window ends at a chunk's border, HDF5 chunking or compression changes what is read."""
+    """Bug: steps inside a chunk are out of order, a window ends at a chunk's border, HDF5 chunking
+    or compression changes what is read."""
     for i, dtype in enumerate((np.float32, np.float16)):
         data = some(i, n=9, T=T, dtype=dtype)
         layout = options | (
-            {"chunks": (*options["chunks"][:2], min(options["chunks"][2], T), *options["chunks"][3:])} if "chunks" in options else {}
+            {
+                "chunks": (
+                    *options["chunks"][:2],
+                    min(options["chunks"][2], T),
+                    *options["chunks"][3:],
+                )
+            }
+            if "chunks" in options
+            else {}
         )
         write_h5(tmp_path / f"{i}.h5", data, **layout)
         steps = np.concatenate(list(data.transpose(0, 2, 1, 3, 4))).astype(np.float32)
         np.savez(tmp_path / f"{i}.actions.npz", move=np.arange(len(steps) - 1))
-    run(tmp_path, "prepare/manifest.py", tmp_path, "--size 8 --val_ratio 0.2 --test_ratio 0", env={"PYTHONPATH": ROOT})
+    run(
+        tmp_path,
+        "prepare/manifest.py",
+        tmp_path,
+        "--size 8 --val_ratio 0.2 --test_ratio 0",
+        env={"PYTHONPATH": ROOT},
+    )
     meta, splits = open_manifest(tmp_path / "manifest.json")
-    assert meta["steps_per_chunk"] == T and [len(splits[k]) for k in ("train", "validation", "test")] == [1, 1, 0]
+    assert meta["steps_per_chunk"] == T and [
+        len(splits[k]) for k in ("train", "validation", "test")
+    ] == [1, 1, 0]
     for f in splits["train"] + splits["validation"]:
-        data = some(int(os.path.basename(f.path)[0]), n=9, T=T, dtype=(np.float32, np.float16)[int(os.path.basename(f.path)[0])])
+        data = some(
+            int(os.path.basename(f.path)[0]),
+            n=9,
+            T=T,
+            dtype=(np.float32, np.float16)[int(os.path.basename(f.path)[0])],
+        )
         steps = np.concatenate(list(data.transpose(0, 2, 1, 3, 4))).astype(np.float32)
         dataset = Latents([f], 5)
         for first in range(9 * T - 4):
             clip = dataset[0, 0, 0, first]
-            assert np.array_equal(clip["z"].numpy(), steps[first : first + 5]) and clip["labels"][:, 0].tolist() == [
-                *range(first, first + 4)
-            ]
+            assert np.array_equal(clip["z"].numpy(), steps[first : first + 5]) and clip["labels"][
+                :, 0
+            ].tolist() == [*range(first, first + 4)]
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_world(folder):
-    """Bug: the order of windows depends on the number of workers or on where a run was resumed; ranks share windows or leave some out."""
+    """Bug: the order of windows depends on the number of workers or on where a run was resumed;
+    ranks share windows or leave some out."""
     _, splits = open_manifest(folder / "manifest.json")
     dataset = Latents(splits["train"], 8, seed=3)
 
@@ -352,15 +484,23 @@ def test_the_order_is_a_function_of_seed_epoch_and_world(folder):
     assert keys(4, batch_size=4, batches_per_epoch=5, epoch=1, itr=3, num_workers=2) == whole[8:]
     halves = [keys(12, batch_size=2, batches_per_epoch=5, rank=r, world=2) for r in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole
-    assert sorted(sum(whole[:5], [])) != sorted(sum(whole[5:10], [])) and len({k for b in whole for k in b}) > 30
-    assert keys(3, batch_size=4, batches_per_epoch=5) == whole[:3] != [b["key"] for b in [{"key": []}]]
+    assert (
+        sorted(sum(whole[:5], [])) != sorted(sum(whole[5:10], []))
+        and len({k for b in whole for k in b}) > 30
+    )
+    assert (
+        keys(3, batch_size=4, batches_per_epoch=5) == whole[:3] != [b["key"] for b in [{"key": []}]]
+    )
     everyone = [dataset.windows(3, 20, rank, 2) for rank in range(2)]
-    assert sorted(i for part in everyone for b in part for i in b) == sorted(i for b in dataset.windows(3, 20) for i in b)
+    assert sorted(i for part in everyone for b in part for i in b) == sorted(
+        i for b in dataset.windows(3, 20) for i in b
+    )
     assert all(first % 8 == 0 for part in everyone for b in part for _, _, _, first in b)
 
 
 def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
-    """Bug: a file of another shape or with a NaN stops the run a day later; a bad split is made without a word."""
+    """Bug: a file of another shape or with a NaN stops the run a day later; a bad split is made
+    without a word."""
     error = fails(tmp_path, "prepare/manifest.py", tmp_path, env={"PYTHONPATH": ROOT})
     assert "no *.h5 file in" in error
     for i in range(10):
@@ -377,33 +517,70 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
     write_h5(tmp_path / "labels.h5", some(1))
     np.savez(tmp_path / "labels.actions.npz", move=np.zeros(40))
     make = ["prepare/manifest.py", tmp_path, "--size 8"]
-    for flags, sentence in (("--val_ratio 0.3", "must be shares that sum to 1, not 0.8 + 0.3 + 0.1"),
-                            ("--train_ratio 1.1 --val_ratio -0.2", "must be shares that sum to 1")):  # fmt: skip
+    for flags, sentence in (
+        ("--val_ratio 0.3", "must be shares that sum to 1, not 0.8 + 0.3 + 0.1"),
+        ("--train_ratio 1.1 --val_ratio -0.2", "must be shares that sum to 1"),
+    ):
         assert sentence in fails(tmp_path, *make, flags, env={"PYTHONPATH": ROOT})
     text = run(tmp_path, *make, env={"PYTHONPATH": ROOT})
-    reasons = {"shape": "shape [20, 8, 2, 8, 8], not [chunks, 16, 1 or 2, 8, 8]", "short": "3 chunks of 2 steps are fewer than the 8 steps",
-               "integers": "dtype int32", "nan": "chunk 13 holds values that are not finite", "two": "2 datasets (a, inner/b)", "text": "",
-               "labels": "move has shape (40,), 40 steps need (39,)"}  # fmt: skip
+    reasons = {
+        "shape": "shape [20, 8, 2, 8, 8], not [chunks, 16, 1 or 2, 8, 8]",
+        "short": "3 chunks of 2 steps are fewer than the 8 steps",
+        "integers": "dtype int32",
+        "nan": "chunk 13 holds values that are not finite",
+        "two": "2 datasets (a, inner/b)",
+        "text": "",
+        "labels": "move has shape (40,), 40 steps need (39,)",
+    }
     for name, reason in reasons.items():
         assert f"left out: {name}.h5: " in text and reason in text
     manifest = json.load(open(tmp_path / "manifest.json"))
     names = [e["path"] for part in manifest["splits"].values() for e in part]
-    assert manifest["metadata"]["files"] == {"train": 8, "validation": 1, "test": 1} and sorted(names) == [f"good{i}.h5" for i in range(10)]
-    values = np.concatenate([some(int(e["path"][4])) for e in manifest["splits"]["train"]]).astype(np.float64)
-    assert manifest["metadata"]["mean"] == pytest.approx(values.mean()) and manifest["metadata"]["std"] == pytest.approx(values.std())
+    assert manifest["metadata"]["files"] == {"train": 8, "validation": 1, "test": 1} and sorted(
+        names
+    ) == [f"good{i}.h5" for i in range(10)]
+    values = np.concatenate([some(int(e["path"][4])) for e in manifest["splits"]["train"]]).astype(
+        np.float64
+    )
+    assert manifest["metadata"]["mean"] == pytest.approx(values.mean()) and manifest["metadata"][
+        "std"
+    ] == pytest.approx(values.std())
     np.testing.assert_allclose(manifest["metadata"]["channel_std"], values.std((0, 2, 3, 4)))
     again = run(tmp_path, *make, "--output", tmp_path / "again.json", env={"PYTHONPATH": ROOT})
-    assert "8 files of 320 steps in train" in again and json.load(open(tmp_path / "again.json")) == manifest
+    assert (
+        "8 files of 320 steps in train" in again
+        and json.load(open(tmp_path / "again.json")) == manifest
+    )
     run(tmp_path, *make, "--seed 1 --output", tmp_path / "other.json", env={"PYTHONPATH": ROOT})
     other = json.load(open(tmp_path / "other.json"))
-    assert other["splits"] != manifest["splits"] and other["metadata"]["fingerprint"] == manifest["metadata"]["fingerprint"]
-    run(tmp_path, *make, "--test_files good[34]* --output", tmp_path / "held.json", env={"PYTHONPATH": ROOT})
-    held = {k: [e["path"] for e in v] for k, v in json.load(open(tmp_path / "held.json"))["splits"].items()}
+    assert (
+        other["splits"] != manifest["splits"]
+        and other["metadata"]["fingerprint"] == manifest["metadata"]["fingerprint"]
+    )
+    run(
+        tmp_path,
+        *make,
+        "--test_files good[34]* --output",
+        tmp_path / "held.json",
+        env={"PYTHONPATH": ROOT},
+    )
+    held = {
+        k: [e["path"] for e in v]
+        for k, v in json.load(open(tmp_path / "held.json"))["splits"].items()
+    }
     assert held["test"] == ["good3.h5", "good4.h5"] and sorted(map(len, held.values())) == [1, 2, 7]
-    assert "--test_files nothing* takes 0 of 10 files" in fails(tmp_path, *make, "--test_files nothing*", env={"PYTHONPATH": ROOT})
-    assert split_counts(2, (0.8, 0.1, 0.1)) == [1, 1, 0] and split_counts(1, (0.8, 0.1, 0.1)) == [1, 0, 0]
+    assert "--test_files nothing* takes 0 of 10 files" in fails(
+        tmp_path, *make, "--test_files nothing*", env={"PYTHONPATH": ROOT}
+    )
+    assert split_counts(2, (0.8, 0.1, 0.1)) == [1, 1, 0] and split_counts(1, (0.8, 0.1, 0.1)) == [
+        1,
+        0,
+        0,
+    ]
     write_h5(tmp_path / "good0.h5", some(1, n=30))
-    with pytest.raises(ValueError, match="good0.h5 is not as it was: run python -m prepare.manifest again"):
+    with pytest.raises(
+        ValueError, match="good0.h5 is not as it was: run python -m prepare.manifest again"
+    ):
         open_manifest(tmp_path / "manifest.json")
 
 
@@ -427,9 +604,12 @@ def trained(folder):
     return folder / "run"
 
 
-@pytest.mark.parametrize("cut", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cut", [4, pytest.param(8, marks=pytest.mark.slow), pytest.param(23, marks=pytest.mark.slow)]
+)
 def test_resume_is_exact(folder, trained, tmp_path, cut):
-    """Bug: k-means, EMA sums, the buffered encoder outputs or the step of the warm-up do not survive; the order depends on workers."""
+    """Bug: k-means, EMA sums, the buffered encoder outputs or the step of the warm-up do not
+    survive; the order depends on workers."""
     flags = ["--data_dir", folder, SMALL, PLAN, "--out_dir", tmp_path / "run"]
     run(tmp_path, "train_lam.py", *flags, f"--max_steps {cut}")
     text = run(tmp_path, "train_lam.py", *flags, "--resume --num_workers 2")
@@ -441,7 +621,9 @@ def test_a_signal_saves_and_resumes_exactly(folder, trained, tmp_path):
     """Bug: the step's work is lost or counted twice."""
     flags = ["--data_dir", folder, SMALL, PLAN, "--out_dir", tmp_path / "run"]
     stopped = Run(tmp_path, "train_lam.py", *flags, "--num_workers 2")
-    stopped.signal_when(tmp_path / "run" / "train.csv", lambda rows: len(rows) >= 12, signal.SIGTERM, True)
+    stopped.signal_when(
+        tmp_path / "run" / "train.csv", lambda rows: len(rows) >= 12, signal.SIGTERM, True
+    )
     code, text = stopped.wait()
     assert code == 0 and "go on with --resume" in text and "Traceback" not in text, text
     run(tmp_path, "train_lam.py", *flags, "--resume")
@@ -450,18 +632,36 @@ def test_a_signal_saves_and_resumes_exactly(folder, trained, tmp_path):
 
 @pytest.mark.parametrize("codebook", ["ema", pytest.param("loss", marks=pytest.mark.slow)])
 def test_two_ranks_and_micro_batches_are_one_batch(folder, tmp_path, codebook):
-    """Bug: counts and sums of the codebook are of one rank only, k-means differs between ranks, or the tables drift apart."""
+    """Bug: counts and sums of the codebook are of one rank only, k-means differs between ranks, or
+    the tables drift apart."""
     flags = ["--data_dir", folder, SMALL, PLAN, f"--codebook {codebook} --lr 5e-4"]
     run(tmp_path, "train_lam.py", *flags, "--out_dir", tmp_path / "one")
-    ranks = start_ranks(tmp_path, "train_lam.py", *flags, "--batch_size 2 --out_dir", tmp_path / "two")
-    run(tmp_path, "train_lam.py", *flags, "--batch_size 2 --grad_accum 2 --out_dir", tmp_path / "accumulated")
+    ranks = start_ranks(
+        tmp_path, "train_lam.py", *flags, "--batch_size 2 --out_dir", tmp_path / "two"
+    )
+    run(
+        tmp_path,
+        "train_lam.py",
+        *flags,
+        "--batch_size 2 --grad_accum 2 --out_dir",
+        tmp_path / "accumulated",
+    )
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
     one = numbers(tmp_path / "one", "mse_loss", "rollout_loss", "vq_loss")
     assert len(one) == 30 and one[-1, 2] > 0
     for name in ("two", "accumulated"):
-        np.testing.assert_allclose(numbers(tmp_path / name, "mse_loss", "rollout_loss", "vq_loss"), one, rtol=1e-3, atol=1e-5, err_msg=name)
-        val = [numbers(tmp_path / n, "mse_loss", "mse_over_zero", "joint_codes", log="val.csv") for n in ("one", name)]
+        np.testing.assert_allclose(
+            numbers(tmp_path / name, "mse_loss", "rollout_loss", "vq_loss"),
+            one,
+            rtol=1e-3,
+            atol=1e-5,
+            err_msg=name,
+        )
+        val = [
+            numbers(tmp_path / n, "mse_loss", "mse_over_zero", "joint_codes", log="val.csv")
+            for n in ("one", name)
+        ]
         np.testing.assert_allclose(val[1], val[0], rtol=1e-2)
 
 
@@ -480,7 +680,8 @@ def quantise_on_two(rank, port, out):
 
 @pytest.mark.slow
 def test_codebooks_are_bitwise_equal_on_all_ranks(tmp_path):
-    """Bug: each rank sums in its own order or draws its own dead codes, and the ranks end with different tables."""
+    """Bug: each rank sums in its own order or draws its own dead codes, and the ranks end with
+    different tables."""
     import socket
 
     with socket.socket() as s:
@@ -488,21 +689,42 @@ def test_codebooks_are_bitwise_equal_on_all_ranks(tmp_path):
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(quantise_on_two, (port, str(tmp_path)), nprocs=2)
     one, two = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    assert one.keys() == {"codebook", "mass", "sums", "recent", "seen"} and all(torch.equal(one[k], two[k]) for k in one)
+    assert one.keys() == {"codebook", "mass", "sums", "recent", "seen"} and all(
+        torch.equal(one[k], two[k]) for k in one
+    )
     assert one["seen"][0] == 40 and one["codebook"].std() > 0.1
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path):
-    """Bug: a run goes on with other data or another size than it began with; a run that never quantises; a refusal is a traceback."""
+    """Bug: a run goes on with other data or another size than it began with; a run that never
+    quantises; a refusal is a traceback."""
     new, flags = ["--out_dir", tmp_path / "new"], ["--data_dir", folder, SMALL, PLAN]
     cases = [
-        ([*flags, "--out_dir", trained], "holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir"),
-        ([*flags, "--out_dir", trained, "--resume --embed_dim 32"], "was trained with embed_dim 16, this run has 32"),
-        ([*flags, "--out_dir", trained, "--resume --sequence_length 6"], "was trained with sequence_length 8, this run has 6"),
-        ([*flags, *new, "--data_dir", tmp_path], "manifest.json; make it with: python -m prepare.manifest"),
-        ([*flags, *new, "--sequence_length 2"], "--rollout_horizon 2 needs windows of 3 steps, --sequence_length is 2"),
+        (
+            [*flags, "--out_dir", trained],
+            "holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir",
+        ),
+        (
+            [*flags, "--out_dir", trained, "--resume --embed_dim 32"],
+            "was trained with embed_dim 16, this run has 32",
+        ),
+        (
+            [*flags, "--out_dir", trained, "--resume --sequence_length 6"],
+            "was trained with sequence_length 8, this run has 6",
+        ),
+        (
+            [*flags, *new, "--data_dir", tmp_path],
+            "manifest.json; make it with: python -m prepare.manifest",
+        ),
+        (
+            [*flags, *new, "--sequence_length 2"],
+            "--rollout_horizon 2 needs windows of 3 steps, --sequence_length is 2",
+        ),
         ([*flags, *new, "--sequence_length 80"], "no file has the 80 steps of a window"),
-        ([*flags, *new, "--vq_warmup_steps 30"], "the run has 30 steps, and 30 of them do not quantise"),
+        (
+            [*flags, *new, "--vq_warmup_steps 30"],
+            "the run has 30 steps, and 30 of them do not quantise",
+        ),
     ]
     for words, sentence in cases:
         assert sentence in fails(tmp_path, "train_lam.py", *words)
@@ -513,37 +735,84 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     """Bug: NaN goes into the codebook and the next checkpoint."""
-    error = fails(tmp_path, "train_lam.py", "--data_dir", folder, SMALL, PLAN, "--lr 1e18 --grad_clip 0 --out_dir", tmp_path / "run")
-    assert "is not finite at epoch 0, itr " in error and ".h5@" in error and "last good checkpoint: none; lower --lr" in error
+    error = fails(
+        tmp_path,
+        "train_lam.py",
+        "--data_dir",
+        folder,
+        SMALL,
+        PLAN,
+        "--lr 1e18 --grad_clip 0 --out_dir",
+        tmp_path / "run",
+    )
+    assert (
+        "is not finite at epoch 0, itr " in error
+        and ".h5@" in error
+        and "last good checkpoint: none; lower --lr" in error
+    )
     assert all(np.isfinite(r[2]) for r in rows_of(tmp_path / "run" / "train.csv"))
 
 
 def test_test_mode_passes_and_fails(tmp_path):
-    """Bug: PASS with codes that are ignored; FAIL that exits with 0; a PASS that goes on to the last step."""
+    """Bug: PASS with codes that are ignored; FAIL that exits with 0; a PASS that goes on to the
+    last step."""
     for i in range(3):
         rng = np.random.default_rng(i)
         field = np.repeat(np.repeat(rng.standard_normal((16, 2, 2)), 4, 1), 4, 2)
-        steps = np.stack([np.roll(field, 4 * rng.integers(0, 2), 2) * (1 + rng.integers(0, 2)) for _ in range(20)]).astype(np.float32)
+        steps = np.stack(
+            [
+                np.roll(field, 4 * rng.integers(0, 2), 2) * (1 + rng.integers(0, 2))
+                for _ in range(20)
+            ]
+        ).astype(np.float32)
         write_h5(tmp_path / f"{i}.h5", steps.reshape(10, 2, 16, 8, 8).swapaxes(1, 2))
     run(tmp_path, "prepare/manifest.py", tmp_path, "--size 8", env={"PYTHONPATH": ROOT})
-    flags = ["--data_dir", tmp_path, SMALL, "--embed_dim 32 --test_mode --learning_rate 5e-3 --batch_size 2"]
+    flags = [
+        "--data_dir",
+        tmp_path,
+        SMALL,
+        "--embed_dim 32 --test_mode --learning_rate 5e-3 --batch_size 2",
+    ]
     text = run(tmp_path, "train_lam.py", *flags, "--out_dir", tmp_path / "pass")
     verdict = text.splitlines()[-1]
-    assert verdict.startswith("PASS after ") and 150 <= int(verdict.split()[2]) < 1500 and not (tmp_path / "pass").exists()
+    assert (
+        verdict.startswith("PASS after ")
+        and 150 <= int(verdict.split()[2]) < 1500
+        and not (tmp_path / "pass").exists()
+    )
     code, text = Run(
-        tmp_path, "train_lam.py", *flags, "--num_epochs 110 --vq_warmup_steps 100 --lr 1e-6 --out_dir", tmp_path / "fail"
+        tmp_path,
+        "train_lam.py",
+        *flags,
+        "--num_epochs 110 --vq_warmup_steps 100 --lr 1e-6 --out_dir",
+        tmp_path / "fail",
     ).wait()
-    assert code == 1 and text.splitlines()[-1].startswith("FAIL after 110 steps: MSE ") and "Traceback" not in text
+    assert (
+        code == 1
+        and text.splitlines()[-1].startswith("FAIL after 110 steps: MSE ")
+        and "Traceback" not in text
+    )
     import train_lam
 
     ignored = {"mse": torch.tensor(0.001), "mae": torch.tensor(0.01), "nmse": torch.tensor(0.001)}
-    assert not train_lam.overfit_verdict(ignored, 0.002)[0] and train_lam.overfit_verdict(ignored, 0.02)[0]
+    assert (
+        not train_lam.overfit_verdict(ignored, 0.002)[0]
+        and train_lam.overfit_verdict(ignored, 0.02)[0]
+    )
     assert not train_lam.overfit_verdict(ignored | {"nmse": torch.tensor(0.5)}, 0.02)[0]
 
 
 def test_every_metric_of_the_guide_is_logged(trained):
     """Bug: a metric is missing, or logged as a constant."""
-    for name in ("loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss", "commitment_loss", "codebook_usage"):
+    for name in (
+        "loss",
+        "mse_loss",
+        "mae_loss",
+        "vq_loss",
+        "codebook_loss",
+        "commitment_loss",
+        "codebook_usage",
+    ):
         for log in ("train.csv", "val.csv"):
             values = numbers(trained, name, log=log)
             assert np.isfinite(values).all() and len(np.unique(values)) > 1, (name, log)
@@ -556,60 +825,101 @@ def test_every_metric_of_the_guide_is_logged(trained):
 
 @pytest.mark.slow
 def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
-    """Bug: the recipe no longer learns actions, or the measures no longer tell it from a collapsed codebook and from codes of places."""
+    """Bug: the recipe no longer learns actions, or the measures no longer tell it from a collapsed
+    codebook and from codes of places."""
     import bench.lam
 
     good = bench.lam.measure(str(tmp_path), "default", 0)
     assert bench.lam.passes(good), good
     for row in ("guide", "no_shift"):
         trap = bench.lam.measure(str(tmp_path), row, 0)
-        assert not bench.lam.passes(trap) and trap["purity"] < 0.9 and trap["same_over_own"] > 5, trap
+        assert not bench.lam.passes(trap) and trap["purity"] < 0.9 and trap["same_over_own"] > 5, (
+            trap
+        )
 
 
 @pytest.mark.slow
 def test_probe_reads_a_run(folder, trained, tmp_path):
-    """Bug: eval_lam.py cannot read what train_lam.py wrote, judges the files of training, or writes its picture elsewhere."""
+    """Bug: eval_lam.py cannot read what train_lam.py wrote, judges the files of training, or writes
+    its picture elsewhere."""
     text = run(tmp_path, "eval_lam.py", "--checkpoint", trained, "--val_clips 8 --batch_size 4")
     report = json.load(open(trained / "report.json"))
-    assert report["split"] == "test" and f"{report['transitions']} transitions of 1 files (test)" in text
-    assert report["probe_move"]["chance"] == pytest.approx(1 / 9) and 0 <= report["probe_move"]["codes"] < 0.5
+    assert (
+        report["split"] == "test"
+        and f"{report['transitions']} transitions of 1 files (test)" in text
+    )
+    assert (
+        report["probe_move"]["chance"] == pytest.approx(1 / 9)
+        and 0 <= report["probe_move"]["codes"] < 0.5
+    )
     assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
-    assert "is a run of train_lam.py: judge it with eval_lam.py" in fails(tmp_path, "eval.py", "--checkpoint", trained)
-    assert "is damaged or no checkpoint of ours" in fails(tmp_path, "eval_lam.py", "--checkpoint", folder / "run" / "args.json")
+    assert "is a run of train_lam.py: judge it with eval_lam.py" in fails(
+        tmp_path, "eval.py", "--checkpoint", trained
+    )
+    assert "is damaged or no checkpoint of ours" in fails(
+        tmp_path, "eval_lam.py", "--checkpoint", folder / "run" / "args.json"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderKLCogVideoX"])
 def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
-    """Bug: latents are of other frames than their labels, a VAE's lone first frame shifts all that follow, or chunks see each other."""
+    """Bug: latents are of other frames than their labels, a VAE's lone first frame shifts all that
+    follow, or chunks see each other."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     if name == "AutoencoderKLWan":
-        vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        vae = diffusers.AutoencoderKLWan(
+            base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
+        )
     else:
         blocks = {f"{d}_block_types": (f"CogVideoX{d.title()}Block3D",) * 4 for d in ("down", "up")}
-        size = {"block_out_channels": (8,) * 4, "latent_channels": 16, "layers_per_block": 1, "norm_num_groups": 2}
+        size = {
+            "block_out_channels": (8,) * 4,
+            "latent_channels": 16,
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+        }
         vae = diffusers.AutoencoderKLCogVideoX(**blocks, **size)
     vae.save_pretrained(tmp_path / "vae")
     out = tmp_path / "latents"
-    flags = ["--data", shards / "shard-000000.tar", "--vae", f"diffusers:{tmp_path / 'vae'}", "--crop_size 32 --out", out]
+    flags = [
+        "--data",
+        shards / "shard-000000.tar",
+        "--vae",
+        f"diffusers:{tmp_path / 'vae'}",
+        "--crop_size 32 --out",
+        out,
+    ]
     run(tmp_path, "encode.py", *flags)
     paths = sorted(out.glob("*.h5"))
     assert len(paths) == 2
     steps = latents.open_dataset(str(paths[0]))
-    assert steps.shape == (15, 16, 2, 4, 4) and steps.dtype == np.float16  # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
+    assert (
+        steps.shape == (15, 16, 2, 4, 4) and steps.dtype == np.float16
+    )  # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
     from data import Slice, index_shards, read_ticks
     from files.latents import vae_latents
     from files.vpt import mp4_times, read_frames
 
-    record = next(r for r in index_shards([str(shards / "shard-000000.tar")])[0] if r.key == paths[0].stem)
+    record = next(
+        r for r in index_shards([str(shards / "shard-000000.tar")])[0] if r.key == paths[0].stem
+    )
     with Slice(record.shard, *record.members["mp4"]) as f:
-        frames = read_frames(f, mp4_times(f), np.floor(np.arange(40, 48) * 2.5).astype(int), 32)[:, :, 4:36]
-    mine = vae_latents(vae.eval(), torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None])[0]  # chunk 5
+        frames = read_frames(f, mp4_times(f), np.floor(np.arange(40, 48) * 2.5).astype(int), 32)[
+            :, :, 4:36
+        ]
+    mine = vae_latents(vae.eval(), torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None])[
+        0
+    ]  # chunk 5
     np.testing.assert_allclose(steps[5].swapaxes(0, 1), mine.numpy(), atol=2e-3, rtol=2e-3)
     labels = latents.read_labels(str(paths[0]), 30)
-    yaw = np.degrees(np.diff(read_ticks(record).motion[(np.arange(3, 120, 4) * 2.5).astype(int), 2]))
-    assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist() and set(labels["forward"]) <= {0, 1}
+    yaw = np.degrees(
+        np.diff(read_ticks(record).motion[(np.arange(3, 120, 4) * 2.5).astype(int), 2])
+    )
+    assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist() and set(
+        labels["forward"]
+    ) <= {0, 1}
     back = latents.vae_frames(vae, torch.from_numpy(steps[:2].swapaxes(1, 2).astype(np.float32)))
     assert back.shape == (2, 8, 3, 32, 32) and 0 <= back.min() < back.max() <= 1
 
@@ -624,6 +934,12 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
 
     z = torch.from_numpy(steps[:4].swapaxes(1, 2).astype(np.float32)).flatten(0, 1)[None]
     scores = latents.decoded_scores(Oracle(), [z], vae, ["psnr", "ssim"])
-    assert scores["ssim"][0] == pytest.approx(1, abs=1e-4) and scores["psnr"][0] > scores["psnr"][1] + 10 and scores["ssim"][1] < 1
-    error = fails(tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}", "--out", tmp_path / "other")
+    assert (
+        scores["ssim"][0] == pytest.approx(1, abs=1e-4)
+        and scores["psnr"][0] > scores["psnr"][1] + 10
+        and scores["ssim"][1] < 1
+    )
+    error = fails(
+        tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}", "--out", tmp_path / "other"
+    )
     assert "give diffusers:FOLDER, with config.json and weights" in error

@@ -1,4 +1,5 @@
-"""lora.py, files/mirror.py and train_lora.py: what adapters compute, Hugging Face PEFT both ways, runs as programs, copies to buckets."""
+"""lora.py, files/mirror.py and train_lora.py: what adapters compute, Hugging Face PEFT both ways,
+runs as programs, copies to buckets."""
 
 import copy
 import json
@@ -30,11 +31,26 @@ from bench.memory import activation_bytes, estimate
 from droid import POSE, POSE_UNITS, DroidReader, open_droid
 from files.mirror import Mirror
 from fit_scaler import ActionScaler
-from lora import LoRALinear, add_lora, load_adapter, lora_layers, lora_state_dict, merge_lora, merged_state, save_adapter, unmerge_lora
+from lora import (
+    LoRALinear,
+    add_lora,
+    load_adapter,
+    lora_layers,
+    lora_state_dict,
+    merge_lora,
+    merged_state,
+    save_adapter,
+    unmerge_lora,
+)
 from model import ACModel, Predictor, ac_losses, encode_steps
 
 SIZE = {"pred_dim": 48, "depth": 2, "num_heads": 3}
-SPLITS = [{}, {"fused_qkv": True}, {"targets": ("k_proj", "mlp.fc1")}, {"targets": ("v_proj", "q_proj", "o_proj"), "rslora": False}]
+SPLITS = [
+    {},
+    {"fused_qkv": True},
+    {"targets": ("k_proj", "mlp.fc1")},
+    {"targets": ("v_proj", "q_proj", "o_proj"), "rslora": False},
+]
 
 
 def make(action_dim=7, seed=0):
@@ -62,7 +78,9 @@ def losses(model, inputs):
 def grads(model, inputs):
     """Gradients of both losses, of what is trained, as one vector."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(losses(model, inputs).sum(), params)])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(losses(model, inputs).sum(), params)]
+    )
 
 
 # --- layers ---
@@ -70,7 +88,11 @@ def grads(model, inputs):
 
 def test_counts_of_the_released_predictor():
     """Bug: an adapter too many or too few; the 20 M of the guide repeated where r=16 gives 7 M."""
-    for options, expected in (({}, 7_077_888), ({"fused_qkv": True}, 6_291_456), ({"r": 45}, 19_906_560)):
+    for options, expected in (
+        ({}, 7_077_888),
+        ({"fused_qkv": True}, 6_291_456),
+        ({"r": 45}, 19_906_560),
+    ):
         with torch.device("meta"):
             model = Predictor(1408, 7, 7, (16, 16), use_extrinsics=True)
         assert sum(p.numel() for p in model.parameters()) == 305_220_992
@@ -81,7 +103,8 @@ def test_counts_of_the_released_predictor():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", SPLITS)
 def test_step_0_is_the_base_bit_for_bit(options, dtype):
-    """Bug: B starts at something, dropout reaches the base's path, autocast rounds elsewhere than in the base."""
+    """Bug: B starts at something, dropout reaches the base's path, autocast rounds elsewhere than
+    in the base."""
     base, inputs = make(), batch()
     model = copy.deepcopy(base).train()
     add_lora(model, r=4, dropout=0.5, **options)
@@ -94,16 +117,25 @@ def test_step_0_is_the_base_bit_for_bit(options, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dropped, frozen_input", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "dropped, frozen_input", [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_the_fused_node_is_the_definition(dtype, dropped, frozen_input):
-    """Bug: a gradient of A, B or the input that is wrong, unscaled, or misses dropout's path; rounding worse than the plain version's."""
+    """Bug: a gradient of A, B or the input that is wrong, unscaled, or misses dropout's path;
+    rounding worse than the plain version's."""
     torch.manual_seed(0)
     x, W, b, A, B = (torch.randn(*s) / 4 for s in ((37, 48), (96, 48), (96,), (4, 48), (96, 4)))
     mask, up = (torch.rand(37, 48) > 0.3) / 0.7, torch.randn(37, 96)
 
     def outputs(impl, dtype):
-        leaf, a, c = x.to(dtype).requires_grad_(not frozen_input), A.clone().requires_grad_(), B.clone().requires_grad_()
-        y = kernels.low_rank(leaf, leaf * mask.to(dtype) if dropped else None, W, b, a, c, 8.0, impl)
+        leaf, a, c = (
+            x.to(dtype).requires_grad_(not frozen_input),
+            A.clone().requires_grad_(),
+            B.clone().requires_grad_(),
+        )
+        y = kernels.low_rank(
+            leaf, leaf * mask.to(dtype) if dropped else None, W, b, a, c, 8.0, impl
+        )
         wanted = [a, c] if frozen_input else [leaf, a, c]
         return [y, *torch.autograd.grad(y, wanted, up.to(dtype))]
 
@@ -114,10 +146,14 @@ def test_the_fused_node_is_the_definition(dtype, dropped, frozen_input):
 
 
 def test_what_it_keeps_for_the_backward_pass():
-    """Bug: a copy of the frozen weights in 16 bits, or the input of W, kept for a gradient that nobody takes."""
+    """Bug: a copy of the frozen weights in 16 bits, or the input of W, kept for a gradient that
+    nobody takes."""
     layer = LoRALinear(torch.nn.Linear(256, 256), 4, 8)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         layer(torch.randn(8, 256))
     new = [t for t in kept if t.data_ptr() not in {p.data_ptr() for p in layer.parameters()}]
     assert sorted(t.numel() for t in new) == [8 * 4, 8 * 256]
@@ -125,7 +161,8 @@ def test_what_it_keeps_for_the_backward_pass():
 
 @pytest.mark.parametrize("options", SPLITS)
 def test_merging(options):
-    """Bug: merged twice, or not quite; thirds that land on the wrong rows; an unmerge in 16 bits that changes the base."""
+    """Bug: merged twice, or not quite; thirds that land on the wrong rows; an unmerge in 16 bits
+    that changes the base."""
     model, inputs = make(), batch()
     base = copy.deepcopy(model)
     with pytest.raises(ValueError, match="no adapters to merge"):
@@ -135,7 +172,9 @@ def test_merging(options):
     adapted, plain = losses(model, inputs), make()
     plain.load_state_dict(merged_state(model))
     torch.testing.assert_close(losses(plain, inputs), adapted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=0)  # merged_state leaves it alone
+    torch.testing.assert_close(
+        losses(model, inputs), adapted, rtol=0, atol=0
+    )  # merged_state leaves it alone
     with pytest.raises(ValueError, match="unmerge"):
         unmerge_lora(model)
     merge_lora(model)
@@ -145,7 +184,12 @@ def test_merging(options):
         merge_lora(model)
     unmerge_lora(model)
     torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.predictor_blocks[0].attn.qkv.weight, base.predictor_blocks[0].attn.qkv.weight, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        model.predictor_blocks[0].attn.qkv.weight,
+        base.predictor_blocks[0].attn.qkv.weight,
+        rtol=0,
+        atol=1e-7,
+    )
     merge_lora(model.bfloat16())
     with pytest.raises(ValueError, match="16 bits"):
         unmerge_lora(model)
@@ -159,14 +203,22 @@ def test_only_the_named_rows_change():
     random_B(model)
     moved = {k for k, v in merged_state(model).items() if not torch.equal(v, base.state_dict()[k])}
     assert moved == {f"predictor_blocks.{i}.attn.qkv.weight" for i in range(2)}
-    change = (merged_state(model)["predictor_blocks.0.attn.qkv.weight"] != base.predictor_blocks[0].attn.qkv.weight).any(1)
+    change = (
+        merged_state(model)["predictor_blocks.0.attn.qkv.weight"]
+        != base.predictor_blocks[0].attn.qkv.weight
+    ).any(1)
     assert not change[:96].any() and change[96:].all()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"targets": ("q_proj", "gate_proj")}, "gate_proj are unknown"), ({"targets": ()}, "give r >= 1 and a target"), ({"r": 0}, "r=0"),
-    ({"targets": ("q_proj", "o_proj"), "fused_qkv": True}, "name all three"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"targets": ("q_proj", "gate_proj")}, "gate_proj are unknown"),
+        ({"targets": ()}, "give r >= 1 and a target"),
+        ({"r": 0}, "r=0"),
+        ({"targets": ("q_proj", "o_proj"), "fused_qkv": True}, "name all three"),
+    ],
+)
 def test_wrong_options(options, message):
     """Bug: a misspelt target adapts nothing, silently."""
     with pytest.raises(ValueError, match=message):
@@ -177,9 +229,14 @@ def test_wrong_options(options, message):
         add_lora(model)
 
 
-@pytest.mark.parametrize("backend, checkpointing", [
-    (None, True), ("aot_eager", False), *(pytest.param("inductor", c, marks=pytest.mark.slow) for c in (False, True))
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend, checkpointing",
+    [
+        (None, True),
+        ("aot_eager", False),
+        *(pytest.param("inductor", c, marks=pytest.mark.slow) for c in (False, True)),
+    ],
+)
 def test_gradients_under_compile_and_checkpointing(backend, checkpointing):
     """Bug: a graph break, a gradient that recomputation or the compiler loses."""
     inputs, plain = batch(T=3), Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=1, num_heads=3)
@@ -200,33 +257,50 @@ def test_gradients_under_compile_and_checkpointing(backend, checkpointing):
 
 @pytest.mark.parametrize("options", SPLITS)
 def test_peft_loads_what_we_write(tmp_path, options):
-    """Bug: a key, a rank or a scale that PEFT understands otherwise (rsLoRA's scale is 8, not 2); a rank_pattern that misses a block."""
+    """Bug: a key, a rank or a scale that PEFT understands otherwise (rsLoRA's scale is 8, not 2); a
+    rank_pattern that misses a block."""
     base, inputs = make(), batch()
     model = copy.deepcopy(base)
     add_lora(model, r=4, alpha=32, dropout=0.1, **options)
     random_B(model)
     save_adapter(model.eval(), tmp_path, "vjepa2-ac-vitg.pt")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-    torch.testing.assert_close(losses(theirs.base_model.model, inputs), losses(model, inputs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        losses(theirs.base_model.model, inputs), losses(model, inputs), rtol=0, atol=1e-6
+    )
     merged = theirs.merge_and_unload()
     torch.testing.assert_close(losses(merged, inputs), losses(model, inputs), rtol=0, atol=1e-6)
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path)
     assert torch.equal(losses(again.eval(), inputs), losses(model, inputs))
-    assert {n: (m.r, m.thirds) for n, m in lora_layers(again).items()} == {n: (m.r, m.thirds) for n, m in lora_layers(model).items()}
+    assert {n: (m.r, m.thirds) for n, m in lora_layers(again).items()} == {
+        n: (m.r, m.thirds) for n, m in lora_layers(model).items()
+    }
     size = os.path.getsize(tmp_path / "adapter_model.safetensors")
     written = sum(t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values())
     assert 4 * written <= size <= 4 * written + 4000
 
 
-@pytest.mark.parametrize("config", [
-    {"target_modules": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "use_rslora": True},
-    {"target_modules": ["mlp.fc1"], "modules_to_save": ["action_encoder", "state_encoder"]},
-    {"target_modules": r".*\.attn\.(qkv|proj)", "rank_pattern": {r".*1\.attn\.qkv": 7, "attn.proj": 2}, "alpha_pattern": {"attn.proj": 5}},
-    {"target_modules": ["qkv", "predictor_proj"], "layers_to_transform": None, "use_rslora": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], "use_rslora": True},
+        {"target_modules": ["mlp.fc1"], "modules_to_save": ["action_encoder", "state_encoder"]},
+        {
+            "target_modules": r".*\.attn\.(qkv|proj)",
+            "rank_pattern": {r".*1\.attn\.qkv": 7, "attn.proj": 2},
+            "alpha_pattern": {"attn.proj": 5},
+        },
+        {
+            "target_modules": ["qkv", "predictor_proj"],
+            "layers_to_transform": None,
+            "use_rslora": True,
+        },
+    ],
+)
 def test_we_load_what_peft_trained(tmp_path, config):
-    """Bug: PEFT's scale, patterns or saved modules are read otherwise than PEFT reads them; what we write after that is not the same."""
+    """Bug: PEFT's scale, patterns or saved modules are read otherwise than PEFT reads them; what we
+    write after that is not the same."""
     base, inputs = make(), batch()
     torch.manual_seed(3)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=16, **config))
@@ -250,7 +324,9 @@ def test_adapters_that_are_refused(tmp_path):
     """Bug: DoRA read as LoRA, an adapter of another model loaded in part."""
     with pytest.raises(FileNotFoundError, match="no PEFT adapter"):
         load_adapter(make(), tmp_path)
-    peft.get_peft_model(make(), peft.LoraConfig(target_modules=["mlp.fc1"], use_dora=True)).save_pretrained(tmp_path / "dora")
+    peft.get_peft_model(
+        make(), peft.LoraConfig(target_modules=["mlp.fc1"], use_dora=True)
+    ).save_pretrained(tmp_path / "dora")
     with pytest.raises(ValueError, match="use_dora"):
         load_adapter(make(), tmp_path / "dora")
     wide = Predictor(48, 7, 7, (2, 2), pred_dim=96, depth=2, num_heads=3)
@@ -258,13 +334,17 @@ def test_adapters_that_are_refused(tmp_path):
     save_adapter(wide, tmp_path / "wide")
     with pytest.raises(ValueError, match="another base"):
         load_adapter(make(), tmp_path / "wide")
-    peft.get_peft_model(make(), peft.LoraConfig(target_modules=["action_encoder"])).save_pretrained(tmp_path / "actions")
+    peft.get_peft_model(make(), peft.LoraConfig(target_modules=["action_encoder"])).save_pretrained(
+        tmp_path / "actions"
+    )
     with pytest.raises(ValueError, match="no such layers to adapt here: action_encoder"):
         load_adapter(make(), tmp_path / "actions")
     deep = Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=3, num_heads=3)
     add_lora(deep, r=4)
     save_adapter(deep, tmp_path / "deep")
-    with pytest.raises(ValueError, match=r"no such layers to adapt here: predictor_blocks.2.attn.proj"):
+    with pytest.raises(
+        ValueError, match=r"no such layers to adapt here: predictor_blocks.2.attn.proj"
+    ):
         load_adapter(make(), tmp_path / "deep")
 
 
@@ -272,10 +352,14 @@ def test_adapters_that_are_refused(tmp_path):
 
 
 def test_folding_a_scaler_is_exact():
-    """Bug: the base sees actions in other units than it was trained on, 55 times as large on DROID."""
+    """Bug: the base sees actions in other units than it was trained on, 55 times as large on
+    DROID."""
     rng, layer = np.random.default_rng(0), torch.nn.Linear(7, 48)
     raw = torch.from_numpy(rng.normal(0.01, 0.02, (50, 7)))
-    one, two = (ActionScaler(m, s**2, s, 50, {}) for m, s in ((rng.normal(0, 0.02, 5), rng.uniform(0.01, 0.1, 5)) for _ in range(2)))
+    one, two = (
+        ActionScaler(m, s**2, s, 50, {})
+        for m, s in ((rng.normal(0, 0.02, 5), rng.uniform(0.01, 0.1, 5)) for _ in range(2))
+    )
 
     def seen(scaler):
         return torch.from_numpy(raw.numpy() if scaler is None else scaler.transform(raw)).float()
@@ -287,19 +371,36 @@ def test_folding_a_scaler_is_exact():
             other.load_state_dict(lora.fold_scaler(layer, old, new))
             torch.testing.assert_close(other(seen(new)), expected, rtol=0, atol=2e-6)
     assert torch.equal(lora.fold_scaler(layer, one, one)["weight"], layer.weight)
-    reader, std = types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"]), np.full(7, 0.02)
-    lines = [*lora.scale_warnings(reader, std, True, ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}), None)]
-    assert len(lines) == 7 and "a is 0.0182 times as large" in lines[0] and "the base's action scale" in lines[0]
+    reader, std = (
+        types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"]),
+        np.full(7, 0.02),
+    )
+    lines = [
+        *lora.scale_warnings(
+            reader, std, True, ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}), None
+        )
+    ]
+    assert (
+        len(lines) == 7
+        and "a is 0.0182 times as large" in lines[0]
+        and "the base's action scale" in lines[0]
+    )
     assert not [*lora.scale_warnings(reader, std, True, None, None)]
-    lines = [*lora.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)]  # millimetres, for Meta's base
-    assert len(lines) == 1 and "a has std 20 m a step; the base takes unscaled actions, 0.001 to 0.3" in lines[0]
+    lines = [
+        *lora.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)
+    ]  # millimetres, for Meta's base
+    assert (
+        len(lines) == 1
+        and "a has std 20 m a step; the base takes unscaled actions, 0.001 to 0.3" in lines[0]
+    )
 
 
 # --- runs ---
 
 
 def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
-    """One's own robot: a disc moved by what the pose says; `gain` is how far the picture follows."""
+    """One's own robot: a disc moved by what the pose says; `gain` is how far the picture
+    follows."""
     rng = np.random.default_rng(seed)
     velocity = np.zeros((T, 2))
     for t in range(1, T):
@@ -314,7 +415,9 @@ def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
         for t in range(T):
             x, y = 0.5 + gain * (place[t] - 0.5)
             frame = np.full((size, size, 3), 60, np.uint8)
-            frame[(xx - x) ** 2 + (yy - y) ** 2 < 0.03] = (255, 80, 40) if grip[t] else (40, 200, 255)
+            frame[(xx - x) ** 2 + (yy - y) ** 2 < 0.03] = (
+                (255, 80, 40) if grip[t] else (40, 200, 255)
+            )
             c.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         c.mux(stream.encode())
     fields = {"cartesian_position": pose, "gripper_position": grip, "rate": 15.0}
@@ -323,7 +426,10 @@ def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
     np.savez(f"{path}.npz", **fields)
 
 
-FLAGS = "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4 --grad_accum 1 --log_every 1 --frames_per_clip 5 --warmup_steps 2"
+FLAGS = (
+    "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4 --grad_accum 1 --log_every 1"
+    " --frames_per_clip 5 --warmup_steps 2"
+)
 
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -331,7 +437,8 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two worlds of six episodes, their scalers, and a base trained on the first; .a and .b are flags to train on them."""
+    """Two worlds of six episodes, their scalers, and a base trained on the first; .a and .b are
+    flags to train on them."""
     folder, out = tmp_path_factory.mktemp("robots"), types.SimpleNamespace()
     for name, gain, seed in (("a", 1.0, 0), ("b", -1.0, 100)):
         (folder / name).mkdir()
@@ -339,16 +446,34 @@ def world(tmp_path_factory):
             episode(folder / name / f"e{i}", seed + i, gain)
         reader = DroidReader(5)
         records, _, _ = open_droid([str(folder / name)], reader=reader, log=lambda *a: None)
-        actions = np.concatenate([reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records])
+        actions = np.concatenate(
+            [reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records]
+        )
         mean = actions.mean(0)
         meta = {"names": reader.names, "fps": 4.0, "frames_per_step": 1}
         scaler = ActionScaler.from_moments(len(actions), mean, ((actions - mean) ** 2).sum(0), meta)
         scaler.save(folder / f"{name}.safetensors")
-        setattr(out, name, ["--data", folder / name, "--scaler", folder / f"{name}.safetensors", FLAGS])
+        setattr(
+            out, name, ["--data", folder / name, "--scaler", folder / f"{name}.safetensors", FLAGS]
+        )
     size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 30 --lr 3e-3"
-    run(folder, "train_lora.py", *out.a, size, "--out_dir", folder / "base", "--export", folder / "base.pt")
+    run(
+        folder,
+        "train_lora.py",
+        *out.a,
+        size,
+        "--out_dir",
+        folder / "base",
+        "--export",
+        folder / "base.pt",
+    )
     out.folder, out.base = folder, folder / "base.pt"
-    out.lora = [*out.b, "--base", out.base, "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9"]
+    out.lora = [
+        *out.b,
+        "--base",
+        out.base,
+        "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9",
+    ]
     return out
 
 
@@ -357,32 +482,59 @@ def tuned(world):
     """A finished LoRA run of 12 steps; .flags are what makes it."""
     flags = [*world.lora, "--export", world.folder / "tuned.pt"]
     text = run(world.folder, "train_lora.py", *flags, "--out_dir", world.folder / "tuned")
-    return types.SimpleNamespace(out=world.folder / "tuned", flags=world.lora, text=text, export=world.folder / "tuned.pt")
+    return types.SimpleNamespace(
+        out=world.folder / "tuned", flags=world.lora, text=text, export=world.folder / "tuned.pt"
+    )
 
 
 def same(a, b):
     """Two finished runs are bitwise one."""
     for log in ("train.csv", "val.csv"):
-        names = ["epoch", "itr", "jloss", "sloss", *(["grad_norm", "lr"] if log == "train.csv" else ["tf_true", "ro_true", "base_tf"])]
+        names = [
+            "epoch",
+            "itr",
+            "jloss",
+            "sloss",
+            *(["grad_norm", "lr"] if log == "train.csv" else ["tf_true", "ro_true", "base_tf"]),
+        ]
         assert column(a, *names, log=log) == column(b, *names, log=log)
     one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
     assert all(torch.equal(one["adapter"][k], v) for k, v in two["adapter"].items())
-    moments = [[s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")] for x in (one, two)]
+    moments = [
+        [s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")]
+        for x in (one, two)
+    ]
     assert all(torch.equal(x, y) for x, y in zip(*moments))
 
 
 def test_what_a_run_leaves(world, tuned):
-    """Bug: counts not said, the whole base in an adapter's checkpoint, no comparison with the base, rows of a wrong length."""
+    """Bug: counts not said, the whole base in an adapter's checkpoint, no comparison with the base,
+    rows of a wrong length."""
     count = sum(v.numel() for v in checkpoint.load_latest(tuned.out)[0]["adapter"].values())
     assert f"adapters: {count:,} parameters" in tuned.text and "does it help? error" in tuned.text
     size = os.path.getsize(checkpoint.load_latest(tuned.out)[1])
     assert 12 * count < size < 12 * count + 100_000
-    v = numbers(tuned.out, "epoch", "itr", "base_tf", "tf_true", "help", "error_4", "base_4", "ro_true", log="val.csv")
+    v = numbers(
+        tuned.out,
+        "epoch",
+        "itr",
+        "base_tf",
+        "tf_true",
+        "help",
+        "error_4",
+        "base_4",
+        "ro_true",
+        log="val.csv",
+    )
     assert len(v) == 2 and v[0, 2] == v[1, 2] != v[1, 3] and np.isfinite(v).all()
     np.testing.assert_allclose(v[:, 4], v[:, 2] / v[:, 3] - 1, rtol=1e-6)
     flags = [w for w in world.lora if not str(w).startswith("--lr")]
     text = run(
-        world.folder, "train_lora.py", *flags, "--full --max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir", world.folder / "nothing"
+        world.folder,
+        "train_lora.py",
+        *flags,
+        "--full --max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir",
+        world.folder / "nothing",
     )
     unmoved = numbers(world.folder / "nothing", "tf_true", "base_tf", log="val.csv")[-1]
     np.testing.assert_allclose(unmoved, v[0, 2], rtol=1e-5)  # the base, however it is evaluated
@@ -390,24 +542,43 @@ def test_what_a_run_leaves(world, tuned):
 
 
 def test_the_export_is_the_adapted_model(world, tuned):
-    """Bug: an export without the adapters, or for scaled actions, so that Meta's code or the next run sees other units."""
-    flags = [*world.b, "--base", tuned.export, "--max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir", world.folder / "again"]
+    """Bug: an export without the adapters, or for scaled actions, so that Meta's code or the next
+    run sees other units."""
+    flags = [
+        *world.b,
+        "--base",
+        tuned.export,
+        "--max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir",
+        world.folder / "again",
+    ]
     run(world.folder, "train_lora.py", *flags)
     base = numbers(world.folder / "again", "base_tf", "base_ro", log="val.csv")[-1]
-    np.testing.assert_allclose(base, numbers(tuned.out, "tf_true", "ro_true", log="val.csv")[-1], rtol=1e-5)
+    np.testing.assert_allclose(
+        base, numbers(tuned.out, "tf_true", "ro_true", log="val.csv")[-1], rtol=1e-5
+    )
     state = torch.load(tuned.export, weights_only=True)["predictor"]
-    assert all(k.startswith("module.") for k in state) and state["module.extrinsics_encoder.weight"].shape == (48, 6)
+    assert all(k.startswith("module.") for k in state) and state[
+        "module.extrinsics_encoder.weight"
+    ].shape == (48, 6)
 
 
 def test_adapter_files_fit_the_base_in_peft(world, tuned):
     """Bug: the adapter was trained behind a folded scaler and does not fit the base as it is."""
     state = torch.load(world.base, weights_only=True)["predictor"]
     plain = Predictor(192, 7, 7, (2, 2), **SIZE)
-    plain.load_state_dict({k.removeprefix("module."): v for k, v in state.items() if "extrinsics" not in k})
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tuned.out / "adapter").eval().base_model.model
+    plain.load_state_dict(
+        {k.removeprefix("module."): v for k, v in state.items() if "extrinsics" not in k}
+    )
+    theirs = (
+        peft.PeftModel.from_pretrained(copy.deepcopy(plain), tuned.out / "adapter")
+        .eval()
+        .base_model.model
+    )
     merged = copy.deepcopy(plain)
     tuned_state = torch.load(tuned.export, weights_only=True)["predictor"]
-    merged.load_state_dict({k.removeprefix("module."): v for k, v in tuned_state.items() if "extrinsics" not in k})
+    merged.load_state_dict(
+        {k.removeprefix("module."): v for k, v in tuned_state.items() if "extrinsics" not in k}
+    )
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, *s, generator=g) for s in ((4, 4, 192), (3, 7), (4, 7))]
     torch.testing.assert_close(losses(theirs, inputs), losses(merged, inputs), rtol=0, atol=1e-5)
@@ -415,42 +586,83 @@ def test_adapter_files_fit_the_base_in_peft(world, tuned):
 
 
 def test_resume_is_exact(world, tuned):
-    """Bug: dropout, clip order, Adam's moments or the schedule differ after a kill; a resumed run compares with another base."""
+    """Bug: dropout, clip order, Adam's moments or the schedule differ after a kill; a resumed run
+    compares with another base."""
     out = world.folder / "killed"
     killed = Run(world.folder, "train_lora.py", *tuned.flags, "--out_dir", out)
     killed.signal_when(str(out / "train.csv"), lambda rows: len(rows) >= 7, 15)
     code, text = killed.wait()
     assert code == 0 and "go on with --resume" in text
-    text = run(world.folder, "train_lora.py", *tuned.flags, "--num_workers 2 --prefetch_factor 3 --resume --out_dir", out)
+    text = run(
+        world.folder,
+        "train_lora.py",
+        *tuned.flags,
+        "--num_workers 2 --prefetch_factor 3 --resume --out_dir",
+        out,
+    )
     assert "resumed from" in text and "--num_workers 2 (was 0)" in text
     same(tuned.out, out)
-    for flags, message in (("--r 8", "trained"), ("--lr 1e-3 --alpha 16", "alpha"), ("--fps 2", "fps")):
-        assert message in fails(world.folder, "train_lora.py", *tuned.flags, flags, "--resume --out_dir", out)
+    for flags, message in (
+        ("--r 8", "trained"),
+        ("--lr 1e-3 --alpha 16", "alpha"),
+        ("--fps 2", "fps"),
+    ):
+        assert message in fails(
+            world.folder, "train_lora.py", *tuned.flags, flags, "--resume --out_dir", out
+        )
 
 
 def test_ranks_and_micro_batches_are_one_batch(world):
-    """Bug: 4x1 accumulation is not 1x4; ranks see the same clips, evaluate other ones, or do not share gradients."""
+    """Bug: 4x1 accumulation is not 1x4; ranks see the same clips, evaluate other ones, or do not
+    share gradients."""
     flags, out = [*world.lora, "--dropout 0 --max_steps 4 --eval_every_n_steps 4"], world.folder
     run(out, "train_lora.py", *flags, "--out_dir", out / "one")
-    run(out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 4 --activation_checkpointing --out_dir", out / "accumulated")
-    ranks = start_ranks(out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "two")
+    run(
+        out,
+        "train_lora.py",
+        *flags,
+        "--batch_size 1 --grad_accum 4 --activation_checkpointing --out_dir",
+        out / "accumulated",
+    )
+    ranks = start_ranks(
+        out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "two"
+    )
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
     for name in ("accumulated", "two"):
-        for columns, log in ((("jloss", "sloss", "grad_norm"), "train.csv"), (("jloss", "tf_true", "base_tf", "help"), "val.csv")):
-            one, other = numbers(out / "one", *columns, log=log), numbers(out / name, *columns, log=log)
+        for columns, log in (
+            (("jloss", "sloss", "grad_norm"), "train.csv"),
+            (("jloss", "tf_true", "base_tf", "help"), "val.csv"),
+        ):
+            one, other = (
+                numbers(out / "one", *columns, log=log),
+                numbers(out / name, *columns, log=log),
+            )
             np.testing.assert_allclose(other, one, rtol=1e-4, err_msg=f"{name} {log}")
 
 
 def test_debug_and_memory_report(world, tmp_path):
-    """Bug: --debug that passes without looking, or that writes; a report whose estimate is far off."""
+    """Bug: --debug that passes without looking, or that writes; a report whose estimate is far
+    off."""
     text = run(tmp_path, "train_lora.py", *world.lora, "--debug --out_dir", tmp_path / "debug")
-    assert "bit for bit" in text and "fell to" in text and "merged" in text and not (tmp_path / "debug").exists()
-    text = run(tmp_path, "train_lora.py", *world.lora, "--memory_report --out_dir", tmp_path / "report")
+    assert (
+        "bit for bit" in text
+        and "fell to" in text
+        and "merged" in text
+        and not (tmp_path / "debug").exists()
+    )
+    text = run(
+        tmp_path, "train_lora.py", *world.lora, "--memory_report --out_dir", tmp_path / "report"
+    )
     rows = {
-        line.split()[0]: line.split()[-2:] for line in text.splitlines() if line.strip().startswith(("adapters ", "gradients", "optimizer"))
+        line.split()[0]: line.split()[-2:]
+        for line in text.splitlines()
+        if line.strip().startswith(("adapters ", "gradients", "optimizer"))
     }
-    assert rows["gradients"][0] == rows["gradients"][1] and rows["optimizer"][0] == rows["optimizer"][1]
+    assert (
+        rows["gradients"][0] == rows["gradients"][1]
+        and rows["optimizer"][0] == rows["optimizer"][1]
+    )
 
 
 def test_estimated_activations_are_those_that_are_kept():
@@ -471,17 +683,27 @@ def test_estimated_activations_are_those_that_are_kept():
         "--optim adamw8bit",
         *(
             pytest.param(x, marks=pytest.mark.slow)
-            for x in ("--dtype bfloat16 --fused_qkv --no-rslora", "--dtype float16 --activation_checkpointing")
+            for x in (
+                "--dtype bfloat16 --fused_qkv --no-rslora",
+                "--dtype float16 --activation_checkpointing",
+            )
         ),
     ],
 )
 def test_other_ways_to_train(world, flags):
-    """Bug: a precision or optimizer whose state does not survive saving; GradScaler's own state lost."""
+    """Bug: a precision or optimizer whose state does not survive saving; GradScaler's own state
+    lost."""
     if "8bit" in flags:
         pytest.importorskip("bitsandbytes")
     out, short = world.folder / flags.replace(" ", ""), [*world.lora, "--lr 3e-3", flags]
     run(world.folder, "train_lora.py", *short, "--max_steps 8 --anneal_steps 2 --out_dir", out)
-    text = run(world.folder, "train_lora.py", *short, "--max_steps 10 --anneal_steps 2 --resume --out_dir", out)
+    text = run(
+        world.folder,
+        "train_lora.py",
+        *short,
+        "--max_steps 10 --anneal_steps 2 --resume --out_dir",
+        out,
+    )
     assert "at step 8" in text
     v = numbers(out, "tf_true", "base_tf", log="val.csv")
     assert v[-1, 0] < v[-1, 1]
@@ -489,31 +711,66 @@ def test_other_ways_to_train(world, flags):
 
 
 def test_metas_layout_brings_its_encoder(world, tmp_path):
-    """Bug: --encoder asked for though the base's file has it; an export that loses the encoder, which Meta's loader needs."""
-    state = weights.meta_state(weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE))
+    """Bug: --encoder asked for though the base's file has it; an export that loses the encoder,
+    which Meta's loader needs."""
+    state = weights.meta_state(
+        weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE)
+    )
     torch.save(state | {"epoch": 1}, tmp_path / "meta.pt")
-    flags = [w for w in world.b if w is not FLAGS] + [FLAGS.replace("--encoder vit_tiny", "--pred_heads 3 --max_steps 3 --warmup_steps 0")]
-    run(tmp_path, "train_lora.py", *flags, "--base", tmp_path / "meta.pt", "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt")
+    flags = [w for w in world.b if w is not FLAGS] + [
+        FLAGS.replace("--encoder vit_tiny", "--pred_heads 3 --max_steps 3 --warmup_steps 0")
+    ]
+    run(
+        tmp_path,
+        "train_lora.py",
+        *flags,
+        "--base",
+        tmp_path / "meta.pt",
+        "--out_dir",
+        tmp_path / "out",
+        "--export",
+        tmp_path / "x.pt",
+    )
     found = torch.load(tmp_path / "x.pt", weights_only=True)
     assert found["target_encoder"].keys() == state["target_encoder"].keys()
-    changed = [k for k, v in state["predictor"].items() if not torch.allclose(found["predictor"][k], v, rtol=0, atol=1e-6)]
-    assert changed and all("predictor_blocks" in k for k in changed)  # what was folded for training is unfolded again
+    changed = [
+        k
+        for k, v in state["predictor"].items()
+        if not torch.allclose(found["predictor"][k], v, rtol=0, atol=1e-6)
+    ]
+    assert changed and all(
+        "predictor_blocks" in k for k in changed
+    )  # what was folded for training is unfolded again
 
 
 def test_a_game_model_as_the_base(tmp_path):
-    """Bug: a train_ac.py checkpoint, of other actions and states, is refused, or its encoders are kept though they do not fit."""
+    """Bug: a train_ac.py checkpoint, of other actions and states, is refused, or its encoders are
+    kept though they do not fit."""
     game = Predictor(192, 13, 2, (2, 2), **SIZE)
     scaler = {k: torch.ones(4).double() for k in ("mean", "var", "scale")} | {"n": 9, "meta": {}}
-    state = {"predictor": game.state_dict(), "num_heads": 3, "encoder_hash": "e", "action_scaler": scaler}
+    state = {
+        "predictor": game.state_dict(),
+        "num_heads": 3,
+        "encoder_hash": "e",
+        "action_scaler": scaler,
+    }
     path = checkpoint.save(tmp_path, state, 1)
     source = {"grid": 2, "embed_dim": 192, "encoder_hash": "e"}
     unknown = {"pred_dim": 0, "depth": 0, "num_heads": None}
     model, scaler, known, anew = lora.open_base(str(tmp_path), source, 7, 7, unknown)
-    assert anew == ["action_encoder", "state_encoder"] and scaler.scale.tolist() == [1] * 4 and known["num_heads"] == 3
+    assert (
+        anew == ["action_encoder", "state_encoder"]
+        and scaler.scale.tolist() == [1] * 4
+        and known["num_heads"] == 3
+    )
     also, file_scaler, same_as_base = lora.adapt(model, scaler, anew, scaler, {"r": 4})
     assert also == {*anew} and file_scaler is None and not same_as_base
-    assert torch.equal(model.predictor_blocks[1].mlp.fc1.weight, game.predictor_blocks[1].mlp.fc1.weight)
-    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {*anew}
+    assert torch.equal(
+        model.predictor_blocks[1].mlp.fc1.weight, game.predictor_blocks[1].mlp.fc1.weight
+    )
+    assert {
+        n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
+    } == {*anew}
     with pytest.raises(ValueError, match="name the one of that run"):
         lora.open_base(path, source | {"encoder_hash": "f"}, 7, 7, unknown)
     path = checkpoint.save(tmp_path, state | {"encode": "tubelet"}, 2)
@@ -522,32 +779,72 @@ def test_a_game_model_as_the_base(tmp_path):
 
 
 def test_a_robot_of_other_dimension(world, tmp_path):
-    """Bug: another robot's actions cannot be used, or its new encoders are frozen, or not in the adapter's files."""
+    """Bug: another robot's actions cannot be used, or its new encoders are frozen, or not in the
+    adapter's files."""
     for i in range(4):
         episode(tmp_path / f"e{i}", 50 + i, action_dim=3)
     reader = DroidReader(5, action_keys=["command"])
     records, _, _ = open_droid([str(tmp_path)], reader=reader, log=lambda *a: None)
     reader.motion(records[0], np.arange(0, 20, 4))
-    scaler = ActionScaler(np.zeros(3), np.full(3, 4e-4), np.full(3, 0.02), 99, {"names": reader.names, "fps": 4.0})
+    scaler = ActionScaler(
+        np.zeros(3), np.full(3, 4e-4), np.full(3, 0.02), 99, {"names": reader.names, "fps": 4.0}
+    )
     scaler.save(tmp_path / "s.safetensors")
-    flags = ["--data", tmp_path, "--scaler", tmp_path / "s.safetensors", FLAGS, "--action_keys command --base", world.base, "--max_steps 4"]
-    text = run(tmp_path, "train_lora.py", *flags, "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt")
+    flags = [
+        "--data",
+        tmp_path,
+        "--scaler",
+        tmp_path / "s.safetensors",
+        FLAGS,
+        "--action_keys command --base",
+        world.base,
+        "--max_steps 4",
+    ]
+    text = run(
+        tmp_path,
+        "train_lora.py",
+        *flags,
+        "--out_dir",
+        tmp_path / "out",
+        "--export",
+        tmp_path / "x.pt",
+    )
     assert "does it help" not in text  # no base to compare with
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["action_encoder"]
-    again = run(tmp_path, "train_lora.py", *flags, "--lr 1e-12 --init_from", tmp_path / "out" / "adapter", "--out_dir", tmp_path / "more")
+    again = run(
+        tmp_path,
+        "train_lora.py",
+        *flags,
+        "--lr 1e-12 --init_from",
+        tmp_path / "out" / "adapter",
+        "--out_dir",
+        tmp_path / "more",
+    )
     assert "adapters: " in again
-    before, after = (numbers(tmp_path / n, "tf_true", log="val.csv")[-1, 0] for n in ("out", "more"))
+    before, after = (
+        numbers(tmp_path / n, "tf_true", log="val.csv")[-1, 0] for n in ("out", "more")
+    )
     assert abs(after / before - 1) < 1e-5  # it starts where the adapter left off
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--base none", "--base none has nothing to adapt"), ("--base nowhere.pt", "no such file"), ("--init_from nowhere", "no PEFT adapter"),
-    ("--base {tuned}", "holds an adapter alone"), ("--scaler nowhere.pkl", "fit one with"), ("--targets q_proj gate", "gate are unknown"),
-    ("--data nowhere", "no episode at nowhere"), ("--out_dir {tuned}", "pass --resume"), ("--fps 5", "fitted with --fps 4"),
-    ("--crop_size 40", "no multiple"), ("--encoder vit_base_16", "name the one of that run"),
-    ("--lr 1e9 --grad_clip 0 --out_dir {new}", "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--base none", "--base none has nothing to adapt"),
+        ("--base nowhere.pt", "no such file"),
+        ("--init_from nowhere", "no PEFT adapter"),
+        ("--base {tuned}", "holds an adapter alone"),
+        ("--scaler nowhere.pkl", "fit one with"),
+        ("--targets q_proj gate", "gate are unknown"),
+        ("--data nowhere", "no episode at nowhere"),
+        ("--out_dir {tuned}", "pass --resume"),
+        ("--fps 5", "fitted with --fps 4"),
+        ("--crop_size 40", "no multiple"),
+        ("--encoder vit_base_16", "name the one of that run"),
+        ("--lr 1e9 --grad_clip 0 --out_dir {new}", "not finite"),
+    ],
+)
 def test_bad_input(world, tuned, tmp_path, flags, message):
     """Bug: a traceback, or a run that goes on with something else than what was asked for."""
     flags = flags.format(tuned=tuned.out, new=tmp_path / "new")
@@ -565,43 +862,101 @@ def encoded(world):
     for store in ("bf16", "int8"):
         out[store] = world.folder / "features" / store
         how = "--encoder vit_tiny --crop_size 32 --stride 1 --store"
-        run(world.folder, "encode.py", "--dataset droid --data", world.folder / "b", "--out", out[store], how, store)
+        run(
+            world.folder,
+            "encode.py",
+            "--dataset droid --data",
+            world.folder / "b",
+            "--out",
+            out[store],
+            how,
+            store,
+        )
     return out
 
 
 def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
-    """Bug: steps shifted against rows, another crop, scaled actions stored, another split, a filter that works otherwise: other losses.
-    With a step a row the clips are the same ones. bf16 rounds each feature by up to 2^-9 = 0.2 %, int8 by 1 % of a channel's spread; in a
-    loss, which is a mean over thousands, that averages out: 0.4 % is allowed."""
-    flags = [*world.lora, "--stride 1 --max_steps 5 --eval_every_n_steps 5 --val_clips 32 --dropout 0"]
+    """Bug: steps shifted against rows, another crop, scaled actions stored, another split, a filter
+    that works otherwise: other losses. With a step a row the clips are the same ones. bf16 rounds
+    each feature by up to 2^-9 = 0.2 %, int8 by 1 % of a channel's spread; in a loss, which is a
+    mean over thousands, that averages out: 0.4 % is allowed."""
+    flags = [
+        *world.lora,
+        "--stride 1 --max_steps 5 --eval_every_n_steps 5 --val_clips 32 --dropout 0",
+    ]
     found = {}
     for name, data in {"episodes": world.folder / "b", **encoded}.items():
-        given = ["--data", data, *[f.replace("--encoder vit_tiny", "") if name == "bf16" and f is FLAGS else f for f in flags[2:]]]
+        given = [
+            "--data",
+            data,
+            *[
+                f.replace("--encoder vit_tiny", "") if name == "bf16" and f is FLAGS else f
+                for f in flags[2:]
+            ],
+        ]
         text = run(tmp_path, "train_lora.py", *given, "--out_dir", tmp_path / name)
         assert ("RANDOM weights" in text) == (name != "bf16")  # no encoder unless one is named
-        columns = {"train.csv": ["jloss", "sloss"], "val.csv": ["jloss", "tf_true", "ro_true", "base_tf", "tf_shuffled", "tf_copy"]}
+        columns = {
+            "train.csv": ["jloss", "sloss"],
+            "val.csv": ["jloss", "tf_true", "ro_true", "base_tf", "tf_shuffled", "tf_copy"],
+        }
         found[name] = [numbers(tmp_path / name, *c, log=log) for log, c in columns.items()]
     for name in encoded:
         for ours, theirs in zip(found[name], found["episodes"]):
             assert len(ours) == len(theirs) > 0 and (ours != theirs).any()
             np.testing.assert_allclose(ours, theirs, rtol=4e-3, err_msg=name)
-    again = run(tmp_path, "train_lora.py", "--data", encoded["bf16"], *flags[2:], "--max_steps 6 --resume --out_dir", tmp_path / "bf16")
+    again = run(
+        tmp_path,
+        "train_lora.py",
+        "--data",
+        encoded["bf16"],
+        *flags[2:],
+        "--max_steps 6 --resume --out_dir",
+        tmp_path / "bf16",
+    )
     assert "resumed from" in again
-    wrong = ["--data", encoded["bf16"], *flags[2:], "--encoder vit_base_16 --out_dir", tmp_path / "x"]
+    wrong = [
+        "--data",
+        encoded["bf16"],
+        *flags[2:],
+        "--encoder vit_base_16 --out_dir",
+        tmp_path / "x",
+    ]
     assert "holds features of encoder" in fails(tmp_path, "train_lora.py", *wrong)
-    text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "int8", "--samples 8 --val_clips 16 --num_workers 0")
+    text = run(
+        tmp_path,
+        "eval.py",
+        "--checkpoint",
+        tmp_path / "int8",
+        "--samples 8 --val_clips 16 --num_workers 0",
+    )
     assert "written to" in text and "retrieval" in text
     for flag, said in (("--debug", "fell to"), ("--memory_report", "encoder")):
-        text = run(tmp_path, "train_lora.py", "--data", encoded["int8"], *flags[2:], flag, "--out_dir", tmp_path / "dry")
+        text = run(
+            tmp_path,
+            "train_lora.py",
+            "--data",
+            encoded["int8"],
+            *flags[2:],
+            flag,
+            "--out_dir",
+            tmp_path / "dry",
+        )
         assert said in text and not (tmp_path / "dry").exists()
 
 
 @pytest.mark.slow
 def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
-    """Bug: Meta's file, whose encoder nobody has looked at, is taken for the features' without a word; a base of another encoder too."""
-    state = weights.meta_state(weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE))
+    """Bug: Meta's file, whose encoder nobody has looked at, is taken for the features' without a
+    word; a base of another encoder too."""
+    state = weights.meta_state(
+        weights.build_encoder("vit_tiny", 32, 5), Predictor(192, 7, 7, (2, 2), **SIZE)
+    )
     torch.save(state | {"epoch": 1}, tmp_path / "meta.pt")
-    torch.save(torch.load(world.base, weights_only=True) | {"encoder_hash": "another"}, tmp_path / "other.pt")
+    torch.save(
+        torch.load(world.base, weights_only=True) | {"encoder_hash": "another"},
+        tmp_path / "other.pt",
+    )
     flags = [
         FLAGS.replace("--encoder vit_tiny", ""),
         "--data",
@@ -610,19 +965,31 @@ def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
         "--stride 1 --pred_heads 3 --max_steps 1 --base",
     ]
     said = "meta.pt does not say which encoder it belongs to"
-    assert said in run(tmp_path, "train_lora.py", *flags, tmp_path / "meta.pt", "--out_dir", tmp_path / "a")
+    assert said in run(
+        tmp_path, "train_lora.py", *flags, tmp_path / "meta.pt", "--out_dir", tmp_path / "a"
+    )
     for encoder in ("vit_tiny", tmp_path / "meta.pt"):
         named = run(
-            tmp_path, "train_lora.py", *flags, tmp_path / "meta.pt", "--encoder", encoder, "--out_dir", tmp_path / f"b-{encoder!s:.3}"
+            tmp_path,
+            "train_lora.py",
+            *flags,
+            tmp_path / "meta.pt",
+            "--encoder",
+            encoder,
+            "--out_dir",
+            tmp_path / f"b-{encoder!s:.3}",
         )
         assert said not in named
-    error = fails(tmp_path, "train_lora.py", *flags, tmp_path / "other.pt", "--out_dir", tmp_path / "c")
+    error = fails(
+        tmp_path, "train_lora.py", *flags, tmp_path / "other.pt", "--out_dir", tmp_path / "c"
+    )
     assert "of encoder another, these are 192 wide" in error
 
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory):
-    """Two TFRecords of episodes with pauses, failures, and one without velocities; features of two cameras, from all first rows."""
+    """Two TFRecords of episodes with pauses, failures, and one without velocities; features of two
+    cameras, from all first rows."""
     folder, rng = tmp_path_factory.mktemp("idle"), np.random.default_rng(0)
     for s in range(2):
         records = []
@@ -631,7 +998,14 @@ def idle(tmp_path_factory):
             velocity[20 + 7 * k : 45 + 9 * k] = 0.1
             velocity[80 : 90 + k] = 0.2
             change = {} if k == 3 else {"action_dict/joint_velocity": velocity}
-            records.append(tfrecord(10 * s + k, 100, k != 1, **change | ({"action_dict/joint_velocity": None} if k == 2 else {})))
+            records.append(
+                tfrecord(
+                    10 * s + k,
+                    100,
+                    k != 1,
+                    **change | ({"action_dict/joint_velocity": None} if k == 2 else {}),
+                )
+            )
         write(folder / f"d.tfrecord-{s}", *records)
     how = "--encoder vit_tiny --crop_size 32 --fps 5 --camera exterior_1 wrist --phases 3"
     run(folder, "encode.py", "--dataset droid --data", folder / "d.*", "--out", folder / "f", how)
@@ -645,24 +1019,37 @@ def starts_of(records, reader):
     """{(episode, camera, row)} that clips start at, each once."""
     out = []
     for r in records:
-        camera, _, first = r.key.rpartition("@")[2].rpartition("-") if r.kind == "features" else ("", "", 0)
+        camera, _, first = (
+            r.key.rpartition("@")[2].rpartition("-") if r.kind == "features" else ("", "", 0)
+        )
         stride = 3 if r.kind == "features" else 1
         rows = [int(first) + stride * (r.first + i) for i in range(reader.starts(r))]
-        out += [(r.recording, c, row) for row in rows for c in ([camera] if camera else reader.camera)]
+        out += [
+            (r.recording, c, row) for row in rows for c in ([camera] if camera else reader.camera)
+        ]
     assert len(out) == len(set(out))
     return set(out)
 
 
 def test_filters_and_split_are_the_same_on_features(idle):
-    """Bug: --success only or an idle filter does nothing on features, or leaves out other clips; an episode's cameras or phases on both
-    sides of the split, or another split than the TFRecords have."""
+    """Bug: --success only or an idle filter does nothing on features, or leaves out other clips; an
+    episode's cameras or phases on both sides of the split, or another split than the TFRecords
+    have."""
     everything = None
     for rule in ("off", "light", "openpi"):
         for success in ("all", "only"):
             sides = []
             for data in (idle / "d.*", idle / "f"):
                 reader, said = DroidReader(4, **READER), []
-                found = open_droid(str(data), None, 0.25, reader, idle_filter=rule, success=success, log=said.append)
+                found = open_droid(
+                    str(data),
+                    None,
+                    0.25,
+                    reader,
+                    idle_filter=rule,
+                    success=success,
+                    log=said.append,
+                )
                 assert not found[2] and "17.2% of their rows idle" in said[0]
                 sides.append([starts_of(part, reader) for part in found[:2]])
             assert sides[0] == sides[1] and all(map(len, sides[0])), (rule, success)
@@ -671,57 +1058,114 @@ def test_filters_and_split_are_the_same_on_features(idle):
 
 
 def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
-    """Bug: z, actions or states of other rows or another camera than the member's name says; a scaler applied twice or not at all."""
+    """Bug: z, actions or states of other rows or another camera than the member's name says; a
+    scaler applied twice or not at all."""
     scaler = ActionScaler(np.full(7, 0.1), 0, np.full(7, 0.3), 9, {})
     encoder, rng = weights.build_encoder("vit_tiny", 32), np.random.default_rng(0)
     live = {c: DroidReader(4, **READER | {"camera": (c,)}, scaler=scaler) for c in READER["camera"]}
-    episodes = {r.key: r for r in open_droid(str(idle / "d.*"), reader=DroidReader(4, **READER), idle_filter="off")[0]}
+    episodes = {
+        r.key: r
+        for r in open_droid(str(idle / "d.*"), reader=DroidReader(4, **READER), idle_filter="off")[
+            0
+        ]
+    }
     reader = DroidReader(4, **READER, scaler=scaler)
     segments = open_droid(str(idle / "f"), reader=reader, idle_filter="off")[0]
-    assert (reader.names, reader.units, reader.state_dim) == (POSE, POSE_UNITS, 7) and len(segments) == 8 * 2 * 3
+    assert (reader.names, reader.units, reader.state_dim) == (POSE, POSE_UNITS, 7) and len(
+        segments
+    ) == 8 * 2 * 3
     for r in segments[::5]:
         camera, _, first = r.key.rpartition("@")[2].rpartition("-")
         start = int(rng.integers(reader.starts(r)))
-        ours, theirs = reader(r, start, rng), live[camera](episodes[r.recording], int(first) + 3 * start, rng)
+        ours, theirs = (
+            reader(r, start, rng),
+            live[camera](episodes[r.recording], int(first) + 3 * start, rng),
+        )
         for k in ("actions", "states"):
-            torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)  # stored in float32
+            torch.testing.assert_close(
+                ours[k], theirs[k], rtol=1e-5, atol=1e-6
+            )  # stored in float32
         z = encode_steps(encoder, theirs["video"][None], "frame", 1)[0]
         torch.testing.assert_close(ours["z"].float(), z, rtol=2**-8, atol=1e-4)
         assert ours["key"].rpartition("@")[0] == theirs["key"]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"fps": 3}, "made with --fps 5.0, this run has 3.0"), ({"stride": 3}, "made with --stride 0, this run has 3"),
-    ({"crop_size": 64}, "made with --crop_size 32, this run has 64"),
-    ({"crop": "square"}, "made with --crop reference, this run has square"),
-    ({"camera": ("wrist",)}, "made with --camera exterior_1 wrist, this run has wrist"),
-    ({"action_keys": ["action"]}, "made with --action_keys default, this run has action"),
-    ({"state_keys": ["x"]}, "made with --state_keys default, this run has x"), ({"extrinsics": True}, "no camera extrinsics"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fps": 3}, "made with --fps 5.0, this run has 3.0"),
+        ({"stride": 3}, "made with --stride 0, this run has 3"),
+        ({"crop_size": 64}, "made with --crop_size 32, this run has 64"),
+        ({"crop": "square"}, "made with --crop reference, this run has square"),
+        ({"camera": ("wrist",)}, "made with --camera exterior_1 wrist, this run has wrist"),
+        ({"action_keys": ["action"]}, "made with --action_keys default, this run has action"),
+        ({"state_keys": ["x"]}, "made with --state_keys default, this run has x"),
+        ({"extrinsics": True}, "no camera extrinsics"),
+    ],
+)
 def test_features_made_otherwise_are_refused(idle, change, message):
-    """Bug: a run goes on with features of another rate, crop, camera or action than its flags say."""
+    """Bug: a run goes on with features of another rate, crop, camera or action than its flags
+    say."""
     with pytest.raises(ValueError, match=re.escape(message)):
         open_droid(str(idle / "f"), reader=DroidReader(4, **READER | change), log=print)
 
 
 def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_path):
-    """Bug: features and episodes in one run; robots' features in train_ac.py, gameplay's in train_lora.py; cameras counted as samples."""
-    for data, val in ((f"{idle}/*", None), (f"{idle}/d.*", f"{encoded['bf16']}"), (f"{idle}/f", str(world.folder / "a"))):
-        with pytest.raises(ValueError, match="holds video, other shards of this run hold features: pass one kind"):
+    """Bug: features and episodes in one run; robots' features in train_ac.py, gameplay's in
+    train_lora.py; cameras counted as samples."""
+    for data, val in (
+        (f"{idle}/*", None),
+        (f"{idle}/d.*", f"{encoded['bf16']}"),
+        (f"{idle}/f", str(world.folder / "a")),
+    ):
+        with pytest.raises(
+            ValueError, match="holds video, other shards of this run hold features: pass one kind"
+        ):
             open_droid(data.split(), val and val.split(), 0.1, DroidReader(4, **READER), log=print)
-    run(tmp_path, "encode.py", "--data", shards / "shard-000000.tar", "--out", tmp_path / "play", "--encoder vit_tiny --crop_size 32")
-    for data, what in ((tmp_path / "play" / "*.tar", "features of gameplay"), (shards / "shard-000000.tar", "gameplay")):
+    run(
+        tmp_path,
+        "encode.py",
+        "--data",
+        shards / "shard-000000.tar",
+        "--out",
+        tmp_path / "play",
+        "--encoder vit_tiny --crop_size 32",
+    )
+    for data, what in (
+        (tmp_path / "play" / "*.tar", "features of gameplay"),
+        (shards / "shard-000000.tar", "gameplay"),
+    ):
         error = fails(tmp_path, "train_lora.py", "--data", data, *world.b[2:], "--base", world.base)
         assert f"{what}: train_ac.py reads it" in error and "no usable episode in" in error
     scaler = ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 99, {})
     scaler.save(tmp_path / "s.pkl")
-    error = fails(tmp_path, "train_ac.py", "--data", encoded["bf16"] / "*.tar", "--scaler", tmp_path / "s.pkl", "--encode frame")
-    assert "no usable recording" in error and "features of robot episodes: train_lora.py reads them" in error
+    error = fails(
+        tmp_path,
+        "train_ac.py",
+        "--data",
+        encoded["bf16"] / "*.tar",
+        "--scaler",
+        tmp_path / "s.pkl",
+        "--encode frame",
+    )
+    assert (
+        "no usable recording" in error
+        and "features of robot episodes: train_lora.py reads them" in error
+    )
     for name, data in (("tfrecords", idle / "d.*"), ("features", idle / "f")):
-        run(tmp_path, "fit_scaler.py", "--dataset droid --fps 5 --num_workers 0 --data", data, "--output", tmp_path / f"{name}.pkl")
+        run(
+            tmp_path,
+            "fit_scaler.py",
+            "--dataset droid --fps 5 --num_workers 0 --data",
+            data,
+            "--output",
+            tmp_path / f"{name}.pkl",
+        )
     ours, theirs = (ActionScaler.load(tmp_path / f"{n}.pkl") for n in ("features", "tfrecords"))
     assert ours.n == theirs.n and ours.meta == theirs.meta
-    np.testing.assert_allclose([ours.mean, ours.scale], [theirs.mean, theirs.scale], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        [ours.mean, ours.scale], [theirs.mean, theirs.scale], rtol=1e-6, atol=1e-9
+    )
 
 
 # --- copies ---
@@ -752,11 +1196,16 @@ def step(folder, itr, epoch=0, keep=1):
 
 
 def names(*itrs, epoch=0):
-    return {"run_id", "train.csv", *(f"checkpoint-epoch{epoch:03d}-itr{i:05d}.pth.tar" for i in itrs)}
+    return {
+        "run_id",
+        "train.csv",
+        *(f"checkpoint-epoch{epoch:03d}-itr{i:05d}.pth.tar" for i in itrs),
+    }
 
 
 def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
-    """Bug: what others put there is deleted, what rotation removed piles up, half-written files are copied, unchanged ones sent again."""
+    """Bug: what others put there is deleted, what rotation removed piles up, half-written files are
+    copied, unchanged ones sent again."""
     url, folder, memory = "memory://bucket/run", tmp_path / "run", fsspec.filesystem("memory")
     others = {"checkpoint-best.pth.tar", "notes.csv", "adapter/README.md", "papers/results.csv"}
     for i in (2, 3):
@@ -773,11 +1222,14 @@ def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
         opened(tmp_path / "new", url)
     opened(tmp_path / "new", url, resume=True).close()
     assert checkpoint.load_latest(tmp_path / "new")[0]["x"].tolist() == [3, 3, 3]
-    assert files(url) == names(3) | others and not (tmp_path / "new" / "notes.csv").exists()  # not fetched, so never deleted either
+    assert (
+        files(url) == names(3) | others and not (tmp_path / "new" / "notes.csv").exists()
+    )  # not fetched, so never deleted either
 
 
 def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
-    """Bug: an error of the storage library ends training, goes unsaid, or the file is taken for sent."""
+    """Bug: an error of the storage library ends training, goes unsaid, or the file is taken for
+    sent."""
     folder, said, calls = tmp_path / "run", [], []
     step(folder, 4)
     mirror = opened(folder, "memory://flaky/run", said)
@@ -786,15 +1238,24 @@ def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
     def flaky(*args, **options):
         calls.append(args)
         if len(calls) <= 4:
-            raise RuntimeError("503 of the bucket") if len(calls) % 2 else FileNotFoundError("no such bucket")
+            raise (
+                RuntimeError("503 of the bucket")
+                if len(calls) % 2
+                else FileNotFoundError("no such bucket")
+            )
         return put(*args, **options)
 
     monkeypatch.setattr(mirror.fs, "put_file", flaky)
     settle(mirror)
     assert len(said) == 1 and mirror.due < time.monotonic() + 1
-    assert all(word in said[0] for word in (*names(4), "memory://flaky/run", "503", "no such bucket"))
+    assert all(
+        word in said[0] for word in (*names(4), "memory://flaky/run", "503", "no such bucket")
+    )
     mirror.close()
-    assert files("memory://flaky/run") == names(4) and said[-1] == "all of this run is at memory://flaky/run"
+    assert (
+        files("memory://flaky/run") == names(4)
+        and said[-1] == "all of this run is at memory://flaky/run"
+    )
     (folder / "train.csv").write_text("epoch\n1\n")
     monkeypatch.setattr(mirror.fs, "put_file", lambda *a, **k: 1 / 0)
     opened(folder, "memory://flaky/run", said).close()
@@ -802,8 +1263,8 @@ def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
 
 
 def test_another_url_gets_everything(tmp_path):
-    """Bug: sync.json does not say of which URL it speaks: a second one stays empty, with "all of it is there" in the log; so does one whose
-    files somebody has removed."""
+    """Bug: sync.json does not say of which URL it speaks: a second one stays empty, with "all of it
+    is there" in the log; so does one whose files somebody has removed."""
     said = []
     step(tmp_path, 1)
     for url in ("memory://first/run", "memory://second/run", "memory://first/run"):
@@ -819,7 +1280,8 @@ def test_another_url_gets_everything(tmp_path):
 
 
 def test_another_run_is_never_overwritten(tmp_path):
-    """Bug: a run that has checkpoints of its own writes its train.csv, adapter and checkpoints over those of the run at the URL."""
+    """Bug: a run that has checkpoints of its own writes its train.csv, adapter and checkpoints over
+    those of the run at the URL."""
     url, said = "memory://taken/run", []
     for name in ("one", "two", "three"):
         step(tmp_path / name, 1)
@@ -828,10 +1290,14 @@ def test_another_run_is_never_overwritten(tmp_path):
     mirror.close()
     before = {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in names(1)}
     for resume in (False, True):
-        with pytest.raises(ValueError, match="holds another run than .*three: pass another --sync_to"):
+        with pytest.raises(
+            ValueError, match="holds another run than .*three: pass another --sync_to"
+        ):
             opened(tmp_path / "three", url, resume=resume)
     late.close()
-    assert "another process has begun a run there" in said[-2] and said[-1].startswith("WARNING: not at")
+    assert "another process has begun a run there" in said[-2] and said[-1].startswith(
+        "WARNING: not at"
+    )
     assert before == {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in files(url)}
     fsspec.filesystem("memory").rm_file("/taken/run/run_id")  # a run copied there by other means
     with pytest.raises(ValueError, match="holds another run"):
@@ -842,7 +1308,8 @@ def test_another_run_is_never_overwritten(tmp_path):
 
 
 def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
-    """Bug: the last good checkpoint of the bucket is deleted while the upload of the next fails, or was rotated away meanwhile."""
+    """Bug: the last good checkpoint of the bucket is deleted while the upload of the next fails, or
+    was rotated away meanwhile."""
     url = "memory://rotation/run"
     step(tmp_path, 1)
     settle(mirror := opened(tmp_path, url))
@@ -886,8 +1353,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
 
 
 def test_only_a_runs_files_are_fetched(tmp_path):
-    """Bug: every .csv and .json below the URL is fetched and then owned: deleted there once it is deleted here; and a file that was in the
-    folder before is noted as sent."""
+    """Bug: every .csv and .json below the URL is fetched and then owned: deleted there once it is
+    deleted here; and a file that was in the folder before is noted as sent."""
     url, memory = "memory://mixed/run", fsspec.filesystem("memory")
     step(tmp_path / "one", 1)
     opened(tmp_path / "one", url).close()
@@ -905,8 +1372,9 @@ def test_only_a_runs_files_are_fetched(tmp_path):
 @pytest.mark.parametrize("breaks", ["train.csv", "checkpoint-epoch001-itr00002.pth.tar"])
 @pytest.mark.parametrize("stale, has_id", [(False, True), (True, True), (False, False)])
 def test_an_interrupted_fetch_loses_nothing(tmp_path, monkeypatch, breaks, stale, has_id):
-    """Bug: after a fetch that was cut off the folder has some checkpoint but no history, the next start goes on with that, and the bucket's
-    full train.csv is overwritten with a header; a stale disk is preferred to a bucket that is ahead."""
+    """Bug: after a fetch that was cut off the folder has some checkpoint but no history, the next
+    start goes on with that, and the bucket's full train.csv is overwritten with a header; a stale
+    disk is preferred to a bucket that is ahead."""
     url = f"memory://cut/{breaks}-{stale}-{has_id}"
     step(tmp_path / "one", 90, keep=3)
     step(tmp_path / "one", 1, epoch=1, keep=3)  # sorts before 1-2 and after 0-90
@@ -927,19 +1395,24 @@ def test_an_interrupted_fetch_loses_nothing(tmp_path, monkeypatch, breaks, stale
             return open(path, *args, **options)
 
         patch.setattr(memory, "open", reset)
-        with pytest.raises(OSError, match=f"--sync_to {url} cannot be read .ConnectionError: reset by peer"):
+        with pytest.raises(
+            OSError, match=f"--sync_to {url} cannot be read .ConnectionError: reset by peer"
+        ):
             opened(tmp_path / "two", url, resume=True)
     with pytest.raises(ValueError, match="pass --resume"):
         opened(tmp_path / "two", url)
     mirror = opened(tmp_path / "two", url, resume=True)
     assert (tmp_path / "two" / "train.csv").read_text() == history
-    assert checkpoint.load_latest(tmp_path / "two")[1].endswith("checkpoint-epoch001-itr00002.pth.tar")
+    assert checkpoint.load_latest(tmp_path / "two")[1].endswith(
+        "checkpoint-epoch001-itr00002.pth.tar"
+    )
     mirror.close()
     assert memory.cat(fsspec.core.url_to_fs(url)[1] + "/train.csv").decode() == history
 
 
 def test_who_is_ahead_goes_on(tmp_path, capsys):
-    """Bug: a disk that has gone on without its bucket is thrown back to what is there; one that was overtaken overwrites what is newer."""
+    """Bug: a disk that has gone on without its bucket is thrown back to what is there; one that was
+    overtaken overwrites what is newer."""
     url, said = "memory://ahead/run", []
     step(tmp_path / "one", 1)
     settle(first := opened(tmp_path / "one", url, said))
@@ -952,7 +1425,10 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
     assert "gone on with this one" in said[-1] and files(url) == names(5)
     capsys.readouterr()
     opened(tmp_path / "one", url, resume=True)
-    assert capsys.readouterr().out == f"fetched 3 files from {url}, which is ahead of {tmp_path / 'one'}\n"
+    assert (
+        capsys.readouterr().out
+        == f"fetched 3 files from {url}, which is ahead of {tmp_path / 'one'}\n"
+    )
     assert checkpoint.load_latest(tmp_path / "one")[0]["x"].tolist() == [5, 5, 5]
     step(tmp_path / "one", 9)
     opened(tmp_path / "one", url, resume=True).close()
@@ -961,17 +1437,26 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
 
 
 def test_a_copy_that_hangs_does_not_hold_up_the_exit(tmp_path, monkeypatch):
-    """Bug: a process whose upload hangs never exits, or leaves without a word on what is missing; in training it ends all copying."""
+    """Bug: a process whose upload hangs never exits, or leaves without a word on what is missing;
+    in training it ends all copying."""
     step(tmp_path / "run", 1)
     program = """import sys, time; from files.mirror import Mirror
 mirror = Mirror.open(sys.argv[1], "memory://hangs", 30, False)
 mirror.fs.put_file, mirror.patience, mirror.retry = lambda *a, **k: time.sleep(1000), 0.3, 0.1
 mirror.tick(now=True)
 mirror.close()"""
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     last = done.stdout.splitlines()[-1]
     assert done.returncode == 0 and done.stdout.count("TimeoutError: no progress") == 2, done.stderr
-    assert last.startswith("WARNING: not at memory://hangs: run_id, train.csv, checkpoint-epoch000-itr00001.pth.tar"), last
+    assert last.startswith(
+        "WARNING: not at memory://hangs: run_id, train.csv, checkpoint-epoch000-itr00001.pth.tar"
+    ), last
 
     said, hangs = [], threading.Event()
     mirror = opened(tmp_path / "run", "memory://hung/run", said)
@@ -997,10 +1482,16 @@ mirror.close()"""
     assert said[1:] == ["all of this run is at memory://hung/run"]
 
 
-@pytest.mark.parametrize("url, message", [
-    ("bogus://x", "--sync_to bogus://x: Protocol not known: bogus (gs:// needs pip install gcsfs"),
-    ("oci://x", "--sync_to oci://x: Install ocifs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        (
+            "bogus://x",
+            "--sync_to bogus://x: Protocol not known: bogus (gs:// needs pip install gcsfs",
+        ),
+        ("oci://x", "--sync_to oci://x: Install ocifs"),
+    ],
+)
 def test_urls_that_nothing_reads(tmp_path, url, message):
     """Bug: a traceback of fsspec's, which names neither the flag nor the package."""
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -1008,20 +1499,29 @@ def test_urls_that_nothing_reads(tmp_path, url, message):
 
 
 def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
-    """Bug: what works with fsspec's memory does not with a bucket behind HTTP: its errors, its listings, its missing bucket."""
+    """Bug: what works with fsspec's memory does not with a bucket behind HTTP: its errors, its
+    listings, its missing bucket."""
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # another test's has another address
+    pytest.importorskip(
+        "s3fs"
+    ).S3FileSystem.clear_instance_cache()  # another test's has another address
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     port = server.get_host_and_port()[1]
-    settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+    }
     for k, v in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
         monkeypatch.setenv(k, v)
     folder, said = tmp_path / "run", []
     step(folder, 4)
     mirror = opened(folder, "s3://bucket/run", said)
     settle(mirror)
-    assert "WARNING: not copied to s3://bucket/run: run_id, train.csv, checkpoint" in said[-1]  # there is no such bucket
+    assert (
+        "WARNING: not copied to s3://bucket/run: run_id, train.csv, checkpoint" in said[-1]
+    )  # there is no such bucket
     boto3.client("s3").create_bucket(Bucket="bucket")
     settle(mirror)
     assert files("s3://bucket/run") == names(4)
@@ -1031,25 +1531,45 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     assert "WARNING: not copied to s3://bucket/run: all (" in said[-1]
     with pytest.raises(OSError, match="--sync_to s3://bucket/run cannot be read"):
         opened(tmp_path / "fresh", "s3://bucket/run", resume=True)
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=port)  # moto's buckets outlive its server
+    server = moto.ThreadedMotoServer(
+        ip_address="127.0.0.1", port=port
+    )  # moto's buckets outlive its server
     server.start()
     mirror.close()
     opened(tmp_path / "fresh", "s3://bucket/run", resume=True).close()
     assert files("s3://bucket/run") == names(8)
     server.stop()
-    assert [os.path.basename(p) for p in checkpoint.list_checkpoints(tmp_path / "fresh")] == ["checkpoint-epoch000-itr00008.pth.tar"]
+    assert [os.path.basename(p) for p in checkpoint.list_checkpoints(tmp_path / "fresh")] == [
+        "checkpoint-epoch000-itr00008.pth.tar"
+    ]
 
 
 def test_resume_from_the_url(world, tuned, tmp_path):
     """Bug: a run on a fresh machine starts anew though its checkpoints are in the bucket."""
     url = f"file://{tmp_path}/bucket"
-    run(tmp_path, "train_lora.py", *tuned.flags, "--out_dir", tmp_path / "one", "--sync_minutes 0.001 --sync_to", url)
+    run(
+        tmp_path,
+        "train_lora.py",
+        *tuned.flags,
+        "--out_dir",
+        tmp_path / "one",
+        "--sync_minutes 0.001 --sync_to",
+        url,
+    )
     assert checkpoint.NAME.fullmatch(
         max(n for n in files(url) if n.startswith("checkpoint"))
     ) and "adapter/adapter_model.safetensors" in files(url)
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
     os.unlink(tmp_path / "bucket" / newest)  # as if the machine had died before
-    text = run(tmp_path, "train_lora.py", *tuned.flags, "--resume --out_dir", tmp_path / "two", "--sync_to", url)
+    text = run(
+        tmp_path,
+        "train_lora.py",
+        *tuned.flags,
+        "--resume --out_dir",
+        tmp_path / "two",
+        "--sync_to",
+        url,
+    )
     assert "fetched" in text and "resumed from" in text
     same(tuned.out, tmp_path / "two")
 
@@ -1059,16 +1579,26 @@ def test_resume_from_the_url(world, tuned, tmp_path):
 
 @pytest.mark.slow
 def test_tables(world, tuned):
-    """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another base."""
-    rows, text = bench("lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1")
+    """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another
+    base."""
+    rows, text = bench(
+        "lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1"
+    )
     assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2 and text.count("off by") == 4
-    assert rows[3]["memory / PEFT's"] <= 1  # split, so small a model keeps more: q, k and v's B as one matrix
+    assert (
+        rows[3]["memory / PEFT's"] <= 1
+    )  # split, so small a model keeps more: q, k and v's B as one matrix
     rows, _ = bench("memory", "--batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
     rows, _ = bench("adapters", f"{out} {tuned.out}")
-    assert rows[0]["recovered, one step"] == 1 and rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
+    assert (
+        rows[0]["recovered, one step"] == 1
+        and rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
+    )
     v = numbers(tuned.out, "tf_true", "base_tf", log="val.csv")[-1]
     w = numbers(out, "tf_true", "base_tf", log="val.csv")[-1]
-    np.testing.assert_allclose(rows[1]["recovered, one step"], (v[1] - v[0]) / (w[1] - w[0]), rtol=1e-5)
+    np.testing.assert_allclose(
+        rows[1]["recovered, one step"], (v[1] - v[0]) / (w[1] - w[0]), rtol=1e-5
+    )

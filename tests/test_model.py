@@ -1,4 +1,5 @@
-"""model.py against tensors from the reference code (tests/fixtures, fp32, atol 1e-5) and against its own claims."""
+"""model.py against tensors from the reference code (tests/fixtures, fp32, atol 1e-5) and against
+its own claims."""
 
 import json
 import math
@@ -55,7 +56,11 @@ def small_predictor(seed=0, **options):
 
 def small_batch(seed=1):
     torch.manual_seed(seed)
-    return normalize_features(torch.randn(B, T, N, E)), torch.randn(B, T - 1, A), torch.randn(B, T, S)
+    return (
+        normalize_features(torch.randn(B, T, N, E)),
+        torch.randn(B, T - 1, A),
+        torch.randn(B, T, S),
+    )
 
 
 # --- parity ---
@@ -70,8 +75,18 @@ ENCODERS = {
 def encoder_of(name):
     spec, tensors = load(name)
     a = spec["args"]
-    size = {"mlp_dim": int(a["embed_dim"] * a["mlp_ratio"]), "img_size": 64, "num_frames": a["num_frames"]}
-    encoder = Encoder(a["embed_dim"], a["depth"], a["num_heads"], pos="sincos" if "sincos" in name else "rope", **size)
+    size = {
+        "mlp_dim": int(a["embed_dim"] * a["mlp_ratio"]),
+        "img_size": 64,
+        "num_frames": a["num_frames"],
+    }
+    encoder = Encoder(
+        a["embed_dim"],
+        a["depth"],
+        a["num_heads"],
+        pos="sincos" if "sincos" in name else "rope",
+        **size,
+    )
     own_table = encoder.pos_embed.clone() if "sincos" in name else None
     encoder.load_state_dict(under(tensors, "w/"))
     return encoder.eval(), own_table, tensors
@@ -79,14 +94,18 @@ def encoder_of(name):
 
 @pytest.mark.parametrize("name, case", [(n, c) for n, cases in ENCODERS.items() for c in cases])
 def test_encoder_parity(name, case):
-    """Catches true RoPE in place of Meta's tiled one, rescaled positions, a wrong qkv order or eps, tanh GELU, scale-factor rounding."""
+    """Catches true RoPE in place of Meta's tiled one, rescaled positions, a wrong qkv order or eps,
+    tanh GELU, scale-factor rounding."""
     encoder, _, tensors = encoder_of(name)
     x = tensors[f"in/{case}/x"]
     close(encoder(x), tensors[f"out/{case}/y"])
     if f"out/{case}/patch_embed" in tensors:
         close(encoder.patch_embed(x).flatten(2).transpose(1, 2), tensors[f"out/{case}/patch_embed"])
     if f"out/{case}/pos" in tensors:
-        close(encoder.position_table(x.shape[2] // 2, x.shape[3] // 16, x.shape[4] // 16), tensors[f"out/{case}/pos"])
+        close(
+            encoder.position_table(x.shape[2] // 2, x.shape[3] // 16, x.shape[4] // 16),
+            tensors[f"out/{case}/pos"],
+        )
 
 
 def test_masked_encoder_parity():
@@ -102,41 +121,67 @@ def test_sincos_table_is_the_references():
 
 
 def test_out_layers_are_normed_in_order():
-    """Catches raw residual streams handed out, and the last layer differing from the plain output."""
+    """Catches raw residual streams handed out, and the last layer differing from the plain
+    output."""
     encoder, _, tensors = encoder_of("encoder_rope_vitg_style")
     x = tensors["in/native/x"]
     first, last = encoder(x, out_layers=[0, 2])
     assert torch.equal(last, encoder(x)) and not torch.allclose(first, last, atol=0.1)
     shorter = Encoder(44, 1, 2, mlp_dim=192)
-    shorter.load_state_dict({k: v for k, v in encoder.state_dict().items() if k in shorter.state_dict()})
+    shorter.load_state_dict(
+        {k: v for k, v in encoder.state_dict().items() if k in shorter.state_dict()}
+    )
     close(first, shorter(x))
 
 
 PREDICTORS = ["ac_predictor_rope", "ac_predictor_rope_extrinsics", "ac_predictor_vpt_13_2"]
 
 
-@pytest.mark.parametrize("name, case", [(n, c) for n in PREDICTORS for c in ("full", "short", "single") if (n[-1], c) != ("2", "short")])
+@pytest.mark.parametrize(
+    "name, case",
+    [
+        (n, c)
+        for n in PREDICTORS
+        for c in ("full", "short", "single")
+        if (n[-1], c) != ("2", "short")
+    ],
+)
 def test_predictor_parity(name, case):
-    """Catches condition tokens rotated in space or not at all, a token order that shifts the mask, residual prediction."""
+    """Catches condition tokens rotated in space or not at all, a token order that shifts the mask,
+    residual prediction."""
     _, tensors = load(name)
     weights, inputs = under(tensors, "w/"), under(tensors, f"in/{case}/")
     sizes = (weights["action_encoder.weight"].shape[1], weights["state_encoder.weight"].shape[1])
     has_layer = "extrinsics_encoder.weight" in weights
-    predictor = Predictor(44, *sizes, (4, 4), pred_dim=48, depth=2, num_heads=3, use_extrinsics=has_layer)
+    predictor = Predictor(
+        44, *sizes, (4, 4), pred_dim=48, depth=2, num_heads=3, use_extrinsics=has_layer
+    )
     predictor.load_state_dict(weights)
     predictor.use_extrinsics = "extrinsics" in inputs
-    close(predictor(inputs["x"], inputs["actions"], inputs["states"], inputs.get("extrinsics")), tensors[f"out/{case}/y"])
+    close(
+        predictor(inputs["x"], inputs["actions"], inputs["states"], inputs.get("extrinsics")),
+        tensors[f"out/{case}/y"],
+    )
 
 
 def test_official_shapes_and_parameter_counts():
-    """Catches a key, a shape or a bias that released files have and we do not, at full size and without the memory."""
+    """Catches a key, a shape or a bias that released files have and we do not, at full size and
+    without the memory."""
     spec, _ = load("official_shapes_v2")
     with torch.device("meta"):
         for model in spec["models"].values():
-            encoder = Encoder(model["embed_dim"], model["depth"], model["heads"], mlp_dim=model["keys"]["blocks.0.mlp.fc1.bias"][0])
+            encoder = Encoder(
+                model["embed_dim"],
+                model["depth"],
+                model["heads"],
+                mlp_dim=model["keys"]["blocks.0.mlp.fc1.bias"][0],
+            )
             assert {k: list(v.shape) for k, v in encoder.state_dict().items()} == model["keys"]
         predictor = Predictor(1408, 7, 7, (16, 16), use_extrinsics=True)
-        counts = [sum(p.numel() for p in Encoder(*sizes).parameters()) for sizes in ((1024, 24, 16), (1280, 32, 16))]
+        counts = [
+            sum(p.numel() for p in Encoder(*sizes).parameters())
+            for sizes in ((1024, 24, 16), (1280, 32, 16))
+        ]
         giant = sum(p.numel() for p in Encoder(1408, 40, 22, mlp_dim=6144).parameters())
     assert [*counts, giant] == [303_885_312, 631_648_000, 1_012_173_952]
     spec, _ = load("ac_mask_and_shapes")
@@ -145,7 +190,8 @@ def test_official_shapes_and_parameter_counts():
 
 
 def test_six_training_steps_match_the_reference():
-    """Catches what single forwards cannot: a detached rollout, losses weighed or averaged otherwise, gradients into the frozen layer."""
+    """Catches what single forwards cannot: a detached rollout, losses weighed or averaged
+    otherwise, gradients into the frozen layer."""
     spec, tensors = load("train_loop_auto2")
     encoder = Encoder(24, 1, 2)
     encoder.load_state_dict(under(tensors, "w/encoder."))
@@ -155,13 +201,18 @@ def test_six_training_steps_match_the_reference():
     predictor.extrinsics_encoder.requires_grad_(False)
     model = ACModel(predictor, auto_steps=2, loss_exp=1.0)
     trained = [p for p in predictor.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     for i in range(6):
         for group in optimizer.param_groups:
             group["lr"] = tensors["out/lr"][i].item()
         optimizer.param_groups[0]["weight_decay"] = tensors["out/wd"][i].item()
-        clips = tensors[f"in/step{i}/clips"].transpose(1, 2)  # (B, T, 3, H, W), normalised already: each frame repeated, encoded alone
+        clips = tensors[f"in/step{i}/clips"].transpose(
+            1, 2
+        )  # (B, T, 3, H, W), normalised already: each frame repeated, encoded alone
         with torch.no_grad():
             z = encoder(clips.flatten(0, 1).unsqueeze(2).expand(-1, -1, 2, -1, -1))
         z = normalize_features(z).view(2, 4, 4, 24)
@@ -173,28 +224,43 @@ def test_six_training_steps_match_the_reference():
         optimizer.step()
     for key, expected in under(tensors, "out/predictor.").items():
         difference = (predictor.state_dict()[key] - expected).abs()
-        if key.endswith("attn.qkv.bias"):  # key biases of dims without rotation: zero gradient, Adam amplifies its rounding
+        if key.endswith(
+            "attn.qkv.bias"
+        ):  # key biases of dims without rotation: zero gradient, Adam amplifies its rounding
             difference[spec["ignore_qkv_bias"]] = 0
         assert difference.max() < 1e-5, key
 
 
-@pytest.mark.parametrize("hidden, heads, mlp_ratio", [(128, 2, 4.0), (160, 2, 4.0), (64, 4, 48 / 11)])
+@pytest.mark.parametrize(
+    "hidden, heads, mlp_ratio", [(128, 2, 4.0), (160, 2, 4.0), (64, 4, 48 / 11)]
+)
 def test_live_hugging_face_parity(hidden, heads, mlp_ratio, tmp_path):
-    """Catches drift from transformers at head dims 64 (ViT-L, g) and 80 (ViT-H), where 4 and 2 dims stay without rotation."""
+    """Catches drift from transformers at head dims 64 (ViT-L, g) and 80 (ViT-H), where 4 and 2 dims
+    stay without rotation."""
     pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
     from transformers import VJEPA2Config, VJEPA2Model
 
     from weights import load_encoder
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 2, "mlp_ratio": mlp_ratio}
-    theirs = VJEPA2Model(VJEPA2Config(crop_size=64, frames_per_clip=4, pred_num_hidden_layers=1, **sizes)).eval()
+    sizes = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 2,
+        "mlp_ratio": mlp_ratio,
+    }
+    theirs = VJEPA2Model(
+        VJEPA2Config(crop_size=64, frames_per_clip=4, pred_num_hidden_layers=1, **sizes)
+    ).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.1)
     theirs.save_pretrained(tmp_path)
     x = torch.randn(2, 4, 3, 64, 64)
     with torch.no_grad():
-        close(load_encoder(tmp_path, num_heads=heads)(x.transpose(1, 2)), theirs(x, skip_predictor=True).last_hidden_state)
+        close(
+            load_encoder(tmp_path, num_heads=heads)(x.transpose(1, 2)),
+            theirs(x, skip_predictor=True).last_hidden_state,
+        )
 
 
 # --- positions, masks, tokens ---
@@ -202,15 +268,19 @@ def test_live_hugging_face_parity(hidden, heads, mlp_ratio, tmp_path):
 
 @pytest.mark.parametrize("head_dim, rotated", [(64, 60), (80, 78), (16, 12), (22, 18), (4, 0)])
 def test_rope_rotates_only_its_share(head_dim, rotated):
-    """Catches a head dim split into three without remainder: the last h - 3k dims must pass unchanged, at any position."""
+    """Catches a head dim split into three without remainder: the last h - 3k dims must pass
+    unchanged, at any position."""
     pos = torch.tensor([[3.0, 5.0, 7.0]])
     x = torch.randn(1, head_dim)
     y, _ = apply_rope((x, x), *rope_tables(pos, head_dim))
-    assert torch.equal(x[:, rotated:], y[:, rotated:]) and (not rotated or not torch.isclose(x[:, :rotated], y[:, :rotated]).all())
+    assert torch.equal(x[:, rotated:], y[:, rotated:]) and (
+        not rotated or not torch.isclose(x[:, :rotated], y[:, :rotated]).all()
+    )
 
 
 def test_rope_angles_do_not_depend_on_autocast():
-    """Catches angles rounded to bf16 (up to 0.04 in q and k): tables are fp32 under autocast and in a bf16 model."""
+    """Catches angles rounded to bf16 (up to 0.04 in q and k): tables are fp32 under autocast and in
+    a bf16 model."""
     pos = grid_positions(4, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         tables = rope_tables(pos, 64)
@@ -219,9 +289,14 @@ def test_rope_angles_do_not_depend_on_autocast():
 
 
 def test_columns_count_in_units_of_the_grid_height():
-    """Catches plain column indices, which on a grid that is not square are not upstream's; condition tokens have no place in space."""
-    pos = Predictor(E, A, S, (2, 4), pred_dim=24, depth=1, num_heads=2).positions(3, 2).view(3, 10, 3)
-    assert pos[2].tolist() == [[2, 0, 0]] * 2 + [[2, row, col / 2] for row in range(2) for col in range(4)]
+    """Catches plain column indices, which on a grid that is not square are not upstream's;
+    condition tokens have no place in space."""
+    pos = (
+        Predictor(E, A, S, (2, 4), pred_dim=24, depth=1, num_heads=2).positions(3, 2).view(3, 10, 3)
+    )
+    assert pos[2].tolist() == [[2, 0, 0]] * 2 + [
+        [2, row, col / 2] for row in range(2) for col in range(4)
+    ]
 
 
 def test_odd_head_dim_is_refused():
@@ -232,7 +307,8 @@ def test_odd_head_dim_is_refused():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_predictor_cannot_see_the_future(autocast):
-    """Catches any leak across steps, to the bit: later features, actions and states changed, earlier predictions equal."""
+    """Catches any leak across steps, to the bit: later features, actions and states changed,
+    earlier predictions equal."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     actions = torch.cat([actions, actions[:, :1]], dim=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
@@ -248,30 +324,41 @@ def test_predictor_cannot_see_the_future(autocast):
 
 @pytest.mark.parametrize("which", ["actions", "states", "extrinsics"])
 def test_every_condition_reaches_its_own_step(which):
-    """Catches a condition token that nothing attends to: changing it at step t must move the prediction made at step t."""
+    """Catches a condition token that nothing attends to: changing it at step t must move the
+    prediction made at step t."""
     predictor, (z, _, states) = small_predictor(use_extrinsics=True), small_batch()
     inputs = {"actions": torch.randn(B, T, A), "states": states, "extrinsics": torch.randn(B, T, 6)}
     before = predictor(z.flatten(1, 2), **inputs).unflatten(1, (T, N))
     inputs[which] = inputs[which].clone()
     inputs[which][:, 2] += 1
     after = predictor(z.flatten(1, 2), **inputs).unflatten(1, (T, N))
-    assert torch.equal(before[:, :2], after[:, :2]) and ((before - after)[:, 2].abs().mean(-1) > 1e-4).all()
+    assert (
+        torch.equal(before[:, :2], after[:, :2])
+        and ((before - after)[:, 2].abs().mean(-1) > 1e-4).all()
+    )
 
 
 def test_order_of_condition_tokens_changes_nothing():
-    """Catches positions that depend on the slot of a token in its step: action and state exchanged give the same prediction."""
+    """Catches positions that depend on the slot of a token in its step: action and state exchanged
+    give the same prediction."""
     torch.manual_seed(0)
     one = Predictor(E, S, S, (2, 3), pred_dim=24, depth=2, num_heads=2)
     other = Predictor(E, S, S, (2, 3), pred_dim=24, depth=2, num_heads=2)
     exchange = {"action_encoder": "state_encoder", "state_encoder": "action_encoder"}
     state = {k: nn.init.normal_(v, std=0.3) for k, v in one.state_dict().items()}
-    other.load_state_dict({".".join([exchange.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:]]): v for k, v in state.items()})
+    other.load_state_dict(
+        {
+            ".".join([exchange.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:]]): v
+            for k, v in state.items()
+        }
+    )
     z, actions, states = torch.randn(B, T * N, E), torch.randn(B, T, S), torch.randn(B, T, S)
     close(one(z, actions, states), other(z, states, actions))
 
 
 def test_predictor_refuses_what_does_not_fit():
-    """Catches tokens of another grid regrouped into wrong steps, and extrinsics that are silently ignored or missing."""
+    """Catches tokens of another grid regrouped into wrong steps, and extrinsics that are silently
+    ignored or missing."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     with pytest.raises(ValueError, match="24 patch tokens are not 3 actions x 6 patches"):
         predictor(z.flatten(1, 2), actions, states)
@@ -282,7 +369,8 @@ def test_predictor_refuses_what_does_not_fit():
 
 
 def test_no_state_token():
-    """Catches a zero-wide state still taking a place in each step (jepa-wms "noprop" has 257 tokens a step, not 258)."""
+    """Catches a zero-wide state still taking a place in each step (jepa-wms "noprop" has 257 tokens
+    a step, not 258)."""
     torch.manual_seed(0)
     predictor = Predictor(E, A, 0, (2, 3), pred_dim=24, depth=1, num_heads=2)
     z, actions, _ = small_batch()
@@ -291,7 +379,8 @@ def test_no_state_token():
 
 
 def test_initialisation():
-    """Catches the default init: weights std 0.02, zero biases, residual outputs of block i divided by sqrt(2i)."""
+    """Catches the default init: weights std 0.02, zero biases, residual outputs of block i divided
+    by sqrt(2i)."""
     torch.manual_seed(0)
     encoder = Encoder(192, 4, 3)
     for i, block in enumerate(encoder.blocks, start=1):
@@ -306,22 +395,30 @@ def test_initialisation():
 
 
 def test_bf16_autocast_end_to_end():
-    """Catches q and k left in fp32 beside a bf16 v (upstream crashes there), and losses computed in bf16."""
+    """Catches q and k left in fp32 beside a bf16 v (upstream crashes there), and losses computed in
+    bf16."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     exact = ac_losses(predictor, z, actions, states)
     with torch.autocast("cpu", torch.bfloat16):
         losses = ac_losses(predictor, z, actions, states)
         prediction = predict(predictor, z[:, :-1], actions, states)
-    assert prediction.dtype == torch.float32 and (prediction != prediction.bfloat16()).any()  # the layer norm is not rounded to bf16
+    assert (
+        prediction.dtype == torch.float32 and (prediction != prediction.bfloat16()).any()
+    )  # the layer norm is not rounded to bf16
     sum(losses).backward()
     assert all(p.grad.isfinite().all() for p in predictor.parameters())
     for a, b in zip(losses, exact):
-        assert a.dtype == torch.float32 and a.item() != b.item() and a.item() == pytest.approx(b.item(), rel=0.02)
+        assert (
+            a.dtype == torch.float32
+            and a.item() != b.item()
+            and a.item() == pytest.approx(b.item(), rel=0.02)
+        )
 
 
 @pytest.mark.parametrize("name", ["encoder_rope_hd16", "encoder_sincos_v1"])
 def test_bf16_encoder(name):
-    """Catches `encoder.bfloat16()` failing on uint8 video, or rounding positions: weights alone may be rounded."""
+    """Catches `encoder.bfloat16()` failing on uint8 video, or rounding positions: weights alone may
+    be rounded."""
     encoder, _, _ = encoder_of(name)
     video = torch.randint(0, 256, (1, 8, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
@@ -346,7 +443,9 @@ def test_activation_checkpointing_changes_no_gradient():
     for flag in (False, True):
         predictor = small_predictor()
         predictor.activation_checkpointing = flag
-        predictor.predictor_blocks[0].register_forward_pre_hook(lambda *_, flag=flag: calls.append(flag))
+        predictor.predictor_blocks[0].register_forward_pre_hook(
+            lambda *_, flag=flag: calls.append(flag)
+        )
         sum(ac_losses(predictor, z, actions, states)).backward()
         grads.append([p.grad for p in predictor.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
@@ -354,7 +453,8 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def test_compile_without_graph_breaks():
-    """Catches Python that depends on data (fullgraph raises), and results that change when compiled."""
+    """Catches Python that depends on data (fullgraph raises), and results that change when
+    compiled."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     model = torch.compile(ACModel(predictor), fullgraph=True, backend="aot_eager")
     for a, b in zip(model(z, actions, states), ac_losses(predictor, z, actions, states)):
@@ -373,7 +473,9 @@ def test_every_trained_parameter_gets_a_gradient():
     for extrinsics in (None, torch.randn(B, T, 6)):
         predictor = small_predictor(use_extrinsics=extrinsics is not None)
         sum(ACModel(predictor)(z, actions, states, extrinsics)).backward()
-        assert all(p.grad is not None and p.grad.any() for p in predictor.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.any() for p in predictor.parameters() if p.requires_grad
+        )
 
 
 # --- features ---
@@ -381,7 +483,8 @@ def test_every_trained_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("mode", ["tubelet", "frame", "clip"])
 def test_encode_modes_see_what_they_say(mode):
-    """Catches the future leaking into a step: in `clip` it does (the guides' way), in `tubelet` and `frame` it must not, to the bit."""
+    """Catches the future leaking into a step: in `clip` it does (the guides' way), in `tubelet` and
+    `frame` it must not, to the bit."""
     encoder, _, _ = encoder_of("encoder_rope_hd16")
     torch.manual_seed(0)
     video = torch.randint(0, 256, (2, 6, 3, 32, 48), dtype=torch.uint8)
@@ -389,17 +492,26 @@ def test_encode_modes_see_what_they_say(mode):
         h = encode_steps(encoder, video, mode, 2)
         changed = video.clone()
         changed[:, 3] = 255 - changed[:, 3]  # the second frame of step 1
-        moved = [not torch.equal(a, b) for a, b in zip(h.unbind(1), encode_steps(encoder, changed, mode, 2).unbind(1))]
+        moved = [
+            not torch.equal(a, b)
+            for a, b in zip(h.unbind(1), encode_steps(encoder, changed, mode, 2).unbind(1))
+        ]
     assert h.shape == (2, 3, 6, 48)
-    assert moved == {"tubelet": [False, True, False], "frame": [False] * 3, "clip": [True] * 3}[mode]
+    assert (
+        moved == {"tubelet": [False, True, False], "frame": [False] * 3, "clip": [True] * 3}[mode]
+    )
 
 
 def test_encode_steps_is_the_encoder_on_normalised_steps():
-    """Catches [0, 1] or [-1, 1] pixels in place of ImageNet's, channels mixed with frames, and steps mixed with clips."""
+    """Catches [0, 1] or [-1, 1] pixels in place of ImageNet's, channels mixed with frames, and
+    steps mixed with clips."""
     encoder, _, _ = encoder_of("encoder_rope_hd16")
     torch.manual_seed(0)
     video = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+    )
     pixels = ((video.double() / 255 - mean) / std).float().transpose(1, 2)  # (B, 3, T, H, W)
     with torch.no_grad():
         pair = encoder(pixels[1:, :, 2:4])
@@ -419,9 +531,13 @@ def test_encode_steps_refuses_what_does_not_fit():
         encode_steps(encoder, video, "pairs", 2)
     with pytest.raises(ValueError, match="8 frames are not a whole number of steps of 3"):
         encode_steps(encoder, video, "frame", 3)
-    with pytest.raises(ValueError, match="--encode tubelet needs the encoder's 2 frames a step, not 4"):
+    with pytest.raises(
+        ValueError, match="--encode tubelet needs the encoder's 2 frames a step, not 4"
+    ):
         encode_steps(encoder, video, "tubelet", 4)
-    with pytest.raises(ValueError, match="--encode clip needs the encoder's 2 frames a step, not 1"):
+    with pytest.raises(
+        ValueError, match="--encode clip needs the encoder's 2 frames a step, not 1"
+    ):
         encode_steps(encoder, video, "clip", 1)
 
 
@@ -429,7 +545,10 @@ def test_normalize_features():
     """Catches eps 1e-6 (upstream: 1e-5), a norm over patches, and statistics applied after it."""
     h = torch.randn(2, 3, 4, 8) * 1e-3
     mean, std = torch.randn(8), torch.rand(8) + 0.5
-    close(normalize_features(h), (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
+    close(
+        normalize_features(h),
+        (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt(),
+    )
     close(normalize_features(h, mean, std), F.layer_norm((h - mean) / std, (8,)))
     assert normalize_features(h.half()).dtype == torch.float32
 
@@ -439,7 +558,8 @@ def test_normalize_features():
 
 @pytest.mark.parametrize("auto_steps, loss_exp", [(1, 1.0), (2, 1.0), (3, 2.0)])
 def test_losses_are_the_guides_loop(auto_steps, loss_exp):
-    """Catches a causal pass that is not the loop over prefixes, a rollout from the wrong step, and averages over other things."""
+    """Catches a causal pass that is not the loop over prefixes, a rollout from the wrong step, and
+    averages over other things."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
 
     def last_prediction(history):
@@ -448,18 +568,28 @@ def test_losses_are_the_guides_loop(auto_steps, loss_exp):
         return F.layer_norm(out, (E,))[:, -N:].unsqueeze(1)
 
     def loss(predictions, targets):
-        return ((torch.cat(predictions, 1) - targets).abs() ** loss_exp).sum() / targets.numel() / loss_exp
+        return (
+            ((torch.cat(predictions, 1) - targets).abs() ** loss_exp).sum()
+            / targets.numel()
+            / loss_exp
+        )
 
     z_tf = [last_prediction(z[:, :n]) for n in range(1, T)]
     z_ar = [z[:, :1]]
     for _ in range(auto_steps):
         z_ar.append(last_prediction(torch.cat(z_ar, 1)))
-    jloss, sloss = ac_losses(predictor, z, actions, states, auto_steps=auto_steps, loss_exp=loss_exp)
+    jloss, sloss = ac_losses(
+        predictor, z, actions, states, auto_steps=auto_steps, loss_exp=loss_exp
+    )
     close(jloss, loss(z_tf, z[:, 1:]))
     close(sloss, loss(z_ar[1:], z[:, 1 : auto_steps + 1]))
     # the rollout reads no action and no state from beyond its own steps
     actions[:, auto_steps:], states[:, auto_steps:] = 7.0, 7.0
-    close(ac_losses(predictor, z, actions, states, auto_steps=auto_steps, loss_exp=loss_exp)[1], sloss, atol=0)
+    close(
+        ac_losses(predictor, z, actions, states, auto_steps=auto_steps, loss_exp=loss_exp)[1],
+        sloss,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("auto_steps", [0, T])
@@ -471,7 +601,8 @@ def test_auto_steps_must_fit(auto_steps):
 
 
 def test_rollout_feeds_itself():
-    """Catches a rollout that keeps reading the truth, and a context longer than one step continued from the wrong place."""
+    """Catches a rollout that keeps reading the truth, and a context longer than one step continued
+    from the wrong place."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     steps = predictor.rollout(z[:, :1], actions, states)
     close(steps[:, :1], predict(predictor, z[:, :1], actions, states))
@@ -482,19 +613,28 @@ def test_rollout_feeds_itself():
 
 @pytest.mark.parametrize("context", [1, 3])
 def test_rollout_of_many_on_one_cache(context):
-    """Catches keys and values of one clip shared in the wrong order or at the wrong place, and a cache that is not exact."""
+    """Catches keys and values of one clip shared in the wrong order or at the wrong place, and a
+    cache that is not exact."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     one = z[:1, :context].expand(B, -1, -1, -1)
-    actions[:, : context - 1], states[:, : context - 1] = actions[0, : context - 1].clone(), states[0, : context - 1].clone()
+    actions[:, : context - 1], states[:, : context - 1] = (
+        actions[0, : context - 1].clone(),
+        states[0, : context - 1].clone(),
+    )
     anew = predictor.rollout(one, actions, states, cache=False)
-    cache = predict_on(predictor, z[:1, : context - 1], actions[:1], states[:1])[1] if context > 1 else None
+    cache = (
+        predict_on(predictor, z[:1, : context - 1], actions[:1], states[:1])[1]
+        if context > 1
+        else None
+    )
     close(predictor.rollout(one, actions, states, cache=cache), anew)
     close(predictor.rollout(one, actions, states), anew)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_going_on_from_keys_and_values_is_exact(checkpointing):
-    """Catches positions that start at 0 again, condition tokens lost from the cache, and gradients cut at the cached keys and values."""
+    """Catches positions that start at 0 again, condition tokens lost from the cache, and gradients
+    cut at the cached keys and values."""
     predictor, (z, actions, states) = small_predictor(use_extrinsics=True), small_batch()
     predictor.activation_checkpointing = checkpointing
     extrinsics, steps = torch.randn(B, T, 6), []
@@ -506,11 +646,16 @@ def test_going_on_from_keys_and_values_is_exact(checkpointing):
         out, past = predictor.extend(at.flatten(1, 2), *rest, past)
         steps.append(out)
     close(torch.cat(steps, 1), whole)
-    a, b = (torch.autograd.grad(x.square().sum(), list(predictor.parameters())) for x in (whole, torch.cat(steps, 1)))
+    a, b = (
+        torch.autograd.grad(x.square().sum(), list(predictor.parameters()))
+        for x in (whole, torch.cat(steps, 1))
+    )
     for x, y in zip(a, b):
         close(x, y, atol=1e-4)
     with pytest.raises(ValueError, match="2 steps cannot follow"):
-        predictor.extend(*(x[:, :2].flatten(1, 2) if i == 0 else x[:, :2] for i, x in enumerate(given)), past)
+        predictor.extend(
+            *(x[:, :2].flatten(1, 2) if i == 0 else x[:, :2] for i, x in enumerate(given)), past
+        )
 
 
 def test_composed_states():
@@ -518,14 +663,23 @@ def test_composed_states():
     actions = torch.zeros(1, 4, 13)
     actions[..., 2], actions[..., 3] = 2.0, -1.0
     mean, scale = torch.tensor([9.0, 9.0, 0.1, 0.05]), torch.tensor([9.0, 9.0, 0.5, 0.1])
-    states = compose_states(torch.tensor([[1.0, 0.2]]), actions, mean, scale)  # yaw +1.1 a step, pitch -0.05
-    close(states[0], torch.tensor([[1.0, 0.2], [2.1, 0.15], [3.2 - 2 * math.pi, 0.1], [4.3 - 2 * math.pi, 0.05]]), atol=1e-6)
+    states = compose_states(
+        torch.tensor([[1.0, 0.2]]), actions, mean, scale
+    )  # yaw +1.1 a step, pitch -0.05
+    close(
+        states[0],
+        torch.tensor(
+            [[1.0, 0.2], [2.1, 0.15], [3.2 - 2 * math.pi, 0.1], [4.3 - 2 * math.pi, 0.05]]
+        ),
+        atol=1e-6,
+    )
     half_turn = compose_states(torch.tensor([[math.pi, 0.0]]), actions[:, :1], mean, scale)
     assert half_turn[0, 0, 0] > 3.14
 
 
 def test_action_meter():
-    """Catches shuffled rollouts that are told the truth by true states, horizons mixed up, and errors averaged over clips."""
+    """Catches shuffled rollouts that are told the truth by true states, horizons mixed up, and
+    errors averaged over clips."""
     predictor, (z, actions, states) = small_predictor(), small_batch()
     shuffle = torch.tensor([1, 0])
 
@@ -533,7 +687,9 @@ def test_action_meter():
         return state0.unsqueeze(1) + a[..., :S].cumsum(1) - a[..., :S]
 
     meter = action_meter(predictor, z, actions, states, shuffle, compose)
-    assert set(meter) == {f"{kind}_{name}" for kind in ("tf", "ro") for name in ("true", "shuffled", "zero", "copy")}
+    assert set(meter) == {
+        f"{kind}_{name}" for kind in ("tf", "ro") for name in ("true", "shuffled", "zero", "copy")
+    }
     assert all(v.shape == (B, T - 1) and not v.requires_grad for v in meter.values())
     close(meter["tf_copy"][1, 2], (z[1, 3] - z[1, 2]).abs().mean())
     close(meter["ro_copy"][1, 2], (z[1, 3] - z[1, 0]).abs().mean())

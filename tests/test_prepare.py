@@ -1,4 +1,5 @@
-"""prepare/demo.py and prepare/shards.py: recorded play is what it says, and packing loses, cuts and mixes up nothing."""
+"""prepare/demo.py and prepare/shards.py: recorded play is what it says, and packing loses, cuts and
+mixes up nothing."""
 
 import collections
 import glob
@@ -26,7 +27,12 @@ PLAY = ["--minutes", "0.5", "--size", "160x120", "--seed", "3"]  # six recording
 
 
 def demo(out, *flags, **how):
-    return subprocess.run([sys.executable, "-m", "prepare.demo", "--out", str(out), *flags], capture_output=True, text=True, **how)
+    return subprocess.run(
+        [sys.executable, "-m", "prepare.demo", "--out", str(out), *flags],
+        capture_output=True,
+        text=True,
+        **how,
+    )
 
 
 def files(folder, pattern="*/*.tar"):
@@ -59,7 +65,10 @@ def play(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lines(play):
-    return {name: [json.loads(line) for line in r["jsonl"].splitlines()] for name, r in recordings(play).items()}
+    return {
+        name: [json.loads(line) for line in r["jsonl"].splitlines()]
+        for name, r in recordings(play).items()
+    }
 
 
 def motion(recording):
@@ -72,7 +81,8 @@ def motion(recording):
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["yaw", "pitch"])
 def test_mouse_turns_the_view_on_its_own_line(lines, axis):
-    """Catches lines shifted against the game by one tick, a wrong sign, radians for degrees, and motion applied once per engine tic."""
+    """Catches lines shifted against the game by one tick, a wrong sign, radians for degrees, and
+    motion applied once per engine tic."""
     rows = [motion(r) for r in lines.values()]
     for lag in (-1, 0, 1):
         mouse = np.concatenate([r[1 + lag : len(r) - 2 + lag, axis] for r in rows])
@@ -87,16 +97,23 @@ def test_mouse_turns_the_view_on_its_own_line(lines, axis):
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["yaw", "pitch"])
 def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
-    """Catches frames shifted against the lines (an encoder's delay, a frame taken after the action): the lines alone cannot show that."""
+    """Catches frames shifted against the lines (an encoder's delay, a frame taken after the
+    action): the lines alone cannot show that."""
     past, shift = [], []
     for r in recordings(play).values():
         with av.open(io.BytesIO(r["mp4"])) as container:
-            frames = np.stack([f.to_ndarray(format="gray")[8:76] for f in container.decode(video=0)]).astype(float)  # above the weapon
+            frames = np.stack(
+                [f.to_ndarray(format="gray")[8:76] for f in container.decode(video=0)]
+            ).astype(float)  # above the weapon
         h, w = frames.shape[1:]
-        frames = (frames - frames.mean((1, 2), keepdims=True)) * np.hanning(h)[:, None] * np.hanning(w)
+        frames = (
+            (frames - frames.mean((1, 2), keepdims=True)) * np.hanning(h)[:, None] * np.hanning(w)
+        )
         spectrum = np.fft.rfft2(frames)
         cross = spectrum[:-1].conj() * spectrum[1:]
-        peak = np.fft.irfft2(cross / (np.abs(cross) + 1e-6)).reshape(len(cross), -1).argmax(1)  # phase correlation
+        peak = (
+            np.fft.irfft2(cross / (np.abs(cross) + 1e-6)).reshape(len(cross), -1).argmax(1)
+        )  # phase correlation
         moved = ((peak % w + w // 2) % w - w // 2, (peak // w + h // 2) % h - h // 2)[axis]
         mouse = motion(map(json.loads, r["jsonl"].splitlines()))[:, axis]
         past.append(np.stack([mouse[:-3], mouse[1:-2], mouse[2:-1]], axis=1))
@@ -110,14 +127,35 @@ def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
 
 
 def test_contractor_fields(lines):
-    """Catches a field that loaders of real recordings rely on being absent or of another type, and what looks like a recorder's fault."""
-    mouse = dict.fromkeys(["x", "y", "dx", "dy", "scaledX", "scaledY", "dwheel"], float) | {"buttons": list, "newButtons": list}
-    top = {"mouse": dict, "keyboard": dict, "isGuiOpen": bool, "isGuiInventory": bool, "hotbar": int, "yaw": float, "pitch": float,
-           "xpos": float, "ypos": float, "zpos": float, "tick": int, "milli": int, "inventory": list, "serverTick": int,
-           "serverTickDurationMs": float, "stats": dict}  # fmt: skip
+    """Catches a field that loaders of real recordings rely on being absent or of another type, and
+    what looks like a recorder's fault."""
+    mouse = dict.fromkeys(["x", "y", "dx", "dy", "scaledX", "scaledY", "dwheel"], float) | {
+        "buttons": list,
+        "newButtons": list,
+    }
+    top = {
+        "mouse": dict,
+        "keyboard": dict,
+        "isGuiOpen": bool,
+        "isGuiInventory": bool,
+        "hotbar": int,
+        "yaw": float,
+        "pitch": float,
+        "xpos": float,
+        "ypos": float,
+        "zpos": float,
+        "tick": int,
+        "milli": int,
+        "inventory": list,
+        "serverTick": int,
+        "serverTickDurationMs": float,
+        "stats": dict,
+    }
     held = set()
     for recording in lines.values():
-        assert not recording[0]["mouse"]["buttons"]  # newButtons == [0] on line 0 reads as a stuck attack
+        assert not recording[0]["mouse"][
+            "buttons"
+        ]  # newButtons == [0] on line 0 reads as a stuck attack
         for t, line in enumerate(recording):
             assert {k: type(v) for k, v in line.items()} == top
             assert {k: type(v) for k, v in line["mouse"].items()} == mouse
@@ -125,13 +163,21 @@ def test_contractor_fields(lines):
             assert line["tick"] == t and line["milli"] == recording[0]["milli"] + 50 * t
             assert 0 <= line["hotbar"] <= 8 and -35 < line["pitch"] < 35
             held.update(line["keyboard"]["keys"], line["mouse"]["buttons"])
-        new = [b for a, c in zip(recording, recording[1:]) for b in c["mouse"]["newButtons"] if b in a["mouse"]["buttons"]]
+        new = [
+            b
+            for a, c in zip(recording, recording[1:])
+            for b in c["mouse"]["newButtons"]
+            if b in a["mouse"]["buttons"]
+        ]
         assert not new  # a button is new only on the line that it goes down
-    assert held >= {f"key.keyboard.{k}" for k in ["w", "a", "s", "d", "space", "left.shift", "left.control"]} | {0, 1}
+    assert held >= {
+        f"key.keyboard.{k}" for k in ["w", "a", "s", "d", "space", "left.shift", "left.control"]
+    } | {0, 1}
 
 
 def test_actions_vary_as_in_real_play(lines):
-    """Catches a camera that stays level or barely moves (nothing to learn from), angles in radians, and a hotbar that only keys change."""
+    """Catches a camera that stays level or barely moves (nothing to learn from), angles in radians,
+    and a hotbar that only keys change."""
     steps = [motion(r)[::8, 2:] for r in lines.values()]
     yaw, pitch = np.radians(np.concatenate([np.diff(s, axis=0) for s in steps])).std(0)
     assert 0.3 < yaw < 0.6 and 0.08 < pitch < 0.25
@@ -146,12 +192,19 @@ def test_actions_vary_as_in_real_play(lines):
                 by_wheel += key not in line["keyboard"]["keys"] and line["mouse"]["dwheel"] != 0
                 assert ticks.keys[t] & KEY_BIT[key]
     assert by_key and by_wheel
-    still = np.mean([not (any(motion([d])[0, :2]) or d["keyboard"]["keys"] or d["mouse"]["buttons"]) for r in lines.values() for d in r])
+    still = np.mean(
+        [
+            not (any(motion([d])[0, :2]) or d["keyboard"]["keys"] or d["mouse"]["buttons"])
+            for r in lines.values()
+            for d in r
+        ]
+    )
     assert 0.01 < still < 0.3  # null ticks exist
 
 
 def test_shards_are_pairs_and_held_out_maps_are_held_out(play):
-    """Catches a map in both splits, a key with a dot (WebDataset cuts there), partners apart, and frames that do not match the lines."""
+    """Catches a map in both splits, a key with a dot (WebDataset cuts there), partners apart, and
+    frames that do not match the lines."""
     maps = collections.defaultdict(set)
     names = collections.Counter()
     for shard, data in files(play).items():
@@ -164,11 +217,18 @@ def test_shards_are_pairs_and_held_out_maps_are_held_out(play):
             names[key] += 1
     assert maps["train"] and maps["val"] and not maps["train"] & maps["val"]
     assert max(names.values()) == 1
-    assert {s.split("/")[0]: sum(t.startswith(s.split("/")[0]) for t in files(play)) for s in files(play)} == {"train": 4, "val": 2}
+    assert {
+        s.split("/")[0]: sum(t.startswith(s.split("/")[0]) for t in files(play))
+        for s in files(play)
+    } == {"train": 4, "val": 2}
     for name, r in recordings(play).items():
         with av.open(io.BytesIO(r["mp4"])) as container:
             stream = container.streams.video[0]
-            assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20), name
+            assert (
+                stream.codec_context.name,
+                stream.codec_context.pix_fmt,
+                stream.average_rate,
+            ) == ("h264", "yuv420p", 20), name
             assert sum(1 for _ in container.decode(video=0)) == len(r["jsonl"].splitlines())
 
 
@@ -176,7 +236,8 @@ def test_shards_are_pairs_and_held_out_maps_are_held_out(play):
 
 
 def test_play_is_a_function_of_the_seed_however_many_workers_and_kills(play, tmp_path):
-    """Catches play that depends on the worker it ran in, half a shard trusted after a kill, and games that outlive their player."""
+    """Catches play that depends on the worker it ran in, half a shard trusted after a kill, and
+    games that outlive their player."""
     reference, out = files(play), tmp_path / "demo"
     command = [sys.executable, "-m", "prepare.demo", "--out", str(out), *PLAY, "--workers", "1"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -192,7 +253,9 @@ def test_play_is_a_function_of_the_seed_however_many_workers_and_kills(play, tmp
     done = demo(out, *PLAY, "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert files(out) == reference
-    assert {name: os.stat(out / name).st_mtime_ns for name in before} == before  # finished shards are kept
+    assert {
+        name: os.stat(out / name).st_mtime_ns for name in before
+    } == before  # finished shards are kept
     assert not glob.glob(f"{out}/**/*.tmp", recursive=True)
     deadline = time.time() + 10
     while any(map(alive, family)) and time.time() < deadline:
@@ -218,7 +281,8 @@ def alive(pid):
 
 
 def test_folder_of_another_demo_is_refused(play, tmp_path):
-    """Catches shards of two seeds mixed in one folder, and a folder of the user's own overwritten."""
+    """Catches shards of two seeds mixed in one folder, and a folder of the user's own
+    overwritten."""
     done = demo(play, *PLAY[:-1], "4")
     assert done.returncode != 0 and "'seed': 3" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "thesis.txt").write_text("mine")
@@ -228,7 +292,8 @@ def test_folder_of_another_demo_is_refused(play, tmp_path):
 
 
 def test_guide_lines_say_the_same_in_radians(play, lines, tmp_path):
-    """Catches the guides' variant drifting from the contractors': degrees, unwrapped yaw, camera as [pitch, yaw] or as a difference."""
+    """Catches the guides' variant drifting from the contractors': degrees, unwrapped yaw, camera as
+    [pitch, yaw] or as a difference."""
     done = demo(tmp_path / "demo", *PLAY, "--lines", "guide")
     assert done.returncode == 0, done.stderr
     for (name, r), ours in zip(recordings(tmp_path / "demo").items(), recordings(play).values()):
@@ -236,11 +301,15 @@ def test_guide_lines_say_the_same_in_radians(play, lines, tmp_path):
         guide = [json.loads(line) for line in r["jsonl"].splitlines()]
         assert list(guide[0]) == ["timestamp", "mouse", "keyboard", "camera", "hotbar"]
         assert [d["timestamp"] for d in guide] == pytest.approx(np.arange(len(guide)) / 20)
-        assert [d["keyboard"]["keys"] for d in guide] == [d["keyboard"]["keys"] for d in lines[name]]
+        assert [d["keyboard"]["keys"] for d in guide] == [
+            d["keyboard"]["keys"] for d in lines[name]
+        ]
         a, b = parse_ticks(r["jsonl"]), parse_ticks(ours["jsonl"])
         assert not a.flaw and a.rate == pytest.approx(20) and len(CONTINUOUS) == a.motion.shape[1]
         assert np.abs(a.motion[:, 2:]).max() <= np.pi
-        np.testing.assert_allclose(np.exp(1j * a.motion[:, 2:]), np.exp(1j * b.motion[:, 2:]), atol=1e-9)
+        np.testing.assert_allclose(
+            np.exp(1j * a.motion[:, 2:]), np.exp(1j * b.motion[:, 2:]), atol=1e-9
+        )
         np.testing.assert_array_equal(a.motion[:, :2], b.motion[:, :2])
 
 
@@ -262,11 +331,15 @@ def put(folder, stem, mp4, jsonl):
 
 
 def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
-    """Catches a damaged recording that reaches training, and a good one thrown out for a few lines more or less."""
+    """Catches a damaged recording that reaches training, and a good one thrown out for a few lines
+    more or less."""
     mp4, jsonl = pair["mp4"], pair["jsonl"]
     rows = jsonl.splitlines(keepends=True)
     front = tmp_path / "front.mp4"  # the index in front, as in files cut while uploading
-    with av.open(io.BytesIO(mp4)) as source, av.open(str(front), "w", format="mp4", options={"movflags": "faststart"}) as sink:
+    with (
+        av.open(io.BytesIO(mp4)) as source,
+        av.open(str(front), "w", format="mp4", options={"movflags": "faststart"}) as sink,
+    ):
         stream = sink.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
@@ -287,12 +360,21 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
         "first_frame": (bytes(hole), jsonl, "[Ii]nvalid|decode"),
         "torn": (mp4, jsonl[:-100], "jsonl: line 99"),
         "not_json": (mp4, b"".join(rows[:40]) + b"oops\n" + b"".join(rows[41:]), "jsonl: line 40"),
-        "nan": (mp4, jsonl.replace(b'"yaw": ', b'"yaw": NaN, "was": ', 1), "jsonl: line 0|no usable line"),
+        "nan": (
+            mp4,
+            jsonl.replace(b'"yaw": ', b'"yaw": NaN, "was": ', 1),
+            "jsonl: line 0|no usable line",
+        ),
         "six_short": (mp4, b"".join(rows[:-6]), "94 lines but 100 frames"),
         "six_long": (mp4, jsonl + rows[-1] * 6, "106 lines but 100 frames"),
     }
     few, many = b"".join(rows[:-5]), jsonl + rows[-1] * 5
-    good = {"fine": (mp4, jsonl), "five_short": (mp4, few), "five_long": (mp4, many), "front": (front, jsonl)}
+    good = {
+        "fine": (mp4, jsonl),
+        "five_short": (mp4, few),
+        "five_long": (mp4, many),
+        "front": (front, jsonl),
+    }
     for stem, (video, text, *_) in {**bad, **good}.items():
         put(tmp_path / "in", stem, video, text)
     shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 2)
@@ -305,20 +387,42 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
 
 
 def test_keys_survive_webdataset(pair, tmp_path):
-    """Catches `6.10_a` and `6.13_b` becoming one sample of key `6`, and same names in two folders overwriting each other."""
-    stems = ["6.10_a", "6.13_a", "6_10_a", "6.10/a", "6.10-a", "7/a", "8/a", "plain-name_1", "a b", "a+b"]
+    """Catches `6.10_a` and `6.13_b` becoming one sample of key `6`, and same names in two folders
+    overwriting each other."""
+    stems = [
+        "6.10_a",
+        "6.13_a",
+        "6_10_a",
+        "6.10/a",
+        "6.10-a",
+        "7/a",
+        "8/a",
+        "plain-name_1",
+        "a b",
+        "a+b",
+    ]
     for i, stem in enumerate(stems):
-        put(tmp_path / "in", stem, pair["mp4"], pair["jsonl"] + pair["jsonl"].splitlines(keepends=True)[-1] * (i % 5))
+        put(
+            tmp_path / "in",
+            stem,
+            pair["mp4"],
+            pair["jsonl"] + pair["jsonl"].splitlines(keepends=True)[-1] * (i % 5),
+        )
     shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 2)
-    samples = list(wds.WebDataset(sorted(map(str, (tmp_path / "out").glob("*.tar"))), shardshuffle=False))
+    samples = list(
+        wds.WebDataset(sorted(map(str, (tmp_path / "out").glob("*.tar"))), shardshuffle=False)
+    )
     assert len({s["__key__"] for s in samples}) == len(stems)
     assert all({"mp4", "jsonl"} <= s.keys() and s["mp4"] == pair["mp4"] for s in samples)
-    assert collections.Counter(len(s["jsonl"].splitlines()) for s in samples) == dict.fromkeys(range(100, 105), 2)
+    assert collections.Counter(len(s["jsonl"].splitlines()) for s in samples) == dict.fromkeys(
+        range(100, 105), 2
+    )
     assert "plain-name_1" in {s["__key__"] for s in samples}  # a safe name stays as it is
 
 
 def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
-    """Catches a half-written shard that is trusted, recordings packed twice or never after a kill, and order that depends on threads."""
+    """Catches a half-written shard that is trusted, recordings packed twice or never after a kill,
+    and order that depends on threads."""
     for i in range(60):
         put(tmp_path / "in", f"r{i:02d}", pair["mp4"], pair["jsonl"])
     put(tmp_path / "in", "r07", b"", pair["jsonl"])
@@ -327,7 +431,18 @@ def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
     reference = files(tmp_path / "whole", "*")
     assert len(reference) == 21 and max(map(len, reference.values())) <= size + 10240
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "prepare.shards", str(tmp_path / "in"), "--out", str(out), "--shard_size", str(size), "--jobs", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "prepare.shards",
+        str(tmp_path / "in"),
+        "--out",
+        str(out),
+        "--shard_size",
+        str(size),
+        "--jobs",
+        "3",
+    ]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not glob.glob(f"{out}/*.tar") and killed.poll() is None:
         time.sleep(0.0005)
@@ -343,13 +458,17 @@ def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
 
 
 def test_recordings_that_arrive_later_join(pair, tmp_path):
-    """Catches new files that sort before packed ones being forgotten, and a changed recording passing for the one packed earlier."""
+    """Catches new files that sort before packed ones being forgotten, and a changed recording
+    passing for the one packed earlier."""
     put(tmp_path / "in", "m", pair["mp4"], pair["jsonl"])
     shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
     first = files(tmp_path / "out", "*.tar")
     put(tmp_path / "in", "a", pair["mp4"], pair["jsonl"])
     packed, _ = shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
-    assert packed == 1 and recordings(tmp_path / "out", "*.tar").keys() == {("shard-000000.tar", "m"), ("shard-000001.tar", "a")}
+    assert packed == 1 and recordings(tmp_path / "out", "*.tar").keys() == {
+        ("shard-000000.tar", "m"),
+        ("shard-000001.tar", "a"),
+    }
     assert files(tmp_path / "out", "*.tar").items() > first.items()
     put(tmp_path / "in", "a", pair["mp4"], pair["jsonl"] * 2)
     with pytest.raises(ValueError, match="another recording as a"):
@@ -361,9 +480,15 @@ def test_recordings_that_arrive_later_join(pair, tmp_path):
 
 @pytest.fixture
 def server(pair):
-    """A server of five recordings. `broken` maps a path to what befalls its next requests: a status, or bytes sent before it hangs up."""
+    """A server of five recordings. `broken` maps a path to what befalls its next requests: a
+    status, or bytes sent before it hangs up."""
     state = {"broken": {}, "requests": []}
-    content = {f"/vpt/data/6.{i}/r{i}.{e}": d for i in range(5) for e, d in pair.items() if (i, e) not in ((1, "mp4"), (2, "jsonl"))}
+    content = {
+        f"/vpt/data/6.{i}/r{i}.{e}": d
+        for i in range(5)
+        for e, d in pair.items()
+        if (i, e) not in ((1, "mp4"), (2, "jsonl"))
+    }
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -389,44 +514,72 @@ def server(pair):
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    state["index"] = {"basedir": f"http://127.0.0.1:{httpd.server_port}/vpt/", "relpaths": [f"data/6.{i}/r{i}.mp4" for i in range(5)]}
+    state["index"] = {
+        "basedir": f"http://127.0.0.1:{httpd.server_port}/vpt/",
+        "relpaths": [f"data/6.{i}/r{i}.mp4" for i in range(5)],
+    }
     yield state
     httpd.shutdown()
     httpd.server_close()
 
 
 def test_index_download_survives_missing_files_and_broken_transfers(server, pair, tmp_path):
-    """Catches a short file taken for a whole one, a restart from zero, a 404 that ends the run, and a passing error that is not retried."""
+    """Catches a short file taken for a whole one, a restart from zero, a 404 that ends the run, and
+    a passing error that is not retried."""
     server["broken"] = {"/vpt/data/6.0/r0.mp4": [20_000, 700], "/vpt/data/6.3/r3.jsonl": [503, 429]}
     index = tmp_path / "index.json"
     index.write_text(json.dumps(server["index"]))
-    command = [sys.executable, "-m", "prepare.shards", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--index", str(index)]
-    done = subprocess.run([*command, "--retry_wait", "0.01", "--max_files", "4"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "prepare.shards",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+        "--index",
+        str(index),
+    ]
+    done = subprocess.run(
+        [*command, "--retry_wait", "0.01", "--max_files", "4"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "2 fetched" in done.stdout and "2 missing" in done.stdout
-    assert [span for path, span in server["requests"] if path.endswith("r0.mp4")] == [None, "bytes=20000-", "bytes=20700-"]
+    assert [span for path, span in server["requests"] if path.endswith("r0.mp4")] == [
+        None,
+        "bytes=20000-",
+        "bytes=20700-",
+    ]
     packed = recordings(tmp_path / "out", "*.tar")
     assert len(packed) == 2 and all(r == pair for r in packed.values())
     with open(tmp_path / "out" / "skipped.jsonl") as f:
-        assert [(d["file"], d["reason"]) for d in map(json.loads, f)] == [("data/6.1/r1.jsonl", "no .mp4 beside it")]
+        assert [(d["file"], d["reason"]) for d in map(json.loads, f)] == [
+            ("data/6.1/r1.jsonl", "no .mp4 beside it")
+        ]
     server["requests"].clear()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "1 fetched" in done.stdout and "2 were there" in done.stdout
-    assert not [r for r in server["requests"] if "r0" in r[0] or "r3" in r[0]]  # what has come is not fetched again
+    assert not [
+        r for r in server["requests"] if "r0" in r[0] or "r3" in r[0]
+    ]  # what has come is not fetched again
     assert len(recordings(tmp_path / "out", "*.tar")) == 3
 
 
 def test_a_download_that_stays_broken_stops_before_packing_and_can_go_on(server, tmp_path):
-    """Catches endless retries, packing around a hole that a second run would fill in another order, and a part thrown away."""
+    """Catches endless retries, packing around a hole that a second run would fill in another order,
+    and a part thrown away."""
     server["broken"] = {"/vpt/data/6.4/r4.mp4": [20_000, 500, 500]}
     index = tmp_path / "index.json"
     index.write_text(json.dumps(server["index"]))
-    with pytest.raises(OSError, match=r"1 downloads broke off, such as .*r4.mp4: HTTP 500 .*\(3 attempts\)"):
+    with pytest.raises(
+        OSError, match=r"1 downloads broke off, such as .*r4.mp4: HTTP 500 .*\(3 attempts\)"
+    ):
         shards.download(index, tmp_path / "in", 2, None, retries=2, wait=0.01)
     assert os.path.getsize(tmp_path / "in/data/6.4/r4.mp4.part") == 20_000
     counts = shards.download(index, tmp_path / "in", 2, None, retries=2, wait=0.01)
     assert (counts["new"], counts["there"], counts["missing"]) == (1, 2, 2)
-    assert [span for path, span in server["requests"] if path.endswith("r4.mp4")][-1] == "bytes=20000-"
+    assert [span for path, span in server["requests"] if path.endswith("r4.mp4")][
+        -1
+    ] == "bytes=20000-"
     index.write_text(json.dumps({**server["index"], "relpaths": ["../../etc/passwd.mp4"]}))
     with pytest.raises(ValueError, match="outside"):
         shards.download(index, tmp_path / "in", 2, None, retries=0, wait=0)

@@ -1,4 +1,5 @@
-"""probe.py as a program on recordings whose picture shows what was done, its labels read back, the README's Gymnasium wrapper."""
+"""probe.py as a program on recordings whose picture shows what was done, its labels read back, the
+README's Gymnasium wrapper."""
 
 import io
 import json
@@ -29,25 +30,45 @@ ENCODE = "--encoder vit_tiny --crop_size 32 --fps 10"
 
 
 def play(seed):
-    """A recording (mp4 bytes, lines): the view pans over a texture by dx / 10 pixels a tick, `w` lights the lower half of the next frame,
-    the hotbar slot is the grey of a block in the upper left; nothing shows `a`, and the mouse never moves up or down."""
+    """A recording (mp4 bytes, lines): the view pans over a texture by dx / 10 pixels a tick, `w`
+    lights the lower half of the next frame, the hotbar slot is the grey of a block in the upper
+    left; nothing shows `a`, and the mouse never moves up or down."""
     rng = np.random.default_rng(seed)
     noise = np.kron(rng.uniform(0, 170, (8, 128)), np.ones((8, 8)))
     texture = sum(np.roll(noise, (i, j), (0, 1)) for i in range(-3, 4) for j in range(-3, 4)) / 49
-    pan, w = (np.repeat(rng.integers(low, high, LINES), rng.integers(4, 12, LINES))[:LINES] for low, high in ((-4, 5), (0, 2)))
+    pan, w = (
+        np.repeat(rng.integers(low, high, LINES), rng.integers(4, 12, LINES))[:LINES]
+        for low, high in ((-4, 5), (0, 2))
+    )
     slot, at = np.repeat(rng.integers(0, 3, LINES), 60)[:LINES], np.cumsum(pan) - pan
     video, lines = io.BytesIO(), contractor(LINES, seed)
     with av.open(video, "w", format="mp4") as c:
-        stream = c.add_stream("libx264", rate=20, pix_fmt="yuv420p", options={"crf": "18", "preset": "ultrafast", "threads": "1"})
+        stream = c.add_stream(
+            "libx264",
+            rate=20,
+            pix_fmt="yuv420p",
+            options={"crf": "18", "preset": "ultrafast", "threads": "1"},
+        )
         stream.width, stream.height = 96, 64
         for t in range(LINES):
             image = np.roll(texture, -at[t], axis=1)[:, :96].copy()
             image[32:] += 80 * (w[t - 1] if t else 0)
             image[:16, 16:32] = 120 * slot[t]
-            c.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(image[..., None], 3, 2).astype(np.uint8))))
-            keys = [f"key.keyboard.{k}" for k, held in (("w", w[t]), ("a", rng.random() < 0.1)) if held]
+            c.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.repeat(image[..., None], 3, 2).astype(np.uint8))
+                )
+            )
+            keys = [
+                f"key.keyboard.{k}" for k, held in (("w", w[t]), ("a", rng.random() < 0.1)) if held
+            ]
             lines[t]["mouse"] |= {"dx": float(10 * pan[t]), "dy": 0.0}
-            lines[t] |= {"keyboard": {"keys": keys}, "hotbar": int(slot[t]), "yaw": 1.5 * float(at[t]), "pitch": 0.0}
+            lines[t] |= {
+                "keyboard": {"keys": keys},
+                "hotbar": int(slot[t]),
+                "yaw": 1.5 * float(at[t]),
+                "pitch": 0.0,
+            }
         c.mux(stream.encode())
     return video.getvalue(), lines
 
@@ -64,57 +85,122 @@ def world(tmp_path_factory):
                 video, lines = play(seed)
                 members |= {f"play.{seed}.mp4": video, f"play.{seed}.jsonl": jsonl(lines)}
             write_tar(folder / name / f"shard-{name}-{shard}.tar", members)
-        run(folder, "encode.py", "--data", folder / name / "*.tar", "--out", folder / "features" / name, ENCODE, "--phases", str(phases))
-    run(folder, "fit_scaler.py", "--data", folder / "train" / "*.tar", "--output", folder / "scaler.pkl", "--num_workers 0 --fps 10")
-    data = ["--data", folder / "features" / "train" / "*.tar", "--val_data", folder / "features" / "val" / "*.tar"]
+        run(
+            folder,
+            "encode.py",
+            "--data",
+            folder / name / "*.tar",
+            "--out",
+            folder / "features" / name,
+            ENCODE,
+            "--phases",
+            str(phases),
+        )
+    run(
+        folder,
+        "fit_scaler.py",
+        "--data",
+        folder / "train" / "*.tar",
+        "--output",
+        folder / "scaler.pkl",
+        "--num_workers 0 --fps 10",
+    )
+    data = [
+        "--data",
+        folder / "features" / "train" / "*.tar",
+        "--val_data",
+        folder / "features" / "val" / "*.tar",
+    ]
     train = (
-        "--fps 10 --crop_size 32 --action_space 36 --feature_norm standardize --pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 8"
+        "--fps 10 --crop_size 32 --action_space 36 --feature_norm standardize --pred_dim 48"
+        " --pred_depth 2 --pred_heads 3 --batch_size 8"
     )
     plan = "--num_workers 0 --epochs 2 --warmup 1 --anneal 1 --ipe 60 --lr 2e-3"
-    run(folder, "train_ac.py", *data, "--scaler", folder / "scaler.pkl", "--out_dir", folder / "run", train, plan)
-    return types.SimpleNamespace(folder=folder, data=data, flags=["--checkpoint", folder / "run", "--num_workers 0"])
+    run(
+        folder,
+        "train_ac.py",
+        *data,
+        "--scaler",
+        folder / "scaler.pkl",
+        "--out_dir",
+        folder / "run",
+        train,
+        plan,
+    )
+    return types.SimpleNamespace(
+        folder=folder, data=data, flags=["--checkpoint", folder / "run", "--num_workers 0"]
+    )
 
 
 @pytest.fixture(scope="module")
 def probed(world):
-    """Everything that probe.py does, in one run: what it printed, .report, .labelled; the shard to label has no lines."""
+    """Everything that probe.py does, in one run: what it printed, .report, .labelled; the shard to
+    label has no lines."""
     with tarfile.open(world.folder / "val" / "shard-val-0.tar") as tar:
         video = tar.extractfile("play.12.mp4").read()
-    unlabelled = write_tar(world.folder / "unlabelled.tar", {"new.mp4": video, "torn.mp4": video[:3000], "notes.txt": b""})
-    text = run(world.folder, "probe.py", *world.flags, "--encoder vit_tiny --steps 150 --label_field hotbar --lines",
-               world.folder / "train" / "*.tar", world.folder / "val" / "*.tar", "--label", unlabelled, "--out",
-               world.folder / "labels" / "out.tar")  # fmt: skip
+    unlabelled = write_tar(
+        world.folder / "unlabelled.tar",
+        {"new.mp4": video, "torn.mp4": video[:3000], "notes.txt": b""},
+    )
+    text = run(
+        world.folder,
+        "probe.py",
+        *world.flags,
+        "--encoder vit_tiny --steps 150 --label_field hotbar --lines",
+        world.folder / "train" / "*.tar",
+        world.folder / "val" / "*.tar",
+        "--label",
+        unlabelled,
+        "--out",
+        world.folder / "labels" / "out.tar",
+    )
     report = json.loads((world.folder / "labels" / "probe.json").read_text())
-    return types.SimpleNamespace(text=text, report=report, labelled=str(world.folder / "labels" / "out.tar"), video=video)
+    return types.SimpleNamespace(
+        text=text, report=report, labelled=str(world.folder / "labels" / "out.tar"), video=video
+    )
 
 
 # --- what the probes find ---
 
 
 def test_probes_find_what_the_picture_shows(probed):
-    """Bug: action t is asked of the wrong pair of steps, windows of val are fitted on, or scores belong to other columns: what shows would
-    not be found, or what nothing shows would be."""
+    """Bug: action t is asked of the wrong pair of steps, windows of val are fitted on, or scores
+    belong to other columns: what shows would not be found, or what nothing shows would be."""
     found = probed.report["inverse"]["real -> real"]
     for head, yaw in (("linear", 0.7), ("attentive", 0.85)):
-        assert found[head]["yaw_diff"]["r2"] > yaw and found[head]["key.w"]["auroc"] > 0.97 and found[head]["key.w"]["f1"] > 0.85
+        assert (
+            found[head]["yaw_diff"]["r2"] > yaw
+            and found[head]["key.w"]["auroc"] > 0.97
+            and found[head]["key.w"]["f1"] > 0.85
+        )
         assert abs(found[head]["key.a"]["auroc"] - 0.5) < 0.15
-        assert 0.2 < found[head]["key.a"]["share"] < 0.45  # held on one of four ticks at a tenth each
+        assert (
+            0.2 < found[head]["key.a"]["share"] < 0.45
+        )  # held on one of four ticks at a tenth each
     assert not {"mouse_dy", "pitch_diff", "key.d", "mouse.0"} & found["linear"].keys()
     assert re.search(r"do not vary in both splits: mouse_dy, pitch_diff, .*key\.d", probed.text)
     assert probed.report["clips"] == [576, 36] and probed.report["recordings"] == [12, 3]
 
 
 def test_transfer_is_asked_both_ways(probed):
-    """Bug: the predicted pairs are real ones, or all four cells are of one probe: then they would be equal."""
+    """Bug: the predicted pairs are real ones, or all four cells are of one probe: then they would
+    be equal."""
     cells = probed.report["inverse"]
-    assert list(cells) == ["real -> real", "real -> predicted", "predicted -> real", "predicted -> predicted"]
-    values = [cells[way][head]["yaw_diff"]["r2"] for way in cells for head in ("linear", "attentive")]
+    assert list(cells) == [
+        "real -> real",
+        "real -> predicted",
+        "predicted -> real",
+        "predicted -> predicted",
+    ]
+    values = [
+        cells[way][head]["yaw_diff"]["r2"] for way in cells for head in ("linear", "attentive")
+    ]
     assert len(set(values)) == 8 and max(values) in values[:2]  # so short a run predicts badly
 
 
 def test_anticipation_and_its_baseline(world, probed):
-    """Bug: an action that the steps have already shown is asked for (it would be found as well as by `inverse`), or the repeated action is
-    not the last one before."""
+    """Bug: an action that the steps have already shown is asked for (it would be found as well as
+    by `inverse`), or the repeated action is not the last one before."""
     records, _ = open_records(str(world.folder / "features" / "val" / "*.tar"))
     last, after = [], [[], [], []]
     for r in records:
@@ -125,14 +211,21 @@ def test_anticipation_and_its_baseline(world, probed):
                 for k in range(3):
                     after[k].append(yaw[t + k])
     for k, ahead in enumerate(probed.report["anticipation"]):
-        assert ahead["repeat"]["yaw_diff"]["r2"] == pytest.approx(r2_score(after[k], last), abs=1e-4)
+        assert ahead["repeat"]["yaw_diff"]["r2"] == pytest.approx(
+            r2_score(after[k], last), abs=1e-4
+        )
         assert abs(ahead["mean"]["yaw_diff"]["r2"]) < 0.1 and ahead["mean"]["key.w"]["auroc"] == 0.5
-        assert -0.3 < ahead["attentive"]["yaw_diff"]["r2"] < 0.5  # learned by heart it would be -0.6
-    assert probed.report["anticipation"][0]["linear"]["yaw_diff"]["r2"] > 0  # moves last longer than a step
+        assert (
+            -0.3 < ahead["attentive"]["yaw_diff"]["r2"] < 0.5
+        )  # learned by heart it would be -0.6
+    assert (
+        probed.report["anticipation"][0]["linear"]["yaw_diff"]["r2"] > 0
+    )  # moves last longer than a step
 
 
 def test_labels_are_those_of_the_middle_tick(world, probed):
-    """Bug: a label is read at a feature's step number in place of its tick, or without the phase its features start at."""
+    """Bug: a label is read at a feature's step number in place of its tick, or without the phase
+    its features start at."""
     records, _ = open_records(str(world.folder / "features" / "train" / "*.tar"))
     lines = {r.recording: r for r in open_records(str(world.folder / "train" / "*.tar"))[0]}
     places = [(r, w) for r in records for w in range(12)]
@@ -149,12 +242,26 @@ def test_labels_are_those_of_the_middle_tick(world, probed):
 
 
 def test_video_is_probed_without_a_checkpoint(world):
-    """Bug: without a run the encoder's settings are not those of the flags; a CSV labels the wrong recordings."""
+    """Bug: without a run the encoder's settings are not those of the flags; a CSV labels the wrong
+    recordings."""
     keys = [f"play.{i}" for i in range(15)]
-    (world.folder / "side.csv").write_text("key,label\n" + "".join(f"{k},{'ab'[i % 2]}\n" for i, k in enumerate(keys[:-1])))
-    text = run(world.folder, "probe.py", "--steps 20 --num_workers 0 --task inverse classify --labels", world.folder / "side.csv", ENCODE,
-               "--data", world.folder / "train" / "*.tar", "--val_data", world.folder / "val" / "*.tar", "--out", world.folder / "video",
-               "--clips 140")  # fmt: skip
+    (world.folder / "side.csv").write_text(
+        "key,label\n" + "".join(f"{k},{'ab'[i % 2]}\n" for i, k in enumerate(keys[:-1]))
+    )
+    text = run(
+        world.folder,
+        "probe.py",
+        "--steps 20 --num_workers 0 --task inverse classify --labels",
+        world.folder / "side.csv",
+        ENCODE,
+        "--data",
+        world.folder / "train" / "*.tar",
+        "--val_data",
+        world.folder / "val" / "*.tar",
+        "--out",
+        world.folder / "video",
+        "--clips 140",
+    )
     report = json.loads((world.folder / "video" / "probe.json").read_text())
     assert report["clips"] == [140, 36] and list(report["inverse"]) == ["real -> real"]
     assert report["inverse"]["real -> real"]["linear"]["yaw_diff"]["r2"] > 0.3
@@ -163,7 +270,8 @@ def test_video_is_probed_without_a_checkpoint(world):
 
 
 def test_large_grids_are_pooled_by_place():
-    """Bug: patches are averaged with those of another row or step, or a small grid is pooled too."""
+    """Bug: patches are averaged with those of another row or step, or a small grid is pooled
+    too."""
     z = torch.arange(2 * 3 * 64 * 5).float().view(2, 3, 64, 5) / 1000
     want = z.view(2, 3, 4, 2, 4, 2, 5).mean((3, 5)).flatten(2, 3)
     torch.testing.assert_close(heads.pool(z, 4).float(), want, atol=2e-3, rtol=1e-3)
@@ -175,7 +283,8 @@ def test_large_grids_are_pooled_by_place():
 
 @pytest.mark.parametrize("space", [13, 36, 38])
 def test_lines_give_back_the_actions(space):
-    """Bug: motion is spread over one tick too many, keys lie a tick late, yaw jumps where it wraps, or a slot reads as the one before."""
+    """Bug: motion is spread over one tick too many, keys lie a tick late, yaw jumps where it wraps,
+    or a slot reads as the one before."""
     rng, names = np.random.default_rng(0), ACTION_SPACES[space]
     ends, frames = np.arange(3, 160, 4), 163
     actions = np.float64(rng.random((len(ends) - 1, len(names))) < 0.3)
@@ -194,16 +303,28 @@ def test_lines_give_back_the_actions(space):
         actions[:, hotbar] = 0
         actions[changed, np.array(hotbar)[actions[changed][:, slots].argmax(1)]] = 1
     np.testing.assert_allclose(found, actions, atol=1e-5)
-    assert not ticks.motion[:3, :2].any() and not ticks.keys[: ends[0]].any() and not ticks.motion[ends[-1] :, :2].any()
+    assert (
+        not ticks.motion[:3, :2].any()
+        and not ticks.keys[: ends[0]].any()
+        and not ticks.motion[ends[-1] :, :2].any()
+    )
 
 
 def test_labels_of_play_are_the_true_actions(world, probed):
-    """Bug: labels are steps late, at the wrong rate, in scaled units, or a torn video ends the shard."""
+    """Bug: labels are steps late, at the wrong rate, in scaled units, or a torn video ends the
+    shard."""
     records, bad = open_records(probed.labelled)
-    assert [r.key for r in records] == ["new"] and not bad and "torn.mp4" in probed.text and "labelled 1 recordings" in probed.text
+    assert (
+        [r.key for r in records] == ["new"]
+        and not bad
+        and "torn.mp4" in probed.text
+        and "labelled 1 recordings" in probed.text
+    )
     with tarfile.open(probed.labelled) as tar:
         assert tar.extractfile("new.mp4").read() == probed.video
-    true = next(r for r in open_records(str(world.folder / "val" / "*.tar"))[0] if r.key == "play.12")
+    true = next(
+        r for r in open_records(str(world.folder / "val" / "*.tar"))[0] if r.key == "play.12"
+    )
     ends = np.arange(2, LINES, 4)
     (found, _), (actions, _) = (step_actions(read_ticks(r), ends, 36) for r in (records[0], true))
     names = ACTION_SPACES[36]
@@ -211,7 +332,14 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     assert (found[:, names.index("key.w")] == actions[:, names.index("key.w")]).mean() > 0.9
     slots = [i for i, n in enumerate(names) if n.startswith("slot.")]
     assert (found[:, slots].argmax(1) == actions[:, slots].argmax(1)).mean() > 0.8
-    run(world.folder, "fit_scaler.py", "--data", probed.labelled, "--fps 10 --num_workers 0 --output", world.folder / "labelled.pkl")
+    run(
+        world.folder,
+        "fit_scaler.py",
+        "--data",
+        probed.labelled,
+        "--fps 10 --num_workers 0 --output",
+        world.folder / "labelled.pkl",
+    )
     assert "yaw_diff" in run(world.folder, "data.py", "--inspect", probed.labelled)
 
 
@@ -219,40 +347,64 @@ def test_labels_of_play_are_the_true_actions(world, probed):
 
 
 def test_bad_input_is_one_sentence(world):
-    """Bug: a traceback, or minutes of fitting before what is wrong with a label, a shard or a checkpoint is said."""
+    """Bug: a traceback, or minutes of fitting before what is wrong with a label, a shard or a
+    checkpoint is said."""
     folder, small = world.folder, ["--clips 40 --val_clips 10 --steps 5", *world.flags]
     lines = ["--lines", folder / "train" / "*.tar", folder / "val" / "*.tar"]
     error = fails(folder, "probe.py", *small, *lines, "--label_field isGuiOpen")
     assert "label isGuiOpen is false in every clip" in error
-    assert "holds features, which have no lines" in fails(folder, "probe.py", *small, "--label_field hotbar")
-    assert "--label_field biome is not in the lines" in fails(folder, "probe.py", *small, *lines, "--label_field biome")
+    assert "holds features, which have no lines" in fails(
+        folder, "probe.py", *small, "--label_field hotbar"
+    )
+    assert "--label_field biome is not in the lines" in fails(
+        folder, "probe.py", *small, *lines, "--label_field biome"
+    )
     (folder / "columns.csv").write_text("name,label\nplay.1,a\n")
-    assert "has columns ['name', 'label'], not key and label" in fails(folder, "probe.py", *small, "--labels", folder / "columns.csv")
+    assert "has columns ['name', 'label'], not key and label" in fails(
+        folder, "probe.py", *small, "--labels", folder / "columns.csv"
+    )
     (folder / "strange.csv").write_text("key,label\nplay.1,a\nplay.99,b\n")
     assert "names 1 recordings that the shards do not hold, play.99" in fails(
         folder, "probe.py", *small, "--labels", folder / "strange.csv"
     )
-    assert "--horizon 7 needs clips of 9 steps, these have 8" in fails(folder, "probe.py", *small, "--horizon 7")
+    assert "--horizon 7 needs clips of 9 steps, these have 8" in fails(
+        folder, "probe.py", *small, "--horizon 7"
+    )
     empty = write_tar(folder / "no-video.tar", {"a.jsonl": jsonl(contractor(20))})
-    assert "holds no KEY.mp4" in fails(folder, "probe.py", *small, "--label", empty, "--out", folder / "x.tar")
+    assert "holds no KEY.mp4" in fails(
+        folder, "probe.py", *small, "--label", empty, "--out", folder / "x.tar"
+    )
     assert not (folder / "x.tar").exists()
     state, _ = checkpoint.load_latest(str(folder / "run"))
-    checkpoint.save(str(folder / "arm"), state | {"action_names": ["x", "y", "z", *state["action_names"][3:]]}, 1)
-    assert "has actions ['x', 'y', 'z'" in fails(folder, "probe.py", "--num_workers 0 --checkpoint", folder / "arm")
+    checkpoint.save(
+        str(folder / "arm"),
+        state | {"action_names": ["x", "y", "z", *state["action_names"][3:]]},
+        1,
+    )
+    assert "has actions ['x', 'y', 'z'" in fails(
+        folder, "probe.py", "--num_workers 0 --checkpoint", folder / "arm"
+    )
 
 
 # --- under a policy ---
 
 
 def test_the_recipe_of_the_readme_runs(tmp_path, monkeypatch):
-    """Bug: the README's wrapper does not run, crops another part of the screen than training does, or leaves its own observation space."""
+    """Bug: the README's wrapper does not run, crops another part of the screen than training does,
+    or leaves its own observation space."""
     monkeypatch.chdir(tmp_path)  # ViZDoom writes its settings where it starts
     import gymnasium
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
     with open(os.path.join(ROOT, "README.md")) as f:
-        code = next(b for b in re.findall(r"```python\n(.*?)```", f.read(), re.S) if "TransformObservation" in b)
-    small = code.replace("(256, encoder", "(4, encoder").replace("encoder, 256)", "encoder, 32)")  # 256 patches of 256 pixels in the README
+        code = next(
+            b
+            for b in re.findall(r"```python\n(.*?)```", f.read(), re.S)
+            if "TransformObservation" in b
+        )
+    small = code.replace("(256, encoder", "(4, encoder").replace(
+        "encoder, 256)", "encoder, 32)"
+    )  # 256 patches of 256 pixels in the README
     assert small.count("4, encoder") == small.count("encoder, 32") == 1
     torch.save({"target_encoder": open_encoder("vit_tiny", 32, 2).state_dict()}, "vitl.pt")
     scope = {"env": gymnasium.make("VizdoomBasic-v1")}
@@ -264,7 +416,9 @@ def test_the_recipe_of_the_readme_runs(tmp_path, monkeypatch):
     assert np.abs(later[-1] - first).mean() > 0.01  # the player has moved
     env.close()
     screen = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    small = av.VideoFrame.from_ndarray(screen, format="rgb24").to_ndarray(format="rgb24", width=48, height=32, interpolation="BILINEAR")
+    small = av.VideoFrame.from_ndarray(screen, format="rgb24").to_ndarray(
+        format="rgb24", width=48, height=32, interpolation="BILINEAR"
+    )
     video = torch.from_numpy(small[:, 8:40].transpose(2, 0, 1).copy()).expand(1, 2, -1, -1, -1)
     want = normalize_features(encode_steps(encoder, video, "tubelet", 2))[0, 0].detach()
     np.testing.assert_allclose(env.observation({"screen": screen}), want.numpy(), atol=1e-5)

@@ -1,4 +1,5 @@
-"""Shards at URLs through a server that fails, the cache's limit, ranks that die under torchrun, runs that change their number of ranks."""
+"""Shards at URLs through a server that fails, the cache's limit, ranks that die under torchrun,
+runs that change their number of ranks."""
 
 import collections
 import http.server
@@ -18,7 +19,19 @@ import fsspec
 import numpy as np
 import pytest
 from conftest import HEIGHT
-from test_train import PLAN, ROOT, TINY, Run, fails, numbers, rows_of, run, same_run, start_ranks, words
+from test_train import (
+    PLAN,
+    ROOT,
+    TINY,
+    Run,
+    fails,
+    numbers,
+    rows_of,
+    run,
+    same_run,
+    start_ranks,
+    words,
+)
 
 from data import Clips, Order, Slice, index_shards, open_split, read_ticks, vpt_loader
 from files import remote, streams
@@ -31,7 +44,8 @@ READER = ClipReader(crop_size=HEIGHT)
 
 
 class Ranged(http.server.BaseHTTPRequestHandler):
-    """Files of `folder`, parts of them if asked and if `ranges`; faults: {name: what the next GETs of it meet}; counts what it sends."""
+    """Files of `folder`, parts of them if asked and if `ranges`; faults: {name: what the next GETs
+    of it meet}; counts what it sends."""
 
     folder, ranges, faults, sent, gets, slow = "", True, {}, {}, {}, 0.0
 
@@ -45,7 +59,11 @@ class Ranged(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         data = open(path, "rb").read()
         version = f'"{len(data)}-{os.stat(path).st_mtime_ns}"'
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.ranges else None
+        wanted = (
+            re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if self.ranges
+            else None
+        )
         self.send_response_only(206 if wanted else 200)
         if wanted:
             a, b = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
@@ -72,10 +90,14 @@ class Ranged(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(shards):
-    handler = type("Handler", (Ranged,), {"folder": str(shards), "faults": {}, "sent": {}, "gets": {}})
+    handler = type(
+        "Handler", (Ranged,), {"folder": str(shards), "faults": {}, "sent": {}, "gets": {}}
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as s:
         threading.Thread(target=s.serve_forever, daemon=True).start()
-        yield types.SimpleNamespace(url=f"http://127.0.0.1:{s.server_port}", handler=handler, port=s.server_port)
+        yield types.SimpleNamespace(
+            url=f"http://127.0.0.1:{s.server_port}", handler=handler, port=s.server_port
+        )
         s.shutdown()
 
 
@@ -85,7 +107,10 @@ def shard(url, folder, gigabytes=1.0):
 
 def take(loader, count):
     """Batches as what can be compared."""
-    return [(b["key"], b["video"].numpy().tobytes(), b["actions"].numpy().tobytes()) for b in itertools.islice(loader, count)]
+    return [
+        (b["key"], b["video"].numpy().tobytes(), b["actions"].numpy().tobytes())
+        for b in itertools.islice(loader, count)
+    ]
 
 
 def copies(folder):
@@ -97,7 +122,8 @@ def copies(folder):
 
 @pytest.mark.parametrize("scheme", ["http", "memory"])
 def test_shards_in_the_cache_are_local_shards(shards, server, tmp_path, monkeypatch, scheme):
-    """Bug: other clips or another order than from the files; a shard that is copied by each worker, or again by the next run."""
+    """Bug: other clips or another order than from the files; a shard that is copied by each worker,
+    or again by the next run."""
     url, local = server.url, vpt_loader(str(shards / "*.tar"), 2, reader=READER, num_workers=0)
     if scheme == "memory":
         fsspec.filesystem("memory").put(str(shards), "/scale", recursive=True)
@@ -108,37 +134,61 @@ def test_shards_in_the_cache_are_local_shards(shards, server, tmp_path, monkeypa
     assert take(vpt_loader(remote_data, 2, num_workers=2, **options), 12) == expected
     assert len(copies(tmp_path / "cache")) == 3
     bodies = {n: os.path.getsize(shards / n) for n in server.handler.sent}
-    assert all(size <= server.handler.sent[n] < 2 * size + remote.BLOCK for n, size in bodies.items())  # once, and what the index looked at
+    assert all(
+        size <= server.handler.sent[n] < 2 * size + remote.BLOCK for n, size in bodies.items()
+    )  # once, and what the index looked at
     server.handler.sent.clear()
-    data = open_split([[p] for p in cached([[remote_data.replace("{000000..000002}", f"00000{i}") for i in range(3)]], **{
-        "folder": str(tmp_path / "cache"), "gigabytes": 1.0, "say": str})[0]])  # fmt: skip
-    assert take(vpt_loader(data[:2], 2, reader=READER, num_workers=0), 12) == expected and not server.handler.sent
+    data = open_split(
+        [
+            [p]
+            for p in cached(
+                [[remote_data.replace("{000000..000002}", f"00000{i}") for i in range(3)]],
+                **{"folder": str(tmp_path / "cache"), "gigabytes": 1.0, "say": str},
+            )[0]
+        ]
+    )
+    assert (
+        take(vpt_loader(data[:2], 2, reader=READER, num_workers=0), 12) == expected
+        and not server.handler.sent
+    )
     ticks = [read_ticks(r) for r in data[0][:2]]
     assert not np.array_equal(ticks[0].motion, ticks[1].motion)
 
 
 def test_an_index_reads_ranges_only(server, shards, tmp_path, monkeypatch):
-    """Bug: every shard is copied before the first step; the index is made again by each rank and run."""
+    """Bug: every shard is copied before the first step; the index is made again by each rank and
+    run."""
     monkeypatch.setattr(remote, "BLOCK", 1 << 12)
     path, folder = shard(f"{server.url}/shard-000001.tar", tmp_path), tmp_path
     found, bad = index_shards([path])
     local, _ = index_shards([str(shards / "shard-000001.tar")])
-    assert [(r.key, {k: tuple(v) for k, v in r.members.items()}, r.length) for r in found] == [(r.key, r.members, r.length) for r in local]
-    assert not bad and not copies(folder) and found[0].shard.size == os.path.getsize(shards / "shard-000001.tar")
+    assert [(r.key, {k: tuple(v) for k, v in r.members.items()}, r.length) for r in found] == [
+        (r.key, r.members, r.length) for r in local
+    ]
+    assert (
+        not bad
+        and not copies(folder)
+        and found[0].shard.size == os.path.getsize(shards / "shard-000001.tar")
+    )
     assert 0 < server.handler.sent["shard-000001.tar"] < 0.5 * found[0].shard.size
     server.handler.sent.clear()
-    assert index_shards([shard(f"{server.url}/shard-000001.tar", folder)])[0] == found and not server.handler.sent
+    assert (
+        index_shards([shard(f"{server.url}/shard-000001.tar", folder)])[0] == found
+        and not server.handler.sent
+    )
     server.handler.ranges = False  # then it is copied for its index, once
     path = shard(f"{server.url}/shard-000002.tar", folder)
     found, bad = index_shards([path])
     assert len(found) == 2 and not bad and len(copies(folder)) == 1 and found[0].shard == path
     os.close(path.open())
-    assert server.handler.gets["shard-000002.tar"] == 2  # the question whether it serves ranges, and the copy
+    assert (
+        server.handler.gets["shard-000002.tar"] == 2
+    )  # the question whether it serves ranges, and the copy
 
 
 def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
-    """Bug: a busy server or a cut connection ends the run; bytes are lost where a transfer goes on; tries without end, or an error that
-    does not say what failed."""
+    """Bug: a busy server or a cut connection ends the run; bytes are lost where a transfer goes on;
+    tries without end, or an error that does not say what failed."""
     name = "shard-000000.tar"
     raw = (shards / name).read_bytes()
     server.handler.faults[name] = [503, "cut", 503, "cut", 503]
@@ -147,9 +197,11 @@ def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
     assert os.pread(fd, len(raw) + 1, 0) == raw and not server.handler.faults[name]
     os.close(fd)
     os.unlink(path.copy)
-    for faults, text in (([503] * 99, r"shard-000000.tar cannot be read: HTTPError: HTTP Error 503: .* \(5 times\)"),
-                         ([403], r"HTTP Error 403: .* \(at once, so not tried again\)"),
-                         (["long"] * 99, rf"{len(raw) + 4} bytes came, the server had said {len(raw)} \(5 times\)")):  # fmt: skip
+    for faults, text in (
+        ([503] * 99, r"shard-000000.tar cannot be read: HTTPError: HTTP Error 503: .* \(5 times\)"),
+        ([403], r"HTTP Error 403: .* \(at once, so not tried again\)"),
+        (["long"] * 99, rf"{len(raw) + 4} bytes came, the server had said {len(raw)} \(5 times\)"),
+    ):
         server.handler.faults[name] = list(faults)
         with pytest.raises(Unreachable, match=text):
             path.open()
@@ -181,7 +233,8 @@ def test_the_waits_grow_and_are_bounded(monkeypatch):
 
 
 def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
-    """Bug: half of a copy is of the old version, or a copy of the old one serves a run that means the new one."""
+    """Bug: half of a copy is of the old version, or a copy of the old one serves a run that means
+    the new one."""
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "a.tar").write_bytes((shards / "shard-000000.tar").read_bytes())
@@ -191,7 +244,10 @@ def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
     (folder / "a.tar").write_bytes((shards / "shard-000001.tar").read_bytes())
     new = shard(f"{server.url}/a.tar", tmp_path / "cache")
     fd = new.open()
-    assert os.pread(fd, new.size + 1, 0) == (shards / "shard-000001.tar").read_bytes() and new.copy != old.copy
+    assert (
+        os.pread(fd, new.size + 1, 0) == (shards / "shard-000001.tar").read_bytes()
+        and new.copy != old.copy
+    )
     os.close(fd)
     os.unlink(new.copy)
     (folder / "a.tar").write_bytes(bytes(new.size))  # as long, and another
@@ -211,12 +267,15 @@ def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
 
 
 def test_the_oldest_copy_goes_and_none_in_use(server, shards, tmp_path, monkeypatch):
-    """Bug: the cache grows over its limit, evicts what was just used, or takes a file away from who reads it."""
+    """Bug: the cache grows over its limit, evicts what was just used, or takes a file away from who
+    reads it."""
     size = max(os.path.getsize(p) for p in shards.glob("*.tar"))
     names = [f"{server.url}/shard-00000{i}.tar" for i in range(3)]
     said = []
     a, b, c = cached([names], str(tmp_path), 2.2e-9 * size, said.append)[0]
-    assert "3 shards at URLs" in said[0] and re.search(r"WARNING: only .* about 2\d% of the clips", said[1])
+    assert "3 shards at URLs" in said[0] and re.search(
+        r"WARNING: only .* about 2\d% of the clips", said[1]
+    )
     for path in (a, b, a):  # b was used longest ago
         os.close(path.open())
     os.close(c.open())
@@ -245,7 +304,8 @@ def open_and_say(path, out):
 
 
 def test_processes_share_one_transfer_and_survive_a_kill(server, shards, tmp_path):
-    """Bug: each rank of a node copies the shard for itself; a killed copier leaves a lock, or half a shard that counts as whole."""
+    """Bug: each rank of a node copies the shard for itself; a killed copier leaves a lock, or half
+    a shard that counts as whole."""
     name, fork = "shard-000001.tar", multiprocessing.get_context("fork")
     path, out = shard(f"{server.url}/{name}", tmp_path), fork.Queue()
     server.handler.slow = 0.02
@@ -270,19 +330,35 @@ def test_processes_share_one_transfer_and_survive_a_kill(server, shards, tmp_pat
 
 
 def test_shards_in_a_bucket(shards, tmp_path, monkeypatch):
-    """Bug: what works with a web server does not with S3: other names of size and version, other errors."""
+    """Bug: what works with a web server does not with S3: other names of size and version, other
+    errors."""
     boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # another test's has another address
+    pytest.importorskip(
+        "s3fs"
+    ).S3FileSystem.clear_instance_cache()  # another test's has another address
     bucket = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     bucket.start()
-    settings = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{bucket.get_host_and_port()[1]}", "AWS_ACCESS_KEY_ID": "a"}
-    for k, v in (settings | {"AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{bucket.get_host_and_port()[1]}",
+        "AWS_ACCESS_KEY_ID": "a",
+    }
+    for k, v in (
+        settings
+        | {
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+        }
+    ).items():
         monkeypatch.setenv(k, v)
     client = boto3.client("s3")
     client.create_bucket(Bucket="scale")
     for p in shards.glob("*.tar"):
         client.upload_file(str(p), "scale", p.name)
-    data, options = "s3://scale/shard-{000000..000002}.tar", {"reader": READER, "cache_dir": str(tmp_path)}
+    data, options = (
+        "s3://scale/shard-{000000..000002}.tar",
+        {"reader": READER, "cache_dir": str(tmp_path)},
+    )
     expected = take(vpt_loader(str(shards / "*.tar"), 2, reader=READER, num_workers=0), 6)
     assert take(vpt_loader(data, 2, num_workers=1, **options), 6) == expected
     streamed = StreamedClips(["s3://scale/shard-000000.tar"], READER, shuffle=1)
@@ -294,13 +370,32 @@ def test_shards_in_a_bucket(shards, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, shards):
-    """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features are flags to train on them."""
+    """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features are flags
+    to train on them."""
     folder = tmp_path_factory.mktemp("world")
-    run(folder, "fit_scaler.py", "--data", shards / "shard-{000000..000001}.tar", "--output", folder / "scaler.pkl", "--num_workers 0")
+    run(
+        folder,
+        "fit_scaler.py",
+        "--data",
+        shards / "shard-{000000..000001}.tar",
+        "--output",
+        folder / "scaler.pkl",
+        "--num_workers 0",
+    )
     for name, data in (("features", "shard-{000000..000001}.tar"), ("held", "shard-000002.tar")):
-        run(folder, "encode.py", "--data", shards / data, "--out", folder / name, "--encoder vit_tiny --crop_size 32")
+        run(
+            folder,
+            "encode.py",
+            "--data",
+            shards / data,
+            "--out",
+            folder / name,
+            "--encoder vit_tiny --crop_size 32",
+        )
     features = ["--data", folder / "features" / "*.tar", "--val_data", folder / "held" / "*.tar"]
-    return types.SimpleNamespace(folder=folder, features=["--scaler", folder / "scaler.pkl", TINY, *features])
+    return types.SimpleNamespace(
+        folder=folder, features=["--scaler", folder / "scaler.pkl", TINY, *features]
+    )
 
 
 # --- streams, counters ---
@@ -311,8 +406,14 @@ def test_a_stream_goes_on_where_it_was_cut(server, shards):
     name = "shard-000001.tar"
     expected = list(stream_recordings(f"pipe:cat {shards / name}"))
     for ranges in (True, False):
-        server.handler.ranges, server.handler.faults[name] = ranges, [503, "cut", 503, "cut"] if ranges else [503, "cut"]
-        assert list(stream_recordings(f"{server.url}/{name}")) == expected and not server.handler.faults[name]
+        server.handler.ranges, server.handler.faults[name] = (
+            ranges,
+            [503, "cut", 503, "cut"] if ranges else [503, "cut"],
+        )
+        assert (
+            list(stream_recordings(f"{server.url}/{name}")) == expected
+            and not server.handler.faults[name]
+        )
 
 
 def test_bytes_are_those_that_were_read(shards):
@@ -320,7 +421,10 @@ def test_bytes_are_those_that_were_read(shards):
     records, _ = index_shards([str(p) for p in sorted(shards.glob("*.tar"))])
     dataset, before = Clips(records, [1.0] * 6, READER), Slice.total
     clips = [dataset[(0, i, *dataset.locate(u))] for i, u in enumerate(np.linspace(0, 0.99, 12))]
-    assert sum(c["bytes"] for c in clips) == Slice.total - before and min(c["bytes"] for c in clips) > 0
+    assert (
+        sum(c["bytes"] for c in clips) == Slice.total - before
+        and min(c["bytes"] for c in clips) > 0
+    )
     path = str(shards / "shard-000000.tar")
     size = sum(n for r in records if r.shard == path for _, n in r.members.values())
     stream = list(itertools.islice(StreamedClips([f"pipe:cat {path}"], READER, shuffle=1), 16))
@@ -328,12 +432,31 @@ def test_bytes_are_those_that_were_read(shards):
 
 
 def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
-    """Bug: a run from URLs is not the run from files, does not resume exactly, or leaves out what it cannot reach without a word."""
+    """Bug: a run from URLs is not the run from files, does not resume exactly, or leaves out what
+    it cannot reach without a word."""
     server.handler.folder = str(world.folder / "features")
-    flags = [TINY, "--scaler", world.folder / "scaler.pkl", "--epochs 2 --warmup 0 --anneal 0 --ipe 4 --val_data",
-             world.folder / "held" / "*.tar"]  # fmt: skip
-    run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "local", "--data", world.folder / "features" / "*.tar")
-    flags += ["--data", server.url + "/shard-{000000..000001}.tar", "--cache_size 1 --cache_dir", tmp_path / "cache"]
+    flags = [
+        TINY,
+        "--scaler",
+        world.folder / "scaler.pkl",
+        "--epochs 2 --warmup 0 --anneal 0 --ipe 4 --val_data",
+        world.folder / "held" / "*.tar",
+    ]
+    run(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        "--out_dir",
+        tmp_path / "local",
+        "--data",
+        world.folder / "features" / "*.tar",
+    )
+    flags += [
+        "--data",
+        server.url + "/shard-{000000..000001}.tar",
+        "--cache_size 1 --cache_dir",
+        tmp_path / "cache",
+    ]
     text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "url", "--max_steps 6")
     assert "2 shards at URLs" in text and len(copies(tmp_path / "cache")) == 2
     run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "url", "--num_workers 1 --resume")
@@ -345,14 +468,26 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
     server.handler.faults["shard-000001.tar"] = [403] * 99
     for p in (tmp_path / "cache" / "shards").iterdir():
         p.unlink()
-    line = fails(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "refused", "--num_workers 1")
-    assert line.startswith(f"error: {server.url}/shard-000001.tar cannot be read: ClientResponseError: 403, message='Forbidden'"), line
+    line = fails(
+        tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "refused", "--num_workers 1"
+    )
+    assert line.startswith(
+        f"error: {server.url}/shard-000001.tar cannot be read: ClientResponseError: 403,"
+        " message='Forbidden'"
+    ), line
 
 
 def test_encode_reads_urls_through_the_cache(world, shards, server, tmp_path):
-    """Bug: features of shards at URLs are not those of the files, or a second run copies them again."""
-    flags = ["--data", server.url + "/shard-{000000..000001}.tar", "--encoder vit_tiny --crop_size 32 --out", tmp_path / "f",
-             "--cache_dir", tmp_path / "cache"]  # fmt: skip
+    """Bug: features of shards at URLs are not those of the files, or a second run copies them
+    again."""
+    flags = [
+        "--data",
+        server.url + "/shard-{000000..000001}.tar",
+        "--encoder vit_tiny --crop_size 32 --out",
+        tmp_path / "f",
+        "--cache_dir",
+        tmp_path / "cache",
+    ]
     run(tmp_path, "encode.py", *flags)
     for path in (world.folder / "features").glob("*.tar"):
         assert (tmp_path / "f" / path.name).read_bytes() == path.read_bytes()
@@ -365,8 +500,8 @@ def test_encode_reads_urls_through_the_cache(world, shards, server, tmp_path):
 
 
 def test_ranks_times_micro_batches_can_change_between_runs(world, tmp_path):
-    """Bug: another number of ranks with the same global batch takes other clips, at the end of an epoch or inside one; a changed global
-    batch is not said."""
+    """Bug: another number of ranks with the same global batch takes other clips, at the end of an
+    epoch or inside one; a changed global batch is not said."""
     flags = [*world.features, PLAN, "--ipe 4 --batch_size 2 --val_clips 0 --out_dir"]
 
     def both(*more):
@@ -376,40 +511,75 @@ def test_ranks_times_micro_batches_can_change_between_runs(world, tmp_path):
 
     both(tmp_path / "two", "--max_steps 11")
     both(tmp_path / "changed", "--max_steps 4")
-    text = run(tmp_path, "train_ac.py", *flags, tmp_path / "changed", "--resume --grad_accum 2 --max_steps 6")
+    text = run(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        tmp_path / "changed",
+        "--resume --grad_accum 2 --max_steps 6",
+    )
     assert "1 ranks, not 2: the same 4 clips in each step as before" in text
-    assert "2 ranks, not 1: the same 4 clips" in both(tmp_path / "changed", "--resume --max_steps 9")
+    assert "2 ranks, not 1: the same 4 clips" in both(
+        tmp_path / "changed", "--resume --max_steps 9"
+    )
     whole = numbers(tmp_path / "two", "jloss", "sloss")
-    np.testing.assert_allclose(numbers(tmp_path / "changed", "jloss", "sloss"), whole[:9], rtol=1e-5)
+    np.testing.assert_allclose(
+        numbers(tmp_path / "changed", "jloss", "sloss"), whole[:9], rtol=1e-5
+    )
     text = run(tmp_path, "train_ac.py", *flags, tmp_path / "changed", "--resume --max_steps 11")
-    assert "a step now takes 2 clips, not 4: other clips from here on; of epoch 2, some clips come twice and others not at all" in text
+    assert (
+        "a step now takes 2 clips, not 4: other clips from here on; of epoch 2, some clips come"
+        " twice and others not at all" in text
+    )
     other = numbers(tmp_path / "changed", "jloss", "sloss")
     assert len(other) == 11 and np.abs(other[9:] / whole[9:] - 1).max() > 1e-3
-    assert "nothing left to do: 11 steps are done" in both(tmp_path / "two", "--resume --max_steps 11")  # and it ends well
+    assert "nothing left to do: 11 steps are done" in both(
+        tmp_path / "two", "--resume --max_steps 11"
+    )  # and it ends well
 
 
 def test_ranks_that_find_different_checkpoints_end(world, tmp_path):
-    """Bug: --out_dir is a disk of each node's own: after a restart one rank goes on at step 4, the other, with no moments, at 0."""
+    """Bug: --out_dir is a disk of each node's own: after a restart one rank goes on at step 4, the
+    other, with no moments, at 0."""
     flags = [*world.features, PLAN, "--ipe 4 --batch_size 2 --val_clips 0"]
     run(tmp_path, "train_ac.py", *flags, "--max_steps 4 --out_dir", tmp_path / "a")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    ranks = [Run(tmp_path, "train_ac.py", *flags, "--resume --out_dir", tmp_path / out, env=env | {"RANK": str(r), "LOCAL_RANK": "0"})
-             for r, out in enumerate("ab")]  # fmt: skip
+        env = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(s.getsockname()[1]),
+        }
+    ranks = [
+        Run(
+            tmp_path,
+            "train_ac.py",
+            *flags,
+            "--resume --out_dir",
+            tmp_path / out,
+            env=env | {"RANK": str(r), "LOCAL_RANK": "0"},
+        )
+        for r, out in enumerate("ab")
+    ]
     for rank in ranks:
         code, text = rank.wait()
         assert (
-            code and "ranks find different checkpoints in" in text and "(None, checkpoint-epoch001.pth.tar): it must be one folder" in text
+            code
+            and "ranks find different checkpoints in" in text
+            and "(None, checkpoint-epoch001.pth.tar): it must be one folder" in text
         )
 
 
 def test_the_order_is_dealt_by_global_batch():
-    """Bug: the clips of a step depend on how many ranks, clips a rank and micro-batches make its global batch."""
+    """Bug: the clips of a step depend on how many ranks, clips a rank and micro-batches make its
+    global batch."""
     dataset = types.SimpleNamespace(seed=3, locate=lambda u: (u,))
     steps = collections.defaultdict(set)
     for world_size, size, accum in ((1, 8, 1), (2, 4, 1), (4, 1, 2), (1, 2, 4)):
-        parts = [iter(Order(dataset, size, 5 * accum, 2, 3 * accum, r, world_size)) for r in range(world_size)]
+        parts = [
+            iter(Order(dataset, size, 5 * accum, 2, 3 * accum, r, world_size))
+            for r in range(world_size)
+        ]
         for step in range(6):  # over the end of the epoch
             clips = [item for part in parts for _ in range(accum) for item in next(part)]
             assert len(set(clips)) == 8
@@ -419,18 +589,45 @@ def test_the_order_is_dealt_by_global_batch():
 
 def agent(port, log, flags):
     """One node's torchrun, in a session of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3",
-               "--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=localhost:{port}", "train_ac.py", *words(flags)]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(command, cwd=ROOT, stdout=open(log, "a"), stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max_restarts=3",
+        "--rdzv_backend=c10d",
+        "--rdzv_id=test",
+        f"--rdzv_endpoint=localhost:{port}",
+        "train_ac.py",
+        *words(flags),
+    ]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=open(log, "a"),
+        stderr=subprocess.STDOUT,
+        env=env,
+        start_new_session=True,
+    )
 
 
 def holds(pid, port):
     """Whether a process listens on a port."""
     with open("/proc/net/tcp6") as f, open("/proc/net/tcp") as g:
-        inodes = {x[9] for x in map(str.split, [*f, *g]) if x[1].endswith(f":{port:04X}") and x[3] == "0A"}
+        inodes = {
+            x[9] for x in map(str.split, [*f, *g]) if x[1].endswith(f":{port:04X}") and x[3] == "0A"
+        }
     links = (f"/proc/{pid}/fd/{n}" for n in os.listdir(f"/proc/{pid}/fd"))
-    return bool({f"socket:[{i}]" for i in inodes} & {os.readlink(x) for x in links if os.path.exists(x) or os.path.islink(x)})
+    return bool(
+        {f"socket:[{i}]" for i in inodes}
+        & {os.readlink(x) for x in links if os.path.exists(x) or os.path.islink(x)}
+    )
 
 
 def worker_of(process):
@@ -442,9 +639,12 @@ def worker_of(process):
                     return int(child)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the agents' workers in /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/task"), reason="finds the agents' workers in /proc"
+)
 def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
-    """Bug: a rank that dies hangs the others or ends the job; those started again begin anew, or go on with other clips or moments."""
+    """Bug: a rank that dies hangs the others or ends the job; those started again begin anew, or go
+    on with other clips or moments."""
     flags = [*world.features, PLAN, "--ipe 60 --batch_size 2 --val_clips 0 --out_dir"]
     whole = start_ranks(tmp_path, "train_ac.py", *flags, tmp_path / "whole")
     with socket.socket() as s:
@@ -467,15 +667,22 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
     while said().count("resumed from") < 1:
         until(1)
     until(130)  # saved at 120
-    hosts = [p for p in nodes if holds(p.pid, port)]  # the agent that keeps the store cannot be spared
+    hosts = [
+        p for p in nodes if holds(p.pid, port)
+    ]  # the agent that keeps the store cannot be spared
     lost = nodes[0] if hosts == [nodes[1]] else nodes[1]
     for pid in (lost.pid, worker_of(lost)):  # the node is gone
         os.kill(pid, signal.SIGKILL)
     lost.wait()
-    nodes[nodes.index(lost)] = agent(port, logs[1], [*flags, tmp_path / "run", "--resume"])  # the same line again, as a scheduler does
+    nodes[nodes.index(lost)] = agent(
+        port, logs[1], [*flags, tmp_path / "run", "--resume"]
+    )  # the same line again, as a scheduler does
     for node in nodes:
         assert node.wait(timeout=100) == 0, said()
-    assert re.findall(r"resumed from \S+ at epoch (\d), itr (\d+)", said()) == [("1", "0"), ("2", "0")], said()
+    assert re.findall(r"resumed from \S+ at epoch (\d), itr (\d+)", said()) == [
+        ("1", "0"),
+        ("2", "0"),
+    ], said()
     for rank in whole:
         assert rank.wait()[0] == 0, rank.text()
     same_run(tmp_path / "whole", tmp_path / "run")
@@ -485,18 +692,45 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
 
 
 def test_the_scaling_model_does_its_sums(monkeypatch):
-    """Bug: what one GPU needs is taken for what all need, bits for bytes, or the encoder's work for that of runs on features."""
+    """Bug: what one GPU needs is taken for what all need, bits for bytes, or the encoder's work for
+    that of runs on features."""
     monkeypatch.setenv("NANOJEPA_CACHE", os.environ["NANOJEPA_CACHE"])  # bench.data sets its own
     from bench.scale import cluster, flops, predictor_of, small
 
-    args = types.SimpleNamespace(share=0.4, tflops=1000, batch_size=8, nvlink=450, net=400, cores=20, storage=5)
-    found, work = {"decode": (0.2, 2e6), "features": (0.001, 4e6)}, {"encoder": 1e12, "predictor": 4e12}
-    video, features = (cluster(64, source, found, work, 1.2e9, args) for source in ("video", "features"))
-    wanted = {"step ms": 100, "clips/s": 64 * 80, "cores/GPU": 16, "GB/s a node": 1.28, "GB/s in all": 10.24, "all-reduce ms": 47.25}
-    assert all(np.isclose(video[k], v) for k, v in wanted.items()) and np.isclose(video["of backward"], 47.25e-3 / (64 / 3 * 2.5e-3))
-    assert (video["first"], video["answer"]) == ("storage", "--cache_dir") and np.isclose(video["load"], 10.24 / 5)
-    assert np.isclose(features["step ms"], 80) and np.isclose(features["GB/s a node"], 3.2) and np.isclose(features["cores/GPU"], 0.1)
+    args = types.SimpleNamespace(
+        share=0.4, tflops=1000, batch_size=8, nvlink=450, net=400, cores=20, storage=5
+    )
+    found, work = (
+        {"decode": (0.2, 2e6), "features": (0.001, 4e6)},
+        {"encoder": 1e12, "predictor": 4e12},
+    )
+    video, features = (
+        cluster(64, source, found, work, 1.2e9, args) for source in ("video", "features")
+    )
+    wanted = {
+        "step ms": 100,
+        "clips/s": 64 * 80,
+        "cores/GPU": 16,
+        "GB/s a node": 1.28,
+        "GB/s in all": 10.24,
+        "all-reduce ms": 47.25,
+    }
+    assert all(np.isclose(video[k], v) for k, v in wanted.items()) and np.isclose(
+        video["of backward"], 47.25e-3 / (64 / 3 * 2.5e-3)
+    )
+    assert (video["first"], video["answer"]) == ("storage", "--cache_dir") and np.isclose(
+        video["load"], 10.24 / 5
+    )
+    assert (
+        np.isclose(features["step ms"], 80)
+        and np.isclose(features["GB/s a node"], 3.2)
+        and np.isclose(features["cores/GPU"], 0.1)
+    )
     few = cluster(8, "video", found, work, 1.2e9, args)
-    assert (few["first"], few["answer"]) == ("decode", "-") and np.isclose(few["all-reduce ms"], 1e3 * 1.75 * 1.2e9 / 450e9)
+    assert (few["first"], few["answer"]) == ("decode", "-") and np.isclose(
+        few["all-reduce ms"], 1e3 * 1.75 * 1.2e9 / 450e9
+    )
     full = flops(small(1024, 24, 16, 4096, "meta"), predictor_of(24, 1024, "meta").predictor)
-    assert 1.2e12 < full["encoder"] < 1.4e12 and 4.2e12 < full["predictor"] < 4.7e12  # 2 x 303 M x 2,048 tokens; 6 x 302 M x 2,064 at least
+    assert (
+        1.2e12 < full["encoder"] < 1.4e12 and 4.2e12 < full["predictor"] < 4.7e12
+    )  # 2 x 303 M x 2,048 tokens; 6 x 302 M x 2,064 at least

@@ -26,18 +26,33 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def play(seed, lines, offset=0.0, spread=10.0):
-    """(motion (lines, 4): dx, dy, yaw, pitch in degrees, contractor lines as bytes); yaw is unbounded and crosses +-180."""
+    """(motion (lines, 4): dx, dy, yaw, pitch in degrees, contractor lines as bytes); yaw is
+    unbounded and crosses +-180."""
     rng = np.random.default_rng(seed)
-    dx, dy = rng.normal(2, rng.uniform(30 - spread, 30 + spread), lines) + offset, rng.normal(0, 15, lines)
+    dx, dy = (
+        rng.normal(2, rng.uniform(30 - spread, 30 + spread), lines) + offset,
+        rng.normal(0, 15, lines),
+    )
     yaw = rng.uniform(-720, 720) + np.concatenate([[0], np.cumsum(0.15 * (dx - offset))[:-1]])
     pitch = 40 * np.sin(np.arange(lines) / 9 + seed)
-    out = [{"mouse": {"dx": a, "dy": b, "buttons": [], "newButtons": []}, "keyboard": {"keys": ["key.keyboard.w"]}, "isGuiOpen": False,
-            "hotbar": 0, "yaw": c, "pitch": d, "inventory": []} for a, b, c, d in np.stack([dx, dy, yaw, pitch], 1).tolist()]  # fmt: skip
+    out = [
+        {
+            "mouse": {"dx": a, "dy": b, "buttons": [], "newButtons": []},
+            "keyboard": {"keys": ["key.keyboard.w"]},
+            "isGuiOpen": False,
+            "hotbar": 0,
+            "yaw": c,
+            "pitch": d,
+            "inventory": [],
+        }
+        for a, b, c, d in np.stack([dx, dy, yaw, pitch], 1).tolist()
+    ]
     return np.stack([dx, dy, yaw, pitch], 1), "\n".join(map(json.dumps, out)).encode()
 
 
 def expected(motion, span=8):
-    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, differences wrapped to (-pi, pi]."""
+    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, differences
+    wrapped to (-pi, pi]."""
     n = (len(motion) - 1) // span
     sums = motion[: n * span, :2].reshape(n, span, 2).sum(1)
     turn = np.radians(motion[: n * span + 1 : span, 2:])
@@ -72,7 +87,8 @@ def shards(tmp_path_factory):
 
 
 def run(*flags):
-    """fit_scaler.py with these flags, as `python fit_scaler.py` runs it but without importing torch again; what it prints."""
+    """fit_scaler.py with these flags, as `python fit_scaler.py` runs it but without importing torch
+    again; what it prints."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(sys, "argv", ["fit_scaler.py", *map(str, flags)])
         runpy.run_path(os.path.join(ROOT, "fit_scaler.py"), run_name="__main__")
@@ -86,26 +102,51 @@ def fit(folder, *flags, output="scaler.safetensors"):
 
 
 def test_statistics_are_those_of_numpy(shards, tmp_path):
-    """Bug: lines lost when striding, a step shifted by a line, an unwrapped yaw difference, sample (n - 1) variance, degrees."""
+    """Bug: lines lost when striding, a step shifted by a line, an unwrapped yaw difference, sample
+    (n - 1) variance, degrees."""
     folder, motions = shards
     scaler, out = fit(tmp_path, folder / "*.tar")
     x = np.concatenate([expected(m) for m in motions.values()])
     assert scaler.n == len(x)
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(scaler.scale, x.std(0), rtol=1e-10)
-    assert "SCALER FITTING COMPLETE" in out and f"Total samples: {len(x):,}" in out and f"Saved to: {tmp_path}" in out
-    assert f"Std: {x[:, 0].std():9.3f}" in out and "Converged: False" in out and "samples are few" in out
-    assert scaler.meta["names"] == ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"] and scaler.meta["shards"][2] == "shard-000002.tar"
-    assert len(scaler.meta["recordings"]) == 30 and "shard-000001.tar v7/player-10" in scaler.meta["recordings"]
+    assert (
+        "SCALER FITTING COMPLETE" in out
+        and f"Total samples: {len(x):,}" in out
+        and f"Saved to: {tmp_path}" in out
+    )
+    assert (
+        f"Std: {x[:, 0].std():9.3f}" in out
+        and "Converged: False" in out
+        and "samples are few" in out
+    )
+    assert (
+        scaler.meta["names"] == ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"]
+        and scaler.meta["shards"][2] == "shard-000002.tar"
+    )
+    assert (
+        len(scaler.meta["recordings"]) == 30
+        and "shard-000001.tar v7/player-10" in scaler.meta["recordings"]
+    )
     assert "degrees a pixel" not in out  # 0.15 is right
 
 
 def test_budget_seed_and_workers(shards, tmp_path):
-    """Bug: the samples used depend on which worker is done first; the budget is overshot; pickles differ by object identity."""
+    """Bug: the samples used depend on which worker is done first; the budget is overshot; pickles
+    differ by object identity."""
     folder, motions = shards
     files = []
     for i, (workers, seed) in enumerate([(0, 0), (0, 0), (2, 0), (3, 0), (0, 1)]):
-        flags = ["--max_samples", 500, "--seed", seed, "--num_workers", workers, "--output", tmp_path / f"{i}.pkl"]
+        flags = [
+            "--max_samples",
+            500,
+            "--seed",
+            seed,
+            "--num_workers",
+            workers,
+            "--output",
+            tmp_path / f"{i}.pkl",
+        ]
         out = run("--data", folder / "*.tar", *flags)
         assert "Total samples: 500" in out
         files.append((tmp_path / f"{i}.pkl").read_bytes())
@@ -119,42 +160,93 @@ def test_budget_seed_and_workers(shards, tmp_path):
 
 
 def test_two_ranks_are_one_process(shards, tmp_path):
-    """Bug: ranks merge in the order they finish, a rank counts a recording twice, every rank writes, the budget is per rank."""
+    """Bug: ranks merge in the order they finish, a rank counts a recording twice, every rank
+    writes, the budget is per rank."""
     folder, _ = shards
-    flags = ["--data", str(folder / "*.tar"), "--max_samples", "1500", "--num_workers", "0", "--output"]
+    flags = [
+        "--data",
+        str(folder / "*.tar"),
+        "--max_samples",
+        "1500",
+        "--num_workers",
+        "0",
+        "--output",
+    ]
     run(*flags, tmp_path / "one.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fit_scaler.py", *flags]
-    done = subprocess.run([*command, str(tmp_path / "two.safetensors")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "fit_scaler.py",
+        *flags,
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.safetensors")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (ActionScaler.load(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
-    assert done.stdout.count("SCALER FITTING COMPLETE") == 1 and two.n == one.n == 1500 and two.meta == one.meta
+    assert (
+        done.stdout.count("SCALER FITTING COMPLETE") == 1
+        and two.n == one.n == 1500
+        and two.meta == one.meta
+    )
     for a, b in ((one.mean, two.mean), (one.var, two.var), (one.scale, two.scale)):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 def test_large_offset_keeps_the_variance(tmp_path):
-    """Bug: E[x^2] - E[x]^2, or float32 anywhere: at a mean of 8e6 they leave no digit of a variance of 1e4."""
+    """Bug: E[x^2] - E[x]^2, or float32 anywhere: at a mean of 8e6 they leave no digit of a variance
+    of 1e4."""
     motion, jsonl = play(0, 4001, offset=1e6)
-    scaler, out = fit(tmp_path, write_shard(tmp_path / "a.tar", {f"r{i}": play(i, 4001, offset=1e6)[1] for i in range(3)} | {"z": jsonl}))
+    scaler, out = fit(
+        tmp_path,
+        write_shard(
+            tmp_path / "a.tar",
+            {f"r{i}": play(i, 4001, offset=1e6)[1] for i in range(3)} | {"z": jsonl},
+        ),
+    )
     x = np.concatenate([expected(play(i, 4001, offset=1e6)[0]) for i in (0, 1, 2, 0)])
     assert x[:, 0].mean() > 7.9e6
     np.testing.assert_allclose(scaler.var, ((x - x.mean(0)) ** 2).mean(0), rtol=1e-9)
 
 
 def test_constant_dimension(tmp_path):
-    """Bug: rounding leaves a variance of 1e-33 and a scale of 1e-17, which blows the actions up; or a division by zero."""
-    lines = [json.dumps({"mouse": {"dx": 0.1, "dy": float(i % 7)}, "yaw": 30.0, "pitch": 0.1 * i}) for i in range(800)]
+    """Bug: rounding leaves a variance of 1e-33 and a scale of 1e-17, which blows the actions up; or
+    a division by zero."""
+    lines = [
+        json.dumps({"mouse": {"dx": 0.1, "dy": float(i % 7)}, "yaw": 30.0, "pitch": 0.1 * i})
+        for i in range(800)
+    ]
     recordings = {f"r{k}": "\n".join(lines[37 * k :]).encode() for k in range(20)}
-    parts = [fit_scaler.moments(torch.from_numpy(fit_scaler.read_steps(r, 5, 2)[0][:, :4])) for r in recordings.values()]
-    assert functools.reduce(fit_scaler.merge_moments, parts)[2][3] > 0  # rounding leaves something of a steady turn
+    parts = [
+        fit_scaler.moments(torch.from_numpy(fit_scaler.read_steps(r, 5, 2)[0][:, :4]))
+        for r in recordings.values()
+    ]
+    assert (
+        functools.reduce(fit_scaler.merge_moments, parts)[2][3] > 0
+    )  # rounding leaves something of a steady turn
     scaler, out = fit(tmp_path, write_shard(tmp_path / "a.tar", recordings))
-    assert scaler.var[1] > 0 and (scaler.var[[0, 2, 3]] == 0).all() and (scaler.scale[[0, 2, 3]] == 1).all()
+    assert (
+        scaler.var[1] > 0
+        and (scaler.var[[0, 2, 3]] == 0).all()
+        and (scaler.scale[[0, 2, 3]] == 1).all()
+    )
     assert np.isfinite(scaler.transform(np.ones(4))).all()
-    assert all(f"{name} never changes" in out for name in ("mouse_dx", "yaw_diff", "pitch_diff")) and "mouse_dy never" not in out
+    assert (
+        all(f"{name} never changes" in out for name in ("mouse_dx", "yaw_diff", "pitch_diff"))
+        and "mouse_dy never" not in out
+    )
 
 
 def test_warnings_on_wrong_units(tmp_path):
-    """Bug: yaw in units that are not degrees, or out-of-range motion, passes in silence; motion in a GUI counts as a broken camera."""
+    """Bug: yaw in units that are not degrees, or out-of-range motion, passes in silence; motion in
+    a GUI counts as a broken camera."""
     _, jsonl = play(1, 2000)
     rows = [json.loads(line) for line in jsonl.splitlines()]
     doubled = "\n".join(json.dumps(r | {"yaw": 2 * r["yaw"]}) for r in rows)
@@ -163,14 +255,19 @@ def test_warnings_on_wrong_units(tmp_path):
     still = "\n".join(json.dumps(r | {"yaw": 0.0, "isGuiOpen": True}) for r in rows).encode()
     _, out = fit(tmp_path, write_shard(tmp_path / "b.tar", {"gui": still, "play": jsonl}))
     assert "degrees a pixel" not in out
-    big = "\n".join(json.dumps(r | {"mouse": {"dx": 100 * r["mouse"]["dx"], "dy": 0}}) for r in rows).encode()
+    big = "\n".join(
+        json.dumps(r | {"mouse": {"dx": 100 * r["mouse"]["dx"], "dy": 0}}) for r in rows
+    ).encode()
     _, out = fit(tmp_path, write_shard(tmp_path / "c.tar", {"r": big}))
     assert "mouse_dx has std" in out and "5 to 500" in out and "mouse_dy never changes" in out
 
 
 def test_early_stop_and_its_switch(tmp_path):
-    """Bug: a mean near zero never converges when its error is taken relative to itself; --no_convergence_check is not read."""
-    data = write_shard(tmp_path / "a.tar", {f"r{k}": play(k, 4001, spread=1.5)[1] for k in range(30)})
+    """Bug: a mean near zero never converges when its error is taken relative to itself;
+    --no_convergence_check is not read."""
+    data = write_shard(
+        tmp_path / "a.tar", {f"r{k}": play(k, 4001, spread=1.5)[1] for k in range(30)}
+    )
     early, out = fit(tmp_path, data)
     assert early.n == 10_000 and "Converged: True" in out
     late, out = fit(tmp_path, data, "--no_convergence_check")
@@ -180,20 +277,30 @@ def test_early_stop_and_its_switch(tmp_path):
 
 
 def test_batch_size_spaces_the_checks(tmp_path):
-    """Bug: --batch_size is not read: these recordings have converged at the second look, whenever that is."""
-    data = write_shard(tmp_path / "a.tar", {f"r{k}": play(k, 4801, spread=1.5)[1] for k in range(30)})
+    """Bug: --batch_size is not read: these recordings have converged at the second look, whenever
+    that is."""
+    data = write_shard(
+        tmp_path / "a.tar", {f"r{k}": play(k, 4801, spread=1.5)[1] for k in range(30)}
+    )
     counts = [fit(tmp_path, data, "--batch_size", n)[0].n for n in (128, 4000)]
-    assert counts == [12_000, 14_400]  # 17 recordings are too few at the first look (10,200): the second comes 600 or 4,000 later
+    assert counts == [
+        12_000,
+        14_400,
+    ]  # 17 recordings are too few at the first look (10,200): the second comes 600 or 4,000 later
 
 
 def test_standard_errors_see_that_steps_of_a_recording_are_alike():
-    """Bug: 1/sqrt(n) over steps claims ten times the precision that recordings with different means and spreads allow."""
+    """Bug: 1/sqrt(n) over steps claims ten times the precision that recordings with different means
+    and spreads allow."""
     rng = np.random.default_rng(0)
     errors, means, stds = [], [], []
     for _ in range(400):
         level, spread = rng.normal(0, 1, (40, 1, 4)), rng.uniform(0.5, 1.5, (40, 1, 4))
         x = level + spread * rng.normal(size=(40, 100, 4))
-        errors.append(np.array(fit_scaler.standard_errors([(100, p.mean(0), 100 * p.var(0)) for p in x])) * x.reshape(-1, 4).std(0))
+        errors.append(
+            np.array(fit_scaler.standard_errors([(100, p.mean(0), 100 * p.var(0)) for p in x]))
+            * x.reshape(-1, 4).std(0)
+        )
         means.append(x.mean((0, 1)))
         stds.append(x.reshape(-1, 4).std(0))
     of_mean, of_std = np.mean(errors, 0)
@@ -202,10 +309,24 @@ def test_standard_errors_see_that_steps_of_a_recording_are_alike():
 
 
 def test_joblib_and_the_guides_comparison(shards, tmp_path):
-    """Bug: a .pkl that joblib cannot load, or attributes the guide's snippet needs are missing; a formula apart from StandardScaler's."""
+    """Bug: a .pkl that joblib cannot load, or attributes the guide's snippet needs are missing; a
+    formula apart from StandardScaler's."""
     folder, motions = shards
-    for name, samples in (("scaler_10k.pkl", 200), ("scaler_100k.pkl", 800), ("scaler_1m.pkl", 100_000)):
-        run("--data_path", folder / "shard-{000000..000002}.tar", "--max_samples", samples, "--output", tmp_path / name, "--num_workers", 0)
+    for name, samples in (
+        ("scaler_10k.pkl", 200),
+        ("scaler_100k.pkl", 800),
+        ("scaler_1m.pkl", 100_000),
+    ):
+        run(
+            "--data_path",
+            folder / "shard-{000000..000002}.tar",
+            "--max_samples",
+            samples,
+            "--output",
+            tmp_path / name,
+            "--num_workers",
+            0,
+        )
     s10k, s100k, s1m = (joblib.load(tmp_path / f"scaler_{n}.pkl") for n in ("10k", "100k", "1m"))
     for a, b in ((s10k, s100k), (s100k, s1m)):
         assert (abs(a.mean_ - b.mean_) > 0).all() and (abs(a.scale_ - b.scale_) > 0).all()
@@ -233,7 +354,8 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="bytes read are counted by Linux")
 def test_only_jsonl_bytes_are_read(tmp_path):
-    """Bug: video bytes are read, or recordings far beyond the budget: 100 holes of 64 MB stand where the videos would be."""
+    """Bug: video bytes are read, or recordings far beyond the budget: 100 holes of 64 MB stand
+    where the videos would be."""
     folder = tmp_path / "vpt"
     folder.mkdir()
     size = 0
@@ -245,23 +367,37 @@ def test_only_jsonl_bytes_are_read(tmp_path):
     for budget, used in ((12_500, 1.0), (5000, 0.4)):
         before = asked()
         _, out = fit(tmp_path, folder / "*.tar", "--no_convergence_check", "--max_samples", budget)
-        assert 0.95 < (asked() - before) / (size * used) < 1.3 and f"Total samples: {budget:,}" in out
+        assert (
+            0.95 < (asked() - before) / (size * used) < 1.3 and f"Total samples: {budget:,}" in out
+        )
 
 
 def test_damaged_recordings(shards, tmp_path):
-    """Bug: one torn line ends the run, or the good lines before it are lost, or what was left out is not said."""
+    """Bug: one torn line ends the run, or the good lines before it are lost, or what was left out
+    is not said."""
     _, good = play(3, 400)
     motion, torn = play(4, 400)
     cut = torn[: torn.index(b"\n", 30_000) + 40]
-    recordings = {"good": good, "torn": cut, "empty": b"", "short": good.split(b"\n")[0], "text": b"hello\nworld"}
+    recordings = {
+        "good": good,
+        "torn": cut,
+        "empty": b"",
+        "short": good.split(b"\n")[0],
+        "text": b"hello\nworld",
+    }
     data = write_shard(tmp_path / "a.tar", recordings)
     scaler, out = fit(tmp_path, data)
     kept = cut.count(b"\n")
     x = np.concatenate([expected(play(3, 400)[0]), expected(motion[:kept])])
     assert scaler.n == len(x)
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-9, atol=1e-12)
-    assert f"tail left out: {data} torn: line {kept}" in out and "short: ValueError: too short: 1 usable lines" in out
-    assert all(f"left out: {data} {key}: ValueError: no usable line" in out for key in ("empty", "text"))
+    assert (
+        f"tail left out: {data} torn: line {kept}" in out
+        and "short: ValueError: too short: 1 usable lines" in out
+    )
+    assert all(
+        f"left out: {data} {key}: ValueError: no usable line" in out for key in ("empty", "text")
+    )
     with pytest.raises(ValueError, match="no usable recording.*the file is empty"):
         fit(tmp_path, write_shard(tmp_path / "b.tar", {"only": b""}), output="no.pkl")
     with pytest.raises(ValueError, match="--fps 7 does not divide"):
@@ -270,23 +406,39 @@ def test_damaged_recordings(shards, tmp_path):
 
 
 def test_guide_lines_and_step_flags(tmp_path):
-    """Bug: camera radians taken for degrees; 5 Hz lines summed as if at 20; --frames_per_step or --fps not read."""
+    """Bug: camera radians taken for degrees; 5 Hz lines summed as if at 20; --frames_per_step or
+    --fps not read."""
     rng = np.random.default_rng(0)
     dx, dy, yaw = rng.integers(-60, 60, 900), rng.integers(-9, 9, 900), rng.uniform(-3, 3, 900)
-    lines = [{"timestamp": 0.2 * i, "mouse": {"dx": int(dx[i]), "dy": int(dy[i])}, "keyboard": {"keys": []}, "camera": [yaw[i], 0.5],
-              "hotbar": 0} for i in range(900)]  # fmt: skip
+    lines = [
+        {
+            "timestamp": 0.2 * i,
+            "mouse": {"dx": int(dx[i]), "dy": int(dy[i])},
+            "keyboard": {"keys": []},
+            "camera": [yaw[i], 0.5],
+            "hotbar": 0,
+        }
+        for i in range(900)
+    ]
     data = write_shard(tmp_path / "a.tar", {"r": "\n".join(map(json.dumps, lines)).encode()})
     motion = np.stack([dx, dy, np.degrees(yaw), np.full(900, 30.0)], 1)
-    for flags, span in ((["--fps", 5], 2), (["--fps", 5, "--tubelet_size", 1], 1), (["--fps", 2.5, "--frames_per_step", 3], 6)):
+    for flags, span in (
+        (["--fps", 5], 2),
+        (["--fps", 5, "--tubelet_size", 1], 1),
+        (["--fps", 2.5, "--frames_per_step", 3], 6),
+    ):
         scaler, _ = fit(tmp_path, data, *flags, "--action_space", 36)
         x = expected(motion, span)
-        assert scaler.n == len(x) and scaler.meta["frames_per_step"] == span // (1 if flags[1] == 5 else 2)
+        assert scaler.n == len(x) and scaler.meta["frames_per_step"] == span // (
+            1 if flags[1] == 5 else 2
+        )
         np.testing.assert_allclose(scaler.var[:3], x.var(0)[:3], rtol=1e-9)
         assert scaler.meta["fps"] == flags[1] and scaler.meta["action_space"] == 36
 
 
 def test_nothing_there(tmp_path, monkeypatch):
-    """Bug: an empty glob trains on nothing, or the message does not say what to do; a typo in --output is found after the work."""
+    """Bug: an empty glob trains on nothing, or the message does not say what to do; a typo in
+    --output is found after the work."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"VPT/\*\.tar.*prepare\.demo"):
         run()
@@ -297,11 +449,21 @@ def test_nothing_there(tmp_path, monkeypatch):
 
 
 def test_shards_chosen_and_held_out(tmp_path):
-    """Bug: --max_shards takes the first ones; validation shards leak into the scaler when the choice comes before the split."""
+    """Bug: --max_shards takes the first ones; validation shards leak into the scaler when the
+    choice comes before the split."""
     for s in range(12):
         write_shard(tmp_path / f"{s:02d}.tar", {f"r{s}": play(s, 100)[1]})
-    pick = lambda *rest: sorted({os.path.basename(r.shard) for r in fit_scaler.open_lines([[str(tmp_path / "*.tar")]], *rest)[0]})  # noqa: E731
-    assert pick(3, 0.0) == ["00.tar", "06.tar", "11.tar"] or pick(3, 0.0) == ["00.tar", "05.tar", "11.tar"]
+    pick = lambda *rest: sorted(  # noqa: E731
+        {
+            os.path.basename(r.shard)
+            for r in fit_scaler.open_lines([[str(tmp_path / "*.tar")]], *rest)[0]
+        }
+    )
+    assert pick(3, 0.0) == ["00.tar", "06.tar", "11.tar"] or pick(3, 0.0) == [
+        "00.tar",
+        "05.tar",
+        "11.tar",
+    ]
     assert pick(None, 0.25) == [f"{s:02d}.tar" for s in range(9)]
     assert pick(2, 0.25) == ["00.tar", "08.tar"]
     scaler, _ = fit(tmp_path, tmp_path / "*.tar", "--val_fraction", 0.25, "--max_shards", 2)
@@ -309,7 +471,8 @@ def test_shards_chosen_and_held_out(tmp_path):
 
 
 def test_streams_give_the_same_scaler(shards, tmp_path):
-    """Bug: shards over http or a pipe give other samples, stop at the first, or hang; or are mixed with local ones in silence."""
+    """Bug: shards over http or a pipe give other samples, stop at the first, or hang; or are mixed
+    with local ones in silence."""
     folder, _ = shards
     local, _ = fit(tmp_path, folder / "*.tar")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
@@ -319,7 +482,11 @@ def test_streams_give_the_same_scaler(shards, tmp_path):
         remote, out = fit(tmp_path, url, output="remote.safetensors")
         part, _ = fit(tmp_path, url, "--max_samples", 150, output="part.safetensors")
         server.shutdown()
-    piped, _ = fit(tmp_path, *(f"pipe:cat {folder}/shard-{s:06d}.tar" for s in range(3)), output="piped.safetensors")
+    piped, _ = fit(
+        tmp_path,
+        *(f"pipe:cat {folder}/shard-{s:06d}.tar" for s in range(3)),
+        output="piped.safetensors",
+    )
     assert "reading on through the video bytes" in out and part.n == 150
     for scaler in (remote, piped):
         assert scaler.n == local.n
@@ -343,5 +510,7 @@ def test_file_that_does_not_standardise_is_refused(tmp_path):
 
 def test_a_vanished_shard_is_reported():
     """Bug: a shard that disappears after indexing ends the run with a traceback of the pool."""
-    ((file, key, _, steps, reason),) = fit_scaler.read_job(Record("/nowhere.tar", "k", {"jsonl": (0, 10)}), 5.0, 2, 10)
+    ((file, key, _, steps, reason),) = fit_scaler.read_job(
+        Record("/nowhere.tar", "k", {"jsonl": (0, 10)}), 5.0, 2, 10
+    )
     assert (file, key, steps) == ("/nowhere.tar", "k", None) and "FileNotFoundError" in reason

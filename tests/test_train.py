@@ -1,8 +1,9 @@
-"""train_ac.py, encode.py and eval.py as programs: what they compute, how they stop, what they refuse.
+"""train_ac.py, encode.py and eval.py as programs: what they compute, how they stop, what they
+refuse.
 
-Every run is a process of its own, forked from a server that has imported torch already (multiprocessing's forkserver), since importing it
-takes longer than these runs; one run each goes through torchrun and through the interpreter.
-"""
+Every run is a process of its own, forked from a server that has imported torch already
+(multiprocessing's forkserver), since importing it takes longer than these runs; one run each goes
+through torchrun and through the interpreter."""
 
 import csv
 import json
@@ -36,7 +37,10 @@ from model import METERS, Predictor, encode_steps, meter_summary
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
-TINY = "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32 --log_every 1 --start_lr 1e-4 --lr 2e-3"
+TINY = (
+    "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32"
+    " --log_every 1 --start_lr 1e-4 --lr 2e-3"
+)
 PLAN = "--epochs 3 --warmup 1 --anneal 1"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 FORK = multiprocessing.get_context("forkserver")
@@ -47,7 +51,9 @@ FORK = multiprocessing.get_context("forkserver")
 
 def child(script, flags, log, env, file_limit):
     """In the forked process: become `python SCRIPT FLAGS > LOG 2>&1`."""
-    multiprocessing.set_start_method("fork", force=True)  # for its loader, as where it is started by hand
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # for its loader, as where it is started by hand
     os.setsid()
     os.chdir(ROOT)
     for fd in (1, 2):
@@ -78,7 +84,9 @@ class Run:
     def __init__(self, folder, script, *flags, env=None, file_limit=None):
         Run.count += 1
         self.log = str(folder / f"log-{Run.count}.txt")
-        self.process = FORK.Process(target=child, args=(script, words(flags), self.log, env or {}, file_limit))
+        self.process = FORK.Process(
+            target=child, args=(script, words(flags), self.log, env or {}, file_limit)
+        )
         self.process.start()
 
     def wait(self, timeout=120):
@@ -122,7 +130,10 @@ def start_ranks(folder, script, *flags):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [Run(folder, script, *flags, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    return [
+        Run(folder, script, *flags, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
 
 
 def rows_of(path):
@@ -143,13 +154,19 @@ def numbers(folder, *names, log="train.csv"):
 
 
 def same_run(a, b):
-    """Two finished runs are bitwise one: losses, gradient norms, validation, weights, Adam's moments."""
-    assert column(a, "epoch", "itr", "jloss", "sloss", "grad_norm", "lr") == column(b, "epoch", "itr", "jloss", "sloss", "grad_norm", "lr")
+    """Two finished runs are bitwise one: losses, gradient norms, validation, weights, Adam's
+    moments."""
+    assert column(a, "epoch", "itr", "jloss", "sloss", "grad_norm", "lr") == column(
+        b, "epoch", "itr", "jloss", "sloss", "grad_norm", "lr"
+    )
     assert (a / "val.csv").read_text() == (b / "val.csv").read_text()
     one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
     assert (one["epoch"], one["itr"]) == (two["epoch"], two["itr"])
     assert all(torch.equal(one["predictor"][k], v) for k, v in two["predictor"].items())
-    moments = [[s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")] for x in (one, two)]
+    moments = [
+        [s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")]
+        for x in (one, two)
+    ]
     assert all(torch.equal(x, y) for x, y in zip(*moments))
 
 
@@ -158,34 +175,71 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, shards):
-    """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features and .video are flags to train on them."""
+    """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features and
+    .video are flags to train on them."""
     folder = tmp_path_factory.mktemp("world")
     video, video_held = shards / "shard-{000000..000001}.tar", shards / "shard-000002.tar"
-    run(folder, "fit_scaler.py", "--data", video, "--output", folder / "scaler.pkl", "--num_workers 0")
-    run(folder, "encode.py", "--data", video, "--out", folder / "features", "--encoder vit_tiny --crop_size 32")
-    run(folder, "encode.py", "--data", video_held, "--out", folder / "held", "--encoder vit_tiny --crop_size 32")
+    run(
+        folder,
+        "fit_scaler.py",
+        "--data",
+        video,
+        "--output",
+        folder / "scaler.pkl",
+        "--num_workers 0",
+    )
+    run(
+        folder,
+        "encode.py",
+        "--data",
+        video,
+        "--out",
+        folder / "features",
+        "--encoder vit_tiny --crop_size 32",
+    )
+    run(
+        folder,
+        "encode.py",
+        "--data",
+        video_held,
+        "--out",
+        folder / "held",
+        "--encoder vit_tiny --crop_size 32",
+    )
     base = ["--scaler", folder / "scaler.pkl", TINY]
-    features = [*base, "--data", folder / "features" / "*.tar", "--val_data", folder / "held" / "*.tar"]
+    features = [
+        *base,
+        "--data",
+        folder / "features" / "*.tar",
+        "--val_data",
+        folder / "held" / "*.tar",
+    ]
     on_video = [*base, "--data", video, "--val_data", video_held, "--encoder vit_tiny"]
-    return types.SimpleNamespace(folder=folder, features=features, video=on_video, base=base, shards=shards)
+    return types.SimpleNamespace(
+        folder=folder, features=features, video=on_video, base=base, shards=shards
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(world):
-    """A finished run on features, saved after epochs 1, 2 and 3 of 25 steps; .flags are what makes it."""
+    """A finished run on features, saved after epochs 1, 2 and 3 of 25 steps; .flags are what makes
+    it."""
     flags = [*world.features, PLAN, "--ipe 25 --keep_last 9"]
     run(world.folder, "train_ac.py", *flags, "--out_dir", world.folder / "trained")
     return types.SimpleNamespace(out=world.folder / "trained", flags=flags)
 
 
 def rewrite(source, target, change):
-    """Copy a feature shard; change(key, tensors) gives the tensors to write, or None to leave them as they are."""
+    """Copy a feature shard; change(key, tensors) gives the tensors to write, or None to leave them
+    as they are."""
     records, _ = index_shards([str(source)])
     members = {}
     with tarfile.open(source) as tar:
         for r in records:
             data = tar.extractfile(r.key + ".safetensors").read()
-            if tensors := change(r.key, dict(zip(("z", "actions", "states"), feature_rows(r, 0, r.length)))):
+            if tensors := change(
+                r.key, dict(zip(("z", "actions", "states"), feature_rows(r, 0, r.length)))
+            ):
                 meta = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
                 data = safetensors_bytes(tensors, metadata=meta)
             members[r.key + ".safetensors"] = data
@@ -195,22 +249,45 @@ def rewrite(source, target, change):
 # --- schedule ---
 
 
-@pytest.mark.parametrize("name, ipe, flags", [
-    ("droid_config", 300, {"start_lr": 7.5e-5, "lr": 4.25e-4, "final_lr": 0.0, "warmup": 15, "anneal": 15, "epochs": 315}),
-    ("tiny", 5, {"start_lr": 1e-4, "lr": 1e-3, "final_lr": 1e-5, "warmup": 2, "anneal": 3, "epochs": 8}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, ipe, flags",
+    [
+        (
+            "droid_config",
+            300,
+            {
+                "start_lr": 7.5e-5,
+                "lr": 4.25e-4,
+                "final_lr": 0.0,
+                "warmup": 15,
+                "anneal": 15,
+                "epochs": 315,
+            },
+        ),
+        (
+            "tiny",
+            5,
+            {"start_lr": 1e-4, "lr": 1e-3, "final_lr": 1e-5, "warmup": 2, "anneal": 3, "epochs": 8},
+        ),
+    ],
+)
 def test_the_schedule_is_the_reference(name, ipe, flags):
-    """Bug: a step off by one (the reference steps its schedule before the optimizer), an anneal that does not end at the last step."""
+    """Bug: a step off by one (the reference steps its schedule before the optimizer), an anneal
+    that does not end at the last step."""
     import train_ac
 
     t = load_file(os.path.join(FIXTURES, "schedules.safetensors"))
     total = flags["epochs"] * ipe
-    mine = [train_ac.lr_at(k + 1, total, ipe, types.SimpleNamespace(**flags)) for k in t[f"in/{name}/step"].tolist()]
+    mine = [
+        train_ac.lr_at(k + 1, total, ipe, types.SimpleNamespace(**flags))
+        for k in t[f"in/{name}/step"].tolist()
+    ]
     np.testing.assert_allclose(mine, t[f"out/{name}/lr"].numpy(), rtol=1e-12, atol=1e-18)
 
 
 def test_the_learning_rate_of_a_run_is_the_schedule(trained):
-    """Bug: lr_at is right and the loop calls it with the wrong step, or logs another one than the optimizer used."""
+    """Bug: lr_at is right and the loop calls it with the wrong step, or logs another one than the
+    optimizer used."""
     lr = numbers(trained.out, "lr")[:, 0]
     expected = np.interp(np.arange(1, 76), [0, 25, 50, 75], [1e-4, 2e-3, 2e-3, 0])
     np.testing.assert_allclose(lr, expected, rtol=1e-6, atol=1e-12)
@@ -221,13 +298,24 @@ def test_the_learning_rate_of_a_run_is_the_schedule(trained):
 
 
 def test_ranks_and_micro_batches_are_one_batch(world):
-    """Bug: the gradient depends on how a global batch is dealt to ranks or micro-batches; torchrun's environment is not understood."""
+    """Bug: the gradient depends on how a global batch is dealt to ranks or micro-batches;
+    torchrun's environment is not understood."""
     flags = [*world.features, "--epochs 2 --warmup 1 --anneal 1 --ipe 4"]
     out = world.folder
     run(out, "train_ac.py", *flags, "--out_dir", out / "one")
     run(out, "train_ac.py", *flags, "--batch_size 2 --grad_accum 2 --out_dir", out / "accumulated")
-    ranks = start_ranks(out, "train_ac.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "both")
-    command = [*TORCHRUN, "train_ac.py", *words(flags), "--batch_size", "2", "--out_dir", str(out / "two")]
+    ranks = start_ranks(
+        out, "train_ac.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "both"
+    )
+    command = [
+        *TORCHRUN,
+        "train_ac.py",
+        *words(flags),
+        "--batch_size",
+        "2",
+        "--out_dir",
+        str(out / "two"),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -238,9 +326,17 @@ def test_ranks_and_micro_batches_are_one_batch(world):
     assert len(one) == 8 and one[:, 0].std() > 1e-3
     held = numbers(out / "one", "jloss", "sloss", "tf_true", "ro_copy", log="val.csv")
     for name in ("accumulated", "two", "both"):
-        np.testing.assert_allclose(numbers(out / name, "jloss", "sloss"), one[:, :2], rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(numbers(out / name, "grad_norm"), one[:, 2:], rtol=1e-3, err_msg=name)
-        np.testing.assert_allclose(numbers(out / name, "jloss", "sloss", "tf_true", "ro_copy", log="val.csv"), held, rtol=1e-5)
+        np.testing.assert_allclose(
+            numbers(out / name, "jloss", "sloss"), one[:, :2], rtol=1e-5, err_msg=name
+        )
+        np.testing.assert_allclose(
+            numbers(out / name, "grad_norm"), one[:, 2:], rtol=1e-3, err_msg=name
+        )
+        np.testing.assert_allclose(
+            numbers(out / name, "jloss", "sloss", "tf_true", "ro_copy", log="val.csv"),
+            held,
+            rtol=1e-5,
+        )
 
 
 # --- stopping and going on ---
@@ -248,7 +344,8 @@ def test_ranks_and_micro_batches_are_one_batch(world):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
-    """Bug: clip order, Adam's state, schedule or logs do not survive a kill in the middle of an epoch, or depend on --num_workers."""
+    """Bug: clip order, Adam's state, schedule or logs do not survive a kill in the middle of an
+    epoch, or depend on --num_workers."""
     flags = [*trained.flags, "--dtype", dtype, "--out_dir"]
     whole = trained.out
     if dtype != "float32":
@@ -258,16 +355,33 @@ def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
     killed = Run(tmp_path, "train_ac.py", *flags, cut)
     killed.signal_when(cut / "train.csv", lambda rows: len(rows) >= 29, signal.SIGKILL)
     assert killed.wait()[0] == -signal.SIGKILL
-    assert os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar" and 29 <= len(rows_of(cut / "train.csv")) < 50
+    assert (
+        os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar"
+        and 29 <= len(rows_of(cut / "train.csv")) < 50
+    )
     text = run(tmp_path, "train_ac.py", *flags, cut, "--resume --num_workers 2")
-    assert f"resumed from {cut}/checkpoint-epoch001.pth.tar at epoch 1, itr 0" in text and "--num_workers 2 (was 0)" in text
+    assert (
+        f"resumed from {cut}/checkpoint-epoch001.pth.tar at epoch 1, itr 0" in text
+        and "--num_workers 2 (was 0)" in text
+    )
     same_run(whole, cut)
 
 
 def test_resume_is_exact_on_video_with_augmentation(world, tmp_path):
-    """Bug: augmentations draw from a generator that a resumed run or another number of workers has in another state."""
-    augment = "--horizontal_flip --random_resize_scale 0.8 --motion_shift 0.1 --temporal_jitter 1 --action_noise 0.1"
-    flags = [*world.video, augment, "--epochs 2 --warmup 0 --anneal 0 --ipe 3 --batch_size 2 --val_clips 4 --dtype bfloat16 --out_dir"]
+    """Bug: augmentations draw from a generator that a resumed run or another number of workers has
+    in another state."""
+    augment = (
+        "--horizontal_flip --random_resize_scale 0.8 --motion_shift 0.1 --temporal_jitter 1"
+        " --action_noise 0.1"
+    )
+    flags = [
+        *world.video,
+        augment,
+        (
+            "--epochs 2 --warmup 0 --anneal 0 --ipe 3 --batch_size 2 --val_clips 4 --dtype bfloat16"
+            " --out_dir"
+        ),
+    ]
     run(tmp_path, "train_ac.py", *flags, tmp_path / "whole")
     run(tmp_path, "train_ac.py", *flags, tmp_path / "cut", "--max_steps 4 --num_workers 2")
     run(tmp_path, "train_ac.py", *flags, tmp_path / "cut", "--resume")
@@ -276,10 +390,19 @@ def test_resume_is_exact_on_video_with_augmentation(world, tmp_path):
     assert column(tmp_path / "plain", "jloss") != column(tmp_path / "whole", "jloss")
 
 
-@pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), *(pytest.param(*x, marks=pytest.mark.slow)
-                                                                   for x in ((signal.SIGINT, True), (signal.SIGTERM, False)))])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, group",
+    [
+        (signal.SIGTERM, True),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((signal.SIGINT, True), (signal.SIGTERM, False))
+        ),
+    ],
+)
 def test_a_signal_stops_saves_and_resumes_exactly(tmp_path, trained, number, group):
-    """Bug: the step's work is lost or counted twice; a signal to the whole group (Ctrl-C, scancel) kills the loader processes first."""
+    """Bug: the step's work is lost or counted twice; a signal to the whole group (Ctrl-C, scancel)
+    kills the loader processes first."""
     flags = [*trained.flags, "--out_dir", tmp_path / "run"]
     stopped = Run(tmp_path, "train_ac.py", *flags, "--num_workers 2")
     stopped.signal_when(tmp_path / "run" / "train.csv", lambda rows: len(rows) >= 28, number, group)
@@ -297,7 +420,9 @@ def test_a_signal_to_one_rank_stops_both(world, tmp_path):
     """Bug: the rank that got the signal stops, the other waits for it for ever."""
     flags = [*world.features, PLAN, "--ipe 25 --batch_size 2"]
     ranks = start_ranks(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "cut")
-    ranks[1].signal_when(tmp_path / "cut" / "train.csv", lambda rows: len(rows) >= 28, signal.SIGTERM)
+    ranks[1].signal_when(
+        tmp_path / "cut" / "train.csv", lambda rows: len(rows) >= 28, signal.SIGTERM
+    )
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
     assert "-itr" in os.readlink(tmp_path / "cut" / checkpoint.LATEST)
@@ -310,23 +435,35 @@ def test_a_signal_to_one_rank_stops_both(world, tmp_path):
 @pytest.mark.slow
 def test_torchrun_passes_a_signal_on(world, tmp_path):
     """Bug: torchrun kills its ranks before they have saved."""
-    command = [*TORCHRUN, "train_ac.py", *words([*world.features, PLAN, "--ipe 200 --out_dir", tmp_path / "run"])]
-    p = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        *TORCHRUN,
+        "train_ac.py",
+        *words([*world.features, PLAN, "--ipe 200 --out_dir", tmp_path / "run"]),
+    ]
+    p = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     end = time.monotonic() + 120
-    while not (os.path.exists(tmp_path / "run" / "train.csv") and len(rows_of(tmp_path / "run" / "train.csv")) > 5):
+    while not (
+        os.path.exists(tmp_path / "run" / "train.csv")
+        and len(rows_of(tmp_path / "run" / "train.csv")) > 5
+    ):
         assert p.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     text = p.communicate(timeout=120)[0]
     state, path = checkpoint.load_latest(tmp_path / "run")
-    assert f"saved {path}; go on with --resume" in text and state["itr"] == len(rows_of(tmp_path / "run" / "train.csv"))
+    assert f"saved {path}; go on with --resume" in text and state["itr"] == len(
+        rows_of(tmp_path / "run" / "train.csv")
+    )
 
 
 # --- refusals ---
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
-    """Bug: a run goes on with another scaler, size, action space or encode mode than it began with, or the refusal is a traceback."""
+    """Bug: a run goes on with another scaler, size, action space or encode mode than it began with,
+    or the refusal is a traceback."""
     mean, var = np.zeros(4), np.ones(4)
     meta = {"names": vpt.CONTINUOUS, "fps": 10.0, "frames_per_step": 2}
     ActionScaler(mean, var, var, 9, meta).save(tmp_path / "fps.pkl")
@@ -340,29 +477,65 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
     features_only = world.folder / "features" / "*.tar"
     video = [w for w in world.video if w != "--encoder vit_tiny"]
     cases = [
-        ([*plan, "--out_dir", tmp_path / "run"], "run holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir"),
-        ([*features, *new, PLAN, "--scaler", tmp_path / "none.pkl"], "none.pkl; fit one with: python fit_scaler.py"),
-        ([*features, *new, PLAN, "--scaler", tmp_path / "fps.pkl"], "fitted with --fps 10, this run has 5: fit it again"),
-        ([*features, *new, PLAN, "--scaler", tmp_path / "dims.pkl"], "dims.pkl scales 3, this run needs ['mouse_dx'"),
+        (
+            [*plan, "--out_dir", tmp_path / "run"],
+            "run holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir",
+        ),
+        (
+            [*features, *new, PLAN, "--scaler", tmp_path / "none.pkl"],
+            "none.pkl; fit one with: python fit_scaler.py",
+        ),
+        (
+            [*features, *new, PLAN, "--scaler", tmp_path / "fps.pkl"],
+            "fitted with --fps 10, this run has 5: fit it again",
+        ),
+        (
+            [*features, *new, PLAN, "--scaler", tmp_path / "dims.pkl"],
+            "dims.pkl scales 3, this run needs ['mouse_dx'",
+        ),
         ([*features, *new, PLAN, "--scaler", bad], "bad.pth.tar is not an action scaler"),
         ([*plan, *resume, "--scaler", tmp_path / "other.pkl"], "scaler_hash"),
-        ([*plan, *resume, "--pred_dim 96"], "checkpoint-epoch003.pth.tar was trained with pred_dim 48, this run has 96"),
+        (
+            [*plan, *resume, "--pred_dim 96"],
+            "checkpoint-epoch003.pth.tar was trained with pred_dim 48, this run has 96",
+        ),
         ([*plan, *resume, "--pred_heads 6"], "was trained with num_heads 3, this run has 6"),
         ([*plan, *resume, "--action_space 36"], "action_names"),
         ([*plan, *resume, "--encode frame"], "was made with --encode tubelet, this run has frame"),
-        ([*world.video, PLAN, *resume, "--encode frame"], "was trained with encode tubelet, this run has frame"),
-        ([*world.video, PLAN, *resume, "--crop_size 64"], "was trained with grid 2, this run has 4"),
+        (
+            [*world.video, PLAN, *resume, "--encode frame"],
+            "was trained with encode tubelet, this run has frame",
+        ),
+        (
+            [*world.video, PLAN, *resume, "--crop_size 64"],
+            "was trained with grid 2, this run has 4",
+        ),
         ([*plan, *new, "--crop_size 64"], "was made with --crop_size 32, this run has 64"),
-        ([*features, *new, "--epochs 1 --warmup 1 --anneal 1"], "--warmup 1 and --anneal 1 do not fit into --epochs 1"),
+        (
+            [*features, *new, "--epochs 1 --warmup 1 --anneal 1"],
+            "--warmup 1 and --anneal 1 do not fit into --epochs 1",
+        ),
         ([*features, *new, "--grad_accum 0"], "or a size is below 1"),
         ([*features, *new, PLAN, "--horizontal_flip"], "--horizontal_flip needs pixels"),
         ([*features, *new, PLAN, "--save_encoder"], "name the --encoder that made them"),
         ([*features, *new, PLAN, "--init_from", bad], "a web page: fetch it again"),
-        ([*features, *new, PLAN, "--out_dir", tmp_path / "late", "--auto_steps 8"], "auto_steps=8 needs 1 <= auto_steps < T"),
+        (
+            [*features, *new, PLAN, "--out_dir", tmp_path / "late", "--auto_steps 8"],
+            "auto_steps=8 needs 1 <= auto_steps < T",
+        ),
         ([*world.base, *new, PLAN, "--data", tmp_path / "none-*.tar"], "no shard matches"),
-        ([*world.base, *new, PLAN, "--data", features_only, "--val_data", features_only], "--val_data and --data share 4 recordings"),
-        ([*video, *new, PLAN, "--encoder", tmp_path / "encoder.pt"], "no such file, and none of the names vjepa2_vitl"),
-        ([*world.video, *new, PLAN, "--tubelet_size 1"], "--tubelet_size 1, but this encoder merges 2 frames"),
+        (
+            [*world.base, *new, PLAN, "--data", features_only, "--val_data", features_only],
+            "--val_data and --data share 4 recordings",
+        ),
+        (
+            [*video, *new, PLAN, "--encoder", tmp_path / "encoder.pt"],
+            "no such file, and none of the names vjepa2_vitl",
+        ),
+        (
+            [*world.video, *new, PLAN, "--tubelet_size 1"],
+            "--tubelet_size 1, but this encoder merges 2 frames",
+        ),
     ]
     for flags, sentence in cases:
         assert sentence in fails(tmp_path, "train_ac.py", *flags)
@@ -373,7 +546,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_used(trained, tmp_path, damage):
-    """Bug: a damaged checkpoint ends the run, or worse is used; the repeated epoch is not the one that was lost."""
+    """Bug: a damaged checkpoint ends the run, or worse is used; the repeated epoch is not the one
+    that was lost."""
     shutil.copytree(trained.out, tmp_path / "run", symlinks=True)
     paths = [*checkpoint.list_checkpoints(tmp_path / "run")]
     for n, path in enumerate(reversed(paths)):
@@ -382,21 +556,34 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(trained, tmp_path,
         with open(path, "wb") as f:
             f.write(raw if damage == "flip" else raw[: len(raw) // 2])
         if not n:
-            text = run(tmp_path, "train_ac.py", *trained.flags, "--out_dir", tmp_path / "run", "--resume")
-            assert f"{paths[2]} is damaged" in text and f"resumed from {paths[1]} at epoch 2, itr 0" in text
+            text = run(
+                tmp_path, "train_ac.py", *trained.flags, "--out_dir", tmp_path / "run", "--resume"
+            )
+            assert (
+                f"{paths[2]} is damaged" in text
+                and f"resumed from {paths[1]} at epoch 2, itr 0" in text
+            )
             same_run(trained.out, tmp_path / "run")
             with open(path, "wb") as f:
                 f.write(raw[: len(raw) // 2])
-    error = fails(tmp_path, "train_ac.py", *trained.flags, "--out_dir", tmp_path / "run", "--resume")
+    error = fails(
+        tmp_path, "train_ac.py", *trained.flags, "--out_dir", tmp_path / "run", "--resume"
+    )
     assert "all 3 checkpoints" in error and "damaged" in error
 
 
 @pytest.mark.parametrize("how", ["limit", "disk"])
 def test_a_full_disk_spares_the_checkpoint_before(trained, tmp_path, how):
-    """Bug: the last good checkpoint is overwritten or rotated away before the new one is whole, or half a file stays behind."""
+    """Bug: the last good checkpoint is overwritten or rotated away before the new one is whole, or
+    half a file stays behind."""
     out = tmp_path / "run"
     out.mkdir()
-    if how == "disk" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", out], capture_output=True).returncode:
+    if (
+        how == "disk"
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", out], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a file system")
     try:
         flags = [*trained.flags, "--out_dir", out]
@@ -405,8 +592,13 @@ def test_a_full_disk_spares_the_checkpoint_before(trained, tmp_path, how):
             (out / "other").write_bytes(bytes(700_000))
         limit = 500_000 if how == "limit" else None
         error = fails(tmp_path, "train_ac.py", *flags, "--resume", file_limit=limit)
-        assert f"could not write {out}/checkpoint-epoch002.pth.tar" in error and "checkpoint-epoch001.pth.tar" in error
-        assert checkpoint.load_latest(out)[0]["epoch"] == 1 and not [n for n in os.listdir(out) if n.endswith(".tmp")]
+        assert (
+            f"could not write {out}/checkpoint-epoch002.pth.tar" in error
+            and "checkpoint-epoch001.pth.tar" in error
+        )
+        assert checkpoint.load_latest(out)[0]["epoch"] == 1 and not [
+            n for n in os.listdir(out) if n.endswith(".tmp")
+        ]
         if how == "disk":
             (out / "other").unlink()
         if how == "limit":
@@ -418,13 +610,30 @@ def test_a_full_disk_spares_the_checkpoint_before(trained, tmp_path, how):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):
-    """Bug: NaN goes into the weights and the next checkpoint, and nobody learns which clip it came from."""
+    """Bug: NaN goes into the weights and the next checkpoint, and nobody learns which clip it came
+    from."""
     source = world.folder / "features" / "shard-000001.tar"
-    poison = rewrite(source, tmp_path / "nan.tar", lambda key, t: t | {"z": t["z"] * float("nan")} if "player-1@" in key else None)
+    poison = rewrite(
+        source,
+        tmp_path / "nan.tar",
+        lambda key, t: t | {"z": t["z"] * float("nan")} if "player-1@" in key else None,
+    )
     out, flags = tmp_path / "run", trained.flags
     run(tmp_path, "train_ac.py", *flags, "--out_dir", out, "--max_steps 25")
-    error = fails(tmp_path, "train_ac.py", *flags, "--data", poison, "--out_dir", out, "--resume --log_every 50")
-    assert "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error and "6.11_player-1@00000" in error
+    error = fails(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        "--data",
+        poison,
+        "--out_dir",
+        out,
+        "--resume --log_every 50",
+    )
+    assert (
+        "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error
+        and "6.11_player-1@00000" in error
+    )
     assert f"last good checkpoint: {out}/checkpoint-epoch001.pth.tar" in error
     itr = int(error.split("itr ")[1].split(",")[0])
     bad = [r for r in rows_of(out / "train.csv") if not np.isfinite(r[2])]
@@ -434,29 +643,61 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):
 
 
 def test_bad_clips_are_skipped_listed_and_limited(world, tmp_path):
-    """Bug: a clip that cannot be read ends the run, leaves a hole in the batch, is not written down, or half the data is lost unnoticed."""
-    shard = rewrite(world.folder / "features" / "shard-000000.tar", tmp_path / "short.tar",
-                    lambda key, t: {k: v[: 4 - (k == "actions")] for k, v in t.items()} if "player-0" in key else None)  # fmt: skip
+    """Bug: a clip that cannot be read ends the run, leaves a hole in the batch, is not written
+    down, or half the data is lost unnoticed."""
+    shard = rewrite(
+        world.folder / "features" / "shard-000000.tar",
+        tmp_path / "short.tar",
+        lambda key, t: (
+            {k: v[: 4 - (k == "actions")] for k, v in t.items()} if "player-0" in key else None
+        ),
+    )
     flags = [*world.features, PLAN, "--ipe 20 --data", shard, "--out_dir"]
     run(tmp_path, "train_ac.py", *flags, tmp_path / "some", "--max_bad_fraction 0.3")
     listed = [json.loads(line) for line in open(tmp_path / "some" / "bad_clips.jsonl")]
-    assert 2 <= len(listed) <= 40 and {(b["file"], b["key"]) for b in listed} == {(shard, "6.10_player-0@00000")}
-    assert "too short: 4 steps" in listed[0]["reason"] and len(rows_of(tmp_path / "some" / "train.csv")) == 60
+    assert 2 <= len(listed) <= 40 and {(b["file"], b["key"]) for b in listed} == {
+        (shard, "6.10_player-0@00000")
+    }
+    assert (
+        "too short: 4 steps" in listed[0]["reason"]
+        and len(rows_of(tmp_path / "some" / "train.csv")) == 60
+    )
     error = fails(tmp_path, "train_ac.py", *flags, tmp_path / "many", "--max_bad_fraction 0.005")
-    assert "clips cannot be read" in error and f"{shard} 6.10_player-0@00000" in error and "bad_clips.jsonl" in error
+    assert (
+        "clips cannot be read" in error
+        and f"{shard} 6.10_player-0@00000" in error
+        and "bad_clips.jsonl" in error
+    )
     assert 25 <= len(rows_of(tmp_path / "many" / "train.csv")) + 1 < 60  # judged after 100 clips
 
 
 def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
     """Bug: a truncated video or an empty JSONL is left out without a word."""
     ok, lines = {"ok.mp4": mp4, "ok.jsonl": jsonl(contractor())}, jsonl(contractor(seed=7))
-    bad = {"cut.mp4": mp4[: len(mp4) // 2], "cut.jsonl": lines, "empty.mp4": mp4, "empty.jsonl": b"", "lone.mp4": mp4}
+    bad = {
+        "cut.mp4": mp4[: len(mp4) // 2],
+        "cut.jsonl": lines,
+        "empty.mp4": mp4,
+        "empty.jsonl": b"",
+        "lone.mp4": mp4,
+    }
     shard = write_tar(tmp_path / "a.tar", ok | bad)
-    flags = [*world.video, "--data", shard, "--epochs 1 --warmup 0 --anneal 0 --ipe 6 --batch_size 2 --val_clips 4"]
+    flags = [
+        *world.video,
+        "--data",
+        shard,
+        "--epochs 1 --warmup 0 --anneal 0 --ipe 6 --batch_size 2 --val_clips 4",
+    ]
     text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "run")
     assert "2 recordings cannot be used" in text and f"{shard} " in text
-    reasons = {b["key"]: b["reason"] for b in map(json.loads, open(tmp_path / "run" / "bad_clips.jsonl"))}
-    assert reasons.keys() >= {"cut", "lone", "empty"} and "truncated" in reasons["cut"] and "the file is empty" in reasons["empty"]
+    reasons = {
+        b["key"]: b["reason"] for b in map(json.loads, open(tmp_path / "run" / "bad_clips.jsonl"))
+    }
+    assert (
+        reasons.keys() >= {"cut", "lone", "empty"}
+        and "truncated" in reasons["cut"]
+        and "the file is empty" in reasons["empty"]
+    )
     assert len([1 for line in open(tmp_path / "run" / "bad_clips.jsonl") if '"cut"' in line]) == 1
 
 
@@ -465,82 +706,189 @@ def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
 
 def test_validation_shares_no_recording_with_training(world, tmp_path):
     """Bug: held-out recordings are trained on. Here they hold NaN, which would end the run."""
-    records, _ = index_shards([str(world.folder / "features" / f"shard-00000{i}.tar") for i in range(2)])
+    records, _ = index_shards(
+        [str(world.folder / "features" / f"shard-00000{i}.tar") for i in range(2)]
+    )
     held = {r.key for r in split_records(records, 0.5)[1]}
     assert len(held) == 2
     for i in range(2):
         name = f"shard-00000{i}.tar"
-        rewrite(world.folder / "features" / name, tmp_path / name, lambda k, t: t | {"z": t["z"] * float("nan")} if k in held else None)
-    flags = [*world.base, PLAN, "--ipe 20 --val_fraction 0.5 --data", tmp_path / "*.tar", "--out_dir", tmp_path / "run"]
+        rewrite(
+            world.folder / "features" / name,
+            tmp_path / name,
+            lambda k, t: t | {"z": t["z"] * float("nan")} if k in held else None,
+        )
+    flags = [
+        *world.base,
+        PLAN,
+        "--ipe 20 --val_fraction 0.5 --data",
+        tmp_path / "*.tar",
+        "--out_dir",
+        tmp_path / "run",
+    ]
     text = run(tmp_path, "train_ac.py", *flags)
-    assert np.isfinite(numbers(tmp_path / "run", "jloss")).all() and len(numbers(tmp_path / "run", "jloss")) == 60
+    assert (
+        np.isfinite(numbers(tmp_path / "run", "jloss")).all()
+        and len(numbers(tmp_path / "run", "jloss")) == 60
+    )
     assert np.isnan(numbers(tmp_path / "run", "jloss", log="val.csv")).all()
     assert "the scaler was fitted on recordings held out here" in text  # as it was: on all of these
 
 
 def test_the_scaler_is_not_blamed_for_shards_of_the_same_name(world, tmp_path):
-    """Bug: train/shard-000000.tar and val/shard-000000.tar are taken for one, and every run on the demo warns."""
+    """Bug: train/shard-000000.tar and val/shard-000000.tar are taken for one, and every run on the
+    demo warns."""
     (tmp_path / "val").mkdir()
     shutil.copy(world.folder / "held" / "shard-000002.tar", tmp_path / "val" / "shard-000000.tar")
     data = ["--data", world.folder / "features" / "*.tar", "--val_data", tmp_path / "val" / "*.tar"]
-    text = run(tmp_path, "train_ac.py", *world.base, *data, PLAN, "--ipe 2 --max_steps 1 --out_dir", tmp_path / "run")
+    text = run(
+        tmp_path,
+        "train_ac.py",
+        *world.base,
+        *data,
+        PLAN,
+        "--ipe 2 --max_steps 1 --out_dir",
+        tmp_path / "run",
+    )
     assert "the scaler was fitted" not in text and "cannot be used" not in text
 
 
 def synthetic(path, key, clips=40, seed=0, steps=8):
-    """Feature shard whose next step depends on the action and on nothing else: z_t+1 = W a_t, the same in each of 4 patches."""
+    """Feature shard whose next step depends on the action and on nothing else: z_t+1 = W a_t, the
+    same in each of 4 patches."""
     rng = np.random.default_rng(seed)
     W = np.random.default_rng(99).normal(size=(4, 16))
-    meta = {"encode": "tubelet", "fps": "5.0", "frames_per_step": "2", "crop_size": "32", "frames_per_clip": "16", "encoder": "synthetic",
-            "grid": "2", "action_space": "38"}  # fmt: skip
+    meta = {
+        "encode": "tubelet",
+        "fps": "5.0",
+        "frames_per_step": "2",
+        "crop_size": "32",
+        "frames_per_clip": "16",
+        "encoder": "synthetic",
+        "grid": "2",
+        "action_space": "38",
+    }
     members = {}
     for i in range(clips):
         actions = np.zeros((steps - 1, 38), dtype=np.float32)
         actions[:, :4] = rng.normal(size=(steps - 1, 4))
         z = np.concatenate([rng.normal(size=(1, 16)), actions[:, :4] @ W])[:, None].repeat(4, 1)
-        tensors = {"z": torch.tensor(z).bfloat16(), "actions": torch.tensor(actions), "states": torch.zeros(steps, 2, dtype=torch.float64)}
+        tensors = {
+            "z": torch.tensor(z).bfloat16(),
+            "actions": torch.tensor(actions),
+            "states": torch.zeros(steps, 2, dtype=torch.float64),
+        }
         members[f"{key}-{i}@00000.safetensors"] = safetensors_bytes(tensors, metadata=meta)
     return write_tar(path, members)
 
 
 def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path):
-    """Bug: actions are not shuffled, or shuffled in training too; the gap is of the wrong sign; true states give the action away."""
+    """Bug: actions are not shuffled, or shuffled in training too; the gap is of the wrong sign;
+    true states give the action away."""
     ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 9, {}).save(tmp_path / "unit.pkl")
-    train, held = (synthetic(tmp_path / f"{n}.tar", n, 60 - 40 * i, i) for i, n in enumerate(("train", "held")))
-    flags = ["--data", train, "--val_data", held, "--scaler", tmp_path / "unit.pkl", TINY, "--epochs 2 --warmup 0 --anneal 1 --ipe 100"]
-    run(tmp_path, "train_ac.py", *flags, "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100 --out_dir", tmp_path / "run")
-    gap, low, rolled, skill = numbers(tmp_path / "run", "tf_gap", "tf_gap_low", "ro_gap", "tf_skill", log="val.csv")[-1]
+    train, held = (
+        synthetic(tmp_path / f"{n}.tar", n, 60 - 40 * i, i) for i, n in enumerate(("train", "held"))
+    )
+    flags = [
+        "--data",
+        train,
+        "--val_data",
+        held,
+        "--scaler",
+        tmp_path / "unit.pkl",
+        TINY,
+        "--epochs 2 --warmup 0 --anneal 1 --ipe 100",
+    ]
+    run(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100 --out_dir",
+        tmp_path / "run",
+    )
+    gap, low, rolled, skill = numbers(
+        tmp_path / "run", "tf_gap", "tf_gap_low", "ro_gap", "tf_skill", log="val.csv"
+    )[-1]
     assert gap > 0.3 and 0.2 < low < gap and rolled > 0.2 and skill < 0.7
     predictor, state, scaler, _ = open_run(str(tmp_path / "run"))
-    dataset = Clips(index_shards([held])[0], [1.0] * 20, vpt.ClipReader(scaler=scaler, crop_size=32))
+    dataset = Clips(
+        index_shards([held])[0], [1.0] * 20, vpt.ClipReader(scaler=scaler, crop_size=32)
+    )
     inputs = make_inputs(None, "tubelet", 2, {"mean": None, "std": None}, "cpu")
     with torch.no_grad():
-        for layer in (predictor.action_encoder, predictor.state_encoder):  # rolled out, states are composed from the actions
+        for layer in (
+            predictor.action_encoder,
+            predictor.state_encoder,
+        ):  # rolled out, states are composed from the actions
             layer.weight.zero_()
     errors, recordings, bad = held_out(predictor, dataset, inputs, 8, 99, 0, 2, 1.0)
     blind = meter_summary({k: v for k, v in errors.items() if k[2] == "_"}, recordings)
     assert len(set(recordings)) == 20 and not bad
-    assert [blind[k] for k in METERS if "gap" in k] == [0.0] * 6 and blind["tf_true"] == blind["tf_zero"]
+    assert [blind[k] for k in METERS if "gap" in k] == [0.0] * 6 and blind["tf_true"] == blind[
+        "tf_zero"
+    ]
 
 
 def test_a_batch_of_one_still_shuffles_actions(world, trained, tmp_path):
-    """Bug: with --batch_size 1 every clip got its own actions back as the shuffled ones: a gap of exactly zero, and a loud warning."""
-    flags = [*trained.flags, "--init_from", trained.out / checkpoint.LATEST, "--start_lr 0 --max_steps 1 --ipe 1 --epochs 3"]
+    """Bug: with --batch_size 1 every clip got its own actions back as the shuffled ones: a gap of
+    exactly zero, and a loud warning."""
+    flags = [
+        *trained.flags,
+        "--init_from",
+        trained.out / checkpoint.LATEST,
+        "--start_lr 0 --max_steps 1 --ipe 1 --epochs 3",
+    ]
     for size in (1, 2):
-        run(tmp_path, "train_ac.py", *flags, "--batch_size", size, "--lr 0 --out_dir", tmp_path / str(size))
-    one, two = (numbers(tmp_path / str(size), "tf_gap", "tf_true", log="val.csv") for size in (1, 2))
+        run(
+            tmp_path,
+            "train_ac.py",
+            *flags,
+            "--batch_size",
+            size,
+            "--lr 0 --out_dir",
+            tmp_path / str(size),
+        )
+    one, two = (
+        numbers(tmp_path / str(size), "tf_gap", "tf_true", log="val.csv") for size in (1, 2)
+    )
     assert len(one) == 1 and (one == two).all() and abs(one[0, 0]) > 1e-7
 
 
 def test_streams_train_with_local_validation(world, tmp_path):
     """Bug: a pipe: cannot be trained on, or validates on nothing without saying so."""
     shard = world.shards / "shard-000000.tar"
-    flags = ["--scaler", world.folder / "scaler.pkl", TINY, "--encoder vit_tiny --epochs 1 --warmup 0 --anneal 0 --ipe 3 --val_clips 4"]
-    process = Run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "run", "--val_data", world.shards / "shard-000002.tar", "--data",
-                  f"pipe:cat {shard}")  # fmt: skip
+    flags = [
+        "--scaler",
+        world.folder / "scaler.pkl",
+        TINY,
+        "--encoder vit_tiny --epochs 1 --warmup 0 --anneal 0 --ipe 3 --val_clips 4",
+    ]
+    process = Run(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        "--out_dir",
+        tmp_path / "run",
+        "--val_data",
+        world.shards / "shard-000002.tar",
+        "--data",
+        f"pipe:cat {shard}",
+    )
     code, text = process.wait()
-    assert code == 0 and len(rows_of(tmp_path / "run" / "train.csv")) == 3 and len(rows_of(tmp_path / "run" / "val.csv")) == 1, text
-    text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "blind", "--data", f"pipe:cat {shard}")
+    assert (
+        code == 0
+        and len(rows_of(tmp_path / "run" / "train.csv")) == 3
+        and len(rows_of(tmp_path / "run" / "val.csv")) == 1
+    ), text
+    text = run(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        "--out_dir",
+        tmp_path / "blind",
+        "--data",
+        f"pipe:cat {shard}",
+    )
     assert "WARNING: nothing to validate on" in text and not rows_of(tmp_path / "blind" / "val.csv")
 
 
@@ -548,38 +896,73 @@ def test_streams_train_with_local_validation(world, tmp_path):
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
-    """Bug: the doctor leaves files behind, takes a folder for used, or says nothing about memory, disk and time."""
-    flags = [*world.video, "--epochs 9 --warmup 1 --anneal 1 --ipe 50 --save_every_freq 0 --out_dir", tmp_path / "new" / "run", "--dry_run"]
+    """Bug: the doctor leaves files behind, takes a folder for used, or says nothing about memory,
+    disk and time."""
+    flags = [
+        *world.video,
+        "--epochs 9 --warmup 1 --anneal 1 --ipe 50 --save_every_freq 0 --out_dir",
+        tmp_path / "new" / "run",
+        "--dry_run",
+    ]
     text = run(tmp_path, "train_ac.py", *flags)
-    assert "4 recordings to train on, 2 held out, 0 unusable" in text and "video (4, 16, 3, 32, 32)" in text
+    assert (
+        "4 recordings to train on, 2 held out, 0 unusable" in text
+        and "video (4, 16, 3, 32, 32)" in text
+    )
     assert "450 steps x" in text and "GiB of disk free: enough" in text and "held out after" in text
     assert not (tmp_path / "new").exists()
 
 
 def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
-    """Bug: --init_from loads nothing, silently; or a misshapen layer ends the run instead of being made anew."""
+    """Bug: --init_from loads nothing, silently; or a misshapen layer ends the run instead of being
+    made anew."""
     flags = [*world.features, PLAN, "--ipe 2 --max_steps 1 --lr 0 --start_lr 0 --out_dir"]
-    text = run(tmp_path, "train_ac.py", *flags, tmp_path / "own", "--init_from", trained.out / checkpoint.LATEST)
+    text = run(
+        tmp_path,
+        "train_ac.py",
+        *flags,
+        tmp_path / "own",
+        "--init_from",
+        trained.out / checkpoint.LATEST,
+    )
     assert "made anew: nothing; left over: nothing" in text
     own, old = (checkpoint.load_latest(f)[0]["predictor"] for f in (tmp_path / "own", trained.out))
     assert all(torch.equal(own[k], v) for k, v in old.items())
     meta = Predictor(192, 7, 7, (2, 2), pred_dim=48, depth=2, num_heads=3)
-    torch.save(weights.meta_state(weights.build_encoder("vit_tiny"), meta) | {"opt": {}, "epoch": 3}, tmp_path / "meta.pt")
-    text = run(tmp_path, "train_ac.py", *flags, tmp_path / "meta", "--init_from", tmp_path / "meta.pt")
-    assert "made anew: action_encoder.weight, state_encoder.weight; left over: action_encoder.weight, extrinsics_encoder.bias" in text
+    torch.save(
+        weights.meta_state(weights.build_encoder("vit_tiny"), meta) | {"opt": {}, "epoch": 3},
+        tmp_path / "meta.pt",
+    )
+    text = run(
+        tmp_path, "train_ac.py", *flags, tmp_path / "meta", "--init_from", tmp_path / "meta.pt"
+    )
+    assert (
+        "made anew: action_encoder.weight, state_encoder.weight; left over: action_encoder.weight,"
+        " extrinsics_encoder.bias" in text
+    )
     taken = checkpoint.load_latest(tmp_path / "meta")[0]["predictor"]
-    assert all(torch.equal(taken[k], v) for k, v in meta.state_dict().items() if "_encoder.weight" not in k)
+    assert all(
+        torch.equal(taken[k], v) for k, v in meta.state_dict().items() if "_encoder.weight" not in k
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
-    """Bug: the encoder in the file is rounded to the training precision; or such a run neither resumes, nor evaluates, since its predictor
-    is in Meta's layout."""
-    flags = [*world.video, "--ipe 2 --epochs 2 --warmup 0 --anneal 0 --val_clips 4 --dtype", dtype, "--out_dir", tmp_path / "run"]
+    """Bug: the encoder in the file is rounded to the training precision; or such a run neither
+    resumes, nor evaluates, since its predictor is in Meta's layout."""
+    flags = [
+        *world.video,
+        "--ipe 2 --epochs 2 --warmup 0 --anneal 0 --val_clips 4 --dtype",
+        dtype,
+        "--out_dir",
+        tmp_path / "run",
+    ]
     run(tmp_path, "train_ac.py", *flags, "--max_steps 2 --save_encoder")
     path = str(tmp_path / "run" / checkpoint.LATEST)
     encoder, expected = weights.load_encoder(path), weights.build_encoder("vit_tiny").state_dict()
-    assert encoder.num_heads == 3 and all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
+    assert encoder.num_heads == 3 and all(
+        torch.equal(v, expected[k]) for k, v in encoder.state_dict().items()
+    )
     predictor, mine = weights.load_predictor(path, num_heads=3, grid=(2, 2)), open_run(path)[0]
     assert all(torch.equal(v, predictor.state_dict()[k]) for k, v in mine.state_dict().items())
     run(tmp_path, "train_ac.py", *flags, "--resume")
@@ -591,31 +974,54 @@ def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
 
 @pytest.mark.slow
 def test_features_are_what_training_on_video_sees(world, trained, tmp_path):
-    """Bug: encode.py resizes, crops, pairs frames or aligns actions otherwise than the loader; encode modes are mixed up."""
-    flags = "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --lr 0 --start_lr 0 --out_dir"  # the same predictor on the same windows
+    """Bug: encode.py resizes, crops, pairs frames or aligns actions otherwise than the loader;
+    encode modes are mixed up."""
+    # the same predictor on the same windows
+    flags = "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --lr 0 --start_lr 0 --out_dir"
     for encode in ("tubelet", "frame"):
         out = tmp_path / encode
         where = [world.folder / "features", world.folder / "held"]
         if encode != "tubelet":
-            where, how = [tmp_path / "f", tmp_path / "h"], ["--encoder vit_tiny --crop_size 32 --encode", encode]
+            where, how = (
+                [tmp_path / "f", tmp_path / "h"],
+                ["--encoder vit_tiny --crop_size 32 --encode", encode],
+            )
             for shards, folder in zip(("shard-{000000..000001}.tar", "shard-000002.tar"), where):
                 run(tmp_path, "encode.py", "--data", world.shards / shards, "--out", folder, *how)
         data = ["--data", where[0] / "*.tar", "--val_data", where[1] / "*.tar"]
         run(tmp_path, "train_ac.py", *world.base, *data, "--encode", encode, flags, out / "cached")
         run(tmp_path, "train_ac.py", *world.video, "--encode", encode, flags, out / "live")
-        cached, live = (numbers(out / n, "jloss", "sloss", *METERS[:4], log="val.csv") for n in ("cached", "live"))
+        cached, live = (
+            numbers(out / n, "jloss", "sloss", *METERS[:4], log="val.csv")
+            for n in ("cached", "live")
+        )
         np.testing.assert_allclose(cached, live, rtol=2e-3)
-    assert abs(numbers(tmp_path / "frame" / "live", "tf_copy", log="val.csv") / live[0, 5] - 1) < 1e-3
-    assert not np.allclose(numbers(tmp_path / "tubelet" / "live", "tf_copy", log="val.csv"), live[0, 5], rtol=1e-2)
+    assert (
+        abs(numbers(tmp_path / "frame" / "live", "tf_copy", log="val.csv") / live[0, 5] - 1) < 1e-3
+    )
+    assert not np.allclose(
+        numbers(tmp_path / "tubelet" / "live", "tf_copy", log="val.csv"), live[0, 5], rtol=1e-2
+    )
 
 
 def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
-    """Bug: the phases of a recording are mixed up: frames of one, actions of another, or a start that is not the first frame's tick."""
+    """Bug: the phases of a recording are mixed up: frames of one, actions of another, or a start
+    that is not the first frame's tick."""
     shard = world.shards / "shard-000000.tar"
-    run(tmp_path, "encode.py", "--data", shard, "--out", tmp_path / "f", "--encoder vit_tiny --crop_size 32 --phases 3 --batch_size 5")
+    run(
+        tmp_path,
+        "encode.py",
+        "--data",
+        shard,
+        "--out",
+        tmp_path / "f",
+        "--encoder vit_tiny --crop_size 32 --phases 3 --batch_size 5",
+    )
     features = {r.key: r for r in index_shards([str(tmp_path / "f" / "shard-000000.tar")])[0]}
     video = {r.key: r for r in index_shards([str(shard)])[0]}
-    assert sorted(features) == [f"6.10_player-{k}@0000{s}" for k in (0, 1) for s in (0, 2, 5)]  # 8 ticks a step
+    assert sorted(features) == [
+        f"6.10_player-{k}@0000{s}" for k in (0, 1) for s in (0, 2, 5)
+    ]  # 8 ticks a step
     encoder = weights.build_encoder("vit_tiny", 32)
     for key, first in (("6.10_player-1", 2), ("6.10_player-0", 5)):
         r, source = features[f"{key}@0000{first}"], video[key]
@@ -626,16 +1032,24 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
         with Slice(source.shard, *source.members["jsonl"]) as f:
             ticks = vpt.parse_ticks(f.read())
         with torch.no_grad():
-            wanted = encode_steps(encoder, torch.from_numpy(frames[:, :, 4:36].transpose(0, 3, 1, 2).copy())[None], "tubelet", 2)[0]
+            wanted = encode_steps(
+                encoder,
+                torch.from_numpy(frames[:, :, 4:36].transpose(0, 3, 1, 2).copy())[None],
+                "tubelet",
+                2,
+            )[0]
         torch.testing.assert_close(z[:6].float(), wanted, rtol=2e-2, atol=2e-2)
         ends = first + 4 + 8 * np.arange(r.length)
-        np.testing.assert_allclose(actions.numpy(), vpt.step_actions(ticks, ends, 38)[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            actions.numpy(), vpt.step_actions(ticks, ends, 38)[0], rtol=1e-6, atol=1e-6
+        )
         np.testing.assert_array_equal(states.numpy(), ticks.motion[ends, 2:])
 
 
 @pytest.mark.slow
 def test_encode_killed_and_run_again_is_whole(world, tmp_path):
-    """Bug: a half-written shard is taken for a finished one, or finished ones for those of other settings or recordings."""
+    """Bug: a half-written shard is taken for a finished one, or finished ones for those of other
+    settings or recordings."""
     flags = ["--data", world.shards / "*.tar", "--encoder vit_tiny --crop_size 32 --phases 4 --out"]
     run(tmp_path, "encode.py", *flags, tmp_path / "whole")
     killed = Run(tmp_path, "encode.py", *flags, tmp_path / "cut")
@@ -647,20 +1061,41 @@ def test_encode_killed_and_run_again_is_whole(world, tmp_path):
     assert killed.wait()[0] == -signal.SIGKILL
     done = {n for n in os.listdir(tmp_path / "cut") if n.endswith(".tar")}
     assert done and "shard-000002.tar" not in done
-    assert f"encoded {3 - len(done)} of 3 shards" in run(tmp_path, "encode.py", *flags, tmp_path / "cut")
+    assert f"encoded {3 - len(done)} of 3 shards" in run(
+        tmp_path, "encode.py", *flags, tmp_path / "cut"
+    )
     for i in range(3):
         name = f"shard-00000{i}.tar"
         cut, whole = (index_shards([str(tmp_path / f / name)])[0] for f in ("cut", "whole"))
         assert [r.key for r in cut] == [r.key for r in whole] and len(cut) == 8
         for a, b in zip(cut, whole):
-            assert all(torch.equal(x, y) for x, y in zip(feature_rows(a, 0, a.length), feature_rows(b, 0, b.length)))
+            assert all(
+                torch.equal(x, y)
+                for x, y in zip(feature_rows(a, 0, a.length), feature_rows(b, 0, b.length))
+            )
     for other in ("--fps 10", "--encode frame", "--dtype bfloat16", "--phases 2"):
-        assert "what other settings made" in fails(tmp_path, "encode.py", *flags, tmp_path / "cut", other)
+        assert "what other settings made" in fails(
+            tmp_path, "encode.py", *flags, tmp_path / "cut", other
+        )
     (tmp_path / "other").mkdir()
     shutil.copy(world.shards / "shard-000001.tar", tmp_path / "other" / "shard-000000.tar")
-    error = fails(tmp_path, "encode.py", *flags, tmp_path / "cut", "--data", tmp_path / "other" / "shard-000000.tar")
+    error = fails(
+        tmp_path,
+        "encode.py",
+        *flags,
+        tmp_path / "cut",
+        "--data",
+        tmp_path / "other" / "shard-000000.tar",
+    )
     assert "the same file name" in error
-    error = fails(tmp_path, "encode.py", *flags[2:], tmp_path / "cut", "--data", tmp_path / "other" / "shard-000000.tar")
+    error = fails(
+        tmp_path,
+        "encode.py",
+        *flags[2:],
+        tmp_path / "cut",
+        "--data",
+        tmp_path / "other" / "shard-000000.tar",
+    )
     assert "shard-000000.tar of other recordings (6.10_player-0)" in error
 
 
@@ -668,36 +1103,79 @@ def test_encode_killed_and_run_again_is_whole(world, tmp_path):
 
 
 def test_eval_says_what_validation_said(world, trained, tmp_path):
-    """Bug: eval.py judges other windows, another checkpoint, or unscaled actions; the table and report.json differ; video gives other
-    numbers than its features."""
+    """Bug: eval.py judges other windows, another checkpoint, or unscaled actions; the table and
+    report.json differ; video gives other numbers than its features."""
     shutil.copytree(trained.out, tmp_path / "run", symlinks=True)
     said = dict(zip(METERS, numbers(trained.out, *METERS, log="val.csv")[-1]))
     data = {"features": world.folder / "held" / "*.tar", "video": world.shards / "shard-000002.tar"}
-    command = [sys.executable, "eval.py", "--checkpoint", str(tmp_path / "run"), "--data", str(data["features"]), "--batch_size", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "eval.py",
+        "--checkpoint",
+        str(tmp_path / "run"),
+        "--data",
+        str(data["features"]),
+        "--batch_size",
+        "4",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    np.testing.assert_allclose([report[k] for k in METERS], [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
-    assert report["checkpoint"].endswith("checkpoint-epoch003.pth.tar") and report["recordings"] == 2 and report["clips"] == 8
-    assert f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout and f"{said['tf_gap']:+.2%}, 95 %" in done.stdout
+    np.testing.assert_allclose(
+        [report[k] for k in METERS], [said[k] for k in METERS], rtol=1e-6, atol=1e-8
+    )
+    assert (
+        report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
+        and report["recordings"] == 2
+        and report["clips"] == 8
+    )
+    assert (
+        f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout
+        and f"{said['tf_gap']:+.2%}, 95 %" in done.stdout
+    )
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
     assert all(f"{x:9.4f}" in done.stdout for x in report["by_horizon"]["ro_shuffled"])
-    run(tmp_path, "eval.py", "--checkpoint", tmp_path / "run", "--data", data["video"], "--encoder vit_tiny --batch_size 4 --num_workers 0")
+    run(
+        tmp_path,
+        "eval.py",
+        "--checkpoint",
+        tmp_path / "run",
+        "--data",
+        data["video"],
+        "--encoder vit_tiny --batch_size 4 --num_workers 0",
+    )
     live = json.loads((tmp_path / "run" / "report.json").read_text())
     errors = [k for k in METERS if "gap" not in k]
     np.testing.assert_allclose([live[k] for k in errors], [said[k] for k in errors], rtol=3e-3)
 
 
 def test_eval_refuses_what_does_not_belong(world, trained, tmp_path):
-    """Bug: a predictor is judged on features of another encoder, or a missing run is a traceback."""
+    """Bug: a predictor is judged on features of another encoder, or a missing run is a
+    traceback."""
     (tmp_path / "empty").mkdir()
     other = "--encoder vit_base_16"
-    cases = [(tmp_path / "empty", world.folder / "held" / "*.tar", "", f"no checkpoint in {tmp_path / 'empty'}"),
-             (tmp_path / "none.pth.tar", world.folder / "held" / "*.tar", "", "none.pth.tar"),
-             (trained.out, tmp_path / "none*.tar", "", "no shard matches"),
-             (trained.out, world.shards / "shard-000002.tar", other, "was trained on features of encoder")]  # fmt: skip
+    cases = [
+        (
+            tmp_path / "empty",
+            world.folder / "held" / "*.tar",
+            "",
+            f"no checkpoint in {tmp_path / 'empty'}",
+        ),
+        (tmp_path / "none.pth.tar", world.folder / "held" / "*.tar", "", "none.pth.tar"),
+        (trained.out, tmp_path / "none*.tar", "", "no shard matches"),
+        (
+            trained.out,
+            world.shards / "shard-000002.tar",
+            other,
+            "was trained on features of encoder",
+        ),
+    ]
     for path, data, flags, sentence in cases:
-        assert sentence in fails(tmp_path, "eval.py", "--checkpoint", path, "--data", data, flags, "--num_workers 0")
+        assert sentence in fails(
+            tmp_path, "eval.py", "--checkpoint", path, "--data", data, flags, "--num_workers 0"
+        )
 
 
 def test_pictures_and_arguments_of_a_run(trained):
@@ -705,8 +1183,26 @@ def test_pictures_and_arguments_of_a_run(trained):
     args = json.loads((trained.out / "args.json").read_text())
     assert args["pred_dim"] == 48 and args["ipe"] == 25 and args["dtype"] == "float32"
     assert (trained.out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    rows = numbers(trained.out, "epoch", "itr", "jloss", "sloss", "total_loss", "clips_per_s", "data_wait", "memory_mib")
-    assert (rows[:, 0] * 25 + rows[:, 1] == np.arange(75)).all() and (rows[:, 5] > 0).all() and (rows[:, 7] > 50).all()
+    rows = numbers(
+        trained.out,
+        "epoch",
+        "itr",
+        "jloss",
+        "sloss",
+        "total_loss",
+        "clips_per_s",
+        "data_wait",
+        "memory_mib",
+    )
+    assert (
+        (rows[:, 0] * 25 + rows[:, 1] == np.arange(75)).all()
+        and (rows[:, 5] > 0).all()
+        and (rows[:, 7] > 50).all()
+    )
     np.testing.assert_allclose(rows[:, 4], rows[:, 2] + rows[:, 3], rtol=1e-6)
-    assert (rows[:, 6] >= 0).all() and (rows[:, 6] <= 1).all() and rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
+    assert (
+        (rows[:, 6] >= 0).all()
+        and (rows[:, 6] <= 1).all()
+        and rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
+    )
     assert numbers(trained.out, "epoch", log="val.csv")[:, 0].tolist() == [1, 2, 3]

@@ -1,4 +1,5 @@
-"""files/vpt.py: lines to ticks to steps, frames by number, clips. Every recording here is a real mp4 and real JSONL (tests/conftest.py)."""
+"""files/vpt.py: lines to ticks to steps, frames by number, clips. Every recording here is a real
+mp4 and real JSONL (tests/conftest.py)."""
 
 import io
 import json
@@ -12,14 +13,24 @@ from conftest import HEIGHT, contractor, film, jsonl, read_number
 
 from data import READ_ERRORS
 from files import vpt
-from files.vpt import ACTION_SPACES, ClipReader, mp4_times, parse_ticks, read_frames, step_actions, step_size, wrap
+from files.vpt import (
+    ACTION_SPACES,
+    ClipReader,
+    mp4_times,
+    parse_ticks,
+    read_frames,
+    step_actions,
+    step_size,
+    wrap,
+)
 from fit_scaler import ActionScaler
 
-TABLE = (  # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
-    "mouse_dx mouse_dy yaw_diff pitch_diff key.1 key.2 key.3 key.4 key.5 key.6 key.7 key.8 key.9 key.w key.a key.s key.d key.space "
-    "key.q key.f key.e key.escape key.left.shift key.right.shift key.left.control mouse.0 mouse.1 mouse.2 "
-    "slot.1 slot.2 slot.3 slot.4 slot.5 slot.6 "
-    "slot.7 slot.8 slot.9 gui_open"
+# the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
+TABLE = (
+    "mouse_dx mouse_dy yaw_diff pitch_diff key.1 key.2 key.3 key.4 key.5 key.6 key.7 key.8 key.9"
+    " key.w key.a key.s key.d key.space key.q key.f key.e key.escape key.left.shift key.right.shift"
+    " key.left.control mouse.0 mouse.1 mouse.2 slot.1 slot.2 slot.3 slot.4 slot.5 slot.6 slot.7"
+    " slot.8 slot.9 gui_open"
 ).split()
 
 
@@ -27,13 +38,20 @@ def guide(lines=75, rate=5.0, yaw=0.01, **change):
     """Lines in the guides' format."""
     out = []
     for i in range(lines):
-        line = {"timestamp": i / rate, "mouse": {"dx": i, "dy": -i}, "keyboard": {"keys": []}, "camera": [yaw * i, -yaw * i], "hotbar": 0}
+        line = {
+            "timestamp": i / rate,
+            "mouse": {"dx": i, "dy": -i},
+            "keyboard": {"keys": []},
+            "camera": [yaw * i, -yaw * i],
+            "hotbar": 0,
+        }
         out.append(line | change)
     return out
 
 
 def sequential(mp4):
-    """(time, number) of every frame of a video, decoded from the first to the last: what random access must agree with."""
+    """(time, number) of every frame of a video, decoded from the first to the last: what random
+    access must agree with."""
     with av.open(io.BytesIO(mp4)) as c:
         frames = [(f.pts, read_number(f.to_ndarray(format="rgb24"))) for f in c.decode(video=0)]
     return [t for t, _ in frames], [n for _, n in frames]
@@ -51,9 +69,12 @@ def cut_clip(mp4, lines, start=0, rng=None, **options):
 
 
 def test_contractor_angles_are_degrees_and_guide_angles_radians():
-    """Bug: one format's unit applied to the other; the slope of yaw over mouse_dx would then be off by 57."""
+    """Bug: one format's unit applied to the other; the slope of yaw over mouse_dx would then be off
+    by 57."""
     ticks = parse_ticks(jsonl(contractor(lines=50)))
-    np.testing.assert_allclose(np.diff(ticks.motion[:, 2]), np.radians(0.15) * ticks.motion[:-1, 0], atol=1e-12)
+    np.testing.assert_allclose(
+        np.diff(ticks.motion[:, 2]), np.radians(0.15) * ticks.motion[:-1, 0], atol=1e-12
+    )
     ticks = parse_ticks(jsonl(guide()))
     np.testing.assert_allclose(ticks.motion[10], [10, -10, 0.1, -0.1])
     assert ticks.rate == pytest.approx(5) and parse_ticks(jsonl(contractor(3))).rate == 20
@@ -61,12 +82,21 @@ def test_contractor_angles_are_degrees_and_guide_angles_radians():
 
 def test_same_play_in_both_formats_gives_the_same_actions():
     """Bug: a field that only one of the two parsers reads."""
-    lines = contractor(lines=64, keyboard=lambda i: {"keys": ["key.keyboard.w"] if i % 9 == 0 else []}, hotbar=lambda i: i // 20)
+    lines = contractor(
+        lines=64,
+        keyboard=lambda i: {"keys": ["key.keyboard.w"] if i % 9 == 0 else []},
+        hotbar=lambda i: i // 20,
+    )
     other = []
     for i, line in enumerate(lines):
         camera = np.radians([line["yaw"], line["pitch"]]).tolist()
-        other.append({k: line[k] for k in ("mouse", "keyboard", "hotbar")} | {"timestamp": i / 20, "camera": camera})
-    one, two = (step_actions(parse_ticks(jsonl(x)), np.arange(4, 60, 8), 38) for x in (lines, other))
+        other.append(
+            {k: line[k] for k in ("mouse", "keyboard", "hotbar")}
+            | {"timestamp": i / 20, "camera": camera}
+        )
+    one, two = (
+        step_actions(parse_ticks(jsonl(x)), np.arange(4, 60, 8), 38) for x in (lines, other)
+    )
     for x, y in zip(one, two):
         np.testing.assert_allclose(x, y, atol=1e-12)
 
@@ -77,72 +107,110 @@ def test_camera_in_degrees_is_refused():
         parse_ticks(jsonl(guide(yaw=1.5)))
 
 
-@pytest.mark.parametrize("new, expected", [
-    ({0: [0]}, [0, 0, 0, 0, 0, 0]),  # line 0 says newly pressed: stuck, never released
-    ({0: [0], 3: [0]}, [0, 0, 0, 1, 1, 1]),  # until it is really pressed
-    ({0: [0], 2: [1]}, [0, 0, 0, 0, 0, 0]),  # another button releases nothing
-    ({0: [0, 1]}, [1, 1, 1, 1, 1, 1]),  # OpenAI's rule is exactly [0]
-    ({2: [0]}, [1, 1, 1, 1, 1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "new, expected",
+    [
+        ({0: [0]}, [0, 0, 0, 0, 0, 0]),  # line 0 says newly pressed: stuck, never released
+        ({0: [0], 3: [0]}, [0, 0, 0, 1, 1, 1]),  # until it is really pressed
+        ({0: [0], 2: [1]}, [0, 0, 0, 0, 0, 0]),  # another button releases nothing
+        ({0: [0, 1]}, [1, 1, 1, 1, 1, 1]),  # OpenAI's rule is exactly [0]
+        ({2: [0]}, [1, 1, 1, 1, 1, 1]),
+    ],
+)
 def test_stuck_attack_of_line_0_is_released(new, expected):
     """Bug: recordings that start with attack stuck down teach that attack does nothing."""
-    lines = contractor(6, mouse=lambda i: {"dx": 0, "dy": 0, "buttons": [0, 1, 5], "newButtons": new.get(i, [])})
+    lines = contractor(
+        6, mouse=lambda i: {"dx": 0, "dy": 0, "buttons": [0, 1, 5], "newButtons": new.get(i, [])}
+    )
     keys = parse_ticks(jsonl(lines)).keys
     assert (keys & vpt.BUTTON_BIT[0] > 0).astype(int).tolist() == expected
     assert (keys & vpt.BUTTON_BIT[1] > 0).all()  # the other buttons stay, and button 5 is ignored
 
 
 def test_null_mouse_and_keyboard_are_no_input():
-    """Bug: recorder 6.13 writes null and those before 6.11 no hotbar; the recording would be dropped from there, or get a made-up slot."""
+    """Bug: recorder 6.13 writes null and those before 6.11 no hotbar; the recording would be
+    dropped from there, or get a made-up slot."""
     lines = contractor(10)
     for line in lines:
         del line["hotbar"]
     lines[4] |= {"mouse": None, "keyboard": None}
     ticks = parse_ticks(jsonl(lines))
-    assert len(ticks.motion) == 10 and not ticks.flaw and (ticks.motion[4, :2] == 0).all() and ticks.keys[4] == 0
+    assert (
+        len(ticks.motion) == 10
+        and not ticks.flaw
+        and (ticks.motion[4, :2] == 0).all()
+        and ticks.keys[4] == 0
+    )
     assert (ticks.hotbar == 0).all()
     assert ticks.motion[4, 2] == pytest.approx(np.radians(lines[4]["yaw"]))
 
 
 def test_wheel_injects_the_hotbar_key_once_and_never_on_line_0():
-    """Bug: OpenAI's loader starts from slot 0 and so presses a key on line 0 of every segment that starts on another slot."""
+    """Bug: OpenAI's loader starts from slot 0 and so presses a key on line 0 of every segment that
+    starts on another slot."""
     slots = [4, 4, 4, 7, 7, 0, 0, 8]
     keys = parse_ticks(jsonl(contractor(8, keyboard=None, hotbar=lambda i: slots[i]))).keys
-    assert [[n for n in range(1, 10) if k & vpt.KEY_BIT[f"key.keyboard.{n}"]] for k in keys] == [[], [], [], [8], [], [1], [], [9]]
+    assert [[n for n in range(1, 10) if k & vpt.KEY_BIT[f"key.keyboard.{n}"]] for k in keys] == [
+        [],
+        [],
+        [],
+        [8],
+        [],
+        [1],
+        [],
+        [9],
+    ]
 
 
 def test_fields_in_any_order_and_torn_inventories():
-    """Bug: cutting a line at its inventory loses fields that a rewritten file has after it, or trips over the words in a string."""
-    lines = contractor(5, mouse={"dx": 3.0, "dy": 1.0, "buttons": [0], "newButtons": []}, isGuiOpen=True, hotbar=2)
+    """Bug: cutting a line at its inventory loses fields that a rewritten file has after it, or
+    trips over the words in a string."""
+    lines = contractor(
+        5, mouse={"dx": 3.0, "dy": 1.0, "buttons": [0], "newButtons": []}, isGuiOpen=True, hotbar=2
+    )
     expected = parse_ticks(jsonl(lines))
     rewritten = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
     tricky = jsonl([{"note": 'a, "inventory"'} | line for line in lines])
-    cut = jsonl(lines).replace(b'"quantity": 3}]', b'"quantity"')  # broken JSON, but only where nothing is read
+    cut = jsonl(lines).replace(
+        b'"quantity": 3}]', b'"quantity"'
+    )  # broken JSON, but only where nothing is read
     for data in (rewritten, tricky, cut, jsonl(lines).replace(b"\n", b"\r\n")):
         ticks = parse_ticks(data)
-        assert not ticks.flaw and (ticks.motion == expected.motion).all() and (ticks.keys == expected.keys).all()
+        assert (
+            not ticks.flaw
+            and (ticks.motion == expected.motion).all()
+            and (ticks.keys == expected.keys).all()
+        )
 
 
-@pytest.mark.parametrize("what, reason", [
-    (b'{"mouse": {"dx": 1', "line 100"),
-    (b"", "line 100"),
-    (b"[1, 2]", "line 100"),
-    (b'{"mouse": {"dx": NaN}, "yaw": 1, "pitch": 1}', "line 100"),
-    (b'{"mouse": {"dx": "NaN"}, "yaw": 1, "pitch": 1}', "out of range"),
-    (b'{"mouse": {"dx": 1}, "yaw": 1e999, "pitch": 1}', "line 100"),
-    (b'{"mouse": {"dx": 1}, "yaw": null, "pitch": 1}', "line 100"),
-    (b'{"mouse": {"dx": 1}, "yaw": 1}', "no 'pitch'"),
-    (b'{"mouse": {"dx": 1}}', "no yaw or camera"),
-    (b'{"mouse": {"dx": 1}, "yaw": 1, "pitch": 1, "hotbar": 9}', "out of range"),
-    (b'{"timestamp": "noon", "yaw": 1, "pitch": 1}', "noon"),
-    (b"\xff\xfe\x00", "line 100"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what, reason",
+    [
+        (b'{"mouse": {"dx": 1', "line 100"),
+        (b"", "line 100"),
+        (b"[1, 2]", "line 100"),
+        (b'{"mouse": {"dx": NaN}, "yaw": 1, "pitch": 1}', "line 100"),
+        (b'{"mouse": {"dx": "NaN"}, "yaw": 1, "pitch": 1}', "out of range"),
+        (b'{"mouse": {"dx": 1}, "yaw": 1e999, "pitch": 1}', "line 100"),
+        (b'{"mouse": {"dx": 1}, "yaw": null, "pitch": 1}', "line 100"),
+        (b'{"mouse": {"dx": 1}, "yaw": 1}', "no 'pitch'"),
+        (b'{"mouse": {"dx": 1}}', "no yaw or camera"),
+        (b'{"mouse": {"dx": 1}, "yaw": 1, "pitch": 1, "hotbar": 9}', "out of range"),
+        (b'{"timestamp": "noon", "yaw": 1, "pitch": 1}', "noon"),
+        (b"\xff\xfe\x00", "line 100"),
+    ],
+)
 def test_a_bad_line_drops_the_tail_and_says_which(what, reason):
-    """Bug: a bad line in the middle is skipped, and every later line goes with the wrong frame; or an exception that stops the run."""
+    """Bug: a bad line in the middle is skipped, and every later line goes with the wrong frame; or
+    an exception that stops the run."""
     lines = jsonl(contractor(200)).splitlines()
     ticks = parse_ticks(b"\n".join(lines[:100] + [what] + lines[101:]))
     assert len(ticks.motion) == len(ticks.keys) == len(ticks.hotbar) == 100
-    assert ticks.flaw.startswith("line 100") and reason in ticks.flaw and np.isfinite(ticks.motion).all()
+    assert (
+        ticks.flaw.startswith("line 100")
+        and reason in ticks.flaw
+        and np.isfinite(ticks.motion).all()
+    )
     with pytest.raises(ValueError, match="no usable line"):
         parse_ticks(what)
 
@@ -164,15 +232,24 @@ def test_wrap_is_half_open_at_plus_pi():
 
 
 def test_yaw_difference_wraps_and_pitch_does_not():
-    """Bug: Minecraft's yaw is unbounded in some files and wrapped in others; a turn through south must not be a full turn back."""
+    """Bug: Minecraft's yaw is unbounded in some files and wrapped in others; a turn through south
+    must not be a full turn back."""
     for yaws in ([170, 190], [170, -170], [890, 910], [-190, -170]):
-        actions, states = step_actions(parse_ticks(jsonl(contractor(2, yaw=lambda i, y=yaws: y[i], pitch=lambda i: (-80, 80)[i]))), [0, 1])
-        assert actions[0, 2] == pytest.approx(np.radians(20)) and actions[0, 3] == pytest.approx(np.radians(160))
+        actions, states = step_actions(
+            parse_ticks(
+                jsonl(contractor(2, yaw=lambda i, y=yaws: y[i], pitch=lambda i: (-80, 80)[i]))
+            ),
+            [0, 1],
+        )
+        assert actions[0, 2] == pytest.approx(np.radians(20)) and actions[0, 3] == pytest.approx(
+            np.radians(160)
+        )
         np.testing.assert_allclose(states, np.radians([[0, -80], [20, 80]]), atol=1e-9)
 
 
 def test_action_spaces_index_by_index():
-    """Bug: a dimension in the wrong place; checkpoints and the guides' tables would disagree without an error."""
+    """Bug: a dimension in the wrong place; checkpoints and the guides' tables would disagree
+    without an error."""
     assert ACTION_SPACES[38] == TABLE
     assert ACTION_SPACES[36] == [n for n in TABLE if n not in ("key.right.shift", "gui_open")]
     assert ACTION_SPACES[13] == TABLE[:13]
@@ -200,39 +277,70 @@ def test_each_input_lights_its_own_dimension_only(space):
 
 
 def test_a_key_held_for_one_tick_counts_and_the_slot_is_that_of_the_steps_start():
-    """Bug: keys sampled at the step's first tick only (a tap is lost), or the slot taken after the change that the step makes."""
+    """Bug: keys sampled at the step's first tick only (a tap is lost), or the slot taken after the
+    change that the step makes."""
     slots = [0] * 6 + [5] * 14
-    lines = contractor(20, hotbar=lambda i: slots[i], keyboard=lambda i: {"keys": ["key.keyboard.space"] * (i == 11)})
+    lines = contractor(
+        20,
+        hotbar=lambda i: slots[i],
+        keyboard=lambda i: {"keys": ["key.keyboard.space"] * (i == 11)},
+    )
     actions, _ = step_actions(parse_ticks(jsonl(lines)), [4, 12, 19], 38)
     at = {n: i for i, n in enumerate(TABLE)}
     assert actions[:, at["key.space"]].tolist() == [1, 0]  # tick 11 is the last of 4..11
     assert actions[:, at["key.6"]].tolist() == [1, 0]
-    assert actions[:, at["slot.1"]].tolist() == [1, 0] and actions[:, at["slot.6"]].tolist() == [0, 1]
+    assert actions[:, at["slot.1"]].tolist() == [1, 0] and actions[:, at["slot.6"]].tolist() == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("encode, first", [("tubelet", 4), ("frame", 0), ("clip", 0)])
 def test_action_t_is_what_happens_after_the_last_frame_of_step_t(mp4, encode, first):
-    """Bug: sums over sampled frames only (a quarter of the motion), or from the step's first frame, which already shows half of it."""
+    """Bug: sums over sampled frames only (a quarter of the motion), or from the step's first frame,
+    which already shows half of it."""
     start = 7
-    lines = contractor(mouse=lambda i: {"dx": 2.0**i if i < 80 else 0, "dy": 0}, yaw=lambda i: (i / 100) ** 2, pitch=lambda i: i / 10)
+    lines = contractor(
+        mouse=lambda i: {"dx": 2.0**i if i < 80 else 0, "dy": 0},
+        yaw=lambda i: (i / 100) ** 2,
+        pitch=lambda i: i / 10,
+    )
     clip = cut_clip(mp4, lines, start, encode=encode)
     assert [read_number(f) for f in clip["video"]] == list(range(start, start + 61, 4))
     for t in range(7):
-        ticks = range(start + 8 * t + first, start + 8 * t + first + 8)  # lines 8t+4 to 8t+11, or 8t to 8t+7
-        assert clip["actions"][t, 0] == sum(2.0**i for i in ticks)  # powers of two: no other set of lines gives this sum
-        assert clip["actions"][t, 2] == pytest.approx(math.radians((ticks[-1] + 1) ** 2 / 1e4 - ticks[0] ** 2 / 1e4), abs=1e-7)
+        ticks = range(
+            start + 8 * t + first, start + 8 * t + first + 8
+        )  # lines 8t+4 to 8t+11, or 8t to 8t+7
+        assert clip["actions"][t, 0] == sum(
+            2.0**i for i in ticks
+        )  # powers of two: no other set of lines gives this sum
+        assert clip["actions"][t, 2] == pytest.approx(
+            math.radians((ticks[-1] + 1) ** 2 / 1e4 - ticks[0] ** 2 / 1e4), abs=1e-7
+        )
     ends = start + first + 8 * np.arange(8)
-    np.testing.assert_allclose(clip["states"], np.radians(np.stack([(ends**2 - ends[0] ** 2) / 1e4, ends / 10], 1)), atol=1e-6)
+    np.testing.assert_allclose(
+        clip["states"],
+        np.radians(np.stack([(ends**2 - ends[0] ** 2) / 1e4, ends / 10], 1)),
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("frames_per_step, fps", [(1, 5.0), (2, 10.0), (4, 20.0)])
 def test_other_step_lengths(mp4, frames_per_step, fps):
     """Bug: 8 ticks a step taken for granted."""
-    clip = cut_clip(mp4, contractor(mouse=lambda i: {"dx": 2.0**i if i < 80 else 0, "dy": 0}), 3, fps=fps, frames_per_step=frames_per_step)
+    clip = cut_clip(
+        mp4,
+        contractor(mouse=lambda i: {"dx": 2.0**i if i < 80 else 0, "dy": 0}),
+        3,
+        fps=fps,
+        frames_per_step=frames_per_step,
+    )
     stride = int(20 / fps)
     ends = 3 + stride * np.arange(16).reshape(-1, frames_per_step)[:, -1]
     assert [read_number(f) for f in clip["video"]] == list(range(3, 4 + stride * 15, stride))
-    assert clip["actions"][:, 0].tolist() == [sum(2.0**i for i in range(a, b)) for a, b in zip(ends, ends[1:])]
+    assert clip["actions"][:, 0].tolist() == [
+        sum(2.0**i for i in range(a, b)) for a, b in zip(ends, ends[1:])
+    ]
 
 
 def test_rates_that_do_not_divide_are_refused():
@@ -244,17 +352,23 @@ def test_rates_that_do_not_divide_are_refused():
 
 
 def test_guide_lines_at_5_hz_go_with_every_fourth_frame(mp4):
-    """Bug: line i taken for frame i: pictures of the first quarter with the actions of the whole."""
+    """Bug: line i taken for frame i: pictures of the first quarter with the actions of the
+    whole."""
     clip = cut_clip(mp4, guide(), 3)
     assert [read_number(f) for f in clip["video"]] == [4 * i for i in range(3, 19)]
-    assert clip["actions"][:, 0].tolist() == [4 + 2 * t + 5 + 2 * t for t in range(7)]  # lines 4+2t and 5+2t
+    assert clip["actions"][:, 0].tolist() == [
+        4 + 2 * t + 5 + 2 * t for t in range(7)
+    ]  # lines 4+2t and 5+2t
     clip = cut_clip(film(75), guide(), 3)  # a video that runs at the line rate itself
     assert [read_number(f) for f in clip["video"]] == list(range(3, 19))
 
 
-@pytest.mark.parametrize("lines", [guide(37), guide(150, rate=20), guide(60) + [{}], guide(140, rate=20) + [{}] * 2])
+@pytest.mark.parametrize(
+    "lines", [guide(37), guide(150, rate=20), guide(60) + [{}], guide(140, rate=20) + [{}] * 2]
+)
 def test_guide_lines_that_stop_early_are_not_stretched_over_the_video(mp4, lines):
-    """Bug: the frames per line guessed from the two lengths, so that half a file plays at twice the speed."""
+    """Bug: the frames per line guessed from the two lengths, so that half a file plays at twice the
+    speed."""
     try:
         clip = cut_clip(mp4, lines, 2)
     except ValueError as e:
@@ -264,7 +378,8 @@ def test_guide_lines_that_stop_early_are_not_stretched_over_the_video(mp4, lines
 
 
 def test_lines_against_frames(mp4):
-    """Bug: 3 lines short is normal and must be used up to the end; 30 short means that lines and frames are not aligned."""
+    """Bug: 3 lines short is normal and must be used up to the end; 30 short means that lines and
+    frames are not aligned."""
     reader, f = ClipReader(crop_size=HEIGHT), io.BytesIO(mp4)
     starts = {n: reader.starts(parse_ticks(jsonl(contractor(n))), 300) for n in (297, 300, 303)}
     assert starts == {297: 237, 300: 240, 303: 240}
@@ -273,7 +388,9 @@ def test_lines_against_frames(mp4):
     for n in (270, 330):
         with pytest.raises(ValueError, match=f"{n} lines but 300 frames"):
             reader.starts(parse_ticks(jsonl(contractor(n))), 300)
-    torn = parse_ticks(jsonl(contractor(200)) + b'{"mouse"')  # torn is not misaligned: its head can be used
+    torn = parse_ticks(
+        jsonl(contractor(200)) + b'{"mouse"'
+    )  # torn is not misaligned: its head can be used
     assert reader.starts(torn, 300) == 140
     with pytest.raises(ValueError, match="too short.*line 60"):
         reader.starts(parse_ticks(jsonl(contractor(60)) + b"{"), 300)
@@ -288,7 +405,11 @@ def edit(mp4, skip=0, drop=0):
     """Patch the edit list: start `skip` frames later, end `drop` frames earlier."""
     at = mp4.index(b"elst") + 12
     duration, start = struct.unpack(">Ii", mp4[at : at + 8])
-    return mp4[:at] + struct.pack(">Ii", duration - 50 * (skip + drop), start + skip * 800) + mp4[at + 8 :]
+    return (
+        mp4[:at]
+        + struct.pack(">Ii", duration - 50 * (skip + drop), start + skip * 800)
+        + mp4[at + 8 :]
+    )
 
 
 VIDEOS = {
@@ -298,7 +419,9 @@ VIDEOS = {
     "no_b": lambda: film(bframes=0, gop=12),
     "intra": lambda: film(gop=1, bframes=0),
     "fragmented": lambda: film(container={"movflags": "frag_keyframe+empty_moov"}),
-    "half_fragmented": lambda: film(container={"movflags": "frag_keyframe"}),  # the first fragment lies in moov
+    "half_fragmented": lambda: film(
+        container={"movflags": "frag_keyframe"}
+    ),  # the first fragment lies in moov
     "faststart": lambda: film(container={"movflags": "faststart"}),
     "negative_cts": lambda: film(container={"movflags": "negative_cts_offsets"}),
     "no_edits": lambda: film(container={"use_editlist": "0"}),
@@ -311,18 +434,26 @@ VIDEOS = {
 
 @pytest.mark.parametrize("kind", VIDEOS)
 def test_frames_are_exact_by_number(kind):
-    """Bug: frames found by time x fps, by a keyframe's own leading frames, or by an index that differs from what the decoder shows."""
+    """Bug: frames found by time x fps, by a keyframe's own leading frames, or by an index that
+    differs from what the decoder shows."""
     mp4 = VIDEOS[kind]()
     times, numbers = sequential(mp4)
     f = io.BytesIO(mp4)
     found = mp4_times(f)
     assert found.tolist() == times and -1 not in numbers
-    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and (len(numbers) == 300 or kind == "trimmed")
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and (
+        len(numbers) == 300 or kind == "trimmed"
+    )
     rng = np.random.default_rng(0)
-    picks = [np.arange(s, min(s + 61, len(times)), 4) for s in (0, 1, 28, 29, 30, 57, 59, 60, 61, 119, len(times) - 61)]
+    picks = [
+        np.arange(s, min(s + 61, len(times)), 4)
+        for s in (0, 1, 28, 29, 30, 57, 59, 60, 61, 119, len(times) - 61)
+    ]
     picks += [np.sort(rng.choice(len(times), 5, replace=False)) for _ in range(4)]
     for wanted in picks:
-        assert [read_number(x) for x in read_frames(f, found, wanted, HEIGHT)] == [numbers[i] for i in wanted]
+        assert [read_number(x) for x in read_frames(f, found, wanted, HEIGHT)] == [
+            numbers[i] for i in wanted
+        ]
 
 
 @pytest.mark.parametrize("kind", ["closed", "one_gop", "no_b", "vfr", "vfr_no_b", "faststart"])
@@ -338,7 +469,10 @@ def test_decord_gives_the_same_frames(kind):
         assert np.abs(one.astype(int) - two).mean() < 3 and one.shape == two.shape
 
 
-@pytest.mark.parametrize("size, short, expected", [((80, 64), 32, (32, 40)), ((128, 160), 64, (80, 64)), ((98, 54), 64, (64, 116))])
+@pytest.mark.parametrize(
+    "size, short, expected",
+    [((80, 64), 32, (32, 40)), ((128, 160), 64, (80, 64)), ((98, 54), 64, (64, 116))],
+)
 def test_the_short_side_is_resized(size, short, expected):
     """Bug: a portrait or small video ends up smaller than the crop."""
     f = io.BytesIO(film(4, size=size))
@@ -354,7 +488,9 @@ def test_resize_has_antialias():
     with av.open(out, "w", format="mp4") as c:
         s = c.add_stream("libx264", rate=20, options={"crf": "1"})
         s.width, s.height, s.pix_fmt = 256, 256, "yuv420p"
-        stripes = np.repeat(np.tile(np.array([0, 255], np.uint8), 128)[None, :, None], 256, 0).repeat(3, 2)
+        stripes = np.repeat(
+            np.tile(np.array([0, 255], np.uint8), 128)[None, :, None], 256, 0
+        ).repeat(3, 2)
         c.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(stripes))))
         c.mux(s.encode())
     small = read_frames(out, mp4_times(out), [0], 64)[0]
@@ -365,15 +501,23 @@ def damaged(kind, mp4):
     moov = mp4.index(b"moov") - 4
     size = struct.unpack(">I", mp4[moov : moov + 4])[0]
     return {
-        "zero": b"", "text": b"not a video\n" * 500, "jpeg": b"\xff\xd8\xff\xe0" + bytes(5000), "random": bytes(range(7, 250)) * 40,
-        "no_moov": mp4[:moov], "moov_zeroed": mp4[: moov + 8] + bytes(size - 8) + mp4[moov + size :],
-        "no_stts": mp4.replace(b"stts", b"xxxx"), "no_video": mp4.replace(b"vide", b"soun"),
-    }[kind]  # fmt: skip
+        "zero": b"",
+        "text": b"not a video\n" * 500,
+        "jpeg": b"\xff\xd8\xff\xe0" + bytes(5000),
+        "random": bytes(range(7, 250)) * 40,
+        "no_moov": mp4[:moov],
+        "moov_zeroed": mp4[: moov + 8] + bytes(size - 8) + mp4[moov + size :],
+        "no_stts": mp4.replace(b"stts", b"xxxx"),
+        "no_video": mp4.replace(b"vide", b"soun"),
+    }[kind]
 
 
-@pytest.mark.parametrize("kind", ["zero", "text", "jpeg", "random", "no_moov", "moov_zeroed", "no_stts", "no_video"])
+@pytest.mark.parametrize(
+    "kind", ["zero", "text", "jpeg", "random", "no_moov", "moov_zeroed", "no_stts", "no_video"]
+)
 def test_what_is_no_whole_mp4_is_refused(mp4, kind):
-    """Bug: an exception of a kind that the loader does not catch, or a decoder that sees the file at all."""
+    """Bug: an exception of a kind that the loader does not catch, or a decoder that sees the file
+    at all."""
     with pytest.raises(ValueError):
         mp4_times(io.BytesIO(damaged(kind, mp4)))
 
@@ -428,7 +572,8 @@ def test_damaged_pictures_are_reported(mp4):
 
 
 def test_flip_mirrors_pixels_yaw_mouse_and_a_d_together(mp4):
-    """Bug: a mirrored picture with the unmirrored turn (or a/d) teaches the opposite of the truth."""
+    """Bug: a mirrored picture with the unmirrored turn (or a/d) teaches the opposite of the
+    truth."""
     plain = cut_clip(mp4, contractor(), 5)
     seen = set()
     for seed in range(12):
@@ -442,42 +587,72 @@ def test_flip_mirrors_pixels_yaw_mouse_and_a_d_together(mp4):
         sign = np.ones(38)
         sign[[0, 2]] = -1
         order = np.arange(38)
-        order[[TABLE.index("key.a"), TABLE.index("key.d")]] = TABLE.index("key.d"), TABLE.index("key.a")
+        order[[TABLE.index("key.a"), TABLE.index("key.d")]] = (
+            TABLE.index("key.d"),
+            TABLE.index("key.a"),
+        )
         np.testing.assert_array_equal(clip["actions"], plain["actions"].numpy()[:, order] * sign)
         np.testing.assert_array_equal(clip["states"], plain["states"].numpy() * [-1, 1])
-        assert plain["actions"][:, TABLE.index("key.a")].sum() != plain["actions"][:, TABLE.index("key.d")].sum()
+        assert (
+            plain["actions"][:, TABLE.index("key.a")].sum()
+            != plain["actions"][:, TABLE.index("key.d")].sum()
+        )
     assert seen == {True, False}
 
 
 def test_flip_comes_before_the_scaler(mp4):
-    """Bug: the sign turned after the mean was taken off, which shifts every mirrored action by twice the mean."""
-    scaler = ActionScaler.from_moments(10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {})
-    raw = [cut_clip(mp4, contractor(), 5, np.random.default_rng(s), horizontal_flip=True) for s in range(8)]
-    scaled = [cut_clip(mp4, contractor(), 5, np.random.default_rng(s), horizontal_flip=True, scaler=scaler) for s in range(8)]
+    """Bug: the sign turned after the mean was taken off, which shifts every mirrored action by
+    twice the mean."""
+    scaler = ActionScaler.from_moments(
+        10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {}
+    )
+    raw = [
+        cut_clip(mp4, contractor(), 5, np.random.default_rng(s), horizontal_flip=True)
+        for s in range(8)
+    ]
+    scaled = [
+        cut_clip(
+            mp4, contractor(), 5, np.random.default_rng(s), horizontal_flip=True, scaler=scaler
+        )
+        for s in range(8)
+    ]
     for x, y in zip(raw, scaled):
-        np.testing.assert_allclose(y["actions"][:, :4], (x["actions"][:, :4].numpy() - scaler.mean) / scaler.scale, atol=1e-5)
+        np.testing.assert_allclose(
+            y["actions"][:, :4],
+            (x["actions"][:, :4].numpy() - scaler.mean) / scaler.scale,
+            atol=1e-5,
+        )
         assert (x["actions"][:, 4:] == y["actions"][:, 4:]).all()
 
 
 def offsets(frames, larger):
-    """Where each frame (64, 64, 3) lies in its larger picture: the one place with an exact match."""
+    """Where each frame (64, 64, 3) lies in its larger picture: the one place with an exact
+    match."""
     out = []
     for small, big in zip(frames, larger):
         room = np.subtract(big.shape, small.shape)[:2] + 1
-        match = [(y, x) for y, x in np.ndindex(*room) if (big[y : y + HEIGHT, x : x + HEIGHT] == small).all()]
+        match = [
+            (y, x)
+            for y, x in np.ndindex(*room)
+            if (big[y : y + HEIGHT, x : x + HEIGHT] == small).all()
+        ]
         assert len(match) == 1, "not a crop of the resized frame"
         out.append(match[0])
     return np.array(out)
 
 
 def test_random_resize_scale_crops_one_smaller_window(mp4):
-    """Bug: a crop that moves from frame to frame (motion that no action explains), or the scale used upside down."""
+    """Bug: a crop that moves from frame to frame (motion that no action explains), or the scale
+    used upside down."""
     plain, shorts = cut_clip(mp4, contractor(), 5), set()
     for seed in range(6):
         clip = cut_clip(mp4, contractor(), 5, np.random.default_rng(seed), random_resize_scale=0.8)
         short = round(HEIGHT / np.random.default_rng(seed).uniform(0.8, 1))
         f = io.BytesIO(mp4)
-        at = offsets(clip["video"].numpy().transpose(0, 2, 3, 1), read_frames(f, mp4_times(f), np.arange(5, 66, 4), short))
+        at = offsets(
+            clip["video"].numpy().transpose(0, 2, 3, 1),
+            read_frames(f, mp4_times(f), np.arange(5, 66, 4), short),
+        )
         assert (at == at[0]).all() and HEIGHT <= short <= HEIGHT / 0.8 + 1
         assert all((clip[k] == plain[k]).all() for k in ("actions", "states"))
         shorts.add((short, *at[0]))
@@ -499,9 +674,13 @@ def test_motion_shift_slides_the_window_steadily(mp4):
     assert max(slides) > 4
 
 
-@pytest.mark.parametrize("jitter, lines, start", [(1, 300, 100), (3, 300, 0), (3, 300, 239), (6, 300, 50), (40, 300, 120), (2, 304, 239)])
+@pytest.mark.parametrize(
+    "jitter, lines, start",
+    [(1, 300, 100), (3, 300, 0), (3, 300, 239), (6, 300, 50), (40, 300, 120), (2, 304, 239)],
+)
 def test_temporal_jitter_keeps_pictures_and_actions_together(mp4, jitter, lines, start):
-    """Bug: two steps end on the same tick or run backwards (reduceat then sums rubbish), frames past the end, actions of the old frames."""
+    """Bug: two steps end on the same tick or run backwards (reduceat then sums rubbish), frames
+    past the end, actions of the old frames."""
     play, moved = contractor(lines, mouse=lambda i: {"dx": float(i * i), "dy": 0}), 0
     ticks = parse_ticks(jsonl(play))
     for seed in range(8):
@@ -519,11 +698,19 @@ def test_temporal_jitter_keeps_pictures_and_actions_together(mp4, jitter, lines,
 
 
 def test_action_noise_is_on_scaled_continuous_actions_only(mp4):
-    """Bug: noise in pixels instead of scaled units (none on dx, a flood on yaw), or noise on keys."""
+    """Bug: noise in pixels instead of scaled units (none on dx, a flood on yaw), or noise on
+    keys."""
     scaler = ActionScaler.from_moments(10, np.zeros(4), 10 * np.array([1e4, 100, 1e-2, 1e-4]), {})
     plain = cut_clip(mp4, contractor(), 5, scaler=scaler)
-    diff = np.stack([cut_clip(mp4, contractor(), 5, np.random.default_rng(s), scaler=scaler, action_noise=0.1)["actions"] - plain["actions"]
-                     for s in range(30)])  # fmt: skip
+    diff = np.stack(
+        [
+            cut_clip(
+                mp4, contractor(), 5, np.random.default_rng(s), scaler=scaler, action_noise=0.1
+            )["actions"]
+            - plain["actions"]
+            for s in range(30)
+        ]
+    )
     np.testing.assert_allclose(diff[..., :4].std((0, 1)), 0.1, rtol=0.25)
     assert (diff[..., 4:] == 0).all()
 
@@ -536,7 +723,10 @@ def test_gui_drop_leaves_out_clips_with_an_open_gui(mp4):
     drop, keep = ClipReader(crop_size=HEIGHT, gui="drop"), ClipReader(crop_size=HEIGHT)
     for start in (68, 69, 70, 100, 130, 131):
         dropped = drop(f, times, ticks, start, None, "k") is None
-        assert dropped == (start <= 130 <= start + 60) and keep(f, times, ticks, start, None, "k") is not None
+        assert (
+            dropped == (start <= 130 <= start + 60)
+            and keep(f, times, ticks, start, None, "k") is not None
+        )
 
 
 def test_unusable_settings_are_refused():

@@ -1,4 +1,5 @@
-"""weights.py on real file formats: the reference's checkpoints, transformers' and our own, whole, damaged, hostile, and over HTTP."""
+"""weights.py on real file formats: the reference's checkpoints, transformers' and our own, whole,
+damaged, hostile, and over HTTP."""
 
 import json
 import os
@@ -32,7 +33,9 @@ def small_encoder():
 
 def small_predictor(action_dim=7, state_dim=7, **options):
     torch.manual_seed(0)
-    return Predictor(24, action_dim, state_dim, (2, 2), pred_dim=16, depth=2, num_heads=2, **options)
+    return Predictor(
+        24, action_dim, state_dim, (2, 2), pred_dim=16, depth=2, num_heads=2, **options
+    )
 
 
 def same(module, state):
@@ -45,24 +48,31 @@ def same(module, state):
 
 @pytest.mark.parametrize("which", ["encoder", "target_encoder"])
 def test_vjepa1_checkpoint(which):
-    """Catches the online encoder loaded for the EMA one, a lost prefix, and a position table of another shape."""
+    """Catches the online encoder loaded for the EMA one, a lost prefix, and a position table of
+    another shape."""
     encoder = load_encoder(VJEPA1, num_heads=3, num_frames=4, pos="sincos", which=which)
     saved = torch.load(VJEPA1, weights_only=True)[which]
     assert same(encoder, {k.removeprefix("module.backbone."): v for k, v in saved.items()})
-    assert encoder.table_size == (2, 4, 4) and encoder.tubelet_size == 2 and encoder.patch_size == 16
+    assert (
+        encoder.table_size == (2, 4, 4) and encoder.tubelet_size == 2 and encoder.patch_size == 16
+    )
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_default_is_the_ema_encoder():
     """Catches the default that hub and the HF conversions take (the online encoder)."""
     saved = torch.load(VJEPA1, weights_only=True)
-    assert not torch.equal(saved["encoder"]["module.backbone.norm.weight"], saved["target_encoder"]["module.backbone.norm.weight"])
+    assert not torch.equal(
+        saved["encoder"]["module.backbone.norm.weight"],
+        saved["target_encoder"]["module.backbone.norm.weight"],
+    )
     norm = load_encoder(VJEPA1, num_heads=3, num_frames=4).norm.weight
     assert torch.equal(norm, saved["target_encoder"]["module.backbone.norm.weight"])
 
 
 def test_position_kind_goes_by_name_then_by_content(tmp_path):
-    """Catches a zero table added as positions (V-JEPA 2 files hold one), a V-JEPA 1 file read as RoPE, and the name not being trusted."""
+    """Catches a zero table added as positions (V-JEPA 2 files hold one), a V-JEPA 1 file read as
+    RoPE, and the name not being trusted."""
     assert load_encoder(VJEPA2, num_heads=3).table_size is None
     assert load_encoder(VJEPA1, num_heads=3, num_frames=4).table_size == (2, 4, 4)
     renamed = tmp_path / "vitl.pt"  # a released V-JEPA 2 file, whatever its unused pos_embed holds
@@ -71,35 +81,48 @@ def test_position_kind_goes_by_name_then_by_content(tmp_path):
     renamed = tmp_path / "vitl16.pth.tar"
     renamed.write_bytes(VJEPA1.read_bytes())
     assert load_encoder(renamed, num_heads=3).table_size == (8, 2, 2)  # 16 frames by default
-    with pytest.raises(ValueError, match="32 positions are not 3 steps of a square grid: give num_frames"):
+    with pytest.raises(
+        ValueError, match="32 positions are not 3 steps of a square grid: give num_frames"
+    ):
         load_encoder(VJEPA1, num_heads=3, num_frames=6)
 
 
 @pytest.mark.parametrize("prefix", ["", "vjepa2."])
 def test_hugging_face_file(tmp_path, prefix):
-    """Catches q, k, v merged in the wrong order, and the classifier files' prefix; the mask predictor beside the encoder is left alone."""
-    save_file({prefix + k: v for k, v in under("hf_vjepa2", "w/").items()}, tmp_path / "model.safetensors")
+    """Catches q, k, v merged in the wrong order, and the classifier files' prefix; the mask
+    predictor beside the encoder is left alone."""
+    save_file(
+        {prefix + k: v for k, v in under("hf_vjepa2", "w/").items()}, tmp_path / "model.safetensors"
+    )
     encoder = load_encoder(tmp_path, num_heads=3)
     for case in ("native", "one_tubelet"):
         x = under("hf_vjepa2", f"in/{case}/")["pixel_values_videos"].transpose(1, 2)
-        torch.testing.assert_close(encoder(x), under("hf_vjepa2", f"out/{case}/")["last_hidden_state"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            encoder(x), under("hf_vjepa2", f"out/{case}/")["last_hidden_state"], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module.encoder."])
 @pytest.mark.parametrize("nested", [True, False])
 def test_any_prefix(tmp_path, prefix, nested):
-    """Catches a wrapper's prefix (DDP, compile) that makes every key unmatched; a flat file is the state dict itself."""
+    """Catches a wrapper's prefix (DDP, compile) that makes every key unmatched; a flat file is the
+    state dict itself."""
     encoder = small_encoder()
     state = {prefix + k: v for k, v in encoder.state_dict().items()}
     torch.save({"target_encoder": state, "epoch": 3} if nested else state, tmp_path / "own.pt")
     assert same(load_encoder(tmp_path / "own.pt", num_heads=2), encoder.state_dict())
 
 
-@pytest.mark.parametrize("name, extrinsics", [("ac_predictor_rope", True), ("ac_predictor_vpt_13_2", False)])
+@pytest.mark.parametrize(
+    "name, extrinsics", [("ac_predictor_rope", True), ("ac_predictor_vpt_13_2", False)]
+)
 def test_predictor_file(tmp_path, name, extrinsics):
-    """Catches sizes read from the wrong tensors; the extrinsics layer is kept when the file has it, but frozen and unused."""
+    """Catches sizes read from the wrong tensors; the extrinsics layer is kept when the file has it,
+    but frozen and unused."""
     state = under(name, "w/")
-    torch.save({"predictor": {f"module.{k}": v for k, v in state.items()}, "opt": {}}, tmp_path / "ac.pt")
+    torch.save(
+        {"predictor": {f"module.{k}": v for k, v in state.items()}, "opt": {}}, tmp_path / "ac.pt"
+    )
     predictor = load_predictor(tmp_path / "ac.pt", num_heads=3, grid=(4, 4))
     assert same(predictor, state)
     inputs = under(name, "in/full/")
@@ -116,7 +139,10 @@ def test_predictor_file(tmp_path, name, extrinsics):
 def test_predictor_with_proprio_encoder_or_without_state(tmp_path):
     """Catches jepa-wms' name for the state encoder, and its "noprop" file that has none."""
     state = small_predictor(13, 2).state_dict()
-    torch.save({"predictor": {k.replace("state_encoder", "proprio_encoder"): v for k, v in state.items()}}, tmp_path / "wms.pt")
+    torch.save(
+        {"predictor": {k.replace("state_encoder", "proprio_encoder"): v for k, v in state.items()}},
+        tmp_path / "wms.pt",
+    )
     assert same(load_predictor(tmp_path / "wms.pt", num_heads=2, grid=(2, 2)), state)
     state = small_predictor(13, 0).state_dict()
     torch.save({"predictor": state}, tmp_path / "noprop.pt")
@@ -125,44 +151,67 @@ def test_predictor_with_proprio_encoder_or_without_state(tmp_path):
 
 @pytest.mark.parametrize("use_extrinsics", [False, True])
 def test_metas_own_code_could_load_what_we_write(tmp_path, use_extrinsics):
-    """Catches a key that hub's strict load would miss: it strips "module." and "backbone." and always wants the extrinsics layer."""
+    """Catches a key that hub's strict load would miss: it strips "module." and "backbone." and
+    always wants the extrinsics layer."""
     encoder, predictor = small_encoder(), small_predictor(use_extrinsics=use_extrinsics)
     torch.save(meta_state(encoder, predictor), tmp_path / "meta.pt")
     saved = torch.load(tmp_path / "meta.pt", weights_only=True)
-    cleaned = {k: {name.replace("module.", "").replace("backbone.", ""): v for name, v in saved[k].items()} for k in saved}
+    cleaned = {
+        k: {name.replace("module.", "").replace("backbone.", ""): v for name, v in saved[k].items()}
+        for k in saved
+    }
     with safe_open(FIXTURES / "ac_mask_and_shapes.safetensors", "pt") as f:
         released = json.loads(f.metadata()["spec"])["released_shapes"]
-    assert set(cleaned["predictor"]) == {k for k in released if not k.startswith("predictor_blocks.") or int(k.split(".")[1]) < 2}
+    assert set(cleaned["predictor"]) == {
+        k for k in released if not k.startswith("predictor_blocks.") or int(k.split(".")[1]) < 2
+    }
     assert list(cleaned["predictor"]["extrinsics_encoder.weight"].shape) == [16, 6]
     assert same(encoder, cleaned["encoder"]) and same(encoder, cleaned["target_encoder"])
     assert same(load_encoder(tmp_path / "meta.pt", num_heads=2), encoder.state_dict())
-    ours = load_predictor(tmp_path / "meta.pt", num_heads=2, grid=(2, 2), use_extrinsics=use_extrinsics).state_dict()
+    ours = load_predictor(
+        tmp_path / "meta.pt", num_heads=2, grid=(2, 2), use_extrinsics=use_extrinsics
+    ).state_dict()
     assert all(torch.equal(ours[k], v) for k, v in predictor.state_dict().items())
 
 
 def test_heads_of_known_architectures():
-    """Catches ViT-g read with 16 heads: same shapes as with its 22, so nothing would fail but the numbers."""
+    """Catches ViT-g read with 16 heads: same shapes as with its 22, so nothing would fail but the
+    numbers."""
 
     def heads(width, depth, mlp_dim, prefix="blocks."):
-        state = {f"{prefix}{i}.mlp.fc1.weight": torch.empty(mlp_dim, width, device="meta") for i in range(depth)}
+        state = {
+            f"{prefix}{i}.mlp.fc1.weight": torch.empty(mlp_dim, width, device="meta")
+            for i in range(depth)
+        }
         return weights.sizes_of("file", state, prefix, width, None)["num_heads"]
 
     assert [heads(1024, 24, 4096), heads(1280, 32, 5120), heads(1408, 40, 6144)] == [16, 16, 22]
     assert heads(1024, 24, 4096, "predictor_blocks.") == 16
-    with pytest.raises(ValueError, match="width 1408, depth 40, MLP 5632 is no known architecture: give num_heads"):
+    with pytest.raises(
+        ValueError, match="width 1408, depth 40, MLP 5632 is no known architecture: give num_heads"
+    ):
         heads(1408, 40, 5632)
-    with pytest.raises(ValueError, match="width 48, depth 1, MLP 192 is no known architecture: give num_heads"):
+    with pytest.raises(
+        ValueError, match="width 48, depth 1, MLP 192 is no known architecture: give num_heads"
+    ):
         load_encoder(VJEPA1, num_frames=4)
 
 
 def test_build_encoder_is_seeded():
-    """Catches random weights that differ between ranks or runs, and a build that moves the script's own random numbers."""
+    """Catches random weights that differ between ranks or runs, and a build that moves the script's
+    own random numbers."""
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    one, two, other = build_encoder("vit_tiny", seed=1), build_encoder("vit_tiny", seed=1), build_encoder("vit_tiny", seed=2)
+    one, two, other = (
+        build_encoder("vit_tiny", seed=1),
+        build_encoder("vit_tiny", seed=1),
+        build_encoder("vit_tiny", seed=2),
+    )
     assert torch.equal(torch.rand(1), expected)
-    assert same(one, two.state_dict()) and not torch.equal(one.blocks[0].mlp.fc1.weight, other.blocks[0].mlp.fc1.weight)
+    assert same(one, two.state_dict()) and not torch.equal(
+        one.blocks[0].mlp.fc1.weight, other.blocks[0].mlp.fc1.weight
+    )
     assert not any(p.requires_grad for p in one.parameters())
     with pytest.raises(ValueError, match="'vit_small' is unknown, choose from: vit_tiny"):
         build_encoder("vit_small")
@@ -172,7 +221,8 @@ def test_build_encoder_is_seeded():
 
 
 def test_missing_unmatched_and_misshapen_keys_are_listed(tmp_path):
-    """Catches strict=False: a half-fitting file that loads in silence and trains on random weights (vjepa2 #125)."""
+    """Catches strict=False: a half-fitting file that loads in silence and trains on random weights
+    (vjepa2 #125)."""
     state = small_encoder().state_dict()
     state["blocks.1.attn.q_norm.weight"] = state.pop("blocks.1.attn.proj.bias")
     state["norm.weight"] = torch.zeros(7)
@@ -191,23 +241,40 @@ def test_missing_unmatched_and_misshapen_keys_are_listed(tmp_path):
 def test_a_missing_block_or_third_of_qkv_is_listed(tmp_path):
     """Catches a gap in the depth, and query, key, value of which one is gone."""
     state = small_encoder().state_dict()
-    torch.save({k.replace("blocks.1.", "blocks.2."): v for k, v in state.items()}, tmp_path / "gap.pt")
+    torch.save(
+        {k.replace("blocks.1.", "blocks.2."): v for k, v in state.items()}, tmp_path / "gap.pt"
+    )
     with pytest.raises(ValueError, match="12 missing keys: blocks.1.norm1.weight"):
         load_encoder(tmp_path / "gap.pt", num_heads=2)
     hf = under("hf_vjepa2", "w/")
     del hf["encoder.layer.1.attention.key.weight"]
     save_file(hf, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="1 missing keys: blocks.1.attn.qkv.weight; 2 unmatched keys"):
+    with pytest.raises(
+        ValueError, match="1 missing keys: blocks.1.attn.qkv.weight; 2 unmatched keys"
+    ):
         load_encoder(tmp_path, num_heads=3)
 
 
 def test_files_that_hold_something_else(tmp_path):
-    """Catches a KeyError or an AttributeError from deep inside for a file of another kind; each message names the file and what it has."""
-    with pytest.raises(ValueError, match="ckpt_vjepa2_pretrain.pt: the predictor has no action_encoder, so it is a mask predictor"):
+    """Catches a KeyError or an AttributeError from deep inside for a file of another kind; each
+    message names the file and what it has."""
+    with pytest.raises(
+        ValueError,
+        match=(
+            "ckpt_vjepa2_pretrain.pt: the predictor has no action_encoder, so it is a mask"
+            " predictor"
+        ),
+    ):
         load_predictor(VJEPA2, num_heads=2)
     torch.save({"predictor": {}, "encoder": None}, tmp_path / "p.pt")
     for which, has in (("target_encoder", "predictor, encoder"), ("encoder", "nothing")):
-        with pytest.raises(ValueError, match=f"'{which}' needs one key that ends in patch_embed.proj.weight, 0 found; it has {has}"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"'{which}' needs one key that ends in patch_embed.proj.weight, 0 found; it has"
+                f" {has}"
+            ),
+        ):
             load_encoder(tmp_path / "p.pt", which=which)
     torch.save({"patch_embed.proj.weight": torch.zeros(24, 3, 16, 16)}, tmp_path / "image.pt")
     with pytest.raises(ValueError, match="image.pt: an image encoder"):
@@ -229,7 +296,13 @@ def test_half_a_file(tmp_path, share, kind):
     path = tmp_path / f"cut.{kind}"
     whole = (VJEPA2 if kind == "pt" else FIXTURES / "hf_vjepa2.safetensors").read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=f"cut.{kind}: these {int(share * len(whole))} bytes are no weight file, or only part of one"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"cut.{kind}: these {int(share * len(whole))} bytes are no weight file, or only part"
+            " of one"
+        ),
+    ):
         load_encoder(path, num_heads=3)
 
 
@@ -252,15 +325,22 @@ class Bomb:
 
 def test_pickle_bomb_is_refused(tmp_path):
     """Catches a torch.load that runs what a stranger wrote into a weight file."""
-    torch.save({"target_encoder": small_encoder().state_dict(), "x": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pt")
+    torch.save(
+        {"target_encoder": small_encoder().state_dict(), "x": Bomb(tmp_path / "ran")},
+        tmp_path / "bomb.pt",
+    )
     for load in (load_encoder, load_predictor):
-        with pytest.raises(ValueError, match=r"bomb.pt: refused, since it holds (posix|nt|os).system, which could run code"):
+        with pytest.raises(
+            ValueError,
+            match=r"bomb.pt: refused, since it holds (posix|nt|os).system, which could run code",
+        ):
             load(tmp_path / "bomb.pt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_weights_outlive_their_file(tmp_path):
-    """Catches parameters that stay mapped to the file: the checkpoint may be rotated away or rewritten while training goes on."""
+    """Catches parameters that stay mapped to the file: the checkpoint may be rotated away or
+    rewritten while training goes on."""
     path = tmp_path / "p.pt"
     predictor = small_predictor()
     torch.save({"predictor": predictor.state_dict()}, path)
@@ -275,7 +355,8 @@ def test_weights_outlive_their_file(tmp_path):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data` at any path except /missing; the first `broken` answers stop halfway; `ranges=False` ignores Range."""
+    """Serves `data` at any path except /missing; the first `broken` answers stop halfway;
+    `ranges=False` ignores Range."""
 
     def __init__(self, data, broken=0, ranges=True):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -323,7 +404,8 @@ def serve(monkeypatch):
 
 
 def test_broken_transfer_is_resumed(tmp_path, serve, monkeypatch):
-    """Catches half a file under the final name, a restart from zero, and bytes lost or doubled where the transfer broke."""
+    """Catches half a file under the final name, a restart from zero, and bytes lost or doubled
+    where the transfer broke."""
     data = VJEPA1.read_bytes()
     server = serve(data, broken=2)
     monkeypatch.setenv("NANOJEPA_WEIGHTS_URL", server.url + "/mirror/")
@@ -332,9 +414,13 @@ def test_broken_transfer_is_resumed(tmp_path, serve, monkeypatch):
     assert server.seen[0] == ("/mirror/jepa/vitl16/vitl16.pth.tar", None)
     half, three_quarters = len(data) // 2, len(data) // 2 + (len(data) - len(data) // 2) // 2
     assert [r for _, r in server.seen[1:]] == [f"bytes={half}-", f"bytes={three_quarters}-"]
-    assert server.waits == sorted(server.waits)[-3:] and server.waits[-1] > server.waits[-2] > 0  # it backs off
+    assert (
+        server.waits == sorted(server.waits)[-3:] and server.waits[-1] > server.waits[-2] > 0
+    )  # it backs off
     assert os.listdir(tmp_path / "cache") == ["vitl16.pth.tar"]
-    assert find_encoder("vjepa_vitl", tmp_path / "cache") == path and len(server.seen) == 3  # fetched once
+    assert (
+        find_encoder("vjepa_vitl", tmp_path / "cache") == path and len(server.seen) == 3
+    )  # fetched once
     assert load_encoder(path, num_heads=3, num_frames=4).embed_dim == 48
 
 
@@ -358,13 +444,16 @@ def test_a_part_longer_than_the_file_starts_over(tmp_path, serve):
 
 
 def test_download_gives_up_and_says_what_to_do(tmp_path, serve):
-    """Catches endless retries, a missing file asked for again and again, and an error without the address, the place or a way on."""
+    """Catches endless retries, a missing file asked for again and again, and an error without the
+    address, the place or a way on."""
     server = serve(b"x" * 1000, broken=100)
     for name, requests in (("/missing", 1), ("/w.pt", 5)):
         before = len(server.seen)
         with pytest.raises(ConnectionError) as e:
             find_encoder(server.url + name, tmp_path)
-        place = tmp_path / (server.url.removeprefix("http://").replace(":", "_") + name.replace("/", "_"))
+        place = tmp_path / (
+            server.url.removeprefix("http://").replace(":", "_") + name.replace("/", "_")
+        )
         for part in (server.url + name, str(place), "--encoder vit_tiny"):
             assert part in str(e.value)
         assert len(server.seen) - before == requests and not place.exists()
@@ -377,5 +466,8 @@ def test_download_gives_up_and_says_what_to_do(tmp_path, serve):
 def test_names_and_paths(tmp_path):
     """Catches a misspelt name taken for a path without a word about the names there are."""
     assert find_encoder(str(VJEPA2), tmp_path) == VJEPA2
-    with pytest.raises(FileNotFoundError, match="'vjepa2_vitL': no such file, and none of the names vjepa2_vitl, .*vit_tiny"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="'vjepa2_vitL': no such file, and none of the names vjepa2_vitl, .*vit_tiny",
+    ):
         find_encoder("vjepa2_vitL", tmp_path)
