@@ -719,10 +719,13 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
     monkeypatch.setattr(episodes, "index_rlds", lambda *a: calls.append(a) or index(*a))
     path = write(tmp_path / "a.tfrecord", episode(1), episode(2))
     first = opened(path)[0]
-    show = lambda found: [  # noqa: E731
-        (r.key, {k: (*m[:2], list(m[2] if m[2] is not None else [])) for k, m in r.members.items()})
-        for r in found
-    ]
+
+    def places(members):
+        return {k: (*m[:2], list(m[2] if m[2] is not None else [])) for k, m in members.items()}
+
+    def show(found):
+        return [(r.key, places(r.members)) for r in found]
+
     assert show(opened(path)[0]) == show(first) and len(calls) == 1
     (cache,) = (tmp_path / "cache" / "droid").iterdir()
     raw = cache.read_bytes()
