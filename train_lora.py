@@ -759,7 +759,7 @@ if __name__ == "__main__":
     if args.debug:
         say(*checks, sep="\n")
     if args.memory_report and rank == 0:
-        importlib.import_module("bench.memory").compare(
+        importlib.import_module("evaluation.memory").compare(
             encoder, model, optimizer, inputs(batch), options, args.dtype, autocast
         )
     if args.export and writes and step >= total:

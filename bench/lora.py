@@ -17,7 +17,7 @@ import peft
 import torch
 
 import bench
-from bench.memory import activation_bytes
+from evaluation.memory import activation_bytes
 from lora import add_lora, lora_layers, save_adapter
 from model import ACModel, Predictor
 

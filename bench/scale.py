@@ -14,23 +14,24 @@ thirds of the predictor's time. `load` is what is asked for over what there is: 
 all-reduce over backward; `first` names the largest, above 1 it is what a step waits for."""
 
 import argparse
+import io
 import os
+import tarfile
 import time
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 import bench
 import bench.data  # sets a cache of its own before data.py is imported, and makes recordings
-from bench.memory import activation_bytes
-from bench.seeds import features as member
-from bench.seeds import tar_of
 from bench.step import useful_flops
 from data import Clips, Slice, index_shards
+from evaluation.memory import activation_bytes
 from files.vpt import ClipReader, parse_ticks
 from kernels import linear
-from model import ACModel, Encoder, Predictor, encode_steps
+from model import ACModel, Encoder, Predictor, encode_steps, pack_features
 from weights import ARCHITECTURES
 
 STEPS, PIXELS, GRID, NODE = 8, 256, 16, 8  # steps of a clip, pixels, patches a side, GPUs of a node
@@ -88,13 +89,24 @@ def all_reduce(rank, file, count, out):
     dist.destroy_process_group()
 
 
+def write_features(path, steps, tokens, width):
+    """A feature shard of one recording, of noise."""
+    tensors = pack_features(torch.randn(steps, tokens, width), "bf16")
+    tensors["actions"] = torch.zeros(steps - 1, 38)
+    tensors["states"] = torch.zeros(steps, 2, dtype=torch.float64)
+    data = safetensors.torch.save(tensors, metadata={"fps": "5.0", "encode": "tubelet"})
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("recording@00000.safetensors")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
 def measure(args, shape):
     """{stage: (value, unit, what it is)} on this machine."""
     out, folder, device = {}, bench.data.SCRATCH, torch.device("cpu")
     video, features = os.path.join(folder, "scale.tar"), os.path.join(folder, "features.tar")
     bench.data.make_recording(video, 1200, (640, 360), 250)
-    with open(features, "wb") as f:
-        f.write(tar_of({"recording@00000.safetensors": member(64, GRID**2, shape[0])}))
+    write_features(features, 64, GRID**2, shape[0])
     reader = ClipReader(crop_size=PIXELS)
     records = index_shards([video])[0]
     out["decode"] = cpu_seconds(Clips(records, [1.0], reader), args.clips)

@@ -1,5 +1,5 @@
 """Faults that other tests do not have (those have kills, signals, full disks, damaged files and
-NaN): a round of bench.faults of each kind, on real runs that must end as if nothing had happened;
+NaN): a round of tests.faults of each kind, on real runs that must end as if nothing had happened;
 and the lock of a run's folder."""
 
 import os
@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 
-import bench.faults as faults
 import checkpoint
-from bench.world import ROOT, World
+import tests.faults as faults
 from data import Clips, index_shards
 from files.vpt import ClipReader
+from tests.world import ROOT, World
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 

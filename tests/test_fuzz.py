@@ -1,4 +1,4 @@
-"""Some thousand cases of bench.fuzz, and each kind of bug it has found as a file made by hand."""
+"""Some thousand cases of tests.fuzz, and each kind of bug it has found as a file made by hand."""
 
 import io
 import json
@@ -27,8 +27,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def fuzz(folder, *flags):
-    """(rows by target, exit code) of a small bench.fuzz."""
-    command = [sys.executable, "-m", "bench.fuzz", "--json", "--out", str(folder), *flags]
+    """(rows by target, exit code) of a small tests.fuzz."""
+    command = [sys.executable, "-m", "tests.fuzz", "--json", "--out", str(folder), *flags]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -56,7 +56,7 @@ def test_damaged_and_hostile_files_are_refused_in_a_sentence(tmp_path):
 
 BAD_READERS = """
 import ctypes, os, runpy, sys, time
-import bench.fuzz as f
+import tests.fuzz as f
 
 def reader(path):
     n = os.path.getsize(path) % 6

@@ -135,7 +135,7 @@ def commands(text):
                 if (
                     word == "-m"
                     and i + 1 < len(parts)
-                    and parts[i + 1].split(".")[0] in ("prepare", "bench", "data", "droid")
+                    and parts[i + 1].split(".")[0] in ("prepare", "bench", "tests", "data", "droid")
                 ):
                     yield parts[i + 1].replace(".", "/") + ".py", parts[i + 2 :]
                 elif re.fullmatch(r"[\w/]+\.py", word):

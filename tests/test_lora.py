@@ -27,8 +27,8 @@ import checkpoint
 import kernels
 import lora
 import weights
-from bench.memory import activation_bytes, estimate
 from droid import POSE, POSE_UNITS, DroidReader, open_droid
+from evaluation.memory import activation_bytes, estimate
 from files.mirror import Mirror
 from fit_scaler import ActionScaler
 from lora import (

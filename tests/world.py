@@ -1,5 +1,5 @@
 """A small world of recordings, shards and features, runs in it, and how a run is compared with one
-that nothing disturbed: what bench.faults and bench.memory start processes in, and
+that nothing disturbed: what tests.faults and tests.leak start processes in, and
 tests/test_faults.py too."""
 
 import contextlib
@@ -17,7 +17,7 @@ import time
 import torch
 
 import checkpoint
-from bench.seeds import film, lines
+from tests.seeds import film, lines
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FORK = multiprocessing.get_context("forkserver")
@@ -32,7 +32,7 @@ TRAIN = (
 def start_server():
     """Processes start from a server that has imported our scripts."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    FORK.set_forkserver_preload(["train_ac", "encode", "fit_scaler", "bench.world"])
+    FORK.set_forkserver_preload(["train_ac", "encode", "fit_scaler", "tests.world"])
 
 
 # --- processes ---

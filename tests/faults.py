@@ -1,8 +1,8 @@
 """Faults on real runs: each round starts one, breaks something at a random moment, goes on with
 --resume, and compares the end bitwise.
 
-    python -m bench.faults --rounds 50                     # 10 minutes on two cores; folders to mount need root, else files stand in
-    python -m bench.faults --kinds kill_saving two_runs --rounds 10 --seed 3
+    python -m tests.faults --rounds 50                     # 10 minutes on two cores; folders to mount need root, else files stand in
+    python -m tests.faults --kinds kill_saving two_runs --rounds 10 --seed 3
 
 A run is train_ac.py on features of vit_tiny, deterministic on the CPU: what it logs and its last
 weights must be those of a run that nothing disturbed. Lost: a checkpoint that the log promises (a
@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import bench
 import checkpoint
-from bench.seeds import tar_of
-from bench.world import (
+from tests.seeds import tar_of
+from tests.world import (
     IPE,
     Run,
     World,

@@ -1,5 +1,5 @@
 """Good files in every format that is read here, small ones, and ways to change them: what
-bench.fuzz starts from."""
+tests.fuzz starts from."""
 
 import io
 import json

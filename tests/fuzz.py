@@ -1,8 +1,8 @@
 """Damaged and hostile files for every reader: good ones are changed at random, and what the reader
 then does is sorted into a table.
 
-    python -m bench.fuzz                              # 100,000 cases, 10 minutes on two cores
-    python -m bench.fuzz --cases 1000 --targets mp4 --seed 7
+    python -m tests.fuzz                              # 100,000 cases, 10 minutes on two cores
+    python -m tests.fuzz --cases 1000 --targets mp4 --seed 7
 
 A case is a pure function of (seed, target, number). Refused: an exception that the reader
 documents, with a message. Anything else is a finding: a crash (another exception, or a signal), a
@@ -45,7 +45,6 @@ from tqdm import tqdm  # noqa: E402
 import bench  # noqa: E402
 import checkpoint  # noqa: E402
 import weights  # noqa: E402
-from bench.seeds import mutate, seeds  # noqa: E402
 from data import (  # noqa: E402
     READ_ERRORS,
     Clips,
@@ -61,6 +60,7 @@ from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames  # noqa: E
 from fit_scaler import ActionScaler  # noqa: E402
 from prepare.manifest import check  # noqa: E402
 from prepare.robot import record  # noqa: E402
+from tests.seeds import mutate, seeds  # noqa: E402
 
 BOMB = os.path.join(SCRATCH, "code-ran")  # what no reader may ever make
 
