@@ -7,7 +7,6 @@ that: the CRCs inside the zip do not cover its directory, where one flipped bit 
 return garbage."""
 
 import fcntl
-import functools
 import gc
 import glob
 import os
@@ -36,28 +35,28 @@ BROKEN = (
     AssertionError,
     ArithmeticError,
 )
-held = []  # open files of `lock`, which lives as long as they do
+open_locks = []  # open files of `lock`: a lock lives as long as its file is open
 
 
 def one_sentence(kind, error, trace):
-    """For sys.excepthook: what a user can mend is one sentence, anything else (or NANOJEPA_DEBUG=1)
-    a traceback."""
-    text, files = (
-        str(error).rpartition("\nValueError: ")[2],
-        ["", *(f.f_code.co_filename for f, _ in traceback.walk_tb(trace))],
-    )
-    killed = "DataLoader worker (pid" in text or (
-        issubclass(kind, (OSError, EOFError)) and "multiprocessing" in files[-1]
-    )
+    """For sys.excepthook: errors that the user can fix are printed as one line; everything else, or
+    everything with NANOJEPA_DEBUG=1, as a traceback."""
+    text = str(error).rpartition("\nValueError: ")[2]
+
+    # a loader process that the kernel killed shows up in one of two ways
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    in_a_pipe = bool(files) and "multiprocessing" in files[-1]
+    pipe_broke = issubclass(kind, (OSError, EOFError)) and in_a_pipe
+    killed = pipe_broke or "DataLoader worker (pid" in text
     if killed:
-        signal.signal(
-            signal.SIGCHLD, signal.SIG_DFL
-        )  # torch's handler would raise it again at exit
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again at exit
         text = (
             f"a loader process was killed ({text.strip() or kind.__name__}): lower --num_workers if"
-            " memory ran out; go on with --resume"
+            " memory ran out; continue with --resume"
         )
-    if (killed or issubclass(kind, (ValueError, OSError))) and not os.environ.get("NANOJEPA_DEBUG"):
+
+    can_be_fixed = killed or issubclass(kind, (ValueError, OSError))
+    if can_be_fixed and not os.environ.get("NANOJEPA_DEBUG"):
         print("error:", text, "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -68,30 +67,37 @@ def peak_memory(device):
     (Python and libraries are 300)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    if (
-        sys.platform == "linux"
-    ):  # where ru_maxrss starts with that of the process that started this one
+
+    # on Linux ru_maxrss starts with that of the process that started this one
+    if sys.platform == "linux":
         with open("/proc/self/status") as f:
             return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def remove_leftovers(out_dir, pattern):
+    """Delete temporary files of a run that was killed while it wrote them."""
+    for path in glob.glob(os.path.join(glob.escape(out_dir), pattern)):
+        os.unlink(path)
 
 
 def lock(out_dir):
     """Make the folder of a run and hold it while this process lives, however it ends. ValueError if
     another process holds it."""
     os.makedirs(out_dir, exist_ok=True)
-    held.append(f := open(os.path.join(out_dir, "lock"), "a+"))
-    end = time.monotonic() + 120 * (
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    )  # NFS keeps a dead node's lock for a while
+    f = open(os.path.join(out_dir, "lock"), "a+")
+    open_locks.append(f)
+
+    # after a restart, NFS may keep a dead node's lock for a while
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    give_up = time.monotonic() + (120 if restarted else 0)
     while True:
         try:
-            fcntl.lockf(
-                f, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # not flock: loader processes, which outlive a killed run, would inherit that
+            # not flock: loader processes outlive a killed run, and would inherit that lock
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError) as e:
-            if time.monotonic() >= end:
+            if time.monotonic() >= give_up:
                 f.seek(0)
                 raise ValueError(
                     f"{out_dir} is in use by {f.read().strip()}: wait for it, stop it, or choose"
@@ -103,8 +109,8 @@ def lock(out_dir):
                 f"{out_dir} cannot be locked ({e.strerror}): mount it with locks (Lustre: -o"
                 " flock), or choose another"
             ) from e
-    for left in glob.glob(os.path.join(glob.escape(out_dir), "*.tmp")):
-        os.unlink(left)  # by a run that was killed while it wrote a log, curves or a checkpoint
+
+    remove_leftovers(out_dir, "*.tmp")
     f.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
 
@@ -117,7 +123,10 @@ def write_atomically(path, data):
     tmp = f"{path}.{os.getpid()}.tmp"
     try:
         with open(tmp, "w+b") as f:
-            data(f) if callable(data) else f.write(data)
+            if callable(data):
+                data(f)
+            else:
+                f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -135,48 +144,60 @@ def write_atomically(path, data):
 
 def list_checkpoints(out_dir):
     """{path: (epoch, itr)} of the checkpoints of a run, oldest first."""
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    found = {
-        os.path.join(out_dir, n): (int(m[1]), int(m[2] or 0))
-        for n in names
-        if (m := NAME.fullmatch(n))
-    }
-    return dict(sorted(found.items(), key=lambda x: x[1]))
+    checkpoints = {}
+    for name in os.listdir(out_dir) if os.path.isdir(out_dir) else []:
+        match = NAME.fullmatch(name)
+        if match:
+            checkpoints[os.path.join(out_dir, name)] = (int(match[1]), int(match[2] or 0))
+    return dict(sorted(checkpoints.items(), key=lambda item: item[1]))
 
 
 def _crc(f, size):
-    """CRC-32 of the first `size` bytes of an open file, as eight hex digits; the file then stands
+    """CRC-32 of the first `size` bytes of an open file, as eight hex digits. The file then stands
     after them."""
     f.seek(0)
-    parts = (f.read(min(size - at, 1 << 24)) for at in range(0, size, 1 << 24))
-    return b"%08x" % functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+    crc = 0
+    while size > 0:
+        part = f.read(min(size, 1 << 24))
+        if not part:
+            break
+        crc = zlib.crc32(part, crc)
+        size -= len(part)
+    return b"%08x" % crc
 
 
 def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
     """Write a checkpoint, point `latest` at it, then delete older ones except the last `keep_last`
     and each `keep_every`-th epoch. Raises OSError naming the last good checkpoint when it cannot be
     written (disk full); that one is then untouched."""
-    name = f"checkpoint-epoch{epoch:03d}" + (f"-itr{itr:05d}" if itr else "") + ".pth.tar"
-    path, link, before = (
-        os.path.join(out_dir, name),
-        os.path.join(out_dir, LATEST),
-        [*list_checkpoints(out_dir)] or ["none"],
-    )
-    for left in glob.glob(os.path.join(glob.escape(out_dir), "checkpoint-*.tmp")):
-        os.unlink(left)  # by a run that was killed while it saved
+    inside_epoch = f"-itr{itr:05d}" if itr else ""
+    name = f"checkpoint-epoch{epoch:03d}{inside_epoch}.pth.tar"
+    path = os.path.join(out_dir, name)
+    link = os.path.join(out_dir, LATEST)
+    last_good = next(reversed(list_checkpoints(out_dir)), "none")
+
+    remove_leftovers(out_dir, "checkpoint-*.tmp")
     gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
+
+    def write(f):
+        torch.save(state, f)
+        f.write(_crc(f, f.tell()))
+
     try:
-        write_atomically(path, lambda f: (torch.save(state, f), f.write(_crc(f, f.tell()))))
+        write_atomically(path, write)
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into a RuntimeError
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise OSError(
-            f"could not write {path} ({reason}); last good checkpoint: {before[-1]}"
+            f"could not write {path} ({reason}); last good checkpoint: {last_good}"
         ) from e
     os.symlink(name, link + ".tmp")
     os.replace(link + ".tmp", link)
-    every = list_checkpoints(out_dir)
-    for old, (e, i) in [*every.items()][: max(len(every) - keep_last, 0)]:
-        if old != path and (i or not keep_every or e % keep_every):
+
+    # rotate: the newest ones stay, and each keep_every-th whole epoch
+    checkpoints = list(list_checkpoints(out_dir).items())
+    for old, (old_epoch, old_itr) in checkpoints[: max(len(checkpoints) - keep_last, 0)]:
+        kept_for_good = not old_itr and keep_every and old_epoch % keep_every == 0
+        if old != path and not kept_for_good:
             os.unlink(old)
     return path
 
@@ -200,25 +221,25 @@ def load(path):
 
 
 def load_latest(out_dir):
-    """(dictionary, path) of the newest good checkpoint of a run, saying which newer ones are
-    damaged; (None, None) if there is none. With several ranks a collective. ValueError when all
-    checkpoints are damaged, or ranks find different ones."""
+    """(dictionary, path) of the newest good checkpoint of a run, (None, None) if there is none.
+    Prints which newer ones are damaged. With several ranks a collective. ValueError when all
+    checkpoints are damaged, or when ranks find different ones."""
     state, path = newest_good(out_dir)
     if dist.is_initialized():
-        dist.all_gather_object(
-            found := [None] * dist.get_world_size(), path and os.path.basename(path)
-        )
-        if len(set(found)) > 1:
+        names = [None] * dist.get_world_size()
+        dist.all_gather_object(names, path and os.path.basename(path))
+        if len(set(names)) > 1:
             raise ValueError(
                 f"ranks find different checkpoints in {out_dir}"
-                f" ({', '.join(sorted({str(x) for x in found}))}): it must be one folder that all"
+                f" ({', '.join(sorted({str(x) for x in names}))}): it must be one folder that all"
                 " nodes see"
             )
     return state, path
 
 
 def newest_good(out_dir):
-    paths = [*list_checkpoints(out_dir)]
+    """load_latest for one process."""
+    paths = list(list_checkpoints(out_dir))
     for path in reversed(paths):
         try:
             return load(path), path
