@@ -2,6 +2,7 @@
 background, and back again to resume."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -12,45 +13,55 @@ import fsspec
 
 import checkpoint
 
-ID, SENT = (
-    "run_id",
-    "sync.json",
-)  # tells runs apart, here and at the URL; says, here alone, what is at which URL
-NAMES = (
-    "run_id args.json train.csv val.csv curves.png bad_clips.jsonl adapter/adapter_config.json"
-    " adapter/adapter_model.safetensors"
-)
+ID = "run_id"  # a file that tells runs apart, here and at the URL
+SENT = "sync.json"  # a file of this folder alone: what is at which URL
+NAMES = [
+    ID,
+    "args.json",
+    "train.csv",
+    "val.csv",
+    "curves.png",
+    "bad_clips.jsonl",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+]
 LOCAL = fsspec.filesystem("file")
 
 
 def when(name):
     """(epoch, itr) of a checkpoint's name; () of any other, which is less."""
-    return (int(m[1]), int(m[2] or 0)) if (m := checkpoint.NAME.fullmatch(name)) else ()
+    match = checkpoint.NAME.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else ()
 
 
 def listing(fs, root):
-    """{name: [size, time]} of a run's files: id, logs, checkpoints from old to new; a copy cut off
-    has no checkpoint without its logs."""
+    """{name: [size, time]} of a run's files: the id, then logs, then checkpoints from old to new. A
+    copy that is cut off has no checkpoint without its logs."""
     fs.invalidate_cache()
-    out = {}
+    stamps = {}
     for part in ("", "adapter/"):
         with contextlib.suppress(FileNotFoundError):
             for info in fs.ls(f"{root}/{part}".rstrip("/"), detail=True):
-                out[part + info["name"].rpartition("/")[2]] = [info["size"], info.get("mtime")]
-    return {
-        n: out[n]
-        for n in sorted(out, key=lambda n: (when(n), n != ID, n))
-        if n in NAMES.split() or when(n)
-    }
+                name = part + info["name"].rpartition("/")[2]
+                if name in NAMES or when(name):
+                    stamps[name] = [info["size"], info.get("mtime")]
+    in_order = sorted(stamps, key=lambda name: (when(name), name != ID, name))
+    return {name: stamps[name] for name in in_order}
 
 
 def read(folder, name):
-    return LOCAL.cat_file(path) if LOCAL.exists(path := os.path.join(folder, name)) else b""
+    """Bytes of a file of a local folder; b"" if there is none."""
+    path = os.path.join(folder, name)
+    return LOCAL.cat_file(path) if LOCAL.exists(path) else b""
+
+
+def as_sentence(error):
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
 def noting(errors, name):
-    """Puts an exception into `errors`, from where it is said, and goes on."""
+    """Record an exception in `errors` (finish() reports it) and continue."""
     try:
         yield
     except Exception as e:  # storage libraries raise what they like
@@ -59,10 +70,11 @@ def noting(errors, name):
 
 class Mirror:
     """Copies what is new of the run in `folder` to `url` every few `minutes` and at the end, in a
-    thread; it overwrites and deletes nothing there but this run's. What fails is said and tried
-    again after `retry` seconds, then 2 * retry, ...; nothing of it stops training. What does not
-    move for `patience` seconds (and one more per MB) is given up at the end, in training `minutes`
-    later."""
+    thread. It overwrites and deletes nothing there but this run's files.
+
+    What fails is printed and tried again after `retry` seconds, then 2 * retry, and so on; nothing
+    of it stops training. A copy that does not move for `patience` seconds (and one more for each
+    MB) is given up: at the end at once, in training `minutes` later."""
 
     say, retry, patience = print, 60.0, 60.0
 
@@ -75,21 +87,19 @@ class Mirror:
                 " folder nothing)"
             ) from e
         self.fs.auto_mkdir = True  # of local folders; buckets have none
-        self.folder, self.url, self.minutes, self.place = (
-            folder,
-            url,
-            minutes,
-            self.fs.unstrip_protocol(self.root),
-        )
-        self.worker, self.errors, self.fails, self.due = (
-            None,
-            {},
-            0,
-            time.monotonic() + 60 * minutes,
-        )
-        self.sent = json.loads(read(folder, SENT) or "{}").get(
-            self.place
-        )  # what is known of another place is not about this one
+        self.folder = folder
+        self.url = url
+        self.minutes = minutes
+        self.place = self.fs.unstrip_protocol(self.root)
+
+        # what is known of another place is not about this one
+        self.sent = json.loads(read(folder, SENT) or "{}").get(self.place)
+
+        # the round under way: its thread, what failed, the file it copies and when that last moved
+        self.worker = None
+        self.errors = {}
+        self.fails = 0
+        self.due = time.monotonic() + 60 * minutes
 
     @classmethod
     def open(cls, folder, url, minutes, resume):
@@ -97,164 +107,163 @@ class Mirror:
         run, or is ahead without `resume`."""
         self = cls(folder, url, minutes)
         with noting(self.errors, "all"):
-            there, mine = (
-                listing(self.fs, self.root),
-                max(checkpoint.list_checkpoints(folder).values(), default=()),
-            )
-            newest, other = max(map(when, there), default=()), there and not self.own(there)
-            if other and (mine or not (newest or ID in there)):
-                raise ValueError(
-                    f"{url} holds another run than {folder}: pass another --sync_to, or go on with"
-                    " it in a new --out_dir"
-                )
-            if (other or newest > mine) and not resume:
-                raise ValueError(
-                    f"{url} holds an earlier run: pass --resume to go on with it, or another"
-                    " --sync_to"
-                )
-            if ID not in there and not (mine and read(folder, ID)):
-                checkpoint.write_atomically(os.path.join(folder, ID), os.urandom(8).hex().encode())
-            self.note(
-                {} if other else self.sent or {}
-            )  # from now on that run is this one, even if fetching it is cut off
-            if (
-                other or newest > mine
-                # files whole or not at all, the newest checkpoint last: until then the next start
-                # comes here again
-            ):
-                for name in there:
-                    with self.fs.open(f"{self.root}/{name}", "rb") as f:
-                        checkpoint.write_atomically(
-                            os.path.join(folder, name),
-                            lambda out, f=f: shutil.copyfileobj(f, out, 1 << 24),
-                        )
-                self.note(
-                    self.sent
-                    | {n: stamp for n, stamp in listing(LOCAL, folder).items() if n in there}
-                )
-                self.say(
-                    f"fetched {len(there)} files from {url}"
-                    + (f", which is ahead of {folder}" if mine else "")
-                )
-        if e := self.errors.get("all"):
-            raise (
-                e
-                if isinstance(e, ValueError)
-                else OSError(
-                    f"--sync_to {url} cannot be read ({type(e).__name__}: {e}): mend that first"
-                )
-            )
+            self.meet(resume)
+        error = self.errors.get("all")
+        if isinstance(error, ValueError):
+            raise error
+        if error:
+            raise OSError(f"--sync_to {url} cannot be read ({as_sentence(error)}): fix that first")
         return self
 
+    def meet(self, resume):
+        """Compare the folder with what is at the URL, and fetch from there what is ahead."""
+        there = listing(self.fs, self.root)
+        newest_here = max(checkpoint.list_checkpoints(self.folder).values(), default=())
+        newest_there = max(map(when, there), default=())
+        foreign = bool(there) and not self.own(there)
+        is_a_run = bool(newest_there) or ID in there
+        ahead = foreign or newest_there > newest_here
+
+        if foreign and (newest_here or not is_a_run):
+            raise ValueError(
+                f"{self.url} holds another run than {self.folder}: pass another --sync_to, or"
+                " continue it in a new --out_dir"
+            )
+        if ahead and not resume:
+            raise ValueError(
+                f"{self.url} holds an earlier run: pass --resume to continue it, or another"
+                " --sync_to"
+            )
+        if ID not in there and not (newest_here and read(self.folder, ID)):
+            run_id = os.urandom(8).hex().encode()
+            checkpoint.write_atomically(os.path.join(self.folder, ID), run_id)
+
+        # from now on that run is this one, even if fetching it is cut off
+        self.note({} if foreign else self.sent or {})
+        if ahead:
+            self.fetch(there)
+            which = f", which is ahead of {self.folder}" if newest_here else ""
+            self.say(f"fetched {len(there)} files from {self.url}{which}")
+
+    def fetch(self, there):
+        """Files whole or not at all, the newest checkpoint last: until then the next start comes
+        here again."""
+        for name in there:
+            with self.fs.open(f"{self.root}/{name}", "rb") as source:
+                path = os.path.join(self.folder, name)
+                copy = functools.partial(shutil.copyfileobj, source, length=1 << 24)
+                checkpoint.write_atomically(path, copy)
+        here = listing(LOCAL, self.folder)
+        self.note(self.sent | {name: here[name] for name in here if name in there})
+
     def own(self, there):
-        """Whether what is at the URL is this run; one without an id is if it was fetched into this
+        """Whether what is at the URL is this run. One without an id is if it was fetched into this
         folder."""
-        return (
-            self.fs.cat_file(f"{self.root}/{ID}") == read(self.folder, ID)
-            if ID in there
-            else self.sent is not None
-        )
+        if ID in there:
+            return self.fs.cat_file(f"{self.root}/{ID}") == read(self.folder, ID)
+        return self.sent is not None
 
     def note(self, sent):
+        """Remember what is at the URL, here and on disk."""
         self.sent = sent
-        checkpoint.write_atomically(
-            os.path.join(self.folder, SENT), json.dumps({self.place: sent}).encode()
-        )
+        text = json.dumps({self.place: sent}).encode()
+        checkpoint.write_atomically(os.path.join(self.folder, SENT), text)
+
+    def start(self, name, size=0):
+        """A file is on its way from now on."""
+        self.busy = name
+        self.size = size
+        self.moved = time.monotonic()
+
+    def progressed(self, *size, **more):
+        self.moved = time.monotonic()
 
     def round(self, errors):
         """In a thread: copy what is new and, once all is there, remove what rotation has removed
         here. Ends early if it was given up."""
-        me, current = threading.current_thread(), lambda: self.worker is me
-        moves = fsspec.callbacks.Callback(
-            hooks={"moved": lambda *size, **more: setattr(self, "moved", time.monotonic())}
-        )
+        me = threading.current_thread()
+        callback = fsspec.callbacks.Callback(hooks={"moved": self.progressed})
         with noting(errors, "all"):
-            have, there = listing(LOCAL, self.folder), listing(self.fs, self.root)
-            newest = max(map(when, have), default=())
-            if (
-                there
-                and not self.own(there)
-                or any(newest < when(n) and n not in self.sent for n in there)
-            ):
-                raise ValueError("another process has begun a run there, or gone on with this one")
-            for name in (
-                n
-                for n, stamp in have.items()
-                if (self.sent.get(n), there.get(n, [None])[0]) != (stamp, stamp[0]) and current()
-            ):
-                path, self.busy, self.size, self.moved = (
-                    os.path.join(self.folder, name),
-                    name,
-                    have[name][0],
-                    time.monotonic(),
-                )
+            here = listing(LOCAL, self.folder)
+            there = listing(self.fs, self.root)
+            newest = max(map(when, here), default=())
+            foreign = bool(there) and not self.own(there)
+            ahead = any(newest < when(name) and name not in self.sent for name in there)
+            if foreign or ahead:
+                raise ValueError("another process has begun a run there, or continued this one")
+
+            # copy what differs from what was sent, or from what is there
+            for name, stamp in here.items():
+                size_there = there.get(name, [None])[0]
+                if self.sent.get(name) == stamp and size_there == stamp[0]:
+                    continue
+                if self.worker is not me:
+                    return
+                path = os.path.join(self.folder, name)
+                self.start(name, stamp[0])
                 with noting(errors, name):
-                    self.fs.put_file(path, f"{self.root}/{name}", callback=moves)
-                    self.note(self.sent | {name: have[name]})
+                    self.fs.put_file(path, f"{self.root}/{name}", callback=callback)
+                    self.note(self.sent | {name: stamp})
                 if isinstance(errors.get(name), FileNotFoundError) and not os.path.exists(path):
                     del errors[name]  # rotated away meanwhile
-            for name in [n for n in self.sent if n not in have and () < when(n) < newest]:
-                if (
-                    current()
-                    and not errors
-                    and all(self.sent.get(n) == stamp for n, stamp in have.items())
-                ):
+
+            # remove old checkpoints there once everything of ours is there
+            for name in list(self.sent):
+                gone_here = name not in here and () < when(name) < newest
+                all_there = all(self.sent.get(n) == stamp for n, stamp in here.items())
+                if gone_here and all_there and not errors and self.worker is me:
                     with contextlib.suppress(FileNotFoundError):
                         self.fs.rm_file(f"{self.root}/{name}")
                     self.note({n: stamp for n, stamp in self.sent.items() if n != name})
 
     def finish(self, extra=0.0):
-        """Whether no round is under way (any more): says what the last one failed to do, gives it
-        up if it has not moved for too long."""
-        self.hung, errors = bool(self.worker and self.worker.is_alive()), dict(self.errors)
+        """Whether no round is under way (any more). Prints what the last one failed to do, and
+        gives it up if it has not moved for too long."""
+        self.hung = bool(self.worker and self.worker.is_alive())
+        errors = dict(self.errors)
         if self.hung:
-            late = (
-                time.monotonic() - self.moved - min(self.size, 5e8) / 1e6
-            )  # s3fs has up to 500 MB under way before it reports any
-            if late < self.patience + extra:
+            # s3fs has up to 500 MB under way before it reports any
+            still = time.monotonic() - self.moved - min(self.size, 5e8) / 1e6
+            if still < self.patience + extra:
                 return False
-            errors[self.busy] = TimeoutError(f"no progress for {late:.0f} s")
+            errors[self.busy] = TimeoutError(f"no progress for {still:.0f} s")
         if self.worker:
-            self.worker, self.fails = None, self.fails + 1 if errors else 0
+            self.worker = None
+            self.fails = self.fails + 1 if errors else 0
             if errors:
-                self.due = min(self.due, time.monotonic() + self.retry * self.fails)
-                what = (
-                    f"{', '.join(errors)}"
-                    f" ({'; '.join({f'{type(e).__name__}: {e}' for e in errors.values()})})"
-                )
+                wait = self.retry * self.fails
+                self.due = min(self.due, time.monotonic() + wait)
+                reasons = "; ".join({as_sentence(e) for e in errors.values()})
                 self.say(
-                    f"WARNING: not copied to {self.url}: {what}; again in"
-                    f" {self.retry * self.fails:.0f} s"
+                    f"WARNING: not copied to {self.url}: {', '.join(errors)} ({reasons}); again in"
+                    f" {wait:.0f} s"
                 )
         return True
 
     def tick(self, now=False):
-        """To be called often: sees to what is done and to what is due."""
+        """To be called often: reports what is done and starts what is due."""
         if self.finish(60 * self.minutes) and (now or time.monotonic() >= self.due):
-            self.errors, self.busy, self.size, self.moved, self.due = (
-                {},
-                "all",
-                0,
-                time.monotonic(),
-                time.monotonic() + 60 * self.minutes,
-            )
-            self.worker = threading.Thread(
-                target=self.round, args=(self.errors,), daemon=True
-            )  # one that hangs must not hold up the exit
+            self.errors = {}
+            self.start("all")
+            self.due = time.monotonic() + 60 * self.minutes
+
+            # a daemon: one that hangs must not hold up the exit
+            self.worker = threading.Thread(target=self.round, args=(self.errors,), daemon=True)
             self.worker.start()
 
     def close(self):
-        """Send the rest, three times if it must be."""
+        """Send the rest, in up to three rounds."""
         for attempt in range(4):
             while not self.finish():
                 self.worker.join(0.1)
-            if attempt == 3 or attempt and (self.hung or not self.fails):
+            in_vain = self.hung or not self.fails
+            if attempt == 3 or (attempt and in_vain):
                 break
             time.sleep(min(self.retry, 5.0) if self.fails else 0)
             self.tick(now=True)
-        left = [n for n, stamp in listing(LOCAL, self.folder).items() if self.sent.get(n) != stamp]
-        self.say(
-            f"WARNING: not at {self.url}: {', '.join(left)}; copy them by hand"
-            if left
-            else f"all of this run is at {self.url}"
-        )
+        here = listing(LOCAL, self.folder)
+        left = [name for name, stamp in here.items() if self.sent.get(name) != stamp]
+        if left:
+            self.say(f"WARNING: not at {self.url}: {', '.join(left)}; copy them by hand")
+        else:
+            self.say(f"all of this run is at {self.url}")
