@@ -56,25 +56,30 @@ X264 = {
     "preset": "veryfast",
     "crf": "20",
     "g": "60",
-    "x264-params": "mbtree=0",
-}  # mbtree reads unset memory at heights such as 120 or 360
+    "x264-params": "mbtree=0",  # mbtree reads unset memory at heights such as 120 or 360
+}
 FOCAL = 0.78  # focal length over the picture height, measured
 NEAR = 6  # in units of the depth buffer, about 7 map units each; the player is 32 map units wide
+OPPOSITE = {"w": "s", "s": "w", "a": "d", "d": "a"}
 
 
 class Explorer:
     """The player. Wanders by random chords of keys and random camera moves, which the picture does
-    not give away; depth keeps it moving."""
+    not give away. The depth buffer keeps it moving."""
 
     def __init__(self, rng):
-        self.rng, self.slot, self.trail = rng, 1, []
+        self.rng = rng
+        self.slot = 1
+        self.trail = []  # the last positions, to notice that it is stuck
         self.held = {}  # key, mouse button or "rest" -> ticks it stays held
-        self.turn, self.turn_goal, self.turn_left = (
-            0.0,
-            0.0,
-            0,
-        )  # degrees a tick, its goal, ticks that the goal lasts
-        self.look_goal, self.look_speed, self.look_left = 0.0, 2.0, 0
+
+        # camera: a goal for the turning speed and for the pitch, and ticks that each goal lasts
+        self.turn = 0.0  # degrees a tick
+        self.turn_goal = 0.0
+        self.turn_left = 0
+        self.look_goal = 0.0
+        self.look_speed = 2.0
+        self.look_left = 0
 
     def hold(self, name, chance, low, high):
         if name not in self.held and self.rng.random() < chance:
@@ -83,67 +88,105 @@ class Explorer:
     def act(self, depth, pitch, position):
         """Depth (H, W) of the picture, pitch in degrees, position (x, y) -> dx, dy in pixels, keys,
         mouse buttons, wheel; sets slot."""
-        rng = self.rng
         self.held = {name: left - 1 for name, left in self.held.items() if left > 0}
+        left, ahead, right = self.distances(depth, pitch)
+        stuck = self.is_stuck(position)
+        if stuck:
+            self.held = {}
+            self.trail = []
+        avoid = stuck or ahead < 1.5 * NEAR
+        if stuck or self.turn_left <= 0 or (avoid and abs(self.turn_goal) < 2):
+            self.choose_turn(avoid, right > left)
+        if self.look_left <= 0:
+            self.choose_look()
+
+        # now and then it rests: no keys, no camera
+        self.hold("rest", 0.01, 4, 16)
+        resting = "rest" in self.held
+        if resting:
+            self.held = {"rest": self.held["rest"]}
+            self.turn_goal = 0.0
+            self.look_goal = pitch
+        dx, dy = self.move_camera(pitch)
+        if resting:
+            return dx, dy, [], [], 0
+
+        self.press(ahead)
+        keys = sorted(self.held.keys() - set(MOUSE))
+        buttons = [number for number, name in enumerate(MOUSE) if name in self.held]
+        wheel = 0
+        if self.rng.random() < 0.01:
+            wheel = int(self.rng.choice([-1, 1]))
+            self.slot = (self.slot - wheel) % SLOTS  # wheel up is the slot to the left
+        elif self.rng.random() < 0.01:
+            self.slot = int(self.rng.integers(SLOTS))
+            keys.append(str(self.slot + 1))
+        return dx, dy, keys, buttons, wheel
+
+    def distances(self, depth, pitch):
+        """Distance at the horizon to what is on the left, ahead and on the right."""
         h, w = depth.shape
         horizon = int(np.clip(h / 2 - np.tan(np.radians(pitch)) * h * FOCAL, h / 8, 7 * h / 8))
-        room = np.median(
-            depth[horizon - h // 16 : horizon + h // 16], axis=0
-        )  # distance to what each column shows
-        left, right = np.median(room[: w // 3]), np.median(room[-w // 3 :])
-        ahead = np.quantile(room[w // 3 : 2 * w // 3], 0.25)
+        band = depth[horizon - h // 16 : horizon + h // 16]
+        columns = np.median(band, axis=0)
+        left = np.median(columns[: w // 3])
+        ahead = np.quantile(columns[w // 3 : 2 * w // 3], 0.25)
+        right = np.median(columns[-w // 3 :])
+        return left, ahead, right
+
+    def is_stuck(self, position):
+        """Whether it has walked for 12 ticks and come nowhere."""
         self.trail = self.trail[-11:] + [position]
-        stuck = (
-            "w" in self.held
-            and len(self.trail) == 12
-            and np.hypot(*np.subtract(self.trail[0], position)) < 24
-        )
-        if stuck:
-            self.held, self.trail = {}, []
-        avoid = stuck or ahead < 1.5 * NEAR
-        # camera: turns, drifts and pauses, each a goal that the turning speed approaches
-        if stuck or self.turn_left <= 0 or (avoid and abs(self.turn_goal) < 2):
-            kind = 1.0 if avoid else rng.random()
-            self.turn_left = int(rng.integers(5, 16))
-            speed = (
-                0.0
-                if kind < 0.25
-                else abs(rng.normal(0, 1.2))
-                if kind < 0.55
-                else rng.uniform(2.0, 7.0)
-            )
-            self.turn_goal = (
-                speed
-                if rng.random() < (0.5 if not avoid else 0.85 if right > left else 0.15)
-                else -speed
-            )
-        if self.look_left <= 0:
-            self.look_goal = (
-                rng.normal(0, 4) if rng.random() < 0.4 else np.clip(rng.normal(0, 18), -28, 28)
-            )
-            self.look_speed, self.look_left = rng.uniform(0.8, 4.5), int(rng.integers(5, 22))
-        self.hold("rest", 0.01, 4, 16)
-        if "rest" in self.held:
-            self.held, self.turn_goal, self.look_goal = {"rest": self.held["rest"]}, 0.0, pitch
-        self.turn_left, self.look_left = self.turn_left - 1, self.look_left - 1
+        if "w" not in self.held or len(self.trail) < 12:
+            return False
+        return np.hypot(*np.subtract(self.trail[0], position)) < 24
+
+    def choose_turn(self, avoid, more_room_right):
+        """A new goal for the turning speed: a pause, a drift or a turn, to the free side of what is
+        in the way."""
+        rng = self.rng
+        kind = 1.0 if avoid else rng.random()
+        self.turn_left = int(rng.integers(5, 16))
+        if kind < 0.25:
+            speed = 0.0
+        elif kind < 0.55:
+            speed = abs(rng.normal(0, 1.2))
+        else:
+            speed = rng.uniform(2.0, 7.0)
+
+        chance_of_right = 0.5
+        if avoid:
+            chance_of_right = 0.85 if more_room_right else 0.15
+        self.turn_goal = speed if rng.random() < chance_of_right else -speed
+
+    def choose_look(self):
+        """A new goal for the pitch: level, or anywhere."""
+        rng = self.rng
+        if rng.random() < 0.4:
+            self.look_goal = rng.normal(0, 4)
+        else:
+            self.look_goal = np.clip(rng.normal(0, 18), -28, 28)
+        self.look_speed = rng.uniform(0.8, 4.5)
+        self.look_left = int(rng.integers(5, 22))
+
+    def move_camera(self, pitch):
+        """One tick towards the goals -> dx, dy in pixels, as a hand would: not quite smooth."""
+        rng = self.rng
+        self.turn_left -= 1
+        self.look_left -= 1
         self.turn += 0.45 * (self.turn_goal - self.turn)
         look = np.clip(0.35 * (self.look_goal - pitch), -self.look_speed, self.look_speed)
-        dx = dy = 0  # a hand at rest sends exact zeros
-        if abs(self.turn) > 0.15 or abs(look) > 0.15:
-            dx, dy = (
-                round(v * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5))
-                for v in (self.turn, look)
-            )
-            dy = int(
-                np.clip(
-                    dy,
-                    (-PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL,
-                    (PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL,
-                )
-            )
-        if "rest" in self.held:
-            return dx, dy, [], [], 0
-        # feet and hands
+        if abs(self.turn) <= 0.15 and abs(look) <= 0.15:
+            return 0, 0  # a hand at rest sends exact zeros
+
+        dx = round(self.turn * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5))
+        dy = round(look * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5))
+        highest = (-PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL
+        lowest = (PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL
+        return dx, int(np.clip(dy, highest, lowest))
+
+    def press(self, ahead):
+        """Keys and buttons: each with its chance a tick and the ticks that it is held."""
         if ahead < NEAR:
             self.held.pop("w", None)
             self.hold("use", 0.15, 1, 3)  # it may be a door
@@ -158,105 +201,114 @@ class Explorer:
             "attack": (0.018, 2, 14),
             "use": (0.005, 1, 3),
         }
-        for name, how in chords.items():
-            if {"w": "s", "s": "w", "a": "d", "d": "a"}.get(name) not in self.held:
-                self.hold(name, *how)
-        keys, wheel = sorted(self.held.keys() - set(MOUSE)), 0
-        if rng.random() < 0.01:
-            wheel = int(rng.choice([-1, 1]))
-            self.slot = (self.slot - wheel) % SLOTS  # wheel up is the slot to the left
-        elif rng.random() < 0.01:
-            self.slot = int(rng.integers(SLOTS))
-            keys.append(str(self.slot + 1))
-        return dx, dy, keys, [b for b, name in enumerate(MOUSE) if name in self.held], wheel
+        for name, (chance, low, high) in chords.items():
+            if OPPOSITE.get(name) not in self.held:
+                self.hold(name, chance, low, high)
+
+
+def contractor_line(t, mouse, keys, new_keys, slot, yaw, variables):
+    """One line of a recording, as OpenAI's contractors' recorder wrote it."""
+    return {
+        "mouse": mouse,
+        "keyboard": {
+            "keys": [f"key.keyboard.{key}" for key in keys],
+            "newKeys": [f"key.keyboard.{key}" for key in new_keys],
+            "chars": "",
+        },
+        "isGuiOpen": False,
+        "isGuiInventory": False,
+        "hotbar": slot,
+        "yaw": round(yaw, 5),
+        "pitch": round(variables["PITCH"], 5),
+        "xpos": variables["POSITION_Y"] / 32,
+        "ypos": variables["POSITION_Z"] / 32,
+        "zpos": variables["POSITION_X"] / 32,
+        "tick": t,
+        "milli": 1_600_000_000_000 + t * 1000 // FPS,
+        "inventory": [
+            {"type": "health", "quantity": int(variables["HEALTH"])},
+            {"type": "armor", "quantity": int(variables["ARMOR"])},
+        ],
+        "serverTick": t,
+        "serverTickDurationMs": 1000 / 35 * TICS,
+        "stats": {
+            "minecraft.custom:minecraft.play_one_minute": t,
+            "minecraft.custom:minecraft.mob_kills": int(variables["KILLCOUNT"]),
+        },
+    }
+
+
+def mouse_of(dx, dy, wheel, buttons, buttons_before):
+    """The mouse part of a line."""
+    return {
+        "x": 640.0,
+        "y": 360.0,
+        "dx": float(dx),
+        "dy": float(dy),
+        "scaledX": 0.0,
+        "scaledY": 0.0,
+        "dwheel": float(wheel),
+        "buttons": buttons,
+        "newButtons": [b for b in buttons if b not in buttons_before],
+    }
 
 
 def play(game, map_number, points, length, size, rng, parent):
     """Play one recording -> mp4 bytes, list of lines (dicts, contractor format). It ends early if
     the level does, or at a teleporter."""
     begin(game, int(rng.integers(2**31)), map_number, points[rng.integers(len(points))])
-    player, video, lines = Explorer(rng), io.BytesIO(), []
-    yaw, angle, dx, held, held_buttons = 0.0, 0.0, 0, [], []
+    player = Explorer(rng)
+    video = io.BytesIO()
+    lines = []
+    yaw = 0.0
+    angle = 0.0  # the engine's, in degrees: it grows to the left and wraps
+    dx = 0
+    keys_before = []
+    buttons_before = []
     with av.open(video, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, pix_fmt="yuv420p", options=X264)
         stream.width, stream.height = map(int, size.split("x"))
-        stream.codec_context.thread_count = (
-            1  # the same bytes on every machine, and the workers share the cores already
-        )
-        for t in range(-FPS, length):  # a second to come out of the start position, not recorded
+
+        # one thread: the same bytes on every machine, and the workers share the cores already
+        stream.codec_context.thread_count = 1
+
+        # a second to come out of the start position is not recorded
+        for t in range(-FPS, length):
             if game.is_episode_finished() or game.is_player_dead():
                 break
             if os.getppid() != parent:
                 raise RuntimeError("the program that this game was played for is gone")
             state = game.get_state()
-            v = dict(zip(VARIABLES, state.game_variables.tolist()))
-            pitch, x, y, z = (
-                v["PITCH"],
-                v["POSITION_Y"] / 32,
-                v["POSITION_Z"] / 32,
-                v["POSITION_X"] / 32,
-            )
-            turned = (
-                angle - v["ANGLE"] + 180
-            ) % 360 - 180  # the engine's angle grows to the left and wraps
+            variables = dict(zip(VARIABLES, state.game_variables.tolist()))
+            turned = (angle - variables["ANGLE"] + 180) % 360 - 180
             if t > 0 and abs(turned - dx * DEGREES_PER_PIXEL) > 1:
                 break  # a teleporter turned the player
-            yaw, angle = yaw + turned, v["ANGLE"]
+            yaw += turned
+            angle = variables["ANGLE"]
+
+            # what the player does now
             slot_before = player.slot
-            by = state.depth_buffer.shape[1] // stream.width
-            dx, dy, keys, buttons, wheel = player.act(
-                state.depth_buffer[::by, ::by], pitch, (v["POSITION_X"], v["POSITION_Y"])
-            )
-            buttons = (
-                buttons if t else []
-            )  # attack held from line 0 is how a known recorder fault looks
+            every = state.depth_buffer.shape[1] // stream.width
+            depth = state.depth_buffer[::every, ::every]
+            position = (variables["POSITION_X"], variables["POSITION_Y"])
+            dx, dy, keys, buttons, wheel = player.act(depth, variables["PITCH"], position)
+            if t == 0:
+                buttons = []  # attack held from line 0 is how a known recorder fault looks
+
+            # the frame and its line
             if t >= 0:
                 frame = picture(state, stream.width, stream.height)
                 frame.pts = t
                 container.mux(stream.encode(frame))
-                lines.append(
-                    {
-                        "mouse": {
-                            "x": 640.0,
-                            "y": 360.0,
-                            "dx": float(dx),
-                            "dy": float(dy),
-                            "scaledX": 0.0,
-                            "scaledY": 0.0,
-                            "dwheel": float(wheel),
-                            "buttons": buttons,
-                            "newButtons": [b for b in buttons if b not in held_buttons],
-                        },
-                        "keyboard": {
-                            "keys": [f"key.keyboard.{k}" for k in keys],
-                            "newKeys": [f"key.keyboard.{k}" for k in keys if k not in held],
-                            "chars": "",
-                        },
-                        "isGuiOpen": False,
-                        "isGuiInventory": False,
-                        "hotbar": player.slot,
-                        "yaw": round(yaw, 5),
-                        "pitch": round(pitch, 5),
-                        "xpos": x,
-                        "ypos": y,
-                        "zpos": z,
-                        "tick": t,
-                        "milli": 1_600_000_000_000 + t * 1000 // FPS,
-                        "inventory": [
-                            {"type": "health", "quantity": int(v["HEALTH"])},
-                            {"type": "armor", "quantity": int(v["ARMOR"])},
-                        ],
-                        "serverTick": t,
-                        "serverTickDurationMs": 1000 / 35 * TICS,
-                        "stats": {
-                            "minecraft.custom:minecraft.play_one_minute": t,
-                            "minecraft.custom:minecraft.mob_kills": int(v["KILLCOUNT"]),
-                        },
-                    }
-                )
-            held, held_buttons = keys, buttons
-            held_now = [*keys, *(MOUSE[b] for b in buttons)]
-            tick(game, dx, dy, held_now, player.slot if player.slot != slot_before else None)
+                mouse = mouse_of(dx, dy, wheel, buttons, buttons_before)
+                new_keys = [key for key in keys if key not in keys_before]
+                lines.append(contractor_line(t, mouse, keys, new_keys, player.slot, yaw, variables))
+
+            # and the game goes on by one tick
+            keys_before = keys
+            buttons_before = buttons
+            pressed = [*keys, *(MOUSE[b] for b in buttons)]
+            tick(game, dx, dy, pressed, player.slot if player.slot != slot_before else None)
         container.mux(stream.encode())
     return video.getvalue(), lines
 
@@ -268,14 +320,10 @@ def guide_line(line):
         math.pi - (math.pi - math.radians(line["yaw"])) % (2 * math.pi),
         math.radians(line["pitch"]),
     ]
-    mouse, keyboard = (
-        {k: line["mouse"][k] for k in ("dx", "dy")},
-        {"keys": line["keyboard"]["keys"]},
-    )
     return {
         "timestamp": line["tick"] / FPS,
-        "mouse": mouse,
-        "keyboard": keyboard,
+        "mouse": {"dx": line["mouse"]["dx"], "dy": line["mouse"]["dy"]},
+        "keyboard": {"keys": line["keyboard"]["keys"]},
         "camera": camera,
         "hotbar": line["hotbar"],
     }
@@ -283,14 +331,14 @@ def guide_line(line):
 
 def make_shard(path, recordings, length, size, seed, guide, parent):
     """Play recordings [(number, map), ...] and write them as one shard."""
-    points, packed = start_points(), io.BytesIO()
+    points = start_points()
+    packed = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w") as tar:
         game = open_game(size, seed, folder)
         try:
             for number, map_number in recordings:
-                for attempt in range(
-                    20
-                ):  # what its level's end or a teleporter cut short is played again elsewhere
+                # what the end of its level or a teleporter cut short is played again elsewhere
+                for attempt in range(20):
                     rng = np.random.default_rng([seed, number, attempt])
                     video, lines = play(
                         game, map_number, points[map_number], length, size, rng, parent
@@ -302,9 +350,9 @@ def make_shard(path, recordings, length, size, seed, guide, parent):
                         f"map {map_number} ends every recording before {length / 2 / FPS:g} s: take"
                         " another --seed"
                     )
-                text = "".join(
-                    json.dumps(guide_line(line) if guide else line) + "\n" for line in lines
-                ).encode()
+                if guide:
+                    lines = [guide_line(line) for line in lines]
+                text = "".join(json.dumps(line) + "\n" for line in lines).encode()
                 for extension, data in (("mp4", video), ("jsonl", text)):
                     member = tarfile.TarInfo(f"map{map_number:02d}-{number:06d}.{extension}")
                     member.size = len(data)
@@ -331,17 +379,19 @@ def plan(minutes, out, seed):
     """(ticks of a recording, [(shard path, [(recording number, map), ...]), ...]): recordings of
     about 20 s, every sixth held out."""
     count = max(round(minutes * 3), 6)
-    order, shards, first = np.random.default_rng(seed), [], 0
     held_out = max(round(count / 6), 2)
+    rng = np.random.default_rng(seed)
+    shards = []
+    first = 0
     for split, n, fewest in (("train", count - held_out, 4), ("val", held_out, 2)):
-        maps = np.concatenate(
-            [order.permutation(MAPS[split]) for _ in range(n // len(MAPS[split]) + 1)]
-        )[:n]
-        recordings = [(first + i, int(m)) for i, m in enumerate(maps)]
-        for i, part in enumerate(np.array_split(np.arange(n), max(fewest, round(n / 3)))):
-            shards.append(
-                (os.path.join(out, split, f"shard-{i:06d}.tar"), [recordings[j] for j in part])
-            )
+        # maps in random order, again and again until there are enough
+        rounds = n // len(MAPS[split]) + 1
+        maps = np.concatenate([rng.permutation(MAPS[split]) for _ in range(rounds)])[:n]
+        recordings = [(first + i, int(number)) for i, number in enumerate(maps)]
+        parts = np.array_split(np.arange(n), max(fewest, round(n / 3)))
+        for i, part in enumerate(parts):
+            path = os.path.join(out, split, f"shard-{i:06d}.tar")
+            shards.append((path, [recordings[j] for j in part]))
         first += n
     return max(round(minutes * 60 * FPS / count), FPS), shards
 
@@ -373,24 +423,24 @@ if __name__ == "__main__":
 
     # --- resume ---
     made = {"minutes": args.minutes, "size": args.size, "seed": args.seed, "lines": args.lines}
-    note, found = os.path.join(args.out, "demo.json"), "something else"
+    note = os.path.join(args.out, "demo.json")
+    made_before = "something else"
     if os.path.exists(note):
         with open(note) as f:
-            found = json.load(f)
-    if found != made and os.path.isdir(args.out) and os.listdir(args.out):
+            made_before = json.load(f)
+    if made_before != made and os.path.isdir(args.out) and os.listdir(args.out):
         raise SystemExit(
-            f"{args.out} holds {found}, not a demo made with {made}: give another --out or remove"
-            " that folder"
+            f"{args.out} contains {made_before}, not a demo made with {made}: give another --out"
+            " or remove that folder"
         )
     write_atomically(note, json.dumps(made).encode() + b"\n")
     length, shards = plan(args.minutes, os.path.abspath(args.out), args.seed)
 
     # --- play ---
-    todo = [
-        s for s in shards if not os.path.exists(s[0])
-    ]  # a shard appears by renaming, whole or not at all
-    for rest in glob.glob(os.path.join(args.out, "*", "*.tmp")):  # of a run that was killed
-        os.unlink(rest)
+    # a shard appears by renaming, whole or not at all; a run that was killed leaves *.tmp
+    todo = [shard for shard in shards if not os.path.exists(shard[0])]
+    for leftover in glob.glob(os.path.join(args.out, "*", "*.tmp")):
+        os.unlink(leftover)
     pool = concurrent.futures.ProcessPoolExecutor(
         args.workers, initializer=die_with, initargs=(os.getpid(),)
     )
