@@ -55,8 +55,12 @@ TILES = {
 def tiles(device, dtype, head_dim, length, block):
     """The row of the table for these inputs. sm_86, 89 and 120 have the instructions of sm_80,
     whose rows fit their shared memory too."""
-    kind = "fp32" if dtype == torch.float32 else "short" if length <= 2 * block else 80
-    if kind == 80 and device.type == "cuda":
+    kind = 80
+    if dtype == torch.float32:
+        kind = "fp32"
+    elif length <= 2 * block:
+        kind = "short"
+    elif device.type == "cuda":
         kind = {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
     return TILES[kind, triton.next_power_of_2(head_dim)]
 
@@ -281,7 +285,7 @@ def _dq(Q, K, V, DO, DQ, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l
 def _empty(x):
     """Like x (B, nh, L, hd), laid out as (B, L, nh, hd): the `transpose(1, 2).flatten(2)` that
     follows attention is then a view."""
-    B, nh, L, hd = x.shape
+    B, nh, L, hd = x.size()
     return x.new_empty(B, L, nh, hd).transpose(1, 2)
 
 
@@ -297,11 +301,14 @@ def _strides(*tensors):
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    B, nh, L, hd = q.shape
+    B, nh, L, hd = q.size()
     q, k, v = _dense_rows(q, k, v)
-    o, lse = _empty(q), q.new_empty(B, nh, L, dtype=torch.float32)
-    (BM, BN, warps, stages), _, _ = tiles(q.device, q.dtype, hd, L, block)
-    width, scale = triton.next_power_of_2(hd), hd**-0.5 * math.log2(math.e)
+    o = _empty(q)
+    lse = q.new_empty(B, nh, L, dtype=torch.float32)
+    forward, _, _ = tiles(q.device, q.dtype, hd, L, block)
+    BM, BN, warps, stages = tuple(forward)
+    width = triton.next_power_of_2(hd)
+    scale = hd**-0.5 * math.log2(math.e)
     with torch.cuda.device_of(q):
         _forward[(triton.cdiv(L, BM) * B * nh,)](
             q, k, v, o, lse, *_strides(q, k, v, o), nh, B * nh, L, min(block, L), scale, hd, width, BM, BN,
@@ -325,15 +332,18 @@ def _attention_backward(
     lse: torch.Tensor,
     block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    B, nh, L, hd = q.shape
+    B, nh, L, hd = q.size()
     do, q, k, v, o = _dense_rows(do, q, k, v, o)
-    dq, dk, dv = (_empty(q) for _ in range(3))
+    dq = _empty(q)
+    dk = _empty(q)
+    dv = _empty(q)
     padded = triton.cdiv(L, PAD) * PAD
     lse_pad, delta = lse.new_empty(2, B * nh, padded).unbind()
-    _, (BM, BN, warps, stages), (BM_q, BN_q, warps_q, stages_q) = tiles(
-        q.device, q.dtype, hd, L, block
-    )
-    width, scale = triton.next_power_of_2(hd), hd**-0.5 * math.log2(math.e)
+    _, for_dkdv, for_dq = tiles(q.device, q.dtype, hd, L, block)
+    BM, BN, warps, stages = tuple(for_dkdv)
+    BM_q, BN_q, warps_q, stages_q = tuple(for_dq)
+    width = triton.next_power_of_2(hd)
+    scale = hd**-0.5 * math.log2(math.e)
     shared = (
         *_strides(q, k, v, do, dq),
         nh,
@@ -365,8 +375,8 @@ def _(do, q, k, v, o, lse, block):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.block = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    *qkv, ctx.block = inputs
+    ctx.save_for_backward(*qkv, *output)
 
 
 def _backward(ctx, do, dlse):
@@ -401,7 +411,9 @@ def attention_triton(q, k, v, block):
         )
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q = q.to(dtype)
+        k = k.to(dtype)
+        v = v.to(dtype)
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: cast all three to one of"
@@ -420,9 +432,9 @@ def compile_rows(arch):
     for (kind, width), (forward, dkdv, dq) in TILES.items():
         if kind not in (arch, "short", "fp32"):
             continue
-        kernels = [(_forward, forward), (_dkdv, dkdv), (_dq, dq)] + [(_delta, (PAD, 0, 8, 3))] * (
-            kind != "short"
-        )
+        kernels = [(_forward, forward), (_dkdv, dkdv), (_dq, dq)]
+        if kind != "short":
+            kernels.append((_delta, (PAD, 0, 8, 3)))
         for dtype in ("fp32",) if kind == "fp32" else ("bf16", "fp16"):
             for hd in (h for h in HEAD_DIMS if triton.next_power_of_2(h) == width):
                 for kernel, (BM, BN, warps, stages) in kernels:

@@ -146,9 +146,9 @@ def merge_over_ranks(part):
     """(n, mean, M2) of all ranks' rows together: gathered, then merged in rank order by every rank,
     so that all get the same bits."""
     n, mean, m2 = part
-    mine = torch.stack(
-        [torch.full_like(mean, n), mean, m2]
-    )  # a count is exact in float64 up to 2**53
+
+    # a count is exact in float64 up to 2**53
+    mine = torch.stack([torch.full_like(mean, n), mean, m2])
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     return functools.reduce(merge_moments, [(int(p[0, 0]), p[1], p[2]) for p in parts])

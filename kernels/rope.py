@@ -5,11 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-TILE, WARPS, PROGRAMS = (
-    2048,
-    4,
-    1024,
-)  # values of a tile; programs wanted before one takes several heads
+TILE = 2048  # values of a tile
+WARPS = 4
+PROGRAMS = 1024  # programs wanted before one takes several heads
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -64,7 +62,7 @@ def rope_kernel(
 def rope_op(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    B, nh, L, hd = q.shape
+    B, nh, L, hd = q.size()
     if (
         q.shape != k.shape
         or q.dtype != k.dtype

@@ -12,11 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-K, THREADS, PROGRAMS = (
-    8,
-    128,
-    2048,
-)  # PROGRAMS at most; the same on every card, so that the bits are too
+K = 8
+THREADS = 128
+PROGRAMS = 2048  # at most; the same on every card, so that the bits are the same too
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
