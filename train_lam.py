@@ -26,7 +26,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from eval_lam import CODES, RATIOS, code_summary, complaints, held_out_codes, plot_curves
+from eval_lam import (
+    CODES,
+    RATIOS,
+    code_summary,
+    complaints,
+    held_out_codes,
+    plot_curves,
+    quantises,
+    truth_notes,
+)
 from evaluation.runs import leave_group, prefetch
 from files.latents import Latents, latent_sequences, open_manifest
 from files.logs import open_logs
@@ -427,6 +436,8 @@ if __name__ == "__main__":
             "world_size": world,
             "args": vars(args),
             "manifest": os.path.abspath(manifest),
+            "data_dir": os.path.abspath(args.data_dir),
+            "train_files": [os.path.relpath(f.path, args.data_dir) for f in splits["train"]],
             "rng": torch.get_rng_state(),
         }
         path = checkpoint.save(
@@ -448,8 +459,8 @@ if __name__ == "__main__":
         return torch.stack([p.detach().float() for p in (*parts, x["rollout"])])
 
     def validate(epoch):
-        """Losses, baselines and what the codes say, on the held-out windows, summed up over all
-        ranks."""
+        """(losses, baselines and what the codes say, what is missing of the truth) on the held-out
+        windows, summed up over all ranks."""
         model.eval()
         found = held_out_codes(
             model, val_set, args.batch_size, args.val_clips, args.num_workers, autocast
@@ -461,11 +472,9 @@ if __name__ == "__main__":
                 for k in ("loss", "mse", "mae", "codebook", "commitment", "rollout")
             }
         )
-        return (
-            {"epoch": epoch}
-            | dict(zip(terms, means.tolist()))
-            | code_summary(found, args.num_embeddings if model.quantizer else None)
-        )
+        summary = code_summary(found, args.num_embeddings if quantises(model) else None)
+        notes = list(truth_notes(val_set, found, "validation"))
+        return {"epoch": epoch} | dict(zip(terms, means.tolist())) | summary, notes
 
     # --- train ---
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
@@ -494,6 +503,7 @@ if __name__ == "__main__":
         args.num_codes, args.num_embeddings, device=device
     )  # codes chosen since the last log line
     batch, grid = None, torch.tensor(model.grid, device=device)
+    noted = False  # what is missing of the truth is said once: files do not change
     while step < last and not passed:
         epoch, itr = divmod(step, args.ipe)
         lr = lr_at(step + 1, total, warmup, args)
@@ -524,8 +534,6 @@ if __name__ == "__main__":
         loss_scaler.step(optimizer)
         loss_scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if vq:
-            vq.update(settle=step >= 0.9 * total)
         pending.append((epoch, itr, losses, norm, lr, keys))
         step += 1
 
@@ -535,7 +543,9 @@ if __name__ == "__main__":
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)
         at_end = (step % args.ipe == 0 and not args.test_mode) or step == last or bool(halt)
-        if at_end or step % args.log_every == 0:
+        # k-means takes no NaN: the losses are looked at before it, whatever --log_every says
+        clusters = vq is not None and vq.kmeans and int(vq.seen[0]) + 1 == max(vq.warmup, 1)
+        if at_end or step % args.log_every == 0 or clusters:
             values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
             if world > 1:
                 values = values.cpu()
@@ -569,6 +579,16 @@ if __name__ == "__main__":
                 flush=True,
             )
             pending, waited, began = [], 0.0, time.perf_counter()
+        if clusters:
+            outputs = [vq.recent, *(rows for rows, _ in vq.pending)]
+            largest = max(float(x.abs().max()) for x in outputs)
+            if not largest < 1e15:  # squared distances overflow long before the loss does
+                raise ValueError(
+                    f"the encoder's outputs ({largest:.4g}) are too large for k-means at epoch"
+                    f" {epoch}, itr {itr}, where the warm-up ends: the run diverges; lower --lr"
+                )
+        if vq:
+            vq.update(settle=step - 1 >= 0.9 * total)
         if args.test_mode and (step % 25 == 0 or step == last) and (vq is None or vq.active()):
             model.eval()  # the codebook must not count this look at the batch
             with torch.no_grad(), autocast():
@@ -591,28 +611,37 @@ if __name__ == "__main__":
                 and (done % args.val_every == 0 or step == last)
                 and not halt
             ):
-                v = validate(done)
+                v, notes = validate(done)
                 log("val", v, step)
                 copy, zero, marginal = (v[f"mse_over_{k}"] for k in ("copy", "zero", "marginal"))
-                known = (
-                    f"; purity {v['purity']:.3f}, AMI {v['ami']:.3f}, same action"
-                    f" {v['same_over_own']:.2f} x"
-                    if val_set.labels
-                    else ""
-                )
-                alive = (
-                    f"{v['joint_codes']:.0f} actions, perplexity {v['joint_perplexity']:.1f}"
-                    if model.quantizer
-                    else "continuous"
-                )
+                known = ""
+                if not math.isnan(v["same_over_own"]):
+                    known += f"; same action {v['same_over_own']:.2f} x"
+                if not math.isnan(v["ami"]):
+                    known += f", AMI {v['ami']:.3f}"
+                if not math.isnan(v["purity"]):
+                    known += (
+                        f", purity {v['purity']:.3f} (each code named by its commonest action in"
+                        f" the other recordings; one code for all: {v['purity_one_code']:.3f})"
+                    )
+                alive = "continuous"
+                if quantises(model):
+                    alive = (
+                        f"{v['joint_codes']:.0f} actions, perplexity {v['joint_perplexity']:.1f}"
+                    )
+                elif vq:
+                    alive = f"warm-up: no codes before step {vq_warmup}"
                 say(
                     f"held out after epoch {done}: error {copy:.3f} of copying, {zero:.3f} of"
                     f" zeroed codes, {marginal:.3f} of other clips' codes; {alive}{known}"
                 )
                 for sentence in (
-                    complaints(v, model.quantizer is not None) if vq is None or vq.active() else []
+                    complaints(v, quantises(model)) if vq is None or vq.active() else []
                 ):
                     say(f"WARNING: {sentence}")
+                for sentence in [] if noted else notes:
+                    say(f"note: {sentence}")
+                noted = True
             path = save(done, inside) if writes else None
             began = time.perf_counter()
             if halt:
