@@ -100,10 +100,7 @@ def check_stored(data, path, seen):
         return  # the shape is looked at elsewhere
     if data.is_virtual:
         return check_sources(data, path, seen)
-    settings = data.id.get_create_plist()
-    for i in range(settings.get_nfilters()):
-        number, _, _, title = settings.get_filter(i)
-        check_filter(number, title.decode(errors="replace"), path)
+    check_filters(data, path)
     for name, offset, size in data.external or ():
         part = os.path.join(os.path.dirname(path), name)
         if not os.path.exists(part) and not os.path.exists(name):
@@ -150,10 +147,8 @@ def check_sources(data, path, seen):
                 if key in seen:
                     raise ValueError("is the dataset itself")
                 check_stored(there, place, seen | {key})
-                if there.shape != source.src_space.shape:
-                    raise ValueError(
-                        f"has shape {list(there.shape)}, not {list(source.src_space.shape)}"
-                    )
+                if not holds_selection(there, source):
+                    raise ValueError(f"has shape {list(there.shape)}, which is less than it needs")
         except (ValueError, OSError) as e:
             raise ValueError(f"{where} {str(e).splitlines()[0]}") from e
     if covered < data.size:
@@ -163,18 +158,34 @@ def check_sources(data, path, seen):
         )
 
 
-def check_filter(number, title, path):
-    """Whether the values that a filter (gzip, blosc, zstd ...) stored can be read. Those that HDF5
+def holds_selection(there, source):
+    """Whether a dataset is as large as what a virtual dataset takes from it."""
+    if source.src_space.shape == ():  # all of it, whatever that is
+        return there.size >= source.vspace.get_select_npoints()
+    last = source.src_space.get_select_bounds()[1]
+    return len(last) == there.ndim and all(at < n for at, n in zip(last, there.shape))
+
+
+def check_filters(data, path):
+    """Whether the filters (gzip, blosc, zstd ...) that stored the values are there. Those that HDF5
     does not bring along are in hdf5plugin, which registers them when it is imported."""
-    if h5py.h5z.filter_avail(number):
-        return
-    if importlib.util.find_spec("hdf5plugin"):
-        importlib.import_module("hdf5plugin")
-    if not h5py.h5z.filter_avail(number):
-        raise OSError(
-            f"{path} is compressed with filter {number} ({title or 'no name'}), which this HDF5"
-            " lacks: pip install hdf5plugin"
-        )
+    settings = data.id.get_create_plist()
+    for i in range(settings.get_nfilters()):
+        number, _, _, title = settings.get_filter(i)
+        if h5py.h5z.filter_avail(number):
+            continue
+        if importlib.util.find_spec("hdf5plugin"):
+            importlib.import_module("hdf5plugin")
+        if h5py.h5z.filter_avail(number) or not data.id.get_num_chunks():
+            continue
+        if (
+            not data.id.get_chunk_info(0).filter_mask >> i & 1
+        ):  # else a writer without it left it out
+            name = title.decode(errors="replace").strip() or "no name"
+            raise OSError(
+                f"{path} is compressed with filter {number} ({name}), which this HDF5 lacks: pip"
+                " install hdf5plugin"
+            )
 
 
 def read_rows(data, first, stop):
@@ -226,6 +237,8 @@ def read_labels(path, steps):
             " again, or remove it"
         ) from e
     for name, values in labels.items():
+        if not isinstance(values, np.ndarray):
+            raise ValueError(f"{truth}: {name} is no array: write it again with numpy.savez")
         if values.shape != (steps - 1,):
             raise ValueError(
                 f"{truth}: {name} has shape {values.shape}, {steps} steps need ({steps - 1},)"
@@ -240,16 +253,15 @@ def whole_numbers(values, what):
     remedy = "labels are whole numbers, a class each: bin what is continuous"
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{what} holds {values.dtype}: {remedy}")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        at = int(np.argmax(~np.isfinite(values)))
-        raise ValueError(f"{what} is {values[at]} at entry {at}: {remedy}")
-    limit = 2**53 if values.dtype.kind == "f" else 2**63 - 1
-    whole = values == np.floor(values) if values.dtype.kind == "f" else np.ones(len(values), bool)
-    small = values <= limit
-    if values.dtype.kind != "u" and values.dtype.kind != "b":
-        small = small & (values >= -limit)
-    if not (whole & small).all():
-        at = int(np.argmax(~(whole & small)))
+    if values.dtype.kind == "f":
+        numbers = values.astype(np.float64)
+        good = (np.floor(numbers) == numbers) & (np.abs(numbers) <= 2**53)  # not nan either
+    elif values.dtype.kind == "b":
+        good = np.ones(len(values), bool)
+    else:
+        good = (values <= 2**63 - 1) & (values > NO_LABEL)
+    if not good.all():
+        at = int(np.argmin(good))
         raise ValueError(f"{what} is {values[at]:.10g} at entry {at}: {remedy}")
     return values.astype(np.int64)
 
