@@ -152,7 +152,7 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("dir", help="folder of the *.h5 files")
+    parser.add_argument("dir", nargs="?", help="folder of the *.h5 files")
     parser.add_argument(
         "--train_ratio", type=float, default=0.8, help="share of the files to train on"
     )
@@ -174,20 +174,22 @@ if __name__ == "__main__":
     parser.add_argument("--channels", type=int, default=16, help="channels of the latents")
     parser.add_argument(
         "--size",
-        type=int,
         nargs="+",
-        default=[64],
+        default=["64"],
         help="height and width of the latents, or one number for both (default 64)",
     )
     parser.add_argument("--output", help="where to write it (default DIR/manifest.json)")
     args = parser.parse_args()
     sys.excepthook = one_sentence
-    if len(args.size) > 2 or min(args.size) < 1 or args.channels < 1 or args.sequence_length < 2:
-        parser.error(
-            "--size takes one or two numbers above 0, --channels one above 0, --sequence_length one"
-            " above 1"
-        )
-    height, width = args.size[0], args.size[-1]
+    if args.dir is None and len(args.size) > 1:
+        args.dir = args.size.pop()  # --size 16 DIR
+    if args.dir is None:
+        parser.error("name the folder of the *.h5 files")
+    if len(args.size) > 2 or not all(x.isdecimal() and int(x) for x in args.size):
+        parser.error(f"--size {' '.join(args.size)}: give one or two whole numbers above 0")
+    if args.channels < 1 or args.sequence_length < 2:
+        parser.error("--channels must be at least 1, --sequence_length at least 2")
+    height, width = int(args.size[0]), int(args.size[-1])
     ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
     if abs(sum(ratios) - 1) > 1e-6 or min(ratios) < 0 or not args.train_ratio:
         given = " + ".join(f"{r:g}" for r in ratios)
