@@ -89,7 +89,7 @@ MEANINGS = {  # what the table of this script prints beside a number
     "slot_perplexity": "the same of a single code",
     "codebook_usage": "entries of a table in use",
     "purity": "share of transitions whose true action is the commonest one of their code, learned"
-    " on the other recordings",
+    " on the other recordings (a code that those lack counts as wrong)",
     "nmi": "normalised mutual information of codes and true actions",
     "ami": "the same above chance",
     "purity_one_code": "the purity of a single code for everything: the bar for purity",
@@ -290,6 +290,11 @@ def truth_notes(dataset, found, split):
             f" {' and '.join(dataset.labels)} in a KEY.actions.npz and count for errors only:"
             f" {names}{more}"
         )
+    if dataset.unused:
+        yield (
+            f"{', '.join(dataset.unused)}: only some {split} files have this label, the others"
+            f" {' and '.join(dataset.labels)} alone; it is not used"
+        )
     known = has_truth(found["labels"])
     if len(np.unique(found["recording"][known])) < 2:
         yield f"purity is learned on other recordings: the {split} files with truth are under two"
@@ -353,6 +358,11 @@ def find_manifest(state, data_dir, manifest_path):
     beside = os.path.join(folder, "manifest.json")
     if data_dir and os.path.exists(beside) and not (same and os.path.exists(state["manifest"])):
         return beside, folder
+    if not os.path.exists(state["manifest"]):
+        raise FileNotFoundError(
+            f"{state['manifest']}, which the run was trained from, is gone: name the folder of the"
+            " latents with --data_dir, or the split with --manifest_path"
+        )
     return state["manifest"], folder
 
 
@@ -575,6 +585,12 @@ if __name__ == "__main__":
     model, state, path = open_lam(args.checkpoint)
     manifest, folder = find_manifest(state, args.data_dir, args.manifest_path)
     meta, splits = open_manifest(manifest, folder)
+    if not splits.get(args.split):
+        filled = [k for k, files in splits.items() if files and k != "train"]
+        raise ValueError(
+            f"{manifest} has no {args.split} files: "
+            + (f"pass --split {filled[0]}" if filled else "make it again with other ratios")
+        )
     for name in ("channels", "size"):
         if list(np.ravel(meta[name])) != list(np.ravel(state["lam"][name])):
             raise ValueError(

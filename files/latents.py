@@ -7,6 +7,7 @@ between steps t and t+1, one or more labels by name; training never sees them. `
 prepare.manifest` checks and splits a folder."""
 
 import collections
+import errno
 import functools
 import importlib.util
 import json
@@ -28,6 +29,7 @@ from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_ac
 VAE_FRAMES = 4  # that a video VAE merges in time
 NO_LABEL = -(2**63)  # in the place of a label: this file does not say what happened
 SUFFIX = ".actions.npz"
+DISK_ERRORS = errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENOMEM
 
 
 def find_files(folder):
@@ -188,6 +190,11 @@ def check_filters(data, path):
             )
 
 
+def of_the_disk(error):
+    """Whether an error says something of the disk or the system, and nothing of the file."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
 def read_rows(data, first, stop):
     """Chunks first..stop-1 of a dataset. h5py has no exception of its own for what is damaged."""
     try:
@@ -212,6 +219,8 @@ def read_steps(path, first, stop):
         x = x.reshape(-1, data.shape[1], *data.shape[3:])
     except (ValueError, OSError) as e:
         where = f"{path}, steps {first} to {stop - 1}"
+        if of_the_disk(e):
+            raise OSError(f"{where}: {e}: mend the disk, then go on with --resume") from e
         raise ValueError(
             f"{where}, cannot be read ({str(e).splitlines()[0]}): run prepare.manifest again, which"
             " leaves it out"
@@ -326,7 +335,7 @@ class Latents(torch.utils.data.Dataset):
     where there are any, and key.
 
     `.labels` are the names that most files with labels have; a file that lacks one of them has
-    NO_LABEL there, and is in `.unlabelled`."""
+    NO_LABEL there, and is in `.unlabelled`. Other names that some files have are in `.unused`."""
 
     def __init__(self, files, length, seed=0):
         self.files, self.length, self.seed = files, length, seed
@@ -341,7 +350,11 @@ class Latents(torch.utils.data.Dataset):
         self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(f.path)) for f in files])
         truth = [read_labels(f.path, f.steps) for f in files]
         sets = collections.Counter(tuple(sorted(t)) for t in truth if t)
-        self.labels = list(max(sets, key=sets.get)) if sets else []
+        self.labels = []
+        if sets:  # of two that are equally frequent the one that more files have
+            have = {names: sum(t.keys() >= set(names) for t in truth) for names in sets}
+            self.labels = list(max(sets, key=lambda names: (sets[names], have[names])))
+        self.unused = sorted({k for t in truth for k in t} - set(self.labels))
         self.truth, self.unlabelled = [], []
         for f, found in zip(files, truth):
             values = np.full((f.steps - 1, len(self.labels)), NO_LABEL)

@@ -25,7 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
-from files.latents import SUFFIX, find_files, open_dataset, read_labels, read_rows
+from files.latents import (
+    SUFFIX,
+    find_files,
+    of_the_disk,
+    open_dataset,
+    read_labels,
+    read_rows,
+)
 from kernels import merge_moments
 
 
@@ -210,6 +217,8 @@ if __name__ == "__main__":
         try:
             good[name] = check(path, (args.channels, height, width), args.sequence_length)
         except (ValueError, OSError) as e:
+            if of_the_disk(e):  # to leave the file out would be another split
+                raise OSError(f"{path}: {e}: mend the disk, then run this again") from e
             skipped[name] = str(e).splitlines()[0]
     if not good and len(set(skipped.values())) == 1:
         raise ValueError(

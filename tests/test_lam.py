@@ -844,6 +844,36 @@ def test_one_file_without_truth_costs_that_file_only(tmp_path):
     )
 
 
+def test_labels_of_some_files_are_said(tmp_path):
+    """Bug: a label that only some files have switched the others' truth off, or went unnoticed."""
+    for i in range(4):
+        write_h5(tmp_path / f"{i}.h5", some(i))
+        labels = {"move": np.arange(39) % 3} | ({"jump": np.arange(39) % 2} if i > 1 else {})
+        np.savez(tmp_path / f"{i}.actions.npz", **labels)
+    files = [latents.LatentFile(str(tmp_path / f"{i}.h5"), 40, SHAPE) for i in range(4)]
+    dataset = Latents(files, 8)
+    assert dataset.labels == ["move"] and dataset.unused == ["jump"] and not dataset.unlabelled
+    found = eval_lam.held_out_codes(tiny(size=(8, 8)), dataset, 5, 20)
+    assert "jump: only some test files" in " ".join(eval_lam.truth_notes(dataset, found, "test"))
+
+
+def test_a_failing_disk_does_not_make_another_split(tmp_path):
+    """Bug: a file that could not be opened for want of handles (or EIO, ESTALE) was called
+    damaged and left out."""
+    import resource
+
+    write_h5(tmp_path / "a.h5", some(0))
+    latents._open.cache_clear()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="mend the disk, then go on with --resume"):
+            latents.read_steps(str(tmp_path / "a.h5"), 0, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(latents.read_steps(str(tmp_path / "a.h5"), 0, 4)) == 4
+
+
 def test_the_manifest_says_which_size_would_fit(tmp_path):
     """Bug: latents of another size were listed as left out one by one, without the flag that takes
     them; a size that is not square could not be given at all."""
