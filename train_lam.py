@@ -9,7 +9,8 @@ Reads the H5 files that prepare.manifest listed and split. Writes to --out_dir: 
 curves.png, args.json and checkpoints. Stop it whenever you like and go on with --resume.
 --test_mode overfits one batch and exits with 0 (PASS) or 1 (FAIL):
 
-    python train_lam.py --data_dir latents --test_mode --num_epochs 1000 --batch_size 4 --learning_rate 1e-3
+    python train_lam.py --data_dir latents --test_mode --num_epochs 1000 --batch_size 4 \\
+        --learning_rate 1e-3
 """
 
 import argparse

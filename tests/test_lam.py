@@ -1094,6 +1094,24 @@ def test_the_bar_of_the_overfit_test_is_above_the_noise():
     assert not train_lam.overfit_verdict(losses, 0.03, noise)[0]  # codes that are ignored
 
 
+@pytest.mark.slow
+def test_the_overfit_test_passes_on_our_own_default_latents(tmp_path):
+    """Bug: the guide's command failed on the latents that prepare.latents makes by default, whose
+    noise alone is an MSE of 0.02."""
+    made = ["--size 16 --files 3 --chunks 16 --out", tmp_path / "latents"]
+    run(tmp_path, "prepare/latents.py", *made, env={"PYTHONPATH": ROOT})
+    make = ["prepare/manifest.py", tmp_path / "latents", "--size 16"]
+    run(tmp_path, *make, env={"PYTHONPATH": ROOT})
+    manifest = tmp_path / "latents" / "manifest.json"
+    flags = ["--data_dir", tmp_path / "latents", "--manifest_path", manifest]
+    guide = "--test_mode --num_epochs 1000 --batch_size 4 --learning_rate 1e-3"
+    small = "--embed_dim 64 --encoder_depth 1 --decoder_depth 1 --num_heads 4 --patch_dim 64"
+    more = "--sequence_length 4 --num_workers 0 --out_dir"
+    text = run(tmp_path, "train_lam.py", *flags, guide, small, more, tmp_path / "run")
+    assert "above this batch's noise floor (0.01" in text
+    assert text.splitlines()[-1].startswith("PASS after ") and "in raw units MSE 0.00" in text
+
+
 def test_test_mode_passes_and_fails(tmp_path):
     """Bug: PASS with codes that are ignored; FAIL that exits with 0; a PASS that goes on to the
     last step."""
