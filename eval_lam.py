@@ -223,15 +223,23 @@ def perplexity(values):
 
 
 def over(found, above, below):
-    """Mean of one error over that of another, both of the transitions that have both; nan without
-    any."""
-    rows = ~np.isnan(found[above]) & ~np.isnan(found[below])
+    """Mean of one error over that of another, both of the same transitions: those that have a
+    partner, where one is of a partner (nan without any). An error that is nan for another reason
+    shows."""
+    rows = np.ones(len(found[above]), bool)
+    for name in (above, below):
+        if name in ("marginal", "random", "same"):
+            rows &= ~np.isnan(found[name])
     if not rows.any():
         return math.nan
-    top, bottom = float(found[above][rows].mean()), float(found[below][rows].mean())
-    if bottom == 0:
-        return math.inf if top else math.nan
-    return top / bottom
+    return quotient(found[above][rows].mean(), found[below][rows].mean())
+
+
+def quotient(above, below):
+    """above / below; a baseline without any error (nothing moves) is no reason to end."""
+    if below == 0:
+        return math.inf if above else math.nan
+    return float(above / below)
 
 
 def decibels(ratio):
@@ -246,7 +254,7 @@ def code_summary(found, K):
     actions (nan without, and where there is only one action). K: codes a slot, None for a model
     whose decoder does not use codes."""
     out = {f"mse_over_{k}": over(found, "own", k) for k in ("copy", "zero", "marginal")}
-    out["nmse"] = over(found, "own", "own") * float(found["own"].mean() / found["var"].mean())
+    out["nmse"] = quotient(found["own"].mean(), found["var"].mean())
     out |= {f"psnr_{k}": decibels(over(found, k, "own")) for k in ("random", "same")}
     out["same_over_own"] = over(found, "same", "own")
     out["rollout_over_copy"] = over(found, "rollout_4", "copy_4")
@@ -259,8 +267,8 @@ def code_summary(found, K):
     out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
     known = has_truth(found["labels"])
     if known.any():
-        actions, ids, recordings = joint(found["labels"][known]), ids[known], found["recording"]
-        recordings = recordings[known]
+        actions, ids = joint(found["labels"][known]), ids[known]
+        recordings = found["recording"][known]
         if len(np.unique(actions)) > 1:
             out["purity"] = purity(ids, actions, recordings)
             out["purity_one_code"] = purity(0 * ids, actions, recordings)

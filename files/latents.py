@@ -36,7 +36,8 @@ def find_files(folder):
     """(names of the *.h5 files in a folder and its folders, names of what looks like H5 files or
     labels and is not used), relative to it. Hidden files are left alone; a folder that a link leads
     back to is entered once."""
-    names, unused, entered = [], [], set()
+    names, unused = [], []
+    entered = set()
     for where, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
         folders[:] = sorted(d for d in folders if not d.startswith("."))

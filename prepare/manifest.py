@@ -68,7 +68,8 @@ def check(path, shape, sequence_length):
             " steps of a window"
         )
     chunk_bytes = C * data.shape[2] * H * W * data.dtype.itemsize
-    parts, digest, rows = [], hashlib.sha256(), max(2**22 // chunk_bytes, 1)
+    rows = max(2**22 // chunk_bytes, 1)  # at once
+    parts, digest = [], hashlib.sha256()
     first_step, moves = None, False
     for first in range(0, len(data), rows):
         values = np.ascontiguousarray(read_rows(data, first, first + rows))
@@ -102,7 +103,7 @@ def leave_out_copies(good, skipped):
     on."""
     first = {}
     for name in sorted(good):
-        entry, _, digest, _ = good[name]
+        entry, digest = good[name][0], good[name][2]
         same = first.setdefault((tuple(entry["shape"]), digest), name)
         if same != name:
             skipped[name] = f"the same latents as {same}"
@@ -234,7 +235,7 @@ if __name__ == "__main__":
             f"none of the {len(every)} files in {args.dir} can be used; the first,"
             f" {min(skipped)}: {skipped[min(skipped)]}"
         )
-    for note in truth_table({name: labels for name, (_, _, _, labels) in good.items()}):
+    for note in truth_table({name: found[3] for name, found in good.items()}):
         print(note)
     test = []
     for name in sorted(good):

@@ -334,8 +334,8 @@ def test_purity_is_not_bought_with_many_codes():
     assert eval_lam.purity(of_recordings, actions, recordings) == 0
     assert np.isnan(eval_lam.purity(actions, actions, 0 * recordings))
     # by hand: code 0 is action 0 elsewhere for both, code 1 is in recording 1 alone
-    codes, truth, where = np.array([0, 0, 0, 1]), np.array([0, 1, 0, 0]), np.array([0, 0, 1, 1])
-    assert eval_lam.purity(codes, truth, where) == 0.5
+    codes, truth = np.array([0, 0, 0, 1]), np.array([0, 1, 0, 0])
+    assert eval_lam.purity(codes, truth, np.array([0, 0, 1, 1])) == 0.5
     assert eval_lam.perplexity(np.array([[0, 1], [0, 2], [0, 1], [0, 2]])) == pytest.approx(2)
 
 
@@ -827,7 +827,7 @@ def test_one_file_without_truth_costs_that_file_only(tmp_path):
     found = eval_lam.held_out_codes(model, dataset, 5, 20)
     assert np.isnan(found["same"][found["recording"] == 0]).all()
     summary = eval_lam.code_summary(found, 12)
-    known = found["recording"] > 0
+    known = found["recording"] > 0  # of 140 transitions; other rows are of clips
     only = eval_lam.code_summary(
         {k: v[known] for k, v in found.items() if len(v) == 140}
         | {k: v for k, v in found.items() if len(v) != 140},
