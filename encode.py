@@ -42,7 +42,7 @@ from checkpoint import lock, one_sentence, peak_memory, write_atomically
 from data import CACHE, READ_ERRORS, Shard, expand, feature_settings, is_stream, shard_index
 from droid import DroidReader, find_episodes, index_episodes
 from files.episodes import index_file
-from files.latents import encode_latents, open_vae
+from files.latents import encode_latents, find_files, open_vae
 from files.logs import append_jsonl
 from files.play_features import index_play, plan_recording, segments
 from files.remote import cached
@@ -166,9 +166,10 @@ parser.add_argument(
 
 def check_settings(out, made):
     """ValueError if a folder holds what other settings (dict) made."""
-    if os.path.exists(os.path.join(out, SETTINGS)) and any(
-        n.endswith((".tar", ".h5")) for n in os.listdir(out)
-    ):
+    if not os.path.exists(os.path.join(out, SETTINGS)):
+        return
+    # shards lie in the folder itself, latents of keys such as day1/clip in folders of it
+    if any(n.endswith(".tar") for n in os.listdir(out)) or find_files(out)[0]:
         with open(os.path.join(out, SETTINGS)) as f:
             if (old := json.load(f)) != made:
                 raise ValueError(

@@ -6,7 +6,8 @@ actions, and what they do to the picture.
 Reads a run folder or checkpoint of train_lam.py and the H5 files of its manifest (KEY.actions.npz
 beside them holds the truth, where there is one). Prints a table, writes report.json and codes.png
 (what each of the most used codes moves, and how codes and actions go together) beside the
-checkpoint."""
+checkpoint, then adds to the report what takes longer: probes, decoded frames, and the ceiling (a
+network trained with the labels; --no-ceiling leaves it out)."""
 
 import argparse
 import contextlib
@@ -23,14 +24,16 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     adjusted_mutual_info_score,
-    balanced_accuracy_score,
     normalized_mutual_info_score,
 )
 from torch import nn
+from tqdm import tqdm
 
 import checkpoint
 from files.latents import (
+    NO_LABEL,
     Latents,
+    check_metrics,
     decoded_scores,
     latent_sequences,
     open_manifest,
@@ -39,7 +42,7 @@ from files.latents import (
     unpack_codes,
 )
 from files.logs import read_csv
-from model import LatentActionModel
+from model import LatentActionModel, VectorQuantizer
 
 ERRORS = (
     "own",
@@ -69,7 +72,36 @@ CODES = (
     "purity",
     "nmi",
     "ami",
+    "purity_one_code",
 )
+MEANINGS = {  # what the table of this script prints beside a number
+    "mse_over_copy": "error over that of copying the step before",
+    "mse_over_zero": "error over that with zeroed codes",
+    "mse_over_marginal": "error over that of the mean prediction under codes of other clips",
+    "nmse": "error over the variance of the latents",
+    "psnr_random": "dB that the own code is better than a random one",
+    "psnr_same": "dB that it is better than another clip's code of the same action",
+    "same_over_own": "error with another clip's code of the same action over that with the own"
+    " code, both of the transitions that have such a clip in their batch",
+    "rollout_over_copy": "error four steps ahead over that of copying",
+    "joint_codes": "actions (all codes of a transition together) in use",
+    "joint_perplexity": "as many equally frequent actions would be as uncertain",
+    "slot_perplexity": "the same of a single code",
+    "codebook_usage": "entries of a table in use",
+    "purity": "share of transitions whose true action is the commonest one of their code, learned"
+    " on the other recordings (a code that those lack counts as wrong)",
+    "nmi": "normalised mutual information of codes and true actions",
+    "ami": "the same above chance",
+    "purity_one_code": "the purity of a single code for everything: the bar for purity",
+}
+
+
+def quantises(model):
+    """Whether the decoder works from codes: that of a continuous model does not, nor that of a
+    run which vq has not reached the end of its warm-up in."""
+    if isinstance(model.quantizer, VectorQuantizer):
+        return model.quantizer.active()
+    return model.quantizer is not None
 
 
 @torch.no_grad()
@@ -77,12 +109,13 @@ def held_out_codes(
     model, dataset, batch_size, clips, num_workers=0, autocast=contextlib.nullcontext
 ):
     """What a model does with at most `clips` windows of a Latents dataset, shared among ranks (all
-    get everyone's): a dict of arrays over n transitions. codes (n, slots), labels (n, L), and mean
-    squared errors of the step after, in standardised units: own (its code), copy (of the step
-    before), zero (zeroed codes), marginal (mean prediction under the codes of four other clips:
-    what can be known without the action), random (uniform codes: Genie's measure), same (the code
-    of another clip of the batch with the same labels, nan without); by clip rollout_4 and copy_4
-    (four steps ahead), the loss terms of forward, and var, the variance of z."""
+    get everyone's): a dict of arrays over n transitions. codes (n, slots), labels (n, L; NO_LABEL
+    where a file has none), recording (n,), and mean squared errors of the step after, in
+    standardised units: own (its code), copy (of the step before), zero (zeroed codes), marginal
+    (mean prediction under the codes of four other clips: what can be known without the action, nan
+    without other clips), random (uniform codes: Genie's measure), same (the code of another clip of
+    the batch with the same labels, nan without); by clip rollout_4 and copy_4 (four steps ahead),
+    the loss terms of forward, and var, the variance of z."""
     device, rank, world = (
         next(model.parameters()).device,
         *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
@@ -100,12 +133,14 @@ def held_out_codes(
                     (model.predict(z[:, :-1], codes) - z[:, 1:]).square().mean((2, 3, 4)).flatten()
                 )
 
-            others = [torch.roll(z_q, k, 0) for k in range(1, max(min(B, 5), 2))]
-            marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
-            uniform = others[0]
-            if (
-                model.quantizer is not None
-            ):  # seeded by the number of a window: the same for any number of ranks
+            # a lone clip has no others: its own codes must not pass for theirs
+            others = [torch.roll(z_q, k, 0) for k in range(1, min(B, 5))]
+            marginal, uniform = torch.full_like(z[:, 1:], math.nan), torch.full_like(z_q, math.nan)
+            if others:
+                marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
+                uniform = others[0]
+            if quantises(model):
+                # seeded by the number of a window: the same for any number of ranks
                 generator = torch.Generator().manual_seed(items[len(rows)][0][1])
                 uniform = model.codes(
                     torch.randint(model.quantizer.K, indices.shape, generator=generator).to(device)
@@ -125,6 +160,7 @@ def held_out_codes(
             if dataset.labels:
                 number = torch.arange(B * T)
                 fits = (labels[:, None] == labels).all(-1) & (number[:, None] // T != number // T)
+                fits &= (labels != NO_LABEL).all(-1)
                 later = torch.where(
                     fits, B * T - (number - number[:, None]) % (B * T), 0
                 )  # the next one, so that all are used alike
@@ -133,6 +169,7 @@ def held_out_codes(
         row |= {
             "codes": indices.flatten(0, 1),
             "labels": labels,
+            "recording": torch.tensor([item[2] for item in items[len(rows)]]).repeat_interleave(T),
             "var": z.var((0, 1, 3, 4)).mean().expand(B),
         }
         row |= {k: v.expand(B) for k, v in losses.items() if k != "indices"}
@@ -153,15 +190,26 @@ def held_out_codes(
     return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
 
 
-def purity(codes, actions):
-    """Share of the second half of the transitions whose action is the commonest one of their code
-    in the first half; codes (n,) that the first half lacks count as wrong, so that many codes buy
-    nothing."""
-    half, names = len(codes) // 2, {}
-    for code in np.unique(codes[:half]):
-        values, counts = np.unique(actions[:half][codes[:half] == code], return_counts=True)
-        names[code] = values[counts.argmax()]
-    return float(np.mean([names.get(c) == a for c, a in zip(codes[half:], actions[half:])]))
+def purity(codes, actions, recordings):
+    """Share of the transitions whose action is the commonest one of their code (n,) in the other
+    recordings (n,): what the literature calls purity, but learned on some recordings and scored on
+    others, each in its turn. A code that the others lack counts as wrong, so that many codes buy
+    nothing. nan with less than two recordings."""
+    names = np.unique(recordings)
+    if len(names) < 2:
+        return math.nan
+    code = np.unique(codes, return_inverse=True)[1].ravel()
+    action = np.unique(actions, return_inverse=True)[1].ravel()
+    total = np.zeros((code.max() + 1, action.max() + 1), dtype=int)
+    np.add.at(total, (code, action), 1)
+    right = 0
+    for name in names:
+        rows = recordings == name
+        others = total.copy()
+        np.subtract.at(others, (code[rows], action[rows]), 1)
+        commonest = np.where(others.max(1) > 0, others.argmax(1), -1)
+        right += int((commonest[code[rows]] == action[rows]).sum())
+    return right / len(code)
 
 
 def joint(labels):
@@ -174,35 +222,92 @@ def perplexity(values):
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
+def over(found, above, below):
+    """Mean of one error over that of another, both of the same transitions: those that have a
+    partner, where one is of a partner (nan without any). An error that is nan for another reason
+    shows."""
+    rows = np.ones(len(found[above]), bool)
+    for name in (above, below):
+        if name in ("marginal", "random", "same"):
+            rows &= ~np.isnan(found[name])
+    if not rows.any():
+        return math.nan
+    return quotient(found[above][rows].mean(), found[below][rows].mean())
+
+
+def quotient(above, below):
+    """above / below; a baseline without any error (nothing moves) is no reason to end."""
+    if below == 0:
+        return math.inf if above else math.nan
+    return float(above / below)
+
+
+def decibels(ratio):
+    if ratio == 0:
+        return -math.inf
+    return 10 * math.log10(ratio) if ratio > 0 else math.nan
+
+
 def code_summary(found, K):
     """What `held_out_codes` found -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
     dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of codes and
-    actions (nan without). K: codes a slot, None for a continuous model."""
-    mean = {
-        k: float(np.nanmean(found[k])) if np.isfinite(found[k]).any() else math.nan for k in ERRORS
-    }
-    out = {f"mse_over_{k}": mean["own"] / mean[k] for k in ("copy", "zero", "marginal")}
-    out |= {f"psnr_{k}": 10 * math.log10(mean[k] / mean["own"]) for k in ("random", "same")}
-    out |= {
-        "nmse": mean["own"] / float(found["var"].mean()),
-        "same_over_own": mean["same"] / mean["own"],
-    }
-    out |= {"rollout_over_copy": mean["rollout_4"] / mean["copy_4"]} | dict.fromkeys(
-        CODES, math.nan
-    )
-    if K:
-        ids = pack_codes(found["codes"], K)
-        out |= {"joint_codes": len(np.unique(ids)), "joint_perplexity": perplexity(ids)}
-        out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
-        out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
-        if found["labels"].shape[1]:
-            actions = joint(found["labels"])
-            out |= {
-                "purity": purity(ids, actions),
-                "nmi": normalized_mutual_info_score(actions, ids),
-            }
-            out["ami"] = adjusted_mutual_info_score(actions, ids)
+    actions (nan without, and where there is only one action). K: codes a slot, None for a model
+    whose decoder does not use codes."""
+    out = {f"mse_over_{k}": over(found, "own", k) for k in ("copy", "zero", "marginal")}
+    out["nmse"] = quotient(found["own"].mean(), found["var"].mean())
+    out |= {f"psnr_{k}": decibels(over(found, k, "own")) for k in ("random", "same")}
+    out["same_over_own"] = over(found, "same", "own")
+    out["rollout_over_copy"] = over(found, "rollout_4", "copy_4")
+    out |= dict.fromkeys(CODES, math.nan)
+    if not K:
+        return out
+    ids = pack_codes(found["codes"], K)
+    out |= {"joint_codes": len(np.unique(ids)), "joint_perplexity": perplexity(ids)}
+    out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
+    out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
+    known = has_truth(found["labels"])
+    if known.any():
+        actions, ids = joint(found["labels"][known]), ids[known]
+        recordings = found["recording"][known]
+        if len(np.unique(actions)) > 1:
+            out["purity"] = purity(ids, actions, recordings)
+            out["purity_one_code"] = purity(0 * ids, actions, recordings)
+            out["nmi"] = float(normalized_mutual_info_score(actions, ids))
+            out["ami"] = float(adjusted_mutual_info_score(actions, ids))
     return out
+
+
+def has_truth(labels):
+    """Which rows of labels (n, L) say what happened."""
+    if not labels.shape[1]:
+        return np.zeros(len(labels), bool)
+    return (labels != NO_LABEL).all(1)
+
+
+def truth_notes(dataset, found, split):
+    """Sentences about what of the truth is missing, so that a number that is not there has its
+    reason."""
+    if not dataset.labels:
+        yield f"no truth beside the {split} files (KEY.actions.npz): no purity, no AMI"
+        return
+    if dataset.unlabelled:
+        names = ", ".join(dataset.unlabelled[:5])
+        more = ", ..." if len(dataset.unlabelled) > 5 else ""
+        yield (
+            f"{len(dataset.unlabelled)} of {len(dataset.files)} {split} files have no"
+            f" {' and '.join(dataset.labels)} in a KEY.actions.npz and count for errors only:"
+            f" {names}{more}"
+        )
+    if dataset.unused:
+        yield (
+            f"{', '.join(dataset.unused)}: only some {split} files have this label, the others"
+            f" {' and '.join(dataset.labels)} alone; it is not used"
+        )
+    known = has_truth(found["labels"])
+    if len(np.unique(found["recording"][known])) < 2:
+        yield f"purity is learned on other recordings: the {split} files with truth are under two"
+    if known.any() and len(np.unique(joint(found["labels"][known]))) < 2:
+        yield f"all {split} transitions have the same true action: purity and AMI would say nothing"
 
 
 def complaints(summary, quantised):
@@ -212,7 +317,7 @@ def complaints(summary, quantised):
             f"{summary['joint_codes']} joint codes are alive: the codebook has collapsed (a longer"
             " --vq_warmup_steps, --kmeans)"
         )
-    if min(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:
+    if np.fmin(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:  # nan: not known
         yield "the decoder ignores the code: other codes cost it less than 10 %"
     if summary["same_over_own"] > 2:
         cost = f"{summary['same_over_own']:.1f} times the error"
@@ -251,6 +356,40 @@ def plot_curves(out_dir):
     )
 
 
+def find_manifest(state, data_dir, manifest_path):
+    """(manifest, folder of its files) to judge a run on: the run's own, unless flags name
+    others."""
+    folder = data_dir or state.get("data_dir") or os.path.dirname(state["manifest"])
+    if manifest_path:
+        return manifest_path, folder
+    same = state.get("data_dir") and os.path.realpath(folder) == os.path.realpath(state["data_dir"])
+    beside = os.path.join(folder, "manifest.json")
+    if data_dir and os.path.exists(beside) and not (same and os.path.exists(state["manifest"])):
+        return beside, folder
+    if not os.path.exists(state["manifest"]):
+        raise FileNotFoundError(
+            f"{state['manifest']}, which the run was trained from, is gone: name the folder of the"
+            " latents with --data_dir, or the split with --manifest_path"
+        )
+    return state["manifest"], folder
+
+
+def write_report(out, report):
+    """report.json; JSON has no word for nan: null."""
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        if isinstance(x, float) and not math.isfinite(x):
+            return None
+        return x
+
+    text = json.dumps(plain(report), indent=1)
+    checkpoint.write_atomically(os.path.join(out, "report.json"), text.encode())
+
+
 def open_lam(path):
     """A run folder or checkpoint of train_lam.py -> (LatentActionModel in eval mode, its checkpoint
     dictionary, file path)."""
@@ -271,28 +410,34 @@ def open_lam(path):
 @torch.no_grad()
 def encode_all(model, dataset, batch_size, clips):
     """codes, z_e, labels and raw pairs (n, 2C, h, w) (pooled to at most 16 x 16) of the transitions
-    of at most `clips` windows."""
+    of at most `clips` windows, those whose file has its truth."""
     rows, device = [], next(model.parameters()).device
     for batch in latent_sequences(dataset, batch_size, items=dataset.windows(batch_size, clips)):
         indices, z_e, _ = model.encode(batch["z"].to(device))
-        small = F.adaptive_avg_pool2d(
-            batch["z"].flatten(0, 1), min(16, batch["z"].shape[-1])
-        ).unflatten(0, batch["z"].shape[:2])
+        size = [min(16, length) for length in batch["z"].shape[-2:]]
+        small = F.adaptive_avg_pool2d(batch["z"].flatten(0, 1), size)
+        small = small.unflatten(0, batch["z"].shape[:2])
         pairs = torch.cat([small[:, :-1], small[:, 1:]], dim=2)
         rows.append([x.flatten(0, 1).cpu() for x in (indices, z_e, batch["labels"], pairs)])
-    return dict(
-        zip(("codes", "z_e", "labels", "pairs"), (torch.cat(x).numpy() for x in zip(*rows)))
-    )
+    found = [torch.cat(x).numpy() for x in zip(*rows)]
+    known = has_truth(found[2])
+    return dict(zip(("codes", "z_e", "labels", "pairs"), (x[known] for x in found)))
 
 
 def linear_probe(x, y, x_test, y_test):
     """Balanced accuracy of a logistic regression fitted on (x, y)."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     found = LogisticRegression(max_iter=3000, class_weight="balanced").fit((x - mean) / std, y)
-    return balanced_accuracy_score(y_test, found.predict((x_test - mean) / std))
+    return balanced_accuracy(y_test, found.predict((x_test - mean) / std))
 
 
-def ceiling(x, y, x_test, y_test, steps=2400):
+def balanced_accuracy(y, guess):
+    """Mean over the true classes of the share that is recognised. (scikit-learn's warns of classes
+    that only the guess has.)"""
+    return float(np.mean([np.mean(guess[y == value] == value) for value in np.unique(y)]))
+
+
+def ceiling(x, y, x_test, y_test, name=""):
     """Balanced accuracy of a small convolutional network trained with the labels on raw pairs of
     steps: what they give away."""
     torch.manual_seed(0)
@@ -308,18 +453,21 @@ def ceiling(x, y, x_test, y_test, steps=2400):
         nn.GELU(),
         nn.Flatten(),
         nn.Dropout(0.3),
-        nn.Linear(48 * (x.shape[2] // 4) ** 2, len(names)),
+        nn.LazyLinear(len(names)),
     )
+    net(x[:1])  # the size of the last layer
+    steps = min(max(40 * len(x) // 64, 300), 2400)  # few transitions are learned by heart early
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), unit="step", desc=f"ceiling {name}"):
         rows = torch.randint(len(x), (64,))
         F.cross_entropy(net(x[rows]), y[rows], weight).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     with torch.no_grad():
-        return balanced_accuracy_score(y_test, names[net.eval()(x_test).argmax(1).numpy()])
+        guess = torch.cat([net.eval()(part).argmax(1) for part in x_test.split(256)])
+    return balanced_accuracy(y_test, names[guess.numpy()])
 
 
 @torch.no_grad()
@@ -337,9 +485,13 @@ def displacement(model, z, code):
 
 def plot_codes(path, ids, actions, names, moves):
     """codes.png: the motion that each of the most used codes causes, and how often each true action
-    goes with it."""
-    values = np.unique(actions)
-    table = np.array([[np.mean(actions[ids == code] == v) for v in values] for code in moves])
+    goes with it. actions (n,): -1 where it is not known."""
+    values = np.unique(actions[actions >= 0])
+    table = np.zeros((len(moves), len(values)))
+    for row, code in enumerate(moves):
+        known = actions[(ids == code) & (actions >= 0)]
+        if len(known):
+            table[row] = [np.mean(known == value) for value in values]
     share = [np.mean(ids == code) for code in moves]
     order = np.lexsort((-np.array(share), table.argmax(1)))
     codes = [list(moves)[i] for i in order]
@@ -389,8 +541,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--checkpoint", required=True, help="run folder of train_lam.py, or one of its checkpoints"
     )
+    parser.add_argument("--data_dir", help="folder of the H5 files (default: the run's)")
     parser.add_argument(
-        "--data_dir", help="folder of the H5 files, with manifest.json (default: the run's)"
+        "--manifest_path",
+        help="split of prepare.manifest (default: the run's, or that of another --data_dir)",
     )
     parser.add_argument(
         "--split",
@@ -411,63 +565,85 @@ if __name__ == "__main__":
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=["psnr", "ssim"],
         choices=["psnr", "ssim", "lpips"],
-        help="of frames, with --vae",
+        help="of frames, with --vae (default: psnr ssim)",
+    )
+    parser.add_argument(
+        "--ceiling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train a small network with the labels on raw latents: what they give away (minutes)",
     )
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
+    for name in ("val_clips", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is too small")
+
+    # what is missing for the frames is said before anything takes time
+    vae = None
+    if args.vae:
+        args.metrics = args.metrics or ["psnr", "ssim"]
+        check_metrics(args.metrics)
+        vae = open_vae(args.vae, torch.float32)
+    elif args.metrics:
+        parser.error("--metrics is for decoded frames: name the video VAE with --vae")
+
+    # the run and the files to judge it on
     model, state, path = open_lam(args.checkpoint)
-    manifest = os.path.join(args.data_dir, "manifest.json") if args.data_dir else state["manifest"]
-    meta, splits = open_manifest(manifest)
+    manifest, folder = find_manifest(state, args.data_dir, args.manifest_path)
+    meta, splits = open_manifest(manifest, folder)
+    if not splits.get(args.split):
+        filled = [k for k, files in splits.items() if files and k != "train"]
+        raise ValueError(
+            f"{manifest} has no {args.split} files: "
+            + (f"pass --split {filled[0]}" if filled else "make it again with other ratios")
+        )
+    for name in ("channels", "size"):
+        if list(np.ravel(meta[name])) != list(np.ravel(state["lam"][name])):
+            raise ValueError(
+                f"{manifest} lists latents of {name} {meta[name]}, {path} was trained on {name}"
+                f" {state['lam'][name]}: judge it on latents of its own kind"
+            )
     if meta["fingerprint"] != state["fingerprint"]:
         print("note: these are not the files that the run was trained on")
+    else:
+        trained_on = set(state.get("train_files", ()))
+        names = [os.path.relpath(f.path, folder) for f in splits[args.split]]
+        both = sorted(trained_on & set(names))
+        if both:
+            print(
+                f"WARNING: {len(both)} of {len(names)} {args.split} files of {manifest} were"
+                f" trained on, {both[0]} for one: judge with the run's own --manifest_path"
+            )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     test = Latents(splits[args.split], state["sequence_length"])
-    K = state["lam"]["num_embeddings"] if model.quantizer is not None else None
+    out = os.path.dirname(os.path.abspath(path))
+
+    # errors and codes
+    K = state["lam"]["num_embeddings"] if quantises(model) else None
     found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers)
     summary = code_summary(found, K)
     print(f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split})")
-    print("\n".join(f"  {k:20} {v:10.4g}" for k, v in summary.items() if not math.isnan(v)))
+    for name, value in summary.items():
+        if not math.isnan(value):
+            print(f"  {name:20} {value:10.4g}  {MEANINGS[name]}")
+    if model.quantizer is not None and not K:
+        steps, warmup = int(model.quantizer.seen[0]), model.quantizer.warmup
+        print(
+            f"WARNING: the run stopped in its warm-up, after {steps} of {warmup} steps"
+            " (--vq_warmup_steps): its decoder does not use codes yet, so nothing is said of them"
+        )
     for sentence in complaints(summary, K is not None):
         print(f"WARNING: {sentence}")
+    for sentence in truth_notes(test, found, args.split):
+        print(f"note: {sentence}")
     report = {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary
-    out = os.path.dirname(os.path.abspath(path))
-    train = Latents(splits["train"], state["sequence_length"])
-    if test.labels and train.labels != test.labels:
-        print(
-            f"note: no probes: training and {args.split} files do not all have the same labels"
-            " (KEY.actions.npz)"
-        )
-    elif test.labels:
-        fit, held = (encode_all(model, d, args.batch_size, args.val_clips) for d in (train, test))
-        ids, ids_fit = (pack_codes(x["codes"], K or 1) for x in (held, fit))
-        print("balanced accuracy      chance   codes    z_e   labels on raw latents")
-        for i, name in enumerate(test.labels):
-            y, y_test = fit["labels"][:, i], held["labels"][:, i]
-            one_hot = [np.float64(x[:, None] == np.unique(ids_fit)) for x in (ids_fit, ids)]
-            row = {
-                "chance": 1 / len(np.unique(y)),
-                "codes": linear_probe(one_hot[0], y, one_hot[1], y_test) if K else math.nan,
-            }
-            row["z_e"] = linear_probe(
-                fit["z_e"].reshape(len(y), -1), y, held["z_e"].reshape(len(y_test), -1), y_test
-            )
-            row["ceiling"] = ceiling(fit["pairs"], y, held["pairs"], y_test)
-            print(f"  {name:20} " + " ".join(f"{v:7.3f}" for v in row.values()))
-            report[f"probe_{name}"] = row
-    if args.vae:
-        vae = open_vae(args.vae, torch.float32).to(model.scale.device)
-        sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
-        report["decoded"] = decoded_scores(model, sample, vae, args.metrics)
-        for name, pair in report["decoded"].items():
-            print(
-                "  {:5} of decoded frames: {:.3f}, of copying the step before {:.3f}".format(
-                    name, *pair
-                )
-            )
+    report["quantises"] = K is not None
+    write_report(out, report)
     if K:
-        values, counts = np.unique(pack_codes(found["codes"], K), return_counts=True)
+        ids = pack_codes(found["codes"], K)
+        values, counts = np.unique(ids, return_counts=True)
         top = values[np.argsort(-counts)[:16]].tolist()
         z = torch.stack(
             [test[0, 0, n, k]["z"][0] for _, _, n, k in sum(test.windows(8, 32), [])]
@@ -478,14 +654,70 @@ if __name__ == "__main__":
         moves = {
             code: displacement(model, z, torch.tensor(names[code], device=z.device)) for code in top
         }
-        actions = joint(found["labels"]) if test.labels else np.zeros(len(found["own"]), int)
-        plot_codes(
-            os.path.join(out, "codes.png"), pack_codes(found["codes"], K), actions, names, moves
-        )
+        actions = np.zeros(len(ids), int)
+        if test.labels:
+            known = has_truth(found["labels"])
+            actions = np.full(len(ids), -1)
+            actions[known] = joint(found["labels"][known])
+        plot_codes(os.path.join(out, "codes.png"), ids, actions, names, moves)
         share = dict(zip(values, (counts / counts.sum()).tolist()))
         report["codes"] = [{"code": names[c], "share": share[c], "moves": moves[c]} for c in moves]
-    checkpoint.write_atomically(
-        os.path.join(out, "report.json"), json.dumps(report, indent=1).encode()
-    )
+        write_report(out, report)
+
+    # what a classifier reads from codes and vectors
+    train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
+    labels = [k for k in test.labels if train is not None and k in train.labels]
+    for name in test.labels:
+        if name not in labels:
+            print(f"note: no probe of {name}: the training files do not have it (KEY.actions.npz)")
+    probed = []
+    if labels:
+        fit, held = (encode_all(model, d, args.batch_size, args.val_clips) for d in (train, test))
+        ids_fit, ids = (pack_codes(x["codes"], K or 1) for x in (fit, held))
+        one_hot = [np.float64(x[:, None] == np.unique(ids_fit)) for x in (ids_fit, ids)]
+        print("balanced accuracy of a probe      chance   codes     z_e")
+    for name in labels:
+        y, y_test = (
+            fit["labels"][:, train.labels.index(name)],
+            held["labels"][:, test.labels.index(name)],
+        )
+        if not len(y) or not len(y_test):
+            print(f"note: no probe of {name}: no transition of these windows has its truth")
+            continue
+        if len(np.unique(y)) < 2:
+            print(f"note: no probe of {name}: it is {y[0]} in all training transitions")
+            continue
+        if unseen := sorted(set(y_test.tolist()) - set(y.tolist())):
+            print(f"note: {name} {unseen} never occurs in training: no probe can name it")
+        row = {"chance": 1 / len(np.unique(y)), "codes": math.nan}
+        if K:
+            row["codes"] = linear_probe(one_hot[0], y, one_hot[1], y_test)
+        z_fit, z_held = fit["z_e"].reshape(len(y), -1), held["z_e"].reshape(len(y_test), -1)
+        row["z_e"] = linear_probe(z_fit, y, z_held, y_test)
+        print(f"  {name:30} " + " ".join(f"{v:7.3f}" for v in row.values()), flush=True)
+        report[f"probe_{name}"] = row
+        probed.append((name, y, y_test))
+        write_report(out, report)
+
+    # frames
+    if vae is not None:
+        vae.to(model.scale.device)
+        sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
+        report["decoded"] = decoded_scores(model, sample, vae, args.metrics)
+        for name, pair in report["decoded"].items():
+            print(
+                "  {:5} of decoded frames: {:.3f}, of copying the step before {:.3f}".format(
+                    name, *pair
+                )
+            )
+        write_report(out, report)
+
+    # the upper bound
+    if probed and args.ceiling:
+        print("balanced accuracy of a network trained with the labels on raw latents:")
+    for name, y, y_test in probed if args.ceiling else []:
+        report[f"probe_{name}"]["ceiling"] = ceiling(fit["pairs"], y, held["pairs"], y_test, name)
+        print(f"  {name:30} {report[f'probe_{name}']['ceiling']:7.3f}")
+        write_report(out, report)
     peak = checkpoint.peak_memory(model.scale.device)
     print(f"written to {out}: report.json{', codes.png' if K else ''}; peak memory {peak:.0f} MiB")

@@ -6,7 +6,7 @@ must fail, each remedy off.
 
 Makes the sprite world (nine moves) with prepare.latents and prepare.manifest, then starts
 train_lam.py for each row and seed and reads the last line of its val.csv: purity (held out, code to
-action fitted on one half and scored on the other), adjusted mutual information, error over that of
+action learned on some recordings and scored on the others), adjusted mutual information, error over that of
 copying, of zeroed codes and of the same decoder under other clips' codes averaged, error under the
 code of another clip with the same action over its own, perplexity of the joint codes, codes in use
 a slot, CPU and wall-clock seconds of the whole command. A row passes with purity >= 0.95, AMI >=

@@ -6,9 +6,14 @@ it may lie KEY.actions.npz, what truly happened: integer arrays of length chunks
 between steps t and t+1, one or more labels by name; training never sees them. `python -m
 prepare.manifest` checks and splits a folder."""
 
+import collections
+import errno
 import functools
+import importlib.util
 import json
 import os
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import h5py
@@ -22,6 +27,38 @@ from files.streams import disk_failed
 from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
 
 VAE_FRAMES = 4  # that a video VAE merges in time
+NO_LABEL = -(2**63)  # in the place of a label: this file does not say what happened
+SUFFIX = ".actions.npz"
+DISK_ERRORS = errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENOMEM
+
+
+def find_files(folder):
+    """(names of the *.h5 files in a folder and its folders, names of what looks like H5 files or
+    labels and is not used), relative to it. Hidden files are left alone; a folder that a link leads
+    back to is entered once."""
+    names, unused = [], []
+    entered = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = sorted(d for d in folders if not d.startswith("."))
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        for file in files:
+            name = os.path.relpath(os.path.join(where, file), folder)
+            stem, ending = os.path.splitext(name)
+            if file.startswith("."):
+                continue
+            if ending == ".h5":
+                names.append(name)
+            elif ending.lower() in (".h5", ".hdf5", ".hdf"):
+                unused.append(f"{name}: files must be named KEY.h5")
+            elif ending in (".npz", ".npy"):
+                key = name[: -len(SUFFIX)] if name.endswith(SUFFIX) else None
+                if key is None or not os.path.exists(os.path.join(folder, key + ".h5")):
+                    unused.append(f"{name}: labels are KEY{SUFFIX} beside KEY.h5")
+    return sorted(names), sorted(unused)
 
 
 class LatentFile(NamedTuple):
@@ -31,21 +68,140 @@ class LatentFile(NamedTuple):
 
 
 def open_dataset(path):
-    """The one dataset of an H5 file. Raises ValueError if there is none or more than one, OSError
-    if it is no H5 file."""
-    found, file = [], h5py.File(path, "r")
+    """The one dataset of an H5 file. Raises ValueError if there is none or more than one, or if
+    parts of it were never written or are in other files that are gone (HDF5 reads zeros there);
+    OSError if it is no H5 file, is damaged, or needs a filter that is not installed."""
+    names = []
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            names.append(name)
+
+    file = h5py.File(path, "r")
     try:
-        file.visititems(
-            lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None
-        )
-        [file[name].dtype for name in found]  # read here, where it is known what it raises
+        file.visititems(visit)
+        for name in names:  # a damaged type raises here
+            str(file[name].dtype)
+        if len(names) == 1:
+            check_stored(file[names[0]], path, set())
     except (RuntimeError, LookupError, TypeError) as e:  # h5py has no exception of its own
         raise OSError(f"{path} is damaged: {str(e) or type(e).__name__}") from e
-    if len(found) != 1:
+    if not names:
+        raise ValueError("no dataset")
+    if len(names) > 1:
+        raise ValueError(f"{len(names)} datasets ({', '.join(names[:4])})")
+    return file[names[0]]
+
+
+def check_stored(data, path, seen):
+    """Whether all values of a dataset are there. HDF5 reads what was never written, and what lies
+    in another file that is gone, as zeros, without an error. seen: real paths of the files that
+    lead here."""
+    if data.shape is None:
+        raise ValueError(f"its dataset {data.name} is empty (null): it holds no values")
+    if 0 in data.shape:
+        return  # the shape is looked at elsewhere
+    if data.is_virtual:
+        return check_sources(data, path, seen)
+    check_filters(data, path)
+    for name, offset, size in data.external or ():
+        part = os.path.join(os.path.dirname(path), name)
+        if not os.path.exists(part) and not os.path.exists(name):
+            raise ValueError(f"its values lie in another file, {name}, which is not there")
+        held = os.path.getsize(part if os.path.exists(part) else name)
+        if size < h5py.h5f.UNLIMITED and held < offset + size:
+            raise ValueError(f"its values lie in another file, {name}, which is cut short")
+    if data.chunks is None:
+        if not data.external and data.id.get_storage_size() == 0:
+            raise ValueError("its values were never written: they would read as zeros")
+        return
+    total = 1
+    for length, part in zip(data.shape, data.chunks):
+        total *= -(-length // part)
+    written = data.id.get_num_chunks()
+    if written < total:
         raise ValueError(
-            f"{len(found)} datasets ({', '.join(found[:4])})" if found else "no dataset"
+            f"{total - written} of {total} chunks of the H5 file were never written (did its writer"
+            " die?): they would read as zeros"
         )
-    return file[found[0]]
+
+
+def check_sources(data, path, seen):
+    """check_stored of a virtual dataset: each file that its values come from."""
+    covered = 0
+    for source in data.virtual_sources():
+        covered += source.vspace.get_select_npoints()
+        if source.file_name == ".":
+            place = path
+        else:
+            places = [os.path.join(os.path.dirname(path), source.file_name), source.file_name]
+            place = next((p for p in places if os.path.exists(p)), None)
+        if place is None:
+            raise ValueError(f"a virtual dataset whose source {source.file_name} is not there")
+        where = f"a virtual dataset whose source {place}"
+        try:
+            with h5py.File(place, "r") as file:
+                there = file.get(source.dset_name)
+                if not isinstance(there, h5py.Dataset):
+                    raise ValueError(f"has no dataset {source.dset_name}")
+                if there.dtype.kind != data.dtype.kind:
+                    raise ValueError(f"holds {there.dtype}, not {data.dtype}")
+                key = os.path.realpath(place) + ":" + there.name
+                if key in seen:
+                    raise ValueError("is the dataset itself")
+                check_stored(there, place, seen | {key})
+                if not holds_selection(there, source):
+                    raise ValueError(f"has shape {list(there.shape)}, which is less than it needs")
+        except (ValueError, OSError) as e:
+            raise ValueError(f"{where} {str(e).splitlines()[0]}") from e
+    if covered < data.size:
+        raise ValueError(
+            f"a virtual dataset of which {data.size - covered} of {data.size} values come from"
+            " nowhere: they would read as zeros"
+        )
+
+
+def holds_selection(there, source):
+    """Whether a dataset is as large as what a virtual dataset takes from it."""
+    if source.src_space.shape == ():  # all of it, whatever that is
+        return there.size >= source.vspace.get_select_npoints()
+    last = source.src_space.get_select_bounds()[1]
+    return len(last) == there.ndim and all(at < n for at, n in zip(last, there.shape))
+
+
+def check_filters(data, path):
+    """Whether the filters (gzip, blosc, zstd ...) that stored the values are there. Those that HDF5
+    does not bring along are in hdf5plugin, which registers them when it is imported."""
+    settings = data.id.get_create_plist()
+    for i in range(settings.get_nfilters()):
+        number, _, _, title = settings.get_filter(i)
+        if h5py.h5z.filter_avail(number):
+            continue
+        if importlib.util.find_spec("hdf5plugin"):
+            importlib.import_module("hdf5plugin")
+        if h5py.h5z.filter_avail(number) or not data.id.get_num_chunks():
+            continue
+        if (
+            not data.id.get_chunk_info(0).filter_mask >> i & 1
+        ):  # else a writer without it left it out
+            name = title.decode(errors="replace").strip() or "no name"
+            raise OSError(
+                f"{path} is compressed with filter {number} ({name}), which this HDF5 lacks: pip"
+                " install hdf5plugin"
+            )
+
+
+def of_the_disk(error):
+    """Whether an error says something of the disk or the system, and nothing of the file."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def read_rows(data, first, stop):
+    """Chunks first..stop-1 of a dataset. h5py has no exception of its own for what is damaged."""
+    try:
+        return data[first:stop]
+    except (RuntimeError, LookupError, TypeError) as e:
+        raise OSError(f"damaged: {str(e) or type(e).__name__}") from e
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,13 +216,12 @@ def read_steps(path, first, stop):
     try:
         data = _open(path, os.getpid())
         T = data.shape[2]
-        x = (
-            data[first // T : -(-stop // T)]
-            .swapaxes(1, 2)
-            .reshape(-1, data.shape[1], *data.shape[3:])
-        )
-    except OSError as e:
+        x = read_rows(data, first // T, -(-stop // T)).swapaxes(1, 2)
+        x = x.reshape(-1, data.shape[1], *data.shape[3:])
+    except (ValueError, OSError) as e:
         where = f"{path}, steps {first} to {stop - 1}"
+        if of_the_disk(e):
+            raise OSError(f"{where}: {e}: mend the disk, then go on with --resume") from e
         raise ValueError(
             f"{where}, cannot be read ({str(e).splitlines()[0]}): run prepare.manifest again, which"
             " leaves it out"
@@ -76,18 +231,49 @@ def read_steps(path, first, stop):
 
 def read_labels(path, steps):
     """{name: (steps - 1,) int64} from KEY.actions.npz beside KEY.h5; {} without one. Raises
-    ValueError for another length."""
-    truth = os.path.splitext(path)[0] + ".actions.npz"
+    ValueError for a damaged file, another length, and what are no whole numbers."""
+    truth = os.path.splitext(path)[0] + SUFFIX
     if not os.path.exists(truth):
         return {}
-    with np.load(truth) as arrays:
-        labels = {k: arrays[k].astype(np.int64) for k in sorted(arrays.files)}
-    if wrong := [k for k, v in labels.items() if v.shape != (steps - 1,)]:
+    damage = ValueError, EOFError, LookupError, TypeError, NotImplementedError, RuntimeError
+    try:
+        with np.load(truth, allow_pickle=False) as arrays:
+            labels = {k: arrays[k] for k in sorted(arrays.files)}
+    except AttributeError as e:  # np.load gives the array of a .npy file, which has no names
+        raise ValueError(f"{truth} is no npz file: write it with numpy.savez") from e
+    except (*damage, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(
-            f"{truth}: {wrong[0]} has shape {labels[wrong[0]].shape}, {steps} steps need"
-            f" ({steps - 1},)"
-        )
+            f"{truth} is damaged or no npz file of numbers ({str(e) or type(e).__name__}): write it"
+            " again, or remove it"
+        ) from e
+    for name, values in labels.items():
+        if not isinstance(values, np.ndarray):
+            raise ValueError(f"{truth}: {name} is no array: write it again with numpy.savez")
+        if values.shape != (steps - 1,):
+            raise ValueError(
+                f"{truth}: {name} has shape {values.shape}, {steps} steps need ({steps - 1},)"
+            )
+        labels[name] = whole_numbers(values, f"{truth}: {name}")
     return labels
+
+
+def whole_numbers(values, what):
+    """Labels as int64. ValueError for all that is no class: to cut 0.9 radians to 0 would make one
+    class of all."""
+    remedy = "labels are whole numbers, a class each: bin what is continuous"
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{what} holds {values.dtype}: {remedy}")
+    if values.dtype.kind == "f":
+        numbers = values.astype(np.float64)
+        good = (np.floor(numbers) == numbers) & (np.abs(numbers) <= 2**53)  # not nan either
+    elif values.dtype.kind == "b":
+        good = np.ones(len(values), bool)
+    else:
+        good = (values <= 2**63 - 1) & (values > NO_LABEL)
+    if not good.all():
+        at = int(np.argmin(good))
+        raise ValueError(f"{what} is {values[at]:.10g} at entry {at}: {remedy}")
+    return values.astype(np.int64)
 
 
 def open_manifest(manifest_path, data_dir=None):
@@ -98,22 +284,29 @@ def open_manifest(manifest_path, data_dir=None):
         raise FileNotFoundError(
             f"no {manifest_path}; make it with: python -m prepare.manifest {data_dir or 'DIR'}"
         )
-    with open(manifest_path) as f:
-        manifest = json.load(f)
+    foreign = (
+        f"{manifest_path} is no manifest of ours: make it again with python -m prepare.manifest"
+    )
+    try:
+        with open(manifest_path) as f:
+            manifest = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{foreign} ({e})") from e
     if not isinstance(manifest, dict) or not {"metadata", "splits"} <= manifest.keys():
-        raise ValueError(
-            f"{manifest_path} is no manifest of ours: make it again with python -m prepare.manifest"
-        )
-    folder, splits = data_dir or os.path.dirname(os.path.abspath(manifest_path)), {}
+        raise ValueError(foreign)
+    folder = data_dir or os.path.dirname(os.path.abspath(manifest_path))
+    splits = {}
     for split, entries in manifest["splits"].items():
         splits[split] = []
         for e in entries:
             path = os.path.join(folder, e["path"])
-            if not os.path.exists(path) or os.path.getsize(path) != e["bytes"]:
+            if not os.path.exists(path):
                 raise ValueError(
-                    f"{path} is {'not as it was' if os.path.exists(path) else 'gone'}: run python"
-                    " -m prepare.manifest again"
+                    f"{path} of {manifest_path} is gone: name the folder of the latents with"
+                    " --data_dir, or run python -m prepare.manifest again"
                 )
+            if os.path.getsize(path) != e["bytes"]:
+                raise ValueError(f"{path} is not as it was: run python -m prepare.manifest again")
             splits[split].append(LatentFile(path, e["shape"][0] * e["shape"][2], tuple(e["shape"])))
     return manifest["metadata"], splits
 
@@ -128,8 +321,10 @@ def write_latents(folder, key, z, labels):
         with h5py.File(f, "w") as file:
             file.create_dataset("latents", data=chunks, chunks=(1, *chunks.shape[1:]))
 
+    if os.path.isabs(key) or ".." in key.split("/"):
+        raise ValueError(f"the name {key} leads out of {folder}: rename that recording")
     write_atomically(
-        os.path.join(folder, f"{key}.actions.npz"),
+        os.path.join(folder, key + SUFFIX),
         lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}),
     )
     write_atomically(os.path.join(folder, f"{key}.h5"), write)
@@ -138,7 +333,10 @@ def write_latents(folder, key, z, labels):
 class Latents(torch.utils.data.Dataset):
     """Windows of `length` steps. An item is (epoch, index, file number, first step); the dict has z
     (T, C, H, W), shift (T-1, 2) uniform in [0, 1) by (seed, epoch, index), labels (T-1, L) int64
-    where every file has the same ones (names in `.labels`), and key."""
+    where there are any, and key.
+
+    `.labels` are the names that most files with labels have; a file that lacks one of them has
+    NO_LABEL there, and is in `.unlabelled`. Other names that some files have are in `.unused`."""
 
     def __init__(self, files, length, seed=0):
         self.files, self.length, self.seed = files, length, seed
@@ -150,10 +348,22 @@ class Latents(torch.utils.data.Dataset):
         self.starts = np.array([max(f.steps - length + 1, 0) for f in files])
         if not self.starts.sum():
             raise ValueError(f"no file has the {length} steps of a window: lower --sequence_length")
-        self.truth = [read_labels(f.path, f.steps) for f in files]
-        self.labels = (
-            sorted(self.truth[0]) if len({tuple(sorted(t)) for t in self.truth}) == 1 else []
-        )
+        self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(f.path)) for f in files])
+        truth = [read_labels(f.path, f.steps) for f in files]
+        sets = collections.Counter(tuple(sorted(t)) for t in truth if t)
+        self.labels = []
+        if sets:  # of two that are equally frequent the one that more files have
+            have = {names: sum(t.keys() >= set(names) for t in truth) for names in sets}
+            self.labels = list(max(sets, key=lambda names: (sets[names], have[names])))
+        self.unused = sorted({k for t in truth for k in t} - set(self.labels))
+        self.truth, self.unlabelled = [], []
+        for f, found in zip(files, truth):
+            values = np.full((f.steps - 1, len(self.labels)), NO_LABEL)
+            if self.labels and found.keys() >= set(self.labels):
+                values = np.stack([found[k] for k in self.labels], axis=1)
+            elif self.labels:
+                self.unlabelled.append(os.path.relpath(f.path, self.folder))
+            self.truth.append(values)
 
     def locate(self, u):
         """(file number, first step) at place u in [0, 1) of all possible windows, in the order of
@@ -168,7 +378,7 @@ class Latents(torch.utils.data.Dataset):
         path, stop = self.files[number].path, first + self.length
         clip = {
             "z": torch.from_numpy(read_steps(path, first, stop)),
-            "key": f"{os.path.basename(path)}@{first}",
+            "key": f"{os.path.relpath(path, self.folder)}@{first}",
             "bad": [],
         }
         clip["shift"] = torch.from_numpy(
@@ -177,9 +387,7 @@ class Latents(torch.utils.data.Dataset):
             )
         )
         if self.labels:
-            clip["labels"] = torch.from_numpy(
-                np.stack([self.truth[number][k][first : stop - 1] for k in self.labels], axis=1)
-            )
+            clip["labels"] = torch.from_numpy(self.truth[number][first : stop - 1].copy())
         return clip
 
     def windows(self, batch_size, limit, rank=0, world=1):
@@ -195,7 +403,8 @@ class Latents(torch.utils.data.Dataset):
             (0, i, *every[j])
             for i, j in enumerate(np.random.default_rng(0).permutation(len(every))[:limit])
         ]
-        parts = np.array_split(np.arange(len(items)), max(round(len(items) / batch_size), 1))
+        count = min(round(len(items) / batch_size), len(items) // 2)
+        parts = np.array_split(np.arange(len(items)), max(count, 1))
         return [[items[i] for i in part] for part in parts if len(part)][rank::world]
 
 
@@ -326,15 +535,22 @@ def vae_frames(vae, z):
     return (frames.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
 
+def check_metrics(metrics):
+    """Raises ValueError, before anything takes time, for what `decoded_scores` needs and lacks."""
+    if not importlib.util.find_spec("torchmetrics"):
+        raise ValueError("--vae needs: pip install torchmetrics")
+    if "lpips" in metrics and not importlib.util.find_spec("torchvision"):
+        raise ValueError("--metrics lpips needs: pip install torchvision (or leave lpips out)")
+
+
 @torch.inference_mode()
 def decoded_scores(model, batches, vae, metrics):
     """How well the frames of a predicted step match those of the true one, both decoded with the
     step before it by the user's VAE: {"psnr": (prediction, copy of the step before), ...} means
     over batches of windows z (B, T, C, H, W). metrics: psnr, ssim, lpips."""
-    try:
-        import torchmetrics.image as tm
-    except ImportError as e:
-        raise ValueError("--vae needs: pip install torchmetrics") from e
+    check_metrics(metrics)
+    import torchmetrics.image as tm
+
     makers = {
         "psnr": lambda: tm.PeakSignalNoiseRatio(data_range=1.0),
         "ssim": lambda: tm.StructuralSimilarityIndexMeasure(data_range=1.0),
@@ -344,9 +560,8 @@ def decoded_scores(model, batches, vae, metrics):
     found = {name: [makers[name]().to(device) for _ in range(2)] for name in metrics}
     for z in batches:
         z = z.float().to(device)
-        after = model.decode(
-            z[:, :-1], model.encode(z)[0 if model.quantizer is not None else 1]
-        )  # a continuous model's codes are z_e
+        # vectors, not indices: a continuous model has none, a run in its warm-up does not use them
+        after = model.decode(z[:, :-1], model.encode(z)[-1])
         for t in range(0, z.shape[1] - 1, 2):  # steps 2i and 2i + 1 were encoded together
             pairs = [torch.stack([z[:, t], x], dim=1) for x in (z[:, t + 1], after[:, t], z[:, t])]
             true, predicted, copied = (

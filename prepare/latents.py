@@ -29,8 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import expand, index_shards
-from files.latents import VAE_FRAMES, latent_frames, write_latents
+from data import READ_ERRORS, expand, index_shards
+from files.latents import VAE_FRAMES, find_files, latent_frames, write_latents
+from files.streams import disk_failed
 
 PATCH, CHANNELS = 4, 16
 
@@ -158,9 +159,14 @@ if __name__ == "__main__":
     parser.add_argument("--ae_batch", type=int, default=16, help="play: latent steps in a batch")
     args = parser.parse_args()
     sys.excepthook = one_sentence
-    if args.size % 16:
+    if args.size % 16 or args.size < 16:
         raise ValueError(f"--size {args.size} is no multiple of 16")
-    if os.path.isdir(args.out) and any(name.endswith(".h5") for name in os.listdir(args.out)):
+    for name in ("files", "chunks", "fps", "ae_steps", "ae_batch"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} {getattr(args, name):g} is too small")
+    if args.noise < 0:
+        parser.error(f"--noise {args.noise:g} is below 0")
+    if os.path.isdir(args.out) and find_files(args.out)[0]:
         raise ValueError(f"{args.out} holds H5 files already: give another --out, or remove them")
     torch.manual_seed(args.seed)
     if not args.data:
@@ -178,11 +184,22 @@ if __name__ == "__main__":
             print(f"left out: {file} {key}: {reason}")
         made = {}
         for r in tqdm(records, unit="recording", desc="frames"):
-            frames, labels = latent_frames(r, args.fps, 8 * args.size)
-            made[r.key] = (
-                np.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in frames]),
-                labels,
-            )
+            if r.key in made:
+                raise ValueError(
+                    f"two shards hold a recording {r.key}: make latents of them in different --out"
+                    " folders"
+                )
+            try:
+                frames, labels = latent_frames(r, args.fps, 8 * args.size)
+                steps = np.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in frames])
+            except READ_ERRORS as e:
+                if disk_failed(e):
+                    raise
+                print(f"left out: {r.shard} {r.key}: {type(e).__name__}: {e}")
+                continue
+            made[r.key] = steps, labels
+        if not made:
+            raise ValueError(f"no usable recording in {' '.join(args.data)}")
         model = Autoencoder()
         error = fit(
             model,

@@ -4,17 +4,18 @@ trains from.
     python -m prepare.manifest latents --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1 --seed 42
     python -m prepare.manifest latents-play --size 16 --test_files 'map2[5-9]*' 'map30*'            # hold out maps of the demo's play
 
-Reads every value once. Each file must hold one dataset (chunks, 16, T, 64, 64) of finite numbers, T
-1 or 2, and enough steps for a window; what does not is left out and listed. Writes
-DIR/manifest.json: {"metadata": ratios, seed, counts, mean and std of the training latents (of all
-values, and by channel), fingerprint, skipped files with the reason, "splits": {"train",
-"validation", "test": [{path, shape, dtype, bytes}]}}, paths relative to DIR."""
+Reads every value of DIR and its folders once. Each file must hold one dataset (chunks, 16, T, 64,
+64) of finite numbers, T 1 or 2, and enough steps for a window; --size 16 or --size 60 104 is for
+latents of another size. What does not fit is left out and listed, and so are constant steps, parts
+that were never written, and a second copy of the same latents. Writes DIR/manifest.json:
+{"metadata": ratios, seed, counts, mean and std of the training latents (of all values, and by
+channel), fingerprint, skipped files with the reason, "splits": {"train", "validation", "test":
+[{path, shape, dtype, bytes}]}}, paths relative to DIR."""
 
 import argparse
 import collections
 import fnmatch
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -24,17 +25,41 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
-from files.latents import open_dataset, read_labels
+from files.latents import (
+    SUFFIX,
+    find_files,
+    of_the_disk,
+    open_dataset,
+    read_labels,
+    read_rows,
+)
 from kernels import merge_moments
 
 
+def wrong_shape(shape, C, H, W):
+    """What is wrong with the shape of a dataset, and which flags would fit it; "" if nothing is."""
+    if len(shape) == 5 and (shape[1], *shape[3:]) == (C, H, W) and shape[2] in (1, 2):
+        return ""
+    text = f"shape {list(shape)}, not [chunks, {C}, 1 or 2, {H}, {W}]"
+    if len(shape) != 5 or shape[2] not in (1, 2):
+        return text
+    flags = []
+    if shape[1] != C:
+        flags.append(f"--channels {shape[1]}")
+    if shape[3] != shape[4]:
+        flags.append(f"--size {shape[3]} {shape[4]}")
+    elif shape[3:] != (H, W):
+        flags.append(f"--size {shape[3]}")
+    return f"{text}: for latents of this shape pass {' '.join(flags)}"
+
+
 def check(path, shape, sequence_length):
-    """(entry, (n, mean, M2) by channel, hash of the values) of a file. Raises ValueError or OSError
-    saying what is wrong with it."""
+    """(entry, (n, mean, M2) by channel, hash of the values, names of the labels) of a file. Raises
+    ValueError or OSError saying what is wrong with it."""
     data = open_dataset(path)
     C, H, W = shape
-    if data.ndim != 5 or (data.shape[1], *data.shape[3:]) != shape or data.shape[2] not in (1, 2):
-        raise ValueError(f"shape {list(data.shape)}, not [chunks, {C}, 1 or 2, {H}, {W}]")
+    if reason := wrong_shape(data.shape, C, H, W):
+        raise ValueError(reason)
     if data.dtype.kind != "f":
         raise ValueError(f"dtype {data.dtype}, not a float")
     if data.shape[0] * data.shape[2] < sequence_length:
@@ -42,19 +67,80 @@ def check(path, shape, sequence_length):
             f"{data.shape[0]} chunks of {data.shape[2]} steps are fewer than the {sequence_length}"
             " steps of a window"
         )
-    parts, digest, rows = [], hashlib.sha256(), max(2**22 // data[0].nbytes, 1)
+    chunk_bytes = C * data.shape[2] * H * W * data.dtype.itemsize
+    rows = max(2**22 // chunk_bytes, 1)  # at once
+    parts, digest = [], hashlib.sha256()
+    first_step, moves = None, False
     for first in range(0, len(data), rows):
-        values = np.ascontiguousarray(data[first : first + rows])
+        values = np.ascontiguousarray(read_rows(data, first, first + rows))
         if not np.isfinite(values).all():
             n = first + int(np.argmax(~np.isfinite(values).all(axis=(1, 2, 3, 4))))
             raise ValueError(f"chunk {n} holds values that are not finite")
+        # no VAE gives the same number everywhere: a writer that died does, or a wrong array
+        flat = values.max(axis=(1, 3, 4)) == values.min(axis=(1, 3, 4))  # (rows, T)
+        if flat.any():
+            n, t = np.argwhere(flat)[0]
+            raise ValueError(
+                f"all values of chunk {first + n}, step {t} are {values[n, 0, t, 0, 0]:g}: they"
+                " are no latents"
+            )
+        if first_step is None:
+            first_step = values[:1, :, :1].copy()
+        moves = moves or bool((values != first_step).any())
         digest.update(values)
         x = values.astype(np.float64).swapaxes(0, 1).reshape(C, -1)
         mean = x.mean(1)
         parts.append((x.shape[1], mean, np.square(x - mean[:, None]).sum(1)))
-    read_labels(path, data.shape[0] * data.shape[2])
+    if not moves:
+        raise ValueError("all its steps are the same: nothing happens in it")
+    labels = tuple(read_labels(path, data.shape[0] * data.shape[2]))
     entry = {"shape": list(data.shape), "dtype": str(data.dtype), "bytes": os.path.getsize(path)}
-    return entry, functools.reduce(merge_moments, parts), digest.hexdigest()
+    return entry, functools.reduce(merge_moments, parts), digest.hexdigest(), labels
+
+
+def leave_out_copies(good, skipped):
+    """Of files with the same values keep the first: the others could be held out and trained
+    on."""
+    first = {}
+    for name in sorted(good):
+        entry, digest = good[name][0], good[name][2]
+        same = first.setdefault((tuple(entry["shape"]), digest), name)
+        if same != name:
+            skipped[name] = f"the same latents as {same}"
+            del good[name]
+
+
+def leave_out_other_rates(good, skipped):
+    """Keep the files with as many steps a chunk as most have: others are at another rate. Returns
+    that number."""
+    counts = collections.Counter(found[0]["shape"][2] for found in good.values())
+    steps, most = counts.most_common(1)[0]
+    if 2 * most <= len(good) and len(counts) > 1:
+        raise ValueError(
+            f"files of 1 and of 2 steps a chunk ({dict(counts)}) are at different rates: keep them"
+            " in different folders"
+        )
+    for name in sorted(good):
+        other = good[name][0]["shape"][2]
+        if other != steps:
+            skipped[name] = (
+                f"steps a chunk: {other}, most files have {steps}; files of another rate belong in"
+                " a folder of their own"
+            )
+            del good[name]
+    return steps
+
+
+def truth_table(labels):
+    """Lines about which files say what happened in them. labels: {file: names}."""
+    counts = collections.Counter(labels.values())
+    if list(counts) in ([], [()]):
+        return
+    for names, count in counts.most_common():
+        files = [name for name in sorted(labels) if labels[name] == names]
+        which = f", {', '.join(files[:5])}{', ...' if count > 5 else ''}" if len(counts) > 1 else ""
+        what = f"labels {', '.join(names)}" if names else f"no labels (KEY{SUFFIX} beside KEY.h5)"
+        yield f"{count} of {len(labels)} files have {what}{which}"
 
 
 def split_counts(n, ratios):
@@ -74,7 +160,7 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("dir", help="folder of the *.h5 files")
+    parser.add_argument("dir", nargs="?", help="folder of the *.h5 files")
     parser.add_argument(
         "--train_ratio", type=float, default=0.8, help="share of the files to train on"
     )
@@ -94,10 +180,24 @@ if __name__ == "__main__":
         "--sequence_length", type=int, default=8, help="steps that a file must have"
     )
     parser.add_argument("--channels", type=int, default=16, help="channels of the latents")
-    parser.add_argument("--size", type=int, default=64, help="height and width of the latents")
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=["64"],
+        help="height and width of the latents, or one number for both (default 64)",
+    )
     parser.add_argument("--output", help="where to write it (default DIR/manifest.json)")
     args = parser.parse_args()
     sys.excepthook = one_sentence
+    if args.dir is None and len(args.size) > 1:
+        args.dir = args.size.pop()  # --size 16 DIR
+    if args.dir is None:
+        parser.error("name the folder of the *.h5 files")
+    if len(args.size) > 2 or not all(x.isdecimal() and int(x) for x in args.size):
+        parser.error(f"--size {' '.join(args.size)}: give one or two whole numbers above 0")
+    if args.channels < 1 or args.sequence_length < 2:
+        parser.error("--channels must be at least 1, --sequence_length at least 2")
+    height, width = int(args.size[0]), int(args.size[-1])
     ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
     if abs(sum(ratios) - 1) > 1e-6 or min(ratios) < 0 or not args.train_ratio:
         given = " + ".join(f"{r:g}" for r in ratios)
@@ -105,33 +205,43 @@ if __name__ == "__main__":
             "--train_ratio, --val_ratio and --test_ratio must be shares that sum to 1, not"
             f" {given}, the first above 0"
         )
-    paths = sorted(glob.glob(os.path.join(glob.escape(args.dir), "*.h5")))
-    if not paths:
+    if not os.path.isdir(args.dir):
+        raise ValueError(f"{args.dir} is no folder: name the one that holds the *.h5 files")
+    every, unused = find_files(args.dir)
+    for note in unused:
+        print(f"not used: {note}")
+    if not every:
         raise ValueError(f"no *.h5 file in {args.dir}")
     good, skipped = {}, {}
-    for path in tqdm(paths, unit="file", desc="check"):
-        name = os.path.basename(path)
+    for name in tqdm(every, unit="file", desc="check"):
+        path = os.path.join(args.dir, name)
         try:
-            good[name] = check(path, (args.channels, args.size, args.size), args.sequence_length)
+            good[name] = check(path, (args.channels, height, width), args.sequence_length)
         except (ValueError, OSError) as e:
+            if of_the_disk(e):  # to leave the file out would be another split
+                raise OSError(f"{path}: {e}: mend the disk, then run this again") from e
             skipped[name] = str(e).splitlines()[0]
-    for name, reason in skipped.items():
-        print(f"left out: {name}: {reason}")
-    if len(good) < 1:
+    if not good and len(set(skipped.values())) == 1:
         raise ValueError(
-            f"none of the {len(paths)} files in {args.dir} can be used; the first:"
-            f" {min(skipped.items())}"
+            f"none of the {len(every)} files in {args.dir} can be used, all for one reason:"
+            f" {skipped[every[0]]}"
         )
-    if shapes := collections.Counter(e["shape"][2] for e, _, _ in good.values()):
-        steps = shapes.most_common(1)[0][0]
-        if len(shapes) > 1:
-            raise ValueError(
-                f"files of 1 and of 2 steps a chunk ({dict(shapes)}) are at different rates: keep"
-                " them in different folders"
-            )
-    test = sorted(
-        name for name in good if any(fnmatch.fnmatchcase(name, p) for p in args.test_files or [])
-    )
+    leave_out_copies(good, skipped)
+    steps = leave_out_other_rates(good, skipped) if good else None
+    for name, reason in sorted(skipped.items()):
+        print(f"left out: {name}: {reason}")
+    if not good:
+        raise ValueError(
+            f"none of the {len(every)} files in {args.dir} can be used; the first,"
+            f" {min(skipped)}: {skipped[min(skipped)]}"
+        )
+    for note in truth_table({name: found[3] for name, found in good.items()}):
+        print(note)
+    test = []
+    for name in sorted(good):
+        spellings = name, os.path.basename(name)
+        if any(fnmatch.fnmatchcase(x, p) for x in spellings for p in args.test_files or []):
+            test.append(name)
     names = np.random.default_rng(args.seed).permutation(sorted(good.keys() - test)).tolist()
     if args.test_files and not (test and names):
         raise ValueError(
@@ -162,7 +272,7 @@ if __name__ == "__main__":
         },
         "steps_per_chunk": steps,
         "channels": args.channels,
-        "size": [args.size, args.size],
+        "size": [height, width],
         "mean": float(every[1]),
         "std": float(np.sqrt(every[2] / every[0])),
         "channel_mean": mean.tolist(),
