@@ -486,7 +486,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         """The same Example with a tag before each number, as other writers have it."""
         read = lambda at, n: record_bytes[at : at + n]  # noqa: E731
         out = {}
-        for name, (at, n) in episodes.features(read, 12, len(record_bytes) - 16).items():
+        for name, (at, n, _) in episodes.features(read, 12, len(record_bytes) - 16).items():
             raw = read(at, n)
             if name.endswith("is_first"):
                 out[name] = ("3", b"".join(b"\x08" + bytes([x]) for x in raw[-(len(raw) - 2) :]))
@@ -969,7 +969,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         "demo-1"
     ]
     with pytest.raises(
-        ValueError, match="6 numbers, and pose differences need 7: name --action_keys"
+        ValueError, match="--state_keys joints grip is not taken for a pose.*name --action_keys"
     ):
         opened(str(tmp_path), DroidReader(4, 5, camera="front", state_keys=["joints", "grip"]))
     with pytest.raises(ValueError, match="no wheel in it, but .*torque"):
