@@ -495,7 +495,7 @@ def index_rlds(path, end, deep):
                     raise ValueError(f"{steps} steps, but pictures of {', '.join(wrong)}")
                 velocity = None
                 place = found.get(VELOCITY["rlds"], (0, 0, ""))
-                if place[1]:
+                if steps and place[1]:
                     raw = read(*place[:2])
                     velocity = field_rows(raw, place[2], steps, VELOCITY["rlds"])
                 places = []

@@ -368,7 +368,9 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
     stretch."""
     velocity = np.random.default_rng(0).normal(0, 0.3, (120, 7))
     velocity[40:70] = 0.1
-    change = {"action_dict/joint_velocity": velocity}
+    pose = rows(1, 120)["observation/cartesian_position"]
+    pose[40:70] = pose[40]
+    change = {"action_dict/joint_velocity": velocity, "observation/cartesian_position": pose}
     path = write(
         tmp_path / "a.tfrecord",
         episode(1, 120, **change),
@@ -388,7 +390,8 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         f" keeps {share:.1%} of 222 starts of clips"
     )
     assert lines == [
-        f"4 episodes, 7.9% of their rows idle: {left} (1 without joint velocities: all), in 3"
+        f"4 episodes, 7.9% of their rows idle: {left} (1 of which it is not known what is"
+        " idle: all), in 3"
         " stretches"
     ]
     numbers = [
@@ -400,7 +403,8 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers
     )
     assert [len(opened(path, idle_filter=f)[0]) for f in ("off", "light")] == [3, 4]
-    velocity[:] = 0
+    velocity[:], pose[:] = 0, 0
+    change["observation/gripper_position"] = np.zeros((120, 1))
     with pytest.raises(
         ValueError,
         match="no usable episode in .*b.tfrecord: the filters leave nothing .--idle_filter off",
