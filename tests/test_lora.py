@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -1030,6 +1031,38 @@ def test_bad_input(world, tuned, tmp_path, flags, message):
     flags = flags.format(tuned=tuned.out, new=tmp_path / "new")
     given = [*world.lora, "--out_dir", tmp_path / "out", *flags.split()]
     assert message in fails(tmp_path, "train_lora.py", *given)
+
+
+def test_every_data_flag_may_be_repeated(world, tmp_path):
+    """Bug: `--data A --data B` trains on B alone, `--val_data A --val_data B` validates on B alone,
+    without a word; the checkpoint does not say what was held out, and nothing warns of a scaler
+    that was fitted on it."""
+    a, b = world.folder / "a", world.folder / "b"
+    (tmp_path / "held").mkdir()
+    for name in ("e0", "e1"):
+        for end in (".npz", ".mp4"):
+            shutil.copy(b / f"{name}{end}", tmp_path / "held" / f"v{name}{end}")
+    scaler = ActionScaler.load(world.folder / "b.safetensors", "")
+    seen = scaler._replace(meta=scaler.meta | {"recordings": ["ve1.npz held/ve1"]})
+    seen.save(tmp_path / "seen.safetensors")
+    repeated = ["--data", a / "e2.npz", "--data", b / "e3.npz", b / "e4.npz"]
+    repeated += ["--val_data", tmp_path / "held" / "ve0.npz"]
+    repeated += ["--val_data", tmp_path / "held" / "ve1.npz"]
+    repeated += ["--targets", "q_proj", "--targets", "mlp.fc1"]
+    size = "--base none --full --pred_dim 48 --pred_depth 1 --pred_heads 3 --max_steps 1"
+    options = [FLAGS, size, "--scaler", tmp_path / "seen.safetensors"]
+    text = run(tmp_path, "train_lora.py", *repeated, *options, "--out_dir", tmp_path / "out")
+    assert "3 episodes" in text and "2 episodes" in text
+    assert "warning: the scaler was fitted on recordings held out here" in text
+    state = checkpoint.load_latest(tmp_path / "out")[0]
+    assert state["held_out"] == ["ve0.npz held/ve0", "ve1.npz held/ve1"]
+    assert len(state["args"]["data"]) == 3 and state["args"]["targets"] == ["q_proj", "mlp.fc1"]
+    assert state["args"]["camera"] == ["exterior_1"]
+    judge = "--samples 2 --val_clips 8 --num_workers 0"
+    text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge)
+    assert "not among those the run held out" not in text
+    text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge, "--data", a)
+    assert "6 of 6 recordings are not among those the run held out" in text
 
 
 # --- features ---
