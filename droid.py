@@ -212,6 +212,11 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
             "; ".join(" ".join(b) for b in bad[:3])
             or "the filters leave nothing (--idle_filter off --success all keep everything)"
         )
+        if short and not bad:
+            reason = (
+                f"{short} of {len(found)} are shorter than a clip of {reader.frames} frames"
+                f" (--frames_per_clip, --fps, --stride), and the filters leave nothing of the rest"
+            )
         raise ValueError(f"no usable episode in {data}: {reason}")
     share, more = (
         sum(map(reader.starts, out)) / possible,

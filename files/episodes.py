@@ -549,8 +549,12 @@ def npz_rows(f, frames):
     of which as many frames are. ValueError where the arrays leave it open."""
     lengths = {}
     for name in f:
-        if f[name].ndim:
-            lengths[name] = len(f[name])
+        try:
+            x = f[name]
+        except ValueError:
+            continue  # Python objects, which are not read: who asks for them is told
+        if x.ndim:
+            lengths[name] = len(x)
     fixed = {k: lengths[k] for k in [*STATES["robot"], VELOCITY["robot"]] if k in lengths}
     if len({*fixed.values()}) > 1:
         said = ", ".join(f"{k} {n}" for k, n in fixed.items())
