@@ -22,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bench import bench
 from test_droid import episode as tfrecord
+from test_droid import nameless, write
 from test_droid import rows as tfrecord_rows
-from test_droid import write
 from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
@@ -1305,6 +1305,28 @@ def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
         z = encode_steps(encoder, theirs["video"][None], "frame", 1)[0]
         torch.testing.assert_close(ours["z"].float(), z, rtol=2**-8, atol=1e-4)
         assert ours["key"].rpartition("@")[0] == theirs["key"]
+
+
+def test_features_of_equal_names_are_not_equal_episodes(tmp_path):
+    """Bug: features of two folders of shards of one name are refused as shared though they hold
+    other episodes; or a copy of features is validated on that is trained on."""
+    flags = "--phases 2 --encoder vit_tiny --crop_size 32"
+    for side, seed in (("a", 0), ("b", 9)):
+        (tmp_path / side).mkdir()
+        write(tmp_path / side / "arm.tfrecord", nameless(seed))
+        given = ["--data", tmp_path / side, "--out", tmp_path / f"f{side}", flags]
+        run(tmp_path, "encode.py", "--dataset droid", *given)
+    shutil.copytree(tmp_path / "fa", tmp_path / "copy")
+
+    def both(train, val):
+        folders = [str(tmp_path / x) for x in (train, val)]
+        return open_droid(folders[0], folders[1], reader=DroidReader(4, crop_size=32), log=str)
+
+    train, val, _ = both("fa", "fb")
+    assert len(train) == len(val) == 2
+    for other in ("fa", "copy"):
+        with pytest.raises(ValueError, match="share 1 episodes, arm.tfrecord@0 among them"):
+            both("fa", other)
 
 
 @pytest.mark.parametrize(
