@@ -94,8 +94,15 @@ def index_episodes(paths, reader, verify, log):
     if verify is None and size > VERIFY:  # all of DROID is 1.7 TB
         verify = False
         log(
-            f"{size / 1e9:.0f} GB: checksums are not checked, lengths are; a picture that is"
-            " damaged is left out when it is decoded"
+            f"{size / 1e9:.0f} GB: checksums are not checked, lengths are: changed bytes inside a"
+            " picture or a number are noticed only where they cannot be decoded (--verify checks"
+            " all checksums, which reads all of it once)"
+        )
+    elif verify is None and any("://" in p and not p.endswith(".tar") for p in paths):
+        log(
+            "URLs: checksums are not checked, lengths are: changed bytes inside a picture or a"
+            " number are noticed only where they cannot be decoded (--verify checks all checksums,"
+            " which reads all of it once)"
         )
     with ThreadPoolExecutor(16) as pool:
         indexed = list(
@@ -118,7 +125,7 @@ def index_episodes(paths, reader, verify, log):
             members = e["members"]
             if kind == "rlds":
                 members = {
-                    k: (*v[:2], v[2] and np.array(v[2], np.uint32))
+                    k: (*v[:2], np.array(v[2], np.uint32) if isinstance(v[2], list) else v[2])
                     for k, v in members.items()
                     if k in needed
                 }
@@ -137,7 +144,35 @@ def index_episodes(paths, reader, verify, log):
                 bad.append((path, r.key, flaw))
             else:
                 out.append((r, e))
+    if warning := rate_warning([r for r, _ in out], reader):
+        log(warning)
     return out, bad
+
+
+def rate_warning(found, reader):
+    """A line about episodes whose frames do not come at --fps, or ''. DROID's 3.75 for 4 is
+    Meta's."""
+    rates = [r.rate / reader.stride_of(r) for r in found]
+    if reader.stride:
+        # a stride in rows is one speed only where all have one rate
+        if not rates or max(rates) <= 1.1 * min(rates):
+            return ""
+        return (
+            f"WARNING: --stride {reader.stride} gives {min(rates):.3g} to {max(rates):.3g} frames a"
+            " second, since the episodes have different rates: use --fps"
+        )
+    off = [i for i, rate in enumerate(rates) if not 0.9 < rate / reader.fps < 1.1]
+    if not off:
+        return ""
+    slowest, fastest = min(rates[i] for i in off), max(rates[i] for i in off)
+    span = f"{slowest:.3g}" + (f" to {fastest:.3g}" if fastest > slowest else "")
+    r = found[off[0]]
+    return (
+        f"WARNING: {len(off)} of {len(found)} episodes give {span} frames a second, not --fps"
+        f" {reader.fps:g} ({os.path.basename(r.shard)} has {r.rate:.3g} rows a second, and one in"
+        f" {reader.stride_of(r)} is taken): base and scaler are for --fps; set it to what the robot"
+        " gives, or leave those episodes out"
+    )
 
 
 def open_episodes(data, reader, idle_filter, success, verify, log):
@@ -153,17 +188,18 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
         at, every, last = e.get(
             "rows", (0, 1, r.last)
         )  # where the steps of features lie among the episode's
-        rows, still = rows + last, still + sum(b - a for a, b in e["idle"] or ())
+        runs = e["still"] if idle_filter == "light" else e["idle"]
+        rows, still = rows + last, still + sum(b - a for a, b in runs or ())
         failures, short = failures + failed, short + (not failed and not starts)
         if failed or not starts:
             continue
-        unknown, possible = unknown + (e["idle"] is None), possible + starts
-        rule = "off" if e["idle"] is None else idle_filter
+        unknown, possible = unknown + (runs is None), possible + starts
+        rule = "off" if runs is None else idle_filter
         ticks = (
             1 if r.kind == "features" else max(round(20 / reader.fps), 1)
         )  # as data.windows has it
         ranges = to_steps(
-            keep_ranges(e["idle"], last, rule, (reader.frames - 1) * stride * every + 1), at, every
+            keep_ranges(runs, last, rule, (reader.frames - 1) * stride * every + 1), at, every
         )
         out += [
             r._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1)
@@ -176,10 +212,15 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
             "; ".join(" ".join(b) for b in bad[:3])
             or "the filters leave nothing (--idle_filter off --success all keep everything)"
         )
+        if short and not bad:
+            reason = (
+                f"{short} of {len(found)} are shorter than a clip of {reader.frames} frames"
+                f" (--frames_per_clip, --fps, --stride), and the filters leave nothing of the rest"
+            )
         raise ValueError(f"no usable episode in {data}: {reason}")
     share, more = (
         sum(map(reader.starts, out)) / possible,
-        f" ({unknown} without joint velocities: all)" * (unknown > 0),
+        f" ({unknown} of which it is not known what is idle: all)" * (unknown > 0),
     )
     kind = "segments of features" if out[0].kind == "features" else "episodes"
     log(
@@ -212,7 +253,7 @@ def open_droid(
     if val_data:
         val, more = open_episodes(val_data, reader, idle_filter, success, verify, log)
         bad = bad + more
-        if twice := {r.recording for r in train} & {r.recording for r in val}:
+        if twice := shared(train, val, reader):
             raise ValueError(
                 f"--val_data and --data share {len(twice)} episodes, {min(twice)} among them: hold"
                 " them out of --data"
@@ -249,6 +290,46 @@ def open_droid(
             if not left:
                 raise ValueError(f"{r.shard} {r.key}: {e}") from e
     return train, val, bad
+
+
+def shared(train, val, reader):
+    """Names of the episodes that are in both lists. Names alone do not tell: two folders may have
+    files of one name, or one metadata for all, and a copy may lie anywhere. So episodes of one name
+    are the same if they are of the same file, or if they move in the same way."""
+    named = {}
+    for r in train:
+        named.setdefault(r.recording, {}).setdefault((r.shard, r.key), r)
+    twice, seen = set(), set()
+    for r in val:
+        if r.recording in twice or (r.shard, r.key) in seen:
+            continue
+        seen.add((r.shard, r.key))
+        others = [*named.get(r.recording, {}).values()]
+        # segments of features can be compared where they begin at the same row
+        alike = [x for x in others if first_row(x) == first_row(r)]
+        if any(same_episode(r, x, reader) for x in alike or others):
+            twice.add(r.recording)
+    return twice
+
+
+def first_row(r):
+    return r.key.rpartition("-")[2] if r.kind == "features" else ""
+
+
+def same_episode(a, b, reader):
+    """Whether two entries of one name are one episode; also where that cannot be found out."""
+    if a.kind != b.kind or first_row(a) != first_row(b):
+        return True
+    remote = "://" in a.shard or "://" in b.shard
+    if a.shard == b.shard or not remote and os.path.samefile(a.shard, b.shard):
+        return a.key == b.key
+    if (a.steps, a.rate) != (b.steps, b.rate):
+        return False
+    try:
+        states = [reader.motion(r, np.arange(r.steps))[1] for r in (a, b)]
+    except DAMAGE:
+        return True
+    return np.array_equal(*states)
 
 
 # --- clips ---
@@ -382,6 +463,11 @@ class DroidReader:
         keys = [*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())]
         found = read_fields(r, keys)
         n = len(keys) - len(self.action_keys or ())
+        if not self.action_keys and keys != STATES[r.kind]:
+            raise ValueError(
+                f"--state_keys {' '.join(keys)} is not taken for a pose, whose differences would be"
+                " the actions: name --action_keys too"
+            )
         states = np.concatenate(found[:n], axis=1)[sampled]
         if not np.isfinite(states).all():
             raise ValueError("its states are not finite")
@@ -392,10 +478,16 @@ class DroidReader:
                 f"{k}.{i}" for k, x in zip(self.action_keys, found[n:]) for i in range(x.shape[1])
             ]
             self.units = ["mean"] * len(self.names)
-        elif states.shape[1] != 7:
+        elif [x.shape[1] for x in found] != [6, 1]:
+            sizes = " and ".join(str(x.shape[1]) for x in found)
             raise ValueError(
-                f"{' '.join(keys)} are {states.shape[1]} numbers, and pose differences need 7: name"
-                " --action_keys too"
+                f"{' and '.join(keys)} are {sizes} numbers, and pose differences need 6 (xyz,"
+                " Euler angles) and 1: name --state_keys and --action_keys"
+            )
+        elif np.abs(states[:, 3:6]).max() > 4 * np.pi:
+            raise ValueError(
+                f"the angles of {keys[0]} reach {np.abs(states[:, 3:6]).max():.0f}: degrees? Euler"
+                " angles are in radians"
             )
         else:
             actions = pose_actions(states)
@@ -537,18 +629,31 @@ if __name__ == "__main__":
         metavar="SHARD",
         required=True,
         nargs="+",
+        action="extend",
         help="shards, episodes, folders, globs, URLs",
     )
-    parser.add_argument("--camera", nargs="+", default=["exterior_1"], help="views to draw from")
-    parser.add_argument("--state_keys", nargs="+", help="fields of the state (default: the pose)")
     parser.add_argument(
-        "--action_keys", nargs="+", help="fields of the action (default: differences of the pose)"
+        "--camera", nargs="+", action="extend", help="views to draw from (default: exterior_1)"
+    )
+    parser.add_argument(
+        "--state_keys",
+        nargs="+",
+        action="extend",
+        help="fields of the state (default: the pose)",
+    )
+    parser.add_argument(
+        "--action_keys",
+        nargs="+",
+        action="extend",
+        help="fields of the action (default: differences of the pose)",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
     args = parser.parse_args()
     sys.excepthook = one_sentence
     reader = DroidReader(
-        camera=args.camera, state_keys=args.state_keys, action_keys=args.action_keys
+        camera=args.camera or ["exterior_1"],
+        state_keys=args.state_keys,
+        action_keys=args.action_keys,
     )
     records, _, bad = open_droid(args.inspect, reader=reader, idle_filter="off")
     batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))

@@ -128,14 +128,21 @@ parser.add_argument(
     help="droid: reference is at most 1.35:1, squeezed",
 )
 parser.add_argument(
-    "--camera", nargs="+", default=["exterior_1"], help="droid: cameras, each of which is encoded"
+    "--camera",
+    nargs="+",
+    action="extend",
+    help="droid: cameras, each of which is encoded (default: exterior_1)",
 )
 parser.add_argument(
-    "--state_keys", nargs="+", help="droid: fields of the state (default: the 7-D pose)"
+    "--state_keys",
+    nargs="+",
+    action="extend",
+    help="droid: fields of the state (default: the 7-D pose)",
 )
 parser.add_argument(
     "--action_keys",
     nargs="+",
+    action="extend",
     help="droid: fields of the action (default: differences of the pose)",
 )
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
@@ -466,7 +473,7 @@ if __name__ == "__main__":
             args.fps,
             args.crop_size,
             args.crop,
-            args.camera,
+            args.camera or ["exterior_1"],
             args.stride,
             args.state_keys,
             args.action_keys,

@@ -104,11 +104,15 @@ parser.add_argument(
     "--stride", type=int, help="droid: rows between sampled frames in place of --fps"
 )
 parser.add_argument(
-    "--state_keys", nargs="+", help="droid: fields of the state (default: the pose)"
+    "--state_keys",
+    nargs="+",
+    action="extend",
+    help="droid: fields of the state (default: the pose)",
 )
 parser.add_argument(
     "--action_keys",
     nargs="+",
+    action="extend",
     help="droid: fields of the action (default: differences of the pose)",
 )
 parser.add_argument(

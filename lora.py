@@ -21,7 +21,7 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
@@ -269,70 +269,391 @@ def save_adapter(model, folder, base="", also=(), action_encoder=None):
     checkpoint.write_atomically(os.path.join(folder, "adapter_model.safetensors"), data)
 
 
+# adapter_config.json: settings that load_adapter reads, and those that do not change what the
+# tensors mean. Any other one that is set is refused.
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "init_lora_weights",
+}
+NEUTRAL = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+    "runtime_config",
+    "ensure_weight_tying",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+}
+# PEFT's variants of LoRA, none of which is W + scale B A of the base as it is
+VARIANTS = {
+    "use_dora": "DoRA, which scales the rows of the weights as well",
+    "kasa_config": "KaSA, which cuts the base's weights and scales the rank",
+    "lora_bias": "LoRA with biases",
+    "use_qalora": "QA-LoRA, which pools the input",
+    "use_bdlora": "BD-LoRA, whose matrices are block-diagonal",
+    "velora_config": "VeLoRA, which trains with other gradients",
+    "monteclora_config": "MonteCLoRA, which samples its weights",
+    "arrow_config": "Arrow, which chooses among several adapters",
+    "alora_invocation_tokens": "aLoRA, which acts after certain tokens only",
+    "target_parameters": "LoRA of single parameters",
+    "trainable_token_indices": "LoRA with trained tokens",
+    "layer_replication": "LoRA of repeated layers",
+    "megatron_config": "LoRA of Megatron's layers",
+    "fan_in_fan_out": "LoRA of transposed layers",
+}
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
+LEAVES_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+
+def read_adapter(folder):
+    """A folder of PEFT's -> (config, {name: tensor} without PEFT's prefix, metadata of the file).
+    Whatever keeps it from being read whole is one sentence that names the file."""
+    config_file = os.path.join(folder, "adapter_config.json")
+    file = os.path.join(folder, "adapter_model.safetensors")
+    if os.path.isfile(folder):
+        raise ValueError(
+            f"{folder} is a file: name the folder that holds adapter_config.json and"
+            " adapter_model.safetensors"
+        )
+    for path in (config_file, file):
+        if not os.path.exists(path):
+            there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            weight_files = [x for x in there if x.endswith((".safetensors", ".bin", ".pt"))]
+            seen = (
+                f"; {weights.some(weight_files)} is not read in its place" if weight_files else ""
+            )
+            raise FileNotFoundError(f"{folder} is no PEFT adapter: {path} is not there{seen}")
+    try:
+        with open(config_file, encoding="utf-8") as f:
+            config = json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{config_file} is no JSON, or only part of it: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file} holds a {type(config).__name__}, not settings by name")
+    tensors = {}
+    try:
+        with safe_open(file, "pt") as f:
+            meta = f.metadata() or {}
+            for key in f.keys():
+                name = key.removeprefix("base_model.model.")
+                if name in tensors:
+                    raise ValueError(f"it holds {name} twice, with base_model.model. and without")
+                tensors[name] = f.get_tensor(key)
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{file} cannot be read, or is only a part: {e}") from e
+    for name, x in tensors.items():
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{file}: {name} holds {x.dtype}, not floating-point numbers")
+        tensors[name] = x.float()
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{file}: {name} holds NaN or infinity: the training of it diverged")
+    return config, tensors, meta
+
+
+def check_adapter_config(file, config):
+    """ValueError unless adapter_config.json (a dictionary) is that of a plain LoRA adapter of the
+    base as it is."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {config.get('peft_type')}: only LORA is read")
+    if config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{file}: bias={config['bias']}: biases were trained too; only plain LoRA is read"
+        )
+    # {} turns some of PEFT's variants on: a setting is off when it is absent, null, false or empty
+    for name in sorted({*config} - READ - NEUTRAL):
+        value = config[name]
+        if value is None or value is False or value == []:
+            continue
+        if name in VARIANTS:
+            raise ValueError(
+                f"{file}: {name}={value}: this is {VARIANTS[name]}; only plain LoRA is read"
+            )
+        raise ValueError(
+            f"{file}: {name}={value} is a setting that this reader does not know: only plain LoRA"
+            " is read (delete the line if it changes nothing)"
+        )
+    start = config.get("init_lora_weights", True)
+    kind = start.lower() if isinstance(start, str) else start
+    if kind == "loftq":
+        raise ValueError(
+            f"{file}: init_lora_weights={start}: the adapter fits only the base that LoftQ"
+            " quantised, which is not here"
+        )
+    if isinstance(kind, str) and kind.startswith(CHANGES_THE_BASE):
+        raise ValueError(
+            f"{file}: init_lora_weights={start} changed the base's weights too, and the adapter"
+            " fits only those: convert it with PEFT's save_pretrained(...,"
+            " path_initial_model_for_weight_conversion=...)"
+        )
+    if not (kind is None or isinstance(kind, bool) or kind in LEAVES_THE_BASE):
+        raise ValueError(
+            f"{file}: init_lora_weights={start} is unknown: whether it changed the base cannot be"
+            " said"
+        )
+    if not config.get("target_modules"):
+        raise ValueError(
+            f"{file} has no target_modules: whether the file holds all of its layers cannot be said"
+        )
+    if "lora_alpha" not in config:
+        raise ValueError(
+            f"{file} has no lora_alpha, which scales the adapter: write the one it was trained with"
+            " into it (PEFT's default is 8)"
+        )
+    patterns = {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns[name] = config.get(name) or {}
+        if not isinstance(patterns[name], dict):
+            raise ValueError(f"{file}: {name} is {patterns[name]}, not numbers by layer")
+    numbers = [("r", config.get("r", 8)), ("lora_alpha", config["lora_alpha"])]
+    numbers += [(f"rank_pattern {k}", v) for k, v in patterns["rank_pattern"].items()]
+    numbers += [(f"alpha_pattern {k}", v) for k, v in patterns["alpha_pattern"].items()]
+    numbers.append(("lora_dropout", config.get("lora_dropout", 0.0)))
+    for name, value in numbers:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"{file}: {name} is {value!r}, not a number")
+    if not 0 <= config.get("lora_dropout", 0.0) < 1:
+        raise ValueError(f"{file}: lora_dropout {config['lora_dropout']} is not in [0, 1)")
+
+
+def is_match(file, pattern, name):
+    """re.fullmatch of a pattern of adapter_config.json."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as e:
+        raise ValueError(f"{file}: {pattern!r} is no regular expression: {e}") from e
+
+
+def as_list(file, config, name):
+    """A setting that is absent, one value or a list of them -> list."""
+    value = config.get(name)
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(v, (str, int)) for v in values):
+        raise ValueError(f"{file}: {name} is {value!r}, not names")
+    return values
+
+
+def is_target(file, config, name):
+    """Whether PEFT would adapt the layer `name` (its check_target_module_exists)."""
+    exclude = config.get("exclude_modules")
+    if isinstance(exclude, str) and is_match(file, exclude, name):
+        return False
+    if isinstance(exclude, list) and any(f".{name}".endswith(f".{x}") for x in exclude):
+        return False
+    for saved in as_list(file, config, "modules_to_save"):
+        if is_match(file, rf"(.*\.)?{saved}(\..*)?", name):
+            return False
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return is_match(file, targets, name)
+    targets = as_list(file, config, "target_modules")
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{x}") for x in targets):
+        return False
+    layers = as_list(file, config, "layers_to_transform")
+    if not layers:
+        return True
+    # the number of the block: after any name, or after those of layers_pattern
+    lists = as_list(file, config, "layers_pattern") or [r"[^.]*"]
+    found = None
+    for pattern in lists:
+        prefix = r"(?:^|.*?\.)" if config.get("layers_pattern") else r".*?\."
+        found = re.match(rf"{prefix}{pattern}\.(\d+)\.", name)
+        if found:
+            break
+    return found is not None and int(found[1]) in layers
+
+
+def number_of(file, patterns, name, usual):
+    """Rank or alpha of a layer: of the first pattern that matches, as PEFT matches."""
+    for pattern, value in (patterns or {}).items():
+        if is_match(file, rf"(.*\.)?({pattern})", name):
+            return value
+    return usual
+
+
+def split_adapter(file, tensors):
+    """{name: tensor} of an adapter -> {layer: {"A", "B"}}, {name: tensor} of whole modules.
+    ValueError for names that are not PEFT's, and for half a pair."""
+    kohya = [k for k in tensors if re.search(r"lora_(down|up)\b|lora\.(down|up)\b|\.alpha$", k)]
+    if kohya or any(k.startswith(("lora_unet_", "lora_te")) for k in tensors):
+        raise ValueError(
+            f"{file} has names as kohya's or diffusers' scripts write them"
+            f" ({weights.some(kohya or tensors, 2)}): convert it to PEFT's form first"
+        )
+    pairs, whole = {}, {}
+    for key, x in tensors.items():
+        layer, dot, rest = key.partition(".lora_")
+        if not dot:
+            whole[key] = x
+            continue
+        named = re.fullmatch(r"[AB]\.(.+)\.weight", rest)
+        if named:
+            raise ValueError(
+                f"{file}: {key} contains the name of an adapter, {named[1]!r}: these are the"
+                " tensors of a running model; save them with PEFT's save_pretrained"
+            )
+        if rest not in ("A.weight", "B.weight"):
+            raise ValueError(
+                f"{file}: {key} is not read: only plain LoRA, a lora_A.weight and lora_B.weight of"
+                " each layer"
+            )
+        pairs.setdefault(layer, {})[rest[0]] = x
+    for layer, pair in pairs.items():
+        if len(pair) < 2:
+            has, lacks = ("A", "B") if "A" in pair else ("B", "A")
+            raise ValueError(f"{file}: {layer} has a lora_{has}, but no lora_{lacks}")
+    if not pairs:
+        raise ValueError(f"{file} holds no lora_A and lora_B: it has {weights.some(tensors, 4)}")
+    return pairs, whole
+
+
+def thirds_of(file, meta, pairs):
+    """What our own files say of adapters of parts of a fused qkv -> {layer: (third, ...)}."""
+    try:
+        thirds = json.loads(meta.get("thirds", "{}"))
+        thirds = {name: tuple(part) for name, part in thirds.items()}
+        good = all({*part} <= {0, 1, 2} and part for part in thirds.values())
+    except (ValueError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise ValueError(f"{file}: its metadata 'thirds' is damaged: {meta['thirds'][:80]}")
+    if unknown := sorted({*thirds} - {*pairs}):
+        raise ValueError(f"{file}: its metadata names {weights.some(unknown, 4)}, which it lacks")
+    return thirds
+
+
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter (a folder: ours, PEFT's, or of inject_adapter_in_model) onto a
-    predictor and freeze the rest; whole modules in it replace the model's and stay trainable.
-    Returns their names."""
-    try:
-        with open(os.path.join(folder, "adapter_config.json")) as f:
-            config = json.load(f)
-        with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
-            tensors, meta = {k: f.get_tensor(k).float() for k in f.keys()}, f.metadata() or {}
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{folder} is no PEFT adapter: {e.filename} is not there") from e
-    odd = [
-        f"{k}={config[k]}"
-        for k in ("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora")
-        if config.get(k)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
+    predictor and freeze the rest; whole modules in it replace the model's and stay trainable. It is
+    read whole, to the same outputs as PEFT gives, or refused. Returns the names of the modules."""
+    if lora_layers(model):
+        raise ValueError(f"{folder}: this predictor has adapters already")
+    config, tensors, meta = read_adapter(folder)
+    config_file = os.path.join(folder, "adapter_config.json")
+    file = os.path.join(folder, "adapter_model.safetensors")
+    check_adapter_config(config_file, config)
+    pairs, whole = split_adapter(file, tensors)
+    thirds = thirds_of(file, meta, pairs)
+
+    # the layers that the config names are those that the file holds
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # adapters of the condition encoders would take part in the folding of the action scale
+    unknown = sorted(({*pairs} - linear) | ({*pairs} & {*CONDITION}))
+    if unknown:
         raise ValueError(
-            f"{folder} is {config.get('peft_type')}, bias={config.get('bias')} {' '.join(odd)}:"
-            " only plain LoRA is read"
+            f"{file} does not fit: no such layers to adapt here: {weights.some(unknown, 4)}"
         )
-    tensors = {k.removeprefix("base_model.model."): v for k, v in tensors.items()}
-    thirds, rslora = json.loads(meta.get("thirds", "{}")), config.get("use_rslora", False)
-    inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    adapted = sorted(
-        k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")
-    )
-    whole = sorted({k.rpartition(".")[0] for k in tensors if ".lora_" not in k})
-    unknown = sorted(
-        ({*adapted, *whole} - inside) | ({*adapted} & {*CONDITION})
-    )  # those take part in scaling
-    if unknown or not adapted or lora_layers(model):
+    named = {n for n in linear if is_target(config_file, config, n)}
+    if missing := sorted(named - {*pairs}):
         raise ValueError(
-            f"{folder} does not fit: no such layers to adapt here: {weights.some(unknown)}"
+            f"{file} is not whole: {config_file} adapts {weights.some(missing, 4)} too, and it holds"
+            " nothing for them"
         )
-    model.requires_grad_(False)
-    for name in adapted:
-        A, B, part = (
-            tensors[f"{name}.lora_A.weight"],
-            tensors[f"{name}.lora_B.weight"],
-            thirds.get(name),
+    if extra := sorted({*pairs} - named):
+        raise ValueError(
+            f"{file} holds adapters of {weights.some(extra, 4)}, which the target_modules of"
+            f" {config_file} do not name"
         )
-        k, rank = len(part or [0]), len(A)
-        patterns = (config.get("alpha_pattern") or {}).items()
-        alpha = next(
-            (a for p, a in patterns if re.fullmatch(rf"(.*\.)?({p})", name)), config["lora_alpha"]
-        )  # as PEFT matches
-        if [len(B), A.shape[1]] != (size := [*model.get_submodule(name).weight.shape]):
+
+    # so with whole modules: PEFT takes those whose names end so
+    saved = as_list(config_file, config, "modules_to_save")
+    state = model.state_dict()
+    expected = set()
+    for name, module in model.named_modules():
+        if name and any(name.endswith(str(x)) for x in saved):
+            expected |= {f"{name}.{k}" for k in module.state_dict()}
+    if missing := sorted(expected - {*whole}):
+        raise ValueError(
+            f"{file} is not whole: modules_to_save of {config_file} names {weights.some(missing, 4)},"
+            " which it lacks"
+        )
+    if extra := sorted({*whole} - expected):
+        raise ValueError(
+            f"{file} holds {weights.some(extra, 4)}, which are no modules here that modules_to_save"
+            f" of {config_file} names"
+        )
+    for name, x in whole.items():
+        if x.shape != state[name].shape:
             raise ValueError(
-                f"{folder}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {size}:"
+                f"{file}: {name} has shape {[*x.shape]}, here it is {[*state[name].shape]}: another"
+                " base, or actions and states of another size"
+            )
+
+    # all layers are checked before the first is changed
+    layers = {}
+    for name, pair in pairs.items():
+        A, B = pair["A"], pair["B"]
+        size = [*model.get_submodule(name).weight.shape]
+        fits = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] > 0
+        if not fits or [B.shape[0], A.shape[1]] != size:
+            raise ValueError(
+                f"{file}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {size}:"
                 " another base"
             )
-        alpha, dropout = alpha / (math.sqrt(k) if rslora else k), config.get("lora_dropout", 0.0)
-        layer = put_lora(model, name, rank // k, alpha, dropout, rslora, part and tuple(part))
-        if part:
-            B = B.view(3, -1, k, rank // k)[list(part), :, list(range(k))]
+        rank = number_of(config_file, config.get("rank_pattern"), name, config.get("r", 8))
+        if rank != len(A):
+            default = "" if "r" in config else " (it has no r, and 8 is PEFT's default)"
+            raise ValueError(
+                f"{file}: {name} has rank {len(A)}, and {config_file} says {rank}{default}: they do"
+                " not belong together"
+            )
+        alpha = number_of(config_file, config.get("alpha_pattern"), name, config["lora_alpha"])
+        layers[name] = (A, B, rank, alpha)
+
+    model.requires_grad_(False)
+    dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
+    for name in sorted(layers):
+        A, B, rank, alpha = layers[name]
+        part = thirds.get(name)
+        blocks = part and split_thirds(B, part)
+        # whoever trains our file on in PEFT fills what was zero: then it is one adapter
+        k = 1 if blocks is None else len(part)
+        alpha = alpha / (math.sqrt(k) if rslora else k)
+        part = None if blocks is None else part
+        layer = put_lora(model, name, rank // k, alpha, dropout, rslora, part)
         layer.lora_A.data.copy_(A)
-        layer.lora_B.data.copy_(B)
-    for name in whole:
-        w, b = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        layer = nn.Linear(w.shape[1], w.shape[0], device=model.get_submodule(name).weight.device)
-        layer.load_state_dict({"weight": w, "bias": b})
-        model.set_submodule(name, layer)
-    return whole
+        layer.lora_B.data.copy_(B if blocks is None else blocks)
+    modules = sorted({name.rpartition(".")[0] for name in whole})
+    model.load_state_dict(whole, strict=False)
+    for name in modules:
+        model.get_submodule(name).requires_grad_(True)
+    return modules
+
+
+def split_thirds(B, part):
+    """A block-diagonal B (out, k r) of thirds -> (k, out / 3, r); None if it has anything outside
+    of its blocks."""
+    k = len(part)
+    if B.shape[0] % 3 or B.shape[1] % k:
+        return None
+    parts = B.view(3, -1, k, B.shape[1] // k)
+    blocks = parts[list(part), :, list(range(k))]
+    rest = parts.clone()
+    rest[list(part), :, list(range(k))] = 0
+    return None if rest.any() else blocks
 
 
 # --- the base ---
@@ -411,7 +732,7 @@ def adapt(predictor, base_scaler, anew, scaler, options, init_from=None, conditi
     if options and not init_from:
         add_lora(predictor, **options)
     for name in also | {*whole}:
-        getattr(predictor, name).requires_grad_(True)
+        predictor.get_submodule(name).requires_grad_(True)
     if "action_encoder" not in anew or "action_encoder" in whole:
         predictor.action_encoder.load_state_dict(
             fold_scaler(predictor.action_encoder, file_scaler, scaler)

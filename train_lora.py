@@ -56,10 +56,16 @@ flag(
     "--data",
     "--data_path",
     nargs="+",
+    action="extend",
     required=True,
-    help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs",
+    help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs; may be repeated",
 )
-flag("--val_data", nargs="+", help="held-out episodes (default: --val_fraction of --data)")
+flag(
+    "--val_data",
+    nargs="+",
+    action="extend",
+    help="held-out episodes (default: --val_fraction of --data); may be repeated",
+)
 flag("--val_fraction", type=float, default=0.1, help="share of the episodes held out")
 flag(
     "--val_clips",
@@ -87,7 +93,12 @@ flag(
     choices=["reference", "square"],
     help="reference: centre of at most 1.35:1, squeezed, as Meta's",
 )
-flag("--camera", nargs="+", default=["exterior_1"], help="cameras, of which each clip draws one")
+flag(
+    "--camera",
+    nargs="+",
+    action="extend",
+    help="cameras, of which each clip draws one (default: exterior_1)",
+)
 flag(
     "--idle_filter",
     default="light",
@@ -95,8 +106,23 @@ flag(
     help="leave out stretches without motion (droid.py)",
 )
 flag("--success", default="all", choices=["all", "only"], help="only leaves out failed episodes")
-flag("--state_keys", nargs="+", help="fields of the state (default: the 7-D pose)")
-flag("--action_keys", nargs="+", help="fields of the action (default: differences of the pose)")
+flag(
+    "--state_keys",
+    nargs="+",
+    action="extend",
+    help="fields of the state (default: the 7-D pose); other ones need --action_keys",
+)
+flag(
+    "--action_keys",
+    nargs="+",
+    action="extend",
+    help="fields of the action (default: differences of the pose)",
+)
+flag(
+    "--verify",
+    action=switch,
+    help="check all checksums of TFRecords, which reads them once (default: files up to 50 GB)",
+)
 flag(
     "--max_bad_fraction",
     type=float,
@@ -123,8 +149,8 @@ flag("--init_from", help="start from this PEFT adapter, a folder; it decides --r
 flag(
     "--targets",
     nargs="+",
-    default=[*lora.TARGETS],
-    help="layers to adapt: any of q_proj k_proj v_proj o_proj mlp.fc1 mlp.fc2",
+    action="extend",
+    help="layers to adapt: any of q_proj k_proj v_proj o_proj mlp.fc1 mlp.fc2 (default: all)",
 )
 flag("--r", type=int, default=16, help="rank of the adapters")
 flag(
@@ -285,6 +311,8 @@ if __name__ == "__main__":
         if getattr(args, k) < 1
     ]:
         parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
+    args.camera = args.camera or ["exterior_1"]
+    args.targets = args.targets or [*lora.TARGETS]
     args.batch_size, args.grad_accum = (1, 1) if args.debug else (args.batch_size, args.grad_accum)
 
     # --- distributed --- (same in every train_*.py)
@@ -315,7 +343,7 @@ if __name__ == "__main__":
         args.state_keys,
         args.action_keys,
     )
-    fraction = args.val_fraction * bool(args.val_clips)
+    fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
     train, val, bad = open_droid(
         args.data,
         args.val_data if args.val_clips else None,
@@ -324,10 +352,14 @@ if __name__ == "__main__":
         idle_filter=args.idle_filter,
         success=args.success,
         max_bad_fraction=args.max_bad_fraction,
+        verify=args.verify,
         log=say,
     )
     names, unscaled = reader.names, np.ones(len(reader.names))
-    how = f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g}"
+    how = (
+        f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g} --val_fraction"
+        f" {fraction:g}"
+    )
     scaler = (
         ActionScaler(0 * unscaled, unscaled, unscaled, 0, {})
         if args.no_scale
@@ -339,6 +371,16 @@ if __name__ == "__main__":
         say(
             f"{len(bad)} episodes cannot be used, {' '.join(bad[0])} among them; all are listed in"
             " bad_clips.jsonl"
+        )
+    held, known_to_scaler = {r.name for r in val}, scaler.meta.get("recordings")
+    if (
+        held & set(known_to_scaler)
+        if known_to_scaler
+        else val and fraction and fraction != scaler.meta.get("val_fraction", fraction)
+    ):
+        say(
+            "warning: the scaler was fitted on recordings held out here; fit it on the training"
+            " shards only (fit_scaler.py --val_fraction)"
         )
     clips, val_set = DroidClips(train, reader, args.seed), DroidClips(val, reader, args.seed)
     if args.val_clips and sum(map(len, windows(val_set, 1, 2))) < 2:
@@ -615,7 +657,9 @@ if __name__ == "__main__":
         }
         path = checkpoint.save(
             args.out_dir,
-            state | belongs | {"feature_stats": stats, "world_size": world},
+            state
+            | belongs
+            | {"held_out": sorted(held), "feature_stats": stats, "world_size": world},
             epoch,
             itr,
             args.keep_last,

@@ -57,6 +57,36 @@ VELOCITY = {
     "raw": "action/joint_velocity",
     "robot": "joint_velocity",
 }
+# how far a pose may drift while "nothing moves": more than sensors make up, less than one sees
+DRIFT = {"m": 0.002, "rad": 0.01, "closed": 0.05}
+POSE_UNITS = ["m"] * 3 + ["rad"] * 3
+# what shows that an arm moves, and the units of its numbers
+PLACES = {
+    "rlds": {
+        "observation/cartesian_position": POSE_UNITS,
+        "observation/gripper_position": ["closed"],
+        "observation/joint_position": ["rad"],
+    },
+    "raw": {
+        "observation/robot_state/cartesian_position": POSE_UNITS,
+        "observation/robot_state/gripper_position": ["closed"],
+        "observation/robot_state/joint_positions": ["rad"],
+    },
+    "robot": {
+        "cartesian_position": POSE_UNITS,
+        "gripper_position": ["closed"],
+        "joint_position": ["rad"],
+    },
+}
+# the first bytes of a TFRecord that was written with compression, or of an archive
+COMPRESSED = {
+    b"\x1f\x8b": "GZIP",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "ZIP",
+}
+KINDS = {0x0A: "bytes", 0x12: "floats", 0x1A: "integers"}  # of the list in a Feature, by its tag
 
 
 class Episode(NamedTuple):
@@ -67,8 +97,8 @@ class Episode(NamedTuple):
     # RLDS: recording_folderpath--file_path, as in openpi's list of ranges; features: KEY@CAMERA-ROW
     key: str
     kind: str  # rlds, raw, robot or features
-    # RLDS: feature -> (offset, size, sizes of its JPEGs or None); features: of a Record; else
-    # camera -> (file, extrinsics)
+    # RLDS: camera -> (offset, size, sizes of its JPEGs or None), other feature -> (offset, size,
+    # one of KINDS); features: of a Record; else camera -> (file, extrinsics)
     members: dict
     steps: int  # of the whole episode
     rate: float  # steps a second
@@ -169,6 +199,15 @@ def masked_crc(data):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def compression(head):
+    """The first bytes of a file -> what it is compressed with, or ''."""
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            return name
+    is_zlib = head[0] & 0x0F == 8 and (head[0] << 8 | head[1]) % 31 == 0
+    return "ZLIB" if is_zlib else ""
+
+
 def records(read, end, check):
     """A TFRecord file of `end` bytes -> (offset, size, flaw or "") of each record's data; check:
     look at the checksums of the data, which reads it all. Raises ValueError where the rest cannot
@@ -177,6 +216,12 @@ def records(read, end, check):
     while at < end:
         head = bytes(read(at, 12))
         size, crc = struct.unpack("<QI", head.ljust(12, b"\0"))
+        packed = compression(head) if at == 0 and len(head) == 12 else ""
+        if packed and masked_crc(head[:8]) != crc:
+            raise ValueError(
+                f"compressed with {packed}, so not a TFRecord as it is: in a compressed file no"
+                " record can be found without reading all before it; unpack it first"
+            )
         if len(head) == 12 and masked_crc(head[:8]) != crc:
             raise ValueError(
                 f"the length at byte {at} has a wrong checksum: not a TFRecord, or damaged; what"
@@ -201,8 +246,9 @@ def varint(b, i):
 
 
 def features(read, at, size):
-    """The Example of `size` bytes at `at` -> {name: (offset, size) of its list}. read(offset, size)
-    is asked for the heads of features only. ValueError if there is something else."""
+    """The Example of `size` bytes at `at` -> {name: (offset, size, one of KINDS) of its list}.
+    read(offset, size) is asked for the heads of features only. ValueError if there is something
+    else."""
     out, end = {}, at + size
     try:
         b = read(at, min(11, size))
@@ -216,8 +262,10 @@ def features(read, at, size):
             i, name = start + size, bytes(b[start : start + size]).decode()
             size, value = varint(b, i + 1)
             good = b[0] == 0x0A and b[i] == 0x12 and after <= end and at + value + size == after
+            kind = KINDS.get(b[value], "") if size else "bytes"
+            good = good and kind != ""
             size, value = varint(b, value + 1) if size else (0, value)
-            out[name], at = (at + value, size), after
+            out[name], at = (at + value, size, kind), after
     except (IndexError, UnicodeDecodeError):
         good = False
     if not good:
@@ -264,6 +312,91 @@ def numbers(raw):
     return np.frombuffer(raw[i:], "<f4")
 
 
+def integers(raw):
+    """An Int64List -> int64 array. Numbers are packed into one value, or have a tag each."""
+    data = np.frombuffer(raw, np.uint8)
+    if len(data) and data[0] == 0x0A:
+        try:
+            size, i = varint(raw, 1)
+        except IndexError:
+            size, i = -1, 0
+        if i + size != len(data):
+            raise ValueError("a list of integers is damaged")
+        data = data[i:]
+        tagged = False
+    else:
+        tagged = len(data) > 0
+    if len(data) == 0:
+        return np.zeros(0, np.int64)
+    ends = np.flatnonzero(data < 128)
+    if tagged:
+        # a tag is a byte of its own, so it is every second of the varints
+        tags, ends = ends[::2], ends[1::2]
+        starts = tags + 1
+        if len(tags) != len(ends) or (data[tags] != 0x08).any():
+            raise ValueError("a list of integers is damaged")
+    else:
+        starts = np.concatenate([[0], ends[:-1] + 1])
+    if not len(ends) or ends[-1] != len(data) - 1 or (ends - starts).max() > 9:
+        raise ValueError("a list of integers is damaged")
+    out = np.zeros(len(ends), np.uint64)
+    for k in range(int((ends - starts).max()) + 1):
+        inside = starts + k <= ends
+        part = data[(starts + k)[inside]].astype(np.uint64) & np.uint64(127)
+        out[inside] |= part << np.uint64(7 * k)
+    return out.view(np.int64)
+
+
+def field_rows(raw, kind, steps, name):
+    """The list of a TFRecord's field -> (steps, d) float64. ValueError, with the field's name, for
+    what is not d numbers a step."""
+    if kind not in ("floats", "integers"):
+        raise ValueError(f"steps/{name} holds {kind} (text or pictures), not numbers")
+    try:
+        x = numbers(raw) if kind == "floats" else integers(raw)
+    except ValueError as e:
+        raise ValueError(f"steps/{name}: {e}") from e
+    if steps < 1 or x.size == 0 or x.size % steps:
+        raise ValueError(f"steps/{name} holds {x.size} numbers, and the episode has {steps} steps")
+    return x.astype(np.float64).reshape(steps, -1)
+
+
+def array_rows(x, steps, name):
+    """An array of an npz or HDF5 file -> (steps, d) float64. ValueError, with its name, for what is
+    not numbers for each of these steps."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise ValueError(f"{name} is a group of fields: name one of them")
+    if x.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds {x.dtype}, not numbers")
+    if x.ndim == 0 or x.shape[0] != steps:
+        rows = f"{x.shape[0]} rows" if x.ndim else "a single number"
+        raise ValueError(f"{name} has {rows}, and the episode {steps}")
+    return np.asarray(x[:], dtype=np.float64).reshape(steps, -1)
+
+
+def truth(value, name):
+    """What a file says of success, in any spelling -> bool. ValueError for what says neither."""
+    x = np.asarray(value)
+    word = x.reshape(-1)[0] if x.size == 1 else None
+    if isinstance(word, bytes):
+        word = word.decode(errors="replace")
+    if isinstance(word, str):
+        known = {"true": True, "yes": True, "success": True, "1": True, "1.0": True}
+        known |= {"false": False, "no": False, "failure": False, "fail": False, "0": False}
+        word = (known | {"0.0": False, "failed": False}).get(word.strip().lower())
+    if word is None or word not in (0, 1):
+        raise ValueError(f"{name} is {value!r}: true or false, 1 or 0 is expected")
+    return bool(word)
+
+
+def path_success(text):
+    """Whether the path that an episode was recorded at says success, as DROID's paths do."""
+    named = re.search(r"(?:^|/)(success|failure)(?:/|$)", text)
+    if named:
+        return named[1] == "success"
+    return re.search(r"(?<![a-z])(?<!no[_-])(?<!not[_-])success", text) is not None
+
+
 # --- the index ---
 
 
@@ -272,6 +405,47 @@ def idle_runs(velocity):
     off that of the step before (openpi)."""
     idle = np.pad(np.all(np.abs(np.diff(velocity, axis=0)) < 1e-3, axis=1), (2, 1)).astype(int)
     return np.flatnonzero(np.diff(idle)).reshape(-1, 2).tolist()
+
+
+def still_runs(velocity, places):
+    """Joint velocities (steps, joints), [(positions (steps, d), their units)] -> [[start, end)] of
+    those idle steps in which nothing moves either: a constant command moves the arm. Where no
+    position is known, the command must be zero."""
+    where, limits = [], []
+    for x, units in places:
+        units = units if len(units) == x.shape[1] else units[:1] * x.shape[1]
+        for column, unit in zip(x.T, units):
+            where.append(np.unwrap(column) if unit == "rad" else column)
+            limits.append(DRIFT[unit])
+    if where:
+        where, limits = np.stack(where, axis=1), np.array(limits)
+    else:
+        where, limits = np.abs(velocity), np.full(velocity.shape[1], 1e-3)
+        where[where >= 1e-3] = np.nan
+
+    out = []
+    for first, last in idle_runs(velocity):
+        # step t leads from row t - 1 to row t, so a run of steps covers one row more
+        start = first
+        low = high = where[first - 1]
+        for t in range(first, last):
+            low, high = np.minimum(low, where[t]), np.maximum(high, where[t])
+            if (high - low <= limits).all():  # never where a number is missing
+                continue
+            if t > start:
+                out.append([start, t])
+            start = t + 1
+            low = high = where[t]
+        if last > start:
+            out.append([start, last])
+    return out
+
+
+def stillness(velocity, places):
+    """The "idle" and "still" runs of an episode, None where it has no joint velocities."""
+    if velocity is None:
+        return {"idle": None, "still": None}
+    return {"idle": idle_runs(velocity), "still": still_runs(velocity, places)}
 
 
 def index_rlds(path, end, deep):
@@ -286,7 +460,7 @@ def index_rlds(path, end, deep):
                     raise ValueError(flaw)
                 found = features(read, start, size)
                 meta = [
-                    read(*found.pop(f"episode_metadata/{k}", (0, 0)))
+                    read(*found.pop(f"episode_metadata/{k}", (0, 0, "bytes"))[:2])
                     for k in ("recording_folderpath", "file_path")
                 ]
                 texts = [bytes(raw[i : i + n]).decode() for raw in meta for i, n in values(raw)]
@@ -299,35 +473,46 @@ def index_rlds(path, end, deep):
                     for c, k in CAMERAS.items()
                     if f"observation/{k}" in found
                 }
+                said = found.pop("episode_metadata/success", None)
                 if "is_first" not in found:
                     raise ValueError("no steps/is_first in it, which says how many there are")
-                flags = read(*found["is_first"])  # a byte each, packed or with a tag each
-                steps = (
-                    len(flags) // 2
-                    if flags[:1] == b"\x08"
-                    else varint(flags, 1)[0]
-                    if len(flags)
-                    else 0
-                )
+                flags = found["is_first"]
+                if flags[2] != "integers" and flags[1]:
+                    raise ValueError(f"steps/is_first holds {flags[2]}, not a truth value a step")
+                steps = len(integers(read(*flags[:2])))
+                for c, (_, size, kind) in cameras.items():
+                    if kind != "bytes" and size:
+                        raise ValueError(
+                            f"steps/observation/{CAMERAS[c]} holds {kind}, no pictures"
+                        )
                 members = {
-                    c: (*m, [n for _, n in values(read(*m))] if deep else None)
+                    c: (*m[:2], [n for _, n in values(read(*m[:2]))] if deep else None)
                     for c, m in cameras.items()
                 }
                 if wrong := [
                     f"{c} {len(m[2])}" for c, m in members.items() if deep and len(m[2]) != steps
                 ]:
                     raise ValueError(f"{steps} steps, but pictures of {', '.join(wrong)}")
-                speed = numbers(read(*found.get(VELOCITY["rlds"], (0, 0))))
-                idle = idle_runs(speed.reshape(steps, -1)) if speed.size else None
-                members |= {k: (*m, None) for k, m in found.items()}
+                velocity = None
+                place = found.get(VELOCITY["rlds"], (0, 0, ""))
+                if steps and place[1]:
+                    raw = read(*place[:2])
+                    velocity = field_rows(raw, place[2], steps, VELOCITY["rlds"])
+                places = []
+                for name, units in PLACES["rlds"].items():
+                    place = found.get(name, (0, 0, ""))
+                    try:
+                        x = field_rows(read(*place[:2]), place[2], steps, name)
+                        places.append((x, units))
+                    except ValueError:
+                        pass  # not there, or not what it is elsewhere: who asks for it is told
+                if said:
+                    success = truth(metadata_value(read(*said[:2]), said[2]), "success")
+                else:
+                    success = path_success((texts or [""])[-1])
                 episodes.append(
-                    {
-                        "key": key,
-                        "members": members,
-                        "steps": steps,
-                        "idle": idle,
-                        "success": "success" in (texts or [""])[-1],
-                    }
+                    {"key": key, "members": members | found, "steps": steps, "success": success}
+                    | stillness(velocity, places)
                 )
             except (ValueError, IndexError) as e:
                 bad.append((path, key, str(e)))
@@ -336,11 +521,64 @@ def index_rlds(path, end, deep):
     return episodes, bad or [(path, "", "no episode in it")] * (not episodes)
 
 
+def metadata_value(raw, kind):
+    """The one value of a feature of an episode."""
+    if kind == "bytes":
+        found = [bytes(raw[i : i + n]) for i, n in values(raw)]
+    else:
+        found = (numbers(raw) if kind == "floats" else integers(raw)).tolist()
+    return found[0] if len(found) == 1 else found
+
+
+def one_number(f, name, usual):
+    """A number of an npz, also as an array of one; ValueError for anything but a positive one."""
+    if name not in f:
+        return usual
+    x = np.asarray(f[name])
+    try:
+        value = float(x.reshape(-1)[0]) if x.size == 1 else np.nan
+    except (ValueError, TypeError):
+        value = np.nan
+    if not 0 < value < np.inf:
+        raise ValueError(f"{name} is {x.tolist()!r:.60}: one positive number is expected")
+    return value
+
+
+def npz_rows(f, frames):
+    """Rows of the episode in an npz: those of the fields that have a fixed meaning, else the length
+    of which as many frames are. ValueError where the arrays leave it open."""
+    lengths = {}
+    for name in f:
+        try:
+            x = f[name]
+        except ValueError:
+            continue  # Python objects, which are not read: who asks for them is told
+        if x.ndim:
+            lengths[name] = len(x)
+    fixed = {k: lengths[k] for k in [*STATES["robot"], VELOCITY["robot"]] if k in lengths}
+    if len({*fixed.values()}) > 1:
+        said = ", ".join(f"{k} {n}" for k, n in fixed.items())
+        raise ValueError(f"its fields have different numbers of rows: {said}")
+    if fixed:
+        return next(iter(fixed.values()))
+    fitting = {n for n in lengths.values() if frames and max(abs(n - x) for x in frames) <= 5}
+    if len(fitting) > 1:
+        exact = fitting & {*frames}
+        fitting = exact if len(exact) == 1 else fitting
+    if len(fitting) > 1:
+        said = ", ".join(f"{k} {n}" for k, n in lengths.items() if n in fitting)
+        raise ValueError(
+            f"its fields have different numbers of rows ({said}), and {frames} frames in its"
+            " videos: which are the episode's is unknown"
+        )
+    return fitting.pop() if fitting else max(lengths.values(), default=0)
+
+
 def index_files(path, files, kind):
     """trajectory.h5 of raw DROID, or NAME.npz of one's own, and the files beside it -> ([episode],
     []). Row i goes with frame i."""
     with h5py.File(path) if kind == "raw" else np.load(path) as f:
-        idle, rate = idle_runs(f[VELOCITY[kind]][:]) if VELOCITY[kind] in f else None, 15.0
+        rate = 15.0
         if kind == "raw":
             if not (jsons := [x for x in files if x.endswith(".json")]):
                 raise ValueError(
@@ -348,11 +586,12 @@ def index_files(path, files, kind):
                 )
             with open(jsons[0], "rb") as m:
                 meta = orjson.loads(m.read())
+            if STATES[kind][0] not in f:
+                raise ValueError(f"no {STATES[kind][0]} in it")
             steps, has = len(f[STATES[kind][0]]), f.get("observation/camera_extrinsics", ())
-            key, success = (
-                meta.get("uuid") or os.path.basename(os.path.dirname(path)),
-                meta.get("success", "/success/" in path),
-            )
+            key = meta.get("uuid") or os.path.basename(os.path.dirname(path))
+            said = meta.get("success")
+            success = "/success/" in path if said is None else truth(said, "success of its json")
             videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
             serials = {
                 c: os.path.basename(meta.get(f"{k}_mp4_path") or "")[:-4]
@@ -367,21 +606,31 @@ def index_files(path, files, kind):
                 if s in videos
             }
         else:
-            stem, steps = path[: -len(".npz")], max((len(f[k]) for k in f if f[k].ndim), default=0)
-            key, rate, success = (
-                "/".join(os.path.abspath(stem).split("/")[-2:]),
-                float(f.get("rate", 15)),
-                bool(f.get("success", True)),
-            )
+            stem = path[: -len(".npz")]
+            key = "/".join(os.path.abspath(stem).split("/")[-2:])
+            rate = one_number(f, "rate", 15.0)
+            success = truth(f["success"], "success") if "success" in f else True
             members = {
                 x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None)
                 for x in files
                 if x != path
             }
-    frames = []
-    for video, _ in members.values():
-        with open(video, "rb") as v:
-            frames.append(len(mp4_times(v)))
+        frames = []
+        for video, _ in members.values():
+            with open(video, "rb") as v:
+                frames.append(len(mp4_times(v)))
+        if kind == "robot":
+            steps = npz_rows(f, frames)
+        velocity = None
+        if VELOCITY[kind] in f:
+            velocity = array_rows(f[VELOCITY[kind]], steps, VELOCITY[kind])
+        places = []
+        for name, units in PLACES[kind].items():
+            try:
+                if name in f:
+                    places.append((array_rows(f[name], steps, name), units))
+            except ValueError:
+                pass  # not what it is elsewhere: who asks for it is told
     if not frames or max(abs(n - steps) for n in frames) > 5:
         raise ValueError(
             f"{steps} rows, and {frames or 'no'} frames in its videos: which row goes with which"
@@ -394,10 +643,10 @@ def index_files(path, files, kind):
             "members": members,
             "steps": steps,
             "last": last,
-            "idle": idle,
             "success": success,
             "rate": rate,
         }
+        | stillness(velocity, places)
     ], []
 
 
@@ -441,7 +690,7 @@ def index_file(path, verify):
                 for x in [path, *files]
             ]
         cache = os.path.join(
-            CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v1".encode()).hexdigest()[:32]
+            CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v2".encode()).hexdigest()[:32]
         )
         if os.path.exists(cache):
             with open(cache, "rb") as f:
@@ -478,13 +727,13 @@ def read_fields(r, names):
     """Low-dimensional fields of an Episode by name -> [(steps, d) float64]."""
     if r.kind == "rlds":
         return [
-            numbers(raw).astype(np.float64).reshape(r.steps, -1)
-            for raw in fetch(r.shard, [r.members[k][:2] for k in names])
+            field_rows(raw, r.members[k][2], r.steps, k)
+            for k, raw in zip(names, fetch(r.shard, [r.members[k][:2] for k in names]))
         ]
     with h5py.File(r.shard) if r.kind == "raw" else np.load(r.shard) as f:
         if missing := [k for k in names if k not in f]:
             raise ValueError(f"no {missing[0]} in it, but {', '.join(f)}")
-        return [np.asarray(f[k][:], dtype=np.float64).reshape(r.steps, -1) for k in names]
+        return [array_rows(f[k], r.steps, k) for k in names]
 
 
 def read_pictures(r, camera, wanted):
@@ -502,4 +751,18 @@ def read_pictures(r, camera, wanted):
     if wanted[-1] >= len(table):
         raise ValueError(f"it has {len(table)} pictures, and step {wanted[-1]} is asked for")
     jpegs = fetch(r.shard, [(at + table[i][0], table[i][1]) for i in wanted])
-    return [np.asarray(Image.open(io.BytesIO(x)).convert("RGB")) for x in jpegs]
+    return [rgb(Image.open(io.BytesIO(x))) for x in jpegs]
+
+
+def rgb(image):
+    """A PIL image -> (H, W, 3) uint8. PIL cuts grey levels of 16 bits at 255; here they are
+    scaled."""
+    if image.mode == "F":
+        raise ValueError("a picture of floating-point numbers: only 8 and 16 bits are read")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("a picture of 32 bits: only 8 and 16 bits are read")
+        grey = ((levels + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))

@@ -4,8 +4,8 @@ them.
 A member KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of
 episode KEY, from row ROW on: z (S, N, D), actions (S-1, A) unscaled, states (S, state_dim) in
 float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim" and what
---success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle": [[row, row
-after]]}, the whole one's."""
+--success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle" and "still":
+[[row, row after]]}, the whole one's."""
 
 import functools
 import json
@@ -100,6 +100,7 @@ def sources(found, bad, reader, phases):
             "rate": r.rate,
             "success": bool(entry["success"]),
             "idle": entry["idle"],
+            "still": entry["still"],
         }
         out.append(Source(r, runs, about))
     return out, bad
@@ -176,13 +177,18 @@ def index_tar(path):
                 meta["encoder"],
                 str(int(meta["grid"])),
             ]
-            idle = about["idle"] and [(int(a), int(b)) for a, b in about["idle"]]
-            edges = [0, *(x for pair in idle or () for x in pair), 2**31]
+            runs = {}
+            ordered = True
+            for name in ("idle", "still"):  # features of older versions do not say what was still
+                said = about[name] if name == "idle" else about.get(name)
+                runs[name] = said and [(int(a), int(b)) for a, b in said]
+                edges = [0, *(x for pair in runs[name] or () for x in pair), 2**31]
+                ordered = ordered and edges == sorted(edges)
             whole = (
                 0 < rate < math.inf
                 and 0 <= first < stride
                 and 2 <= steps == (rows - first - 1) // stride + 1
-                and edges == sorted(edges)
+                and ordered
             )
             whole &= (
                 len(words) == 2 * header["actions"][1][1] + 2
@@ -191,8 +197,7 @@ def index_tar(path):
             )
             if not whole:
                 raise ValueError("its metadata and its tensors disagree")
-            about = {
-                "idle": idle,
+            about = runs | {
                 "success": bool(about["success"]),
                 "rows": (first, stride, rows),
                 "rate": rate / stride,
@@ -221,7 +226,7 @@ def index_tar(path):
 def keep_ranges(idle, steps, rule, span):
     """Idle runs of an episode -> [(first, last)] that clips of `span` steps may be cut from. off:
     everything. openpi: what is left without idle runs of 7 steps or more, if 16 steps long, less
-    its last 10. light: only clips in which nothing moves are left out."""
+    its last 10. light, of still runs: only clips in which nothing moves are left out."""
     if rule == "off":
         return [(0, steps)]
     edges = [

@@ -42,7 +42,8 @@ X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}
 
 
 def varint(n):
-    """Protobuf's integer."""
+    """Protobuf's integer; a negative one is its 64 bits."""
+    n &= 2**64 - 1
     return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
 

@@ -3,15 +3,19 @@ episodes -> batches and statistics."""
 
 import collections
 import functools
+import gzip
 import http.server
 import io
 import itertools
 import json
+import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import zlib
 
 import fsspec
 import h5py
@@ -368,7 +372,9 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
     stretch."""
     velocity = np.random.default_rng(0).normal(0, 0.3, (120, 7))
     velocity[40:70] = 0.1
-    change = {"action_dict/joint_velocity": velocity}
+    pose = rows(1, 120)["observation/cartesian_position"]
+    pose[40:70] = pose[40]
+    change = {"action_dict/joint_velocity": velocity, "observation/cartesian_position": pose}
     path = write(
         tmp_path / "a.tfrecord",
         episode(1, 120, **change),
@@ -388,7 +394,8 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         f" keeps {share:.1%} of 222 starts of clips"
     )
     assert lines == [
-        f"4 episodes, 7.9% of their rows idle: {left} (1 without joint velocities: all), in 3"
+        f"4 episodes, 7.9% of their rows idle: {left} (1 of which it is not known what is"
+        " idle: all), in 3"
         " stretches"
     ]
     numbers = [
@@ -400,7 +407,8 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers
     )
     assert [len(opened(path, idle_filter=f)[0]) for f in ("off", "light")] == [3, 4]
-    velocity[:] = 0
+    velocity[:], pose[:] = 0, 0
+    change["observation/gripper_position"] = np.zeros((120, 1))
     with pytest.raises(
         ValueError,
         match="no usable episode in .*b.tfrecord: the filters leave nothing .--idle_filter off",
@@ -486,7 +494,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         """The same Example with a tag before each number, as other writers have it."""
         read = lambda at, n: record_bytes[at : at + n]  # noqa: E731
         out = {}
-        for name, (at, n) in episodes.features(read, 12, len(record_bytes) - 16).items():
+        for name, (at, n, _) in episodes.features(read, 12, len(record_bytes) - 16).items():
             raw = read(at, n)
             if name.endswith("is_first"):
                 out[name] = ("3", b"".join(b"\x08" + bytes([x]) for x in raw[-(len(raw) - 2) :]))
@@ -969,7 +977,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         "demo-1"
     ]
     with pytest.raises(
-        ValueError, match="6 numbers, and pose differences need 7: name --action_keys"
+        ValueError, match="--state_keys joints grip is not taken for a pose.*name --action_keys"
     ):
         opened(str(tmp_path), DroidReader(4, 5, camera="front", state_keys=["joints", "grip"]))
     with pytest.raises(ValueError, match="no wheel in it, but .*torque"):
@@ -977,6 +985,294 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
             str(tmp_path),
             DroidReader(4, 5, camera="front", state_keys=["joints"], action_keys=["wheel"]),
         )
+
+
+# --- fields by what they are ---
+
+
+def of_fields(seed=0, steps=60, **fields):
+    """A record of an episode of 60 steps with these fields too, of any type."""
+    r = {k: np.float32(x) for k, x in rows(seed, steps).items()}
+    pictures = {"exterior_1": [jpeg(i) for i in range(steps)]}
+    return record(droid_example(r | fields, pictures, f"e{seed}", "success/t.h5", "abc", True))
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_integers_are_read_as_integers(tmp_path, tagged):
+    """Bug: the varints of an Int64List (buttons, a gripper that is open or closed) are taken for
+    the bits of floats."""
+    values = np.array([0, 1, 127, 128, -1, -(2**63), 2**63 - 1, 300] * 30)
+    packed = b"".join(varint(int(v) & (2**64 - 1)) for v in values)
+    if tagged:
+        packed = b"".join(b"\x08" + varint(int(v) & (2**64 - 1)) for v in values)
+        raw = packed
+    else:
+        raw = b"\x0a" + varint(len(packed)) + packed
+    assert (episodes.integers(raw) == values).all() and episodes.integers(raw).dtype == np.int64
+    for damaged in (raw + b"\x80", raw[:-1] + b"\xff", b"\x0a" + raw):
+        with pytest.raises(ValueError, match="damaged"):
+            episodes.integers(damaged)
+
+
+def test_fields_are_read_by_their_type_or_refused_by_name(tmp_path):
+    """Bug: an integer field is reinterpreted, a text field is read as numbers, a field with another
+    number of values is cut into other rows."""
+    buttons = np.tile([[1, 0, -3, 300]], (60, 1))
+    path = write(
+        tmp_path / "a.tfrecord",
+        of_fields(
+            **{
+                "action_dict/buttons": buttons,
+                "action_dict/text": [b"go"] * 60,
+                "action_dict/odd": np.zeros(61, np.float32),
+                "action_dict/none": np.zeros(0, np.float32),
+            }
+        ),
+    )
+    reader = DroidReader(4, 5, **SMALL, action_keys=["action_dict/buttons"])
+    train = opened(path, reader)[0]
+    actions, states = reader.motion(train[0], np.arange(0, 20, 4))
+    assert actions.tolist() == [[1, 0, -3, 300]] * 4 and states.shape == (5, 7)
+    for name, message in (
+        ("text", "steps/action_dict/text holds bytes"),
+        ("odd", "steps/action_dict/odd holds 61 numbers, and the episode has 60 steps"),
+        ("none", "steps/action_dict/none holds 0 numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opened(path, DroidReader(4, 5, **SMALL, action_keys=[f"action_dict/{name}"]))
+
+
+def test_only_a_pose_is_taken_for_a_pose(tmp_path):
+    """Bug: seven joints are taken for xyz, Euler angles and a gripper; so is a pose of quaternions,
+    or one in degrees."""
+    joints = np.float32(np.random.default_rng(0).normal(1, 0.3, (60, 7)))
+    path = write(tmp_path / "a.tfrecord", of_fields(**{"observation/joint_position": joints}))
+    wrong = {
+        "observation/joint_position": "is not taken for a pose.*name --action_keys too",
+        "observation/gripper_position observation/cartesian_position": "is not taken for a pose",
+    }
+    for keys, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            opened(path, DroidReader(4, 5, **SMALL, state_keys=keys.split()))
+    named = DroidReader(4, 5, **SMALL, state_keys=episodes.STATES["rlds"])
+    opened(path, named)
+    assert named.names == droid.POSE
+    with_actions = DroidReader(
+        4, 5, **SMALL, state_keys=["observation/joint_position"], action_keys=["action"]
+    )
+    train = opened(path, with_actions)[0]
+    assert np.array_equal(with_actions.motion(train[0], np.arange(9))[1], joints[:9])
+    pose = rows(0, 60)["observation/cartesian_position"]
+    pose[:, 3:] *= 180 / np.pi
+    for change, message in (
+        (pose, "degrees"),
+        (np.zeros((60, 7)), "are 7 and 1 numbers"),
+        (np.zeros((60, 3)), "are 3 and 1 numbers"),
+    ):
+        other = write(
+            tmp_path / "b.tfrecord", episode(0, **{"observation/cartesian_position": change})
+        )
+        with pytest.raises(ValueError, match=message):
+            opened(other)
+
+
+def own(path, steps=50, frames=None, **fields):
+    """NAME.npz of a pose that stands still, with these fields instead or too (None: without), and
+    its video."""
+    usual = {"cartesian_position": np.zeros((steps, 6)), "gripper_position": np.zeros(steps)}
+    fields = {k: x for k, x in (usual | {"rate": 15.0} | fields).items() if x is not None}
+    np.savez(f"{path}.npz", **fields)
+    write(f"{path}.mp4", film(frames or steps))
+    return f"{path}.npz"
+
+
+def test_rows_of_an_npz_are_those_of_the_episode(tmp_path):
+    """Bug: the longest array of the npz (an embedding, a log) is taken for the rows; a field of
+    twice as many rows is folded into them."""
+    path = own(tmp_path / "a", embedding=np.zeros(512), matrix=np.eye(3), twice=np.zeros((100, 2)))
+    train, _, bad = opened(path, DroidReader(4, 5, **SMALL))
+    assert not bad and train[0].steps == 50
+    with pytest.raises(ValueError, match="twice has 100 rows, and the episode 50"):
+        opened(path, DroidReader(4, 5, **SMALL, action_keys=["twice"]))
+    with pytest.raises(ValueError, match="rate has a single number, and the episode 50"):
+        opened(path, DroidReader(4, 5, **SMALL, action_keys=["rate"]))
+    none = dict.fromkeys(("cartesian_position", "gripper_position"))
+    path = own(tmp_path / "b", joints=np.zeros((50, 4)), embedding=np.zeros(512), **none)
+    keys = {"state_keys": ["joints"], "action_keys": ["joints"]}
+    assert opened(path, DroidReader(4, 5, **SMALL, **keys))[0][0].steps == 50
+    path = own(tmp_path / "c", gripper_position=np.zeros(49))
+    with pytest.raises(ValueError, match="cartesian_position 50, gripper_position 49"):
+        opened(path)
+    path = own(tmp_path / "d", frames=49, joints=np.zeros((50, 4)), log=np.zeros(48), **none)
+    with pytest.raises(ValueError, match="which are the episode's is unknown"):
+        opened(path, DroidReader(4, 5, **SMALL, **keys))
+    path = own(tmp_path / "e", action=np.full((50, 2), 1j))
+    with pytest.raises(ValueError, match="action holds complex128, not numbers"):
+        opened(path, DroidReader(4, 5, **SMALL, action_keys=["action"]))
+
+
+@pytest.mark.parametrize("rate", [np.nan, 0.0, -15.0, np.inf, [15.0, 15.0], "fast"])
+def test_a_rate_is_one_positive_number(tmp_path, rate):
+    """Bug: a rate that is no rate ends in a ValueError of math.ceil, or in stride 1."""
+    with pytest.raises(ValueError, match="rate is .*one positive number is expected"):
+        opened(own(tmp_path / "a", rate=rate))
+    assert opened(own(tmp_path / "b", rate=[10.0]))[0][0].rate == 10
+
+
+def test_a_robot_slower_than_fps_is_said(tmp_path):
+    """Bug: a robot at 2 Hz is taken at 2 frames a second under --fps 4, without a word; DROID's
+    3.75 is Meta's own, and no reason to warn."""
+
+    def said(rates, **options):
+        lines, paths = [], []
+        for rate in rates:
+            paths.append(own(tmp_path / f"r{rate}", rate=rate))
+        options = {"fps": 4.0} | options
+        open_droid(paths, reader=DroidReader(4, **SMALL, **options), log=lines.append)
+        return [line for line in lines if line.startswith("WARNING")]
+
+    (line,) = said([2.0])
+    assert "1 of 1 episodes give 2 frames a second, not --fps 4" in line and "r2.0.npz" in line
+    assert "2 of 3 episodes give 2.5 to 3 frames" in said([5.0, 6.0, 8.0])[0]
+    assert not said([15.0]) and not said([4.0, 30.0])
+    assert "--stride 3 gives 2 to 5 frames a second" in said([6.0, 15.0], stride=3)[0]
+    assert not said([2.0], stride=3)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("true", True),
+        ("False", False),
+        ("failure", False),
+        (b"success", True),
+        (0, False),
+        (1.0, True),
+        ([True], True),
+        ("maybe", None),
+        (2, None),
+        (np.nan, None),
+        ([True, False], None),
+    ],
+)
+def test_success_in_all_spellings(tmp_path, value, expected):
+    """Bug: the text "false" is true."""
+    path = own(tmp_path / "a", success=value)
+    entry = episodes.index_file(path, None)
+    if expected is None:
+        assert not entry[1] and "true or false, 1 or 0 is expected" in entry[2][0][2]
+    else:
+        assert entry[1][0]["success"] is expected
+
+
+def test_success_of_a_path_and_of_metadata():
+    """Bug: "unsuccessful", or a failure whose operator is called success, counts as one."""
+    cases = {
+        "lab/success/2023/t.h5": True,
+        "lab/failure/success-run/t.h5": False,
+        "lab/unsuccessful/t.h5": False,
+        "not_success.h5": False,
+        "success": True,
+        "": False,
+    }
+    assert {k: episodes.path_success(k) for k in cases} == cases
+
+
+def test_what_moves_is_not_idle():
+    """Bug: steady motion, a constant commanded velocity, is left out as idle, and so is a gripper
+    that closes while the arm rests."""
+    v, pose, grip = np.full((60, 7), 0.4), np.zeros((60, 6)), np.zeros((60, 1))
+    places = [(pose, episodes.POSE_UNITS), (grip, ["closed"])]
+    assert episodes.idle_runs(v) == episodes.still_runs(v, places) == [[1, 60]]
+    pose[:, 3] = np.pi * np.where(np.arange(60) % 2, 1, -1)  # one angle, that wraps
+    pose[:, 0] = np.random.default_rng(0).normal(0, 1e-4, 60)  # a sensor's noise
+    assert episodes.still_runs(v, places) == [[1, 60]]
+    for moved, step in ((pose[:, 0], 0.02), (pose[:, 5], 0.05), (grip[:, 0], 0.1)):
+        saved = moved.copy()
+        moved[:] = step * np.arange(60)
+        assert episodes.still_runs(v, places) == [], step
+        moved[:] = step * np.clip(np.arange(60) - 30, 0, 5)
+        assert episodes.still_runs(v, places) == [[1, 31], [36, 60]], step
+        moved[:] = saved
+    pose[:, 1] = 0.0004 * np.arange(60)  # 6 mm a second is seen over a clip, not over a row
+    runs = episodes.still_runs(v, places)
+    assert keep_ranges(runs, 60, "light", 29) == [(0, 60)]
+    pose[10] = np.nan
+    assert all(b <= 10 or a > 11 for a, b in episodes.still_runs(v, places))
+    # without any position the command must be zero
+    assert episodes.still_runs(v, []) == [] and episodes.still_runs(0 * v, []) == [[1, 60]]
+
+
+def test_compressed_tfrecords_are_named(tmp_path):
+    """Bug: a TFRecord of GZIP or ZLIB, as TensorFlow writes on request, is called damaged."""
+    raw = episode(1)
+    for name, data in (
+        ("GZIP", gzip.compress(raw)),
+        ("ZLIB", zlib.compress(raw)),
+        ("xz", lzma.compress(raw)),
+    ):
+        with pytest.raises(ValueError, match=f"compressed with {name}.*unpack it first"):
+            opened(write(tmp_path / name, data))
+
+
+def test_pictures_of_16_bits_are_scaled(tmp_path):
+    """Bug: PIL cuts the grey levels of a 16-bit PNG at 255, so that all of it is white."""
+    levels = np.linspace(0, 65535, 64 * 80).astype(np.uint16).reshape(64, 80)
+    f = io.BytesIO()
+    Image.fromarray(levels).save(f, "PNG")
+    found = episodes.rgb(Image.open(f))
+    assert found.shape == (64, 80, 3) and found.dtype == np.uint8
+    assert np.abs(found[..., 1] - levels / 257).max() <= 0.51
+    with pytest.raises(ValueError, match="floating-point"):
+        episodes.rgb(Image.fromarray(np.float32(levels)))
+
+
+def test_what_unchecked_checksums_let_through_is_said(tmp_path, monkeypatch, server):
+    """Bug: the log promises that damaged pictures are left out when they are decoded; most of them
+    are decoded to something else."""
+    path, lines = write(tmp_path / "a.tfrecord", episode(1)), []
+    monkeypatch.setattr(droid, "VERIFY", 0)
+    open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append)
+    assert "noticed only where they cannot be decoded (--verify checks" in lines[0]
+    open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append, verify=True)
+    assert not [x for x in lines[1:] if "checksums" in x]
+    url, lines = server[0] + "/a.tfrecord", []
+    open_droid(url, reader=DroidReader(4, 5, **SMALL), log=lines.append)
+    assert "URLs: checksums are not checked" in lines[0]
+    data = episode(1)
+    write(tmp_path / "b.tfrecord", data[:-1] + bytes([data[-1] ^ 1]), episode(2))
+    bad = opened(server[0] + "/b.tfrecord", verify=True)[2]
+    assert len(bad) == 1 and "wrong checksum" in bad[0][2]
+
+
+def test_equal_names_are_not_equal_episodes(tmp_path):
+    """Bug: train/ and val/ with shards of one name, or npz files of one name, are refused as
+    shared; or a copy of a file under another folder is not."""
+    for side, seed in (("train", 0), ("val", 10)):
+        (tmp_path / side / "x").mkdir(parents=True)
+        write(tmp_path / side / "x.tfrecord", *(nameless(seed + i) for i in range(2)))
+        pose = np.random.default_rng(seed).normal(0, 0.1, (50, 6))
+        own(tmp_path / side / "x" / "e0", cartesian_position=pose)
+    for name in ("x.tfrecord", "x/e0.npz"):
+        a, b = str(tmp_path / "train" / name), str(tmp_path / "val" / name)
+        train, val, _ = opened(a, val_data=b)
+        assert train and val
+        with pytest.raises(ValueError, match="share [12] episodes"):
+            opened(a, val_data=a)
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "train", copy)
+    for name in ("x.tfrecord", "x/e0.npz"):
+        with pytest.raises(ValueError, match="share [12] episodes"):
+            opened(str(tmp_path / "train" / name), val_data=str(copy / name))
+
+
+def nameless(seed):
+    """A record without episode_metadata, as one's own robot may have it."""
+    fields = {f"steps/{k}": np.float32(x) for k, x in rows(seed, 60).items()}
+    fields |= {"steps/is_first": 1 * (np.arange(60) == 0)}
+    return record(
+        example(fields | {"steps/observation/exterior_image_1_left": [jpeg(i) for i in range(60)]})
+    )
 
 
 # --- the scaler ---

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,10 +18,12 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_bench import bench
 from test_droid import episode as tfrecord
-from test_droid import write
+from test_droid import nameless, write
+from test_droid import rows as tfrecord_rows
 from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
@@ -296,6 +299,16 @@ def test_peft_loads_what_we_write(tmp_path, options):
             "layers_to_transform": None,
             "use_rslora": True,
         },
+        {"target_modules": ["qkv", "fc1"], "exclude_modules": r".*\.0\.attn.*"},
+        {
+            "target_modules": ["attn.qkv"],
+            "layers_to_transform": [1],
+            "layers_pattern": "predictor_blocks",
+        },
+        {"target_modules": ["qkv"], "modules_to_save": ["predictor_blocks.1.mlp.fc2"]},
+        {"target_modules": ["mlp.fc1"], "modules_to_save": ["predictor_norm"]},
+        {"target_modules": ["qkv"], "init_lora_weights": "orthogonal"},
+        {"target_modules": ["qkv"], "init_lora_weights": False, "lora_dropout": 0.2},
     ],
 )
 def test_we_load_what_peft_trained(tmp_path, config):
@@ -314,7 +327,7 @@ def test_we_load_what_peft_trained(tmp_path, config):
     assert also == (config.get("modules_to_save") or [])
     expected = losses(theirs.eval().base_model.model, inputs)
     assert not torch.allclose(expected, losses(base, inputs), rtol=1e-3)
-    torch.testing.assert_close(losses(model, inputs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses(model.eval(), inputs), expected, rtol=0, atol=1e-6)
     save_adapter(model, tmp_path / "ours", also=also)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     torch.testing.assert_close(losses(back.base_model.model, inputs), expected, rtol=0, atol=1e-6)
@@ -324,11 +337,6 @@ def test_adapters_that_are_refused(tmp_path):
     """Bug: DoRA read as LoRA, an adapter of another model loaded in part."""
     with pytest.raises(FileNotFoundError, match="no PEFT adapter"):
         load_adapter(make(), tmp_path)
-    peft.get_peft_model(
-        make(), peft.LoraConfig(target_modules=["mlp.fc1"], use_dora=True)
-    ).save_pretrained(tmp_path / "dora")
-    with pytest.raises(ValueError, match="use_dora"):
-        load_adapter(make(), tmp_path / "dora")
     wide = Predictor(48, 7, 7, (2, 2), pred_dim=96, depth=2, num_heads=3)
     add_lora(wide)
     save_adapter(wide, tmp_path / "wide")
@@ -346,6 +354,179 @@ def test_adapters_that_are_refused(tmp_path):
         ValueError, match=r"no such layers to adapt here: predictor_blocks.2.attn.proj"
     ):
         load_adapter(make(), tmp_path / "deep")
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa changed the base"),
+        ({"init_lora_weights": "pissa_niter_2"}, "pissa_niter_2 changed the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights=olora changed the base"),
+        ({"kasa_config": {}}, "kasa_config=.*KaSA, which cuts the base"),
+        ({"use_dora": True}, "use_dora=True: this is DoRA"),
+        ({"lora_bias": True}, "lora_bias=True: this is LoRA with biases"),
+        ({"bias": "all"}, "bias=all: biases were trained"),
+        ({"bias": "lora_only"}, "bias=lora_only: biases were trained"),
+    ],
+)
+def test_variants_of_lora_are_refused(tmp_path, config, message):
+    """Bug: an adapter whose start also changed the base (PiSSA, OLoRA), or whose update is more
+    than B A, is read as plain LoRA: other outputs than it was trained to, without a word."""
+    options = {"r": 4, "target_modules": ["attn.qkv", "mlp.fc1"]} | config
+    peft.get_peft_model(make(), peft.LoraConfig(**options)).save_pretrained(tmp_path)
+    model = make()
+    with pytest.raises(ValueError, match=message) as e:
+        load_adapter(model, tmp_path)
+    assert str(tmp_path / "adapter_config.json") in str(e.value) and not lora_layers(model)
+
+
+def test_a_converted_pissa_adapter_is_read(tmp_path):
+    """Bug: what PEFT converts to an adapter of the base as it was (twice the rank) is refused, or
+    read with another scale."""
+    base, inputs = make(), batch()
+    options = {"r": 4, "lora_alpha": 16, "target_modules": ["attn.qkv", "mlp.fc1"]}
+    config = peft.LoraConfig(init_lora_weights="pissa", **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        losses(theirs.base_model.model, inputs).sum().backward()
+        optimizer.step()
+    expected = losses(theirs.eval().base_model.model, inputs)
+    theirs.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    model = copy.deepcopy(base)
+    load_adapter(model, tmp_path / "end")
+    assert {m.r for m in lora_layers(model).values()} == {8}
+    torch.testing.assert_close(losses(model, inputs), expected, rtol=0, atol=1e-5)
+
+
+FC1 = "base_model.model.predictor_blocks.0.mlp.fc1."
+
+
+def renamed(tensors, old, new):
+    return {k.replace(old, new): v for k, v in tensors.items()}
+
+
+DAMAGES = {
+    "has a lora_B, but no lora_A": lambda t, c: t.pop(FC1 + "lora_A.weight"),
+    "has a lora_A, but no lora_B": lambda t, c: t.pop(FC1 + "lora_B.weight"),
+    "it holds nothing for them": lambda t, c: [t.pop(FC1 + f"lora_{x}.weight") for x in "AB"],
+    "which the target_modules of": lambda t, c: c.update(target_modules=["attn.qkv"]),
+    "lora_magnitude_vector is not read": lambda t, c: t.update(
+        {FC1 + "lora_magnitude_vector": torch.ones(192)}
+    ),
+    "lora_diag is not read": lambda t, c: t.update({FC1 + "lora_diag": torch.ones(4)}),
+    "modules_to_save.*name": lambda t, c: t.update({FC1 + "bias": torch.ones(192)}),
+    "which it lacks": lambda t, c: c.update(modules_to_save=["state_encoder"]),
+    "actions and states of another size": lambda t, c: [
+        c.update(modules_to_save=["action_encoder"]),
+        t.update({"base_model.model.action_encoder.weight": torch.ones(48, 9)}),
+        t.update({"base_model.model.action_encoder.bias": torch.ones(48)}),
+    ],
+    "NaN or infinity": lambda t, c: t[FC1 + "lora_A.weight"].fill_(torch.nan),
+    "torch.int8, not floating-point": lambda t, c: t.update(
+        {FC1 + "lora_B.weight": torch.ones(192, 4, dtype=torch.int8)}
+    ),
+    "has no lora_alpha": lambda t, c: [c.pop(k) for k in ("lora_alpha", "alpha_pattern")],
+    "lora_alpha is '16', not a number": lambda t, c: c.update(lora_alpha="16"),
+    "has rank 4, and .* says 9": lambda t, c: c.update(r=9, rank_pattern={}),
+    "has no target_modules": lambda t, c: c.pop("target_modules"),
+    "is no regular expression": lambda t, c: c.update(alpha_pattern={"(": 1}),
+    "does not know": lambda t, c: c.update(use_new_kind=True),
+    "LoftQ quantised": lambda t, c: c.update(init_lora_weights="loftq"),
+    "corda changed the base": lambda t, c: c.update(init_lora_weights="corda"),
+    "superinit is unknown": lambda t, c: c.update(init_lora_weights="superinit"),
+    "peft_type is LOHA": lambda t, c: c.update(peft_type="LOHA"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_adapters_are_read_whole_or_not_at_all(tmp_path, message):
+    """Bug: a layer whose tensors are missing is left as it was, tensors that nobody reads are
+    dropped, a missing lora_alpha is a KeyError: the adapter is loaded in part without a word."""
+    model = make()
+    add_lora(model, r=4)
+    save_adapter(random_B(model), tmp_path)
+    file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, config = load_file(file), json.loads(config_file.read_text())
+    DAMAGES[message](tensors, config)
+    save_file(tensors, file)
+    config_file.write_text(json.dumps(config))
+    fresh = make()
+    with pytest.raises(ValueError, match=message) as e:
+        load_adapter(fresh, tmp_path)
+    assert str(tmp_path / "adapter_") in str(e.value)
+    assert not lora_layers(fresh)  # nothing was changed before all was checked
+
+
+def test_adapter_files_of_others_are_named(tmp_path):
+    """Bug: kohya's names, the state of a running PEFT model, a cut file or a damaged config end in
+    a KeyError or in safetensors' own error, which does not say which file."""
+    model = make()
+    add_lora(model, r=4, fused_qkv=True)
+    save_adapter(random_B(model), tmp_path)
+    file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, data, config = load_file(file), file.read_bytes(), config_file.read_bytes()
+
+    def refused(message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
+            load_adapter(make(), tmp_path)
+        assert str(tmp_path) in str(e.value)
+
+    save_file(renamed(tensors, ".weight", ".default.weight"), file)
+    refused("contains the name of an adapter, 'default'")
+    kohya = {}
+    for key, x in tensors.items():
+        layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        name = "lora_unet_" + layer.replace(".", "_")
+        kohya[f"{name}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = x
+        kohya[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(kohya, file)
+    refused("names as kohya's or diffusers' scripts write them")
+    save_file(renamed(tensors, "lora_A", "lora.down"), file)
+    refused("kohya's or diffusers'")
+    for cut in (data[:1000], data[:-9], b"", b"<html>" * 99):
+        file.write_bytes(cut)
+        refused("adapter_model.safetensors cannot be read, or is only a part")
+    file.write_bytes(data)
+    for damaged in (config[:40], b"\xff\xfe", b""):
+        config_file.write_bytes(damaged)
+        refused("adapter_config.json is no JSON")
+    config_file.write_bytes(b"[1]")
+    refused("holds a list")
+    config_file.write_bytes(config)
+    file.rename(tmp_path / "adapter_model.bin")
+    refused("adapter_model.bin is not read in its place")
+    (tmp_path / "adapter_model.bin").rename(file)
+    with pytest.raises(ValueError, match="is a file: name the folder"):
+        load_adapter(make(), file)
+    again = make()
+    save_file(renamed(tensors, "base_model.model.", ""), file)  # as inject_adapter_in_model's
+    load_adapter(again, tmp_path)
+    assert torch.equal(losses(again.eval(), batch()), losses(model.eval(), batch()))
+
+
+def test_our_file_trained_on_by_others_is_read_as_it_is(tmp_path):
+    """Bug: our files say that B is block-diagonal; where it is no longer, what lies outside of the
+    blocks is dropped without a word."""
+    base, inputs, model = make(), batch(), make()
+    add_lora(model, r=4)
+    save_adapter(random_B(model), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as f:
+        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    key = "base_model.model.predictor_blocks.0.attn.qkv.lora_B.weight"
+    tensors[key] = torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0)) / 20
+    save_file(tensors, file, meta)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    load_adapter(base, tmp_path)
+    expected = losses(theirs.base_model.model, inputs)
+    assert not torch.allclose(expected, losses(model.eval(), inputs), rtol=1e-4)
+    torch.testing.assert_close(losses(base.eval(), inputs), expected, rtol=0, atol=1e-6)
 
 
 # --- the action scale ---
@@ -852,6 +1033,38 @@ def test_bad_input(world, tuned, tmp_path, flags, message):
     assert message in fails(tmp_path, "train_lora.py", *given)
 
 
+def test_every_data_flag_may_be_repeated(world, tmp_path):
+    """Bug: `--data A --data B` trains on B alone, `--val_data A --val_data B` validates on B alone,
+    without a word; the checkpoint does not say what was held out, and nothing warns of a scaler
+    that was fitted on it."""
+    a, b = world.folder / "a", world.folder / "b"
+    (tmp_path / "held").mkdir()
+    for name in ("e0", "e1"):
+        for end in (".npz", ".mp4"):
+            shutil.copy(b / f"{name}{end}", tmp_path / "held" / f"v{name}{end}")
+    scaler = ActionScaler.load(world.folder / "b.safetensors", "")
+    seen = scaler._replace(meta=scaler.meta | {"recordings": ["ve1.npz held/ve1"]})
+    seen.save(tmp_path / "seen.safetensors")
+    repeated = ["--data", a / "e2.npz", "--data", b / "e3.npz", b / "e4.npz"]
+    repeated += ["--val_data", tmp_path / "held" / "ve0.npz"]
+    repeated += ["--val_data", tmp_path / "held" / "ve1.npz"]
+    repeated += ["--targets", "q_proj", "--targets", "mlp.fc1"]
+    size = "--base none --full --pred_dim 48 --pred_depth 1 --pred_heads 3 --max_steps 1"
+    options = [FLAGS, size, "--scaler", tmp_path / "seen.safetensors"]
+    text = run(tmp_path, "train_lora.py", *repeated, *options, "--out_dir", tmp_path / "out")
+    assert "3 episodes" in text and "2 episodes" in text
+    assert "warning: the scaler was fitted on recordings held out here" in text
+    state = checkpoint.load_latest(tmp_path / "out")[0]
+    assert state["held_out"] == ["ve0.npz held/ve0", "ve1.npz held/ve1"]
+    assert len(state["args"]["data"]) == 3 and state["args"]["targets"] == ["q_proj", "mlp.fc1"]
+    assert state["args"]["camera"] == ["exterior_1"]
+    judge = "--samples 2 --val_clips 8 --num_workers 0"
+    text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge)
+    assert "not among those the run held out" not in text
+    text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge, "--data", a)
+    assert "6 of 6 recordings are not among those the run held out" in text
+
+
 # --- features ---
 
 
@@ -997,7 +1210,11 @@ def idle(tmp_path_factory):
             velocity = rng.normal(0, 0.3, (100, 7))
             velocity[20 + 7 * k : 45 + 9 * k] = 0.1
             velocity[80 : 90 + k] = 0.2
-            change = {} if k == 3 else {"action_dict/joint_velocity": velocity}
+            pose = tfrecord_rows(10 * s + k, 100)["observation/cartesian_position"]
+            pose[20 + 7 * k : 45 + 9 * k] = pose[20 + 7 * k]  # so nothing moves there
+            pose[80 : 90 + k] = pose[80]
+            change = {"observation/cartesian_position": pose}
+            change |= {} if k == 3 else {"action_dict/joint_velocity": velocity}
             records.append(
                 tfrecord(
                     10 * s + k,
@@ -1088,6 +1305,28 @@ def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
         z = encode_steps(encoder, theirs["video"][None], "frame", 1)[0]
         torch.testing.assert_close(ours["z"].float(), z, rtol=2**-8, atol=1e-4)
         assert ours["key"].rpartition("@")[0] == theirs["key"]
+
+
+def test_features_of_equal_names_are_not_equal_episodes(tmp_path):
+    """Bug: features of two folders of shards of one name are refused as shared though they hold
+    other episodes; or a copy of features is validated on that is trained on."""
+    flags = "--phases 2 --encoder vit_tiny --crop_size 32"
+    for side, seed in (("a", 0), ("b", 9)):
+        (tmp_path / side).mkdir()
+        write(tmp_path / side / "arm.tfrecord", nameless(seed))
+        given = ["--data", tmp_path / side, "--out", tmp_path / f"f{side}", flags]
+        run(tmp_path, "encode.py", "--dataset droid", *given)
+    shutil.copytree(tmp_path / "fa", tmp_path / "copy")
+
+    def both(train, val):
+        folders = [str(tmp_path / x) for x in (train, val)]
+        return open_droid(folders[0], folders[1], reader=DroidReader(4, crop_size=32), log=str)
+
+    train, val, _ = both("fa", "fb")
+    assert len(train) == len(val) == 2
+    for other in ("fa", "copy"):
+        with pytest.raises(ValueError, match="share 1 episodes, arm.tfrecord@0 among them"):
+            both("fa", other)
 
 
 @pytest.mark.parametrize(
