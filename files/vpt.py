@@ -460,6 +460,11 @@ def read_with_decord(f, times, wanted, short_side):
         raise WrongDecoder(
             f"decord counts {count} frames, the mp4's index has {len(times)}: use --decoder pyav"
         )
+    if pictures.shape[1:] != (height, width, 3):
+        raise WrongDecoder(
+            f"decord makes pictures of {pictures.shape[1:]} in place of {width} x {height} pixels:"
+            " use --decoder pyav"
+        )
     if video not in proven:
         difference = largest_difference(pictures, read_frames(f, times, wanted, short_side))
         if difference > 6:
