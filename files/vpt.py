@@ -18,6 +18,7 @@ import av
 import numpy as np
 import orjson
 import torch
+from av.sidedata.sidedata import Type as SideData
 
 CONTINUOUS = ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"]
 UNITS = ["pixels", "pixels", "radians", "radians"]
@@ -349,7 +350,7 @@ def upright(frame, short_side):
 
 def display_matrix(frame):
     """The 2 x 2 part that turns and mirrors; what rounding left of an angle of 90 degrees is 0."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data = frame.side_data.get(SideData.DISPLAYMATRIX)
     if data is None:
         return np.eye(2)
     matrix = np.frombuffer(bytes(data), dtype=np.int32).reshape(3, 3)[:2, :2] / 65536

@@ -472,7 +472,7 @@ def test_decord_gives_the_same_frames(kind):
         assert np.abs(one.astype(int) - two).mean() < 3 and one.shape == two.shape
 
 
-def moving(frames=90, codec="libx264", params="", cover=False, tracks=1, angle=0, **options):
+def moving(frames=90, codec="libx264", params="", cover=False, tracks=1, **options):
     """Bytes of an mp4 of moving stripes, in which a picture that is not whole is seen at once."""
     out = io.BytesIO()
     y, x = np.mgrid[:64, :128]
@@ -481,8 +481,6 @@ def moving(frames=90, codec="libx264", params="", cover=False, tracks=1, angle=0
         for s in streams:
             s.width, s.height, s.pix_fmt = 128, 64, "yuv420p"
             s.options = {"threads": "1", "x264-params": params} | options
-            if angle:
-                s.set_display_rotation(angle)
         if cover:
             art = c.add_stream("mjpeg", rate=1)
             art.width, art.height, art.pix_fmt = 640, 480, "yuvj420p"
@@ -504,6 +502,13 @@ def moving(frames=90, codec="libx264", params="", cover=False, tracks=1, angle=0
             c.mux(art.encode(image.reformat(format="yuvj420p")))
             c.mux(art.encode())
     return out.getvalue()
+
+
+def turned(mp4, a, b, c, d):
+    """Ask players to show it turned or mirrored: x, y at (a x + c y, b x + d y)."""
+    place = mp4.index(b"tkhd") + 44
+    matrix = struct.pack(">9i", *(int(n * 65536) for n in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    return mp4[:place] + matrix + mp4[place + 36 :]
 
 
 def decoded(mp4):
@@ -569,8 +574,8 @@ def test_decord_is_refused_where_it_would_be_wrong(kind, reason):
         "trimmed": lambda: edit(film(), skip=70, drop=20),
         "two_tracks": lambda: moving(30, tracks=2),
         "cover": lambda: moving(30, cover=True),
-        "turned": lambda: moving(30, angle=90),
-        "upside_down": lambda: moving(30, angle=180),
+        "turned": lambda: turned(moving(30), 0, 1, -1, 0),
+        "upside_down": lambda: turned(moving(30), -1, 0, 0, -1),
         "narrow": lambda: film(30, size=(96, 64)),  # it takes padded rows for four channels
     }[kind]
     f = io.BytesIO(make())
@@ -597,15 +602,29 @@ def test_a_recording_that_decord_misreads_ends_the_run(tmp_path):
         next(iter(stream))
 
 
-@pytest.mark.parametrize("angle", [90, 180, 270])
-def test_pictures_are_shown_upright(angle):
+@pytest.mark.parametrize(
+    "matrix, expected",
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1, (1, 2))),  # clockwise
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2, (1, 2))),
+        ((0, -1, 1, 0), lambda x: np.rot90(x, 1, (1, 2))),
+        ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
+    ],
+)
+def test_pictures_are_shown_upright(matrix, expected):
     """Bug: what a phone or a camera mounted upside down has filmed is read lying on its side, and
     left is not left."""
-    plain, turned = moving(12), moving(12, angle=angle)
-    f = io.BytesIO(turned)
+    plain = moving(12)
+    f = io.BytesIO(turned(plain, *matrix))
     got = read_frames(f, mp4_times(f), [3, 7], 64)
-    expected = np.rot90(decoded(plain)[[3, 7]], angle // 90, (1, 2))
-    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(got, expected(decoded(plain)[[3, 7]]))
+
+
+def test_a_slanted_video_is_refused():
+    """Bug: a picture that is to be shown at 45 degrees is taken as it is stored."""
+    f = io.BytesIO(turned(moving(12), 0.7, 0.7, -0.7, 0.7))
+    with pytest.raises(ValueError, match="at an angle that is no multiple of 90 degrees"):
+        read_frames(f, mp4_times(f), [3], 64)
 
 
 def test_frames_before_the_first_key_frame_are_not_made_up():
