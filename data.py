@@ -33,7 +33,16 @@ from tqdm import tqdm
 from checkpoint import one_sentence, write_atomically
 from files.remote import Shard, cached
 from files.streams import READ_ERRORS, StreamedClips, Unreachable, disk_failed
-from files.vpt import ACTION_SPACES, ClipReader, Ticks, mp4_times, parse_ticks, step_size, wrap
+from files.vpt import (
+    ACTION_SPACES,
+    ClipReader,
+    Ticks,
+    WrongDecoder,
+    mp4_times,
+    parse_ticks,
+    step_size,
+    wrap,
+)
 
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 FEATURE_DTYPES = {
@@ -420,6 +429,8 @@ class Clips(torch.utils.data.Dataset):
                 Unreachable
             ) as e:  # says nothing about the recording: to leave it out would be another run
                 raise ValueError(str(e)) from e
+            except WrongDecoder as e:
+                raise ValueError(f"{r.shard} {r.key}: {e}") from e
             except READ_ERRORS as e:
                 bad.append((r.shard, r.key, f"{type(e).__name__}: {e}"))
         reason = bad[-1][2] if bad else "--gui drop leaves out nearly everything"

@@ -48,7 +48,7 @@ from files.play_features import index_play, plan_recording, segments
 from files.remote import cached
 from files.robot_features import Source, plan_episode, settings, sources, tar_names
 from files.streams import disk_failed
-from files.vpt import ClipReader, fitting, step_size
+from files.vpt import ClipReader, WrongDecoder, step_size, upright
 from kernels import chosen
 from model import encode_steps, normalize_features, pack_features
 from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
@@ -269,6 +269,21 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
     return encoder, found
 
 
+def decoder_of(records, decoder):
+    """The video decoder whose pictures a run sees: the one that made the features (encode.py
+    writes down all but PyAV), or for video the named one. ValueError if --decoder names another
+    than that of features."""
+    if not records or "safetensors" not in records[0].members:
+        return decoder
+    made = feature_settings(records[:1]).get("decoder", "pyav")
+    if decoder not in ("pyav", made):
+        raise ValueError(
+            f"--decoder {decoder}: {records[0].shard} holds features that were made with {made};"
+            " leave the flag out"
+        )
+    return made
+
+
 @torch.no_grad()
 def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
     """Pictures of one step (av.VideoFrames, or arrays (H, W, 3) uint8) -> its features (N, D)
@@ -281,9 +296,8 @@ def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
             if isinstance(x, av.VideoFrame)
             else av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
         )
-        width, height = fitting(x.width, x.height, crop_size)
-        x = x.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
-        top, left = (height - crop_size) // 2, (width - crop_size) // 2
+        x = upright(x, crop_size)
+        top, left = (x.shape[0] - crop_size) // 2, (x.shape[1] - crop_size) // 2
         frames.append(x[top : top + crop_size, left : left + crop_size])
     video = (
         torch.from_numpy(np.stack(frames))
@@ -367,9 +381,11 @@ def encode_recording(parts, encoder, args, device):
     wrong with the recording or ''. An error of the disk, the encoder or its flags is raised: the
     shard must not be finished without the recording."""
     z = collections.defaultdict(list)
-    for _, part in parts:
+    for record, part in parts:
         try:
             labels, videos = part.result()
+        except WrongDecoder as e:
+            raise ValueError(f"{record.shard} {record.key}: {e}") from e
         except READ_ERRORS as e:
             if disk_failed(e):
                 raise
@@ -433,6 +449,8 @@ if __name__ == "__main__":
             [share], args.cache_dir, args.cache_size, print if rank == 0 else lambda text: None
         )
     if args.vae:
+        if args.decoder != "pyav":
+            raise ValueError(f"--decoder {args.decoder}: latents are made of PyAV's pictures")
         made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         check_settings(args.out, made)
         records, bad = index_play(share)
@@ -493,6 +511,7 @@ if __name__ == "__main__":
             decoder=args.decoder,
         )
         meta |= {"action_space": "38"}
+        meta |= {"decoder": args.decoder} if args.decoder != "pyav" else {}
         plan = functools.partial(
             plan_recording, reader=reader, phases=args.phases, size=args.batch_size
         )

@@ -247,6 +247,9 @@ if __name__ == "__main__":
         metavar="BLOCK:HEAD",
         help="attention heads to show (default: those of the last block)",
     )
+    parser.add_argument(
+        "--decoder", choices=["pyav", "decord"], help="video decoder (default: the run's)"
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="clips at once")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     args = parser.parse_args()
@@ -274,7 +277,9 @@ if __name__ == "__main__":
     heads = pictures.check_heads(predictor, args.heads)
 
     # --- data, action meter ---
-    dataset, inputs, compose, bad = open_held_out(state, scaler, args.data, args.encoder, device)
+    dataset, inputs, compose, bad = open_held_out(
+        state, scaler, args.data, args.encoder, device, args.decoder
+    )
     features = "safetensors" in dataset.records[0].members
     videos = pictures.find_videos(args.video, dataset.records) if args.video else None
     predictor.to(device)

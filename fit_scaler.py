@@ -13,12 +13,14 @@ of a recording. Recordings are taken in an order that depends on --seed alone un
 episode (droid.py), idle or not."""
 
 import argparse
+import bz2
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import io
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -26,6 +28,7 @@ import pickle
 import sys
 import tarfile
 import time
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -130,18 +133,41 @@ parser.add_argument(
 parser.add_argument(
     "--no_convergence_check", action="store_true", help="do not stop before --max_samples"
 )
+parser.add_argument(
+    "--tolerance",
+    type=float,
+    default=0.01,
+    help="converged: all standard errors are within this share of the std",
+)
 parser.add_argument("--seed", type=int, default=0, help="order of the recordings")
 
 # --- the scaler, as other stages use it ---
 
 
 class _ScalarsOnly(NumpyArrayWrapper):
-    """joblib reads object arrays with a bare pickle.load: refuse them."""
+    """joblib reads object arrays with a bare pickle.load. The one that a StandardScaler may have,
+    the names of the columns it was fitted on, is read by our own unpickler: no code is run."""
 
     def read_array(self, unpickler, ensure_native_byte_order):
-        if self.dtype.hasobject:
-            raise pickle.UnpicklingError("an array of objects")
-        return super().read_array(unpickler, ensure_native_byte_order)
+        if not self.dtype.hasobject:
+            return super().read_array(unpickler, ensure_native_byte_order)
+        names = _NamesUnpickler(unpickler.file_handle).load()
+        if not isinstance(names, np.ndarray) or not all(isinstance(n, str) for n in names.flat):
+            raise pickle.UnpicklingError("an array of objects that are no names")
+        return names
+
+
+def safe_class(unpickler, module, name):
+    """A class that an array of numbers or names needs; UnpicklingError for any other."""
+    safe = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
+    if module.split(".")[0] == "numpy" and name in safe:
+        return pickle._Unpickler.find_class(unpickler, module, name)
+    raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class _NamesUnpickler(pickle._Unpickler):
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    find_class = safe_class
 
 
 # Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and
@@ -156,15 +182,66 @@ class _ScalerUnpickler(NumpyUnpickler):
         }
         if f"{module}.{name}" in ours:
             return ours[f"{module}.{name}"]
-        if module.split(".")[0] == "numpy" and name in (
-            "ndarray",
-            "dtype",
-            "_reconstruct",
-            "scalar",
-            "_frombuffer",
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        return safe_class(self, module, name)
+
+
+LARGEST = 1 << 26  # bytes, unpacked; a scaler has a thousand
+PACKED = {
+    b"x": zlib.decompressobj,
+    b"\x1f\x8b": functools.partial(zlib.decompressobj, 31),
+    b"BZ": bz2.BZ2Decompressor,
+    b"\xfd7zXZ": lzma.LZMADecompressor,
+    b"\x5d\0": lzma.LZMADecompressor,
+}
+
+
+def unpacked(data):
+    """The bytes of a joblib file, unpacked if joblib compressed them (compress=3, .gz, .xz)."""
+    for magic, start in PACKED.items():
+        if data.startswith(magic):
+            unpacker = start()
+            try:
+                data = unpacker.decompress(data, LARGEST)
+            except lzma.LZMAError as e:
+                raise ValueError(f"damaged xz bytes: {e}") from e
+            if not unpacker.eof:
+                raise ValueError(f"compressed bytes that are cut, or more than {LARGEST:,}")
+            return data
+    if data.startswith(b"\x04\x22\x4d\x18"):
+        raise ValueError("lz4 bytes: write it again with joblib.dump(scaler, path)")
+    return data
+
+
+class Fitted(NamedTuple):
+    """What a StandardScaler does to its columns, in numbers."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+    samples: np.ndarray
+    meta: dict
+
+
+def fitted(scaler):
+    """A StandardScaler -> the numbers with which ActionScaler does the same. Of one without the mean
+    or the std, that is 0 or 1."""
+    if not isinstance(scaler, StandardScaler):
+        raise ValueError(f"a {type(scaler).__name__}, not a StandardScaler")
+    if not hasattr(scaler, "n_samples_seen_"):
+        raise ValueError("a StandardScaler that was never fitted")
+    with_mean, with_std = (vars(scaler).get(k, True) for k in ("with_mean", "with_std"))
+    width = len(scaler.mean_) if scaler.mean_ is not None else scaler.n_features_in_
+    mean, scale = np.zeros(width), np.ones(width)
+    if with_mean:
+        mean = scaler.mean_
+    if with_std:
+        scale = scaler.scale_
+    var = np.square(scale) if scaler.var_ is None or not with_std else scaler.var_
+    meta = dict(vars(scaler).get("nanojepa", {}))
+    columns = vars(scaler).get("feature_names_in_")
+    if columns is not None:
+        meta.setdefault("names", [str(name) for name in columns])
+    return Fitted(mean, var, scale, scaler.n_samples_seen_, meta)
 
 
 class ActionScaler(NamedTuple):
@@ -241,16 +318,9 @@ class ActionScaler(NamedTuple):
                     )
                     meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
             else:
-                s = _ScalerUnpickler(
-                    str(path), io.BytesIO(np.fromfile(path, np.uint8).tobytes()), True
-                ).load()
-                mean, var, scale, n, meta = (
-                    s.mean_,
-                    s.var_,
-                    s.scale_,
-                    s.n_samples_seen_,
-                    getattr(s, "nanojepa", {}),
-                )
+                data = unpacked(np.fromfile(path, np.uint8).tobytes())
+                s = _ScalerUnpickler(str(path), io.BytesIO(data), True).load()
+                mean, var, scale, n, meta = fitted(s)
             out = cls(
                 *(np.array(x, dtype=np.float64) for x in (mean, var, scale)), int(np.max(n)), meta
             )
@@ -296,10 +366,9 @@ class ActionScaler(NamedTuple):
 
 # --- fitting ---
 
-# Converged: no standard error above 3 % of its std. A recording's own std is some 30 % off the
-# average, 3 % no layer notices; the guide's 1/sqrt(2n) = 0.2 % at 100,000 holds for independent
-# samples, and the steps of one recording are not.
-TOLERANCE, MIN_SAMPLES, MIN_RECORDINGS = 0.03, 10_000, 20
+# Converged: no standard error above --tolerance of its std. The guide's 1 % at 10,000 samples holds
+# for independent ones. The steps of one recording are not: its own std is some 30 % off the average.
+MIN_SAMPLES, MIN_RECORDINGS = 10_000, 20
 # Of sums over all ticks of a step of real play; of differences of an arm's poses, 4 a second
 STD_RANGE = {
     "pixels": (5.0, 500.0),
@@ -358,12 +427,12 @@ def read_job(job, fps, frames_per_step, limit):
     return out
 
 
-def has_converged(parts):
+def has_converged(parts, tolerance):
     count = sum(p[0] for p in parts)
     return (
         count >= MIN_SAMPLES
         and len(parts) >= MIN_RECORDINGS
-        and max(map(np.max, standard_errors(parts))) <= TOLERANCE
+        and max(map(np.max, standard_errors(parts))) <= tolerance
     )
 
 
@@ -423,8 +492,8 @@ if __name__ == "__main__":
     sys.excepthook = one_sentence
     if not args.output.endswith((".pkl", ".safetensors")):
         raise SystemExit(f"--output {args.output} must end in .pkl or .safetensors")
-    for name in ("max_samples", "max_shards", "frames_per_step", "batch_size", "fps"):
-        if (value := getattr(args, name)) is not None and value <= 0:
+    for name in ("max_samples", "max_shards", "frames_per_step", "batch_size", "fps", "tolerance"):
+        if (value := getattr(args, name)) is not None and not value > 0:
             raise SystemExit(f"--{name} {value:g} must be positive")
 
     # --- distributed ---
@@ -474,6 +543,7 @@ if __name__ == "__main__":
         3
     )  # dx · yaw, dx · dx, steps with motion: the slope is that of a line through the origin
     at, next_check, done = 0, MIN_SAMPLES, False
+    early = False  # stopped before --max_samples
     start = (
         "fork" if sys.platform == "linux" else None
     )  # workers parse only; elsewhere fork is not safe
@@ -531,7 +601,8 @@ if __name__ == "__main__":
                 done = total[0] == args.max_samples
                 if total[0] >= next_check and not args.no_convergence_check:
                     next_check = max(total[0] + args.batch_size, 1.05 * total[0])
-                    done = done or has_converged(parts)
+                    early = not done and has_converged(parts, args.tolerance)
+                    done = done or early
             progress.total = max(min(args.max_samples, round(total[0] / at * len(jobs))), total[0])
     if not parts:
         raise ValueError(
@@ -568,7 +639,7 @@ if __name__ == "__main__":
             if len(rows) > 5:
                 print(f"{title}: {len(rows) - 5} more, {len(rows)} in all")
         converged, (of_mean, of_std), digits = (
-            has_converged(parts),
+            has_converged(parts, args.tolerance),
             standard_errors(parts),
             5 if robot else 3,
         )
@@ -576,10 +647,15 @@ if __name__ == "__main__":
             f"{rule}\nSCALER FITTING COMPLETE\n{rule}\nSaved to: {args.output}\nTotal samples:"
             f" {scaler.n:,}\nConverged: {converged}"
         )
+        if early:
+            print(
+                f"Stopped before --max_samples {args.max_samples:,}: all standard errors are within"
+                f" {args.tolerance:.3g} of the std (--tolerance); --no_convergence_check takes all"
+            )
         if not converged:
             how = "raise --max_samples" if at < len(jobs) or done else "all the data is used"
             print(
-                f"  (asks for standard errors within {TOLERANCE:.0%}, {MIN_SAMPLES:,} samples,"
+                f"  (asks for standard errors within {args.tolerance:.3g} of the std, {MIN_SAMPLES:,} samples,"
                 f" {MIN_RECORDINGS} recordings: {how})"
             )
         print(

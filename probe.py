@@ -44,6 +44,7 @@ from files.vpt import (
     CONTINUOUS,
     SLOTS,
     ClipReader,
+    WrongDecoder,
     mp4_times,
     read_frames,
     step_size,
@@ -208,6 +209,8 @@ def label_shard(source, out, label):
                 data = tar.extractfile(name).read()
                 try:
                     text = "".join(json.dumps(line) + "\n" for line in label(data)).encode()
+                except WrongDecoder as e:
+                    raise ValueError(f"--label {source} {name}: {e}") from e
                 except READ_ERRORS as e:
                     bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue

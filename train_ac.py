@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import weights
 from data import Clips, collate, expand, open_split, vpt_loader, windows
-from encode import open_source
+from encode import decoder_of, open_source
 from evaluation.runs import held_out, leave_group, make_inputs, own_predictor, prefetch
 from files.logs import append_jsonl, open_logs, plot_curves
 from files.remote import cached
@@ -431,6 +431,7 @@ if __name__ == "__main__":
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     step, total = 0, args.epochs * args.ipe
     belongs = {"action_names": names, "scaler_hash": scaler.hash} | source | size
+    belongs["decoder"] = decoder_of(train + val, args.decoder)
     belongs |= {
         k: getattr(args, k)
         for k in ("encode", "fps", "frames_per_step", "frames_per_clip", "feature_norm", "ipe")
@@ -439,6 +440,7 @@ if __name__ == "__main__":
         checkpoint.lock(args.out_dir)
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
+        state.setdefault("decoder", state["args"].get("decoder", "pyav"))  # before it was stored
         for k, v in belongs.items():
             if state.get(k) != v:
                 raise ValueError(

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import READ_ERRORS, Clips, collate, leave_signals, windows
-from files.vpt import CONTINUOUS
+from files.vpt import CONTINUOUS, WrongDecoder
 from model import Block, predict
 
 RANK = 48  # principal components of a token whose products the linear head gets
@@ -35,6 +35,9 @@ class Windows(Clips):
     def __getitem__(self, item):
         try:
             return item, self.read(*item[2:], np.random.default_rng(0)), None
+        except WrongDecoder as e:
+            record = self.records[item[2]]
+            raise ValueError(f"{record.shard} {record.key}: {e}") from e
         except READ_ERRORS as e:
             return (
                 item,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import checkpoint
 from data import Clips, collate, expand, leave_signals, open_records, open_split, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, open_droid
-from encode import encoder_hash, fetch, open_source
+from encode import decoder_of, encoder_hash, fetch, open_source
 from files.remote import cached
 from files.vpt import CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
@@ -354,12 +354,12 @@ def open_run(path):
     return predictor.eval(), state, scaler_of(state), path
 
 
-def open_held_out(state, scaler, data, encoder, device):
+def open_held_out(state, scaler, data, encoder, device, decoder=None):
     """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
     make_inputs, compose of action_meter: states of actions, [bad]). data: VPT shards, video or
     features, or robot episodes; None: what the run held out. encoder: weights, for video; None:
-    what the run used. ValueError for what belongs to another encoder, fps or action space, and for
-    too little."""
+    what the run used. decoder: of video; None: what the run used. Another one is warned of.
+    ValueError for what belongs to another encoder, fps or action space, and for too little."""
     run, names = state["args"], state["action_names"]
     source = {k: state[k] for k in ("encode", "fps", "frames_per_step", "frames_per_clip")} | {
         "crop_size": run["crop_size"]
@@ -427,7 +427,16 @@ def open_held_out(state, scaler, data, encoder, device):
                 run["val_fraction"],
             )
             _, _, records, bad = open_split(*found)
-        keep = {k: run[k] for k in ("crop_size", "action_space", "decoder", "gui")}
+        trained = state.get("decoder", run.get("decoder", "pyav"))
+        seen_by = decoder_of(records, decoder or "pyav")
+        if not decoder and records and "mp4" in records[0].members:
+            seen_by = trained
+        if seen_by != trained:
+            print(
+                f"WARNING: the run was trained on pictures of --decoder {trained}, these are of"
+                f" {seen_by}, whose pixels differ"
+            )
+        keep = {k: run[k] for k in ("crop_size", "action_space", "gui")} | {"decoder": seen_by}
         reader = ClipReader(
             state["frames_per_clip"],
             state["fps"],

@@ -19,7 +19,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from files.vpt import mp4_times, parse_ticks
+from files.vpt import WrongDecoder, mp4_times, parse_ticks
 
 READ_ERRORS = (
     ValueError,
@@ -206,8 +206,12 @@ class StreamedClips(torch.utils.data.IterableDataset):
                                         "bytes": size,
                                     }
                                     bad, size = [], 0
+                        except WrongDecoder:
+                            raise
                         except READ_ERRORS as e:
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
+                except WrongDecoder as e:
+                    raise ValueError(f"{url} {key}: {e}") from e
                 except (*READ_ERRORS, tarfile.TarError) as e:
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
             if not used:  # never spin

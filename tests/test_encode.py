@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -439,6 +440,33 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     checkpoint.lock(tmp_path / "mine")
     assert f"mine is in use by process {os.getpid()}" in fails(
         tmp_path, "encode.py", "--data", play, HOW, "--out", tmp_path / "mine"
+    )
+
+
+def test_the_decoder_is_part_of_features(shards, tmp_path):
+    """Bug: a folder holds features of two decoders, whose pixels differ, or training does not know
+    which; --vae takes no notice of --decoder; a recording that decord misreads is left out."""
+    pytest.importorskip("decord")
+    flags = ["--data", shards / "shard-000000.tar", HOW, "--out", tmp_path / "f"]
+    run(tmp_path, "encode.py", *flags, "--decoder decord")
+    records, _ = index_shards([str(tmp_path / "f" / "shard-000000.tar")])
+    assert feature_settings(records)["decoder"] == "decord"
+    assert encode.decoder_of(records, "pyav") == "decord"
+    assert encode.decoder_of(records, "decord") == "decord"
+    assert "holds what other settings made" in fails(tmp_path, "encode.py", *flags)
+    latents = [*flags[:2], "--vae diffusers:x --decoder decord --out", tmp_path / "v"]
+    assert "latents are made of PyAV's pictures" in fails(tmp_path, "encode.py", *latents)
+
+    cut = film(container={"movflags": "faststart"})
+    place = cut.index(b"elst") + 12
+    cut = cut[: place + 4] + struct.pack(">i", 56_000) + cut[place + 8 :]  # 70 frames later
+    path = write_tar(tmp_path / "cut.tar", {"k.mp4": cut, "k.jsonl": jsonl(contractor(230))})
+    flags = ["--data", path, HOW, "--decoder decord --out", tmp_path / "cut"]
+    assert "cut.tar k: decord would show wrong pictures" in fails(tmp_path, "encode.py", *flags)
+    assert os.listdir(tmp_path / "cut") in (
+        ["lock"],
+        ["encode.json", "lock"],
+        ["lock", "encode.json"],
     )
 
 

@@ -255,6 +255,21 @@ def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
         )
 
 
+def test_another_decoder_is_warned_of(game, capsys):
+    """Bug: a run is judged on pictures of another decoder than it was trained on, without a
+    word."""
+    _, state, scaler, _ = open_run(str(game.out))
+    assert state["decoder"] == "pyav"
+    data = [str(game.held)], None, torch.device("cpu")
+    open_held_out(state, scaler, *data)
+    assert "--decoder" not in capsys.readouterr().out
+    open_held_out(state | {"decoder": "decord"}, scaler, *data)
+    said = "WARNING: the run was trained on pictures of --decoder decord, these are of pyav"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds features that were made with pyav"):
+        open_held_out(state, scaler, *data, "decord")
+
+
 def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
     """Bug: a misspelt dimension or head is noticed after minutes, or ignored; a video of other play
     is shown as if it were the clip's."""

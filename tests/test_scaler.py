@@ -17,9 +17,11 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import RobustScaler, StandardScaler
 
 import fit_scaler
 from data import Record
+from files.vpt import CONTINUOUS
 from fit_scaler import ActionScaler
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -268,10 +270,15 @@ def test_early_stop_and_its_switch(tmp_path):
     data = write_shard(
         tmp_path / "a.tar", {f"r{k}": play(k, 4001, spread=1.5)[1] for k in range(30)}
     )
-    early, out = fit(tmp_path, data)
+    early, out = fit(tmp_path, data, "--tolerance", 0.03)
     assert early.n == 10_000 and "Converged: True" in out
+    assert (
+        "Stopped before --max_samples 100,000" in out and "--no_convergence_check takes all" in out
+    )
+    strict, out = fit(tmp_path, data)
+    assert strict.n > 12_000 and "(asks for standard errors within 0.01 of the std" not in out
     late, out = fit(tmp_path, data, "--no_convergence_check")
-    assert late.n == 15_000 and "Converged: True" in out
+    assert late.n == 15_000 and "Converged: True" in out and "Stopped before" not in out
     few, out = fit(tmp_path, data, "--max_samples", 9500)
     assert few.n == 9500 and "Converged: False" in out and "raise --max_samples" in out
 
@@ -282,7 +289,8 @@ def test_batch_size_spaces_the_checks(tmp_path):
     data = write_shard(
         tmp_path / "a.tar", {f"r{k}": play(k, 4801, spread=1.5)[1] for k in range(30)}
     )
-    counts = [fit(tmp_path, data, "--batch_size", n)[0].n for n in (128, 4000)]
+    loose = ["--tolerance", 0.03, "--batch_size"]
+    counts = [fit(tmp_path, data, *loose, n)[0].n for n in (128, 4000)]
     assert counts == [
         12_000,
         14_400,
@@ -339,6 +347,43 @@ def test_joblib_and_the_guides_comparison(shards, tmp_path):
     assert safe.hash == plain.hash and safe.meta == plain.meta and safe.n == plain.n
 
 
+@pytest.mark.parametrize("with_mean", [True, False])
+@pytest.mark.parametrize("with_std", [True, False])
+@pytest.mark.parametrize("compress", [0, 3, "gzip", "bz2", "xz", "lzma"])
+def test_numbers_of_every_kind_of_standard_scaler(tmp_path, with_mean, with_std, compress):
+    """Bug: the mean is taken off although with_mean=False; compressed files, and those fitted on a
+    DataFrame, are no scalers."""
+    x = np.random.default_rng(0).normal([5, -3, 0.1, 0.0], [100, 60, 0.3, 0.2], (500, 4))
+    scaler = StandardScaler(with_mean=with_mean, with_std=with_std).fit(x)
+    expected = scaler.transform(x)
+    scaler.feature_names_in_ = np.array(CONTINUOUS, dtype=object)  # as of a DataFrame
+    how = compress if isinstance(compress, int) else (compress, 3)
+    joblib.dump(scaler, tmp_path / "s.pkl", compress=how)
+    ours = ActionScaler.load(tmp_path / "s.pkl")
+    np.testing.assert_array_equal(ours.transform(x), expected)
+    ours.check("s.pkl", CONTINUOUS, 5.0, 2)
+
+
+def test_scalers_of_other_columns_and_kinds_are_refused_by_name(tmp_path):
+    """Bug: columns in another order standardise the wrong dimension; what is no StandardScaler, or
+    a cut file, ends in a traceback."""
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    scaler = StandardScaler().fit(x)
+    scaler.feature_names_in_ = np.array(CONTINUOUS[::-1], dtype=object)
+    path = tmp_path / "s.pkl"
+    joblib.dump(scaler, path)
+    with pytest.raises(ValueError, match=r"scales \['pitch_diff'.*this run needs \['mouse_dx'"):
+        ActionScaler.load(path).check(path, CONTINUOUS, 5.0, 2)
+    for other, reason in ((StandardScaler(), "never fitted"), (RobustScaler(), "RobustScaler")):
+        joblib.dump(other, path)
+        with pytest.raises(ValueError, match=f"s.pkl is not an action scaler .*{reason}"):
+            ActionScaler.load(path)
+    joblib.dump(StandardScaler().fit(x), path, compress=3)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="compressed bytes that are cut"):
+        ActionScaler.load(path)
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     """Bug: loading a scaler from elsewhere executes what it says."""
 
@@ -347,6 +392,12 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="not an action scaler"):
+        ActionScaler.load(tmp_path / "evil.pkl")
+    assert not (tmp_path / "owned").exists()
+    scaler = StandardScaler().fit(np.eye(4))
+    scaler.feature_names_in_ = np.array([Evil()], dtype=object)
+    joblib.dump(scaler, tmp_path / "evil.pkl")
     with pytest.raises(ValueError, match="not an action scaler"):
         ActionScaler.load(tmp_path / "evil.pkl")
     assert not (tmp_path / "owned").exists()

@@ -510,6 +510,14 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
             [*world.video, PLAN, *resume, "--crop_size 64"],
             "was trained with grid 2, this run has 4",
         ),
+        (
+            [*world.video, PLAN, *resume, "--decoder decord"],
+            "was trained with decoder pyav, this run has decord",
+        ),
+        (
+            [*plan, *new, "--decoder decord"],
+            "features that were made with pyav; leave the flag out",
+        ),
         ([*plan, *new, "--crop_size 64"], "was made with --crop_size 32, this run has 64"),
         (
             [*features, *new, "--epochs 1 --warmup 1 --anneal 1"],

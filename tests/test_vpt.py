@@ -9,13 +9,16 @@ import struct
 import av
 import numpy as np
 import pytest
-from conftest import HEIGHT, contractor, film, jsonl, read_number
+from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 
-from data import READ_ERRORS
+from data import READ_ERRORS, Clips, index_shards
+from evaluation.heads import Windows
 from files import vpt
+from files.streams import StreamedClips
 from files.vpt import (
     ACTION_SPACES,
     ClipReader,
+    WrongDecoder,
     mp4_times,
     parse_ticks,
     read_frames,
@@ -467,6 +470,184 @@ def test_decord_gives_the_same_frames(kind):
         one, two = (read_frames(f, times, wanted, HEIGHT, d) for d in ("pyav", "decord"))
         assert [read_number(x) for x in two] == wanted.tolist()
         assert np.abs(one.astype(int) - two).mean() < 3 and one.shape == two.shape
+
+
+def moving(frames=90, codec="libx264", params="", cover=False, tracks=1, **options):
+    """Bytes of an mp4 of moving stripes, in which a picture that is not whole is seen at once."""
+    out = io.BytesIO()
+    y, x = np.mgrid[:64, :128]
+    with av.open(out, "w", format="mp4") as c:
+        streams = [c.add_stream(codec, rate=20) for _ in range(tracks)]
+        for s in streams:
+            s.width, s.height, s.pix_fmt = 128, 64, "yuv420p"
+            s.options = {"threads": "1", "x264-params": params} | options
+        if cover:
+            art = c.add_stream("mjpeg", rate=1)
+            art.width, art.height, art.pix_fmt = 640, 480, "yuvj420p"
+            art.disposition = av.stream.Disposition.attached_pic
+        for i in range(frames):
+            u = (x + 3 * i) % 128
+            stripes = [
+                (u * 3 + y) % 256,
+                (y * 5 + i * 7) % 256,
+                (u // 20 + y // 12 + i // 9) % 2 * 200,
+            ]
+            for n, s in enumerate(streams):
+                image = np.stack(stripes, 2).astype(np.uint8) // (n + 1)
+                c.mux(s.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        for s in streams:
+            c.mux(s.encode())
+        if cover:
+            image = av.VideoFrame.from_ndarray(np.full((480, 640, 3), 200, np.uint8))
+            c.mux(art.encode(image.reformat(format="yuvj420p")))
+            c.mux(art.encode())
+    return out.getvalue()
+
+
+def turned(mp4, a, b, c, d):
+    """Ask players to show it turned or mirrored: x, y at (a x + c y, b x + d y)."""
+    place = mp4.index(b"tkhd") + 44
+    matrix = struct.pack(">9i", *(int(n * 65536) for n in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    return mp4[:place] + matrix + mp4[place + 36 :]
+
+
+def decoded(mp4):
+    """All frames as they come when a video is read from front to back."""
+    with av.open(io.BytesIO(mp4)) as c:
+        return np.stack([x.to_ndarray(format="rgb24") for x in c.decode(video=0)])
+
+
+def without_sync_table(mp4):
+    """All frames are then said to be key frames."""
+    return mp4.replace(b"stss", b"free")
+
+
+OPEN = "open-gop=1:keyint=30:min-keyint=30:scenecut=0:bframes=3:b-adapt=0"
+REFRESH = "intra-refresh=1:keyint=20:bframes="
+KEYS = {
+    "refresh": lambda: moving(params=REFRESH + "0"),
+    "refresh_b": lambda: moving(params=REFRESH + "2"),
+    "refresh_all_keys": lambda: without_sync_table(moving(params=REFRESH + "0")),
+    "all_keys": lambda: without_sync_table(moving(g="20")),
+    "open": lambda: moving(params=OPEN),
+    "open_all_keys": lambda: without_sync_table(moving(params=OPEN)),
+    "interlaced": lambda: moving(params=OPEN + ":tff=1"),
+    "mpeg4": lambda: moving(codec="mpeg4", g="20", bf="2"),
+    "mpeg2": lambda: moving(codec="mpeg2video", g="12", bf="2"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_pictures_are_whole_wherever_reading_starts(kind, decoder):
+    """Bug: reading starts at a recovery point of intra refresh, at a frame that is only called a
+    key frame, or at one whose leading frames are lost (decord then miscounts): 13 of 160 pictures
+    were torn, 15 of 160 a neighbour's."""
+    if decoder == "decord":
+        pytest.importorskip("decord")
+    mp4 = KEYS[kind]()
+    whole = decoded(mp4).astype(int)
+    f = io.BytesIO(mp4)
+    times = mp4_times(f)
+    assert len(times) == len(whole) == 90
+    for wanted in ([29, 30, 31], [33], [45, 60], [0, 22, 88], [58, 59], [89]):
+        got = read_frames(f, times, wanted, 64, decoder)
+        assert vpt.largest_difference(got, whole[wanted]) < 5, wanted
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("trimmed", "edit list hides frames"),
+        ("two_tracks", "2 video tracks"),
+        ("cover", "2 video tracks"),
+        ("turned", "turned"),
+        ("upside_down", "turned"),
+        ("narrow", "decord"),
+    ],
+)
+def test_decord_is_refused_where_it_would_be_wrong(kind, reason):
+    """Bug: decord counts frames that an edit list hides (113 of 153 pictures were others), chooses
+    a larger track or the cover, and turns pictures by its own rules, without a word."""
+    pytest.importorskip("decord")
+    make = {
+        "trimmed": lambda: edit(film(), skip=70, drop=20),
+        "two_tracks": lambda: moving(30, tracks=2),
+        "cover": lambda: moving(30, cover=True),
+        "turned": lambda: turned(moving(30), 0, 1, -1, 0),
+        "upside_down": lambda: turned(moving(30), -1, 0, 0, -1),
+        "narrow": lambda: film(30, size=(96, 64)),  # it takes padded rows for four channels
+    }[kind]
+    f = io.BytesIO(make())
+    times = mp4_times(f)
+    with pytest.raises(WrongDecoder, match=f"{reason}.*: use --decoder pyav$"):
+        read_frames(f, times, [3, 7], 64, "decord")
+    assert len(read_frames(f, times, [3, 7], 64)) == 2
+
+
+def test_a_recording_that_decord_misreads_ends_the_run(tmp_path):
+    """Bug: good recordings are left out one by one as damaged, since the decoder is wrong."""
+    pytest.importorskip("decord")
+    mp4 = edit(film(), skip=70, drop=20)
+    path = write_tar(tmp_path / "a.tar", {"k.mp4": mp4, "k.jsonl": jsonl(contractor(210))})
+    records, bad = index_shards([path])
+    assert not bad
+    sentence = "a.tar k: decord would show .*the edit list hides frames: use --decoder pyav$"
+    for kind in (Clips, Windows):
+        clips = kind(records, [1.0], ClipReader(crop_size=HEIGHT, decoder="decord"))
+        with pytest.raises(ValueError, match=sentence):
+            clips[0, 0, 0, 0.5]
+    stream = StreamedClips([path], ClipReader(crop_size=HEIGHT, decoder="decord"))
+    with pytest.raises(ValueError, match=sentence):
+        next(iter(stream))
+
+
+@pytest.mark.parametrize(
+    "matrix, expected",
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1, (1, 2))),  # clockwise
+        ((-1, 0, 0, -1), lambda x: np.rot90(x, 2, (1, 2))),
+        ((0, -1, 1, 0), lambda x: np.rot90(x, 1, (1, 2))),
+        ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
+    ],
+)
+def test_pictures_are_shown_upright(matrix, expected):
+    """Bug: what a phone or a camera mounted upside down has filmed is read lying on its side, and
+    left is not left."""
+    plain = moving(12)
+    f = io.BytesIO(turned(plain, *matrix))
+    got = read_frames(f, mp4_times(f), [3, 7], 64)
+    np.testing.assert_array_equal(got, expected(decoded(plain)[[3, 7]]))
+
+
+def test_a_slanted_video_is_refused():
+    """Bug: a picture that is to be shown at 45 degrees is taken as it is stored."""
+    f = io.BytesIO(turned(moving(12), 0.7, 0.7, -0.7, 0.7))
+    with pytest.raises(ValueError, match="at an angle that is no multiple of 90 degrees"):
+        read_frames(f, mp4_times(f), [3], 64)
+
+
+def test_frames_before_the_first_key_frame_are_not_made_up():
+    """Bug: a recording that was cut out without its key frame ends in an error of FFmpeg's, the
+    frames that can be decoded too."""
+    out = io.BytesIO()
+    with av.open(io.BytesIO(moving(params=REFRESH + "0"))) as a:
+        with av.open(out, "w", format="mp4") as b:
+            source = a.streams.video[0]
+            stream = b.add_stream_from_template(source)
+            for i, p in enumerate(a.demux(source)):
+                if i >= 30 and p.dts is not None:
+                    p.stream = stream
+                    b.mux(p)
+    times = mp4_times(out)
+    out.seek(0)
+    with av.open(out) as c:
+        seen = {x.pts: x.to_ndarray(format="rgb24") for x in c.decode(video=0)}
+    number = times.tolist().index(min(seen))
+    with pytest.raises(ValueError, match=r"frames \[2\] cannot be decoded"):
+        read_frames(out, times, [2], 64)
+    got = read_frames(out, times, [number + 4], 64)[0]
+    np.testing.assert_array_equal(got, seen[times[number + 4]])
 
 
 @pytest.mark.parametrize(
