@@ -289,13 +289,18 @@ def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
 
 
 def estimate(records, tokens, width, args):
-    """(steps, bytes) of the features of indexed recordings, within a percent: lines at 20 a second,
-    as many as frames."""
+    """(steps, bytes) of the features of indexed recordings, within a percent: by the clock of each,
+    and as if no line were bad."""
     cut = args.encode, args.frames_per_clip, args.frames_per_step, args.phases
-    runs = [
-        r.runs if isinstance(r, Source) else segments(r.length, step_size(20.0, args.fps), *cut)
-        for r in records
-    ]
+    runs = []
+    for r in records:
+        if isinstance(r, Source):
+            runs.append(r.runs)
+            continue
+        try:
+            runs.append(segments(r.lines, step_size(r.rate, args.fps), *cut))
+        except ValueError:
+            continue  # left out, with its reason, when its turn comes
     runs, robot = [n for found in runs for *_, n in found if n >= 2], args.dataset == "droid"
     row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (
         7 + 7 if robot else 38 + 2
@@ -309,7 +314,7 @@ def check_room(records, tokens, width, args):
     """What all ranks together will write, as a sentence; OSError if the disk has no room for it.
     Collective."""
     total = torch.tensor(
-        [sum(r.length for r in records) / 72000, *estimate(records, tokens, width, args)]
+        [sum(r.duration for r in records) / 72000, *estimate(records, tokens, width, args)]
     ).double()
     if dist.is_initialized():
         dist.all_reduce(total)
