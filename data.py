@@ -10,6 +10,7 @@ s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All e
 ClipReader."""
 
 import argparse
+import collections
 import concurrent.futures
 import functools
 import glob
@@ -18,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -35,6 +37,7 @@ from files.remote import Shard, cached
 from files.streams import READ_ERRORS, StreamedClips, Unreachable, disk_failed
 from files.vpt import (
     ACTION_SPACES,
+    KEY_BIT,
     ClipReader,
     Ticks,
     mp4_times,
@@ -46,6 +49,7 @@ from files.vpt import (
     wrap,
 )
 
+ANY_KEY = functools.reduce(operator.or_, KEY_BIT.values())
 HEAD = 1 << 14  # bytes of lines that an index looks at
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 FEATURE_DTYPES = {
@@ -291,6 +295,41 @@ def read_ticks(record):
     except OSError as e:
         print(f"parsed actions are not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
     return ticks
+
+
+def line_warnings(records, limit=32):
+    """What is odd in the lines of recordings though they can be read, a sentence each. Looks at
+    `limit` of them, spread over all; at URLs at none, which would copy them (vpt.parse_ticks
+    says what it meets)."""
+    local = [r for r in records if "jsonl" in r.members and not isinstance(r.shard, Shard)]
+    looked, held, unknown, other_rate = 0, 0, {}, []
+    for record in spread(local, min(limit, len(local))):
+        try:
+            ticks = read_ticks(record)
+            with Slice(record.shard, *record.members["mp4"]) as f:
+                frame_rate = video_rate(f, mp4_times(f))
+        except READ_ERRORS as e:
+            if disk_failed(e):
+                raise
+            continue  # left out, with its reason, when a clip of it is asked for
+        looked += 1
+        held |= int(np.bitwise_or.reduce(ticks.keys))
+        for name, lines in ticks.unknown.items():
+            unknown[name] = unknown.get(name, 0) + lines
+        if frame_rate and not ticks.stamped and abs(frame_rate / ticks.rate - 1) > 0.2:
+            other_rate.append((record.key, frame_rate))
+    out = name_warnings(unknown)
+    if other_rate:
+        key, frame_rate = other_rate[0]
+        out.append(
+            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames a"
+            " second and lines without timestamp, which are taken for 20 a second: add timestamps"
+            " if that is wrong"
+        )
+    if looked and not held & ANY_KEY:
+        out.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
+    where = f" (in {looked} of {len(records)} recordings)" if looked < len(records) else ""
+    return [line + where for line in out]
 
 
 def feature_header(record):
@@ -736,6 +775,15 @@ if __name__ == "__main__":
         num_workers=0,
         reader=ClipReader(action_space=args.action_space),
     )
+    records = getattr(loader.dataset, "records", [])
+    for line in line_warnings(records, 64):
+        print(f"WARNING: {line}")
+    clocks = collections.Counter((r.rate, r.frames_per_line) for r in records if "mp4" in r.members)
+    for (rate, frames_per_line), count in clocks.most_common(4):
+        print(
+            f"clock    {count} recording{'s' if count > 1 else ''} of {rate:.4g} lines a second,"
+            f" {frames_per_line} frame{'s' if frames_per_line > 1 else ''} a line"
+        )
     batch = next(iter(loader))
     for file, key, reason in loader.bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")

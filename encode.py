@@ -39,7 +39,16 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from checkpoint import lock, one_sentence, peak_memory, write_atomically
-from data import CACHE, READ_ERRORS, Shard, expand, feature_settings, is_stream, shard_index
+from data import (
+    CACHE,
+    READ_ERRORS,
+    Shard,
+    expand,
+    feature_settings,
+    is_stream,
+    line_warnings,
+    shard_index,
+)
 from droid import DroidReader, find_episodes, index_episodes
 from files.episodes import index_file
 from files.latents import encode_latents, find_files, open_vae
@@ -434,6 +443,8 @@ if __name__ == "__main__":
         made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         check_settings(args.out, made)
         records, bad = index_play(share)
+        for line in line_warnings(records) if rank == 0 else []:
+            print(f"WARNING: {line}")
         keys = [[r.key for r in records]]
         if world > 1:
             dist.all_gather_object(keys := [None] * world, keys[0])
@@ -529,6 +540,8 @@ if __name__ == "__main__":
     if world > 1:
         dist.barrier()  # before rank 0 writes what the others have just looked at
     if rank == 0:
+        for line in line_warnings([] if robot else records):
+            print(f"WARNING: {line}")
         print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}\nto encode: {room}")
         write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
     progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")

@@ -966,14 +966,15 @@ class ClipReader:
         short, or lines and frames disagree. video_rate: frames a second, by video_rate()."""
         lines = len(ticks.motion)
         flaw = f" ({ticks.flaw})" if ticks.flaw else ""
-        ratio = self.frames_per_line(ticks, frames, video_rate)
-        n = min(lines, frames // ratio) - step_size(ticks.rate, self.fps) * (self.frames - 1)
-        if n < 1:
+        needed = step_size(ticks.rate, self.fps) * (self.frames - 1) + 1
+        usable = min(lines, frames)
+        if usable >= needed:
+            usable = min(lines, frames // self.frames_per_line(ticks, frames, video_rate))
+        if usable < needed:
             raise ValueError(
-                f"too short: {lines} usable lines{flaw} and {frames} frames, a clip needs"
-                f" {lines - n + 1}"
+                f"too short: {lines} usable lines{flaw} and {frames} frames, a clip needs {needed}"
             )
-        return n
+        return usable - needed + 1
 
     def frames_per_line(self, ticks, frames, video_rate=None):
         """1 in VPT, and wherever there are as many lines as frames; else how many times the video

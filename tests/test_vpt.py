@@ -162,7 +162,7 @@ def test_wheel_injects_the_hotbar_key_once_and_never_on_line_0():
     ]
 
 
-def test_fields_in_any_order_and_torn_inventories():
+def test_fields_in_any_order():
     """Bug: cutting a line at its inventory loses fields that a rewritten file has after it, or
     trips over the words in a string."""
     lines = contractor(
@@ -171,10 +171,8 @@ def test_fields_in_any_order_and_torn_inventories():
     expected = parse_ticks(jsonl(lines))
     rewritten = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
     tricky = jsonl([{"note": 'a, "inventory"'} | line for line in lines])
-    cut = jsonl(lines).replace(
-        b'"quantity": 3}]', b'"quantity"'
-    )  # broken JSON, but only where nothing is read
-    for data in (rewritten, tricky, cut, jsonl(lines).replace(b"\n", b"\r\n")):
+    late = jsonl([{"inventory": []} | line for line in lines])  # all the others come after it
+    for data in (rewritten, tricky, late, jsonl(lines).replace(b"\n", b"\r\n")):
         ticks = parse_ticks(data)
         assert (
             not ticks.flaw
@@ -187,7 +185,7 @@ def test_fields_in_any_order_and_torn_inventories():
     "what, reason",
     [
         (b'{"mouse": {"dx": 1', "line 100"),
-        (b"", "line 100"),
+        (b'{"mouse": {"dx": 1}, "yaw": 1, "pitch": 1, "inventory": [{]}', "line 100"),
         (b"[1, 2]", "line 100"),
         (b'{"mouse": {"dx": NaN}, "yaw": 1, "pitch": 1}', "line 100"),
         (b'{"mouse": {"dx": "NaN"}, "yaw": 1, "pitch": 1}', "out of range"),
