@@ -150,6 +150,8 @@ MEANINGS = {
     "inventory": "key.keyboard.e",
     "drop": "key.keyboard.q",
     "swaphands": "key.keyboard.f",
+    "keys": "keyboard.keys",
+    "buttons": "mouse.buttons",
     "attack": "button 0",
     "use": "button 1",
     "pickitem": "button 2",
@@ -192,7 +194,7 @@ def key_bit(name):
     if name in SIGNS:
         name = SIGNS[name]
     words = re.findall(r"[^\W_]+", name.lower())
-    while len(words) > 1 and words[0] in ("key", "keyboard", "keys", "glfw", "minecraft"):
+    while len(words) > 1 and words[0] in ("key", "keyboard", "keys", "glfw", "minecraft", "vk"):
         words = words[1:]
     known = KEY_SPELLINGS.get("".join(words))
     return None if known is None else KEY_BIT.get("key.keyboard." + known, 0)
@@ -224,12 +226,13 @@ def unknown_label(kind, name, known):
     """How a name that nobody knows is reported, with the nearest known one."""
     text = name if isinstance(name, str) else orjson.dumps(name).decode()
     plain = "".join(re.findall(r"[^\W_]+", text.lower()))
-    closest = MEANINGS.get(plain.removeprefix("key").removeprefix("keyboard"), "")
-    if not closest:
-        by_spelling = {re.sub(r"[\W_]", "", x.lower()): x for x in known}
-        short = {k.removeprefix("keykeyboard"): x for k, x in by_spelling.items()}
-        found = nearest(plain.removeprefix("key").removeprefix("keyboard"), list(short))
-        closest = short.get(found, "")
+    short = plain.removeprefix("key").removeprefix("board")
+    closest = MEANINGS.get(plain) or MEANINGS.get(short, "")
+    if not closest and len(known) == 1:
+        closest = known[0]
+    if not closest and isinstance(name, str):
+        spellings = {re.sub(r"[\W_]|key\.keyboard\.", "", x.lower()): x for x in known}
+        closest = spellings.get(nearest(short.removeprefix("keyboard"), list(spellings)), "")
     shown = text if len(text) <= 40 else text[:37] + "..."
     return f'{kind} "{shown}"' + (f' (nearest known name: "{closest}")' if closest else "")
 
@@ -318,9 +321,12 @@ def separated_names(known):
     parts are names."""
 
     def split(text):
-        parts = [part for part in re.split(r"[\s,;|+]+", text) if part]
-        if known(text) is None and parts and None not in map(known, parts):
-            return parts
+        if known(text) is not None:
+            return [text]
+        for between in (r"\s*[,;|+]\s*", r"[\s,;|+]+"):
+            parts = [part for part in re.split(between, text) if part]
+            if parts and None not in map(known, parts):
+                return parts
         return [text]
 
     return split
@@ -388,22 +394,28 @@ class LineReader:
         return out
 
     def time(self, value, name):
-        """A field that tells when the line was; NaN if the line does not have it."""
+        """A field that tells when the line was; NaN if the line does not have it. Only timestamps
+        must be numbers: what other programs mean by the others is theirs."""
         if value is None:
             return math.nan
         try:
             number = float(value)
         except (ValueError, TypeError):
             number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"{name} is {shown(value)}, which is no number")
-        return number
+        if math.isfinite(number):
+            return number
+        if name == "timestamp":
+            raise ValueError(f"timestamp is {shown(value)}, which is no number of seconds")
+        return math.nan
 
     def slot(self, value):
         """0..8, or NaN for a line that does not say."""
         if value is None:
             return math.nan
-        slot = float(value)
+        try:
+            slot = float(value)
+        except (ValueError, TypeError):
+            slot = -1.0
         if slot not in range(9):
             raise ValueError(f"hotbar slot {shown(value)} is out of range: 0 to 8 are known")
         return slot
@@ -414,7 +426,10 @@ class LineReader:
             raise ValueError("no yaw or camera")
         if not isinstance(camera, list) or len(camera) != 2:
             raise ValueError(f"camera is {shown(camera)}, not [yaw, pitch] in radians")
-        return float(camera[0]), float(camera[1]), 0.0
+        try:
+            return float(camera[0]), float(camera[1]), 0.0
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"camera is {shown(camera)}, not two numbers") from e
 
     def fields(self, d):
         """Count the names of fields that nobody knows on a line that lacks those that are."""
@@ -455,10 +470,10 @@ class LineReader:
         held, new = mouse.get("buttons"), mouse.get("newButtons")
         if held == [0] and type(held[0]) is int:
             bits |= BUTTON_BIT[0]
-        elif held:
+        elif held is not None and held != []:
             for number in self.buttons(held, "mouse.buttons"):
                 bits |= BUTTON_BIT.get(number, 0)
-        if new:
+        if new is not None and new != []:
             new = self.buttons(new, "mouse.newButtons")
         gui = d.get("isGuiOpen")
         if gui is None:
@@ -466,12 +481,19 @@ class LineReader:
         if gui is not False and truth(gui, "isGuiOpen"):
             bits |= GUI
 
-        dx, dy = float(dx or 0), float(dy or 0)
+        try:
+            dx, dy = float(dx or 0), float(dy or 0)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"mouse.dx and dy are {shown([dx, dy])}, not numbers") from e
         yaw, degrees = d.get("yaw"), 1.0
         if yaw is None:
             yaw, pitch, degrees = self.camera(d.get("camera"))
         else:
-            yaw, pitch = float(yaw), float(d["pitch"])
+            pitch = d["pitch"]
+            try:
+                yaw, pitch = float(yaw), float(pitch)
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"yaw and pitch are {shown([yaw, pitch])}, not numbers") from e
         if not math.isfinite(dx + dy + yaw + pitch):
             raise ValueError(f"motion {(dx, dy, yaw, pitch)} is out of range")
         new_attack = bool(new) and 0 in new
@@ -536,7 +558,7 @@ def parse_ticks(data):
     keys[changed] |= np.uint32(1) << hotbar[changed].astype(np.uint32)
 
     rate = line_rate(column["timestamp"])
-    for label in read.unknown.keys() - SAID:
+    for label in [name for name in read.unknown if name not in SAID][:10]:
         SAID.add(label)
         print(f"WARNING: {label} in a recording: nobody knows this name", file=sys.stderr)
     return Ticks(
@@ -634,10 +656,9 @@ def line_rate(stamps):
                 f"timestamp changes {len(at)} times on {len(stamps)} lines: too rarely to tell"
                 " their rate; leave it out if there are 20 lines a second"
             )
-    every = min(16, max(len(at) // 8, 1))
-    lines, seconds = np.diff(at[::every]), np.diff(times[::every])
+    lines, seconds = np.diff(at), np.diff(times)
     each = seconds / lines
-    steady = np.abs(each - np.median(each)) <= 0.6 * np.median(each)
+    steady = each <= 2.5 * np.median(each)  # rounding makes a step half or twice as long, no more
     interval = seconds[steady].sum() / lines[steady].sum()
     for unit in (1.0, 1e-3, 1e-6, 1e-9):
         if 0.004 <= interval * unit <= 1.01:
