@@ -656,10 +656,7 @@ def line_rate(stamps):
                 f"timestamp changes {len(at)} times on {len(stamps)} lines: too rarely to tell"
                 " their rate; leave it out if there are 20 lines a second"
             )
-    lines, seconds = np.diff(at), np.diff(times)
-    each = seconds / lines
-    steady = each <= 2.5 * np.median(each)  # rounding makes a step half or twice as long, no more
-    interval = seconds[steady].sum() / lines[steady].sum()
+    interval = steady_interval(at, times)
     for unit in (1.0, 1e-3, 1e-6, 1e-9):
         if 0.004 <= interval * unit <= 1.01:
             return 1.0 / (interval * unit)
@@ -667,6 +664,15 @@ def line_rate(stamps):
         f"timestamps are {interval:g} apart from line to line: seconds are expected, 1 to 250 lines"
         " a second"
     )
+
+
+def steady_interval(at, times):
+    """Mean time from one number of `at` to the next, without pauses: what takes more than 2.5 times
+    as long as most. Rounding makes a step half or twice as long, no more."""
+    lines, seconds = np.diff(at), np.diff(times)
+    each = seconds / lines
+    steady = each <= 2.5 * np.median(each)
+    return seconds[steady].sum() / lines[steady].sum()
 
 
 def peek_rate(head, whole):
@@ -922,7 +928,7 @@ def video_rate(f, times):
     f.seek(0)
     with av.open(f) as container:
         unit = container.streams.video[0].time_base
-    return float(1 / (np.median(np.diff(times)) * unit))
+    return float(1 / (steady_interval(np.arange(len(times)), times) * unit))
 
 
 class ClipReader:

@@ -372,6 +372,16 @@ def test_only_jsonl_bytes_are_read(tmp_path):
         )
 
 
+def test_names_that_nobody_knows_are_counted_over_all_recordings(tmp_path):
+    """Bug: every key of own data is misspelt, and the scaler's report looks as always."""
+    lines = play(3, 400)[1].replace(b"key.keyboard.w", b"key.keyboard.ww")
+    data = write_shard(tmp_path / "a.tar", {"a": lines, "b": lines, "c": play(4, 400)[1]})
+    _, out = fit(tmp_path, data)
+    assert (
+        'WARNING: key "key.keyboard.ww" (nearest known name: "key.keyboard.w") on 800 lines' in out
+    )
+
+
 def test_damaged_recordings(shards, tmp_path):
     """Bug: one torn line ends the run, or the good lines before it are lost, or what was left out
     is not said."""
