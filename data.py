@@ -307,7 +307,9 @@ def line_warnings(records, limit=32):
         try:
             ticks = read_ticks(record)
             with Slice(record.shard, *record.members["mp4"]) as f:
-                frame_rate = video_rate(f, mp4_times(f))
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            ratio = ClipReader().frames_per_line(ticks, len(times), frame_rate)
         except READ_ERRORS as e:
             if disk_failed(e):
                 raise
@@ -316,7 +318,7 @@ def line_warnings(records, limit=32):
         held |= int(np.bitwise_or.reduce(ticks.keys))
         for name, lines in ticks.unknown.items():
             unknown[name] = unknown.get(name, 0) + lines
-        if frame_rate and not ticks.stamped and abs(frame_rate / ticks.rate - 1) > 0.2:
+        if frame_rate and not ticks.stamped and abs(frame_rate / ratio / ticks.rate - 1) > 0.2:
             other_rate.append((record.key, frame_rate))
     out = name_warnings(unknown)
     if other_rate:

@@ -659,7 +659,7 @@ def line_rate(stamps):
     interval = steady_interval(at, times)
     for unit in (1.0, 1e-3, 1e-6, 1e-9):
         if 0.004 <= interval * unit <= 1.01:
-            return 1.0 / (interval * unit)
+            return float(1.0 / (interval * unit))
     raise ValueError(
         f"timestamps are {interval:g} apart from line to line: seconds are expected, 1 to 250 lines"
         " a second"

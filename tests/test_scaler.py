@@ -51,13 +51,13 @@ def play(seed, lines, offset=0.0, spread=10.0):
 
 
 def expected(motion, span=8):
-    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, differences
-    wrapped to (-pi, pi]."""
+    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, of yaw of the
+    differences from line to line, each wrapped to (-pi, pi]."""
     n = (len(motion) - 1) // span
     sums = motion[: n * span, :2].reshape(n, span, 2).sum(1)
-    turn = np.radians(motion[: n * span + 1 : span, 2:])
-    yaw = np.angle(np.exp(1j * np.diff(turn[:, 0])))
-    return np.column_stack([sums, yaw, np.diff(turn[:, 1])])
+    yaw, pitch = np.radians(motion[: n * span + 1, 2:]).T
+    turned = np.angle(np.exp(1j * np.diff(yaw))).reshape(n, span).sum(1)
+    return np.column_stack([sums, turned, np.diff(pitch[::span])])
 
 
 def write_shard(path, recordings, video=b"never read"):
