@@ -668,10 +668,14 @@ def line_rate(stamps):
 
 def steady_interval(at, times):
     """Mean time from one number of `at` to the next, without pauses: what takes more than 2.5 times
-    as long as most. Rounding makes a step half or twice as long, no more."""
+    as long as most, and clocks that are set back. Rounding makes a step half or twice as long, no
+    more. 0.0 if time never goes on."""
     lines, seconds = np.diff(at), np.diff(times)
     each = seconds / lines
-    steady = each <= 2.5 * np.median(each)
+    forward = each > 0
+    if not forward.any():
+        return 0.0
+    steady = forward & (each <= 2.5 * np.median(each[forward]))
     return seconds[steady].sum() / lines[steady].sum()
 
 
@@ -928,7 +932,8 @@ def video_rate(f, times):
     f.seek(0)
     with av.open(f) as container:
         unit = container.streams.video[0].time_base
-    return float(1 / (steady_interval(np.arange(len(times)), times) * unit))
+    interval = steady_interval(np.arange(len(times)), times)
+    return float(1 / (interval * unit)) if interval and unit else None
 
 
 class ClipReader:
