@@ -10,6 +10,7 @@ s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All e
 ClipReader."""
 
 import argparse
+import collections
 import concurrent.futures
 import functools
 import glob
@@ -18,6 +19,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -35,15 +37,21 @@ from files.remote import Shard, cached
 from files.streams import READ_ERRORS, StreamedClips, Unreachable, disk_failed
 from files.vpt import (
     ACTION_SPACES,
+    KEY_BIT,
     ClipReader,
     Ticks,
     WrongDecoder,
     mp4_times,
+    name_warnings,
     parse_ticks,
+    peek_rate,
     step_size,
+    video_rate,
     wrap,
 )
 
+ANY_KEY = functools.reduce(operator.or_, KEY_BIT.values())
+HEAD = 1 << 14  # bytes of lines that an index looks at
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 FEATURE_DTYPES = {
     "BF16": torch.bfloat16,
@@ -121,13 +129,25 @@ class Slice(io.RawIOBase):
 
 
 class Record(NamedTuple):
-    """A recording in a local shard: member offsets and sizes, and its length (frames of video, or
-    steps of features)."""
+    """A recording in a local shard: member offsets and sizes, its length (frames of video, or steps
+    of features), and the clock of its lines (see clock_of)."""
 
     shard: str
     key: str
     members: dict  # extension -> (offset, size)
     length: int = 0
+    rate: float = 20.0  # lines a second
+    frames_per_line: int = 1
+
+    @property
+    def lines(self):
+        """Lines that have a frame of their own."""
+        return self.length // self.frames_per_line
+
+    @property
+    def duration(self):
+        """Twentieths of a second of play; steps of features."""
+        return self.length if "safetensors" in self.members else self.lines * 20 / self.rate
 
     @property
     def recording(self):
@@ -173,6 +193,22 @@ def shard_index(path):
 # --- indexed shards ---
 
 
+def clock_of(record, frames, frame_rate):
+    """(lines a second, frames a line) of a recording: windows, epochs, shares and estimates follow
+    from it. Reads the first lines; all of them only where these do not tell, or where the video
+    runs at another rate. What is wrong with the lines is found when a clip is read."""
+    offset, size = record.members["jsonl"]
+    with Slice(record.shard, offset, size) as f:
+        rate = peek_rate(f.read(min(size, HEAD)), size <= HEAD)
+    if rate and frame_rate and 2 / 3 < frame_rate / rate < 1.5:
+        return rate, 1
+    try:
+        ticks = read_ticks(record)
+        return ticks.rate, ClipReader().frames_per_line(ticks, frames, frame_rate)
+    except ValueError:
+        return 20.0, 1
+
+
 def index_shards(paths, workers=16):
     """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4
     indices and feature headers only; of those at URLs once, then their notes in the cache."""
@@ -185,7 +221,10 @@ def index_shards(paths, workers=16):
                     raise ValueError("features of robot episodes: train_lora.py reads them")
                 return r._replace(length=header["z"][1][0])
             with Slice(r.shard, *r.members["mp4"]) as f:
-                return r._replace(length=len(mp4_times(f)))
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            rate, frames_per_line = clock_of(r, len(times), frame_rate)
+            return r._replace(length=len(times), rate=rate, frames_per_line=frames_per_line)
         except READ_ERRORS as e:
             if isinstance(e, Unreachable):
                 raise
@@ -238,7 +277,7 @@ def read_ticks(record):
         if stat
         else f"{shard} {shard.size} {shard.version}"
     )
-    name += f" {tuple(record.members['jsonl'])} v2"
+    name += f" {tuple(record.members['jsonl'])} v3"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     if os.path.exists(path):
         with open(path, "rb") as f:
@@ -247,16 +286,53 @@ def read_ticks(record):
             hashlib.sha256(raw).digest() == digest
         ):  # else the cache was damaged: the recording is the truth
             with np.load(io.BytesIO(raw)) as z:
-                return Ticks(z["motion"], z["keys"], z["hotbar"], float(z["rate"]), str(z["flaw"]))
+                return Ticks.of(z)
     with Slice(record.shard, *record.members["jsonl"]) as f:
         ticks = parse_ticks(f.read())
     buffer = io.BytesIO()
-    np.savez(buffer, **ticks._asdict())
+    np.savez(buffer, **ticks.arrays())
     try:
         write_atomically(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
     except OSError as e:
         print(f"parsed actions are not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
     return ticks
+
+
+def line_warnings(records, limit=32):
+    """What is odd in the lines of recordings though they can be read, a sentence each. Looks at
+    `limit` of them, spread over all; at URLs at none, which would copy them (vpt.parse_ticks
+    says what it meets)."""
+    local = [r for r in records if "jsonl" in r.members and not isinstance(r.shard, Shard)]
+    looked, held, unknown, other_rate = 0, 0, {}, []
+    for record in spread(local, min(limit, len(local))):
+        try:
+            ticks = read_ticks(record)
+            with Slice(record.shard, *record.members["mp4"]) as f:
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            ratio = ClipReader().frames_per_line(ticks, len(times), frame_rate)
+        except READ_ERRORS as e:
+            if disk_failed(e):
+                raise
+            continue  # left out, with its reason, when a clip of it is asked for
+        looked += 1
+        held |= int(np.bitwise_or.reduce(ticks.keys))
+        for name, lines in ticks.unknown.items():
+            unknown[name] = unknown.get(name, 0) + lines
+        if frame_rate and not ticks.stamped and abs(frame_rate / ratio / ticks.rate - 1) > 0.2:
+            other_rate.append((record.key, frame_rate))
+    out = name_warnings(unknown)
+    if other_rate:
+        key, frame_rate = other_rate[0]
+        out.append(
+            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames a"
+            " second and lines without timestamp, which are taken for 20 a second: add timestamps"
+            " if that is wrong"
+        )
+    if looked and not held & ANY_KEY:
+        out.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
+    where = f" (in {looked} of {len(records)} recordings)" if looked < len(records) else ""
+    return [line + where for line in out]
 
 
 def feature_header(record):
@@ -356,10 +432,12 @@ class Clips(torch.utils.data.Dataset):
             r = self.records[number]
             with Slice(r.shard, *r.members["mp4"]) as f:
                 times = mp4_times(f)
+                frame_rate = video_rate(f, times)
             ticks = read_ticks(r)
             if len(self.opened) == 256:
                 self.opened.popitem()
-            self.opened[number] = times, ticks, self.reader.starts(ticks, len(times))
+            starts = self.reader.starts(ticks, len(times), frame_rate)
+            self.opened[number] = times, ticks, starts
         return self.opened[number]
 
     def locate(self, u):
@@ -369,6 +447,17 @@ class Clips(torch.utils.data.Dataset):
         number = min(int(np.searchsorted(self.cumulative, at, side="right")), len(self.records) - 1)
         left = self.cumulative[number - 1] if number else 0.0
         return number, min((at - left) / (self.cumulative[number] - left), 1 - 1e-12)
+
+    def windows_in(self, record):
+        """Non-overlapping clips on the step grid of a recording. One at a rate that --fps does not
+        divide counts as one, so that its window is read and its fault reported."""
+        if "safetensors" in record.members:
+            return record.length // (self.reader.frames // self.reader.frames_per_step)
+        try:
+            stride = step_size(record.rate, self.reader.fps)
+        except ValueError:
+            return 1
+        return (record.lines - 1 + stride) // (self.reader.frames * stride)
 
     def read(self, number, place, rng):
         r = self.records[number]
@@ -463,16 +552,7 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     """Batches of items for validation: non-overlapping windows on the step grid, at most `limit`,
     spread over all recordings; the batches do not depend on the number of ranks that share them;
     with a batch_size above 1 none has a single clip unless there is only one."""
-    r, steps = dataset.reader, dataset.reader.frames // dataset.reader.frames_per_step
-    stride = max(round(20 / r.fps), 1)
-    counts = [
-        (
-            x.length // steps
-            if "safetensors" in x.members
-            else (x.length - 1 + stride) // (r.frames * stride)
-        )
-        for x in dataset.records
-    ]
+    counts = [dataset.windows_in(record) for record in dataset.records]
     every = [(number, k) for number, count in enumerate(counts) for k in range(count)]
     chosen = np.random.default_rng(seed).permutation(len(every))[:limit]
     items = [(0, i, *every[j]) for i, j in enumerate(chosen)]
@@ -595,8 +675,8 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
     for i, group in enumerate([] if any(map(is_stream, expand(data))) else groups):
         records, more = open_records(group)
         kept, held = split_records(records, 0 if val_data else val_fraction)
-        total = sum(r.length for r in kept)
-        shares += [r.length * (data_weights[i] / total if data_weights else 1.0) for r in kept]
+        total = sum(r.duration for r in kept)
+        shares += [r.duration * (data_weights[i] / total if data_weights else 1.0) for r in kept]
         train, val, bad = train + kept, val + held, bad + more
     if val_data:
         val, more = open_records(val_data)
@@ -671,7 +751,7 @@ def vpt_loader(
         if batches_per_epoch is None:
             steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
             clips = sum(
-                r.length / (steps if "safetensors" in r.members else ticks) for r in records
+                r.duration / (steps if "safetensors" in r.members else ticks) for r in records
             )
             batches_per_epoch = max(int(clips) // (batch_size * world), 1)
         options["batch_sampler"] = Order(
@@ -700,6 +780,15 @@ if __name__ == "__main__":
         num_workers=0,
         reader=ClipReader(action_space=args.action_space),
     )
+    records = getattr(loader.dataset, "records", [])
+    for line in line_warnings(records, 64):
+        print(f"WARNING: {line}")
+    clocks = collections.Counter((r.rate, r.frames_per_line) for r in records if "mp4" in r.members)
+    for (rate, frames_per_line), count in clocks.most_common(4):
+        print(
+            f"clock    {count} recording{'s' if count > 1 else ''} of {rate:.4g} lines a second,"
+            f" {frames_per_line} frame{'s' if frames_per_line > 1 else ''} a line"
+        )
     batch = next(iter(loader))
     for file, key, reason in loader.bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")

@@ -557,6 +557,12 @@ class DroidClips(Clips):
     def __init__(self, records, reader, seed=0):
         super().__init__(records, [reader.starts(r) for r in records], reader, seed)
 
+    def windows_in(self, record):
+        if record.kind == "features":
+            return record.length // (self.reader.frames // self.reader.frames_per_step)
+        stride = max(round(20 / self.reader.fps), 1)  # of `length`, which open_episodes made
+        return (record.length - 1 + stride) // (self.reader.frames * stride)
+
     def read(self, number, place, rng):
         r, starts = self.records[number], self.reader.starts(self.records[number])
         start = (

@@ -41,6 +41,7 @@ from evaluation.heads import (
 from evaluation.runs import make_inputs, open_run
 from files.vpt import (
     ACTION_SPACES,
+    BOM,
     CONTINUOUS,
     SLOTS,
     ClipReader,
@@ -68,11 +69,13 @@ def line_labels(clips, field, shards, reader):
                 f" {record.recording}"
             )
         if record.recording not in lines:
+            ticks = read_ticks(source)
             with Slice(source.shard, *source.members["jsonl"]) as f:
-                lines[record.recording] = (
-                    f.read().splitlines(),
-                    step_size(read_ticks(source).rate, reader.fps),
-                )
+                text = f.read().splitlines()
+            lines[record.recording] = (
+                [text[i].removeprefix(BOM) for i in ticks.line],
+                step_size(ticks.rate, reader.fps),
+            )
         text, stride = lines[record.recording]
         start = int(record.key.rpartition("@")[2]) if "safetensors" in record.members else 0
         line = json.loads(text[start + round((window + 0.5) * reader.frames * stride)])

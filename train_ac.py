@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import weights
-from data import Clips, collate, expand, open_split, vpt_loader, windows
+from data import Clips, collate, expand, line_warnings, open_split, vpt_loader, windows
 from encode import decoder_of, open_source
 from evaluation.runs import held_out, leave_group, make_inputs, own_predictor, prefetch
 from files.logs import append_jsonl, open_logs, plot_curves
@@ -352,6 +352,8 @@ if __name__ == "__main__":
             f"{len(bad)} recordings cannot be used, {' '.join(bad[0])} among them; all are listed"
             " in bad_clips.jsonl"
         )
+    for line in line_warnings(train + val) if rank == 0 else []:
+        say(f"WARNING: {line}")
     if args.val_clips and not val:
         say(
             "WARNING: nothing to validate on: streams and single recordings cannot be split; pass"

@@ -28,9 +28,9 @@ class Source(NamedTuple):
     about: dict  # "episode" of their metadata
     shard = property(lambda self: self.episode.shard)
     key = property(lambda self: self.episode.key)
-    length = property(
+    duration = property(
         lambda self: self.about["rows"] / self.about["rate"] * 20
-    )  # in ticks, which hours are counted in
+    )  # in twentieths of a second, as data.Record has it
 
 
 def tar_names(paths):

@@ -19,7 +19,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from files.vpt import WrongDecoder, mp4_times, parse_ticks
+from files.vpt import WrongDecoder, mp4_times, parse_ticks, video_rate
 
 READ_ERRORS = (
     ValueError,
@@ -236,7 +236,7 @@ class StreamedClips(torch.utils.data.IterableDataset):
     def cut(self, key, members, places, rng):
         f = io.BytesIO(members["mp4"])
         times, ticks = mp4_times(f), parse_ticks(members["jsonl"])
-        starts = self.reader.starts(ticks, len(times))
+        starts = self.reader.starts(ticks, len(times), video_rate(f, times))
         for i in places:
             clip = self.reader(
                 f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key

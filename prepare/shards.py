@@ -28,14 +28,17 @@ import urllib.request
 import zlib
 
 import av
-import orjson
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames
-
-SLACK = 5  # lines and frames of a real recording may differ by a few
-
+from files.vpt import (
+    ClipReader,
+    mp4_times,
+    name_warnings,
+    parse_ticks,
+    read_frames,
+    video_rate,
+)
 
 # --- download ---
 
@@ -156,35 +159,25 @@ def key_of(stem):
 
 
 def check(folder, stem, extensions):
-    """Why a recording cannot be packed, or "" if it can, and its number of frames."""
+    """Why a recording cannot be packed, or "" if it can; its seconds; {name that nobody knows:
+    lines}."""
     for extension in ("mp4", "jsonl"):
         if extension not in extensions:
-            return f"no .{extension} beside it", 0
+            return f"no .{extension} beside it", 0, {}
     try:
         with open(os.path.join(folder, stem + ".jsonl"), "rb") as f:
-            text = f.read()
-        ticks = parse_ticks(text)
+            ticks = parse_ticks(f.read())
         if ticks.flaw:
-            return f"jsonl: {ticks.flaw}", 0
-        for i, line in enumerate(
-            text.splitlines()
-        ):  # the loader does not look at inventory and stats
-            try:
-                orjson.loads(line)
-            except orjson.JSONDecodeError:
-                return f"jsonl: line {i} is not JSON", 0
+            return f"jsonl: {ticks.flaw}", 0, {}
         with open(os.path.join(folder, stem + ".mp4"), "rb") as f:
             times = mp4_times(f)
             if not len(times):
-                return "the video has no frames", 0
+                return "the video has no frames", 0, {}
             read_frames(f, times, [0], 64)
+            ClipReader().frames_per_line(ticks, len(times), video_rate(f, times))
     except (ValueError, OSError, EOFError, av.FFmpegError) as e:
-        return " ".join(str(e).split()), 0
-    lines, frames = len(ticks.motion), len(times)
-    ratio = ClipReader().frames_per_line(ticks, frames)
-    return (
-        f"{lines} lines but {frames} frames" if abs(lines - frames / ratio) > SLACK else ""
-    ), frames
+        return " ".join(str(e).split()), 0, {}
+    return "", len(ticks.motion) / ticks.rate, ticks.unknown
 
 
 def packed_already(out):
@@ -246,14 +239,16 @@ def pack(folder, out, shard_size, jobs):
                 " another --out"
             )
 
-    skipped, batch, filled, packed, frames, first = [], [], 0, 0, 0, number
+    skipped, batch, filled, packed, seconds, first = [], [], 0, 0, 0, number
+    unknown = collections.Counter()
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     total = sum(sum(found[stem].values()) for stem in todo)
     try:
         checks = [pool.submit(check, folder, stem, found[stem]) for stem in todo]
         with tqdm(total=total, unit="B", unit_scale=True, desc="pack") as bar:
             for i, stem in enumerate(todo):
-                reason, n = checks[i].result()
+                reason, length, names = checks[i].result()
+                unknown.update(names)
                 size = sum(
                     1024 + s for s in found[stem].values()
                 )  # a header and padding for each member
@@ -270,7 +265,7 @@ def pack(folder, out, shard_size, jobs):
                     write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
                     number, batch, filled = number + 1, [], 0
                 batch.append((key_of(stem), stem, found[stem]))
-                packed, frames, filled = packed + 1, frames + n, filled + size
+                packed, seconds, filled = packed + 1, seconds + length, filled + size
             if batch:
                 write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
                 number += 1
@@ -283,7 +278,7 @@ def pack(folder, out, shard_size, jobs):
     kinds = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)
     print(f"found       {len(found):7d} recordings below {folder}")
     print(
-        f"packed      {packed:7d} now ({frames / 20 / 3600:.2f} hours), in {number - first} shards;"
+        f"packed      {packed:7d} now ({seconds / 3600:.2f} hours), in {number - first} shards;"
         f" {before} were packed before"
     )
     print(
@@ -292,6 +287,8 @@ def pack(folder, out, shard_size, jobs):
     )
     for kind, n in kinds.most_common(8):
         print(f"            {n:7d} {kind}")
+    for line in name_warnings(unknown):
+        print(f"WARNING: {line}")
     return packed, skipped
 
 

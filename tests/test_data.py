@@ -8,6 +8,8 @@ import io
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 import types
@@ -578,6 +580,88 @@ def test_no_window_is_alone_in_its_batch(shards, batch_size):
     for limit in range(2, 24):
         batches = windows(dataset, batch_size, limit)
         assert sum(map(len, batches)) == limit and min(map(len, batches)) > 1
+
+
+def guide_lines(lines, rate, **change):
+    """Lines in the guides' format at some rate."""
+    line = {"mouse": {"dx": 1, "dy": 0}, "keyboard": {"keys": ["w"]}, "camera": [0, 0], "hotbar": 0}
+    return [{"timestamp": i / rate} | line | change for i in range(lines)]
+
+
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory):
+    """40 seconds of play at 20, 10 and 30 lines and frames a second, and at 5 lines beside 20
+    frames, a shard each."""
+    folder, out = tmp_path_factory.mktemp("rates"), {}
+    for rate, fps in ((20, 20), (10, 10), (30, 30), (5, 20)):
+        video = film(40 * fps, times=np.arange(40 * fps) * 1000 // fps)
+        members = {"a.mp4": video, "a.jsonl": jsonl(guide_lines(40 * rate, rate))}
+        out[rate] = write_tar(folder / f"{rate}.tar", members)
+    return out
+
+
+def test_one_clock_for_windows_epochs_and_shares(rates):
+    """Bug: 20 lines a second taken for granted: half of a 10 Hz recording is never validated, a
+    third of the windows of a 30 Hz one lie past its end, and one at 30 Hz gets three times the
+    clips of one at 10."""
+    for rate, path in rates.items():
+        records, _ = records_of(path)
+        assert records[0].rate == pytest.approx(rate, rel=0.01)
+        dataset = Clips(records, [1.0], READER)
+        items = [i for batch in windows(dataset, 1, 100) for i in batch]
+        assert len(items) == 12  # clips of 3.2 s in 40 s
+        step = records[0].frames_per_line * rate // 5
+        for _, _, _, place in items:
+            clip = dataset[0, 0, 0, place]
+            assert not clip["bad"]
+            assert [read_number(x) for x in clip["video"]] == [
+                step * (16 * place + k) % 1024 for k in range(16)
+            ]
+    train, shares, _, _ = open_split([[path] for path in rates.values()])
+    np.testing.assert_allclose(shares, 800, rtol=0.01)  # twentieths of a second
+    loader = vpt_loader((train, shares), 1, reader=READER, num_workers=0)
+    assert 49 <= loader.batch_sampler.batches <= 50
+
+
+def test_a_rate_that_fps_does_not_divide_is_reported(rates):
+    """Bug: a recording that no window of can be cut is left out of the validation without a
+    word."""
+    dataset = Clips(
+        records_of(rates[30], rates[20])[0], [1.0, 1.0], ClipReader(fps=4, crop_size=HEIGHT)
+    )
+    items = [i for batch in windows(dataset, 1, 100) for i in batch]
+    assert [number for _, _, number, _ in items].count(0) == 1
+    with pytest.raises(ValueError, match="--fps 4 does not divide"):
+        dataset.read(0, 0, None)
+
+
+def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
+    """Bug: a key in another spelling, or no clock, is found in the results, if ever."""
+    good = records_of(*rates.values())[0]
+    assert data.line_warnings(good) == []
+    strange = {
+        "a.mp4": mp4,
+        "a.jsonl": jsonl(guide_lines(300, 20, keyboard={"keys": ["spacce"]})),
+        "b.mp4": film(300, times=np.arange(300) * 1000 // 60),
+        "b.jsonl": jsonl(contractor(keyboard=None)),
+    }
+    records, _ = records_of(write_tar(tmp_path / "a.tar", strange))
+    for _ in range(2):  # from the lines, then from the cache
+        name, clock, keys = data.line_warnings(records)
+        assert 'key "spacce" (nearest known name: "key.keyboard.space") on 300 lines' in name
+        assert "b, have a video of 60 frames a second and lines without timestamp" in clock
+        assert keys.startswith("no key is held on any line")
+    assert data.line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
+
+
+def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4):
+    """Bug: the first look at own data shows a column of zeros and no reason for it."""
+    lines = guide_lines(75, 5, keyboard={"keys": ["w", "space_bar2"]})
+    path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(lines)})
+    command = [sys.executable, "-m", "data", "--inspect", path, "--batch_size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 'WARNING: key "space_bar2" (nearest known name: "key.keyboard.space")' in done.stdout
+    assert "1 recording of 5 lines a second, 4 frames a line" in done.stdout
 
 
 # --- streams ---

@@ -386,6 +386,20 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
         assert re.search(words, reasons[stem]), (stem, reasons[stem])
 
 
+def test_blank_lines_odd_names_and_other_rates_are_packed(pair, tmp_path, capsys):
+    """Bug: a blank line at the end leaves a recording out, a name that nobody knows goes unsaid,
+    and hours are counted as if every video had 20 frames a second."""
+    lines = [json.loads(line) for line in pair["jsonl"].splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"keyboard": {"keys": ["jumpp"]}, "timestamp": i * 36.0 / 1000}
+    odd = "".join(json.dumps(line) + "\n" for line in lines).encode() + b"\n"
+    put(tmp_path / "in", "odd", pair["mp4"], odd)
+    packed, skipped = shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
+    out = capsys.readouterr().out
+    assert packed == 1 and not skipped and f"({len(lines) * 0.036 / 3600:.2f} hours)" in out
+    assert f'WARNING: key "jumpp" on {len(lines)} lines' in out
+
+
 def test_keys_survive_webdataset(pair, tmp_path):
     """Catches `6.10_a` and `6.13_b` becoming one sample of key `6`, and same names in two folders
     overwriting each other."""

@@ -921,6 +921,16 @@ def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_names_that_nobody_knows_are_said_at_the_start(world, tmp_path, mp4):
+    """Bug: a night of training on keys that are misspelt, and so never pressed."""
+    lines = jsonl(contractor(keyboard={"keys": ["spacce"]}))
+    members = {f"{k}.{x}": y for k in "ab" for x, y in (("mp4", mp4), ("jsonl", lines))}
+    shard = write_tar(tmp_path / "odd.tar", members)
+    flags = [*world.video, "--data", shard, "--epochs 3 --warmup 1 --anneal 1 --dry_run --out_dir"]
+    text = run(tmp_path, "train_ac.py", *flags, tmp_path / "run")
+    assert 'WARNING: key "spacce" (nearest known name: "key.keyboard.space") on 600 lines' in text
+
+
 def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
     """Bug: --init_from loads nothing, silently; or a misshapen layer ends the run instead of being
     made anew."""
