@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -88,9 +89,8 @@ def matches(pattern):
         folder, name = os.path.split(folder)
         rest = os.path.join(name, rest)
 
-    readings = [(folder, rest, True), (folder, rest, False), ("", pattern, True)]
-    found = []
-    for start, names, escape in readings:
+    readings = []
+    for start, names, escape in ((folder, rest, True), (folder, rest, False), ("", pattern, True)):
         found = []
         for name in braces(names, escape):
             path = os.path.join(start, name)
@@ -100,25 +100,55 @@ def matches(pattern):
                 found.append((path, glob_or_raise(glob.escape(start), name)))
         if all(files for _, files in found):
             return found
-    return found
+        readings.append(found)
+    return readings[0]
 
 
 def glob_or_raise(folder, pattern):
-    """glob.glob of FOLDER/PATTERN, sorted. A folder on the way that cannot be listed is an error:
-    glob passes over it, and a part of the data is missing without a word."""
-    head = os.path.dirname(pattern)
+    """glob.glob of FOLDER/PATTERN, sorted; FOLDER may have no magic but what is escaped. glob
+    passes over a folder that cannot be listed, and a part of the data would be missing without a
+    word: here that is an error."""
+    head, name = os.path.split(pattern)
     parents = [os.path.join(folder, head)]
     if glob.has_magic(head):
         parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
-    for parent in parents:
-        path = glob.glob(parent)
-        if glob.has_magic(os.path.basename(pattern)) and path and os.path.isdir(path[0]):
-            try:
-                os.scandir(path[0]).close()
-            except PermissionError as e:
-                # lost+found and the like: not ours, and nothing that was named
-                print(f"{path[0]} cannot be listed ({e.strerror}): nothing in it is taken")
+    if glob.has_magic(name):
+        for parent in parents:
+            for path in glob.glob(parent) or [os.curdir] * (not parent):
+                list_folder(path)
     return sorted(glob.glob(os.path.join(folder, pattern)))
+
+
+def list_folder(path):
+    """[os.DirEntry] by name of what may be a folder. One that this user may not list is said
+    (lost+found, another user's); other errors of the disk are raised."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=operator.attrgetter("name"))
+    except NotADirectoryError:
+        return []
+    except PermissionError as e:
+        print(f"{path} cannot be listed ({e.strerror}): nothing in it is taken")
+        return []
+
+
+def files_below(folder):
+    """Paths of all files below a folder, links to folders followed, but every folder once: one that
+    is linked into itself has no end. What lies there itself comes before what links lead to."""
+    folders, links, seen = [folder], [], set()
+    while folders or links:
+        path = folders.pop(0) if folders else links.pop(0)
+        about = os.stat(path)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        for entry in list_folder(path):
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                yield entry.path
 
 
 def without_links(paths):
@@ -769,19 +799,33 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
 
 
 def split_records(records, val_fraction):
-    """(train, val): the last shards are held out; with fewer than ten shards, recordings chosen by
-    a hash of their key. Never windows."""
-    names = sorted({r.shard for r in records}, reverse=True)
-    group = [r.shard for r in records]
-    if len(names) < 10:  # feature members of one recording (KEY@START) stay together
-        group = [r.recording for r in records]
-        names = sorted(set(group), key=lambda key: hashlib.sha256(key.encode()).digest())
+    """(train, val): the last shards are held out; recordings chosen by a hash of their key where
+    there are fewer than ten shards, or where a key of the last ones is in others too (another copy
+    of the same play). Never windows, and no key on both sides."""
+    shards = [r.shard for r in records]
+    keys = [r.recording for r in records]  # feature members of one recording (KEY@START) together
+    names = sorted(set(shards), reverse=True)
+    group = shards
+    if len(names) >= 10 and val_fraction > 0:
+        held = set(names[: held_count(names, val_fraction)])
+        held_keys = {key for key, shard in zip(keys, shards) if shard in held}
+        if any(key in held_keys for key, shard in zip(keys, shards) if shard not in held):
+            group = keys
+    if len(names) < 10:
+        group = keys
+    if group is keys:
+        names = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
     if val_fraction <= 0 or len(names) < 2:
         return records, []
-    held = set(names[: min(max(round(len(names) * val_fraction), 1), len(names) - 1)])
-    return [r for r, g in zip(records, group) if g not in held], [
-        r for r, g in zip(records, group) if g in held
-    ]
+    held = set(names[: held_count(names, val_fraction)])
+    train = [r for r, g in zip(records, group) if g not in held]
+    val = [r for r, g in zip(records, group) if g in held]
+    return train, val
+
+
+def held_count(names, val_fraction):
+    """How many of the shards or recordings are held out: one at least, and one is left."""
+    return min(max(round(len(names) * val_fraction), 1), len(names) - 1)
 
 
 # --- loaders ---

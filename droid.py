@@ -12,7 +12,7 @@ mixes everything, resumes exactly and costs nothing, while a shuffle buffer of 1
 takes 17 GB, mixes only neighbours and is lost when a run stops."""
 
 import argparse
-import glob
+import fnmatch
 import hashlib
 import math
 import os
@@ -31,6 +31,7 @@ from data import (
     braces,
     collate,
     feature_rows,
+    files_below,
     leave_signals,
     matches,
     spread,
@@ -107,10 +108,13 @@ def episodes_in(path):
     if not os.path.isdir(path):
         return [path]
     files = []
-    for name in ("*.tfrecord*", "trajectory.h5", "*.npz", "*.tar"):
-        inside = os.path.join(glob.escape(path), "**", name)
-        files += glob.glob(inside, recursive=True)
-    return sorted(set(files))
+    for file in files_below(path):
+        parts = os.path.relpath(file, path).split(os.sep)
+        hidden = any(part.startswith(".") for part in parts)  # ._NAME of macOS among them
+        kinds = ("*.tfrecord*", "trajectory.h5", "*.npz", "*.tar")
+        if not hidden and any(fnmatch.fnmatchcase(parts[-1], kind) for kind in kinds):
+            files.append(file)
+    return sorted(files)
 
 
 def index_episodes(paths, reader, verify, log):

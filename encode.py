@@ -47,7 +47,7 @@ from files.logs import append_jsonl
 from files.play_features import index_play, plan_recording, segments
 from files.remote import cached
 from files.robot_features import Source, plan_episode, settings, sources, tar_names
-from files.streams import disk_failed
+from files.streams import disk_failed, disk_sentence
 from files.vpt import ClipReader, fitting, step_size
 from kernels import chosen
 from model import encode_steps, normalize_features, pack_features
@@ -359,12 +359,12 @@ def encode_recording(parts, encoder, args, device):
     wrong with the recording or ''. An error of the disk, the encoder or its flags is raised: the
     shard must not be finished without the recording."""
     z = collections.defaultdict(list)
-    for _, part in parts:
+    for record, part in parts:
         try:
             labels, videos = part.result()
         except READ_ERRORS as e:
             if disk_failed(e):
-                raise
+                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
             return [], f"{type(e).__name__}: {e}"
         for i, video in videos:
             h = encode_steps(encoder, video[None].to(device), args.encode, args.frames_per_step)[0]

@@ -7,7 +7,6 @@ Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or 3
 each list {1: value ...} with its numbers packed into one. So the heads of some 30 features tell
 where everything is, and what is read afterwards is a few kB of numbers and the JPEGs of a clip."""
 
-import glob
 import hashlib
 import io
 import os
@@ -23,7 +22,7 @@ import orjson
 from google_crc32c import value as crc32c
 from PIL import Image
 
-from data import CACHE, Slice, read_cache, write_cache
+from data import CACHE, Slice, files_below, list_folder, read_cache, write_cache
 from files.robot_features import index_tar
 from files.streams import DAMAGE, Unreachable, disk_failed, disk_sentence, trying
 from files.vpt import mp4_times, read_frames
@@ -400,6 +399,22 @@ def index_files(path, files, kind):
     ], []
 
 
+def files_beside(path, kind):
+    """The videos and metadata that belong to a trajectory.h5 or a NAME.npz, sorted. glob would take
+    a folder that cannot be listed for an empty one."""
+    folder = os.path.dirname(path) or "."
+    if kind == "raw":
+        below = [x for x in files_below(folder) if not os.path.basename(x).startswith(".")]
+        here = [x for x in below if os.path.dirname(x) == folder and x.endswith(".json")]
+        return sorted(here + [x for x in below if x.endswith(".mp4")])
+    if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
+        start = os.path.basename(os.path.splitext(path)[0]) + "."
+        names = [e.name for e in list_folder(folder)]
+        videos = [n for n in names if n.startswith(start) and n.endswith(".mp4")]
+        return [os.path.join(os.path.dirname(path), n) for n in videos]
+    return []
+
+
 def index_file(path, verify):
     """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes.
     A URL that cannot be reached is an OSError: it says nothing about the episodes."""
@@ -424,17 +439,7 @@ def index_file(path, verify):
                 if k in ("size", "mtime", "created", "generation", "ETag", "etag")
             }
         else:
-            stem, folder = (
-                glob.escape(os.path.splitext(path)[0]),
-                glob.escape(os.path.dirname(path) or "."),
-            )
-            beside = {
-                "raw": [f"{folder}/**/*.mp4", f"{folder}/*.json"],
-                "robot": [f"{stem}*.mp4"],
-            }.get(kind, [])
-            files = sorted(x for pattern in beside for x in glob.glob(pattern, recursive=True))
-            if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
-                files = [x for x in files if x.startswith(os.path.splitext(path)[0] + ".")]
+            files = files_beside(path, kind)
             end = os.path.getsize(path)
             stamp = [
                 (os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns)

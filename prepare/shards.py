@@ -31,7 +31,7 @@ import orjson
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from data import READ_ERRORS, Slice, archive_members
+from data import READ_ERRORS, Slice, archive_members, files_below
 from files.streams import disk_failed, disk_sentence, is_apple_double
 from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames
 
@@ -220,35 +220,18 @@ def find_recordings(folder, known):
     video is taken once, under its own name rather than a link's; under one whose key is `known` if
     there is one."""
     found, odd, videos = collections.defaultdict(dict), [], {}
+    for path in files_below(folder):
+        add_file(path, folder, found, odd, videos)
 
-    def refuse(error):
-        if not isinstance(error, PermissionError):
-            raise error
-        print(f"{error.filename} cannot be listed ({error.strerror}): nothing in it is packed")
-
-    # folders behind links come after all that lie below IN_DIR themselves
-    waiting, seen = [folder], set()
-    for start in waiting:
-        for root, folders, names in os.walk(start, onerror=refuse):
-            about = os.stat(root)
-            if (about.st_dev, about.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((about.st_dev, about.st_ino))
-            folders.sort()
-            waiting += [p for d in folders if os.path.islink(p := os.path.join(root, d))]
-            for name in sorted(names):
-                add_file(os.path.join(root, name), folder, found, odd, videos)
+    def preference(stem):
+        whole = "jsonl" in found[stem]
+        return key_of(stem) not in known, not whole, os.path.islink(f"{folder}/{stem}.mp4")
 
     for stems in videos.values():
-        stems.sort(
-            key=lambda stem: (key_of(stem) not in known, os.path.islink(f"{folder}/{stem}.mp4"))
-        )
+        stems.sort(key=preference)
         for stem in stems[1:]:
             del found[stem]
-    linked = sum(len(stems) - 1 for stems in videos.values())
-    if linked:
-        print(f"{linked} recordings are links to others: each is taken once")
+            odd.append({"file": stem + ".mp4", "reason": f"the same file as {stems[0]}.mp4"})
     return found, odd
 
 

@@ -37,7 +37,7 @@ from data import (
     vpt_loader,
     windows,
 )
-from files import vpt
+from files import streams, vpt
 from files.streams import stream_recordings
 from files.vpt import ClipReader
 from fit_scaler import ActionScaler
@@ -718,9 +718,6 @@ def test_shuffle_buffer_loses_nothing(shards):
 @pytest.mark.parametrize(
     "broken",
     [
-        "/cut/shard-000001.tar",
-        "/gone.tar",
-        "/fail.tar",
         "pipe:head -c 90000 {}",
         "pipe:cat {} | head -c 40000; exit 3",
         "pipe:cat /nonexistent",
@@ -728,13 +725,23 @@ def test_shuffle_buffer_loses_nothing(shards):
     ],
 )
 def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
-    """Bug: a transfer that ends early counts as the end of the shard, is retried for ever, or stops
-    the run."""
-    source = broken.format(shards / "shard-000001.tar") if "pipe" in broken else url + broken
+    """Bug: a command that fails counts as the end of the shard, is run for ever, or stops the
+    run."""
+    source = broken.format(shards / "shard-000001.tar")
     stream = StreamedClips([source, f"{url}/shard-000000.tar"], READER, shuffle=1, seed=1)
     clips = list(itertools.islice(stream, 40))
     bad = [x for c in clips for x in c["bad"]]
     assert {x[0] for x in bad} == {source} and 1 <= len(bad) <= 3 and all(x[2] for x in bad)
+
+
+@pytest.mark.parametrize("broken", ["/cut/shard-000001.tar", "/gone.tar", "/fail.tar"])
+def test_a_stream_whose_server_fails_ends(shards, url, broken, monkeypatch):
+    """Bug: while a server does not answer, its shards count as bad ones and the run trains on
+    others."""
+    monkeypatch.setattr(streams, "WAIT", 0.01)
+    stream = StreamedClips([url + broken, f"{url}/shard-000000.tar"], READER, shuffle=1, seed=1)
+    with pytest.raises(ValueError, match=f"{broken} cannot be read: "):
+        list(itertools.islice(stream, 40))
 
 
 def test_a_disk_that_fails_ends_indexing(shards, monkeypatch):
@@ -750,7 +757,7 @@ def test_a_disk_that_fails_ends_indexing(shards, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(
-        OSError, match=f"{path} .* cannot be read: .*Input/output error: mend the disk"
+        OSError, match=f"{path} .* cannot be read: .*Input/output error: fix the disk"
     ):
         index_shards([path])
 
@@ -775,8 +782,9 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
     gui = write_tar(
         tmp_path / "gui.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(isGuiOpen=True))}
     )
+    with pytest.raises(ValueError, match="gone.tar cannot be read.*404"):
+        next(iter(vpt_loader(f"{url}/gone.tar", 1, reader=READER, num_workers=0)))
     for source, reason in (
-        (f"{url}/gone.tar", "404"),
         (f"pipe:cat {empty}", "no mp4 and jsonl"),
         (f"pipe:cat {short}", "270 lines"),
         ("pipe:cat /nonexistent", ""),
