@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from files.streams import disk_failed, disk_sentence
 from model import Encoder, Predictor
 
 ARCHITECTURES = {  # width, depth, heads, MLP width; vit_tiny is ours, for the demo and the tests
@@ -162,6 +163,8 @@ def read_file(path):
             else torch.load(path, "cpu", weights_only=True, mmap=is_zip)
         )
     except Exception as e:  # the two readers raise half a dozen types
+        if disk_failed(e):  # which says nothing about the file
+            raise OSError(disk_sentence(path, e)) from e
         said = f"{type(e).__name__} {e}".splitlines()[0][:120]
         reason = f"no weight file, or only part of one ({said})"
         name = re.search(r"GLOBAL (\S+)", str(e))
