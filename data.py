@@ -11,6 +11,7 @@ ClipReader."""
 
 import argparse
 import concurrent.futures
+import errno
 import functools
 import glob
 import hashlib
@@ -77,12 +78,26 @@ def braces(pattern, escape):
         return [pattern]
 
 
+def there(path):
+    """os.path.exists, but where the disk fails, or a folder on the way may not be entered, that is
+    an error: such a path is not a pattern that matches nothing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
 def matches(pattern):
     """Path, glob or {a..b} range -> [(pattern without braces, [path])].
 
     What exists under that very name is taken, whatever braces, brackets or backslashes are in it.
     So is the longest folder that exists: only what follows it is a pattern."""
-    if os.path.exists(pattern):
+    if there(pattern):
         return [(pattern, [pattern])]
     folder, rest = os.path.split(pattern)
     while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
@@ -94,7 +109,7 @@ def matches(pattern):
         found = []
         for name in braces(names, escape):
             path = os.path.join(start, name)
-            if os.path.exists(path):
+            if there(path):
                 found.append((path, [path]))
             else:
                 found.append((path, glob_or_raise(glob.escape(start), name)))
@@ -653,7 +668,8 @@ class Clips(torch.utils.data.Dataset):
     """Map-style dataset over indexed recordings. An item is (epoch, index, record number, place):
     place in [0, 1) is a share of the recording's valid starts, an int the number of a window (see
     windows). A clip that cannot be read is replaced by the next draw of that index, at most 20
-    times (never the same again), and reported in "bad" as (file, key, reason)."""
+    times (never the same again), and reported in "bad" as (file, key, reason). An error of the disk
+    or the network says nothing about the recording: it is tried again, then the run ends."""
 
     def __init__(self, records, shares, reader, seed=0):
         self.records, self.reader, self.seed = records, reader, seed

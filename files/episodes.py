@@ -132,7 +132,10 @@ def fetch(path, ranges):
         return trying(path, ask)
     out = []
     with open(path, "rb", buffering=0) as f:
+        end = os.fstat(f.fileno()).st_size
         for at, size in ranges:
+            if at + size > end:
+                raise ValueError(f"{size} bytes at {at} are past the end of the file, at {end}")
             part = b""
             while len(part) < size:
                 more = os.pread(f.fileno(), size - len(part), at + len(part))

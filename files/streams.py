@@ -318,6 +318,8 @@ class StreamedClips(torch.utils.data.IterableDataset):
                                     }
                                     bad, size = [], 0
                         except READ_ERRORS as e:
+                            if disk_failed(e):
+                                raise
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
                 except (*READ_ERRORS, tarfile.TarError) as e:
                     if disk_failed(e):

@@ -146,6 +146,21 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatc
         expand(f"{tmp_path}/*/*.tar")
 
 
+def test_a_path_that_may_not_be_entered_is_not_called_unmatched(tmp_path, monkeypatch):
+    """Bug: "no shard matches" for a file that is there, in a folder of another user."""
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    long = f"{tmp_path}/{{{','.join(str(i) for i in range(200))}}}.tar"
+    for i in range(200):
+        (tmp_path / f"{i}.tar").touch()
+    assert len(expand(long)) == 200  # too long for a name
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*a\.tar"):
+        expand("/other/a.tar")
+
+
 def test_slice_is_the_member_and_nothing_else(tmp_path):
     """Bug: reads that run over into the next member, or count fewer bytes than were read."""
     path = write_tar(
