@@ -75,10 +75,13 @@ def find_episodes(data):
             out += episodes_at_url(url)
         return list(dict.fromkeys(out))
     for pattern, found in matches(data):
-        files = [x for path in found for x in episodes_in(path)]
-        if not files:
+        if not found:
             raise no_episode(pattern)
-        out += files
+        for path in found:
+            files = episodes_in(path)
+            if not files:
+                raise no_episode(path)
+            out += files
     return without_links(out)
 
 
