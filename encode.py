@@ -56,7 +56,7 @@ from files.logs import append_jsonl
 from files.play_features import index_play, plan_recording, segments
 from files.remote import cached
 from files.robot_features import Source, plan_episode, settings, sources, tar_names
-from files.streams import disk_failed
+from files.streams import disk_failed, disk_sentence
 from files.vpt import ClipReader, WrongDecoder, step_size, upright
 from kernels import chosen
 from model import encode_steps, normalize_features, pack_features
@@ -402,7 +402,7 @@ def encode_recording(parts, encoder, args, device):
             raise ValueError(f"{record.shard} {record.key}: {e}") from e
         except READ_ERRORS as e:
             if disk_failed(e):
-                raise
+                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
             return [], f"{type(e).__name__}: {e}"
         for i, video in videos:
             h = encode_steps(encoder, video[None].to(device), args.encode, args.frames_per_step)[0]

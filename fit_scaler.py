@@ -44,7 +44,13 @@ from tqdm import tqdm
 from checkpoint import one_sentence, peak_memory, write_atomically
 from data import Slice, is_stream, open_lines
 from droid import DroidSteps
-from files.streams import DAMAGE, READ_ERRORS, stream_recordings
+from files.streams import (
+    DAMAGE,
+    READ_ERRORS,
+    disk_failed,
+    disk_sentence,
+    stream_recordings,
+)
 from files.vpt import (
     ACTION_SPACES,
     CONTINUOUS,
@@ -404,6 +410,8 @@ def read_job(job, fps, frames_per_step, limit):
         try:
             steps, flaw, unknown = read_steps(jsonl(), fps, frames_per_step)
         except READ_ERRORS as e:
+            if disk_failed(e):  # says nothing about the recording
+                raise OSError(disk_sentence(f"{file} {key}", e)) from e
             steps, flaw, unknown = None, f"{type(e).__name__}: {e}", {}
         out.append((file, key, size, steps, flaw, *([unknown] if unknown else [])))
 
@@ -414,6 +422,8 @@ def read_job(job, fps, frames_per_step, limit):
                 if sum(len(row[3]) for row in out if row[3] is not None) >= limit:
                     break
         except (*READ_ERRORS, tarfile.TarError) as e:
+            if disk_failed(e):
+                raise OSError(disk_sentence(url, e)) from e
             out.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
     else:
 

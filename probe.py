@@ -26,7 +26,17 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from data import READ_ERRORS, Slice, open_records, open_split, read_ticks, split_records
+from data import (
+    READ_ERRORS,
+    Slice,
+    archive_members,
+    member_place,
+    open_records,
+    open_split,
+    read_start,
+    read_ticks,
+    split_records,
+)
 from encode import open_source
 from evaluation.heads import (
     anticipation,
@@ -39,6 +49,7 @@ from evaluation.heads import (
     pool,
 )
 from evaluation.runs import make_inputs, open_run
+from files.streams import disk_failed, disk_sentence, is_apple_double
 from files.vpt import (
     ACTION_SPACES,
     BOM,
@@ -189,15 +200,20 @@ def label_video(data, head, names, columns, reader, inputs, side):
 
 
 def video_members(path):
-    """The names KEY.mp4 in a shard; ValueError if there is none, or if it is no tar."""
+    """{KEY.mp4: its place in the shard}; ValueError if there is none, or if it is no tar."""
+    found, end = {}, os.path.getsize(path)
     try:
-        with tarfile.open(path, "r:") as tar:
-            names = [m.name for m in tar if m.isfile() and m.name.endswith(".mp4")]
+        for m, offset in archive_members(path, end):
+            if not m.isfile() or not m.name.endswith(".mp4"):
+                continue
+            place = member_place(m, offset, end)
+            if not is_apple_double(m.name, read_start(path, place)):
+                found[m.name] = place
     except tarfile.TarError as e:
         raise ValueError(f"--label {path} is no tar, or damaged: {e}") from e
-    if not names:
+    if not found:
         raise ValueError(f"--label {path} holds no KEY.mp4: there is nothing to label")
-    return names
+    return found
 
 
 def label_shard(source, out, label):
@@ -207,14 +223,18 @@ def label_shard(source, out, label):
 
     def write(file):
         nonlocal done
-        with tarfile.open(source, "r:") as tar, tarfile.open(fileobj=file, mode="w") as packed:
-            for name in tqdm(video_members(source), desc="label", unit="recording", delay=10):
-                data = tar.extractfile(name).read()
+        places = video_members(source)
+        with tarfile.open(fileobj=file, mode="w") as packed:
+            for name in tqdm(places, desc="label", unit="recording", delay=10):
+                with Slice(source, *places[name]) as f:
+                    data = f.read()
                 try:
                     text = "".join(json.dumps(line) + "\n" for line in label(data)).encode()
                 except WrongDecoder as e:
                     raise ValueError(f"--label {source} {name}: {e}") from e
                 except READ_ERRORS as e:
+                    if disk_failed(e):
+                        raise OSError(disk_sentence(f"{source} {name}", e)) from e
                     bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue
                 for member, content in ((name, data), (name[:-3] + "jsonl", text)):

@@ -1,6 +1,7 @@
 """Heads on frozen features, for probe.py: the clips they are fitted and tested on, a linear and an
 attentive one, tasks and scores."""
 
+import functools
 import math
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import READ_ERRORS, Clips, collate, leave_signals, windows
+from files.streams import Unreachable, persistently
 from files.vpt import CONTINUOUS, WrongDecoder
 from model import Block, predict
 
@@ -33,11 +35,14 @@ class Windows(Clips):
     this window and to no other."""
 
     def __getitem__(self, item):
+        r = self.records[item[2]]
+        again = functools.partial(self.read_seeded, *item[2:], 0, False)
         try:
-            return item, self.read(*item[2:], np.random.default_rng(0)), None
+            return item, persistently(f"{r.shard} {r.key}", again), None
+        except Unreachable as e:  # says nothing about the recording
+            raise ValueError(str(e)) from e
         except WrongDecoder as e:
-            record = self.records[item[2]]
-            raise ValueError(f"{record.shard} {record.key}: {e}") from e
+            raise ValueError(f"{r.shard} {r.key}: {e}") from e
         except READ_ERRORS as e:
             return (
                 item,

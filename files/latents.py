@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from data import READ_ERRORS, Order, Slice, collate, leave_signals, read_ticks
-from files.streams import disk_failed
+from files.streams import disk_failed, disk_sentence
 from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, video_rate
 
 VAE_FRAMES = 4  # that a video VAE merges in time
@@ -598,7 +598,7 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
             done += 1
         except READ_ERRORS as e:
             if disk_failed(e):
-                raise
+                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
             bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")

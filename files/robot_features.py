@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data import feature_header, feature_settings, shard_index
-from files.streams import DAMAGE, disk_failed
+from files.streams import DAMAGE, disk_failed, disk_sentence
 
 
 class Source(NamedTuple):
@@ -150,8 +150,8 @@ def guarded(r, call, *given):
     try:
         return call(*given)
     except DAMAGE as e:
-        if disk_failed(e) and (e.errno or "://" in r.shard):
-            raise
+        if disk_failed(e):
+            raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
         raise ValueError(f"{type(e).__name__}: {e}") from e
 
 

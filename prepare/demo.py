@@ -389,7 +389,9 @@ if __name__ == "__main__":
     todo = [
         s for s in shards if not os.path.exists(s[0])
     ]  # a shard appears by renaming, whole or not at all
-    for rest in glob.glob(os.path.join(args.out, "*", "*.tmp")):  # of a run that was killed
+    for rest in glob.glob(
+        os.path.join(glob.escape(args.out), "*", "*.tmp")
+    ):  # of a run that was killed
         os.unlink(rest)
     pool = concurrent.futures.ProcessPoolExecutor(
         args.workers, initializer=die_with, initargs=(os.getpid(),)
