@@ -29,6 +29,7 @@ from sklearn.metrics import (
 from torch import nn
 
 import checkpoint
+from evaluation.runs import precision_of
 from files.latents import (
     Latents,
     decoded_scores,
@@ -404,6 +405,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=32, help="windows at once")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="autocast precision (default: what the run was trained in)",
+    )
+    parser.add_argument(
         "--vae",
         metavar="diffusers:FOLDER",
         help="decode predicted steps with the video VAE that made the latents",
@@ -422,12 +428,17 @@ if __name__ == "__main__":
     meta, splits = open_manifest(manifest)
     if meta["fingerprint"] != state["fingerprint"]:
         print("note: these are not the files that the run was trained on")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    dtype, autocast = precision_of(args.dtype, state, device)
     test = Latents(splits[args.split], state["sequence_length"])
     K = state["lam"]["num_embeddings"] if model.quantizer is not None else None
-    found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers)
+    found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers, autocast)
     summary = code_summary(found, K)
-    print(f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split})")
+    print(
+        f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split});"
+        f" {dtype} on {device.type}"
+    )
     print("\n".join(f"  {k:20} {v:10.4g}" for k, v in summary.items() if not math.isnan(v)))
     for sentence in complaints(summary, K is not None):
         print(f"WARNING: {sentence}")
@@ -440,7 +451,10 @@ if __name__ == "__main__":
             " (KEY.actions.npz)"
         )
     elif test.labels:
-        fit, held = (encode_all(model, d, args.batch_size, args.val_clips) for d in (train, test))
+        with autocast():
+            fit, held = (
+                encode_all(model, d, args.batch_size, args.val_clips) for d in (train, test)
+            )
         ids, ids_fit = (pack_codes(x["codes"], K or 1) for x in (held, fit))
         print("balanced accuracy      chance   codes    z_e   labels on raw latents")
         for i, name in enumerate(test.labels):
@@ -459,6 +473,7 @@ if __name__ == "__main__":
     if args.vae:
         vae = open_vae(args.vae, torch.float32).to(model.scale.device)
         sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
+        # in float32: the VAE was not trained with the run, and is no part of its precision
         report["decoded"] = decoded_scores(model, sample, vae, args.metrics)
         for name, pair in report["decoded"].items():
             print(
@@ -475,9 +490,11 @@ if __name__ == "__main__":
         names = {
             code: unpack_codes(torch.tensor(code), K, model.num_codes).tolist() for code in top
         }
-        moves = {
-            code: displacement(model, z, torch.tensor(names[code], device=z.device)) for code in top
-        }
+        with autocast():
+            moves = {
+                code: displacement(model, z, torch.tensor(names[code], device=z.device))
+                for code in top
+            }
         actions = joint(found["labels"]) if test.labels else np.zeros(len(found["own"]), int)
         plot_codes(
             os.path.join(out, "codes.png"), pack_codes(found["codes"], K), actions, names, moves

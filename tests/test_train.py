@@ -140,7 +140,7 @@ def rows_of(path):
     """Rows of a csv as lists of numbers; a line that is being written is left out."""
     with open(path) as f:
         lines = f.read().split("\n")[1:-1]
-    return [[float(x) for x in line.split(",")] for line in lines]
+    return [[float(x or "nan") for x in line.split(",")] for line in lines]
 
 
 def column(folder, *names, log="train.csv"):
@@ -150,7 +150,9 @@ def column(folder, *names, log="train.csv"):
 
 
 def numbers(folder, *names, log="train.csv"):
-    return np.array(column(folder, *names, log=log), dtype=float)
+    """(rows, names) of a log; an empty cell is nan."""
+    rows = column(folder, *names, log=log)
+    return np.array([[cell or "nan" for cell in row] for row in rows], dtype=float)
 
 
 def same_run(a, b):
