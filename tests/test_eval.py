@@ -582,8 +582,8 @@ def test_mouse_and_camera_turn_together():
 
 
 def test_sampled_actions_are_of_other_recordings():
-    """Bug: a recording's own actions are among those that its true one is ranked among; some clips or
-    steps never are."""
+    """Bug: a recording's own actions are among those that its true one is ranked among; some clips
+    or steps never are."""
     actions = torch.arange(12).view(4, 3, 1).float()
     for i in range(4):
         drawn = report.drawn_from_others(

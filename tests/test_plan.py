@@ -196,8 +196,8 @@ def test_energy_is_the_same_by_cache_chunk_and_hand(context):
 
 @pytest.mark.parametrize("temperature", [None, 0.02])
 def test_candidates_without_a_finite_energy_are_left_out(temperature):
-    """Bug: one candidate whose energy is NaN or infinite makes MPPI's whole plan NaN, or is an elite
-    of CEM's; when none is finite the plan is made of noise."""
+    """Bug: one candidate whose energy is NaN or infinite makes MPPI's whole plan NaN, or is an
+    elite of CEM's; when none is finite the plan is made of noise."""
     names = ACTION_SPACES[36]
     space = vpt_space(names, MOUSE)
 
