@@ -71,14 +71,18 @@ def table(errors, summary, seconds, gap):
         "rolled out: mean |error|"
         + "".join(f"{f'+{(k + 1) * seconds:.3g} s':>9}" for k in range(errors["ro_true"].shape[1]))
     )
+    given = not np.isnan(summary["ro_gap"])  # else there is no other recording to take actions of
     for name in ("true", "shuffled", "zero", "copy"):
+        if name == "shuffled" and not given:
+            continue
         label = name + (" actions" if name != "copy" else " first step")
         lines.append(
             f"  {label:22}" + "".join(f"{x:9.4f}" for x in errors[f"ro_{name}"].mean(0).tolist())
         )
     gap = errors["ro_shuffled"].mean(0) / errors["ro_true"].mean(0) - 1
     skill = errors["ro_true"].mean(0) / errors["ro_copy"].mean(0)
-    lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
+    if given:
+        lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
     lines.append(f"  {'skill':22}" + "".join(f"{x:9.3f}" for x in skill.tolist()))
     return "\n".join(lines)
 

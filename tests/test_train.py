@@ -1125,9 +1125,8 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    np.testing.assert_allclose(
-        [report[k] for k in METERS], [said[k] for k in METERS], rtol=1e-6, atol=1e-8
-    )
+    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+    np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
     assert (
         report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
         and report["recordings"] == 2
@@ -1135,7 +1134,7 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     )
     assert (
         f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout
-        and f"{said['tf_gap']:+.2%}, 95 %" in done.stdout
+        and f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in done.stdout
     )
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
     assert all(f"{x:9.4f}" in done.stdout for x in report["by_horizon"]["ro_shuffled"])
