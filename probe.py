@@ -48,7 +48,14 @@ from evaluation.heads import (
     load,
     pool,
 )
-from evaluation.runs import make_inputs, open_run
+from evaluation.runs import (
+    encoder_dtype,
+    make_inputs,
+    open_run,
+    precision_of,
+    precision_text,
+)
+from files.logs import to_json
 from files.streams import disk_failed, disk_sentence, is_apple_double
 from files.vpt import (
     ACTION_SPACES,
@@ -62,6 +69,7 @@ from files.vpt import (
     step_size,
     wrap,
 )
+from kernels import chosen
 
 TASKS = ["inverse", "anticipation", "classify"]
 
@@ -317,6 +325,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=32, help="windows encoded at once")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="autocast precision of encoder and predictor (default: what the run was trained in)",
+    )
+    parser.add_argument(
         "--frames_per_clip",
         type=int,
         default=16,
@@ -390,6 +403,7 @@ if __name__ == "__main__":
         )
     }
     settings, held, stats, folder, predictor, scaler = list(run)[:5], None, {}, ".", None, None
+    state = None
     if args.checkpoint:
         predictor, state, scaler, path = open_run(args.checkpoint)
         run, held, folder = state["args"], set(state["held_out"]), os.path.dirname(path)
@@ -400,7 +414,12 @@ if __name__ == "__main__":
             )
         stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         predictor.to(device)
+    dtype, autocast = precision_of(args.dtype, state, device)
     steps = run["frames_per_clip"] // run["frames_per_step"]
+    if predictor is not None:
+        print(precision_text(dtype, device, predictor, steps - 1))
+    else:
+        print(f"{dtype} on {device.type}; {chosen(device, getattr(torch, dtype))}")
     if "anticipation" in asked and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
@@ -437,10 +456,11 @@ if __name__ == "__main__":
     reader = ClipReader(
         *(run[k] for k in settings[:4]), run["action_space"], encode=run["encode"], **options
     )
-    inputs = make_inputs(
-        encoder and encoder.to(device), run["encode"], run["frames_per_step"], stats, device
-    )
+    if encoder is not None:
+        encoder.to(device, encoder_dtype(dtype, run))
+    inputs = make_inputs(encoder, run["encode"], run["frames_per_step"], stats, device, autocast)
     how = {"side": args.side, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    how["autocast"] = autocast
     (train, more), (val, also) = (
         load(r, reader, inputs, predictor, scaler, n, **how)
         for r, n in ((train_records, args.clips), (val_records, args.val_clips))
@@ -457,6 +477,7 @@ if __name__ == "__main__":
         dev = np.arange(len(dev)) % 10 == 0
     report = {
         "checkpoint": args.checkpoint and path,
+        "dtype": dtype,
         "clips": [len(train["place"]), len(val["place"])],
     }
     report["recordings"] = [len({r.recording for r, _ in c["place"]}) for c in (train, val)]
@@ -518,7 +539,7 @@ if __name__ == "__main__":
     out = os.path.join(
         os.path.dirname(args.out) if args.label else args.out or folder, "probe.json"
     )
-    checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
+    checkpoint.write_atomically(out, to_json(report).encode())
     if args.label:
         head = heads["attentive"]
         done, bad = label_shard(

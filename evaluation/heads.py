@@ -1,6 +1,7 @@
 """Heads on frozen features, for probe.py: the clips they are fitted and tested on, a linear and an
 attentive one, tasks and scores."""
 
+import contextlib
 import functools
 import math
 
@@ -65,7 +66,19 @@ def pool(z, side):
     return z.half().cpu()
 
 
-def load(records, reader, inputs, predictor, scaler, limit, *, side, batch_size, num_workers):
+def load(
+    records,
+    reader,
+    inputs,
+    predictor,
+    scaler,
+    limit,
+    *,
+    side,
+    batch_size,
+    num_workers,
+    autocast=contextlib.nullcontext,
+):
     """At most `limit` windows -> {"z" (n, T, M, D), "ahead" (n, T-1, M, D) (with a predictor: one
     step ahead of the true context under the true action), "actions" (n, T-1, A) as recorded,
     "place": [(Record, window)]}, [bad]."""
@@ -89,7 +102,7 @@ def load(records, reader, inputs, predictor, scaler, limit, *, side, batch_size,
             scaled = torch.from_numpy(np.float32(scaler.transform(batch["actions"].numpy()))).to(
                 z.device
             )
-            with torch.no_grad():
+            with torch.no_grad(), autocast():
                 out["ahead"].append(pool(predict(predictor, z[:, :-1], scaled, states), side))
         out["actions"].append(batch["actions"].numpy())
         out["place"] += [(records[item[2]], item[3]) for item, _ in good]
