@@ -329,7 +329,7 @@ def load_adapter(model, folder):
         layer.lora_B.data.copy_(B)
     for name in whole:
         w, b = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        layer = nn.Linear(w.shape[1], w.shape[0], device=model.get_submodule(name).weight.device)
+        layer = Linear(w.shape[1], w.shape[0], device=model.get_submodule(name).weight.device)
         layer.load_state_dict({"weight": w, "bias": b})
         model.set_submodule(name, layer)
     return whole
@@ -382,7 +382,7 @@ def open_base(path, source, action_dim, state_dim, size):
     for name, dim in zip(CONDITION, (action_dim, state_dim)):
         if (old := getattr(predictor, name)) is not None and dim not in (None, old.in_features):
             anew.append(name)
-            predictor.set_submodule(name, nn.Linear(dim, old.out_features))
+            predictor.set_submodule(name, Linear(dim, old.out_features))
             nn.init.trunc_normal_(getattr(predictor, name).weight, std=0.02)
     s = known.get("action_scaler")
     return (

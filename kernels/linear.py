@@ -10,6 +10,17 @@ ONEDNN = (
 )
 
 
+def linear_blas(x, weight, bias):
+    """x (..., K), weight (N, K), bias (N,) or None -> (..., N), always as one product of two
+    matrices.
+
+    F.linear on an x of three dimensions that is a slice of a longer one picks its path by whether
+    the weight is trained: a frozen base would be rounded otherwise than the same base in training,
+    and step 0 of an adapter would not be its base."""
+    rows = x.reshape(-1, x.shape[-1])
+    return F.linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
 def linear_onednn(x, weight, bias):
     """x (..., K), weight (N, K), bias (N,) -> (..., N), as a 1x1 convolution of an image of x's
     rows, channels last: nothing is copied."""
