@@ -277,9 +277,9 @@ class Predictor(nn.Module):
             use_extrinsics,
         )
         self.predictor_embed = Linear(embed_dim, pred_dim)
-        self.action_encoder = nn.Linear(action_dim, pred_dim)
-        self.state_encoder = nn.Linear(state_dim, pred_dim) if state_dim else None
-        self.extrinsics_encoder = nn.Linear(6, pred_dim) if use_extrinsics else None
+        self.action_encoder = Linear(action_dim, pred_dim)
+        self.state_encoder = Linear(state_dim, pred_dim) if state_dim else None
+        self.extrinsics_encoder = Linear(6, pred_dim) if use_extrinsics else None
         self.predictor_blocks = nn.ModuleList(
             Block(pred_dim, num_heads, mlp_dim or 4 * pred_dim) for _ in range(depth)
         )
