@@ -78,6 +78,12 @@ demo-lora: .venv/installed  # a predictor of one robot arm, adapted to another a
 
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 
+AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2  # as on processors without AVX-512
+# files that compare results bit by bit
+BITS = tests/test_checkpoint.py tests/test_compile.py tests/test_data.py tests/test_encode.py tests/test_eval.py tests/test_faults.py \
+	tests/test_kernels.py tests/test_lam.py tests/test_lora.py tests/test_model.py tests/test_plan.py tests/test_probe.py \
+	tests/test_stats.py tests/test_train.py tests/test_weights.py
+
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(KERNELS)
@@ -85,6 +91,8 @@ test: .venv/installed lint
 test-all: .venv/installed lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m ""
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile -m "" $(KERNELS)
+	OMP_NUM_THREADS=2 $(AVX2) $(PY) -m pytest -n 2 --dist loadfile -m "" $(BITS)
+	OMP_NUM_THREADS=2 $(AVX2) TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile -m "" $(KERNELS)
 
 lint: .venv/installed
 	$(PY) -m ruff check .

@@ -10,7 +10,9 @@ s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All e
 ClipReader."""
 
 import argparse
+import collections
 import concurrent.futures
+import errno
 import functools
 import glob
 import hashlib
@@ -18,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import signal
 import sys
@@ -32,18 +35,32 @@ from tqdm import tqdm
 
 from checkpoint import one_sentence, write_atomically
 from files.remote import Shard, cached
-from files.streams import READ_ERRORS, StreamedClips, Unreachable, disk_failed
+from files.streams import (
+    READ_ERRORS,
+    StreamedClips,
+    Unreachable,
+    disk_failed,
+    disk_sentence,
+    is_apple_double,
+    persistently,
+)
 from files.vpt import (
     ACTION_SPACES,
+    KEY_BIT,
     ClipReader,
     Ticks,
     WrongDecoder,
     mp4_times,
+    name_warnings,
     parse_ticks,
+    peek_rate,
     step_size,
+    video_rate,
     wrap,
 )
 
+ANY_KEY = functools.reduce(operator.or_, KEY_BIT.values())
+HEAD = 1 << 14  # bytes of lines that an index looks at
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
 FEATURE_DTYPES = {
     "BF16": torch.bfloat16,
@@ -67,44 +84,209 @@ def stamp(path):
     return (stat := os.stat(path)).st_size, stat.st_mtime_ns
 
 
+def braces(pattern, escape):
+    """A pattern -> the patterns that its {a,b} and {0..9} stand for; escape: \\{ is a brace."""
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern, escape))
+    except ValueError:  # a brace that is never closed is part of a name
+        return [pattern]
+
+
+def there(path):
+    """os.path.exists, but where the disk fails, or a folder on the way may not be entered, that is
+    an error: such a path is not a pattern that matches nothing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
+def matches(pattern):
+    """Path, glob or {a..b} range -> [(pattern without braces, [path])].
+
+    What exists under that very name is taken, whatever braces, brackets or backslashes are in it.
+    So is the longest folder that exists: only what follows it is a pattern."""
+    if there(pattern):
+        return [(pattern, [pattern])]
+    folder, rest = os.path.split(pattern)
+    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+
+    readings = []
+    for start, names, escape in ((folder, rest, True), (folder, rest, False), ("", pattern, True)):
+        found = []
+        for name in braces(names, escape):
+            path = os.path.join(start, name)
+            if there(path):
+                found.append((path, [path]))
+            else:
+                found.append((path, glob_or_raise(glob.escape(start), name)))
+        if all(files for _, files in found):
+            return found
+        readings.append(found)
+    return readings[0]
+
+
+def glob_or_raise(folder, pattern):
+    """glob.glob of FOLDER/PATTERN, sorted; FOLDER may have no magic but what is escaped. glob
+    passes over a folder that cannot be listed, and a part of the data would be missing without a
+    word: here that is an error."""
+    head, name = os.path.split(pattern)
+    parents = [os.path.join(folder, head)]
+    if glob.has_magic(head):
+        parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
+    if glob.has_magic(name):
+        for parent in parents:
+            for path in glob.glob(parent) or [os.curdir] * (not parent):
+                list_folder(path)
+    return sorted(glob.glob(os.path.join(folder, pattern)))
+
+
+def list_folder(path):
+    """[os.DirEntry] by name of what may be a folder. One that this user may not list is said
+    (lost+found, another user's); other errors of the disk are raised."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=operator.attrgetter("name"))
+    except NotADirectoryError:
+        return []
+    except PermissionError as e:
+        print(f"{path} cannot be listed ({e.strerror}): nothing in it is taken")
+        return []
+
+
+def files_below(folder):
+    """Paths of all files below a folder, links to folders followed, but every folder once: one that
+    is linked into itself has no end. What lies there itself comes before what links lead to."""
+    folders, links, seen = [folder], [], set()
+    while folders or links:
+        path = folders.pop(0) if folders else links.pop(0)
+        about = os.stat(path)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        for entry in list_folder(path):
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                yield entry.path
+
+
+def without_links(paths):
+    """Paths less those that are another name of a file among them (a link, a hard link, ./ before
+    it): its recordings would be held out under one name and trained on under the other. The name
+    that is no link stays."""
+    out = {}
+    for path in paths:
+        try:
+            about = None if isinstance(path, Shard) or is_stream(path) else os.stat(path)
+        except OSError:
+            about = None
+        if about is None or not about.st_ino:
+            out.setdefault(path, path)
+            continue
+        # some network file systems give one number to several files
+        same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        if same not in out or (os.path.islink(out[same]) and not os.path.islink(path)):
+            out[same] = path
+    return list(out.values())
+
+
 def expand(patterns):
     """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each
-    pattern. Raises FileNotFoundError naming what matches nothing."""
+    pattern, each once. Raises FileNotFoundError naming what matches nothing."""
     if isinstance(patterns, Shard):
         return [patterns]
     if not isinstance(patterns, str):
-        return list(dict.fromkeys(path for p in patterns for path in expand(p)))
+        return without_links([path for p in patterns for path in expand(p)])
+    if is_stream(patterns):
+        return braces(patterns, True)
     out = []
-    for p in braceexpand.braceexpand(patterns):
-        found = [p] if is_stream(p) or os.path.exists(p) else sorted(glob.glob(p))
-        out += found
+    for pattern, found in matches(patterns):
         if not found:
             raise FileNotFoundError(
-                f"no shard matches {p}; make some with: python -m prepare.demo --out demo (or"
+                f"no shard matches {pattern}; make some with: python -m prepare.demo --out demo (or"
                 " prepare.shards)"
             )
-    return out
+        if folders := [p for p in found if os.path.isdir(p)]:
+            raise IsADirectoryError(
+                f"{folders[0]} is a folder: name the shards in it, such as"
+                f" {os.path.join(folders[0], '*.tar')}"
+            )
+        out += found
+    return without_links(out)
 
 
 class Slice(io.RawIOBase):
     """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder
-    needs of a tar, without the rest."""
+    needs of a tar, without the rest.
+
+    pieces: of a sparse member, the (first byte, bytes) that lie in the file one after another from
+    `offset` on; between them are zeros. As a context it raises an error of the disk that a decoder
+    kept to itself: FFmpeg takes it for the end of the file."""
 
     total = 0  # bytes that this process has read through all of them
 
-    def __init__(self, path, offset, size):
+    def __init__(self, path, offset, size, pieces=None):
         self.fd = path.open() if isinstance(path, Shard) else os.open(path, os.O_RDONLY)
         self.offset, self.size, self.at, self.bytes_read = offset, size, 0, 0
+        self.pieces, self.failed = pieces, None
 
     def readable(self):
         return True
 
     seekable = readable
 
+    def place(self):
+        """(offset in the file or None for zeros, bytes) of what follows `at`."""
+        left = max(self.size - self.at, 0)
+        if self.pieces is None:
+            return self.offset + self.at, left
+        stored = self.offset
+        for first, size in self.pieces:
+            if self.at < first:
+                return None, min(first - self.at, left)
+            if self.at < first + size:
+                return stored + self.at - first, min(first + size - self.at, left)
+            stored += size
+        return None, left
+
     def readinto(self, buffer):
+        """As much as there is room for: what reads 16 bytes must not get 7 at the end of a piece."""
+        left = memoryview(buffer)[: max(self.size - self.at, 0)]
+        done = 0
+        while len(left):
+            place, size = self.place()
+            try:
+                n = self.read_at(place, left[:size])
+            except OSError as e:
+                self.failed = e
+                raise
+            if not n:
+                break
+            self.at += n
+            done += n
+            left = left[n:]
+        return done
+
+    def read_at(self, place, buffer):
+        if place is None:
+            buffer[:] = bytes(len(buffer))
+            return len(buffer)
         read = functools.partial(os.preadv, self.fd) if isinstance(self.fd, int) else self.fd.preadv
-        n = read([memoryview(buffer)[: max(self.size - self.at, 0)]], self.offset + self.at)
-        self.at, self.bytes_read, Slice.total = self.at + n, self.bytes_read + n, Slice.total + n
+        n = read([buffer], place)
+        self.bytes_read += n
+        Slice.total += n
         return n
 
     def readall(self):  # the default reads 8 KB at a time
@@ -119,15 +301,32 @@ class Slice(io.RawIOBase):
             os.close(self.fd)
         super().close()
 
+    def __exit__(self, kind, error, trace):
+        self.close()
+        if self.failed is not None and error is not self.failed:
+            raise self.failed
+
 
 class Record(NamedTuple):
-    """A recording in a local shard: member offsets and sizes, and its length (frames of video, or
-    steps of features)."""
+    """A recording in a local shard: member offsets and sizes, its length (frames of video, or steps
+    of features), and the clock of its lines (see clock_of)."""
 
     shard: str
     key: str
     members: dict  # extension -> (offset, size)
     length: int = 0
+    rate: float = 20.0  # lines a second
+    frames_per_line: int = 1
+
+    @property
+    def lines(self):
+        """Lines that have a frame of their own."""
+        return self.length // self.frames_per_line
+
+    @property
+    def duration(self):
+        """Twentieths of a second of play; steps of features."""
+        return self.length if "safetensors" in self.members else self.lines * 20 / self.rate
 
     @property
     def recording(self):
@@ -141,25 +340,108 @@ class Record(NamedTuple):
         return f"{os.path.basename(self.shard)} {self.recording}"
 
 
+def archive_members(path, end):
+    """(TarInfo, offset of its bytes in the file) of each member of a tar of `end` bytes; of all
+    archives where several were put one after another (cat, tar -A), of which tarfile reads the
+    first alone. Raises tarfile.ReadError where it is cut or damaged."""
+    first = 0
+    while first < end:
+        with Slice(path, first, end - first) as f:
+            try:
+                tar = tarfile.open(str(path), "r:", fileobj=f)
+            except tarfile.ReadError as e:
+                if not first:
+                    raise
+                raise tarfile.ReadError(
+                    f"what follows the end of the tar at byte {first} is no tar ({e})"
+                ) from e
+            for m in tar:
+                yield m, first + m.offset_data
+
+            # tarfile takes a cut or damaged header for the end and says nothing
+            f.seek(tar.offset)
+            if f.read(512) != bytes(512):
+                raise tarfile.ReadError(
+                    f"no tar header and no end mark at byte {first + tar.offset}"
+                )
+
+            # zeros fill the last block of a tape; anything else is another archive
+            zeros = f.at
+            while part := f.read(1 << 20):
+                text = part.lstrip(b"\0")
+                zeros += len(part) - len(text)
+                if text:
+                    break
+        first += zeros // 512 * 512 if zeros < end - first else end - first
+
+
+def member_place(m, offset, end):
+    """What Slice takes to read a member: its bytes from `offset` on, and their pieces where it is
+    sparse (tar --sparse), since these do not lie in the file as they do in the member."""
+    place = (offset, m.size)
+    stored = m.size
+    if m.issparse():
+        pieces = tuple((start, size) for start, size in m.sparse if size)
+        place = (offset, m.size, pieces)
+        stored = sum(size for _, size in pieces)
+    if offset + stored > end:
+        raise tarfile.ReadError(f"the shard ends inside {m.name}")
+    return place
+
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}
+
+
+def read_start(path, place):
+    """The first bytes of a member."""
+    offset, size, *pieces = place
+    with Slice(path, offset, size, *pieces) as f:
+        return f.read(8)
+
+
 def shard_index(path):
     """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers
     only: 54 ms for 10 GB."""
     found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
     try:
-        with Slice(path, 0, end) as f, tarfile.open(path, "r:", fileobj=f) as tar:
-            for m in tar:
-                stem, extension = os.path.splitext(m.name)
-                if m.isfile() and extension in (".mp4", ".jsonl", ".safetensors"):
-                    if m.offset_data + m.size > end:
-                        raise tarfile.ReadError(f"the shard ends inside {m.name}")
-                    found.setdefault(stem, {})[extension[1:]] = (m.offset_data, m.size)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(
-                512
-            ):  # tarfile takes a cut or damaged header for the end and says nothing
-                raise tarfile.ReadError(f"no tar header and no end mark at byte {tar.offset}")
+        for m, offset in archive_members(path, end):
+            stem, extension = os.path.splitext(m.name)
+            if extension not in (".mp4", ".jsonl", ".safetensors"):
+                continue
+            if m.islnk() or m.issym():
+                reason = f"{m.name} is a link in the tar, to {m.linkname}: pack the file itself"
+                bad.append((path, stem, reason))
+                continue
+            if not m.isfile():
+                continue
+
+            place = member_place(m, offset, end)
+            if m.issparse() and extension == ".safetensors":
+                bad.append((path, stem, "a sparse member: pack it again without tar --sparse"))
+                continue
+            hidden = os.path.basename(m.name).startswith("._")
+            if hidden and is_apple_double(m.name, read_start(path, place)):
+                continue
+
+            members = found.setdefault(stem, {})
+            before = members.get(extension[1:])
+            if before and member_digest(path, before) != member_digest(path, place):
+                bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
+            members[extension[1:]] = place
     except tarfile.TarError as e:
-        bad.append((path, "", f"truncated or damaged tar: {e}"))
+        with Slice(path, 0, end) as f:
+            head = f.read(8)
+        packed = [name for magic, name in COMPRESSED.items() if head.startswith(magic)]
+        reason = f"truncated or damaged tar: {e}"
+        if packed:
+            reason = f"compressed ({packed[0]}), and a clip must be sought: unpack it to a .tar"
+        bad.append((path, "", reason))
     lone = {key: m for key, m in found.items() if len(m) == 1 and "safetensors" not in m}
     bad += [
         (path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it")
@@ -170,7 +452,73 @@ def shard_index(path):
     return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
 
 
+# --- the same recording twice ---
+
+
+def member_digest(path, place):
+    """What tells a member from any other of its size, without reading it: its first and last 64
+    kB. An mp4's tables of sizes and times are at one of its ends."""
+    offset, size, *pieces = place
+    source = path.peek() if isinstance(path, Shard) and path.blocks is None else path
+    with Slice(source, offset, size, *pieces) as f:
+        digest = hashlib.sha256(f.read(1 << 16))
+        f.seek(max(size - (1 << 16), 0))
+        digest.update(f.read())
+    return size, digest.hexdigest()
+
+
+def find_twins(records):
+    """[Record] -> {number of a record: number of the first one that is the same recording}: the
+    same key and the same bytes, in a copy of its shard. Only members of equal keys and sizes are
+    looked into; keys alone may be 000001 in every shard."""
+    groups = {}
+    for number, r in enumerate(records):
+        sizes = tuple(sorted((name, place[1]) for name, place in r.members.items()))
+        groups.setdefault((os.path.normpath(r.key), sizes), []).append(number)
+    twins = {}
+    for numbers in groups.values():
+        if len(numbers) == 1:
+            continue
+        firsts = {}
+        for number in numbers:
+            r = records[number]
+            same = tuple(member_digest(r.shard, place) for _, place in sorted(r.members.items()))
+            first = firsts.setdefault(same, number)
+            if first != number:
+                twins[number] = first
+    return twins
+
+
+def each_once(records):
+    """[Record] less copies of recordings among them, which is said: else one copy is held out and
+    the other trained on."""
+    twins = find_twins(records)
+    if twins and os.environ.get("RANK", "0") == "0":
+        number, first = min(twins.items())
+        print(
+            f"{len(twins)} recordings are there more than once ({records[number].key} in"
+            f" {records[first].shard} and {records[number].shard}): each is taken once"
+        )
+    return [r for number, r in enumerate(records) if number not in twins]
+
+
 # --- indexed shards ---
+
+
+def clock_of(record, frames, frame_rate):
+    """(lines a second, frames a line) of a recording: windows, epochs, shares and estimates follow
+    from it. Reads the first lines; all of them only where these do not tell, or where the video
+    runs at another rate. What is wrong with the lines is found when a clip is read."""
+    offset, size = record.members["jsonl"]
+    with Slice(record.shard, offset, size) as f:
+        rate = peek_rate(f.read(min(size, HEAD)), size <= HEAD)
+    if rate and frame_rate and 2 / 3 < frame_rate / rate < 1.5:
+        return rate, 1
+    try:
+        ticks = read_ticks(record)
+        return ticks.rate, ClipReader().frames_per_line(ticks, frames, frame_rate)
+    except ValueError:
+        return 20.0, 1
 
 
 def index_shards(paths, workers=16):
@@ -185,14 +533,15 @@ def index_shards(paths, workers=16):
                     raise ValueError("features of robot episodes: train_lora.py reads them")
                 return r._replace(length=header["z"][1][0])
             with Slice(r.shard, *r.members["mp4"]) as f:
-                return r._replace(length=len(mp4_times(f)))
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            rate, frames_per_line = clock_of(r, len(times), frame_rate)
+            return r._replace(length=len(times), rate=rate, frames_per_line=frames_per_line)
         except READ_ERRORS as e:
             if isinstance(e, Unreachable):
                 raise
             if disk_failed(e):  # to leave the recording out would be another run
-                raise OSError(
-                    f"{r.shard} {r.key} cannot be read: {e}: mend the disk, then start again"
-                ) from e
+                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
             return r.shard, r.key, str(e)
 
     def sorted_out(found, bad):
@@ -238,25 +587,87 @@ def read_ticks(record):
         if stat
         else f"{shard} {shard.size} {shard.version}"
     )
-    name += f" {tuple(record.members['jsonl'])} v2"
+    name += f" {tuple(record.members['jsonl'])} v3"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            digest, raw = f.read(32), f.read()
-        if (
-            hashlib.sha256(raw).digest() == digest
-        ):  # else the cache was damaged: the recording is the truth
-            with np.load(io.BytesIO(raw)) as z:
-                return Ticks(z["motion"], z["keys"], z["hotbar"], float(z["rate"]), str(z["flaw"]))
+    raw = read_cache(path)
+    if raw is not None:
+        with np.load(io.BytesIO(raw)) as z:
+            return Ticks.of(z)
     with Slice(record.shard, *record.members["jsonl"]) as f:
         ticks = parse_ticks(f.read())
     buffer = io.BytesIO()
-    np.savez(buffer, **ticks._asdict())
-    try:
-        write_atomically(path, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
-    except OSError as e:
-        print(f"parsed actions are not cached: {e} (set NANOJEPA_CACHE to a folder with room)")
+    np.savez(buffer, **ticks.arrays())
+    write_cache(path, buffer.getvalue(), "parsed actions are")
     return ticks
+
+
+def line_warnings(records, limit=32):
+    """What is odd in the lines of recordings though they can be read, a sentence each. Looks at
+    `limit` of them, spread over all; at URLs at none, which would copy them (vpt.parse_ticks
+    says what it meets)."""
+    local = [r for r in records if "jsonl" in r.members and not isinstance(r.shard, Shard)]
+    looked, held, unknown, other_rate = 0, 0, {}, []
+    for record in spread(local, min(limit, len(local))):
+        try:
+            ticks = read_ticks(record)
+            with Slice(record.shard, *record.members["mp4"]) as f:
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            ratio = ClipReader().frames_per_line(ticks, len(times), frame_rate)
+        except READ_ERRORS as e:
+            if disk_failed(e):
+                raise
+            continue  # left out, with its reason, when a clip of it is asked for
+        looked += 1
+        held |= int(np.bitwise_or.reduce(ticks.keys))
+        for name, lines in ticks.unknown.items():
+            unknown[name] = unknown.get(name, 0) + lines
+        if frame_rate and not ticks.stamped and abs(frame_rate / ratio / ticks.rate - 1) > 0.2:
+            other_rate.append((record.key, frame_rate))
+    out = name_warnings(unknown)
+    if other_rate:
+        key, frame_rate = other_rate[0]
+        out.append(
+            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames a"
+            " second and lines without timestamp, which are taken for 20 a second: add timestamps"
+            " if that is wrong"
+        )
+    if looked and not held & ANY_KEY:
+        out.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
+    where = f" (in {looked} of {len(records)} recordings)" if looked < len(records) else ""
+    return [line + where for line in out]
+
+
+def read_cache(path):
+    """What write_cache put there; None where that is missing, damaged or not for this user to read:
+    the recording is the truth, and a cache that cannot be used only costs time."""
+    try:
+        with open(path, "rb") as f:
+            digest, raw = f.read(32), f.read()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        complain(path, f"a cache entry cannot be read: {e}")
+        return None
+    return raw if hashlib.sha256(raw).digest() == digest else None
+
+
+def write_cache(path, raw, what):
+    try:
+        write_atomically(path, hashlib.sha256(raw).digest() + raw)
+    except OSError as e:
+        complain(path, f"{what} not cached: {e}")
+
+
+def complain(path, text):
+    """Says what is wrong with a cache, once a process of each folder and kind of complaint."""
+    kind = (os.path.dirname(path), text[:12])
+    if kind not in complained:
+        complained.add(kind)
+        print(f"{text} (set NANOJEPA_CACHE to a folder of yours with room)")
+
+
+complained = set()
 
 
 def feature_header(record):
@@ -341,7 +752,8 @@ class Clips(torch.utils.data.Dataset):
     """Map-style dataset over indexed recordings. An item is (epoch, index, record number, place):
     place in [0, 1) is a share of the recording's valid starts, an int the number of a window (see
     windows). A clip that cannot be read is replaced by the next draw of that index, at most 20
-    times (never the same again), and reported in "bad" as (file, key, reason)."""
+    times (never the same again), and reported in "bad" as (file, key, reason). An error of the disk
+    or the network says nothing about the recording: it is tried again, then the run ends."""
 
     def __init__(self, records, shares, reader, seed=0):
         self.records, self.reader, self.seed = records, reader, seed
@@ -356,10 +768,12 @@ class Clips(torch.utils.data.Dataset):
             r = self.records[number]
             with Slice(r.shard, *r.members["mp4"]) as f:
                 times = mp4_times(f)
+                frame_rate = video_rate(f, times)
             ticks = read_ticks(r)
             if len(self.opened) == 256:
                 self.opened.popitem()
-            self.opened[number] = times, ticks, self.reader.starts(ticks, len(times))
+            starts = self.reader.starts(ticks, len(times), frame_rate)
+            self.opened[number] = times, ticks, starts
         return self.opened[number]
 
     def locate(self, u):
@@ -369,6 +783,17 @@ class Clips(torch.utils.data.Dataset):
         number = min(int(np.searchsorted(self.cumulative, at, side="right")), len(self.records) - 1)
         left = self.cumulative[number - 1] if number else 0.0
         return number, min((at - left) / (self.cumulative[number] - left), 1 - 1e-12)
+
+    def windows_in(self, record):
+        """Non-overlapping clips on the step grid of a recording. One at a rate that --fps does not
+        divide counts as one, so that its window is read and its fault reported."""
+        if "safetensors" in record.members:
+            return record.length // (self.reader.frames // self.reader.frames_per_step)
+        try:
+            stride = step_size(record.rate, self.reader.fps)
+        except ValueError:
+            return 1
+        return (record.lines - 1 + stride) // (self.reader.frames * stride)
 
     def read(self, number, place, rng):
         r = self.records[number]
@@ -406,13 +831,21 @@ class Clips(torch.utils.data.Dataset):
         with Slice(r.shard, *r.members["mp4"]) as f:
             return self.reader(f, times, ticks, start, rng, r.key)
 
+    def read_seeded(self, number, place, seed, located):
+        """read with a generator of its own, from which `locate` may have drawn before: a second try
+        after a fault of the disk gives the same clip."""
+        rng = np.random.default_rng(seed)
+        if located:
+            rng.random()
+        return self.read(number, place, rng)
+
     def __getitem__(self, item):
         epoch, index, number, place = item
         bad, before = [], Slice.total
         for attempt in range(20):
-            rng = np.random.default_rng([self.seed, epoch, index, attempt])
+            seed = [self.seed, epoch, index, attempt]
             if attempt:
-                number, place = self.locate(rng.random())
+                number, place = self.locate(np.random.default_rng(seed).random())
             r = self.records[number]
             if os.path.exists(r.shard) and stamp(r.shard) != self.stamps.get(
                 r.shard
@@ -421,13 +854,12 @@ class Clips(torch.utils.data.Dataset):
                     f"{r.shard} has changed since this run opened it: put the old one back, or"
                     " start anew on what it is"
                 )
+            again = functools.partial(self.read_seeded, number, place, seed, attempt > 0)
             try:
-                clip = self.read(number, place, rng)
+                clip = persistently(f"{r.shard} {r.key}", again)
                 if clip is not None:
                     return clip | {"bad": bad, "bytes": Slice.total - before}
-            except (
-                Unreachable
-            ) as e:  # says nothing about the recording: to leave it out would be another run
+            except Unreachable as e:  # says nothing about the recording
                 raise ValueError(str(e)) from e
             except WrongDecoder as e:
                 raise ValueError(f"{r.shard} {r.key}: {e}") from e
@@ -463,16 +895,7 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     """Batches of items for validation: non-overlapping windows on the step grid, at most `limit`,
     spread over all recordings; the batches do not depend on the number of ranks that share them;
     with a batch_size above 1 none has a single clip unless there is only one."""
-    r, steps = dataset.reader, dataset.reader.frames // dataset.reader.frames_per_step
-    stride = max(round(20 / r.fps), 1)
-    counts = [
-        (
-            x.length // steps
-            if "safetensors" in x.members
-            else (x.length - 1 + stride) // (r.frames * stride)
-        )
-        for x in dataset.records
-    ]
+    counts = [dataset.windows_in(record) for record in dataset.records]
     every = [(number, k) for number, count in enumerate(counts) for k in range(count)]
     chosen = np.random.default_rng(seed).permutation(len(every))[:limit]
     items = [(0, i, *every[j]) for i, j in enumerate(chosen)]
@@ -482,19 +905,33 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
 
 
 def split_records(records, val_fraction):
-    """(train, val): the last shards are held out; with fewer than ten shards, recordings chosen by
-    a hash of their key. Never windows."""
-    names = sorted({r.shard for r in records}, reverse=True)
-    group = [r.shard for r in records]
-    if len(names) < 10:  # feature members of one recording (KEY@START) stay together
-        group = [r.recording for r in records]
-        names = sorted(set(group), key=lambda key: hashlib.sha256(key.encode()).digest())
+    """(train, val): the last shards are held out; recordings chosen by a hash of their key where
+    there are fewer than ten shards, or where a key of the last ones is in others too (another copy
+    of the same play). Never windows, and no key on both sides."""
+    shards = [r.shard for r in records]
+    keys = [r.recording for r in records]  # feature members of one recording (KEY@START) together
+    names = sorted(set(shards), reverse=True)
+    group = shards
+    if len(names) >= 10 and val_fraction > 0:
+        held = set(names[: held_count(names, val_fraction)])
+        held_keys = {key for key, shard in zip(keys, shards) if shard in held}
+        if any(key in held_keys for key, shard in zip(keys, shards) if shard not in held):
+            group = keys
+    if len(names) < 10:
+        group = keys
+    if group is keys:
+        names = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
     if val_fraction <= 0 or len(names) < 2:
         return records, []
-    held = set(names[: min(max(round(len(names) * val_fraction), 1), len(names) - 1)])
-    return [r for r, g in zip(records, group) if g not in held], [
-        r for r, g in zip(records, group) if g in held
-    ]
+    held = set(names[: held_count(names, val_fraction)])
+    train = [r for r, g in zip(records, group) if g not in held]
+    val = [r for r, g in zip(records, group) if g in held]
+    return train, val
+
+
+def held_count(names, val_fraction):
+    """How many of the shards or recordings are held out: one at least, and one is left."""
+    return min(max(round(len(names) * val_fraction), 1), len(names) - 1)
 
 
 # --- loaders ---
@@ -538,7 +975,7 @@ def open_records(data):
         raise ValueError(
             f"no usable recording in {data}: {'; '.join(f'{b[0]} {b[1]} {b[2]}' for b in bad[:3])}"
         )
-    return records, bad
+    return each_once(records), bad
 
 
 def spread(items, count):
@@ -571,7 +1008,7 @@ def open_lines(data, max_shards, val_fraction):
         else:
             with concurrent.futures.ThreadPoolExecutor(16) as pool:
                 indexed = list(pool.map(shard_index, files))
-        found = [r for more, _ in indexed for r in more]
+        found = each_once([r for more, _ in indexed for r in more])
         bad += [b for _, more in indexed for b in more]
         bad += [
             (r.shard, r.key, "features; fit on the recordings they were made from")
@@ -583,6 +1020,28 @@ def open_lines(data, max_shards, val_fraction):
     return [r for r in records if r.shard in keep], bad
 
 
+def twins_between(records, others):
+    """Those of the others that are among the records too: of the same shard, of a link to it, or
+    of a copy."""
+    twins = find_twins(records + others)
+    return [others[n - len(records)] for n, first in twins.items() if first < len(records) <= n]
+
+
+def refuse_shared(sources):
+    """The [Record] of each --data must be others: each --data is split by itself, so that one might
+    hold out what the other trains on (ValueError)."""
+    before = []
+    for number, records in enumerate(sources):
+        shared = twins_between(before, records)
+        if shared:
+            raise ValueError(
+                f"--data number {number + 1} and an earlier one share {len(shared)} recordings,"
+                f" {shared[0].shard} {shared[0].key} among them: name each once; --data_weights"
+                " says how often it is taken"
+            )
+        before = before + records
+
+
 def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0):
     """--data as given ([[pattern, ...], ...], or simpler) and --val_data, or a val_fraction of each
     --data -> (train [Record], [share of the clips], val [Record], [bad]). Shares follow length and
@@ -591,22 +1050,29 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
     groups = [data] if isinstance(data, str) else data
     if data_weights and len(data_weights) != len(groups):
         raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
-    train, shares, val, bad = [], [], [], []
+    for weight in data_weights or ():
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"--data_weights {weight:g} is no share of the clips: give numbers above 0, and"
+                " leave out a --data that is not to be trained on"
+            )
+    train, shares, val, bad, sources = [], [], [], [], []
     for i, group in enumerate([] if any(map(is_stream, expand(data))) else groups):
         records, more = open_records(group)
         kept, held = split_records(records, 0 if val_data else val_fraction)
-        total = sum(r.length for r in kept)
-        shares += [r.length * (data_weights[i] / total if data_weights else 1.0) for r in kept]
+        total = sum(r.duration for r in kept)
+        shares += [r.duration * (data_weights[i] / total if data_weights else 1.0) for r in kept]
         train, val, bad = train + kept, val + held, bad + more
+        sources.append(records)
+    refuse_shared(sources)
     if val_data:
         val, more = open_records(val_data)
         bad = bad + more
-        if twice := {(os.path.realpath(r.shard), r.key) for r in val} & {
-            (os.path.realpath(r.shard), r.key) for r in train
-        }:
+        shared = twins_between(train, val)
+        if shared:
             raise ValueError(
-                f"--val_data and --data share {len(twice)} recordings, {min(twice)} among them:"
-                " hold them out of --data"
+                f"--val_data and --data share {len(shared)} recordings,"
+                f" {shared[0].shard} {shared[0].key} among them: hold them out of --data"
             )
     if len(bad) > max_bad_fraction * (n := len(train) + len(val) + len(bad)) and n >= 100:
         worst = " ".join(bad[0])
@@ -671,7 +1137,7 @@ def vpt_loader(
         if batches_per_epoch is None:
             steps, ticks = reader.frames // reader.frames_per_step, reader.frames * 20 / reader.fps
             clips = sum(
-                r.length / (steps if "safetensors" in r.members else ticks) for r in records
+                r.duration / (steps if "safetensors" in r.members else ticks) for r in records
             )
             batches_per_epoch = max(int(clips) // (batch_size * world), 1)
         options["batch_sampler"] = Order(
@@ -700,6 +1166,15 @@ if __name__ == "__main__":
         num_workers=0,
         reader=ClipReader(action_space=args.action_space),
     )
+    records = getattr(loader.dataset, "records", [])
+    for line in line_warnings(records, 64):
+        print(f"WARNING: {line}")
+    clocks = collections.Counter((r.rate, r.frames_per_line) for r in records if "mp4" in r.members)
+    for (rate, frames_per_line), count in clocks.most_common(4):
+        print(
+            f"clock    {count} recording{'s' if count > 1 else ''} of {rate:.4g} lines a second,"
+            f" {frames_per_line} frame{'s' if frames_per_line > 1 else ''} a line"
+        )
     batch = next(iter(loader))
     for file, key, reason in loader.bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")

@@ -12,21 +12,31 @@ mixes everything, resumes exactly and costs nothing, while a shuffle buffer of 1
 takes 17 GB, mixes only neighbours and is lost when a run stops."""
 
 import argparse
-import glob
+import fnmatch
 import hashlib
 import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import braceexpand
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import Clips, Order, collate, feature_rows, leave_signals, spread
+from data import (
+    Clips,
+    Order,
+    braces,
+    collate,
+    feature_rows,
+    files_below,
+    leave_signals,
+    matches,
+    spread,
+    without_links,
+)
 from files.episodes import (
     DAMAGE,
     STATES,
@@ -37,6 +47,7 @@ from files.episodes import (
     read_pictures,
 )
 from files.robot_features import check_features, keep_ranges, to_steps
+from files.streams import disk_failed, disk_sentence, trying
 
 POSE = [
     "x",
@@ -57,34 +68,56 @@ def find_episodes(data):
     """Paths, globs, {a..b}, folders, URLs, .csv lists of them -> [file or URL] of episodes.
     FileNotFoundError for what matches nothing."""
     if not isinstance(data, str):
-        return list(dict.fromkeys(x for p in data for x in find_episodes(p)))
+        return without_links([x for p in data for x in find_episodes(p)])
     out = []
-    for p in braceexpand.braceexpand(data):
-        if "://" in p:
-            fs, name = filesystem(p + "*.tfrecord*" * p.endswith("/"))
-            found = (
-                sorted(map(fs.unstrip_protocol, fs.glob(name)))
-                if "*" in name or "?" in name
-                else [p]
-            )
-        elif p.endswith(".csv"):  # Meta's list: a folder a line, then a label
-            with open(p) as f:
-                found = find_episodes([line.split()[0] for line in f if line.strip()])
-        elif os.path.isdir(p):
-            inside = [
-                os.path.join(glob.escape(p), "**", n)
-                for n in ("*.tfrecord*", "trajectory.h5", "*.npz", "*.tar")
-            ]
-            found = sorted({x for i in inside for x in glob.glob(i, recursive=True)})
-        else:
-            found = [p] if os.path.isfile(p) else find_episodes(sorted(glob.glob(p)))
+    if "://" in data:
+        for url in braces(data, True):
+            out += episodes_at_url(url)
+        return list(dict.fromkeys(out))
+    for pattern, found in matches(data):
         if not found:
-            raise FileNotFoundError(
-                f"no episode at {p}: name *.tfrecord* files, trajectory.h5, NAME.npz, features"
-                " (.tar), or folders"
-            )
-        out += found
-    return out
+            raise no_episode(pattern)
+        for path in found:
+            files = episodes_in(path)
+            if not files:
+                raise no_episode(path)
+            out += files
+    return without_links(out)
+
+
+def no_episode(pattern):
+    return FileNotFoundError(
+        f"no episode at {pattern}: name *.tfrecord* files, trajectory.h5, NAME.npz, features"
+        " (.tar), or folders"
+    )
+
+
+def episodes_at_url(url):
+    fs, name = filesystem(url + "*.tfrecord*" * url.endswith("/"))
+    if "*" not in name and "?" not in name:
+        return [url]
+    found = trying(url, lambda: fs.glob(name))
+    if not found:
+        raise no_episode(url)
+    return sorted(map(fs.unstrip_protocol, found))
+
+
+def episodes_in(path):
+    """What exists -> the files of episodes there: in a folder, in Meta's .csv of folders, or the
+    file itself."""
+    if path.endswith(".csv"):  # Meta's list: a folder a line, then a label
+        with open(path) as f:
+            return find_episodes([line.split()[0] for line in f if line.strip()])
+    if not os.path.isdir(path):
+        return [path]
+    files = []
+    for file in files_below(path):
+        parts = os.path.relpath(file, path).split(os.sep)
+        hidden = any(part.startswith(".") for part in parts)  # ._NAME of macOS among them
+        kinds = ("*.tfrecord*", "trajectory.h5", "*.npz", "*.tar")
+        if not hidden and any(fnmatch.fnmatchcase(parts[-1], kind) for kind in kinds):
+            files.append(file)
+    return sorted(files)
 
 
 def index_episodes(paths, reader, verify, log):
@@ -286,7 +319,9 @@ def open_droid(
         try:
             reader.motion(r, np.array([r.first, r.last - 1]))
             break
-        except DAMAGE as e:
+        except (*DAMAGE, MemoryError) as e:
+            if disk_failed(e):
+                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
             if not left:
                 raise ValueError(f"{r.shard} {r.key}: {e}") from e
     return train, val, bad
@@ -546,7 +581,9 @@ class DroidSteps:
         try:
             steps = self.reader.motion(r, np.arange(r.first, r.last, self.reader.stride_of(r)))[0]
             return [(r.source, r.recording, steps.nbytes, steps, "")]
-        except DAMAGE as e:
+        except (*DAMAGE, MemoryError) as e:
+            if disk_failed(e):
+                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
             return [(r.shard, r.key, 0, None, f"{type(e).__name__}: {e}")]
 
 
@@ -556,6 +593,12 @@ class DroidClips(Clips):
 
     def __init__(self, records, reader, seed=0):
         super().__init__(records, [reader.starts(r) for r in records], reader, seed)
+
+    def windows_in(self, record):
+        if record.kind == "features":
+            return record.length // (self.reader.frames // self.reader.frames_per_step)
+        stride = max(round(20 / self.reader.fps), 1)  # of `length`, which open_episodes made
+        return (record.length - 1 + stride) // (self.reader.frames * stride)
 
     def read(self, number, place, rng):
         r, starts = self.records[number], self.reader.starts(self.records[number])
@@ -571,6 +614,8 @@ class DroidClips(Clips):
         try:
             return self.reader(r, r.first + start, rng)
         except DAMAGE as e:
+            if disk_failed(e):  # says nothing about the episode
+                raise
             raise ValueError(
                 f"damaged or changed since it was indexed ({type(e).__name__}: {e})"
             ) from e

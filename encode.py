@@ -39,7 +39,16 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from checkpoint import lock, one_sentence, peak_memory, write_atomically
-from data import CACHE, READ_ERRORS, Shard, expand, feature_settings, is_stream, shard_index
+from data import (
+    CACHE,
+    READ_ERRORS,
+    Shard,
+    expand,
+    feature_settings,
+    is_stream,
+    line_warnings,
+    shard_index,
+)
 from droid import DroidReader, find_episodes, index_episodes
 from files.episodes import index_file
 from files.latents import encode_latents, find_files, open_vae
@@ -47,7 +56,7 @@ from files.logs import append_jsonl
 from files.play_features import index_play, plan_recording, segments
 from files.remote import cached
 from files.robot_features import Source, plan_episode, settings, sources, tar_names
-from files.streams import disk_failed
+from files.streams import disk_failed, disk_sentence
 from files.vpt import ClipReader, WrongDecoder, step_size, upright
 from kernels import chosen
 from model import encode_steps, normalize_features, pack_features
@@ -310,13 +319,18 @@ def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
 
 
 def estimate(records, tokens, width, args):
-    """(steps, bytes) of the features of indexed recordings, within a percent: lines at 20 a second,
-    as many as frames."""
+    """(steps, bytes) of the features of indexed recordings, within a percent: by the clock of each,
+    and as if no line were bad."""
     cut = args.encode, args.frames_per_clip, args.frames_per_step, args.phases
-    runs = [
-        r.runs if isinstance(r, Source) else segments(r.length, step_size(20.0, args.fps), *cut)
-        for r in records
-    ]
+    runs = []
+    for r in records:
+        if isinstance(r, Source):
+            runs.append(r.runs)
+            continue
+        try:
+            runs.append(segments(r.lines, step_size(r.rate, args.fps), *cut))
+        except ValueError:
+            continue  # left out, with its reason, when its turn comes
     runs, robot = [n for found in runs for *_, n in found if n >= 2], args.dataset == "droid"
     row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (
         7 + 7 if robot else 38 + 2
@@ -330,7 +344,7 @@ def check_room(records, tokens, width, args):
     """What all ranks together will write, as a sentence; OSError if the disk has no room for it.
     Collective."""
     total = torch.tensor(
-        [sum(r.length for r in records) / 72000, *estimate(records, tokens, width, args)]
+        [sum(r.duration for r in records) / 72000, *estimate(records, tokens, width, args)]
     ).double()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -388,7 +402,7 @@ def encode_recording(parts, encoder, args, device):
             raise ValueError(f"{record.shard} {record.key}: {e}") from e
         except READ_ERRORS as e:
             if disk_failed(e):
-                raise
+                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
             return [], f"{type(e).__name__}: {e}"
         for i, video in videos:
             h = encode_steps(encoder, video[None].to(device), args.encode, args.frames_per_step)[0]
@@ -454,6 +468,8 @@ if __name__ == "__main__":
         made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         check_settings(args.out, made)
         records, bad = index_play(share)
+        for line in line_warnings(records) if rank == 0 else []:
+            print(f"WARNING: {line}")
         keys = [[r.key for r in records]]
         if world > 1:
             dist.all_gather_object(keys := [None] * world, keys[0])
@@ -550,6 +566,8 @@ if __name__ == "__main__":
     if world > 1:
         dist.barrier()  # before rank 0 writes what the others have just looked at
     if rank == 0:
+        for line in line_warnings([] if robot else records):
+            print(f"WARNING: {line}")
         print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}\nto encode: {room}")
         write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
     progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")

@@ -10,7 +10,7 @@ report.html, one page with all figures in it, beside the checkpoint or to --out.
 
 import argparse
 import functools
-import json
+import math
 import os
 import sys
 
@@ -21,10 +21,19 @@ from tqdm import tqdm
 import checkpoint
 from data import windows
 from evaluation import pictures
-from evaluation.runs import held_out, open_held_out, open_run
+from evaluation.runs import (
+    from_other_recordings,
+    gap_text,
+    held_out,
+    interval_text,
+    open_held_out,
+    open_run,
+    precision_of,
+    precision_text,
+)
+from files.logs import to_json
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
-from kernels import chosen
-from model import meter_summary, predict, predict_on
+from model import meter_summary, predict, predict_on, ratio_interval
 
 SAMPLED, GRID = (
     96,
@@ -34,30 +43,23 @@ SAMPLED, GRID = (
 )
 
 
-def resampled(values, recordings, samples=2000):
-    """Means over clips (samples, K) of values (n, K) under a bootstrap over recordings, the same
-    draws for all values (and as in model.meter_summary): quotients of two results are those of the
-    same recordings."""
-    group = torch.tensor([sorted(set(recordings)).index(r) for r in recordings])
-    G = int(group.max()) + 1
-    draws = torch.randint(G, (samples, G), generator=torch.Generator().manual_seed(0))
-    sums = torch.zeros(G, values.shape[1], dtype=torch.double).index_add_(0, group, values.double())
-    return sums[draws].sum(1) / torch.bincount(group, minlength=G).double()[draws].sum(
-        1, keepdim=True
-    )
-
-
-def interval(draws):
-    """Draws (samples, K) -> [low, high] of the middle 95 %, each K numbers."""
-    return draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=0).tolist()
+def bands_of(errors, recordings):
+    """95 % intervals over recordings of what is shown by horizon, {name: (low (K,), high (K,))}:
+    the error rolled out under true, shuffled and zero actions and of the copy, gap and skill."""
+    found = {k: errors[f"ro_{k}"] for k in ("true", "shuffled", "zero", "copy")}
+    bands = {k: ratio_interval(x, torch.ones_like(x), recordings) for k, x in found.items()}
+    low, high = ratio_interval(found["shuffled"], found["true"], recordings)
+    bands["gap"] = (low - 1, high - 1)
+    bands["skill"] = ratio_interval(found["true"], found["copy"], recordings)
+    return {k: (low.tolist(), high.tolist()) for k, (low, high) in bands.items()}
 
 
 def gap_of(other, true, recordings):
     """other / true - 1 of errors (n, K), averaged over clips and K -> [gap, low, high]: with its 95
     % interval over recordings."""
-    means = [x.double().mean(1, keepdim=True) for x in (other, true)]
-    low, high = interval(resampled(means[0], recordings) / resampled(means[1], recordings) - 1)
-    return [(means[0].mean() / means[1].mean() - 1).item(), low[0], high[0]]
+    other, true = (x.double().mean(1) for x in (other, true))
+    low, high = ratio_interval(other, true, recordings)
+    return [(other.mean() / true.mean() - 1).item(), low.item() - 1, high.item() - 1]
 
 
 def action_groups(names):
@@ -79,13 +81,13 @@ def action_groups(names):
 
 
 @torch.no_grad()
-def group_errors(predictor, z, actions, states, shuffle, compose, groups):
+def group_errors(predictor, z, actions, states, others, compose, groups):
     """Mean |error| (B, K) as in model.action_meter, {"tf_GROUP", "ro_GROUP"}, when only the
-    dimensions of one group are another clip's."""
+    dimensions of one group are those of `others` (B, K, A): of another recording."""
     out, target = {}, z[:, 1:]
     for name, columns in groups.items():
         a = actions.clone()
-        a[..., columns] = actions[shuffle][..., columns]
+        a[..., columns] = others[..., columns]
         out[f"tf_{name}"] = (predict(predictor, z[:, :-1], a, states) - target).abs().mean((2, 3))
         out[f"ro_{name}"] = (
             (predictor.rollout(z[:, :1], a, compose(states[:, 0], a)) - target).abs().mean((2, 3))
@@ -118,12 +120,15 @@ def energies(predictor, z, actions, states, candidates):
     return torch.cat(out)
 
 
-def drawn_from_others(actions, i, count, generator):
-    """Whole actions (count, A) drawn from all steps of all clips but the i-th; actions (n, K,
-    A)."""
-    n, K, _ = actions.shape
-    at = torch.randint((n - 1) * K, (count,), generator=generator)
-    return actions[at // K + (at // K >= i), at % K]
+def drawn_from_others(actions, i, recordings, count, generator):
+    """Whole actions (count, A) drawn from all steps of all clips of other recordings than the i-th
+    clip's; of all other clips where there is only one recording. actions (n, K, A)."""
+    clips = [j for j, name in enumerate(recordings) if name != recordings[i]]
+    if not clips:
+        clips = [j for j in range(len(recordings)) if j != i]
+    K = actions.shape[1]
+    at = torch.randint(len(clips) * K, (count,), generator=generator)
+    return actions[torch.tensor(clips)[at // K], at % K]
 
 
 def rank_of(energy, others):
@@ -233,7 +238,7 @@ if __name__ == "__main__":
         "--samples",
         type=int,
         default=256,
-        help="actions of other clips that the true one is ranked among",
+        help="actions of other recordings that the true one is ranked among",
     )
     parser.add_argument(
         "--landscape",
@@ -251,6 +256,11 @@ if __name__ == "__main__":
         "--decoder", choices=["pyav", "decord"], help="video decoder (default: the run's)"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="clips at once")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="autocast precision (default: what the run was trained in)",
+    )
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
@@ -265,6 +275,7 @@ if __name__ == "__main__":
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
+    dtype, autocast = precision_of(args.dtype, state, device)
     run, names, seconds = (
         state["args"],
         state["action_names"],
@@ -278,7 +289,7 @@ if __name__ == "__main__":
 
     # --- data, action meter ---
     dataset, inputs, compose, bad = open_held_out(
-        state, scaler, args.data, args.encoder, device, args.decoder
+        state, scaler, args.data, args.encoder, device, dtype, args.decoder
     )
     features = "safetensors" in dataset.records[0].members
     videos = pictures.find_videos(args.video, dataset.records) if args.video else None
@@ -313,33 +324,25 @@ if __name__ == "__main__":
         args.num_workers,
         run["auto_steps"],
         run.get("loss_exp", 1.0),
+        autocast,
     )
     errors, recordings, more = held_out(predictor, dataset, keep, *meter, compose=compose)
     errors = {k: v for k, v in errors.items() if k[2:3] == "_"}
     summary = meter_summary(errors, recordings)
     for file, key, reason in bad + more:
         print(f"left out: {file} {key}: {reason}")
-    T, S, K = (
-        state["frames_per_clip"] // state["frames_per_step"],
-        state["grid"] ** 2 + 2,
-        errors["ro_true"].shape[1],
-    )
-    kernels = chosen(device, torch.float32, head_dim=predictor.head_dim, block=S, length=K * S)
+    T, K = state["frames_per_clip"] // state["frames_per_step"], errors["ro_true"].shape[1]
+    gap = gap_text(summary["tf_gap"], summary["tf_gap_low"], summary["tf_gap_high"], recordings)
     facts = [
-        f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings; {kernels}",
-        pictures.table(errors, summary, seconds),
+        f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings;"
+        f" {precision_text(dtype, device, predictor, K)}",
+        pictures.table(errors, summary, seconds, gap),
     ]
     print(*facts, sep="\n")
-    draws = {
-        k: resampled(errors[f"ro_{k}"], recordings) for k in ("true", "shuffled", "zero", "copy")
-    }
-    bands = {k: interval(v) for k, v in draws.items()}
-    bands |= {
-        "gap": interval(draws["shuffled"] / draws["true"] - 1),
-        "skill": interval(draws["true"] / draws["copy"]),
-    }
+    bands = bands_of(errors, recordings)
     report = {
         "checkpoint": path,
+        "dtype": dtype,
         "clips": len(recordings),
         "recordings": len(set(recordings)),
     } | summary
@@ -349,13 +352,15 @@ if __name__ == "__main__":
     }
     # --- groups of actions ---
     groups, rows, actions = action_groups(names), [], torch.stack([c["actions"] for c in clips])
+    items = sum(windows(dataset, max(args.batch_size, 2), args.val_clips), [])
+    others_of = from_other_recordings(dataset, items)
     for first, size in tqdm(
         [*zip(np.cumsum([0, *sizes]), sizes)], "groups of actions", delay=10, unit=" batches"
     ):
-        shuffle = torch.roll(torch.arange(size), 1)  # as in held_out
-        found = group_errors(
-            predictor, *load(range(first, first + size)), shuffle, states_of, groups
-        )
+        z, a, s = load(range(first, first + size))
+        others = others_of(recordings[first : first + size], a)  # those of held_out
+        with autocast():
+            found = group_errors(predictor, z, a, s, others, states_of, groups)
         rows.append({k: v.cpu() for k, v in found.items()})
     found = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
     gaps = {
@@ -363,10 +368,14 @@ if __name__ == "__main__":
         for g in groups
     }
     facts.append("gap of one group of actions: one step ahead, rolled out")
-    for g, gap in gaps.items():
+    if math.isnan(summary["tf_gap"]):
+        facts[-1] += f": {gap}"
+    for g, gap in gaps.items() if not math.isnan(summary["tf_gap"]) else ():
         facts.append(
             f"  {g:22}"
-            + "".join(f"{x:+9.2%} [{low:+.2%}, {high:+.2%}]" for x, low, high in gap.values())
+            + "".join(
+                f"{x:+9.2%} {interval_text(low, high, recordings)}" for x, low, high in gap.values()
+            )
         )
 
     # --- rank, energy landscape ---
@@ -390,11 +399,12 @@ if __name__ == "__main__":
     generator, ranks, lands, misses = torch.Generator().manual_seed(0), [], [], []
     for i in tqdm(range(min(len(clips), SAMPLED)), "rank, landscape", delay=10, unit=" clips"):
         z, a, s = (x[0] for x in load([i]))
-        others = drawn_from_others(actions, i, args.samples, generator)
+        others = drawn_from_others(actions, i, recordings, args.samples, generator)
         tried = torch.cat(
             [actions[i, -1:], others, swept(actions[i, -1], names, scaler, index, axes)]
         )
-        e = energies(predictor, z, a, s, tried.to(device)).cpu()
+        with autocast():
+            e = energies(predictor, z, a, s, tried.to(device)).float().cpu()
         ranks.append(rank_of(e[0], e[1 : len(others) + 1]))
         lands.append(e[len(others) + 1 :].view(GRID, GRID).numpy())
         best = [ax[k] for ax, k in zip(axes, np.unravel_index(lands[-1].argmin(), (GRID, GRID)))]
@@ -410,9 +420,10 @@ if __name__ == "__main__":
         d: {"unit": units.get(d, ""), "argmin": x, "random": y}
         for d, x, y in zip(dims, best.tolist(), chance.tolist())
     }
+    source = "other recordings" if len(set(recordings)) > 1 else "the same recording"
     facts.append(
-        f"rank of the true action among {args.samples} others: {np.mean(ranks):.3f} (0 best, 0.5"
-        f" chance; {len(ranks)} clips)"
+        f"rank of the true action among {args.samples} of {source}: {np.mean(ranks):.3f} (0 best,"
+        f" 0.5 chance; {len(ranks)} clips)"
     )
     for d, x, y in zip(dims, best, chance):
         facts.append(
@@ -421,13 +432,13 @@ if __name__ == "__main__":
         )
 
     # --- retrieval, frames ---
-    items = sum(windows(dataset, max(args.batch_size, 2), args.val_clips), [])
     places = {
         i: item[2:]
         for i, item in enumerate(items)
         if clips[i]["key"] == dataset.records[item[2]].key
     }  # else another was drawn
-    nearest, rows = retrieval(predictor, places, T, args.batch_size, states_of, load)
+    with autocast():
+        nearest, rows = retrieval(predictor, places, T, args.batch_size, states_of, load)
     report["retrieval"] = rows
     facts.append(
         "retrieval: nearest step " + "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, T))
@@ -465,7 +476,8 @@ if __name__ == "__main__":
         not features or videos is not None,
     )
     z, a, s = (x[0] for x in load(chosen_clips[:1]))
-    ahead = predictor.rollout(z[None, :1], a[None], states_of(s[None, 0], a[None]))[0].detach()
+    with autocast(), torch.no_grad():
+        ahead = predictor.rollout(z[None, :1], a[None], states_of(s[None, 0], a[None]))[0]
     steps = sorted({1, (K + 2) // 3, (2 * K + 2) // 3, K})
     colors = [
         c.reshape(-1, state["grid"], state["grid"], 3)
@@ -476,7 +488,7 @@ if __name__ == "__main__":
         name: [c[k - 1] for k in steps] for name, c in zip(("recorded", "predicted"), colors)
     }
     patch = int((z[-2] - z[-3]).abs().mean(1).argmax()) if T > 2 else 0
-    maps = pictures.attention_maps(predictor, z[:-1], a, s[:-1], heads)
+    maps = pictures.attention_maps(predictor, z[:-1], a, s[:-1], heads)  # in float32
     moved = np.linalg.norm((plain[: len(lands), -1] / [x[-1] for x in axes]), axis=1)
     largest = pictures.spread_over((-moved).argsort().tolist(), recordings, 4)
     strips, titles = [], ["start", *(f"+{k * seconds:.3g} s" for k in range(1, T))]
@@ -495,7 +507,7 @@ if __name__ == "__main__":
     figures = {
         "Error by horizon": [
             pictures.plot_horizons(
-                {k: errors[f"ro_{k}"].mean(0).numpy() for k in draws}, bands, seconds
+                {k: errors[f"ro_{k}"].mean(0).numpy() for k in pictures.COLORS}, bands, seconds
             )
         ],
         "Which actions it uses": [pictures.plot_groups(gaps)],
@@ -513,9 +525,7 @@ if __name__ == "__main__":
         "Attention": [pictures.plot_attention(maps, heads, predictor.grid, patch, now, seconds)],
     }
     out = args.out or os.path.dirname(path) or "."
-    checkpoint.write_atomically(
-        os.path.join(out, "report.json"), json.dumps(report, indent=1).encode()
-    )
+    checkpoint.write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
     pictures.write_page(
         os.path.join(out, "report.html"),
         f"{path}: does it use the action?",

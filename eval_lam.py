@@ -30,6 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
+from evaluation.runs import precision_of
 from files.latents import (
     NO_LABEL,
     Latents,
@@ -558,6 +559,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=32, help="windows at once")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="autocast precision (default: what the run was trained in)",
+    )
+    parser.add_argument(
         "--vae",
         metavar="diffusers:FOLDER",
         help="decode predicted steps with the video VAE that made the latents",
@@ -616,15 +622,20 @@ if __name__ == "__main__":
                 f"WARNING: {len(both)} of {len(names)} {args.split} files of {manifest} were"
                 f" trained on, {both[0]} for one: judge with the run's own --manifest_path"
             )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    dtype, autocast = precision_of(args.dtype, state, device)
     test = Latents(splits[args.split], state["sequence_length"])
     out = os.path.dirname(os.path.abspath(path))
 
     # errors and codes
     K = state["lam"]["num_embeddings"] if quantises(model) else None
-    found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers)
+    found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers, autocast)
     summary = code_summary(found, K)
-    print(f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split})")
+    print(
+        f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split});"
+        f" {dtype} on {device.type}"
+    )
     for name, value in summary.items():
         if not math.isnan(value):
             print(f"  {name:20} {value:10.4g}  {MEANINGS[name]}")
@@ -651,9 +662,11 @@ if __name__ == "__main__":
         names = {
             code: unpack_codes(torch.tensor(code), K, model.num_codes).tolist() for code in top
         }
-        moves = {
-            code: displacement(model, z, torch.tensor(names[code], device=z.device)) for code in top
-        }
+        with autocast():
+            moves = {
+                code: displacement(model, z, torch.tensor(names[code], device=z.device))
+                for code in top
+            }
         actions = np.zeros(len(ids), int)
         if test.labels:
             known = has_truth(found["labels"])
@@ -672,7 +685,9 @@ if __name__ == "__main__":
             print(f"note: no probe of {name}: the training files do not have it (KEY.actions.npz)")
     probed = []
     if labels:
-        fit, held = (encode_all(model, d, args.batch_size, args.val_clips) for d in (train, test))
+        with autocast():
+            fit = encode_all(model, train, args.batch_size, args.val_clips)
+            held = encode_all(model, test, args.batch_size, args.val_clips)
         ids_fit, ids = (pack_codes(x["codes"], K or 1) for x in (fit, held))
         one_hot = [np.float64(x[:, None] == np.unique(ids_fit)) for x in (ids_fit, ids)]
         print("balanced accuracy of a probe      chance   codes     z_e")

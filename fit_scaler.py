@@ -14,6 +14,7 @@ episode (droid.py), idle or not."""
 
 import argparse
 import bz2
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -43,12 +44,19 @@ from tqdm import tqdm
 from checkpoint import one_sentence, peak_memory, write_atomically
 from data import Slice, is_stream, open_lines
 from droid import DroidSteps
-from files.streams import DAMAGE, READ_ERRORS, stream_recordings
+from files.streams import (
+    DAMAGE,
+    READ_ERRORS,
+    disk_failed,
+    disk_sentence,
+    stream_recordings,
+)
 from files.vpt import (
     ACTION_SPACES,
     CONTINUOUS,
     DEGREES_PER_PIXEL,
     UNITS,
+    name_warnings,
     parse_ticks,
     step_actions,
     step_size,
@@ -382,7 +390,7 @@ COLUMNS = [ACTION_SPACES[38].index(name) for name in [*CONTINUOUS, "gui_open"]]
 
 def read_steps(jsonl, fps, frames_per_step):
     """JSONL bytes of a recording -> steps (n, 5): the continuous actions and whether a GUI was
-    open; and why its tail was dropped."""
+    open; why its tail was dropped; {name that nobody knows: lines}."""
     ticks = parse_ticks(jsonl)
     span = step_size(ticks.rate, fps) * frames_per_step
     ends = np.arange(0, len(ticks.motion), span)
@@ -390,28 +398,32 @@ def read_steps(jsonl, fps, frames_per_step):
         raise ValueError(
             f"too short: {len(ticks.motion)} usable lines, a step needs {span + 1} {ticks.flaw}".rstrip()
         )
-    return step_actions(ticks, ends, 38)[0][:, COLUMNS], ticks.flaw
+    return step_actions(ticks, ends, 38)[0][:, COLUMNS], ticks.flaw, ticks.unknown
 
 
 def read_job(job, fps, frames_per_step, limit):
     """A recording, or a stream until it has given `limit` steps -> [(file, key, JSONL bytes, steps
-    or None, flaw)]."""
+    or None, flaw)], and {name that nobody knows: lines} where there are any."""
     out, url = [], job if isinstance(job, str) else ""
 
     def add(file, key, size, jsonl):
         try:
-            steps, flaw = read_steps(jsonl(), fps, frames_per_step)
+            steps, flaw, unknown = read_steps(jsonl(), fps, frames_per_step)
         except READ_ERRORS as e:
-            steps, flaw = None, f"{type(e).__name__}: {e}"
-        out.append((file, key, size, steps, flaw))
+            if disk_failed(e):  # says nothing about the recording
+                raise OSError(disk_sentence(f"{file} {key}", e)) from e
+            steps, flaw, unknown = None, f"{type(e).__name__}: {e}", {}
+        out.append((file, key, size, steps, flaw, *([unknown] if unknown else [])))
 
     if url:
         try:
             for key, members in stream_recordings(url):
                 add(url, key, len(members["jsonl"]), lambda raw=members["jsonl"]: raw)
-                if sum(len(steps) for *_, steps, _ in out if steps is not None) >= limit:
+                if sum(len(row[3]) for row in out if row[3] is not None) >= limit:
                     break
         except (*READ_ERRORS, tarfile.TarError) as e:
+            if disk_failed(e):
+                raise OSError(disk_sentence(url, e)) from e
             out.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
     else:
 
@@ -534,6 +546,7 @@ if __name__ == "__main__":
         [],
         [],
     )  # parts: (count, mean, M2) of each recording, in the order of jobs
+    unknown = collections.Counter()  # names that nobody knows: lines
     total = (
         0,
         torch.zeros(len(names), dtype=torch.float64),
@@ -577,9 +590,11 @@ if __name__ == "__main__":
                     gathered[i % world][i // world] for i in range(len(jobs[at : at + take]))
                 ]
             at += take
-            for file, key, nbytes, steps, flaw in (x for result in results for x in result):
+            for file, key, nbytes, steps, flaw, *odd_names in (x for y in results for x in y):
                 if done:
                     break
+                for more in odd_names:
+                    unknown.update(more)
                 if flaw:
                     (bad if steps is None else flawed).append((file, key, flaw))
                 if steps is None:
@@ -675,6 +690,8 @@ if __name__ == "__main__":
             "Reloaded and verified: the samples come out at mean 0 and std 1 within"
             f" {max(off, 1e-16):.0e}; peak memory {peak:.0f} MiB"
         )
+        for line in name_warnings(unknown):
+            print(f"WARNING: {line}")
         for line in warnings_for(
             scaler, slope_sums[0] / slope_sums[1] if slope_sums[2] >= 100 else None
         ):

@@ -703,7 +703,7 @@ def open_base(path, source, action_dim, state_dim, size):
     for name, dim in zip(CONDITION, (action_dim, state_dim)):
         if (old := getattr(predictor, name)) is not None and dim not in (None, old.in_features):
             anew.append(name)
-            predictor.set_submodule(name, nn.Linear(dim, old.out_features))
+            predictor.set_submodule(name, Linear(dim, old.out_features))
             nn.init.trunc_normal_(getattr(predictor, name).weight, std=0.02)
     s = known.get("action_scaler")
     return (

@@ -13,7 +13,6 @@ checkpoint."""
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import sys
@@ -28,11 +27,24 @@ import checkpoint
 from data import collate, windows
 from droid import POSE, compose_poses
 from encode import encoder_hash, open_encoder, picture_features
-from eval import interval, resampled
-from evaluation.runs import open_held_out, open_run
+from evaluation.runs import (
+    encoder_dtype,
+    interval_text,
+    open_held_out,
+    open_run,
+    precision_of,
+    precision_text,
+)
 from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
+from files.logs import to_json
 from files.vpt import SLOTS, wrap
-from model import compose_states
+from model import compose_states, ratio_interval
+
+TRIVIAL = {
+    "rest": "doing nothing",
+    "repeat": "repeating the last action",
+    "mean": "the mean action",
+}
 
 
 def recorded(
@@ -47,43 +59,80 @@ def recorded(
     chunk,
     generator,
     options,
+    autocast=contextlib.nullcontext,
 ):
-    """Plans from step `context` of held-out clips to the features `horizon` steps later -> sums
-    over the horizon of the continuous actions, unscaled: (n, 3, d) as recorded, as planned, at
-    rest; mean |random draw - recorded| of 64 draws (n, d); [recording]."""
+    """Plans in held-out clips to the features `horizon` steps later -> sums over the horizon of the
+    continuous actions, unscaled: (n, 5, d) as recorded, as planned, and of the policies that need
+    no model, in the order of TRIVIAL; mean |random draw - recorded| of 64 draws (n, d);
+    [recording].
+
+    Plans start from step `context` of a clip. With a context of one step they start from the second
+    one where the clip is long enough: before the first no action is known that could be repeated
+    (nan)."""
     scale, mean = (
         torch.tensor(x, dtype=torch.float32)
         for x in (dataset.reader.scaler.scale, dataset.reader.scaler.mean)
     )
-    sums, random, recordings, last = [], [], [], context - 1
+    sums, random, recordings = [], [], []
     for item in tqdm(
         [i for batch in windows(dataset, 1, clips) for i in batch],
         unit="clip",
         desc=f"horizon {horizon}",
     ):
         z, actions, states = inputs(collate([dataset[item]]))
+        last = context - 1
+        if last == 0 and z.shape[1] > horizon + 1:
+            last = 1
+        first = last + 1 - context
         space, device = space_of(actions[0, last]), z.device
         cost = energy(
             predictor,
-            z[:, :context],
-            actions[:, :last],
-            states[:, :context],
+            z[:, first : last + 1],
+            actions[:, first:last],
+            seen_from_first(states[:, first : last + 1]),
             z[0, last + horizon],
             compose,
             chunk,
+            autocast=autocast,
         )
         found = search(cost, space, horizon, generator=generator, device=device, **options)
+        before = actions[0, last - 1] if last else torch.full_like(actions[0, 0], math.nan)
         every = (
             actions[0, last : last + horizon],
             found,
             rest(space, horizon, device),
+            before.expand(horizon, -1),
+            torch.zeros_like(found),  # scaled actions have mean 0
             *draw(space, 64, horizon, generator, device, options["correlation"]),
         )
         total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
-        sums.append(total[:3])
-        random.append((total[3:] - total[0]).abs().mean(0))
+        sums.append(total[:5])
+        random.append((total[5:] - total[0]).abs().mean(0))
         recordings.append(dataset.records[item[2]].recording)
     return torch.stack(sums), torch.stack(random), recordings
+
+
+def seen_from_first(states):
+    """States (1, c, S) as a clip that begins with the first of them has them: the yaw of VPT
+    states (yaw, pitch) counts from there, a robot's pose stays."""
+    if states.shape[-1] != 2:
+        return states
+    yaw = wrap((states[..., 0] - states[:, :1, 0]).cpu().double().numpy())
+    return torch.stack([torch.from_numpy(yaw).to(states), states[..., 1]], dim=-1)
+
+
+def compared(errors, recordings):
+    """How plans compare. errors {policy: (n,) |sum - recorded|} of "plan", "random" and TRIVIAL ->
+    their means, and error of the policy / error of the plan with its 95 % interval over recordings:
+    "ratios" {policy: [ratio, low, high]}, and "best", the policy without a model that does best."""
+    means = {k: x.double().mean().item() for k, x in errors.items()}
+    ratios = {}
+    for name in errors.keys() - {"plan"}:
+        low, high = ratio_interval(errors[name], errors["plan"], recordings)
+        ratio = means[name] / means["plan"] if means["plan"] else math.nan
+        ratios[name] = [ratio, low.item(), high.item()]
+    best = min((k for k in TRIVIAL if not math.isnan(means[k])), key=means.get)
+    return means | {"ratios": ratios, "best": best}
 
 
 def readable(actions, scaler, names):
@@ -134,7 +183,17 @@ def agent(player, space, scaler, names, choose):
     return act
 
 
-def chooser(predictor, space, compose, horizon, context, chunk, generator, options):
+def chooser(
+    predictor,
+    space,
+    compose,
+    horizon,
+    context,
+    chunk,
+    generator,
+    options,
+    autocast=contextlib.nullcontext,
+):
     """For `agent`: plans from the last `context` steps, and rests when no plan promises less than
     the distance of what it sees now."""
 
@@ -145,7 +204,16 @@ def chooser(predictor, space, compose, horizon, context, chunk, generator, optio
         )[None].to(goal)
         still = rest(space, horizon, goal.device)
         before = torch.cat([still[:0].cpu(), *done])[len(done) + 1 - len(z) :][None].to(goal)
-        cost = energy(predictor, torch.stack(z)[None], before, states, goal, compose, chunk)
+        cost = energy(
+            predictor,
+            torch.stack(z)[None],
+            before,
+            states,
+            goal,
+            compose,
+            chunk,
+            autocast=autocast,
+        )
         found = search(cost, space, horizon, generator=generator, device=goal.device, **options)
         return found if cost(found[None]) < (z[-1] - goal).abs().mean() else still
 
@@ -244,6 +312,11 @@ if __name__ == "__main__":
         help="robots: largest motion of a step along an axis, in metres",
     )
     flag("--chunk", type=int, default=512, help="candidates run at once: what bounds memory")
+    flag(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="autocast precision (default: what the run was trained in)",
+    )
     flag("--seed", type=int, default=0, help="of trials and samples")
     flag(
         "--out",
@@ -282,6 +355,7 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
     predictor.to(device)
+    dtype, autocast = precision_of(args.dtype, state, device)
     names, robot, T = (
         state["action_names"],
         state["dataset"] == "droid",
@@ -313,7 +387,9 @@ if __name__ == "__main__":
         torch.tensor(x, dtype=torch.float32, device=device) for x in (scaler.mean, scaler.scale)
     )
     compose = functools.partial(compose_poses if robot else compose_states, mean=mean, scale=scale)
-    keys, report = args.keys or ["key.w"] * (args.play == "walk"), {"checkpoint": path} | vars(args)
+    keys = args.keys or ["key.w"] * (args.play == "walk")
+    report = {"checkpoint": path} | vars(args) | {"dtype": dtype}
+    print(f"{path}: {precision_text(dtype, device, predictor, args.context)}")
 
     def space_of(action=None):
         """What may be done where this action was recorded: the hotbar stays as it is."""
@@ -342,6 +418,7 @@ if __name__ == "__main__":
                 f"--encoder {name} has hash {found}, the run was trained on features of"
                 f" {state['encoder_hash']}"
             )
+        encoder.to(encoder_dtype(dtype, state["args"]))
         stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         kind = {
             "encoder": encoder,
@@ -349,7 +426,14 @@ if __name__ == "__main__":
             "crop_size": state["args"]["crop_size"],
             "stats": stats,
         }
-        features = functools.partial(picture_features, **kind)
+
+        whole = encoder_dtype(dtype, state["args"]) == torch.float32
+
+        def features(frames):
+            # weights in bf16 need no autocast, as in make_inputs
+            with autocast() if whole else contextlib.nullcontext():
+                return picture_features(frames, **kind)
+
     generator = torch.Generator().manual_seed(args.seed)
     if args.start:
         with torch.no_grad():
@@ -371,6 +455,7 @@ if __name__ == "__main__":
                 goal,
                 compose,
                 args.chunk,
+                autocast=autocast,
             )
             found = search(
                 cost, space_of(), args.horizon[0], generator=generator, device=device, **options
@@ -387,7 +472,7 @@ if __name__ == "__main__":
                 **report
             )
         )
-        if report["energy"] >= report["energy_now"]:
+        if not report["energy"] < report["energy_now"]:
             print(
                 "WARNING: no plan promises to come nearer than it is now: the pictures may be too"
                 " far apart, or there already"
@@ -431,6 +516,7 @@ if __name__ == "__main__":
                 args.chunk,
                 generator,
                 options,
+                autocast,
             ),
             "random": lambda seen, done, goal: draw(space, 1, 1, generator)[0],
             "copy": lambda seen, done, goal: rest(
@@ -473,51 +559,47 @@ if __name__ == "__main__":
             )
     else:
         dataset, inputs, compose_from, bad = open_held_out(
-            state, scaler, args.data, args.encoder, device
+            state, scaler, args.data, args.encoder, device, dtype
         )
         compose = functools.partial(compose_from, mean=mean, scale=scale)
         for file, key, reason in bad:
             print(f"left out: {file} {key}: {reason}")
         angles = [("yaw", 2, 180 / math.pi, "deg"), ("pitch", 3, 180 / math.pi, "deg")]
         shown = [(n, i, 100.0, "cm") for i, n in enumerate("xyz")] if robot else angles
-        lines, report["recorded"] = [], []
+        lines, doubts, report["recorded"] = [], [], []
         for horizon in args.horizon:
-            how = horizon, args.context, args.clips, args.chunk, generator, options
+            how = horizon, args.context, args.clips, args.chunk, generator, options, autocast
             sums, random, recordings = recorded(predictor, dataset, inputs, compose, space_of, *how)
             for name, i, unit, symbol in shown:
-                errors = (
-                    torch.stack([*(sums[:, 1:, i] - sums[:, :1, i]).abs().T, random[:, i]], dim=1)
-                    * unit
-                )  # planned, at rest, random
-                planned, still, chance = errors.mean(0).tolist()
-                draws = resampled(errors, recordings)
-                ratio, (low, high) = chance / planned, interval(draws[:, 2] / draws[:, 0])
-                row = {
-                    "horizon": horizon,
-                    "dim": name,
-                    "unit": symbol,
-                    "plan": planned,
-                    "random": chance,
-                    "rest": still,
-                }
-                report["recorded"].append(
-                    row | {"ratio": ratio, "ratio_low": low, "ratio_high": high}
-                )
-                numbers = "".join(f"{x:9.2f}" for x in (planned, chance, still))
+                off = unit * (sums[:, 1:, i] - sums[:, :1, i]).abs()
+                errors = {"plan": off[:, 0], "random": unit * random[:, i]}
+                errors |= {policy: off[:, k] for k, policy in enumerate(TRIVIAL, 1)}
+                row = compared(errors, recordings)
+                report["recorded"].append({"horizon": horizon, "dim": name, "unit": symbol} | row)
+                numbers = "".join(f"{row[k]:9.2f}" for k in errors)
+                ratio, low, high = row["ratios"][row["best"]]
                 lines.append(
-                    f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio:.2f} [{low:.2f},"
-                    f" {high:.2f}]"
+                    f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio:.2f}"
+                    f" {interval_text(low, high, recordings, '.2f')} {row['best']}"
                 )
+                if not low > 1:
+                    doubts.append(f"{name} at horizon {horizon}")
         print(
-            f"{path}: plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean"
-            " |sum - recorded|, lower is better"
+            f"plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum -"
+            " recorded|, lower is better"
         )
+        print("without a model: " + ", ".join(f"{k} ({v})" for k, v in TRIVIAL.items()))
+        header = "".join(f"{k:>9}" for k in errors)
         print(
-            "horizon  of     unit     plan   random     rest    random / plan, 95 % over"
-            " recordings",
+            f"horizon  of     unit{header}    best of those / plan, 95 % over recordings",
             *lines,
             sep="\n",
         )
+        if doubts:
+            print(
+                "WARNING: not shown to be better than the best policy without a model (the"
+                f" interval is not above 1): {', '.join(doubts)}"
+            )
     name = (
         "plan-pictures.json"
         if args.start
@@ -526,5 +608,5 @@ if __name__ == "__main__":
         else "plan.json"
     )
     out = args.out or os.path.join(os.path.dirname(path), name)
-    checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
+    checkpoint.write_atomically(out, to_json(report).encode())
     print(f"written to {out}; peak memory {checkpoint.peak_memory(device):.0f} MiB")

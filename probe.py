@@ -26,7 +26,17 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from data import READ_ERRORS, Slice, open_records, open_split, read_ticks, split_records
+from data import (
+    READ_ERRORS,
+    Slice,
+    archive_members,
+    member_place,
+    open_records,
+    open_split,
+    read_start,
+    read_ticks,
+    split_records,
+)
 from encode import open_source
 from evaluation.heads import (
     anticipation,
@@ -38,9 +48,18 @@ from evaluation.heads import (
     load,
     pool,
 )
-from evaluation.runs import make_inputs, open_run
+from evaluation.runs import (
+    encoder_dtype,
+    make_inputs,
+    open_run,
+    precision_of,
+    precision_text,
+)
+from files.logs import to_json
+from files.streams import disk_failed, disk_sentence, is_apple_double
 from files.vpt import (
     ACTION_SPACES,
+    BOM,
     CONTINUOUS,
     SLOTS,
     ClipReader,
@@ -50,6 +69,7 @@ from files.vpt import (
     step_size,
     wrap,
 )
+from kernels import chosen
 
 TASKS = ["inverse", "anticipation", "classify"]
 
@@ -68,11 +88,13 @@ def line_labels(clips, field, shards, reader):
                 f" {record.recording}"
             )
         if record.recording not in lines:
+            ticks = read_ticks(source)
             with Slice(source.shard, *source.members["jsonl"]) as f:
-                lines[record.recording] = (
-                    f.read().splitlines(),
-                    step_size(read_ticks(source).rate, reader.fps),
-                )
+                text = f.read().splitlines()
+            lines[record.recording] = (
+                [text[i].removeprefix(BOM) for i in ticks.line],
+                step_size(ticks.rate, reader.fps),
+            )
         text, stride = lines[record.recording]
         start = int(record.key.rpartition("@")[2]) if "safetensors" in record.members else 0
         line = json.loads(text[start + round((window + 0.5) * reader.frames * stride)])
@@ -186,15 +208,20 @@ def label_video(data, head, names, columns, reader, inputs, side):
 
 
 def video_members(path):
-    """The names KEY.mp4 in a shard; ValueError if there is none, or if it is no tar."""
+    """{KEY.mp4: its place in the shard}; ValueError if there is none, or if it is no tar."""
+    found, end = {}, os.path.getsize(path)
     try:
-        with tarfile.open(path, "r:") as tar:
-            names = [m.name for m in tar if m.isfile() and m.name.endswith(".mp4")]
+        for m, offset in archive_members(path, end):
+            if not m.isfile() or not m.name.endswith(".mp4"):
+                continue
+            place = member_place(m, offset, end)
+            if not is_apple_double(m.name, read_start(path, place)):
+                found[m.name] = place
     except tarfile.TarError as e:
         raise ValueError(f"--label {path} is no tar, or damaged: {e}") from e
-    if not names:
+    if not found:
         raise ValueError(f"--label {path} holds no KEY.mp4: there is nothing to label")
-    return names
+    return found
 
 
 def label_shard(source, out, label):
@@ -204,14 +231,18 @@ def label_shard(source, out, label):
 
     def write(file):
         nonlocal done
-        with tarfile.open(source, "r:") as tar, tarfile.open(fileobj=file, mode="w") as packed:
-            for name in tqdm(video_members(source), desc="label", unit="recording", delay=10):
-                data = tar.extractfile(name).read()
+        places = video_members(source)
+        with tarfile.open(fileobj=file, mode="w") as packed:
+            for name in tqdm(places, desc="label", unit="recording", delay=10):
+                with Slice(source, *places[name]) as f:
+                    data = f.read()
                 try:
                     text = "".join(json.dumps(line) + "\n" for line in label(data)).encode()
                 except WrongDecoder as e:
                     raise ValueError(f"--label {source} {name}: {e}") from e
                 except READ_ERRORS as e:
+                    if disk_failed(e):
+                        raise OSError(disk_sentence(f"{source} {name}", e)) from e
                     bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue
                 for member, content in ((name, data), (name[:-3] + "jsonl", text)):
@@ -294,6 +325,11 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=32, help="windows encoded at once")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="autocast precision of encoder and predictor (default: what the run was trained in)",
+    )
+    parser.add_argument(
         "--frames_per_clip",
         type=int,
         default=16,
@@ -367,6 +403,7 @@ if __name__ == "__main__":
         )
     }
     settings, held, stats, folder, predictor, scaler = list(run)[:5], None, {}, ".", None, None
+    state = None
     if args.checkpoint:
         predictor, state, scaler, path = open_run(args.checkpoint)
         run, held, folder = state["args"], set(state["held_out"]), os.path.dirname(path)
@@ -377,7 +414,12 @@ if __name__ == "__main__":
             )
         stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
         predictor.to(device)
+    dtype, autocast = precision_of(args.dtype, state, device)
     steps = run["frames_per_clip"] // run["frames_per_step"]
+    if predictor is not None:
+        print(precision_text(dtype, device, predictor, steps - 1))
+    else:
+        print(f"{dtype} on {device.type}; {chosen(device, getattr(torch, dtype))}")
     if "anticipation" in asked and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
@@ -414,10 +456,11 @@ if __name__ == "__main__":
     reader = ClipReader(
         *(run[k] for k in settings[:4]), run["action_space"], encode=run["encode"], **options
     )
-    inputs = make_inputs(
-        encoder and encoder.to(device), run["encode"], run["frames_per_step"], stats, device
-    )
+    if encoder is not None:
+        encoder.to(device, encoder_dtype(dtype, run))
+    inputs = make_inputs(encoder, run["encode"], run["frames_per_step"], stats, device, autocast)
     how = {"side": args.side, "batch_size": args.batch_size, "num_workers": args.num_workers}
+    how["autocast"] = autocast
     (train, more), (val, also) = (
         load(r, reader, inputs, predictor, scaler, n, **how)
         for r, n in ((train_records, args.clips), (val_records, args.val_clips))
@@ -434,6 +477,7 @@ if __name__ == "__main__":
         dev = np.arange(len(dev)) % 10 == 0
     report = {
         "checkpoint": args.checkpoint and path,
+        "dtype": dtype,
         "clips": [len(train["place"]), len(val["place"])],
     }
     report["recordings"] = [len({r.recording for r, _ in c["place"]}) for c in (train, val)]
@@ -495,7 +539,7 @@ if __name__ == "__main__":
     out = os.path.join(
         os.path.dirname(args.out) if args.label else args.out or folder, "probe.json"
     )
-    checkpoint.write_atomically(out, json.dumps(report, indent=1).encode())
+    checkpoint.write_atomically(out, to_json(report).encode())
     if args.label:
         head = heads["attentive"]
         done, bad = label_shard(

@@ -27,9 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import weights
-from data import Clips, collate, expand, open_split, vpt_loader, windows
+from data import Clips, collate, expand, line_warnings, open_split, vpt_loader, windows
 from encode import decoder_of, open_source
-from evaluation.runs import held_out, leave_group, make_inputs, own_predictor, prefetch
+from evaluation.runs import (
+    blank,
+    gap_text,
+    held_out,
+    leave_group,
+    make_inputs,
+    own_predictor,
+    prefetch,
+)
 from files.logs import append_jsonl, open_logs, plot_curves
 from files.remote import cached
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
@@ -352,6 +360,8 @@ if __name__ == "__main__":
             f"{len(bad)} recordings cannot be used, {' '.join(bad[0])} among them; all are listed"
             " in bad_clips.jsonl"
         )
+    for line in line_warnings(train + val) if rank == 0 else []:
+        say(f"WARNING: {line}")
     if args.val_clips and not val:
         say(
             "WARNING: nothing to validate on: streams and single recordings cannot be split; pass"
@@ -583,7 +593,8 @@ if __name__ == "__main__":
         return path
 
     def validate(epoch):
-        """Losses and the action meter on the held-out clips, summed up over all ranks."""
+        """Losses and the action meter on the held-out clips of all ranks: a row of val.csv, and
+        what it says of the gap."""
         errors, recordings, failed = held_out(
             predictor,
             val_set,
@@ -597,7 +608,11 @@ if __name__ == "__main__":
         )
         note_bad(failed)
         losses = {k: errors.pop(k).mean().item() for k in ("jloss", "sloss")}
-        return {"epoch": epoch} | losses | meter_summary(errors, recordings)
+        meter = meter_summary(errors, recordings)
+        gap = gap_text(meter["tf_gap"], meter["tf_gap_low"], meter["tf_gap_high"], recordings)
+        if not math.isnan(meter["ro_gap"]):
+            gap += f"; rolled out {meter['ro_gap']:+.2%}"
+        return {"epoch": epoch} | losses | meter, gap
 
     # --- train ---
     stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
@@ -718,12 +733,8 @@ if __name__ == "__main__":
                 and (done % args.val_every == 0 or step == last)
                 and not halt
             ):
-                v = validate(done)
-                log("val", v, step)
-                gap = (
-                    f"{v['tf_gap']:+.2%} [{v['tf_gap_low']:+.2%}, {v['tf_gap_high']:+.2%}]; rolled"
-                    f" out {v['ro_gap']:+.2%}"
-                )
+                v, gap = validate(done)
+                log("val", blank(v), step)
                 say(
                     f"held out after epoch {done}: skill {v['tf_skill']:.3f} (error / copying),"
                     f" action gap {gap}"

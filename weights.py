@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from files.streams import disk_failed, disk_sentence
 from model import Encoder, Predictor
 
 ARCHITECTURES = {  # width, depth, heads, MLP width; vit_tiny is ours, for the demo and the tests
@@ -152,26 +153,28 @@ def read_file(path):
     what is no weight file."""
     path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     with open(path, "rb") as f:
-        is_page = f.read(64).lstrip().startswith(b"<")
+        head = f.read(64)
+    is_page = head.lstrip().startswith(b"<")
+    is_zip = head.startswith(b"PK\3\4")  # torch.save before version 1.6 wrote no zip: not mapped
     try:
         loaded = (
             load_file(path)
             if path.suffix == ".safetensors"
-            else torch.load(path, "cpu", weights_only=True, mmap=True)
+            else torch.load(path, "cpu", weights_only=True, mmap=is_zip)
         )
-    except pickle.UnpicklingError as e:
-        name = (re.search(r"GLOBAL (\S+)", str(e)) or ["", "a Python object"])[1]
-        raise ValueError(
-            f"{path}: refused, since it holds {name}, which could run code: only tensors and plain"
-            " values are read"
-        ) from e
     except Exception as e:  # the two readers raise half a dozen types
+        if disk_failed(e):  # which says nothing about the file
+            raise OSError(disk_sentence(path, e)) from e
         said = f"{type(e).__name__} {e}".splitlines()[0][:120]
-        reason = (
-            "a web page: fetch it again"
-            if is_page
-            else f"no weight file, or only part of one ({said})"
-        )
+        reason = f"no weight file, or only part of one ({said})"
+        name = re.search(r"GLOBAL (\S+)", str(e))
+        if isinstance(e, pickle.UnpicklingError) and (is_zip or name):
+            raise ValueError(
+                f"{path}: refused, since it holds {name[1] if name else 'a Python object'}, which"
+                " could run code: only tensors and plain values are read"
+            ) from e
+        if is_page:
+            reason = "a web page: fetch it again"
         raise ValueError(f"{path}: these {path.stat().st_size} bytes are {reason}") from e
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights")
@@ -182,7 +185,18 @@ def part_of(path, which, *landmarks):
     """The state dict `which` of the file (the file itself, when flat), without the prefix that
     stands before the landmark key."""
     state = read_file(path)
-    state = state.get(which, state) or {}
+    state = state.get(which, state)
+    if state is None:
+        state = {}
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: {which!r} is a {type(state).__name__}, no weights by name")
+    numbered = [k for k in state if not isinstance(k, str)]
+    if numbered:
+        raise ValueError(
+            f"{path}: {len(numbered)} of its {len(state)} keys are no names but"
+            f" {type(numbered[0]).__name__}, such as {numbered[0]!r}: an optimizer's state, or"
+            " weights without their names"
+        )
     found = [(k, k.removesuffix(mark)) for k in state for mark in landmarks if k.endswith(mark)]
     if len(found) != 1:
         raise ValueError(
@@ -190,7 +204,33 @@ def part_of(path, which, *landmarks):
             f" has {some(state)}"
         )
     prefix = found[0][1]
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    check_numbers(part, path)
+    return part
+
+
+def check_numbers(state, path):
+    """Refuses (ValueError) what is no plain tensor of finite floats, by name: whole numbers are
+    weights that somebody quantised, and one NaN makes every feature NaN."""
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: {key} is a {type(value).__name__}, no tensor")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(
+                f"{path}: {key} has no numbers of its own ({value.layout}, {value.device.type}):"
+                " save plain tensors"
+            )
+        if not value.dtype.is_floating_point:
+            raise ValueError(
+                f"{path}: {key} holds {str(value.dtype)[6:]}, no floats: quantised weights are not"
+                " read, save them in float32 or bfloat16"
+            )
+        wrong = value.numel() - int(torch.isfinite(value.float()).sum())
+        if wrong:
+            raise ValueError(
+                f"{path}: {wrong} of the {value.numel()} numbers of {key} are NaN or infinite: its"
+                " training had diverged, or the file is damaged"
+            )
 
 
 def from_hugging_face(state):

@@ -24,7 +24,8 @@ def read(folder):
     rows = {}
     for name in ("train", "val"):
         with open(os.path.join(folder, name + ".csv")) as f:
-            rows[name] = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+            lines = csv.DictReader(f)
+            rows[name] = [{k: float(v or "nan") for k, v in row.items()} for row in lines]
     state, path = checkpoint.load_latest(folder)
     if state is None or not rows["val"]:
         raise ValueError(f"{folder} holds no finished run of train_lora.py: train it first")

@@ -1,6 +1,8 @@
 """Heads on frozen features, for probe.py: the clips they are fitted and tested on, a linear and an
 attentive one, tasks and scores."""
 
+import contextlib
+import functools
 import math
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import READ_ERRORS, Clips, collate, leave_signals, windows
+from files.streams import Unreachable, persistently
 from files.vpt import CONTINUOUS, WrongDecoder
 from model import Block, predict
 
@@ -33,11 +36,14 @@ class Windows(Clips):
     this window and to no other."""
 
     def __getitem__(self, item):
+        r = self.records[item[2]]
+        again = functools.partial(self.read_seeded, *item[2:], 0, False)
         try:
-            return item, self.read(*item[2:], np.random.default_rng(0)), None
+            return item, persistently(f"{r.shard} {r.key}", again), None
+        except Unreachable as e:  # says nothing about the recording
+            raise ValueError(str(e)) from e
         except WrongDecoder as e:
-            record = self.records[item[2]]
-            raise ValueError(f"{record.shard} {record.key}: {e}") from e
+            raise ValueError(f"{r.shard} {r.key}: {e}") from e
         except READ_ERRORS as e:
             return (
                 item,
@@ -60,7 +66,19 @@ def pool(z, side):
     return z.half().cpu()
 
 
-def load(records, reader, inputs, predictor, scaler, limit, *, side, batch_size, num_workers):
+def load(
+    records,
+    reader,
+    inputs,
+    predictor,
+    scaler,
+    limit,
+    *,
+    side,
+    batch_size,
+    num_workers,
+    autocast=contextlib.nullcontext,
+):
     """At most `limit` windows -> {"z" (n, T, M, D), "ahead" (n, T-1, M, D) (with a predictor: one
     step ahead of the true context under the true action), "actions" (n, T-1, A) as recorded,
     "place": [(Record, window)]}, [bad]."""
@@ -84,7 +102,7 @@ def load(records, reader, inputs, predictor, scaler, limit, *, side, batch_size,
             scaled = torch.from_numpy(np.float32(scaler.transform(batch["actions"].numpy()))).to(
                 z.device
             )
-            with torch.no_grad():
+            with torch.no_grad(), autocast():
                 out["ahead"].append(pool(predict(predictor, z[:, :-1], scaled, states), side))
         out["actions"].append(batch["actions"].numpy())
         out["place"] += [(records[item[2]], item[3]) for item, _ in good]

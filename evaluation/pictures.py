@@ -23,11 +23,11 @@ CAPTIONS = {
     actions below shuffled and zero ones, all below the copy. The gap is what wrong actions cost; skill below 1 beats a still picture."""
     ),
     "Which actions it uses": (
-        """The same gap when one group of dimensions comes from another clip and the rest is true. Look for: bars at
+        """The same gap when one group of dimensions comes from another recording and the rest is true. Look for: bars at
     zero, whose actions the model ignores, or which hardly ever change in these data."""
     ),
     "Rank of the true action": (
-        """The true last action of each clip among whole actions of other clips, by the error one step ahead. Look
+        """The true last action of each clip among whole actions of other recordings, by the error one step ahead. Look
     for: a heap at the left. Flat is chance: the model cannot tell which action happened."""
     ),
     "Energy landscape": (
@@ -60,27 +60,29 @@ COLORS = {"true": "C0", "shuffled": "C3", "zero": "C1", "copy": "0.4"}
 # --- table, frames ---
 
 
-def table(errors, summary, seconds):
-    """What the action meter says, as lines for a person; `seconds` is the length of a step."""
-    interval = f"[{summary['tf_gap_low']:+.2%}, {summary['tf_gap_high']:+.2%}]"
+def table(errors, summary, seconds, gap):
+    """What the action meter says, as lines for a person; `seconds` is the length of a step, `gap`
+    what runs.gap_text says of the one one step ahead."""
     lines = ["one step ahead"]
     lines.append(f"  skill (error / copying the last step)  {summary['tf_skill']:.3f}")
-    lines.append(
-        f"  action gap (shuffled / true - 1)       {summary['tf_gap']:+.2%}, 95 % interval over"
-        f" recordings {interval}"
-    )
+    gap = gap.replace(" [", ", 95 % interval over recordings [")
+    lines.append(f"  action gap (shuffled / true - 1)       {gap}")
     lines.append(
         "rolled out: mean |error|"
         + "".join(f"{f'+{(k + 1) * seconds:.3g} s':>9}" for k in range(errors["ro_true"].shape[1]))
     )
+    given = not np.isnan(summary["ro_gap"])  # else there is no other recording to take actions of
     for name in ("true", "shuffled", "zero", "copy"):
+        if name == "shuffled" and not given:
+            continue
         label = name + (" actions" if name != "copy" else " first step")
         lines.append(
             f"  {label:22}" + "".join(f"{x:9.4f}" for x in errors[f"ro_{name}"].mean(0).tolist())
         )
     gap = errors["ro_shuffled"].mean(0) / errors["ro_true"].mean(0) - 1
     skill = errors["ro_true"].mean(0) / errors["ro_copy"].mean(0)
-    lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
+    if given:
+        lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
     lines.append(f"  {'skill':22}" + "".join(f"{x:9.3f}" for x in skill.tolist()))
     return "\n".join(lines)
 
@@ -317,7 +319,7 @@ def plot_ranks(ranks, samples):
     ax.axhline(len(ranks) / 20, color="0.5", ls=":", label="chance: all bins alike")
     ax.axvline(np.mean(ranks), color="C3", label=f"mean {np.mean(ranks):.3f} (chance 0.5)")
     ax.set(
-        title=f"rank of the true action among {samples} of other clips",
+        title=f"rank of the true action among {samples} of other recordings",
         xlabel="share of them with a lower error",
         ylabel="clips",
     )

@@ -2,9 +2,11 @@
 batch, held-out errors, logs, curves."""
 
 import contextlib
+import functools
 import gc
 import math
 import os
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,10 @@ from encode import decoder_of, encoder_hash, fetch, open_source
 from files.remote import cached
 from files.vpt import CONTINUOUS, ClipReader
 from fit_scaler import ActionScaler
+from kernels import chosen
 from lora import adapt, lora_layers, merge_lora, open_base, without_lora
 from model import (
+    FEWEST_RECORDINGS,
     METERS,
     Predictor,
     ac_losses,
@@ -88,6 +92,88 @@ def prefetch(batches, device):
         yield ahead
 
 
+# --- precision ---
+
+
+def precision_of(asked, state, device):
+    """The precision that a run is judged in: `asked` (--dtype) or what it was trained in. Returns
+    (its name, a function that opens the autocast of training). On a GPU matrices of float32 are
+    multiplied in TF32, as in training. Without a run (state None) it is float32."""
+    dtype = asked or (state["args"].get("dtype") if state else "float32")
+    if dtype is None:  # a checkpoint that does not say: what training takes without --dtype
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    autocast = functools.partial(
+        torch.autocast, device.type, getattr(torch, dtype), enabled=dtype != "float32"
+    )
+    return dtype, autocast
+
+
+def encoder_dtype(dtype, run):
+    """The dtype of the encoder's weights in a run of train_ac.py or train_lora.py."""
+    whole = dtype != "bfloat16" or run.get("save_encoder")
+    return torch.float32 if whole else torch.bfloat16
+
+
+def precision_text(dtype, device, predictor, steps):
+    """What computes a pass of the predictor over `steps` steps, for a person."""
+    C = 1 + (predictor.state_encoder is not None)
+    S = C + predictor.grid[0] * predictor.grid[1]
+    tf32 = " (matrices in TF32)" if dtype == "float32" and device.type == "cuda" else ""
+    kernels = chosen(device, getattr(torch, dtype), predictor.head_dim, S, steps * S)
+    return f"{dtype}{tf32} on {device.type}; {kernels}"
+
+
+# --- held-out errors ---
+
+
+def another_recording(recordings):
+    """For each clip the place of a clip of another recording, or None if all are of one. Clips of
+    a batch are shifted by the largest recording, so that each is taken once where that is
+    possible."""
+    places = {}
+    for i, name in enumerate(recordings):
+        places.setdefault(name, []).append(i)
+    largest = max(map(len, places.values()))
+    order, partner = list(places), [None] * len(recordings)
+    for number, name in enumerate(order if len(order) > 1 else []):
+        following = order[number + 1 :] + order[:number]
+        others = [i for other in following for i in places[other]]
+        for k, i in enumerate(places[name]):
+            partner[i] = others[(k + largest - len(places[name])) % len(others)]
+    return partner
+
+
+def from_other_recordings(dataset, items):
+    """A function from the recordings (B,) and actions (B, K, A) of a batch to shuffled actions (B,
+    K, A): for each clip those of a clip of another recording.
+
+    Clips of a batch serve each other. For a batch of one recording a clip of another one is read,
+    of `items` (all that are evaluated). Without any other recording the result is nan: actions of
+    the same recording are alike, and the gap would be too small."""
+
+    def others(recordings, actions):
+        partner = another_recording(recordings)
+        if None not in partner:
+            return actions[partner]
+        apart = [i for i in items if dataset.records[i[2]].recording != recordings[0]]
+        # not always the same one: begin elsewhere in the list for every recording
+        begin = zlib.crc32(recordings[0].encode()) % max(len(apart), 1)
+        for item in apart[begin:] + apart[:begin]:
+            clip = dataset[item]  # may be of this recording after all, if that one is damaged
+            if recording_of(clip["key"], clip) != recordings[0]:
+                return clip["actions"].to(actions).expand_as(actions)
+        return torch.full_like(actions, math.nan)
+
+    return others
+
+
+def recording_of(key, batch):
+    """The recording of a clip: members of features have its first tick in their key."""
+    return key.rpartition("@")[0] if "z" in batch else key
+
+
 @torch.no_grad()
 def held_out(
     predictor,
@@ -106,16 +192,17 @@ def held_out(
     "sloss" are (n, 1). compose: model.compose_states, or what makes states of actions on another
     robot.
 
-    Actions are shuffled by taking those of the next clip of the batch; windows() deals clips in
-    random order, so that is another recording nearly always. A lone clip would get its own, so a
-    batch has two at least."""
+    Shuffled actions are those of another recording (`from_other_recordings`); their errors are nan
+    where there is only one."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training = predictor.training
     predictor.eval()
-    items, rows, bad = windows(dataset, max(batch_size, 2), clips, rank, world), [], []
+    items = windows(dataset, max(batch_size, 2), clips)
+    others = from_other_recordings(dataset, sum(items, []))
+    rows, bad = [], []
     for batch in DataLoader(
         dataset,
-        batch_sampler=items,
+        batch_sampler=items[rank::world],
         num_workers=num_workers,
         collate_fn=collate,
         worker_init_fn=leave_signals,
@@ -126,7 +213,8 @@ def held_out(
             torch.tensor(x, device=z.device).float()
             for x in (dataset.reader.scaler.mean, dataset.reader.scaler.scale)
         )
-        shuffle = torch.roll(torch.arange(len(z)), 1)
+        recordings = [recording_of(key, batch) for key in batch["key"]]
+        shuffled = others(recordings, actions)
         with autocast():
             losses = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
             errors = action_meter(
@@ -134,16 +222,11 @@ def held_out(
                 z,
                 actions,
                 states,
-                shuffle,
+                shuffled,
                 lambda s, a, m=mean, d=scale: compose(s, a, m, d),
             )
         errors |= {k: x.expand(len(z), 1) for k, x in zip(("jloss", "sloss"), losses)}
-        rows.append(
-            (
-                {k: x.float().cpu() for k, x in errors.items()},
-                [k.rpartition("@")[0] if "z" in batch else k for k in batch["key"]],
-            )
-        )
+        rows.append(({k: x.float().cpu() for k, x in errors.items()}, recordings))
     predictor.train(training)
     if dist.is_initialized():
         dist.all_gather_object(everyone := [None] * world, rows)
@@ -153,6 +236,30 @@ def held_out(
         [k for r in rows for k in r[1]],
         bad,
     )
+
+
+def interval_text(low, high, recordings, form="+.2%"):
+    """The 95 % interval of `ratio_interval` for a person, or why there is none."""
+    if math.isfinite(low) and math.isfinite(high):
+        return f"[{low:{form}}, {high:{form}}]"
+    if (count := len(set(recordings))) < FEWEST_RECORDINGS:
+        return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
+    return "(no interval: an error is 0 or not finite)"
+
+
+def gap_text(gap, low, high, recordings):
+    """An action gap with its interval for a person, or why there is none."""
+    if math.isnan(gap) and len(set(recordings)) < 2:
+        return "not given: shuffled actions must come from another recording, and here is only one"
+    return f"{gap:+.2%} {interval_text(low, high, recordings)}"
+
+
+def blank(row):
+    """A row of val.csv in which what could not be given is None: an empty cell."""
+    mays = ("shuffled", "gap", "base", "help")
+    return {
+        k: None if math.isnan(x) and any(word in k for word in mays) else x for k, x in row.items()
+    }
 
 
 HELP = ["base_tf", "base_ro", "help", "help_low", "help_high"]
@@ -173,7 +280,7 @@ def beside(errors, recordings, base):
     """Held-out errors of a fine-tuned model, with those of the base on the same clips or None ->
     (row of val.csv: METERS, HELP, error_k and base_k rolled out k steps; two lines for a person).
     help = error of the base / error - 1 one step ahead, with its 95 % interval over recordings: the
-    meter's gap, with the base in place of shuffled actions."""
+    meter's gap, with the base in place of shuffled actions. What could not be given is None."""
     row = {k: errors[k].mean().item() for k in ("jloss", "sloss")} | dict.fromkeys(HELP, math.nan)
     errors = {k: x for k, x in errors.items() if k not in row}
     row |= meter_summary(errors, recordings)
@@ -184,10 +291,9 @@ def beside(errors, recordings, base):
                 (found.get("ro_true", errors["ro_true"] * math.nan)).mean(0).tolist()
             )
         }
-    gap = (
-        f"{row['tf_gap']:+.2%} [{row['tf_gap_low']:+.2%}, {row['tf_gap_high']:+.2%}]; rolled out"
-        f" {row['ro_gap']:+.2%}"
-    )
+    gap = gap_text(row["tf_gap"], row["tf_gap_low"], row["tf_gap_high"], recordings)
+    if not math.isnan(row["ro_gap"]):
+        gap += f"; rolled out {row['ro_gap']:+.2%}"
     text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
     if base is not None:
         versus = meter_summary(
@@ -202,14 +308,13 @@ def beside(errors, recordings, base):
                 ),
             )
         )
+        between = interval_text(row["help_low"], row["help_high"], recordings)
         text += (
             f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}:"
-            f" {row['help']:+.2%} [{row['help_low']:+.2%}, "
+            f" {row['help']:+.2%} {between}; rolled out {row['ro_true']:.4f} and"
+            f" {row['base_ro']:.4f}"
         )
-        text += (
-            f"{row['help_high']:+.2%}]; rolled out {row['ro_true']:.4f} and {row['base_ro']:.4f}"
-        )
-    return row, text
+    return blank(row), text
 
 
 def hold_state(state0, actions, mean, scale):
@@ -354,12 +459,13 @@ def open_run(path):
     return predictor.eval(), state, scaler_of(state), path
 
 
-def open_held_out(state, scaler, data, encoder, device, decoder=None):
+def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder=None):
     """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
     make_inputs, compose of action_meter: states of actions, [bad]). data: VPT shards, video or
     features, or robot episodes; None: what the run held out. encoder: weights, for video; None:
-    what the run used. decoder: of video; None: what the run used. Another one is warned of.
-    ValueError for what belongs to another encoder, fps or action space, and for too little."""
+    what the run used. dtype: as `precision_of` names it. decoder: of video; None: what the run
+    used. Another one is warned of. ValueError for what belongs to another encoder, fps or action
+    space, and for too little."""
     run, names = state["args"], state["action_names"]
     source = {k: state[k] for k in ("encode", "fps", "frames_per_step", "frames_per_clip")} | {
         "crop_size": run["crop_size"]
@@ -475,11 +581,12 @@ def open_held_out(state, scaler, data, encoder, device, decoder=None):
             f" {source['encoder_hash']}"
         )
     if model is not None:
-        model.to(device)
+        model.to(device, encoder_dtype(dtype, run))
+    autocast = precision_of(dtype, state, device)[1]
     stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
     return (
         dataset,
-        make_inputs(model, state["encode"], state["frames_per_step"], stats, device),
+        make_inputs(model, state["encode"], state["frames_per_step"], stats, device, autocast),
         compose,
         bad,
     )

@@ -1,6 +1,7 @@
 """Search for actions in latent space: the cross-entropy method (CEM) and MPPI on candidates that
 share the keys and values of the past."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -80,19 +81,26 @@ def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
 # --- the search ---
 
 
-def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True):
+def energy(
+    predictor,
+    z,
+    actions,
+    states,
+    goal,
+    compose,
+    chunk=512,
+    cached=True,
+    autocast=contextlib.nullcontext,
+):
     """The function from candidates (n, H, A) to their energies (n,): mean |z after the last -
     goal|. z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S),
     goal (N, E). compose(state0, actions) gives the states before each action. The past is run once,
     and `chunk` candidates at a time; cached=False runs everything anew for every step, as the
     reference does."""
-    cache = (
-        predict_on(predictor, z[:, :-1], actions, states)[1]
-        if cached and z.shape[1] > 1
-        else None
-        if cached
-        else False
-    )
+    cache = None if cached else False
+    if cached and z.shape[1] > 1:
+        with autocast(), torch.no_grad():
+            cache = predict_on(predictor, z[:, :-1], actions, states)[1]
 
     def cost(candidates):
         found = []
@@ -102,7 +110,8 @@ def energy(predictor, z, actions, states, goal, compose, chunk=512, cached=True)
                 torch.cat([x.expand(n, -1, -1), y], dim=1)
                 for x, y in ((actions, part), (states[:, :-1], ahead))
             )
-            last = predictor.rollout(z.expand(n, -1, -1, -1), *given, cache=cache)[:, -1]
+            with autocast():
+                last = predictor.rollout(z.expand(n, -1, -1, -1), *given, cache=cache)[:, -1]
             found.append((last - goal).abs().mean((1, 2)))
         return torch.cat(found)
 
@@ -153,7 +162,8 @@ def search(
     the num_elites best samples; new = (1 - momentum) elites + momentum old, unbiased std. With a
     temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost / temperature), and
     the std stays. correlation: of a sample's motion in one step and the next. The mean itself is
-    always a candidate, unless `noise` (iterations, H, n, d) is given."""
+    always a candidate, unless `noise` (iterations, H, n, d) is given. Candidates whose cost is not
+    finite are left out; ValueError if no cost is finite."""
     mean, std = (
         torch.zeros(horizon, len(space.std), device=device),
         space.std.to(device).expand(horizon, -1),
@@ -168,10 +178,18 @@ def search(
             normal, pressed = noise[i].transpose(0, 1), torch.zeros(noise.shape[2], *prob.shape)
         u = space.clamp(mean + std * normal)
         costs = cost(space.actions(u, pressed))
+        usable = costs.isfinite()
+        costs, count = costs.where(usable, math.inf), int(usable.sum())
+        if not count:
+            raise ValueError(
+                f"none of {len(costs)} candidate plans has a finite energy: the predictor has"
+                " diverged, or its features are not finite"
+            )
         if temperature is None:
-            best = costs.topk(num_elites, largest=False).indices
+            best = costs.topk(min(num_elites, count), largest=False).indices
             mean = (1 - momentum_mean) * u[best].mean(0) + momentum_mean * mean
-            std = (1 - momentum_std) * u[best].std(0) + momentum_std * std
+            if len(best) > 1:  # one sample has no std: the old one stays
+                std = (1 - momentum_std) * u[best].std(0) + momentum_std * std
             prob = pressed[best].float().mean(0)
         else:
             weight = (-costs / temperature).softmax(0)

@@ -7,15 +7,11 @@ Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or 3
 each list {1: value ...} with its numbers packed into one. So the heads of some 30 features tell
 where everything is, and what is read afterwards is a few kB of numbers and the JPEGs of a clip."""
 
-import functools
-import glob
 import hashlib
 import io
-import mmap
 import os
 import re
 import struct
-import time
 from typing import NamedTuple
 
 import av
@@ -26,10 +22,9 @@ import orjson
 from google_crc32c import value as crc32c
 from PIL import Image
 
-from checkpoint import write_atomically
-from data import CACHE
+from data import CACHE, Slice, files_below, list_folder, read_cache, write_cache
 from files.robot_features import index_tar
-from files.streams import DAMAGE
+from files.streams import DAMAGE, Unreachable, disk_failed, disk_sentence, trying
 from files.vpt import mp4_times, read_frames
 
 CAMERAS = {
@@ -140,38 +135,44 @@ def filesystem(url):
         ) from e
 
 
-@functools.lru_cache(64)
-def _mapped(path, size, mtime):
-    with open(path, "rb") as f:
-        return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-
-
 def fetch(path, ranges):
-    """[(offset, size)] of a file (mapped, nothing is copied) or of a URL (all at once) -> buffers.
-    OSError unless all of it is there."""
+    """[(offset, size)] of a file or of a URL (all at once) -> buffers. What does not come is an
+    error of the disk or the server (Unreachable, OSError with an errno), and a file that is too
+    short one of the file (ValueError). A file is not mapped: where a disk fails a mapped page ends
+    the process."""
     if "://" in path:
         fs, name = filesystem(path)  # fsspec caches them, and makes new ones after a fork
-        for wait in (1, 4, 0):
-            out = fs.cat_ranges(
-                [name] * len(ranges),
-                [at for at, _ in ranges],
-                [at + n for at, n in ranges],
-                on_error="return",
-            )
-            if not any(isinstance(data, Exception) for data in out):
-                break
-            time.sleep(wait)  # a server may be busy for a moment
-    else:
-        stat = os.stat(path)
-        out = [_mapped(path, stat.st_size, stat.st_mtime_ns)[at : at + size] for at, size in ranges]
-    for (at, size), data in zip(ranges, out):
-        if isinstance(data, Exception) or len(data) != size:
-            reason = (
-                f"{type(data).__name__} {data}"
-                if isinstance(data, Exception)
-                else f"got {len(data)} (does the server serve ranges?)"
-            )
-            raise OSError(f"{path}: cannot read {size} bytes at {at}: {reason}")
+        firsts = [at for at, _ in ranges]
+        ends = [at + size for at, size in ranges]
+
+        def ask():
+            parts = fs.cat_ranges([name] * len(ranges), firsts, ends, on_error="return")
+            for part, (at, size) in zip(parts, ranges):
+                if isinstance(part, Exception):
+                    raise part
+                if len(part) > size:
+                    raise Unreachable(
+                        f"{path} cannot be read: {len(part)} bytes came, {size} were asked for at"
+                        f" {at}: the server does not serve ranges, so copy it to a disk"
+                    )
+                if len(part) < size:
+                    raise OSError(f"only {len(part)} of the {size} bytes at {at} came")
+            return parts
+
+        return trying(path, ask)
+    out = []
+    with open(path, "rb", buffering=0) as f:
+        end = os.fstat(f.fileno()).st_size
+        for at, size in ranges:
+            if at + size > end:
+                raise ValueError(f"{size} bytes at {at} are past the end of the file, at {end}")
+            part = b""
+            while len(part) < size:
+                more = os.pread(f.fileno(), size - len(part), at + len(part))
+                if not more:
+                    raise ValueError(f"the file ends at byte {at + len(part)}, inside a value")
+                part = part + more if part else more
+            out.append(memoryview(part))
     return out
 
 
@@ -617,7 +618,7 @@ def index_files(path, files, kind):
             }
         frames = []
         for video, _ in members.values():
-            with open(video, "rb") as v:
+            with Slice(video, 0, os.path.getsize(video)) as v:
                 frames.append(len(mp4_times(v)))
         if kind == "robot":
             steps = npz_rows(f, frames)
@@ -650,6 +651,22 @@ def index_files(path, files, kind):
     ], []
 
 
+def files_beside(path, kind):
+    """The videos and metadata that belong to a trajectory.h5 or a NAME.npz, sorted. glob would take
+    a folder that cannot be listed for an empty one."""
+    folder = os.path.dirname(path) or "."
+    if kind == "raw":
+        below = [x for x in files_below(folder) if not os.path.basename(x).startswith(".")]
+        here = [x for x in below if os.path.dirname(x) == folder and x.endswith(".json")]
+        return sorted(here + [x for x in below if x.endswith(".mp4")])
+    if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
+        start = os.path.basename(os.path.splitext(path)[0]) + "."
+        names = [e.name for e in list_folder(folder)]
+        videos = [n for n in names if n.startswith(start) and n.endswith(".mp4")]
+        return [os.path.join(os.path.dirname(path), n) for n in videos]
+    return []
+
+
 def index_file(path, verify):
     """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes.
     A URL that cannot be reached is an OSError: it says nothing about the episodes."""
@@ -660,7 +677,8 @@ def index_file(path, verify):
     deep = not remote if verify is None else verify
     try:
         if remote:
-            info = filesystem(path)[0].info(path)
+            fs = filesystem(path)[0]
+            info = trying(path, lambda: fs.info(path))
             if kind != "rlds" or info.get("size") is None:
                 raise OSError(
                     "only TFRecords on a server that says how long they are can be read from a URL;"
@@ -673,17 +691,7 @@ def index_file(path, verify):
                 if k in ("size", "mtime", "created", "generation", "ETag", "etag")
             }
         else:
-            stem, folder = (
-                glob.escape(os.path.splitext(path)[0]),
-                glob.escape(os.path.dirname(path) or "."),
-            )
-            beside = {
-                "raw": [f"{folder}/**/*.mp4", f"{folder}/*.json"],
-                "robot": [f"{stem}*.mp4"],
-            }.get(kind, [])
-            files = sorted(x for pattern in beside for x in glob.glob(pattern, recursive=True))
-            if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
-                files = [x for x in files if x.startswith(os.path.splitext(path)[0] + ".")]
+            files = files_beside(path, kind)
             end = os.path.getsize(path)
             stamp = [
                 (os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns)
@@ -692,13 +700,9 @@ def index_file(path, verify):
         cache = os.path.join(
             CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v2".encode()).hexdigest()[:32]
         )
-        if os.path.exists(cache):
-            with open(cache, "rb") as f:
-                digest, raw = f.read(32), f.read()
-            if (
-                hashlib.sha256(raw).digest() == digest
-            ):  # else the cache was damaged: the data is the truth
-                return kind, *orjson.loads(raw)
+        raw = read_cache(cache)
+        if raw is not None:
+            return kind, *orjson.loads(raw)
         found = (
             index_rlds(path, end, deep)
             if kind == "rlds"
@@ -706,17 +710,14 @@ def index_file(path, verify):
             if kind == "features"
             else index_files(path, files, kind)
         )
-    except DAMAGE as e:
+    except (*DAMAGE, MemoryError) as e:
+        if disk_failed(e):
+            raise OSError(disk_sentence(path, e)) from e
         if remote and isinstance(e, OSError):
             raise OSError(f"{path} cannot be read: {e or 'not found'}") from e
         return kind, [], [(path, "", str(e) or type(e).__name__)]
     raw = orjson.dumps(found)
-    try:
-        write_atomically(cache, hashlib.sha256(raw).digest() + raw)
-    except OSError as e:
-        print(
-            f"the index of episodes is not cached: {e} (set NANOJEPA_CACHE to a folder with room)"
-        )
+    write_cache(cache, raw, "the index of episodes is")
     return kind, *orjson.loads(raw)
 
 
@@ -740,7 +741,8 @@ def read_pictures(r, camera, wanted):
     """Pictures by increasing number -> [(H, W, 3) uint8]. Other JPEGs are not touched (at a URL: if
     the index knows their sizes)."""
     if r.kind != "rlds":
-        with open(r.members[camera][0], "rb") as f:
+        video = r.members[camera][0]
+        with Slice(video, 0, os.path.getsize(video)) as f:
             with av.open(f) as container:
                 short = min(
                     container.streams.video[0].width, container.streams.video[0].height

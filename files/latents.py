@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from data import READ_ERRORS, Order, Slice, collate, leave_signals, read_ticks
-from files.streams import disk_failed
-from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions
+from files.streams import disk_failed, disk_sentence
+from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, video_rate
 
 VAE_FRAMES = 4  # that a video VAE merges in time
 NO_LABEL = -(2**63)  # in the place of a label: this file does not say what happened
@@ -461,9 +461,10 @@ def latent_frames(record, fps, crop_size, part=64):
     held. Raises like read_frames, and ValueError where lines and frames do not belong together."""
     with Slice(record.shard, *record.members["mp4"]) as f:
         times, ticks = mp4_times(f), read_ticks(record)
-    reader = ClipReader(frames_per_clip=2, fps=20, frames_per_step=1)
-    reader.starts(ticks, len(times))
-    ratio = reader.frames_per_line(ticks, len(times))
+        frame_rate = video_rate(f, times)
+    reader = ClipReader(frames_per_clip=2, fps=ticks.rate, frames_per_step=1)
+    reader.starts(ticks, len(times), frame_rate)
+    ratio = reader.frames_per_line(ticks, len(times), frame_rate)
     lines = min(len(ticks.motion), len(times) // ratio)
     shown = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
     shown = (
@@ -597,7 +598,7 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
             done += 1
         except READ_ERRORS as e:
             if disk_failed(e):
-                raise
+                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
             bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")

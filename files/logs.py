@@ -2,6 +2,7 @@
 them."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -11,8 +12,8 @@ from checkpoint import write_atomically
 
 
 def open_csv(path, header, epoch, itr, keep):
-    """A log as a function that appends a row (dict). With `keep`, rows before (epoch, itr) of an
-    earlier run stay; else it starts empty."""
+    """A log as a function that appends a row (dict); None is an empty cell. With `keep`, rows
+    before (epoch, itr) of an earlier run stay; else it starts empty."""
     with open(path if keep and os.path.exists(path) else os.devnull) as f:
         lines = f.read().split("\n")[1:-1]  # what follows the last newline was torn by a kill
     rows = [dict(zip(header, line.split(","))) for line in lines]
@@ -29,7 +30,8 @@ def open_csv(path, header, epoch, itr, keep):
 
     def log(row):
         try:
-            f.write(",".join(f"{row[k]:.9g}" for k in header) + "\n")
+            cells = ["" if row[k] is None else f"{row[k]:.9g}" for k in header]
+            f.write(",".join(cells) + "\n")
         except OSError as e:
             e.filename = path
             raise
@@ -38,7 +40,7 @@ def open_csv(path, header, epoch, itr, keep):
 
 
 def read_csv(path):
-    """A log of `open_csv` as {column: (n,) float64}."""
+    """A log of `open_csv` as {column: (n,) float64}; an empty cell is nan."""
     with open(path) as f:
         names, first = f.readline().strip().split(","), f.tell()
         rows = f.read(1) != ""
@@ -46,9 +48,28 @@ def read_csv(path):
         return dict(
             zip(
                 names,
-                np.loadtxt(f, delimiter=",", ndmin=2).T if rows else np.zeros((len(names), 0)),
+                np.loadtxt(f, delimiter=",", ndmin=2, converters=cell_value).T
+                if rows
+                else np.zeros((len(names), 0)),
             )
         )
+
+
+def cell_value(text):
+    return float(text or "nan")
+
+
+def to_json(report):
+    """A report as JSON text. What could not be given (nan) is null: JSON has no nan."""
+
+    def known(x):
+        if isinstance(x, dict):
+            return {k: known(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [known(v) for v in x]
+        return None if isinstance(x, float) and math.isnan(x) else x
+
+    return json.dumps(known(report), indent=1)
 
 
 def append_jsonl(path, rows):
@@ -108,13 +129,14 @@ def plot_curves(out_dir):
             )
         if "base_tf" in val and np.isfinite(val["base_tf"]).any():
             axes[1].plot(at, val["base_tf"], "ks--", label="the base, true actions")
-        axes[2].fill_between(
-            at,
-            100 * val["tf_gap_low"],
-            100 * val["tf_gap_high"],
-            alpha=0.3,
-            label="95 % over recordings",
-        )
+        if np.isfinite(val["tf_gap_low"]).any():
+            axes[2].fill_between(
+                at,
+                100 * val["tf_gap_low"],
+                100 * val["tf_gap_high"],
+                alpha=0.3,
+                label="95 % over recordings",
+            )
         axes[2].plot(at, 100 * val["tf_gap"], "o-", label="one step ahead")
         axes[2].plot(at, 100 * val["ro_gap"], "o--", label="rolled out")
         axes[2].axhline(0, color="grey", lw=0.5)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data import Slice, index_shards, read_ticks
-from files.vpt import mp4_times, read_frames, step_actions, step_size
+from files.vpt import mp4_times, read_frames, step_actions, step_size, video_rate
 
 
 def index_play(paths):
@@ -36,9 +36,11 @@ def plan_recording(record, reader, phases, size):
     each. Raises what is wrong with the recording."""
     with Slice(record.shard, *record.members["mp4"]) as f:
         times = mp4_times(f)
+        frame_rate = video_rate(f, times)
     ticks = read_ticks(record)
-    reader.starts(ticks, len(times))
-    ratio, stride = reader.frames_per_line(ticks, len(times)), step_size(ticks.rate, reader.fps)
+    reader.starts(ticks, len(times), frame_rate)
+    ratio = reader.frames_per_line(ticks, len(times), frame_rate)
+    stride = step_size(ticks.rate, reader.fps)
     cut = reader.encode, reader.frames, reader.frames_per_step, phases
     runs = [
         s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, *cut) if s[1] >= 2

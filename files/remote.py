@@ -35,8 +35,15 @@ VERSIONS = (
 
 @contextlib.contextmanager
 def held(path):
-    """A lock among processes and threads, by a file that stays."""
-    with open(path, "a") as f:
+    """A lock among processes and threads, by a file that stays. Unreachable where it is not ours:
+    that says nothing about the shard."""
+    try:
+        f = open(path, "a")
+    except PermissionError as e:
+        raise Unreachable(
+            f"{path} cannot be written ({e.strerror}): name a --cache_dir of your own"
+        ) from e
+    with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -100,16 +107,29 @@ class Shard(str):
             ) as response:
                 return response.status == 206
 
+        def kept():
+            """The notes; None where there are none or a crash of the machine damaged them."""
+            try:
+                with open(self.notes) as f:
+                    return json.load(f)
+            except (FileNotFoundError, PermissionError, ValueError):
+                return None
+
+        notes = kept()
+        if notes is not None:
+            return notes
         with held(self.notes + ".index"):
-            if not os.path.exists(self.notes):
-                fd, source = None, self.peek()
-                if self.startswith("http") and not trying(self, serves_ranges):
-                    fd, source = self.open(), self.copy
-                write_atomically(self.notes, json.dumps(read(source)).encode())
-                if fd is not None:
-                    os.close(fd)
-        with open(self.notes) as f:
-            return json.load(f)
+            notes = kept()
+            if notes is not None:
+                return notes
+            fd, source = None, self.peek()
+            if self.startswith("http") and not trying(self, serves_ranges):
+                fd, source = self.open(), self.copy
+            notes = json.dumps(read(source))
+            write_atomically(self.notes, notes.encode())
+            if fd is not None:
+                os.close(fd)
+        return json.loads(notes)
 
     def preadv(self, buffers, at):
         """os.preadv by ranges, to the end of a block at most."""

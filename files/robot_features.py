@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data import feature_header, feature_settings, shard_index
-from files.streams import DAMAGE, disk_failed
+from files.streams import DAMAGE, disk_failed, disk_sentence
 
 
 class Source(NamedTuple):
@@ -28,9 +28,9 @@ class Source(NamedTuple):
     about: dict  # "episode" of their metadata
     shard = property(lambda self: self.episode.shard)
     key = property(lambda self: self.episode.key)
-    length = property(
+    duration = property(
         lambda self: self.about["rows"] / self.about["rate"] * 20
-    )  # in ticks, which hours are counted in
+    )  # in twentieths of a second, as data.Record has it
 
 
 def tar_names(paths):
@@ -150,8 +150,8 @@ def guarded(r, call, *given):
     try:
         return call(*given)
     except DAMAGE as e:
-        if disk_failed(e) and (e.errno or "://" in r.shard):
-            raise
+        if disk_failed(e):
+            raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
         raise ValueError(f"{type(e).__name__}: {e}") from e
 
 

@@ -1,10 +1,12 @@
 """Shards from front to back: URLs and commands that are read on after a failure, and the clips of
 what cannot be sought."""
 
+import errno
 import io
 import itertools
 import os
 import random
+import re
 import struct
 import tarfile
 import time
@@ -19,7 +21,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from files.vpt import WrongDecoder, mp4_times, parse_ticks
+from files.vpt import WrongDecoder, mp4_times, parse_ticks, video_rate
 
 READ_ERRORS = (
     ValueError,
@@ -38,16 +40,77 @@ DAMAGE = (
     Image.DecompressionBombError,
 )
 TRIES, WAIT, LONGEST = 5, 1.0, 30.0  # seconds: about 1, 3, 9, 27 between the tries
+PAUSES = (1.0, 3.0)  # seconds before a disk is asked a second and a third time
+HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+REMEDIES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files of this machine",
+    errno.ENOMEM: "give it more memory, or lower --num_workers",
+    errno.EACCES: "let this user read it",
+    errno.EPERM: "let this user read it",
+    errno.ENOENT: "put the file back",
+}
 
 
 class Unreachable(OSError):
-    """What a URL did not give, after all tries: one sentence."""
+    """What a URL or a disk did not give, after all tries: one sentence."""
+
+
+def memory_is_short():
+    """Whether this process cannot have another 256 MB."""
+    try:
+        return not bytearray(1 << 28)
+    except MemoryError:
+        return True
 
 
 def disk_failed(error):
-    """Whether one of READ_ERRORS says something of the disk or network, and nothing of the
-    recording."""
-    return isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
+    """Whether an error of reading says something of the disk, of the network or of the limits of
+    this process, and nothing of the recording.
+
+    What the system says has an errno. A damaged file has none: HDF5, Pillow and FFmpeg raise their
+    own kinds of OSError. HDF5 only writes the errno into its text, in errors of several kinds.
+    FFmpeg's "out of memory" may also be a length in a damaged file."""
+    if isinstance(error, Unreachable):
+        return True
+    if isinstance(error, MemoryError):
+        return not isinstance(error, av.FFmpegError) or memory_is_short()
+    if isinstance(error, av.FFmpegError):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return re.search(r"\berrno = [1-9]", str(error)) is not None
+
+
+def disk_sentence(place, error):
+    """What to say of an error of which disk_failed is true; place: the file, and the recording."""
+    if isinstance(error, Unreachable):
+        return str(error)
+    text = re.search(r"\berrno = (\d+)", str(error))
+    code = getattr(error, "errno", None) or (int(text[1]) if text else None)
+    if isinstance(error, MemoryError):
+        code = errno.ENOMEM
+    remedy = REMEDIES.get(code, "fix the disk or its mount")
+    said = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{place} cannot be read: {said}: {remedy}, then start again (this says nothing about the"
+        " recording, so it is not left out)"
+    )
+
+
+def persistently(place, call):
+    """call(), again after PAUSES where the disk failed, since a server of files may come back;
+    then Unreachable: to leave the recording out would be another run. Other errors pass."""
+    for pause in (*PAUSES, None):
+        try:
+            return call()
+        except (*DAMAGE, MemoryError) as e:
+            if not disk_failed(e):
+                raise
+            again = not isinstance(e, (Unreachable, MemoryError, *HOPELESS))
+            if pause is None or not again:
+                raise Unreachable(disk_sentence(place, e)) from e
+        time.sleep(pause)
 
 
 def trying(url, call):
@@ -136,21 +199,69 @@ class Stream(io.RawIOBase):
         super().close()
 
 
+class Rest:
+    """What is left of a stream, with the block before it: only as much of a file as tarfile asks
+    for when it reads from front to back."""
+
+    def __init__(self, block, source):
+        self.block, self.source = block, source
+
+    def tell(self):
+        return self.source.tell() - len(self.block)
+
+    def read(self, size):
+        data, self.block = self.block[:size], self.block[size:]
+        return data + self.source.read(size - len(data))
+
+    def seek(self, place):
+        while self.tell() < place and self.read(min(place - self.tell(), 1 << 20)):
+            pass
+
+
+def stream_members(source):
+    """(key, extension, bytes) of the members of a tar that belong to recordings; of all archives
+    where several were put one after another, of which tarfile reads the first alone."""
+    tar = tarfile.open(fileobj=source, mode="r|*")
+    stream = tar.fileobj
+    while True:
+        for m in tar:
+            stem, extension = os.path.splitext(m.name)
+            if m.isfile() and extension in (".mp4", ".jsonl"):
+                data = tar.extractfile(m).read()
+                if not is_apple_double(m.name, data):
+                    yield stem, extension, data
+        if tar.fileobj.tell() < tar.offset + 512:
+            raise tarfile.ReadError("the stream ends before the tar does")
+
+        # zeros fill the last block of a tape; anything else is another archive
+        block = bytes(512)
+        while block and not block.strip(b"\0"):
+            block = stream.read(512)
+        if not block:
+            return
+        start = stream.tell() - len(block)
+        tar = tarfile.TarFile(fileobj=Rest(block, stream))
+        if tar.firstmember is None:
+            raise tarfile.ReadError(f"what follows the end of the tar at byte {start} is no tar")
+
+
+def is_apple_double(name, head):
+    """Whether a file is what macOS puts beside NAME as ._NAME: attributes, no recording. head: its
+    first bytes."""
+    magic = head[:4] in (b"\0\5\x16\7", b"\0\5\x16\0")
+    return os.path.basename(name).startswith("._") and magic
+
+
 def stream_recordings(url):
     """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever
     is wrong with the shard is raised (OSError, ValueError, tarfile.TarError). Keys keep their dots;
     other members are passed over."""
     source, found, whole = Stream(url), {}, 0
-    with tarfile.open(fileobj=source, mode="r|*") as tar:
-        for m in tar:
-            stem, extension = os.path.splitext(m.name)
-            if m.isfile() and extension in (".mp4", ".jsonl"):
-                found.setdefault(stem, {})[extension[1:]] = tar.extractfile(m).read()
-                if len(found[stem]) == 2:
-                    whole += 1
-                    yield stem, found.pop(stem)
-        if tar.fileobj.tell() < tar.offset + 512:
-            raise tarfile.ReadError("the stream ends before the tar does")
+    for stem, extension, data in stream_members(source):
+        found.setdefault(stem, {})[extension[1:]] = data
+        if len(found[stem]) == 2:
+            whole += 1
+            yield stem, found.pop(stem)
     while source.read(1 << 20):  # a command that is still writing would fail
         pass
     source.close()  # raises OSError if the command failed
@@ -209,10 +320,14 @@ class StreamedClips(torch.utils.data.IterableDataset):
                         except WrongDecoder:
                             raise
                         except READ_ERRORS as e:
+                            if disk_failed(e):
+                                raise
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
                 except WrongDecoder as e:
                     raise ValueError(f"{url} {key}: {e}") from e
                 except (*READ_ERRORS, tarfile.TarError) as e:
+                    if disk_failed(e):
+                        raise ValueError(disk_sentence(url, e)) from e
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
             if not used:  # never spin
                 if bad or dealt or unit < self.world:
@@ -236,7 +351,7 @@ class StreamedClips(torch.utils.data.IterableDataset):
     def cut(self, key, members, places, rng):
         f = io.BytesIO(members["mp4"])
         times, ticks = mp4_times(f), parse_ticks(members["jsonl"])
-        starts = self.reader.starts(ticks, len(times))
+        starts = self.reader.starts(ticks, len(times), video_rate(f, times))
         for i in places:
             clip = self.reader(
                 f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key

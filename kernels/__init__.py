@@ -4,9 +4,8 @@
 import importlib.util
 
 import torch
-import torch.nn.functional as F
 
-from .linear import ONEDNN, linear_onednn
+from .linear import ONEDNN, linear_blas, linear_onednn
 from .low_rank import low_rank_fused
 from .reference import (
     attention_dense,
@@ -36,7 +35,7 @@ __all__ = [
 ATTENTION = {"reference": attention_dense, "prefix": attention_prefix}
 MOMENTS = {"two_pass": moments_two_pass}
 ROPE = {"plain": rope_plain}
-LINEAR = {"blas": F.linear, "onednn": linear_onednn}
+LINEAR = {"blas": linear_blas, "onednn": linear_onednn}
 LOW_RANK = {"plain": low_rank_plain, "fused": low_rank_fused}
 if importlib.util.find_spec("triton"):  # not on macOS
     from .attention import attention_triton, runs_triton, served

@@ -439,7 +439,7 @@ if __name__ == "__main__":
     # --- play ---
     # a shard appears by renaming, whole or not at all; a run that was killed leaves *.tmp
     todo = [shard for shard in shards if not os.path.exists(shard[0])]
-    for leftover in glob.glob(os.path.join(args.out, "*", "*.tmp")):
+    for leftover in glob.glob(os.path.join(glob.escape(args.out), "*", "*.tmp")):
         os.unlink(leftover)
     pool = concurrent.futures.ProcessPoolExecutor(
         args.workers, initializer=die_with, initargs=(os.getpid(),)

@@ -27,15 +27,19 @@ import urllib.parse
 import urllib.request
 import zlib
 
-import av
-import orjson
 from tqdm import tqdm
 
 from checkpoint import write_atomically
-from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames
-
-SLACK = 5  # lines and frames of a real recording may differ by a few
-
+from data import READ_ERRORS, Slice, archive_members, files_below
+from files.streams import disk_failed, disk_sentence, is_apple_double
+from files.vpt import (
+    ClipReader,
+    mp4_times,
+    name_warnings,
+    parse_ticks,
+    read_frames,
+    video_rate,
+)
 
 # --- download ---
 
@@ -156,47 +160,91 @@ def key_of(stem):
 
 
 def check(folder, stem, extensions):
-    """Why a recording cannot be packed, or "" if it can, and its number of frames."""
+    """Why a recording cannot be packed, or "" if it can; its seconds; {name that nobody knows:
+    lines}."""
     for extension in ("mp4", "jsonl"):
         if extension not in extensions:
-            return f"no .{extension} beside it", 0
+            return f"no .{extension} beside it", 0, {}
     try:
         with open(os.path.join(folder, stem + ".jsonl"), "rb") as f:
-            text = f.read()
-        ticks = parse_ticks(text)
+            ticks = parse_ticks(f.read())
         if ticks.flaw:
-            return f"jsonl: {ticks.flaw}", 0
-        for i, line in enumerate(
-            text.splitlines()
-        ):  # the loader does not look at inventory and stats
-            try:
-                orjson.loads(line)
-            except orjson.JSONDecodeError:
-                return f"jsonl: line {i} is not JSON", 0
-        with open(os.path.join(folder, stem + ".mp4"), "rb") as f:
+            return f"jsonl: {ticks.flaw}", 0, {}
+        video = os.path.join(folder, stem + ".mp4")
+        with Slice(video, 0, os.path.getsize(video)) as f:
             times = mp4_times(f)
             if not len(times):
-                return "the video has no frames", 0
+                return "the video has no frames", 0, {}
             read_frames(f, times, [0], 64)
-    except (ValueError, OSError, EOFError, av.FFmpegError) as e:
-        return " ".join(str(e).split()), 0
-    lines, frames = len(ticks.motion), len(times)
-    ratio = ClipReader().frames_per_line(ticks, frames)
-    return (
-        f"{lines} lines but {frames} frames" if abs(lines - frames / ratio) > SLACK else ""
-    ), frames
+            ClipReader().frames_per_line(ticks, len(times), video_rate(f, times))
+    except READ_ERRORS as e:
+        if disk_failed(e):  # says nothing about the recording
+            raise OSError(disk_sentence(os.path.join(folder, stem), e)) from e
+        return " ".join(str(e).split()), 0, {}
+    return "", len(ticks.motion) / ticks.rate, ticks.unknown
 
 
 def packed_already(out):
-    """{key: {extension: size}} of the finished shards, and the number of the next shard."""
+    """{key: {extension: size}} of the finished shards, and the number of the next shard. ValueError
+    for a shard that this program did not write: what is in it has other keys, and would be packed a
+    second time."""
     found, following = collections.defaultdict(dict), 0
-    for path in sorted(glob.glob(os.path.join(out, "shard-*.tar"))):
-        following = int(re.findall(r"\d+", os.path.basename(path))[0]) + 1
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = member.name.split(".")
-                found[key][extension] = member.size
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "shard-*.tar"))):
+        foreign = f"{path} was not written by prepare.shards"
+        remedy = "give another --out, or move it away"
+        number = re.fullmatch(r"shard-(\d+)\.tar", os.path.basename(path))
+        if number is None:
+            raise ValueError(f"{foreign}, which numbers its shards: {remedy}")
+        following = int(number[1]) + 1
+        try:
+            for member, _ in archive_members(path, os.path.getsize(path)):
+                name = re.fullmatch(r"([A-Za-z0-9_-]+)\.(mp4|jsonl)", member.name)
+                if name is None or not member.isreg() or member.issparse():
+                    raise ValueError(f"{foreign} (it holds {member.name}): {remedy}")
+                found[name[1]][name[2]] = member.size
+        except tarfile.TarError as e:
+            raise ValueError(f"{path} is damaged ({e}): {remedy}") from e
     return found, following
+
+
+def find_recordings(folder, known):
+    """{path below folder without extension: {extension: size}} of the recordings, and [{"file",
+    "reason"}] of files that cannot be looked at. Links are followed, but every folder and every
+    video is taken once, under its own name rather than a link's; under one whose key is `known` if
+    there is one."""
+    found, odd, videos = collections.defaultdict(dict), [], {}
+    for path in files_below(folder):
+        add_file(path, folder, found, odd, videos)
+
+    def preference(stem):
+        whole = "jsonl" in found[stem]
+        return key_of(stem) not in known, not whole, os.path.islink(f"{folder}/{stem}.mp4")
+
+    for stems in videos.values():
+        stems.sort(key=preference)
+        for stem in stems[1:]:
+            del found[stem]
+            odd.append({"file": stem + ".mp4", "reason": f"the same file as {stems[0]}.mp4"})
+    return found, odd
+
+
+def add_file(path, folder, found, odd, videos):
+    """One file of find_recordings; videos: {what identifies a file: [the recordings it is in]}."""
+    stem, extension = os.path.splitext(os.path.relpath(path, folder))
+    if extension not in (".mp4", ".jsonl"):
+        return
+    if not os.path.exists(path):
+        odd.append({"file": stem + extension, "reason": "a link to nothing"})
+        return
+    if os.path.basename(path).startswith("._"):
+        with open(path, "rb") as f:
+            if is_apple_double(path, f.read(4)):
+                return
+    about = os.stat(path)
+    found[stem][extension[1:]] = about.st_size
+    if extension == ".mp4" and about.st_ino:
+        same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        videos.setdefault(same, []).append(stem)
 
 
 def write_shard(path, folder, recordings, bar):
@@ -219,18 +267,13 @@ def write_shard(path, folder, recordings, bar):
 def pack(folder, out, shard_size, jobs):
     """Pack every good recording below folder that no shard of out holds. Returns the number packed,
     [{"file", "reason"}, ...] left out."""
-    found = collections.defaultdict(dict)  # stem -> {extension: size}
-    for root, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            stem, extension = os.path.splitext(os.path.relpath(os.path.join(root, name), folder))
-            if extension in (".mp4", ".jsonl"):
-                found[stem][extension[1:]] = os.path.getsize(os.path.join(root, name))
+    done, number = packed_already(out)
+    found, odd = find_recordings(folder, done)
     if not found:
         raise FileNotFoundError(f"no .mp4 or .jsonl below {folder}; --index downloads some")
     os.makedirs(out, exist_ok=True)
-    for rest in glob.glob(os.path.join(out, "*.tmp")):  # of a run that was killed
+    for rest in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of a run that was killed
         os.unlink(rest)
-    done, number = packed_already(out)
     keys, todo, before = {}, [], 0
     for stem in sorted(found):
         key = key_of(stem)
@@ -246,14 +289,16 @@ def pack(folder, out, shard_size, jobs):
                 " another --out"
             )
 
-    skipped, batch, filled, packed, frames, first = [], [], 0, 0, 0, number
+    skipped, batch, filled, packed, seconds, first = odd, [], 0, 0, 0, number
+    unknown = collections.Counter()
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     total = sum(sum(found[stem].values()) for stem in todo)
     try:
         checks = [pool.submit(check, folder, stem, found[stem]) for stem in todo]
         with tqdm(total=total, unit="B", unit_scale=True, desc="pack") as bar:
             for i, stem in enumerate(todo):
-                reason, n = checks[i].result()
+                reason, length, names = checks[i].result()
+                unknown.update(names)
                 size = sum(
                     1024 + s for s in found[stem].values()
                 )  # a header and padding for each member
@@ -270,7 +315,7 @@ def pack(folder, out, shard_size, jobs):
                     write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
                     number, batch, filled = number + 1, [], 0
                 batch.append((key_of(stem), stem, found[stem]))
-                packed, frames, filled = packed + 1, frames + n, filled + size
+                packed, seconds, filled = packed + 1, seconds + length, filled + size
             if batch:
                 write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
                 number += 1
@@ -283,7 +328,7 @@ def pack(folder, out, shard_size, jobs):
     kinds = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)
     print(f"found       {len(found):7d} recordings below {folder}")
     print(
-        f"packed      {packed:7d} now ({frames / 20 / 3600:.2f} hours), in {number - first} shards;"
+        f"packed      {packed:7d} now ({seconds / 3600:.2f} hours), in {number - first} shards;"
         f" {before} were packed before"
     )
     print(
@@ -292,6 +337,8 @@ def pack(folder, out, shard_size, jobs):
     )
     for kind, n in kinds.most_common(8):
         print(f"            {n:7d} {kind}")
+    for line in name_warnings(unknown):
+        print(f"WARNING: {line}")
     return packed, skipped
 
 

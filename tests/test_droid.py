@@ -2,6 +2,7 @@
 episodes -> batches and statistics."""
 
 import collections
+import errno
 import functools
 import gzip
 import http.server
@@ -32,9 +33,11 @@ from data import windows
 from droid import (
     DroidClips,
     DroidReader,
+    DroidSteps,
     compose_poses,
     crop_resize,
     droid_clips,
+    find_episodes,
     keep_ranges,
     open_droid,
     pose_actions,
@@ -857,6 +860,101 @@ def test_http_reads_ranges_only(tmp_path, server):
         opened(url + "/b.tfrecord")
     with pytest.raises(OSError, match="none.tfrecord"):
         opened(url + "/none.tfrecord")
+
+
+@pytest.mark.parametrize("fail", [4, 10**9])
+def test_an_outage_replaces_no_clip(tmp_path, server, fail):
+    """Bug: while a server does not answer for some seconds, its episodes are called damaged, and
+    clips of others are trained on."""
+    url, handler = server
+    write(tmp_path / "a.tfrecord", *(episode(i) for i in range(3)))
+    train = opened(url + "/a.tfrecord")[0]
+    clips = DroidClips(train, DroidReader(4, 5, **SMALL))
+    want = clips[0, 0, 0, 0.5]
+    handler.fail = fail
+    if fail == 4:  # of five tries
+        got = clips[0, 0, 0, 0.5]
+        assert got["key"] == want["key"] and not got["bad"]
+        assert torch.equal(got["video"], want["video"])
+        return
+    with pytest.raises(ValueError, match="a.tfrecord cannot be read: .*503.*5 times") as e:
+        clips[0, 0, 0, 0.5]
+    assert "damaged" not in str(e.value)
+    with pytest.raises(OSError, match="a.tfrecord cannot be read: .*503"):
+        opened(url + "/a.tfrecord", verify=True)
+
+
+@pytest.mark.parametrize("kind", ["rlds", "raw", "robot"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_disk_that_fails_in_a_run_replaces_no_clip(tmp_path, monkeypatch, kind, code):
+    """Bug: an error of the disk, or too many open files, makes good episodes damaged ones."""
+    reader = DroidReader(4, 5, **SMALL)
+    if kind == "rlds":
+        path = write(tmp_path / "a.tfrecord", *(episode(i) for i in range(3)))
+    elif kind == "raw":
+        raw_droid(tmp_path / "a")
+        path = tmp_path / "a" / "trajectory.h5"
+    else:
+        pose = rows(1, 60)["observation/cartesian_position"]
+        np.savez(tmp_path / "a.npz", cartesian_position=pose, gripper_position=pose[:, :1])
+        write(tmp_path / "a.mp4", film(60))
+        path = tmp_path / "a.npz"
+    train = opened(str(path), reader)[0]
+    clips = DroidClips(train, reader)
+    want = clips[0, 0, 0, 0.5]
+    for times in (1, 10**9):
+        left = iter(range(times))
+
+        def failing(left, real, *given):
+            if next(left, None) is not None:
+                raise OSError(code, os.strerror(code))
+            return real(*given)
+
+        with monkeypatch.context() as patch:
+            for name in ("pread", "preadv"):
+                patch.setattr(os, name, functools.partial(failing, left, getattr(os, name)))
+            if times == 1:
+                got = clips[0, 0, 0, 0.5]
+                assert torch.equal(got["video"], want["video"]) and not got["bad"]
+                continue
+            with pytest.raises(ValueError, match=f"{path} .* cannot be read: .*then start") as e:
+                clips[0, 0, 0, 0.5]
+            assert os.strerror(code) in str(e.value) and "damaged" not in str(e.value)
+            if kind == "rlds":
+                sampled = DroidSteps(5, None, None, None)
+                with pytest.raises(OSError, match="says nothing about the recording"):
+                    sampled(train[0])
+            monkeypatch.setattr(episodes, "CACHE", str(tmp_path / f"cache-{code}"))
+            with pytest.raises(OSError, match="says nothing about the recording"):
+                opened(str(path), reader)
+
+
+def test_too_many_open_files_are_not_a_missing_video(tmp_path, monkeypatch):
+    """Bug: a folder that cannot be listed is taken for an empty one: "no metadata beside it"."""
+    raw_droid(tmp_path / "a")
+    monkeypatch.setattr(episodes, "CACHE", str(tmp_path / "cache"))
+
+    def failing(path="."):
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        opened(str(tmp_path / "a" / "trajectory.h5"))
+
+
+def test_an_episode_is_found_once_and_by_its_own_name(tmp_path):
+    """Bug: a folder that is linked into itself gives its episodes 41 times; a link to a shard is
+    trained on twice; ._NAME of macOS is an episode; braces and brackets are patterns."""
+    folder = tmp_path / "run{a,b}[1]"
+    (folder / "in").mkdir(parents=True)
+    path = write(folder / "in" / "a.tfrecord", episode(0))
+    write(folder / "in" / "._b.npz", b"\0\5\x16\7")
+    os.symlink(folder, folder / "in" / "self")
+    os.symlink("a.tfrecord", folder / "in" / "0.tfrecord")
+    os.link(path, folder / "in" / "z.tfrecord")
+    for pattern in (folder, f"{folder}/in/*.tfrecord", [f"{folder}/in/0.tfrecord", path]):
+        pattern = pattern if isinstance(pattern, list) else str(pattern)
+        assert find_episodes(pattern) == [path]
 
 
 # --- raw DROID, own episodes ---

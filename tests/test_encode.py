@@ -320,6 +320,9 @@ def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
         )
         assert text in encoded.log[store, "train"]
     assert feature_settings(features)["store"] == "int8"
+    halved = [r._replace(rate=r.rate / 2) for r in records]  # twice the time, the steps of 10 Hz
+    flags_of_10_hz = encode.parser.parse_args([*flags, "--fps", "2.5"])
+    assert encode.estimate(halved, 4, 192, flags_of_10_hz) == (steps, size)
     phases = encode.parser.parse_args([*flags, "--phases", "3"])
     assert encode.estimate(records, 4, 192, phases)[1] == pytest.approx(3 * size, rel=0.03)
     assert encode.estimate(

@@ -14,19 +14,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import contractor, jsonl, read_number, write_tar
+from scipy.stats import t as student
 from test_lora import episode
 from test_train import fails, numbers, run
 
 import checkpoint
 import eval as report
+from bench import intervals
 from data import index_shards, windows
 from droid import DroidReader, open_droid
 from evaluation import pictures
-from evaluation.runs import held_out, hold_state, open_held_out, open_run
+from evaluation.runs import (
+    another_recording,
+    beside,
+    encoder_dtype,
+    from_other_recordings,
+    gap_text,
+    held_out,
+    hold_state,
+    open_held_out,
+    open_run,
+    precision_of,
+    precision_text,
+)
+from files import logs
 from files.vpt import ACTION_SPACES, ClipReader
 from fit_scaler import ActionScaler
 from lora import add_lora, lora_layers
-from model import Predictor, predict
+from model import Predictor, meter_summary, predict, ratio_interval
 
 VPT = "--encoder vit_tiny --crop_size 32"
 SIZE = "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"
@@ -158,6 +173,16 @@ def clips_of(path, data=None, batch_size=4):
     )
 
 
+def names_of(path, batch_size=4):
+    """The recordings of the batches of clips_of."""
+    _, state, scaler, _ = open_run(str(path))
+    dataset = open_held_out(state, scaler, None, None, torch.device("cpu"))[0]
+    return [
+        [dataset.records[item[2]].recording for item in items]
+        for items in windows(dataset, batch_size, 512)
+    ]
+
+
 class Moved(torch.nn.Module):
     """A predictor whose channels move on by as many places as the first action says (rounded), or
     by nothing if it is deaf."""
@@ -267,7 +292,7 @@ def test_another_decoder_is_warned_of(game, capsys):
     said = "WARNING: the run was trained on pictures of --decoder decord, these are of pyav"
     assert said in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds features that were made with pyav"):
-        open_held_out(state, scaler, *data, "decord")
+        open_held_out(state, scaler, *data, decoder="decord")
 
 
 def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
@@ -306,24 +331,123 @@ def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
 # --- numbers ---
 
 
-def test_the_bootstrap_is_over_recordings():
-    """Bug: clips are resampled, not recordings; a long recording weighs as much as a short one; two
-    quotients use other draws."""
+def test_the_interval_is_the_jackknifes():
+    """Bug: clips are resampled, not recordings; a long recording weighs as much as a short one; the
+    interval is of the mean of ratios, not of the ratio of means."""
     g = torch.Generator().manual_seed(1)
-    recordings = ["b", "a", "a", "c", "a", "b"]
-    x, y = (torch.rand(6, 3, generator=g) for _ in range(2))
-    draws = torch.randint(3, (50, 3), generator=torch.Generator().manual_seed(0))
-    members = {k: [i for i, r in enumerate(recordings) if r == "abc"[k]] for k in range(3)}
-    chosen = [[i for k in row for i in members[k]] for row in draws.tolist()]
-    expected = torch.stack([x[i].double().mean(0) for i in chosen])
-    torch.testing.assert_close(report.resampled(x, recordings, 50), expected)
-    low, high = report.interval(expected)
-    np.testing.assert_allclose([low, high], np.quantile(expected.numpy(), [0.025, 0.975], axis=0))
+    recordings = ["b", "a", "a", "c", "a", "b", "d"]
+    x, y = (0.5 + torch.rand(7, 3, generator=g).double() for _ in range(2))
+    low, high = ratio_interval(x, y, recordings)
+    for k in range(3):
+        without = []
+        for name in "abcd":
+            rest = [i for i, r in enumerate(recordings) if r != name]
+            without.append(math.log(x[rest, k].sum() / y[rest, k].sum()))
+        whole = math.log(x[:, k].sum() / y[:, k].sum())
+        error = math.sqrt(3 / 4 * sum((v - whole) ** 2 for v in without))
+        share = [y[[r == n for r in recordings], k].sum() / y[:, k].sum() for n in "abcd"]
+        effective = 1 / sum(float(v) ** 2 for v in share)
+        t = student.ppf(0.975, (4 + 2 * effective) / 3 - 1)
+        expected = [math.exp(whole - t * error), math.exp(whole + t * error)]
+        np.testing.assert_allclose([low[k], high[k]], expected, rtol=1e-10)
     gap = report.gap_of(x, y, recordings)
-    assert (
-        gap[0] == pytest.approx(x.double().mean().item() / y.double().mean().item() - 1)
-        and gap[1] < gap[0] < gap[2]
+    assert gap[0] == pytest.approx(x.mean().item() / y.mean().item() - 1)
+    assert gap[1] < gap[0] < gap[2]
+
+
+@pytest.mark.parametrize("recordings", [3, 5, 12])
+def test_intervals_cover(recordings):
+    """Bug: a 95 % interval that contains the truth half of the time (two recordings) or in 79 % of
+    cases (three), which the bootstrap's did."""
+    share, width = intervals.coverage("normal", "uniform", recordings, 20, 60)
+    assert 0.90 <= share <= 0.98 and width > 0
+    share, _ = intervals.coverage("normal", "uniform", recordings, 20, 60, intervals.bootstrap)
+    assert share < 0.92
+
+
+def test_too_few_recordings_give_no_interval(tmp_path):
+    """Bug: one recording gave [x, x], which reads as certainty; a nan in the report, which is no
+    JSON; a log that cannot be read back."""
+    g = torch.Generator().manual_seed(0)
+    errors = {
+        f"{p}_{k}": 1 + torch.rand(6, 4, generator=g)
+        for p in ("tf", "ro")
+        for k in ("true", "shuffled", "zero", "copy")
+    }
+    for names in (["a"] * 6, ["a", "b"] * 3):
+        summary = meter_summary(errors, names)
+        assert math.isnan(summary["tf_gap_low"]) and math.isnan(summary["ro_gap_high"])
+        text = gap_text(summary["tf_gap"], summary["tf_gap_low"], math.nan, names)
+        assert text.endswith(f"needs at least 3 recordings, here {len(set(names))})")
+        assert all(
+            math.isnan(x) for low_high in report.bands_of(errors, names)["gap"] for x in low_high
+        )
+    row, text = beside(
+        errors | {"jloss": torch.ones(6, 1), "sloss": torch.ones(6, 1)},
+        ["a", "b"] * 3,
+        {k: 1.1 * x for k, x in errors.items()},
     )
+    assert text.count("no interval: that needs at least 3 recordings, here 2") == 2
+    assert row["help"] == pytest.approx(0.1, abs=1e-6) and row["help_low"] is None
+    header = [k for k in row if not k.endswith(("_1", "_2", "_3", "_4"))]
+    logs.open_csv(str(tmp_path / "val.csv"), header, 0, 0, False)(row)
+    cells = dict(zip(header, open(tmp_path / "val.csv").read().split("\n")[1].split(",")))
+    assert cells["help_high"] == cells["tf_gap_low"] == "" and cells["tf_gap"] != ""
+    assert np.isnan(logs.read_csv(str(tmp_path / "val.csv"))["help_low"]).all()
+    assert json.loads(logs.to_json({"x": [1.0, math.nan, (math.nan,)]})) == {"x": [1, None, [None]]}
+    three = meter_summary(errors, ["a", "b", "c"] * 2)
+    assert three["tf_gap_low"] < three["tf_gap"] < three["tf_gap_high"]
+
+
+def test_shuffled_actions_are_of_another_recording():
+    """Bug: actions of the same recording, which are alike, serve as shuffled ones (in 40 % of the
+    clips of three recordings), so that the gap is too small; one clip serves all."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        names = [str(x) for x in rng.integers(0, rng.integers(2, 5), rng.integers(2, 12))]
+        partner = another_recording(names)
+        largest = max(names.count(n) for n in names)
+        if len(set(names)) == 1:
+            assert set(partner) == {None}
+            continue
+        assert all(names[j] != n for j, n in zip(partner, names))
+        if 2 * largest <= len(names):
+            assert sorted(partner) == list(range(len(names)))
+        else:
+            assert len({j for n, j in zip(names, partner) if names.count(n) == largest}) == (
+                len(names) - largest
+            )
+
+    class Two:
+        records = [types.SimpleNamespace(recording=n) for n in "ab"]
+
+        def __getitem__(self, item):
+            return {"actions": torch.full((3, 2), item[3]), "key": "ab"[item[2]]}
+
+    items = [(0, 0, 0, 1), (0, 1, 0, 2), (0, 2, 1, 7)]
+    others = from_other_recordings(Two(), items)
+    given = torch.zeros(2, 3, 2)
+    assert (others(["a", "a"], given) == 7).all() and (others(["b", "b"], given) < 3).all()
+    alone = from_other_recordings(Two(), items[:2])(["a", "a"], given)
+    assert alone.isnan().all() and alone.shape == given.shape
+    text = gap_text(math.nan, math.nan, math.nan, ["a", "a"])
+    assert text.startswith("not given: shuffled actions must come from another recording")
+
+
+def test_a_run_is_judged_in_its_own_precision():
+    """Bug: a run trained in bf16 is judged in fp32, by other kernels than those that it ran."""
+    cpu = torch.device("cpu")
+    state = {"args": {"dtype": "bfloat16"}}
+    dtype, autocast = precision_of(None, state, cpu)
+    predictor = Predictor(24, 5, 2, (2, 2), pred_dim=48, depth=1, num_heads=3)
+    with autocast():
+        assert predictor.predictor_embed(torch.zeros(1, 24)).dtype == torch.bfloat16
+    assert dtype == "bfloat16" and precision_of("float32", state, cpu)[0] == "float32"
+    assert precision_of(None, None, cpu)[0] == precision_of(None, {"args": {}}, cpu)[0] == "float32"
+    assert encoder_dtype("bfloat16", {}) == torch.bfloat16
+    assert encoder_dtype("bfloat16", {"save_encoder": True}) == torch.float32
+    text = precision_text("bfloat16", cpu, predictor, 3)
+    assert text.startswith("bfloat16 on cpu; kernels: attention reference, rope")
 
 
 def test_gaps_of_groups_are_those_of_a_plain_loop(game):
@@ -343,11 +467,11 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
     for group, members in groups.items():
         columns = sorted({names.index(n) for n in members})
         true, wrong = {"tf": [], "ro": []}, {"tf": [], "ro": []}
-        for z, actions, states in batches:
+        for (z, actions, states), recordings in zip(batches, names_of(game.out)):
             B, T = z.shape[:2]
-            for b in range(B):
+            for b, other in enumerate(another_recording(recordings)):
                 mixed = actions[b].clone()
-                mixed[:, columns] = actions[b - 1][:, columns]
+                mixed[:, columns] = actions[other][:, columns]
                 for a, out in ((actions[b], true), (mixed, wrong)):
                     unscaled = (
                         a.double().numpy() * np.r_[scaler.scale, np.ones(32)]
@@ -472,15 +596,18 @@ def test_mouse_and_camera_turn_together():
     np.testing.assert_allclose(both[0, [0, 2]], [7, 0.5], atol=1e-5)
 
 
-def test_sampled_actions_are_of_other_clips():
-    """Bug: a clip's own actions are among those that its true one is ranked among; some clips or
-    steps never are."""
+def test_sampled_actions_are_of_other_recordings():
+    """Bug: a recording's own actions are among those that its true one is ranked among; some clips
+    or steps never are."""
     actions = torch.arange(12).view(4, 3, 1).float()
     for i in range(4):
         drawn = report.drawn_from_others(
-            actions, i, 500, torch.Generator().manual_seed(i)
+            actions, i, "aabc", 500, torch.Generator().manual_seed(i)
         ).flatten()
-        assert set(drawn.tolist()) == set(range(12)) - set(range(3 * i, 3 * i + 3))
+        own = range(6) if i < 2 else range(3 * i, 3 * i + 3)
+        assert set(drawn.tolist()) == set(range(12)) - set(own)
+        alone = report.drawn_from_others(actions, i, "aaaa", 500, torch.Generator().manual_seed(i))
+        assert set(alone.flatten().tolist()) == set(range(12)) - set(range(3 * i, 3 * i + 3))
 
 
 def test_rank_and_landscape_in_the_report(game):
@@ -488,6 +615,7 @@ def test_rank_and_landscape_in_the_report(game):
     caption says."""
     predictor, scaler, batches = clips_of(game.out)
     z, actions, states = (torch.cat(x) for x in zip(*batches))
+    recordings = sum(names_of(game.out), [])
     plain = actions.double().numpy()[..., :2] * scaler.scale[:2] + scaler.mean[:2]
     axes = [
         np.linspace(-m, m, report.GRID)
@@ -495,7 +623,7 @@ def test_rank_and_landscape_in_the_report(game):
     ]
     generator, ranks, misses = torch.Generator().manual_seed(0), [], []
     for i in range(len(z)):
-        others = report.drawn_from_others(actions, i, 8, generator)
+        others = report.drawn_from_others(actions, i, recordings, 8, generator)
         e = report.energies(
             predictor, z[i], actions[i], states[i], torch.cat([actions[i, -1:], others])
         )
@@ -512,7 +640,7 @@ def test_rank_and_landscape_in_the_report(game):
     )
     assert (
         game.report["landscape"]["mouse_dy"]["unit"] == "pixels"
-        and f"among 8 others: {np.mean(ranks):.3f}" in game.text
+        and f"among 8 of other recordings: {np.mean(ranks):.3f}" in game.text
     )
 
 

@@ -112,6 +112,38 @@ def test_linear_by_onednn_is_linear(shape):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(2, 4, 48, 48), (4, 18, 384, 192), (4, 130, 384, 1152)])
+def test_linear_does_not_ask_whether_the_weight_is_trained(sizes, dtype):
+    """Bug: the same layer gives other bits once it is frozen. F.linear does that on slices of
+    longer clips, in fp32 with any instruction set; a base in training and the frozen base under
+    adapters then differ."""
+    torch.manual_seed(0)
+    B, T, K, N = sizes
+    clip = torch.randn(B, T + 1, K, dtype=dtype)
+    views = (clip[:, :-1], clip[:, 1:], clip.transpose(0, 1)[:-1], clip[..., : K // 2], clip[0])
+    for x in views:
+        weight, bias = (torch.randn(*s, dtype=dtype) for s in ((N, x.shape[-1]), (N,)))
+        expected = linear(x, weight, bias)
+        assert torch.equal(linear(x.clone(), weight, bias), expected)
+        assert torch.equal(
+            linear(x.reshape(-1, x.shape[-1]), weight, bias).view_as(expected), expected
+        )
+        trained = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        assert torch.equal(linear(x, *trained), expected)
+        assert torch.equal(linear(x.clone().requires_grad_(), weight, bias), expected)
+        assert torch.equal(linear(x.clone().requires_grad_(), *trained), expected)
+
+
+def test_linear_of_no_rows_and_of_one():
+    """Bug: an empty batch or a plain vector breaks the reshape to rows."""
+    weight, bias = torch.randn(6, 5), torch.randn(6)
+    for shape in ((0, 4, 5), (3, 0, 5), (5,), (1, 5)):
+        out = linear(torch.ones(*shape), weight, bias)
+        assert out.shape == (*shape[:-1], 6)
+        torch.testing.assert_close(out, (weight.sum(1) + bias).expand(out.shape))
+
+
 @pytest.mark.parametrize("mean, rtol", [(0.0, 1e-14), (1e4, 1e-13), (1e9, 2e-9)])
 def test_moments_survive_a_large_mean(mean, rtol):
     """Catches E[x^2] - E[x]^2, which at mean 1e9 loses every digit of a variance of 1, and chunks

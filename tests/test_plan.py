@@ -3,6 +3,7 @@ reference does, and does it in the game."""
 
 import functools
 import json
+import math
 import os
 import types
 from fractions import Fraction
@@ -22,7 +23,7 @@ from droid import compose_poses
 from evaluation.search import Space, draw, droid_space, energy, rest, search, vpt_space
 from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
-from plan import agent, chooser, readable, recorded
+from plan import agent, chooser, compared, readable, recorded
 from prepare import doom
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -193,6 +194,49 @@ def test_energy_is_the_same_by_cache_chunk_and_hand(context):
     assert whole.std() > 1e-4 and B > 1
 
 
+@pytest.mark.parametrize("temperature", [None, 0.02])
+def test_candidates_without_a_finite_energy_are_left_out(temperature):
+    """Bug: one candidate whose energy is NaN or infinite makes MPPI's whole plan NaN, or is an
+    elite of CEM's; when none is finite the plan is made of noise."""
+    names = ACTION_SPACES[36]
+    space = vpt_space(names, MOUSE)
+
+    def plan(bad, value, elites=16):
+        def cost(candidates):
+            e = (candidates[..., 0] - 1).abs().mean(1)
+            e[bad] = value
+            return e
+
+        options = {"num_samples": 64, "num_elites": elites, "temperature": temperature}
+        return search(cost, space, 2, generator=torch.Generator().manual_seed(0), **options)
+
+    for value in (math.nan, math.inf, -math.inf):
+        assert torch.equal(plan([3], value), plan([3], 1e30))
+        for bad in (list(range(60)), list(range(1, 64)), [0]):
+            assert plan(bad, value).isfinite().all()
+        with pytest.raises(ValueError, match="none of 64 candidate plans has a finite energy"):
+            plan(list(range(64)), value)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_plans_are_compared_with_the_best_policy_without_a_model(short):
+    """Bug: planning is quoted against random plans, which doing nothing beats; an interval over few
+    recordings; a policy that cannot be had (no action before the first) is the best."""
+    recordings, g = [str(i % 4) for i in range(40)], torch.Generator().manual_seed(0)
+    scale = {"plan": 1.0, "random": 4.0, "rest": 2.0, "repeat": 1.5, "mean": 2.1}
+    errors = {k: v * (0.9 + 0.2 * torch.rand(40, generator=g)) for k, v in scale.items()}
+    if short:
+        errors["repeat"] = torch.full((40,), math.nan)
+    row = compared(errors, recordings)
+    best = "rest" if short else "repeat"
+    ratio, low, high = row["ratios"][best]
+    assert row["best"] == best and ratio == pytest.approx(scale[best], rel=0.05)
+    assert 1 < low < ratio < high < 1.2 * ratio
+    assert math.isnan(compared(errors, ["a"] * 40)["ratios"]["rest"][1])
+    still = compared(errors | {"plan": torch.zeros(40)}, recordings)
+    assert math.isnan(still["ratios"]["rest"][0])
+
+
 # --- what is searched ---
 
 
@@ -280,6 +324,9 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
     order = [int(r[1:]) for r in recordings]
     close(sums[:, 0], true[order], atol=1e-3)
     close(sums[:, 2], torch.zeros(n, 4), atol=1e-4)
+    scale, mean = torch.tensor(MOUSE.scale).float(), torch.tensor(MOUSE.mean).float()
+    close(sums[:, 3], horizon * (actions[:, 0, :4] * scale + mean)[order], atol=1e-3)
+    close(sums[:, 4], (horizon * mean).expand(n, 4), atol=1e-3)
     error = (sums[:, 1] - sums[:, 0]).abs().mean(0)
     if (
         horizon == 1
@@ -393,8 +440,14 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
         (2, "pitch"),
     ]
     for r in rows:
-        assert f"{r['plan']:9.2f}{r['random']:9.2f}{r['rest']:9.2f}    {r['ratio']:.2f}" in text
-        assert r["ratio_low"] <= r["ratio"] <= r["ratio_high"] and r["random"] > 0
+        best = min(("rest", "repeat", "mean"), key=r.get)
+        ratio, low, high = r["ratios"][best]
+        numbers = "".join(f"{r[k]:9.2f}" for k in ("plan", "random", "rest", "repeat", "mean"))
+        assert f"{numbers}    {ratio:.2f} (no interval" in text and f") {best}\n" in text
+        assert r["best"] == best and ratio == pytest.approx(r[best] / r["plan"])
+        assert low is None and r["random"] > 0
+    assert "WARNING: not shown to be better than the best policy without a model" in text
+    assert "float32 on cpu; kernels: attention" in text
     text = run(
         tmp_path,
         "plan.py",

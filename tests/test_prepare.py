@@ -2,6 +2,7 @@
 mixes up nothing."""
 
 import collections
+import errno
 import glob
 import http.server
 import io
@@ -386,6 +387,20 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
         assert re.search(words, reasons[stem]), (stem, reasons[stem])
 
 
+def test_blank_lines_odd_names_and_other_rates_are_packed(pair, tmp_path, capsys):
+    """Bug: a blank line at the end leaves a recording out, a name that nobody knows goes unsaid,
+    and hours are counted as if every video had 20 frames a second."""
+    lines = [json.loads(line) for line in pair["jsonl"].splitlines()]
+    for i, line in enumerate(lines):
+        line |= {"keyboard": {"keys": ["jumpp"]}, "timestamp": i * 36.0 / 1000}
+    odd = "".join(json.dumps(line) + "\n" for line in lines).encode() + b"\n"
+    put(tmp_path / "in", "odd", pair["mp4"], odd)
+    packed, skipped = shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
+    out = capsys.readouterr().out
+    assert packed == 1 and not skipped and f"({len(lines) * 0.036 / 3600:.2f} hours)" in out
+    assert f'WARNING: key "jumpp" on {len(lines)} lines' in out
+
+
 def test_keys_survive_webdataset(pair, tmp_path):
     """Catches `6.10_a` and `6.13_b` becoming one sample of key `6`, and same names in two folders
     overwriting each other."""
@@ -418,6 +433,89 @@ def test_keys_survive_webdataset(pair, tmp_path):
         range(100, 105), 2
     )
     assert "plain-name_1" in {s["__key__"] for s in samples}  # a safe name stays as it is
+
+
+def packed(folder):
+    """Keys of all shards in a folder."""
+    keys = []
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".tar"):
+            with tarfile.open(folder / name) as tar:
+                keys += {os.path.splitext(member)[0] for member in tar.getnames()}
+    return sorted(keys)
+
+
+def test_links_give_no_recording_twice(pair, tmp_path, capsys):
+    """Bug: a link to its own folder is followed 41 times, and a link to a recording is packed as
+    another one: the same play is held out and trained on."""
+    folder, out = tmp_path / "in", tmp_path / "out[1]"
+    put(folder, "a", **pair)
+    put(tmp_path / "elsewhere", "b", **pair)
+    os.symlink(".", folder / "self")
+    os.symlink("../elsewhere", folder / "sub")
+    os.symlink(tmp_path, folder / "up")
+    os.symlink("a.mp4", folder / "0.mp4")
+    os.symlink("a.jsonl", folder / "0.jsonl")
+    os.symlink("nowhere.mp4", folder / "dead.mp4")
+    assert shards.pack(str(folder), str(out), 1e9, 2)[0] == 2
+    keys = packed(out)
+    assert len(keys) == 2 and "a" in keys
+    rows = [json.loads(line) for line in open(out / "skipped.jsonl")]
+    assert {(row["file"], row["reason"]) for row in rows} == {
+        ("0.mp4", "the same file as a.mp4"),
+        ("dead.mp4", "a link to nothing"),
+    }
+
+    # what is packed already keeps its name, whatever links arrive
+    os.link(folder / "a.mp4", folder / "00.mp4")
+    os.link(folder / "a.jsonl", folder / "00.jsonl")
+    assert shards.pack(str(folder), str(out), 1e9, 2)[0] == 0 and packed(out) == keys
+
+
+def test_what_macos_leaves_in_folders_is_no_recording(pair, tmp_path):
+    """Bug: ._a.mp4 is reported as a damaged recording for each one copied from a Mac."""
+    put(tmp_path / "in", "a", **pair)
+    put(tmp_path / "in", "__MACOSX/._a", b"\0\5\x16\7junk", b"\0\5\x16\7junk")
+    count, skipped = shards.pack(str(tmp_path / "in"), str(tmp_path / "out"), 1e9, 1)
+    assert count == 1 and not skipped
+
+
+@pytest.mark.parametrize(
+    "name, member",
+    [
+        ("shard-000000.tar", "6.13_a.mp4"),
+        ("shard-000000.tar", "./a.mp4"),
+        ("shard-000003.tar", "folder/a.mp4"),
+        ("shard-000003.tar", "._a.mp4"),
+        ("shard-000000.tar", "a.options.json"),
+        ("shard-old.tar", "a.mp4"),
+    ],
+)
+def test_a_foreign_shard_in_out_is_refused_by_name(pair, tmp_path, name, member):
+    """Bug: "too many values to unpack" for a name with a dot; or recordings that are there under
+    other keys are packed a second time."""
+    put(tmp_path / "in", "a", **pair)
+    out = tmp_path / "out"
+    out.mkdir()
+    with tarfile.open(out / name, "w") as tar:
+        tar.addfile(tarfile.TarInfo(member))
+    before = (out / name).read_bytes()
+    with pytest.raises(ValueError, match=f"{name} was not written by prepare.shards.*--out"):
+        shards.pack(str(tmp_path / "in"), str(out), 1e9, 1)
+    assert (out / name).read_bytes() == before and os.listdir(out) == [name]
+
+
+def test_a_disk_that_fails_does_not_leave_recordings_out(pair, tmp_path, monkeypatch):
+    """Bug: an I/O error while a recording is checked puts it into skipped.jsonl as a bad one."""
+    put(tmp_path / "in", "a", **pair)
+
+    def failing(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(OSError, match="in/a cannot be read: .*Input/output error: fix the disk"):
+        shards.pack(str(tmp_path / "in"), str(tmp_path / "out"), 1e9, 1)
+    assert not os.listdir(tmp_path / "out")
 
 
 def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):

@@ -186,6 +186,17 @@ def test_an_index_reads_ranges_only(server, shards, tmp_path, monkeypatch):
     )  # the question whether it serves ranges, and the copy
 
 
+def test_damaged_notes_are_made_again(server, tmp_path):
+    """Bug: a cache that a crash of the machine damaged ends every later run in a JSON error."""
+    path = shard(f"{server.url}/shard-000001.tar", tmp_path)
+    found = index_shards([path])
+    (notes,) = [n for n in (tmp_path / "notes").iterdir() if n.suffix == ""]
+    whole = notes.read_bytes()
+    for damage in (b"", whole[:-7], b"\0" * len(whole)):
+        notes.write_bytes(damage)
+        assert index_shards([path]) == found and notes.read_bytes() == whole
+
+
 def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
     """Bug: a busy server or a cut connection ends the run; bytes are lost where a transfer goes on;
     tries without end, or an error that does not say what failed."""

@@ -53,13 +53,13 @@ def play(seed, lines, offset=0.0, spread=10.0):
 
 
 def expected(motion, span=8):
-    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, differences
-    wrapped to (-pi, pi]."""
+    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, of yaw of the
+    differences from line to line, each wrapped to (-pi, pi]."""
     n = (len(motion) - 1) // span
     sums = motion[: n * span, :2].reshape(n, span, 2).sum(1)
-    turn = np.radians(motion[: n * span + 1 : span, 2:])
-    yaw = np.angle(np.exp(1j * np.diff(turn[:, 0])))
-    return np.column_stack([sums, yaw, np.diff(turn[:, 1])])
+    yaw, pitch = np.radians(motion[: n * span + 1, 2:]).T
+    turned = np.angle(np.exp(1j * np.diff(yaw))).reshape(n, span).sum(1)
+    return np.column_stack([sums, turned, np.diff(pitch[::span])])
 
 
 def write_shard(path, recordings, video=b"never read"):
@@ -421,6 +421,16 @@ def test_only_jsonl_bytes_are_read(tmp_path):
         assert (
             0.95 < (asked() - before) / (size * used) < 1.3 and f"Total samples: {budget:,}" in out
         )
+
+
+def test_names_that_nobody_knows_are_counted_over_all_recordings(tmp_path):
+    """Bug: every key of own data is misspelt, and the scaler's report looks as always."""
+    lines = play(3, 400)[1].replace(b"key.keyboard.w", b"key.keyboard.ww")
+    data = write_shard(tmp_path / "a.tar", {"a": lines, "b": lines, "c": play(4, 400)[1]})
+    _, out = fit(tmp_path, data)
+    assert (
+        'WARNING: key "key.keyboard.ww" (nearest known name: "key.keyboard.w") on 800 lines' in out
+    )
 
 
 def test_damaged_recordings(shards, tmp_path):

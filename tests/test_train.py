@@ -140,7 +140,7 @@ def rows_of(path):
     """Rows of a csv as lists of numbers; a line that is being written is left out."""
     with open(path) as f:
         lines = f.read().split("\n")[1:-1]
-    return [[float(x) for x in line.split(",")] for line in lines]
+    return [[float(x or "nan") for x in line.split(",")] for line in lines]
 
 
 def column(folder, *names, log="train.csv"):
@@ -150,7 +150,9 @@ def column(folder, *names, log="train.csv"):
 
 
 def numbers(folder, *names, log="train.csv"):
-    return np.array(column(folder, *names, log=log), dtype=float)
+    """(rows, names) of a log; an empty cell is nan."""
+    rows = column(folder, *names, log=log)
+    return np.array([[cell or "nan" for cell in row] for row in rows], dtype=float)
 
 
 def same_run(a, b):
@@ -921,6 +923,16 @@ def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_names_that_nobody_knows_are_said_at_the_start(world, tmp_path, mp4):
+    """Bug: a night of training on keys that are misspelt, and so never pressed."""
+    lines = jsonl(contractor(keyboard={"keys": ["spacce"]}))
+    members = {f"{k}.{x}": y for k in "ab" for x, y in (("mp4", mp4), ("jsonl", lines))}
+    shard = write_tar(tmp_path / "odd.tar", members)
+    flags = [*world.video, "--data", shard, "--epochs 3 --warmup 1 --anneal 1 --dry_run --out_dir"]
+    text = run(tmp_path, "train_ac.py", *flags, tmp_path / "run")
+    assert 'WARNING: key "spacce" (nearest known name: "key.keyboard.space") on 600 lines' in text
+
+
 def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
     """Bug: --init_from loads nothing, silently; or a misshapen layer ends the run instead of being
     made anew."""
@@ -1131,9 +1143,8 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    np.testing.assert_allclose(
-        [report[k] for k in METERS], [said[k] for k in METERS], rtol=1e-6, atol=1e-8
-    )
+    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+    np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
     assert (
         report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
         and report["recordings"] == 2
@@ -1141,7 +1152,7 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     )
     assert (
         f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout
-        and f"{said['tf_gap']:+.2%}, 95 %" in done.stdout
+        and f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in done.stdout
     )
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
     assert all(f"{x:9.4f}" in done.stdout for x in report["by_horizon"]["ro_shuffled"])

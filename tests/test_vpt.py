@@ -165,7 +165,7 @@ def test_wheel_injects_the_hotbar_key_once_and_never_on_line_0():
     ]
 
 
-def test_fields_in_any_order_and_torn_inventories():
+def test_fields_in_any_order():
     """Bug: cutting a line at its inventory loses fields that a rewritten file has after it, or
     trips over the words in a string."""
     lines = contractor(
@@ -174,10 +174,8 @@ def test_fields_in_any_order_and_torn_inventories():
     expected = parse_ticks(jsonl(lines))
     rewritten = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
     tricky = jsonl([{"note": 'a, "inventory"'} | line for line in lines])
-    cut = jsonl(lines).replace(
-        b'"quantity": 3}]', b'"quantity"'
-    )  # broken JSON, but only where nothing is read
-    for data in (rewritten, tricky, cut, jsonl(lines).replace(b"\n", b"\r\n")):
+    late = jsonl([{"inventory": []} | line for line in lines])  # all the others come after it
+    for data in (rewritten, tricky, late, jsonl(lines).replace(b"\n", b"\r\n")):
         ticks = parse_ticks(data)
         assert (
             not ticks.flaw
@@ -190,7 +188,7 @@ def test_fields_in_any_order_and_torn_inventories():
     "what, reason",
     [
         (b'{"mouse": {"dx": 1', "line 100"),
-        (b"", "line 100"),
+        (b'{"mouse": {"dx": 1}, "yaw": 1, "pitch": 1, "inventory": [{]}', "line 100"),
         (b"[1, 2]", "line 100"),
         (b'{"mouse": {"dx": NaN}, "yaw": 1, "pitch": 1}', "line 100"),
         (b'{"mouse": {"dx": "NaN"}, "yaw": 1, "pitch": 1}', "out of range"),
@@ -216,6 +214,211 @@ def test_a_bad_line_drops_the_tail_and_says_which(what, reason):
     )
     with pytest.raises(ValueError, match="no usable line"):
         parse_ticks(what)
+
+
+def names_held(ticks):
+    """Names of BITS that are held on any line."""
+    bits = int(np.bitwise_or.reduce(ticks.keys))
+    return [name for i, name in enumerate(vpt.BITS) if bits >> i & 1]
+
+
+@pytest.mark.parametrize(
+    "keys, held",
+    [
+        (["w"], ["key.w"]),
+        (["key.w"], ["key.w"]),
+        (["KeyW"], ["key.w"]),
+        (["GLFW_KEY_W", "Digit3"], ["key.3", "key.w"]),
+        (["KEY_LEFTSHIFT"], ["key.left.shift"]),
+        (["Key.ctrl_l"], ["key.left.control"]),
+        ([" "], ["key.space"]),
+        (["esc"], ["key.escape"]),
+        ("key.keyboard.w", ["key.w"]),
+        ("w, left shift", ["key.w", "key.left.shift"]),
+        ("wasd", []),
+        ("w+space", ["key.w", "key.space"]),
+        ({"w": True, "a": False, "s": "false"}, ["key.w"]),
+        (["f3", "left", "key.keyboard.keypad.1", "key.keyboard.unknown"], []),
+    ],
+)
+def test_keys_in_every_spelling_that_can_mean_one_key_only(keys, held):
+    """Bug: "w" for "key.keyboard.w", or one string for a list, is silently never pressed."""
+    ticks = parse_ticks(jsonl(contractor(3, keyboard={"keys": keys})))
+    assert names_held(ticks) == held and not ticks.flaw
+    assert bool(ticks.unknown) == (keys == "wasd")
+
+
+@pytest.mark.parametrize(
+    "buttons, held",
+    [
+        (["0"], ["mouse.0"]),
+        ([1.0], ["mouse.1"]),
+        (["left", "Button.right"], ["mouse.0", "mouse.1"]),
+        (["key.mouse.middle"], ["mouse.2"]),
+        ("left", ["mouse.0"]),
+        ({"right": 1, "left": 0}, ["mouse.1"]),
+        ([5, 12], []),
+    ],
+)
+def test_buttons_in_every_spelling_that_can_mean_one_button_only(buttons, held):
+    """Bug: "0" or "left" for 0 is silently never pressed."""
+    mouse = {"dx": 0, "dy": 0, "buttons": buttons}
+    ticks = parse_ticks(jsonl(contractor(3, mouse=mouse, keyboard=None)))
+    assert names_held(ticks) == held and not ticks.flaw and not ticks.unknown
+    stuck = {"dx": 0, "dy": 0, "buttons": ["left"], "newButtons": ["left"]}
+    assert not names_held(parse_ticks(jsonl(contractor(1, mouse=stuck, keyboard=None))))
+
+
+@pytest.mark.parametrize(
+    "change, name, closest",
+    [
+        ({"keyboard": {"keys": ["spacce"]}}, 'key "spacce"', "key.keyboard.space"),
+        ({"keyboard": {"keys": ["shift"]}}, 'key "shift"', "key.keyboard.left.shift"),
+        ({"keyboard": {"keys": ["forward"]}}, 'key "forward"', "key.keyboard.w"),
+        ({"keyboard": {"keys": [87]}}, 'key "87"', ""),
+        ({"keyboard": {"pressed": ["w"]}}, 'keyboard field "pressed"', "keys"),
+        ({"mouse": {"dx": 0, "dy": 0, "buttons": ["mouse1"]}}, 'button "mouse1"', ""),
+        ({"mouse": {"dx": 0, "dy": 0, "buttons": [True]}}, 'button "true"', ""),
+        ({"mouse": {"deltaX": 1, "dy": 0}}, 'mouse field "deltaX"', "dx"),
+    ],
+)
+def test_names_that_nobody_knows_are_counted(change, name, closest, capsys):
+    """Bug: a misspelt name is no input on every line, and nothing says so."""
+    vpt.SAID.clear()
+    ticks = parse_ticks(jsonl(contractor(7, **({"keyboard": {"keys": []}} | change))))
+    ((label, lines),) = ticks.unknown.items()
+    assert label.startswith(name) and lines == 7 and not names_held(ticks) and not ticks.flaw
+    assert f'nearest known name: "{closest}"' in label if closest else "nearest" not in label
+    assert name in capsys.readouterr().err and "7 lines" in vpt.name_warnings(ticks.unknown)[0]
+    assert vpt.Ticks.of(ticks.arrays()).unknown == ticks.unknown
+
+
+@pytest.mark.parametrize(
+    "value, is_open",
+    [("false", 0), ("False", 0), ("0", 0), ("", 0), (0, 0), (None, 0), ("true", 1), ("1.0", 1)],
+)
+def test_gui_flag_as_text_or_number(value, is_open):
+    """Bug: "false" is a text that is not empty, so every tick counts as an open GUI."""
+    ticks = parse_ticks(jsonl(contractor(4, isGuiOpen=value)))
+    assert ((ticks.keys & vpt.GUI) > 0).tolist() == [bool(is_open)] * 4
+    with pytest.raises(ValueError, match='isGuiOpen is "maybe"'):
+        parse_ticks(jsonl(contractor(4, isGuiOpen="maybe")))
+
+
+def test_blank_lines_and_byte_order_marks_are_no_damage():
+    """Bug: a file that ends in an empty line counts as damaged, and what follows one is lost."""
+    lines = jsonl(contractor(20)).splitlines(keepends=True)
+    expected = parse_ticks(b"".join(lines))
+    mark = b"\xef\xbb\xbf"
+    text = mark + b"\n" + b"".join(lines[:8]) + b" \t\r\n\n" + mark + b"".join(lines[8:]) + b"\n\n"
+    ticks = parse_ticks(text)
+    assert not ticks.flaw and (ticks.motion == expected.motion).all() and ticks.total == 20
+    assert ticks.line.tolist() == [*range(1, 9), *range(11, 23)]
+    with pytest.raises(ValueError, match="UTF-16"):
+        parse_ticks(b"".join(lines).decode().encode("utf-16"))
+    with pytest.raises(ValueError, match="one JSON object a line"):
+        parse_ticks(json.dumps(contractor(3)).encode())
+
+
+def test_a_slot_that_some_lines_leave_out_stays():
+    """Bug: a line without hotbar counts as slot 0: two key presses that nobody made."""
+    slots = [None, 4, 4, None, 4, "7", None, 7.0]
+    ticks = parse_ticks(jsonl(contractor(8, keyboard=None, hotbar=lambda i: slots[i])))
+    assert ticks.hotbar.tolist() == [4, 4, 4, 4, 4, 7, 7, 7]
+    assert (ticks.keys > 0).tolist() == [i == 5 for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "stamps, rate",
+    [
+        (np.arange(200) / 10, 10),
+        (np.arange(200) * 100, 10),  # milliseconds
+        (1.6e18 + np.arange(200) * 1e8, 10),  # nanoseconds since 1970
+        (np.arange(200) // 10, 10),  # whole seconds
+        (np.round(np.arange(200) / 60 * 1000), 60),
+        (np.floor(np.arange(400) / 80 * 100) / 100, 80),
+        (np.arange(200) / 10 + 5 * (np.arange(200) > 70), 10),  # a pause
+        (np.arange(200) / 10 + np.arange(200) // 20, 10),  # many
+    ],
+)
+def test_rate_of_timestamps_in_any_unit(stamps, rate):
+    """Bug: milliseconds are no rate at all, whole seconds and pauses another one."""
+    ticks = parse_ticks(jsonl([{"timestamp": float(s), "camera": [0, 0]} for s in stamps]))
+    assert ticks.rate == pytest.approx(rate, rel=0.005) and ticks.stamped
+    some = [{"timestamp": float(s), "camera": [0, 0]} for s in stamps]
+    for i in (0, 50, 51, 52, len(stamps) - 1):
+        del some[i]["timestamp"]
+    assert parse_ticks(jsonl(some)).rate == pytest.approx(rate, rel=0.005)
+
+
+def test_timestamps_that_tell_no_rate_are_refused():
+    """Bug: a recording whose clock cannot be read is taken for 20 Hz."""
+    for stamps, words in (
+        ([5.0] * 40, "changes 0 times"),
+        ([1.0] + [None] * 39, "on 1 of 40 lines"),
+        ((np.arange(40) / 6000).tolist(), "seconds are expected"),
+        (["2023-01-01T00:00:00Z"] * 40, "no number of seconds"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_ticks(jsonl([{"timestamp": s, "camera": [0, 0]} for s in stamps]))
+    assert not parse_ticks(jsonl(contractor(40))).stamped
+
+
+def test_lines_are_put_in_the_order_that_they_tell():
+    """Bug: merged or threaded writers give lines out of order, which go with other frames."""
+    lines = contractor(100, mouse=lambda i: {"dx": i, "dy": 0})
+    order = np.random.default_rng(0).permutation(100)
+    ticks = parse_ticks(jsonl([lines[i] for i in order]))
+    assert ticks.motion[:, 0].tolist() == list(range(100)) and not ticks.flaw
+    assert (order[ticks.line] == np.arange(100)).all()
+    stamped = [{k: v for k, v in x.items() if k not in ("tick", "milli")} for x in lines]
+    stamped = [x | {"timestamp": i / 20} for i, x in enumerate(stamped)]
+    ticks = parse_ticks(jsonl([stamped[i] for i in order]))
+    assert ticks.motion[:, 0].tolist() == list(range(100)) and ticks.rate == pytest.approx(20)
+
+
+def test_lines_that_cannot_be_sorted_are_refused_and_clocks_set_back_are_not():
+    """Bug: two sessions in one file are woven into each other, or a computer's clock that is set
+    back in the middle throws a good recording away."""
+    lines = contractor(100, mouse=lambda i: {"dx": i, "dy": 0})
+
+    def told(ticks, millis):
+        return [x | {"tick": t, "milli": m} for x, t, m in zip(lines, ticks, millis)]
+
+    back = [*range(50, 100), *range(50)]
+    for ticks, millis in ((range(100), back), (back, range(0, 5000, 50))):
+        play = parse_ticks(jsonl(told(ticks, millis)))
+        assert play.motion[:, 0].tolist() == list(range(100))
+    shuffled = np.random.default_rng(0).permutation(100).tolist()
+    twice, apart = [*range(50)] * 2, [*range(5000, 5050), *range(50)]
+    for ticks, words in ((twice, "the same on some"), (apart, "gap"), (shuffled, "do not agree")):
+        with pytest.raises(ValueError, match=words):
+            parse_ticks(jsonl(told(ticks, ticks if ticks != shuffled else shuffled[::-1])))
+    with pytest.raises(ValueError, match="no order can be trusted"):
+        parse_ticks(jsonl([lines[i] for i in shuffled]) + b"{")
+
+
+def test_yaw_of_guide_lines_may_pass_a_full_turn():
+    """Bug: radians that are not wrapped are refused as degrees; or degrees are let through."""
+    lines = [
+        {"timestamp": i / 10, "mouse": {"dx": 20}, "camera": [0.05 * i, 0.3]} for i in range(400)
+    ]
+    actions, _ = step_actions(parse_ticks(jsonl(lines)), [0, 100, 399])
+    np.testing.assert_allclose(actions[:, 2], [5, 14.95])
+    for yaw, pitch in ((3.0, 0.0), (0.1, -30.0)):
+        degrees = [x | {"camera": [yaw * i, pitch]} for i, x in enumerate(lines)]
+        with pytest.raises(ValueError, match="no angle in radians"):
+            parse_ticks(jsonl(degrees))
+
+
+def test_both_formats_in_one_file_keep_their_units():
+    """Bug: the last line decides the unit of all."""
+    lines = contractor(40, yaw=lambda i: float(i), pitch=2.0)
+    for line in lines[::2]:
+        line["camera"] = np.radians([line.pop("yaw"), line.pop("pitch")]).tolist()
+    motion = parse_ticks(jsonl(lines)).motion
+    np.testing.assert_allclose(motion[:, 2], np.radians(np.arange(40)))
+    np.testing.assert_allclose(motion[:, 3], np.radians(2.0))
 
 
 # --- ticks to steps ---
@@ -248,6 +451,50 @@ def test_yaw_difference_wraps_and_pitch_does_not():
             np.radians(160)
         )
         np.testing.assert_allclose(states, np.radians([[0, -80], [20, 80]]), atol=1e-9)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_turn_of_more_than_half_a_circle_in_a_step(wrapped):
+    """Bug: yaw_diff of a turn by 200 degrees is 160 the other way round, beside a mouse_dx of 200
+    degrees."""
+    yaw = 25.0 * np.arange(33)
+    if wrapped:
+        yaw = (yaw + 180) % 360 - 180
+    camera = np.radians(yaw)
+    guide_lines = [{"timestamp": i / 20, "camera": [x, 0.0]} for i, x in enumerate(camera)]
+    for lines in (contractor(33, yaw=lambda i: yaw[i], pitch=0.0), guide_lines):
+        ticks = parse_ticks(jsonl(lines))
+        actions, states = step_actions(ticks, [0, 8, 16, 32])
+        np.testing.assert_allclose(np.degrees(actions[:, 2]), [200, 200, 400])
+        np.testing.assert_allclose(np.degrees(states[:, 0]), [0, -160, 40, 80], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["key.space", "key.jump"], "names 'key.jump'"),
+        (["key.spacee"], "nearest: key.space"),
+        (["gui_open", "gui_open"], "twice"),
+        (["slot.0"], "slot.0"),
+    ],
+)
+def test_an_action_space_with_an_unknown_dimension_is_an_error(names, words):
+    """Bug: a column that nothing ever fills, in every checkpoint that is trained on it."""
+    with pytest.raises(ValueError, match=words):
+        vpt.check_spaces({6: vpt.CONTINUOUS + names})
+    with pytest.raises(ValueError, match="first four"):
+        vpt.check_spaces({6: vpt.CONTINUOUS[::-1] + ["key.w"]})
+
+
+def test_an_action_space_with_some_slots_and_one_side(monkeypatch):
+    """Bug: slots are written from the place of slot 1 on, whichever the space has; a mirror without
+    the other key."""
+    monkeypatch.setitem(ACTION_SPACES, 7, vpt.CONTINUOUS + ["slot.5", "key.a", "slot.2"])
+    ticks = parse_ticks(jsonl(contractor(30, keyboard=None, hotbar=lambda i: i // 10 * 2)))
+    actions, _ = step_actions(ticks, [0, 10, 20, 29], 7)
+    assert actions[:, 4:].tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    with pytest.raises(ValueError, match="only one of key.a and key.d"):
+        ClipReader(action_space=7, horizontal_flip=True)
 
 
 def test_action_spaces_index_by_index():
@@ -397,6 +644,49 @@ def test_lines_against_frames(mp4):
     assert reader.starts(torn, 300) == 140
     with pytest.raises(ValueError, match="too short.*line 60"):
         reader.starts(parse_ticks(jsonl(contractor(60)) + b"{"), 300)
+
+
+@pytest.mark.parametrize("bad", [[], [{}], [{}] * 60])
+def test_frames_a_line_by_the_clocks_of_both(bad):
+    """Bug: one bad line switches the check of lines against frames off, so that lines at 20 Hz go
+    with the first third of a video at 60."""
+    good = 75 - len(bad)
+    lines = guide(good, rate=20) + bad
+    for fps, frames_per_line in ((60, 3), (20, 1), (40, 2)):
+        times = np.arange(75 * frames_per_line) * 1000 // fps
+        clip = cut_clock(film(len(times), times=times), lines, good)
+        if good >= 61:
+            assert [read_number(f) for f in clip["video"]] == list(
+                range(0, 61 * frames_per_line, 4 * frames_per_line)
+            )
+    if bad:
+        times = np.arange(300) * 1000 // 37
+        with pytest.raises(ValueError, match="unknown"):
+            cut_clock(film(300, times=times), guide(70, rate=20) + [{}], 70)
+    with pytest.raises(ValueError, match="unknown"):  # more lines than frames
+        cut_clock(film(75), guide(100, rate=20) + [{}], 100)
+
+
+def cut_clock(mp4, lines, good):
+    """The clip at tick 0 by way of the video's own clock, None if the good lines are too few."""
+    f = io.BytesIO(mp4)
+    times, ticks = mp4_times(f), parse_ticks(jsonl(lines))
+    reader = ClipReader(crop_size=HEIGHT)
+    if good < 61:
+        return None
+    assert reader.starts(ticks, len(times), vpt.video_rate(f, times)) == good - 60
+    return reader(f, times, ticks, 0, np.random.default_rng(0), "k")
+
+
+def test_guide_lines_torn_at_the_end_keep_their_frames(mp4):
+    """Bug: lines at 5 Hz beside a video at 20 are refused for one bad line, though both clocks are
+    known."""
+    f = io.BytesIO(mp4)
+    times, ticks = mp4_times(f), parse_ticks(jsonl(guide(60) + [{}]))
+    reader = ClipReader(crop_size=HEIGHT)
+    assert reader.starts(ticks, len(times), vpt.video_rate(f, times)) == 45
+    clip = reader(f, times, ticks, 2, None, "k")
+    assert [read_number(f) for f in clip["video"]] == [4 * i for i in range(2, 18)]
 
 
 # --- frames ---

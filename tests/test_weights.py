@@ -315,6 +315,65 @@ def test_web_page(tmp_path, kind):
         load_encoder(path)
 
 
+OLD = {"_use_new_zipfile_serialization": False}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_files_of_old_torch_are_read(tmp_path, nested):
+    """Bug: what torch.save wrote before version 1.6 is no zip and cannot be mapped: "no weight
+    file"."""
+    encoder = small_encoder()
+    state = encoder.state_dict()
+    state = {"target_encoder": {f"module.{k}": v for k, v in state.items()}} if nested else state
+    path = tmp_path / "old.pt"
+    torch.save(state, path, **OLD)
+    assert same(load_encoder(path, num_heads=2), encoder.state_dict())
+    whole = path.read_bytes()
+    for share in (0, 0.01, 0.5, 0.999):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match="old.pt: these .* bytes are no weight file, or only"):
+            load_encoder(path, num_heads=2)
+    torch.save({"target_encoder": state, "x": Bomb(tmp_path / "ran")}, path, **OLD)
+    with pytest.raises(ValueError, match=r"old.pt: refused, since it holds (posix|nt|os).system"):
+        load_encoder(path, num_heads=2)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_that_are_none_are_refused_by_name(tmp_path, value, dtype):
+    """Bug: weights of a training that diverged are read, and every feature is NaN."""
+    for module, load in ((small_encoder(), load_encoder), (small_predictor(), load_predictor)):
+        state = {k: v.to(dtype) for k, v in module.state_dict().items()}
+        name = [k for k in state if k.endswith("1.mlp.fc1.weight")][0]
+        state[name][3, 2] = value
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"x.pt: 1 of the .* numbers of {name} are NaN or inf"):
+            load(tmp_path / "x.pt", num_heads=2)
+
+
+def test_keys_and_values_of_another_kind_are_refused(tmp_path):
+    """Bug: an AttributeError for keys that are numbers; whole numbers of quantised weights are
+    taken as they are."""
+    state = small_encoder().state_dict()
+    first = "patch_embed.proj.weight"
+    for change, reason in (
+        (dict(enumerate(state.values())), r"28 of its 28 keys are no names but int, such as 0"),
+        (state | {7: torch.zeros(1)}, "1 of its 29 keys are no names but int, such as 7"),
+        ({k.encode(): v for k, v in state.items()}, "keys are no names but bytes"),
+        ({"target_encoder": dict(enumerate(state.values()))}, "28 of its 28 keys"),
+        ({"target_encoder": torch.zeros(3)}, "'target_encoder' is a Tensor, no weights by name"),
+        ({"target_encoder": [1]}, "'target_encoder' is a list, no weights by name"),
+        (state | {first: [1.0]}, f"{first} is a list, no tensor"),
+        (state | {first: state[first].to(torch.int8)}, f"{first} holds int8, no floats"),
+        (state | {first: state[first].to("meta")}, f"{first} has no numbers of its own"),
+        (state | {"norm.bias": torch.zeros(24).to_sparse()}, "norm.bias has no numbers of its own"),
+    ):
+        torch.save(change, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=f"x.pt: .*{reason}"):
+            load_encoder(tmp_path / "x.pt", num_heads=2)
+
+
 class Bomb:
     def __init__(self, marker):
         self.marker = marker
