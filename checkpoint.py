@@ -23,6 +23,8 @@ import zlib
 import torch
 import torch.distributed as dist
 
+from files.disk import write_atomically
+
 LATEST = "checkpoint-latest.pth.tar"
 NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
 BROKEN = (
@@ -113,33 +115,6 @@ def lock(out_dir):
     remove_leftovers(out_dir, "*.tmp")
     f.truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
-
-
-def write_atomically(path, data):
-    """Bytes (or a function that writes to an open file) to a file that is either the old one or the
-    new one, whatever happens."""
-    path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    tmp = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(tmp, "w+b") as f:
-            if callable(data):
-                data(f)
-            else:
-                f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        os.fsync(folder)  # the rename itself must survive a power cut
-        os.close(folder)
-    except OSError as e:
-        if e.errno and not e.filename:
-            e.filename = path  # which write() does not know
-        raise
-    finally:
-        if os.path.exists(tmp):
-            os.unlink(tmp)
 
 
 def list_checkpoints(out_dir):

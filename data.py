@@ -10,742 +10,71 @@ s3://, gs://) is streamed, or copied into a local cache (files/remote.py). All e
 ClipReader."""
 
 import argparse
+import bz2
 import collections
 import concurrent.futures
-import errno
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
+import lzma
 import math
-import operator
 import os
+import pickle
 import signal
 import sys
-import tarfile
 import threading
+import zlib
 from typing import NamedTuple
 
-import braceexpand
 import numpy as np
 import torch
-from tqdm import tqdm
+from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+from sklearn.preprocessing import StandardScaler
 
-from checkpoint import one_sentence, write_atomically
-from files.remote import Shard, cached
-from files.streams import (
+from checkpoint import one_sentence
+from files.disk import (
+    DAMAGE,
     READ_ERRORS,
-    StreamedClips,
     Unreachable,
-    disk_failed,
-    disk_sentence,
-    is_apple_double,
     persistently,
+    write_atomically,
 )
+from files.features import feature_rows
+from files.latents import NO_LABEL, read_labels, read_steps
+from files.remote import cached
+from files.shards import (
+    Slice,
+    each_once,
+    expand,
+    find_twins,
+    index_shards,
+    is_stream,
+    line_warnings,
+    read_ticks,
+    shard_index,
+    spread,
+    stamp,
+)
+from files.streams import StreamedClips
+from files.video import WrongDecoder, mp4_times, video_rate
 from files.vpt import (
     ACTION_SPACES,
-    KEY_BIT,
     ClipReader,
-    Ticks,
-    WrongDecoder,
-    mp4_times,
-    name_warnings,
-    parse_ticks,
-    peek_rate,
     step_size,
-    video_rate,
     wrap,
 )
 
-ANY_KEY = functools.reduce(operator.or_, KEY_BIT.values())
-HEAD = 1 << 14  # bytes of lines that an index looks at
-CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
-FEATURE_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I8": torch.int8,
-}
-
-
 # --- files ---
-
-
-def is_stream(path):
-    """True for what can only be read from front to back."""
-    return (path.startswith("pipe:") or "://" in path) and not isinstance(path, Shard)
-
-
-def stamp(path):
-    """Size and time of a file: when they have changed, an index of it tells nothing."""
-    return (stat := os.stat(path)).st_size, stat.st_mtime_ns
-
-
-def braces(pattern, escape):
-    """A pattern -> the patterns that its {a,b} and {0..9} stand for; escape: \\{ is a brace."""
-    if "{" not in pattern:
-        return [pattern]
-    try:
-        return list(braceexpand.braceexpand(pattern, escape))
-    except ValueError:  # a brace that is never closed is part of a name
-        return [pattern]
-
-
-def there(path):
-    """os.path.exists, but where the disk fails, or a folder on the way may not be entered, that is
-    an error: such a path is not a pattern that matches nothing."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    except OSError as e:
-        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            return False
-        raise
-    return True
-
-
-def matches(pattern):
-    """Path, glob or {a..b} range -> [(pattern without braces, [path])].
-
-    What exists under that very name is taken, whatever braces, brackets or backslashes are in it.
-    So is the longest folder that exists: only what follows it is a pattern."""
-    if there(pattern):
-        return [(pattern, [pattern])]
-    folder, rest = os.path.split(pattern)
-    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
-        folder, name = os.path.split(folder)
-        rest = os.path.join(name, rest)
-
-    readings = []
-    for start, names, escape in ((folder, rest, True), (folder, rest, False), ("", pattern, True)):
-        found = []
-        for name in braces(names, escape):
-            path = os.path.join(start, name)
-            if there(path):
-                found.append((path, [path]))
-            else:
-                found.append((path, glob_or_raise(glob.escape(start), name)))
-        if all(files for _, files in found):
-            return found
-        readings.append(found)
-    return readings[0]
-
-
-def glob_or_raise(folder, pattern):
-    """glob.glob of FOLDER/PATTERN, sorted; FOLDER may have no magic but what is escaped. glob
-    passes over a folder that cannot be listed, and a part of the data would be missing without a
-    word: here that is an error."""
-    head, name = os.path.split(pattern)
-    parents = [os.path.join(folder, head)]
-    if glob.has_magic(head):
-        parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
-    if glob.has_magic(name):
-        for parent in parents:
-            for path in glob.glob(parent) or [os.curdir] * (not parent):
-                list_folder(path)
-    return sorted(glob.glob(os.path.join(folder, pattern)))
-
-
-def list_folder(path):
-    """[os.DirEntry] by name of what may be a folder. One that this user may not list is said
-    (lost+found, another user's); other errors of the disk are raised."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entries, key=operator.attrgetter("name"))
-    except NotADirectoryError:
-        return []
-    except PermissionError as e:
-        print(f"{path} cannot be listed ({e.strerror}): nothing in it is taken")
-        return []
-
-
-def files_below(folder):
-    """Paths of all files below a folder, links to folders followed, but every folder once: one that
-    is linked into itself has no end. What lies there itself comes before what links lead to."""
-    folders, links, seen = [folder], [], set()
-    while folders or links:
-        path = folders.pop(0) if folders else links.pop(0)
-        about = os.stat(path)
-        if (about.st_dev, about.st_ino) in seen:
-            continue
-        seen.add((about.st_dev, about.st_ino))
-        for entry in list_folder(path):
-            if entry.is_symlink() and os.path.isdir(entry.path):
-                links.append(entry.path)
-            elif entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            else:
-                yield entry.path
-
-
-def without_links(paths):
-    """Paths less those that are another name of a file among them (a link, a hard link, ./ before
-    it): its recordings would be held out under one name and trained on under the other. The name
-    that is no link stays."""
-    out = {}
-    for path in paths:
-        try:
-            about = None if isinstance(path, Shard) or is_stream(path) else os.stat(path)
-        except OSError:
-            about = None
-        if about is None or not about.st_ino:
-            out.setdefault(path, path)
-            continue
-        # some network file systems give one number to several files
-        same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-        if same not in out or (os.path.islink(out[same]) and not os.path.islink(path)):
-            out[same] = path
-    return list(out.values())
-
-
-def expand(patterns):
-    """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each
-    pattern, each once. Raises FileNotFoundError naming what matches nothing."""
-    if isinstance(patterns, Shard):
-        return [patterns]
-    if not isinstance(patterns, str):
-        return without_links([path for p in patterns for path in expand(p)])
-    if is_stream(patterns):
-        return braces(patterns, True)
-    out = []
-    for pattern, found in matches(patterns):
-        if not found:
-            raise FileNotFoundError(
-                f"no shard matches {pattern}; make some with: python -m prepare.demo --out demo (or"
-                " prepare.shards)"
-            )
-        if folders := [p for p in found if os.path.isdir(p)]:
-            raise IsADirectoryError(
-                f"{folders[0]} is a folder: name the shards in it, such as"
-                f" {os.path.join(folders[0], '*.tar')}"
-            )
-        out += found
-    return without_links(out)
-
-
-class Slice(io.RawIOBase):
-    """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder
-    needs of a tar, without the rest.
-
-    pieces: of a sparse member, the (first byte, bytes) that lie in the file one after another from
-    `offset` on; between them are zeros. As a context it raises an error of the disk that a decoder
-    kept to itself: FFmpeg takes it for the end of the file."""
-
-    total = 0  # bytes that this process has read through all of them
-
-    def __init__(self, path, offset, size, pieces=None):
-        self.fd = path.open() if isinstance(path, Shard) else os.open(path, os.O_RDONLY)
-        self.offset, self.size, self.at, self.bytes_read = offset, size, 0, 0
-        self.pieces, self.failed = pieces, None
-
-    def readable(self):
-        return True
-
-    seekable = readable
-
-    def place(self):
-        """(offset in the file or None for zeros, bytes) of what follows `at`."""
-        left = max(self.size - self.at, 0)
-        if self.pieces is None:
-            return self.offset + self.at, left
-        stored = self.offset
-        for first, size in self.pieces:
-            if self.at < first:
-                return None, min(first - self.at, left)
-            if self.at < first + size:
-                return stored + self.at - first, min(first + size - self.at, left)
-            stored += size
-        return None, left
-
-    def readinto(self, buffer):
-        """As much as there is room for: what reads 16 bytes must not get 7 at the end of a piece."""
-        left = memoryview(buffer)[: max(self.size - self.at, 0)]
-        done = 0
-        while len(left):
-            place, size = self.place()
-            try:
-                n = self.read_at(place, left[:size])
-            except OSError as e:
-                self.failed = e
-                raise
-            if not n:
-                break
-            self.at += n
-            done += n
-            left = left[n:]
-        return done
-
-    def read_at(self, place, buffer):
-        if place is None:
-            buffer[:] = bytes(len(buffer))
-            return len(buffer)
-        read = functools.partial(os.preadv, self.fd) if isinstance(self.fd, int) else self.fd.preadv
-        n = read([buffer], place)
-        self.bytes_read += n
-        Slice.total += n
-        return n
-
-    def readall(self):  # the default reads 8 KB at a time
-        return self.read(max(self.size - self.at, 0))
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
-
-    def close(self):
-        if not self.closed and isinstance(self.fd, int):
-            os.close(self.fd)
-        super().close()
-
-    def __exit__(self, kind, error, trace):
-        self.close()
-        if self.failed is not None and error is not self.failed:
-            raise self.failed
-
-
-class Record(NamedTuple):
-    """A recording in a local shard: member offsets and sizes, its length (frames of video, or steps
-    of features), and the clock of its lines (see clock_of)."""
-
-    shard: str
-    key: str
-    members: dict  # extension -> (offset, size)
-    length: int = 0
-    rate: float = 20.0  # lines a second
-    frames_per_line: int = 1
-
-    @property
-    def lines(self):
-        """Lines that have a frame of their own."""
-        return self.length // self.frames_per_line
-
-    @property
-    def duration(self):
-        """Twentieths of a second of play; steps of features."""
-        return self.length if "safetensors" in self.members else self.lines * 20 / self.rate
-
-    @property
-    def recording(self):
-        """The key without the @TICK that encode.py adds: one recording gives several members of
-        features."""
-        return self.key.rpartition("@")[0] if "safetensors" in self.members else self.key
-
-    @property
-    def name(self):
-        """Shard and recording: what scalers and checkpoints remember of it."""
-        return f"{os.path.basename(self.shard)} {self.recording}"
-
-
-def archive_members(path, end):
-    """(TarInfo, offset of its bytes in the file) of each member of a tar of `end` bytes; of all
-    archives where several were put one after another (cat, tar -A), of which tarfile reads the
-    first alone. Raises tarfile.ReadError where it is cut or damaged."""
-    first = 0
-    while first < end:
-        with Slice(path, first, end - first) as f:
-            try:
-                tar = tarfile.open(str(path), "r:", fileobj=f)
-            except tarfile.ReadError as e:
-                if not first:
-                    raise
-                raise tarfile.ReadError(
-                    f"what follows the end of the tar at byte {first} is no tar ({e})"
-                ) from e
-            for m in tar:
-                yield m, first + m.offset_data
-
-            # tarfile takes a cut or damaged header for the end and says nothing
-            f.seek(tar.offset)
-            if f.read(512) != bytes(512):
-                raise tarfile.ReadError(
-                    f"no tar header and no end mark at byte {first + tar.offset}"
-                )
-
-            # zeros fill the last block of a tape; anything else is another archive
-            zeros = f.at
-            while part := f.read(1 << 20):
-                text = part.lstrip(b"\0")
-                zeros += len(part) - len(text)
-                if text:
-                    break
-        first += zeros // 512 * 512 if zeros < end - first else end - first
-
-
-def member_place(m, offset, end):
-    """What Slice takes to read a member: its bytes from `offset` on, and their pieces where it is
-    sparse (tar --sparse), since these do not lie in the file as they do in the member."""
-    place = (offset, m.size)
-    stored = m.size
-    if m.issparse():
-        pieces = tuple((start, size) for start, size in m.sparse if size)
-        place = (offset, m.size, pieces)
-        stored = sum(size for _, size in pieces)
-    if offset + stored > end:
-        raise tarfile.ReadError(f"the shard ends inside {m.name}")
-    return place
-
-
-COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PK\3\4": "zip",
-}
-
-
-def read_start(path, place):
-    """The first bytes of a member."""
-    offset, size, *pieces = place
-    with Slice(path, offset, size, *pieces) as f:
-        return f.read(8)
-
-
-def shard_index(path):
-    """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers
-    only: 54 ms for 10 GB."""
-    found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
-    try:
-        for m, offset in archive_members(path, end):
-            stem, extension = os.path.splitext(m.name)
-            if extension not in (".mp4", ".jsonl", ".safetensors"):
-                continue
-            if m.islnk() or m.issym():
-                reason = f"{m.name} is a link in the tar, to {m.linkname}: pack the file itself"
-                bad.append((path, stem, reason))
-                continue
-            if not m.isfile():
-                continue
-
-            place = member_place(m, offset, end)
-            if m.issparse() and extension == ".safetensors":
-                bad.append((path, stem, "a sparse member: pack it again without tar --sparse"))
-                continue
-            hidden = os.path.basename(m.name).startswith("._")
-            if hidden and is_apple_double(m.name, read_start(path, place)):
-                continue
-
-            members = found.setdefault(stem, {})
-            before = members.get(extension[1:])
-            if before and member_digest(path, before) != member_digest(path, place):
-                bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
-            members[extension[1:]] = place
-    except tarfile.TarError as e:
-        with Slice(path, 0, end) as f:
-            head = f.read(8)
-        packed = [name for magic, name in COMPRESSED.items() if head.startswith(magic)]
-        reason = f"truncated or damaged tar: {e}"
-        if packed:
-            reason = f"compressed ({packed[0]}), and a clip must be sought: unpack it to a .tar"
-        bad.append((path, "", reason))
-    lone = {key: m for key, m in found.items() if len(m) == 1 and "safetensors" not in m}
-    bad += [
-        (path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it")
-        for key, m in lone.items()
-    ]
-    if not found and not bad:
-        bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
-    return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
 
 
 # --- the same recording twice ---
 
 
-def member_digest(path, place):
-    """What tells a member from any other of its size, without reading it: its first and last 64
-    kB. An mp4's tables of sizes and times are at one of its ends."""
-    offset, size, *pieces = place
-    source = path.peek() if isinstance(path, Shard) and path.blocks is None else path
-    with Slice(source, offset, size, *pieces) as f:
-        digest = hashlib.sha256(f.read(1 << 16))
-        f.seek(max(size - (1 << 16), 0))
-        digest.update(f.read())
-    return size, digest.hexdigest()
-
-
-def find_twins(records):
-    """[Record] -> {number of a record: number of the first one that is the same recording}: the
-    same key and the same bytes, in a copy of its shard. Only members of equal keys and sizes are
-    looked into; keys alone may be 000001 in every shard."""
-    groups = {}
-    for number, r in enumerate(records):
-        sizes = tuple(sorted((name, place[1]) for name, place in r.members.items()))
-        groups.setdefault((os.path.normpath(r.key), sizes), []).append(number)
-    twins = {}
-    for numbers in groups.values():
-        if len(numbers) == 1:
-            continue
-        firsts = {}
-        for number in numbers:
-            r = records[number]
-            same = tuple(member_digest(r.shard, place) for _, place in sorted(r.members.items()))
-            first = firsts.setdefault(same, number)
-            if first != number:
-                twins[number] = first
-    return twins
-
-
-def each_once(records):
-    """[Record] less copies of recordings among them, which is said: else one copy is held out and
-    the other trained on."""
-    twins = find_twins(records)
-    if twins and os.environ.get("RANK", "0") == "0":
-        number, first = min(twins.items())
-        print(
-            f"{len(twins)} recordings are there more than once ({records[number].key} in"
-            f" {records[first].shard} and {records[number].shard}): each is taken once"
-        )
-    return [r for number, r in enumerate(records) if number not in twins]
-
-
 # --- indexed shards ---
-
-
-def clock_of(record, frames, frame_rate):
-    """(lines a second, frames a line) of a recording: windows, epochs, shares and estimates follow
-    from it. Reads the first lines; all of them only where these do not tell, or where the video
-    runs at another rate. What is wrong with the lines is found when a clip is read."""
-    offset, size = record.members["jsonl"]
-    with Slice(record.shard, offset, size) as f:
-        rate = peek_rate(f.read(min(size, HEAD)), size <= HEAD)
-    if rate and frame_rate and 2 / 3 < frame_rate / rate < 1.5:
-        return rate, 1
-    try:
-        ticks = read_ticks(record)
-        return ticks.rate, ClipReader().frames_per_line(ticks, frames, frame_rate)
-    except ValueError:
-        return 20.0, 1
-
-
-def index_shards(paths, workers=16):
-    """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4
-    indices and feature headers only; of those at URLs once, then their notes in the cache."""
-
-    def measure(r):
-        try:
-            if "safetensors" in r.members:
-                header, meta = feature_header(r)
-                if meta.get("dataset") == "droid":
-                    raise ValueError("features of robot episodes: train_lora.py reads them")
-                return r._replace(length=header["z"][1][0])
-            with Slice(r.shard, *r.members["mp4"]) as f:
-                times = mp4_times(f)
-                frame_rate = video_rate(f, times)
-            rate, frames_per_line = clock_of(r, len(times), frame_rate)
-            return r._replace(length=len(times), rate=rate, frames_per_line=frames_per_line)
-        except READ_ERRORS as e:
-            if isinstance(e, Unreachable):
-                raise
-            if disk_failed(e):  # to leave the recording out would be another run
-                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
-            return r.shard, r.key, str(e)
-
-    def sorted_out(found, bad):
-        return [r for r in found if isinstance(r, Record)], bad + [
-            r for r in found if not isinstance(r, Record)
-        ]
-
-    def look(source):
-        records, bad = shard_index(source)
-        return sorted_out([measure(r) for r in records], bad)
-
-    def index(path):
-        if not isinstance(path, Shard):
-            return shard_index(path)
-        rows, bad = path.index(look)
-        return [Record(path, *row[1:]) for row in rows], [(path, *flaw[1:]) for flaw in bad]
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        indexed = list(
-            tqdm(
-                pool.map(index, paths),
-                desc="index",
-                total=len(paths),
-                delay=10,
-                disable=os.environ.get("RANK", "0") != "0",
-            )
-        )
-        found = list(
-            pool.map(
-                lambda r: r if r.length else measure(r),
-                [r for records, _ in indexed for r in records],
-            )
-        )
-    return sorted_out(found, [b for _, bad in indexed for b in bad])
-
-
-def read_ticks(record):
-    """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default
-    ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
-    shard, stat = record.shard, None if isinstance(record.shard, Shard) else os.stat(record.shard)
-    name = (
-        f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
-        if stat
-        else f"{shard} {shard.size} {shard.version}"
-    )
-    name += f" {tuple(record.members['jsonl'])} v3"
-    path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
-    raw = read_cache(path)
-    if raw is not None:
-        with np.load(io.BytesIO(raw)) as z:
-            return Ticks.of(z)
-    with Slice(record.shard, *record.members["jsonl"]) as f:
-        ticks = parse_ticks(f.read())
-    buffer = io.BytesIO()
-    np.savez(buffer, **ticks.arrays())
-    write_cache(path, buffer.getvalue(), "parsed actions are")
-    return ticks
-
-
-def line_warnings(records, limit=32):
-    """What is odd in the lines of recordings though they can be read, a sentence each. Looks at
-    `limit` of them, spread over all; at URLs at none, which would copy them (vpt.parse_ticks
-    says what it meets)."""
-    local = [r for r in records if "jsonl" in r.members and not isinstance(r.shard, Shard)]
-    looked, held, unknown, other_rate = 0, 0, {}, []
-    for record in spread(local, min(limit, len(local))):
-        try:
-            ticks = read_ticks(record)
-            with Slice(record.shard, *record.members["mp4"]) as f:
-                times = mp4_times(f)
-                frame_rate = video_rate(f, times)
-            ratio = ClipReader().frames_per_line(ticks, len(times), frame_rate)
-        except READ_ERRORS as e:
-            if disk_failed(e):
-                raise
-            continue  # left out, with its reason, when a clip of it is asked for
-        looked += 1
-        held |= int(np.bitwise_or.reduce(ticks.keys))
-        for name, lines in ticks.unknown.items():
-            unknown[name] = unknown.get(name, 0) + lines
-        if frame_rate and not ticks.stamped and abs(frame_rate / ratio / ticks.rate - 1) > 0.2:
-            other_rate.append((record.key, frame_rate))
-    out = name_warnings(unknown)
-    if other_rate:
-        key, frame_rate = other_rate[0]
-        out.append(
-            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames a"
-            " second and lines without timestamp, which are taken for 20 a second: add timestamps"
-            " if that is wrong"
-        )
-    if looked and not held & ANY_KEY:
-        out.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
-    where = f" (in {looked} of {len(records)} recordings)" if looked < len(records) else ""
-    return [line + where for line in out]
-
-
-def read_cache(path):
-    """What write_cache put there; None where that is missing, damaged or not for this user to read:
-    the recording is the truth, and a cache that cannot be used only costs time."""
-    try:
-        with open(path, "rb") as f:
-            digest, raw = f.read(32), f.read()
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        complain(path, f"a cache entry cannot be read: {e}")
-        return None
-    return raw if hashlib.sha256(raw).digest() == digest else None
-
-
-def write_cache(path, raw, what):
-    try:
-        write_atomically(path, hashlib.sha256(raw).digest() + raw)
-    except OSError as e:
-        complain(path, f"{what} not cached: {e}")
-
-
-def complain(path, text):
-    """Says what is wrong with a cache, once a process of each folder and kind of complaint."""
-    kind = (os.path.dirname(path), text[:12])
-    if kind not in complained:
-        complained.add(kind)
-        print(f"{text} (set NANOJEPA_CACHE to a folder of yours with room)")
-
-
-complained = set()
-
-
-def feature_header(record):
-    """({name: (dtype, shape, file offset)}, metadata and embed_dim) of a feature member: the
-    safetensors format, all sizes checked."""
-    offset, size = record.members["safetensors"]
-    try:
-        with Slice(record.shard, offset, size) as f:
-            at = 8 + int.from_bytes(f.read(8), "little")
-            header = dict(json.loads(f.read(at - 8) if at <= min(size, 1 << 20) else b""))
-        meta, (S, N, D) = dict(header.pop("__metadata__", {})), map(int, header["z"]["shape"])
-        A, dim = (
-            (len(json.loads(meta["names"])), int(meta["state_dim"]))
-            if meta.get("dataset") == "droid"
-            else (38, 2)
-        )
-        shapes = {"z": (S, N, D), "actions": (S - 1, A), "states": (S, dim)}
-        shapes |= (
-            {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
-        )
-        x = {
-            k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"]))
-            for k, s in shapes.items()
-        }
-        bad = [
-            k
-            for k, (dtype, s, a, b) in x.items()
-            if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at
-        ]
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise ValueError("not a feature file (its header is damaged)") from e
-    if bad or dim < 0 or any([*s] != header[k].get("shape") for k, s in shapes.items()):
-        raise ValueError("not a feature file, or cut")
-    return {
-        k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()
-    }, meta | {"embed_dim": D}
-
-
-def feature_settings(records):
-    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim),
-    but for what tells of one robot episode. ValueError if shards disagree."""
-    out = None
-    for r in {r.shard: r for r in records}.values():
-        if "safetensors" not in r.members:
-            raise ValueError(
-                f"{r.shard} holds video, other shards of this run hold features: pass one kind"
-            )
-        found = feature_header(
-            r._replace(shard=r.shard.peek()) if isinstance(r.shard, Shard) else r
-        )[1]
-        found.pop("episode", None)
-        if found != (out := out or found):
-            raise ValueError(
-                f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and"
-                f" {out}"
-            )
-    return out
-
-
-def feature_rows(record, first, last, motion_only=False):
-    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8;
-    None, unread, with motion_only), actions (S-1, A), states (S, state_dim): of VPT A is 38 and
-    state_dim 2."""
-    x = {}
-    for name, (dtype, shape, at) in feature_header(record)[0].items():
-        if motion_only and name not in ("actions", "states"):
-            continue
-        start, stop = {"actions": (first, last - 1), "z_channels": (0, 2)}.get(name, (first, last))
-        row = math.prod(shape[1:])
-        with Slice(
-            record.shard, at + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize
-        ) as f:
-            x[name] = torch.frombuffer(
-                bytearray(f.read()), dtype=dtype, count=(stop - start) * row
-            ).reshape(-1, *shape[1:])
-    if "z_scale" in x:
-        x["z"] = (x["z"] * x["z_scale"].float()).mul_(x["z_channels"][1]).add_(x["z_channels"][0])
-    return x.get("z"), x["actions"], x["states"]
 
 
 class Clips(torch.utils.data.Dataset):
@@ -978,15 +307,6 @@ def open_records(data):
     return each_once(records), bad
 
 
-def spread(items, count):
-    """At most `count` of the items, uniformly over the list."""
-    return (
-        [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
-        if count
-        else items
-    )
-
-
 def open_lines(data, max_shards, val_fraction):
     """--data, for who needs JSONL members only -> ([Record or URL], [(file, key, reason)] that
     cannot be read). Reads tar headers. Splits before it thins out, so that nothing held out is used
@@ -1146,6 +466,372 @@ def vpt_loader(
     loader = torch.utils.data.DataLoader(dataset, **options)
     loader.bad = bad
     return loader
+
+
+def prefetch(batches, device):
+    """The same batches; on a GPU each one's copy (from pinned memory, on a stream of its own) runs
+    while the one before is computed on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            batch = {
+                k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+                for k, v in batch.items()
+            }
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in batch.values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.record_stream(torch.cuda.current_stream(device))
+        ahead = batch
+    if ahead is not None:
+        yield ahead
+
+
+class Latents(torch.utils.data.Dataset):
+    """Windows of `length` steps. An item is (epoch, index, file number, first step); the dict has z
+    (T, C, H, W), shift (T-1, 2) uniform in [0, 1) by (seed, epoch, index), labels (T-1, L) int64
+    where there are any, and key.
+
+    `.labels` are the names that most files with labels have; a file that lacks one of them has
+    NO_LABEL there, and is in `.unlabelled`. Other names that some files have are in `.unused`."""
+
+    def __init__(self, files, length, seed=0):
+        self.files, self.length, self.seed = files, length, seed
+        if not files:
+            raise ValueError(
+                "the manifest has no files in this split: choose another, or make the manifest"
+                " again with other ratios"
+            )
+        self.starts = np.array([max(f.steps - length + 1, 0) for f in files])
+        if not self.starts.sum():
+            raise ValueError(f"no file has the {length} steps of a window: lower --sequence_length")
+        self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(f.path)) for f in files])
+        truth = [read_labels(f.path, f.steps) for f in files]
+        sets = collections.Counter(tuple(sorted(t)) for t in truth if t)
+        self.labels = []
+        if sets:  # of two that are equally frequent the one that more files have
+            have = {names: sum(t.keys() >= set(names) for t in truth) for names in sets}
+            self.labels = list(max(sets, key=lambda names: (sets[names], have[names])))
+        self.unused = sorted({k for t in truth for k in t} - set(self.labels))
+        self.truth, self.unlabelled = [], []
+        for f, found in zip(files, truth):
+            values = np.full((f.steps - 1, len(self.labels)), NO_LABEL)
+            if self.labels and found.keys() >= set(self.labels):
+                values = np.stack([found[k] for k in self.labels], axis=1)
+            elif self.labels:
+                self.unlabelled.append(os.path.relpath(f.path, self.folder))
+            self.truth.append(values)
+
+    def locate(self, u):
+        """(file number, first step) at place u in [0, 1) of all possible windows, in the order of
+        the files."""
+        ends = self.starts.cumsum()
+        at = min(int(u * ends[-1]), int(ends[-1]) - 1)
+        number = int(np.searchsorted(ends, at, side="right"))
+        return number, at - int(ends[number] - self.starts[number])
+
+    def __getitem__(self, item):
+        epoch, index, number, first = item
+        path, stop = self.files[number].path, first + self.length
+        clip = {
+            "z": torch.from_numpy(read_steps(path, first, stop)),
+            "key": f"{os.path.relpath(path, self.folder)}@{first}",
+            "bad": [],
+        }
+        clip["shift"] = torch.from_numpy(
+            np.random.default_rng([self.seed, epoch, index]).random(
+                (self.length - 1, 2), dtype=np.float32
+            )
+        )
+        if self.labels:
+            clip["labels"] = torch.from_numpy(self.truth[number][first : stop - 1].copy())
+        return clip
+
+    def windows(self, batch_size, limit, rank=0, world=1):
+        """Batches of items for validation: windows that do not overlap, at most `limit`, from all
+        files, in a fixed random order; the batches do not depend on the number of ranks that share
+        them, and none has a single window unless there is only one."""
+        every = [
+            (n, k)
+            for n, f in enumerate(self.files)
+            for k in range(0, f.steps - self.length + 1, self.length)
+        ]
+        items = [
+            (0, i, *every[j])
+            for i, j in enumerate(np.random.default_rng(0).permutation(len(every))[:limit])
+        ]
+        count = min(round(len(items) / batch_size), len(items) // 2)
+        parts = np.array_split(np.arange(len(items)), max(count, 1))
+        return [[items[i] for i in part] for part in parts if len(part)][rank::world]
+
+
+def latent_sequences(
+    dataset,
+    batch_size,
+    *,
+    batches_per_epoch=None,
+    num_workers=0,
+    epoch=0,
+    itr=0,
+    rank=0,
+    world=1,
+    items=None,
+    pin_memory=False,
+):
+    """Endless DataLoader from batch `itr` of `epoch` on: {"z" (B, T, C, H, W) float32, "shift",
+    "labels"?, "key"}; or of given `items`. The order is a pure function of (seed, epoch) and the
+    size of an epoch, by default one pass of windows that do not overlap."""
+    batches = batches_per_epoch or max(
+        sum(f.steps // dataset.length for f in dataset.files) // (batch_size * world), 1
+    )
+    order = (
+        items if items is not None else Order(dataset, batch_size, batches, epoch, itr, rank, world)
+    )
+    options = {
+        "persistent_workers": num_workers > 0 and items is None,
+        "worker_init_fn": leave_signals,
+        "pin_memory": pin_memory,
+    }
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate, **options
+    )
+
+
+class _ScalarsOnly(NumpyArrayWrapper):
+    """joblib reads object arrays with a bare pickle.load. The one that a StandardScaler may have,
+    the names of the columns it was fitted on, is read by our own unpickler: no code is run."""
+
+    def read_array(self, unpickler, ensure_native_byte_order):
+        if not self.dtype.hasobject:
+            return super().read_array(unpickler, ensure_native_byte_order)
+        names = _NamesUnpickler(unpickler.file_handle).load()
+        if not isinstance(names, np.ndarray) or not all(isinstance(n, str) for n in names.flat):
+            raise pickle.UnpicklingError("an array of objects that are no names")
+        return names
+
+
+def safe_class(unpickler, module, name):
+    """A class that an array of numbers or names needs; UnpicklingError for any other."""
+    safe = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
+    if module.split(".")[0] == "numpy" and name in safe:
+        return pickle._Unpickler.find_class(unpickler, module, name)
+    raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+class _NamesUnpickler(pickle._Unpickler):
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    find_class = safe_class
+
+
+# Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and
+# claims no memory it does not fill.
+class _ScalerUnpickler(NumpyUnpickler):
+    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+
+    def find_class(self, module, name):
+        ours = {
+            "sklearn.preprocessing._data.StandardScaler": StandardScaler,
+            "joblib.numpy_pickle.NumpyArrayWrapper": _ScalarsOnly,
+        }
+        if f"{module}.{name}" in ours:
+            return ours[f"{module}.{name}"]
+        return safe_class(self, module, name)
+
+
+LARGEST = 1 << 26  # bytes, unpacked; a scaler has a thousand
+
+
+PACKED = {
+    b"x": zlib.decompressobj,
+    b"\x1f\x8b": functools.partial(zlib.decompressobj, 31),
+    b"BZ": bz2.BZ2Decompressor,
+    b"\xfd7zXZ": lzma.LZMADecompressor,
+    b"\x5d\0": lzma.LZMADecompressor,
+}
+
+
+def unpacked(data):
+    """The bytes of a joblib file, unpacked if joblib compressed them (compress=3, .gz, .xz)."""
+    for magic, start in PACKED.items():
+        if data.startswith(magic):
+            unpacker = start()
+            try:
+                data = unpacker.decompress(data, LARGEST)
+            except lzma.LZMAError as e:
+                raise ValueError(f"damaged xz bytes: {e}") from e
+            if not unpacker.eof:
+                raise ValueError(f"compressed bytes that are cut, or more than {LARGEST:,}")
+            return data
+    if data.startswith(b"\x04\x22\x4d\x18"):
+        raise ValueError("lz4 bytes: write it again with joblib.dump(scaler, path)")
+    return data
+
+
+class Fitted(NamedTuple):
+    """What a StandardScaler does to its columns, in numbers."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+    samples: np.ndarray
+    meta: dict
+
+
+def fitted(scaler):
+    """A StandardScaler -> the numbers with which ActionScaler does the same. Of one without the mean
+    or the std, that is 0 or 1."""
+    if not isinstance(scaler, StandardScaler):
+        raise ValueError(f"a {type(scaler).__name__}, not a StandardScaler")
+    if not hasattr(scaler, "n_samples_seen_"):
+        raise ValueError("a StandardScaler that was never fitted")
+    with_mean, with_std = (vars(scaler).get(k, True) for k in ("with_mean", "with_std"))
+    width = len(scaler.mean_) if scaler.mean_ is not None else scaler.n_features_in_
+    mean, scale = np.zeros(width), np.ones(width)
+    if with_mean:
+        mean = scaler.mean_
+    if with_std:
+        scale = scaler.scale_
+    var = np.square(scale) if scaler.var_ is None or not with_std else scaler.var_
+    meta = dict(vars(scaler).get("nanojepa", {}))
+    columns = vars(scaler).get("feature_names_in_")
+    if columns is not None:
+        meta.setdefault("names", [str(name) for name in columns])
+    return Fitted(mean, var, scale, scaler.n_samples_seen_, meta)
+
+
+class ActionScaler(NamedTuple):
+    """Standardiser of the continuous action dimensions: mean, var, scale (A_c,) float64, n samples,
+    meta (dict of plain values: names, units, fps, frames_per_step, action_space or stride,
+    fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+    n: int
+    meta: dict
+
+    @classmethod
+    def from_moments(cls, count, mean, m2, meta):
+        var = np.asarray(m2, dtype=np.float64) / count
+        var = np.where(
+            var <= (count * np.finfo(np.float64).eps * mean) ** 2, 0.0, var
+        )  # rounding alone: scikit-learn's bound
+        return cls(
+            np.asarray(mean, dtype=np.float64),
+            var,
+            np.where(var > 0, np.sqrt(var), 1.0),
+            int(count),
+            meta,
+        )
+
+    @property
+    def hash(self):
+        return hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()[:16]
+
+    def transform(self, actions):
+        """actions (..., A) unscaled -> a copy with the leading continuous dimensions at mean 0,
+        variance 1."""
+        out = np.array(actions, dtype=np.float64)
+        c = len(self.mean)
+        out[..., :c] = (out[..., :c] - self.mean) / self.scale
+        return out
+
+    def save(self, path):
+        """Write `.pkl` (a joblib StandardScaler) or `.safetensors`, atomically; the same numbers
+        give the same bytes."""
+        if str(path).endswith(".safetensors"):
+            tensors = {
+                "mean": self.mean,
+                "var": self.var,
+                "scale": self.scale,
+                "count": np.array([self.n], dtype=np.int64),
+            }
+            data = safetensors_bytes(
+                tensors, metadata={"nanojepa": json.dumps(self.meta, sort_keys=True)}
+            )
+        else:
+            s = StandardScaler()
+            s.mean_, s.var_, s.scale_, s.n_samples_seen_ = self.mean, self.var, self.scale, self.n
+            s.n_features_in_, s.nanojepa = len(self.mean), self.meta
+            data = pickle.dumps(s, protocol=4)  # what joblib.load reads too
+        write_atomically(path, data)
+
+    @classmethod
+    def load(cls, path, flags="--data SHARDS"):
+        """Read what `save` wrote, or any joblib StandardScaler. Raises FileNotFoundError, or
+        ValueError for anything else."""
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"no action scaler at {path}; fit one with: python fit_scaler.py {flags} --output"
+                f" {path}"
+            )
+        try:
+            if str(path).endswith(".safetensors"):
+                with safe_open(path, "numpy") as f:
+                    mean, var, scale, n = (
+                        f.get_tensor(k) for k in ("mean", "var", "scale", "count")
+                    )
+                    meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
+            else:
+                data = unpacked(np.fromfile(path, np.uint8).tobytes())
+                s = _ScalerUnpickler(str(path), io.BytesIO(data), True).load()
+                mean, var, scale, n, meta = fitted(s)
+            out = cls(
+                *(np.array(x, dtype=np.float64) for x in (mean, var, scale)), int(np.max(n)), meta
+            )
+        except (
+            *DAMAGE,
+            pickle.UnpicklingError,
+            SafetensorError,
+            AttributeError,
+            ImportError,
+            ArithmeticError,
+            SystemError,
+        ) as e:
+            raise ValueError(
+                f"{path} is not an action scaler (it holds or lacks: {e}); fit one with"
+                " fit_scaler.py"
+            ) from e
+        if not (
+            out.mean.ndim == 1
+            and out.mean.shape == out.scale.shape
+            and np.isfinite(out.mean).all()
+            and (out.scale > 0).all()
+        ):
+            raise ValueError(
+                f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py"
+            )
+        return out
+
+    def check(self, path, names, fps, frames_per_step, stride=0):
+        """Refuse a scaler that was fitted for other continuous dimensions, fps, frames per step or
+        --stride (ValueError)."""
+        if len(self.mean) != len(names) or self.meta.get("names", names) != names:
+            raise ValueError(
+                f"{path} scales {self.meta.get('names', len(self.mean))}, this run needs {names};"
+                " fit it with fit_scaler.py"
+            )
+        for key, value in (("fps", fps), ("frames_per_step", frames_per_step), ("stride", stride)):
+            if key in self.meta and float(self.meta[key]) != float(value):
+                raise ValueError(
+                    f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}:"
+                    " fit it again"
+                )
+
+
+# Of sums over all ticks of a step of real play; of differences of an arm's poses, 4 a second
+STD_RANGE = {
+    "pixels": (5.0, 500.0),
+    "radians": (0.01, 1.0),
+    "m": (1e-3, 0.3),
+    "rad": (1e-3, 1.0),
+    "closed": (1e-3, 1.0),
+}
 
 
 if __name__ == "__main__":

@@ -25,20 +25,9 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import (
-    Clips,
-    Order,
-    braces,
-    collate,
-    feature_rows,
-    files_below,
-    leave_signals,
-    matches,
-    spread,
-    without_links,
-)
+from data import Clips, Order, collate, leave_signals
+from files.disk import DAMAGE, disk_failed, disk_sentence, trying
 from files.episodes import (
-    DAMAGE,
     STATES,
     Episode,
     filesystem,
@@ -46,8 +35,8 @@ from files.episodes import (
     read_fields,
     read_pictures,
 )
-from files.robot_features import check_features, keep_ranges, to_steps
-from files.streams import disk_failed, disk_sentence, trying
+from files.features import check_features, feature_rows, keep_ranges, to_steps
+from files.shards import braces, files_below, matches, spread, without_links
 
 POSE = [
     "x",

@@ -19,9 +19,7 @@ otherwise, and KEY.actions.npz, yaw and forward between latent steps, for eval_l
 import argparse
 import collections
 import concurrent.futures
-import datetime
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -31,36 +29,38 @@ import signal
 import sys
 import tarfile
 
-import av
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from checkpoint import lock, one_sentence, peak_memory, write_atomically
-from data import (
-    CACHE,
-    READ_ERRORS,
-    Shard,
-    expand,
-    feature_settings,
-    is_stream,
-    line_warnings,
-    shard_index,
-)
+from checkpoint import lock, one_sentence, peak_memory
 from droid import DroidReader, find_episodes, index_episodes
+from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
 from files.episodes import index_file
+from files.features import (
+    Source,
+    index_play,
+    pack_features,
+    plan_episode,
+    plan_recording,
+    segments,
+    settings,
+    sources,
+    tar_names,
+)
 from files.latents import encode_latents, find_files, open_vae
 from files.logs import append_jsonl
-from files.play_features import index_play, plan_recording, segments
-from files.remote import cached
-from files.robot_features import Source, plan_episode, settings, sources, tar_names
-from files.streams import disk_failed, disk_sentence
-from files.vpt import ClipReader, WrongDecoder, step_size, upright
+from files.remote import Shard, cached
+from files.shards import expand, is_stream, line_warnings, shard_index
+from files.video import WrongDecoder
+from files.vpt import ClipReader, step_size
 from kernels import chosen
-from model import encode_steps, normalize_features, pack_features
-from weights import ARCHITECTURES, build_encoder, find_encoder, load_encoder
+from model import encode_steps
+from weights import (
+    encoder_hash,
+    open_encoder,
+)
 
 SETTINGS, LEFT_OUT = (
     "encode.json",
@@ -191,131 +191,6 @@ def check_settings(out, made):
                 raise ValueError(
                     f"{out} holds what other settings made ({old}): choose another --out"
                 )
-
-
-def fetch(name):
-    """The local file of a path, a URL or a released name: fetched once, by rank 0 and then one rank
-    of each other node, into the cache."""
-    waiting = (
-        dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-        if dist.is_initialized()
-        else None
-    )
-    for one in (0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0):
-        if not dist.is_initialized() or dist.get_rank() == one:
-            find_encoder(name, os.path.join(CACHE, "weights"))
-        if waiting:
-            dist.barrier(waiting)
-    return find_encoder(name, os.path.join(CACHE, "weights"))
-
-
-def open_encoder(name, crop_size, frames_per_clip):
-    """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache
-    folder), or of an architecture with seeded random weights, which is said."""
-    if name in ARCHITECTURES:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
-        encoder = build_encoder(name, crop_size, frames_per_clip)
-    else:
-        encoder = load_encoder(fetch(name))
-    if crop_size % encoder.patch_size:
-        raise ValueError(
-            f"--crop_size {crop_size} is no multiple of the encoder's patches of"
-            f" {encoder.patch_size} pixels"
-        )
-    return encoder
-
-
-def encoder_hash(encoder):
-    """16 hex digits over names and values of all weights: which encoder features and checkpoints
-    belong to."""
-    h = hashlib.sha256()
-    for key, value in sorted(encoder.state_dict().items()):
-        h.update(key.encode())
-        h.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
-
-
-def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frames_per_clip):
-    """Where a run's features come from: (encoder or None, {"encoder_hash", "grid", "embed_dim"}).
-
-    records of features need no encoder (None comes back if none is named), but ValueError says if
-    other settings made them."""
-    source = None
-    if records and "safetensors" in records[0].members:
-        made = feature_settings(records)
-        wanted = {
-            "encode": encode,
-            "fps": fps,
-            "frames_per_step": frames_per_step,
-            "crop_size": crop_size,
-        }
-        for k, v in (
-            wanted | ({"frames_per_clip": frames_per_clip} if encode == "clip" else {})
-        ).items():
-            if made.get(k) != str(v):
-                raise ValueError(
-                    f"{records[0].shard} was made with --{k} {made.get(k)}, this run has {v}:"
-                    " change one of them"
-                )
-        source = {
-            "encoder_hash": made["encoder"],
-            "grid": int(made["grid"]),
-            "embed_dim": made["embed_dim"],
-        }
-        if name is None:
-            return None, source
-    encoder = open_encoder(name or "vjepa2_vitl", crop_size, frames_per_clip)
-    found = {
-        "encoder_hash": encoder_hash(encoder),
-        "grid": crop_size // encoder.patch_size,
-        "embed_dim": encoder.embed_dim,
-    }
-    if source and found != source:
-        raise ValueError(
-            f"{records[0].shard} holds features of encoder {source}, --encoder {name} is {found}"
-        )
-    return encoder, found
-
-
-def decoder_of(records, decoder):
-    """The video decoder whose pictures a run sees: the one that made the features (encode.py
-    writes down all but PyAV), or for video the named one. ValueError if --decoder names another
-    than that of features."""
-    if not records or "safetensors" not in records[0].members:
-        return decoder
-    made = feature_settings(records[:1]).get("decoder", "pyav")
-    if decoder not in ("pyav", made):
-        raise ValueError(
-            f"--decoder {decoder}: {records[0].shard} holds features that were made with {made};"
-            " leave the flag out"
-        )
-    return made
-
-
-@torch.no_grad()
-def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
-    """Pictures of one step (av.VideoFrames, or arrays (H, W, 3) uint8) -> its features (N, D)
-    float32, layer-normed; the pictures are resized and cut to the centre as recordings are. stats:
-    of a run's --feature_norm standardize."""
-    frames = []
-    for x in pictures:
-        x = (
-            x
-            if isinstance(x, av.VideoFrame)
-            else av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
-        )
-        x = upright(x, crop_size)
-        top, left = (x.shape[0] - crop_size) // 2, (x.shape[1] - crop_size) // 2
-        frames.append(x[top : top + crop_size, left : left + crop_size])
-    video = (
-        torch.from_numpy(np.stack(frames))
-        .permute(0, 3, 1, 2)[None]
-        .to(encoder.patch_embed.proj.weight.device)
-    )
-    return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats or {})[
-        0, 0
-    ]
 
 
 def estimate(records, tokens, width, args):

@@ -21,19 +21,22 @@ from tqdm import tqdm
 import checkpoint
 from data import windows
 from evaluation import pictures
-from evaluation.runs import (
+from evaluation.held_out import (
+    bands_of,
     from_other_recordings,
+    gap_of,
     gap_text,
     held_out,
     interval_text,
-    open_held_out,
-    open_run,
+    meter_summary,
     precision_of,
     precision_text,
 )
+from evaluation.runs import open_held_out, open_run
+from files.disk import write_atomically
 from files.logs import to_json
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
-from model import meter_summary, predict, predict_on, ratio_interval
+from model import predict, predict_on
 
 SAMPLED, GRID = (
     96,
@@ -41,25 +44,6 @@ SAMPLED, GRID = (
     # clips whose actions are ranked and swept; points along an axis of a landscape, odd: no motion
     # is one of them
 )
-
-
-def bands_of(errors, recordings):
-    """95 % intervals over recordings of what is shown by horizon, {name: (low (K,), high (K,))}:
-    the error rolled out under true, shuffled and zero actions and of the copy, gap and skill."""
-    found = {k: errors[f"ro_{k}"] for k in ("true", "shuffled", "zero", "copy")}
-    bands = {k: ratio_interval(x, torch.ones_like(x), recordings) for k, x in found.items()}
-    low, high = ratio_interval(found["shuffled"], found["true"], recordings)
-    bands["gap"] = (low - 1, high - 1)
-    bands["skill"] = ratio_interval(found["true"], found["copy"], recordings)
-    return {k: (low.tolist(), high.tolist()) for k, (low, high) in bands.items()}
-
-
-def gap_of(other, true, recordings):
-    """other / true - 1 of errors (n, K), averaged over clips and K -> [gap, low, high]: with its 95
-    % interval over recordings."""
-    other, true = (x.double().mean(1) for x in (other, true))
-    low, high = ratio_interval(other, true, recordings)
-    return [(other.mean() / true.mean() - 1).item(), low.item() - 1, high.item() - 1]
 
 
 def action_groups(names):
@@ -525,7 +509,7 @@ if __name__ == "__main__":
         "Attention": [pictures.plot_attention(maps, heads, predictor.grid, patch, now, seconds)],
     }
     out = args.out or os.path.dirname(path) or "."
-    checkpoint.write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
+    write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
     pictures.write_page(
         os.path.join(out, "report.html"),
         f"{path}: does it use the action?",

@@ -10,7 +10,6 @@ checkpoint, then adds to the report what takes longer: probes, decoded frames, a
 network trained with the labels; --no-ceiling leaves it out)."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -18,343 +17,35 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import (
-    adjusted_mutual_info_score,
-    normalized_mutual_info_score,
-)
 from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-from evaluation.runs import precision_of
+from data import Latents, latent_sequences
+from evaluation.codes import (
+    MEANINGS,
+    code_summary,
+    complaints,
+    has_truth,
+    held_out_codes,
+    joint,
+    quantises,
+    truth_notes,
+)
+from evaluation.held_out import precision_of
+from files.disk import write_atomically
 from files.latents import (
-    NO_LABEL,
-    Latents,
     check_metrics,
     decoded_scores,
-    latent_sequences,
     open_manifest,
     open_vae,
     pack_codes,
     unpack_codes,
 )
-from files.logs import read_csv
-from model import LatentActionModel, VectorQuantizer
-
-ERRORS = (
-    "own",
-    "copy",
-    "zero",
-    "marginal",
-    "random",
-    "same",
-    "rollout_4",
-    "copy_4",
-)  # see held_out_codes
-RATIOS = (
-    "mse_over_copy",
-    "mse_over_zero",
-    "mse_over_marginal",
-    "nmse",
-    "psnr_random",
-    "psnr_same",
-    "same_over_own",
-    "rollout_over_copy",
-)
-CODES = (
-    "joint_codes",
-    "joint_perplexity",
-    "slot_perplexity",
-    "codebook_usage",
-    "purity",
-    "nmi",
-    "ami",
-    "purity_one_code",
-)
-MEANINGS = {  # what the table of this script prints beside a number
-    "mse_over_copy": "error over that of copying the step before",
-    "mse_over_zero": "error over that with zeroed codes",
-    "mse_over_marginal": "error over that of the mean prediction under codes of other clips",
-    "nmse": "error over the variance of the latents",
-    "psnr_random": "dB that the own code is better than a random one",
-    "psnr_same": "dB that it is better than another clip's code of the same action",
-    "same_over_own": "error with another clip's code of the same action over that with the own"
-    " code, both of the transitions that have such a clip in their batch",
-    "rollout_over_copy": "error four steps ahead over that of copying",
-    "joint_codes": "actions (all codes of a transition together) in use",
-    "joint_perplexity": "as many equally frequent actions would be as uncertain",
-    "slot_perplexity": "the same of a single code",
-    "codebook_usage": "entries of a table in use",
-    "purity": "share of transitions whose true action is the commonest one of their code, learned"
-    " on the other recordings (a code that those lack counts as wrong)",
-    "nmi": "normalised mutual information of codes and true actions",
-    "ami": "the same above chance",
-    "purity_one_code": "the purity of a single code for everything: the bar for purity",
-}
-
-
-def quantises(model):
-    """Whether the decoder works from codes: that of a continuous model does not, nor that of a
-    run which vq has not reached the end of its warm-up in."""
-    if isinstance(model.quantizer, VectorQuantizer):
-        return model.quantizer.active()
-    return model.quantizer is not None
-
-
-@torch.no_grad()
-def held_out_codes(
-    model, dataset, batch_size, clips, num_workers=0, autocast=contextlib.nullcontext
-):
-    """What a model does with at most `clips` windows of a Latents dataset, shared among ranks (all
-    get everyone's): a dict of arrays over n transitions. codes (n, slots), labels (n, L; NO_LABEL
-    where a file has none), recording (n,), and mean squared errors of the step after, in
-    standardised units: own (its code), copy (of the step before), zero (zeroed codes), marginal
-    (mean prediction under the codes of four other clips: what can be known without the action, nan
-    without other clips), random (uniform codes: Genie's measure), same (the code of another clip of
-    the batch with the same labels, nan without); by clip rollout_4 and copy_4 (four steps ahead),
-    the loss terms of forward, and var, the variance of z."""
-    device, rank, world = (
-        next(model.parameters()).device,
-        *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
-    )
-    items, rows = dataset.windows(max(batch_size, 2), clips, rank, world), []
-    for batch in latent_sequences(dataset, batch_size, num_workers=num_workers, items=items):
-        raw = batch["z"].to(device, non_blocking=True)
-        with autocast():
-            losses = model(raw)
-            indices, _, z_q = model.encode(raw)
-            z, (B, T) = model.normalize(raw), z_q.shape[:2]
-
-            def error(codes, z=z):
-                return (
-                    (model.predict(z[:, :-1], codes) - z[:, 1:]).square().mean((2, 3, 4)).flatten()
-                )
-
-            # a lone clip has no others: its own codes must not pass for theirs
-            others = [torch.roll(z_q, k, 0) for k in range(1, min(B, 5))]
-            marginal, uniform = torch.full_like(z[:, 1:], math.nan), torch.full_like(z_q, math.nan)
-            if others:
-                marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
-                uniform = others[0]
-            if quantises(model):
-                # seeded by the number of a window: the same for any number of ranks
-                generator = torch.Generator().manual_seed(items[len(rows)][0][1])
-                uniform = model.codes(
-                    torch.randint(model.quantizer.K, indices.shape, generator=generator).to(device)
-                )
-            row = {"own": error(z_q), "zero": error(0 * z_q), "random": error(uniform)}
-            row |= {
-                k: (x - z[:, 1:]).square().mean((2, 3, 4)).flatten()
-                for k, x in (("copy", z[:, :-1]), ("marginal", marginal))
-            }
-            ahead = model.normalize(model.rollout(raw[:, 0], z_q[:, :4]))[:, -1]
-            row |= {
-                k: (x - z[:, min(4, T)]).square().mean((1, 2, 3))
-                for k, x in (("rollout_4", ahead), ("copy_4", z[:, 0]))
-            }
-            row["same"] = torch.full_like(row["own"], math.nan)
-            labels = batch.get("labels", torch.zeros(B, T, 0, dtype=torch.long)).flatten(0, 1)
-            if dataset.labels:
-                number = torch.arange(B * T)
-                fits = (labels[:, None] == labels).all(-1) & (number[:, None] // T != number // T)
-                fits &= (labels != NO_LABEL).all(-1)
-                later = torch.where(
-                    fits, B * T - (number - number[:, None]) % (B * T), 0
-                )  # the next one, so that all are used alike
-                found = error(z_q.flatten(0, 1)[later.argmax(1).to(device)].view_as(z_q))
-                row["same"] = torch.where(fits.any(1).to(device), found, row["same"])
-        row |= {
-            "codes": indices.flatten(0, 1),
-            "labels": labels,
-            "recording": torch.tensor([item[2] for item in items[len(rows)]]).repeat_interleave(T),
-            "var": z.var((0, 1, 3, 4)).mean().expand(B),
-        }
-        row |= {k: v.expand(B) for k, v in losses.items() if k != "indices"}
-        rows.append(
-            {
-                k: v.cpu().float().numpy() if v.is_floating_point() else v.cpu().numpy()
-                for k, v in row.items()
-            }
-        )
-    if dist.is_initialized():
-        dist.all_gather_object(everyone := [None] * world, rows)
-        rows = [
-            r
-            for group in zip(*(p + [None] * (max(map(len, everyone)) - len(p)) for p in everyone))
-            for r in group
-            if r is not None
-        ]
-    return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
-
-
-def purity(codes, actions, recordings):
-    """Share of the transitions whose action is the commonest one of their code (n,) in the other
-    recordings (n,): what the literature calls purity, but learned on some recordings and scored on
-    others, each in its turn. A code that the others lack counts as wrong, so that many codes buy
-    nothing. nan with less than two recordings."""
-    names = np.unique(recordings)
-    if len(names) < 2:
-        return math.nan
-    code = np.unique(codes, return_inverse=True)[1].ravel()
-    action = np.unique(actions, return_inverse=True)[1].ravel()
-    total = np.zeros((code.max() + 1, action.max() + 1), dtype=int)
-    np.add.at(total, (code, action), 1)
-    right = 0
-    for name in names:
-        rows = recordings == name
-        others = total.copy()
-        np.subtract.at(others, (code[rows], action[rows]), 1)
-        commonest = np.where(others.max(1) > 0, others.argmax(1), -1)
-        right += int((commonest[code[rows]] == action[rows]).sum())
-    return right / len(code)
-
-
-def joint(labels):
-    """Labels (n, L) as one class (n,)."""
-    return np.unique(labels, axis=0, return_inverse=True)[1].ravel()
-
-
-def perplexity(values):
-    p = np.unique(values, return_counts=True, axis=0)[1] / len(values)
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def over(found, above, below):
-    """Mean of one error over that of another, both of the same transitions: those that have a
-    partner, where one is of a partner (nan without any). An error that is nan for another reason
-    shows."""
-    rows = np.ones(len(found[above]), bool)
-    for name in (above, below):
-        if name in ("marginal", "random", "same"):
-            rows &= ~np.isnan(found[name])
-    if not rows.any():
-        return math.nan
-    return quotient(found[above][rows].mean(), found[below][rows].mean())
-
-
-def quotient(above, below):
-    """above / below; a baseline without any error (nothing moves) is no reason to end."""
-    if below == 0:
-        return math.inf if above else math.nan
-    return float(above / below)
-
-
-def decibels(ratio):
-    if ratio == 0:
-        return -math.inf
-    return 10 * math.log10(ratio) if ratio > 0 else math.nan
-
-
-def code_summary(found, K):
-    """What `held_out_codes` found -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
-    dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of codes and
-    actions (nan without, and where there is only one action). K: codes a slot, None for a model
-    whose decoder does not use codes."""
-    out = {f"mse_over_{k}": over(found, "own", k) for k in ("copy", "zero", "marginal")}
-    out["nmse"] = quotient(found["own"].mean(), found["var"].mean())
-    out |= {f"psnr_{k}": decibels(over(found, k, "own")) for k in ("random", "same")}
-    out["same_over_own"] = over(found, "same", "own")
-    out["rollout_over_copy"] = over(found, "rollout_4", "copy_4")
-    out |= dict.fromkeys(CODES, math.nan)
-    if not K:
-        return out
-    ids = pack_codes(found["codes"], K)
-    out |= {"joint_codes": len(np.unique(ids)), "joint_perplexity": perplexity(ids)}
-    out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
-    out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
-    known = has_truth(found["labels"])
-    if known.any():
-        actions, ids = joint(found["labels"][known]), ids[known]
-        recordings = found["recording"][known]
-        if len(np.unique(actions)) > 1:
-            out["purity"] = purity(ids, actions, recordings)
-            out["purity_one_code"] = purity(0 * ids, actions, recordings)
-            out["nmi"] = float(normalized_mutual_info_score(actions, ids))
-            out["ami"] = float(adjusted_mutual_info_score(actions, ids))
-    return out
-
-
-def has_truth(labels):
-    """Which rows of labels (n, L) say what happened."""
-    if not labels.shape[1]:
-        return np.zeros(len(labels), bool)
-    return (labels != NO_LABEL).all(1)
-
-
-def truth_notes(dataset, found, split):
-    """Sentences about what of the truth is missing, so that a number that is not there has its
-    reason."""
-    if not dataset.labels:
-        yield f"no truth beside the {split} files (KEY.actions.npz): no purity, no AMI"
-        return
-    if dataset.unlabelled:
-        names = ", ".join(dataset.unlabelled[:5])
-        more = ", ..." if len(dataset.unlabelled) > 5 else ""
-        yield (
-            f"{len(dataset.unlabelled)} of {len(dataset.files)} {split} files have no"
-            f" {' and '.join(dataset.labels)} in a KEY.actions.npz and count for errors only:"
-            f" {names}{more}"
-        )
-    if dataset.unused:
-        yield (
-            f"{', '.join(dataset.unused)}: only some {split} files have this label, the others"
-            f" {' and '.join(dataset.labels)} alone; it is not used"
-        )
-    known = has_truth(found["labels"])
-    if len(np.unique(found["recording"][known])) < 2:
-        yield f"purity is learned on other recordings: the {split} files with truth are under two"
-    if known.any() and len(np.unique(joint(found["labels"][known]))) < 2:
-        yield f"all {split} transitions have the same true action: purity and AMI would say nothing"
-
-
-def complaints(summary, quantised):
-    """Sentences about what is wrong with a model, worst first."""
-    if quantised and summary["joint_codes"] < 3:
-        yield (
-            f"{summary['joint_codes']} joint codes are alive: the codebook has collapsed (a longer"
-            " --vq_warmup_steps, --kmeans)"
-        )
-    if np.fmin(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:  # nan: not known
-        yield "the decoder ignores the code: other codes cost it less than 10 %"
-    if summary["same_over_own"] > 2:
-        cost = f"{summary['same_over_own']:.1f} times the error"
-        yield (
-            f"the code of another clip with the same action costs {cost}: the codes are no actions"
-            " (--encoder_shift)"
-        )
-
-
-def plot_curves(out_dir):
-    """curves.png of a run, from train.csv and val.csv."""
-    train, val = (read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
-    fig = Figure(figsize=(13, 4), layout="constrained")
-    axes = fig.subplots(1, 3)
-    at = train["epoch"] + train["itr"] / max(train["itr"].max() + 1, 1)
-    for name in ("mse_loss", "rollout_loss"):
-        axes[0].plot(at, train[name], lw=0.5, label=name.replace("_loss", ", training"))
-    if len(val["epoch"]):
-        axes[0].plot(val["epoch"], val["mse_loss"], "o-", label="mse, held out")
-        for name, label in zip(
-            RATIOS[:3],
-            ("copying the step before", "zeroed codes", "codes of other clips, averaged"),
-        ):
-            axes[1].plot(val["epoch"], val[name], "o-", label=label)
-        for name in ("purity", "ami", "nmi"):
-            axes[2].plot(val["epoch"], val[name], "o-", label=name)
-    titles = ("loss", "held-out error over that of", "codes and true actions, held out")
-    for ax, title, unit in zip(axes, titles, ("squared error, standardised latents", "ratio", "")):
-        ax.set(title=title, xlabel="epoch", ylabel=unit)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=9)
-    axes[0].set_yscale("log")
-    axes[2].set_ylim(-0.05, 1.05)
-    checkpoint.write_atomically(
-        os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110)
-    )
+from model import LatentActionModel
 
 
 def find_manifest(state, data_dir, manifest_path):
@@ -388,7 +79,7 @@ def write_report(out, report):
         return x
 
     text = json.dumps(plain(report), indent=1)
-    checkpoint.write_atomically(os.path.join(out, "report.json"), text.encode())
+    write_atomically(os.path.join(out, "report.json"), text.encode())
 
 
 def open_lam(path):
@@ -530,7 +221,7 @@ def plot_codes(path, ids, actions, names, moves):
     right.set(yticks=[], title="true actions of the steps that get this code", xlabel="true action")
     right.set_xticks(range(len(values)), values, fontsize=11)
     fig.colorbar(image, ax=right, label="share of the code's steps")
-    checkpoint.write_atomically(path, lambda f: fig.savefig(f, dpi=100, format="png"))
+    write_atomically(path, lambda f: fig.savefig(f, dpi=100, format="png"))
 
 
 if __name__ == "__main__":

@@ -13,44 +13,29 @@ of a recording. Recordings are taken in an order that depends on --seed alone un
 episode (droid.py), idle or not."""
 
 import argparse
-import bz2
 import collections
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import io
-import json
-import lzma
 import math
 import multiprocessing
 import os
-import pickle
 import sys
 import tarfile
 import time
-import zlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as safetensors_bytes
-from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from checkpoint import one_sentence, peak_memory, write_atomically
-from data import Slice, is_stream, open_lines
+from checkpoint import one_sentence, peak_memory
+from data import STD_RANGE, ActionScaler, open_lines
 from droid import DroidSteps
-from files.streams import (
-    DAMAGE,
-    READ_ERRORS,
-    disk_failed,
-    disk_sentence,
-    stream_recordings,
-)
+from files.disk import READ_ERRORS, disk_failed, disk_sentence
+from files.shards import Slice, is_stream
+from files.streams import stream_recordings
 from files.vpt import (
     ACTION_SPACES,
     CONTINUOUS,
@@ -152,239 +137,11 @@ parser.add_argument("--seed", type=int, default=0, help="order of the recordings
 # --- the scaler, as other stages use it ---
 
 
-class _ScalarsOnly(NumpyArrayWrapper):
-    """joblib reads object arrays with a bare pickle.load. The one that a StandardScaler may have,
-    the names of the columns it was fitted on, is read by our own unpickler: no code is run."""
-
-    def read_array(self, unpickler, ensure_native_byte_order):
-        if not self.dtype.hasobject:
-            return super().read_array(unpickler, ensure_native_byte_order)
-        names = _NamesUnpickler(unpickler.file_handle).load()
-        if not isinstance(names, np.ndarray) or not all(isinstance(n, str) for n in names.flat):
-            raise pickle.UnpicklingError("an array of objects that are no names")
-        return names
-
-
-def safe_class(unpickler, module, name):
-    """A class that an array of numbers or names needs; UnpicklingError for any other."""
-    safe = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
-    if module.split(".")[0] == "numpy" and name in safe:
-        return pickle._Unpickler.find_class(unpickler, module, name)
-    raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-class _NamesUnpickler(pickle._Unpickler):
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
-    find_class = safe_class
-
-
-# Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and
-# claims no memory it does not fill.
-class _ScalerUnpickler(NumpyUnpickler):
-    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
-
-    def find_class(self, module, name):
-        ours = {
-            "sklearn.preprocessing._data.StandardScaler": StandardScaler,
-            "joblib.numpy_pickle.NumpyArrayWrapper": _ScalarsOnly,
-        }
-        if f"{module}.{name}" in ours:
-            return ours[f"{module}.{name}"]
-        return safe_class(self, module, name)
-
-
-LARGEST = 1 << 26  # bytes, unpacked; a scaler has a thousand
-PACKED = {
-    b"x": zlib.decompressobj,
-    b"\x1f\x8b": functools.partial(zlib.decompressobj, 31),
-    b"BZ": bz2.BZ2Decompressor,
-    b"\xfd7zXZ": lzma.LZMADecompressor,
-    b"\x5d\0": lzma.LZMADecompressor,
-}
-
-
-def unpacked(data):
-    """The bytes of a joblib file, unpacked if joblib compressed them (compress=3, .gz, .xz)."""
-    for magic, start in PACKED.items():
-        if data.startswith(magic):
-            unpacker = start()
-            try:
-                data = unpacker.decompress(data, LARGEST)
-            except lzma.LZMAError as e:
-                raise ValueError(f"damaged xz bytes: {e}") from e
-            if not unpacker.eof:
-                raise ValueError(f"compressed bytes that are cut, or more than {LARGEST:,}")
-            return data
-    if data.startswith(b"\x04\x22\x4d\x18"):
-        raise ValueError("lz4 bytes: write it again with joblib.dump(scaler, path)")
-    return data
-
-
-class Fitted(NamedTuple):
-    """What a StandardScaler does to its columns, in numbers."""
-
-    mean: np.ndarray
-    var: np.ndarray
-    scale: np.ndarray
-    samples: np.ndarray
-    meta: dict
-
-
-def fitted(scaler):
-    """A StandardScaler -> the numbers with which ActionScaler does the same. Of one without the mean
-    or the std, that is 0 or 1."""
-    if not isinstance(scaler, StandardScaler):
-        raise ValueError(f"a {type(scaler).__name__}, not a StandardScaler")
-    if not hasattr(scaler, "n_samples_seen_"):
-        raise ValueError("a StandardScaler that was never fitted")
-    with_mean, with_std = (vars(scaler).get(k, True) for k in ("with_mean", "with_std"))
-    width = len(scaler.mean_) if scaler.mean_ is not None else scaler.n_features_in_
-    mean, scale = np.zeros(width), np.ones(width)
-    if with_mean:
-        mean = scaler.mean_
-    if with_std:
-        scale = scaler.scale_
-    var = np.square(scale) if scaler.var_ is None or not with_std else scaler.var_
-    meta = dict(vars(scaler).get("nanojepa", {}))
-    columns = vars(scaler).get("feature_names_in_")
-    if columns is not None:
-        meta.setdefault("names", [str(name) for name in columns])
-    return Fitted(mean, var, scale, scaler.n_samples_seen_, meta)
-
-
-class ActionScaler(NamedTuple):
-    """Standardiser of the continuous action dimensions: mean, var, scale (A_c,) float64, n samples,
-    meta (dict of plain values: names, units, fps, frames_per_step, action_space or stride,
-    fingerprint). scale is sqrt(var), or 1 where var is 0, as in StandardScaler."""
-
-    mean: np.ndarray
-    var: np.ndarray
-    scale: np.ndarray
-    n: int
-    meta: dict
-
-    @classmethod
-    def from_moments(cls, count, mean, m2, meta):
-        var = np.asarray(m2, dtype=np.float64) / count
-        var = np.where(
-            var <= (count * np.finfo(np.float64).eps * mean) ** 2, 0.0, var
-        )  # rounding alone: scikit-learn's bound
-        return cls(
-            np.asarray(mean, dtype=np.float64),
-            var,
-            np.where(var > 0, np.sqrt(var), 1.0),
-            int(count),
-            meta,
-        )
-
-    @property
-    def hash(self):
-        return hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()[:16]
-
-    def transform(self, actions):
-        """actions (..., A) unscaled -> a copy with the leading continuous dimensions at mean 0,
-        variance 1."""
-        out = np.array(actions, dtype=np.float64)
-        c = len(self.mean)
-        out[..., :c] = (out[..., :c] - self.mean) / self.scale
-        return out
-
-    def save(self, path):
-        """Write `.pkl` (a joblib StandardScaler) or `.safetensors`, atomically; the same numbers
-        give the same bytes."""
-        if str(path).endswith(".safetensors"):
-            tensors = {
-                "mean": self.mean,
-                "var": self.var,
-                "scale": self.scale,
-                "count": np.array([self.n], dtype=np.int64),
-            }
-            data = safetensors_bytes(
-                tensors, metadata={"nanojepa": json.dumps(self.meta, sort_keys=True)}
-            )
-        else:
-            s = StandardScaler()
-            s.mean_, s.var_, s.scale_, s.n_samples_seen_ = self.mean, self.var, self.scale, self.n
-            s.n_features_in_, s.nanojepa = len(self.mean), self.meta
-            data = pickle.dumps(s, protocol=4)  # what joblib.load reads too
-        write_atomically(path, data)
-
-    @classmethod
-    def load(cls, path, flags="--data SHARDS"):
-        """Read what `save` wrote, or any joblib StandardScaler. Raises FileNotFoundError, or
-        ValueError for anything else."""
-        if not os.path.exists(path):
-            raise FileNotFoundError(
-                f"no action scaler at {path}; fit one with: python fit_scaler.py {flags} --output"
-                f" {path}"
-            )
-        try:
-            if str(path).endswith(".safetensors"):
-                with safe_open(path, "numpy") as f:
-                    mean, var, scale, n = (
-                        f.get_tensor(k) for k in ("mean", "var", "scale", "count")
-                    )
-                    meta = json.loads((f.metadata() or {}).get("nanojepa", "{}"))
-            else:
-                data = unpacked(np.fromfile(path, np.uint8).tobytes())
-                s = _ScalerUnpickler(str(path), io.BytesIO(data), True).load()
-                mean, var, scale, n, meta = fitted(s)
-            out = cls(
-                *(np.array(x, dtype=np.float64) for x in (mean, var, scale)), int(np.max(n)), meta
-            )
-        except (
-            *DAMAGE,
-            pickle.UnpicklingError,
-            SafetensorError,
-            AttributeError,
-            ImportError,
-            ArithmeticError,
-            SystemError,
-        ) as e:
-            raise ValueError(
-                f"{path} is not an action scaler (it holds or lacks: {e}); fit one with"
-                " fit_scaler.py"
-            ) from e
-        if not (
-            out.mean.ndim == 1
-            and out.mean.shape == out.scale.shape
-            and np.isfinite(out.mean).all()
-            and (out.scale > 0).all()
-        ):
-            raise ValueError(
-                f"{path} holds a scaler with broken numbers; fit it again with fit_scaler.py"
-            )
-        return out
-
-    def check(self, path, names, fps, frames_per_step, stride=0):
-        """Refuse a scaler that was fitted for other continuous dimensions, fps, frames per step or
-        --stride (ValueError)."""
-        if len(self.mean) != len(names) or self.meta.get("names", names) != names:
-            raise ValueError(
-                f"{path} scales {self.meta.get('names', len(self.mean))}, this run needs {names};"
-                " fit it with fit_scaler.py"
-            )
-        for key, value in (("fps", fps), ("frames_per_step", frames_per_step), ("stride", stride)):
-            if key in self.meta and float(self.meta[key]) != float(value):
-                raise ValueError(
-                    f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}:"
-                    " fit it again"
-                )
-
-
 # --- fitting ---
 
 # Converged: no standard error above --tolerance of its std. The guide's 1 % at 10,000 samples holds
 # for independent ones. The steps of one recording are not: its own std is some 30 % off the average.
 MIN_SAMPLES, MIN_RECORDINGS = 10_000, 20
-# Of sums over all ticks of a step of real play; of differences of an arm's poses, 4 a second
-STD_RANGE = {
-    "pixels": (5.0, 500.0),
-    "radians": (0.01, 1.0),
-    "m": (1e-3, 0.3),
-    "rad": (1e-3, 1.0),
-    "closed": (1e-3, 1.0),
-}
 COLUMNS = [ACTION_SPACES[38].index(name) for name in [*CONTINUOUS, "gui_open"]]
 
 

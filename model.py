@@ -7,21 +7,24 @@ Shapes, one alphabet for the whole project:
 Submodule names are Meta's, so that released weights load by key.
 """
 
+import contextlib
 import functools
 import math
 
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.special import stdtrit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from files.video import upright
 from kernels import (
     apply_rope,
     block_causal_attention,
     linear,
+    low_rank,
     merge_moments,
     merge_over_ranks,
     moments,
@@ -410,30 +413,6 @@ def encode_steps(encoder, video, mode, frames_per_step):
     return h.reshape(B, T, -1, h.shape[-1])  # (B, T, N, D)
 
 
-def pack_features(z, store):
-    """What is stored of features z (S, N, D): {"z"} in bf16, or int8 q with z = q * z_scale * std +
-    mean; z_channels (2, D) float32 holds mean and std of the channels, z_scale (S, N, 1) float16
-    the largest of a token's scaled channels / 127. Scaling the channels first keeps a few large
-    ones from taking all bits of the others. ValueError for what is not finite."""
-    if not z.isfinite().all():
-        raise ValueError("its features are not finite: encode it with --dtype float32")
-    if store == "bf16":
-        return {"z": z.to(torch.bfloat16)}
-    std, mean = torch.std_mean(z.float(), dim=(0, 1), correction=0)
-    std, rows = (
-        std.maximum(1e-6 * mean.abs()).clamp_min(1e-12),
-        [],
-    )  # of a constant channel, what is left is rounding
-    for x in z.split(64):
-        x = (x - mean) / std
-        scale = (
-            (x.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-14).half()
-        )  # below that float16 loses digits
-        rows.append(((x / scale).round().clamp(-127, 127).to(torch.int8), scale))
-    q, scale = (torch.cat(x) for x in zip(*rows))
-    return {"z": q, "z_scale": scale, "z_channels": torch.stack([mean, std])}
-
-
 def normalize_features(h, mean=None, std=None):
     """What the losses compare: optional per-channel centring and scaling, then a layer norm over D
     without affine, in fp32."""
@@ -537,82 +516,6 @@ def compose_states(state0, actions, mean, scale):
     states = state0.unsqueeze(1) + F.pad(diff.cumsum(1), (0, 0, 1, 0))[:, :-1]
     yaw, pitch = states.unbind(-1)
     return torch.stack([math.pi - (math.pi - yaw) % (2 * math.pi), pitch], dim=-1)
-
-
-@torch.no_grad()
-def action_meter(predictor, z, actions, states, others, compose):
-    """Mean absolute error of each clip at each of K = T-1 horizons, (B, K), one step ahead (`tf_`)
-    and rolled out from step 0 (`ro_`): under the true actions, under shuffled ones (`others` (B, K,
-    A): what was done in another recording), under zero ones (the mean action), and of copying the
-    last known step. One step ahead the states are the true ones; rolled out they are
-    `compose(state0, actions)`, since true states would tell what the true actions were."""
-    z, target = z.float(), z[:, 1:].float()
-    errors = {"tf_copy": z[:, :-1], "ro_copy": z[:, :1]}
-    for name, a in (
-        ("true", actions),
-        ("shuffled", others),
-        ("zero", torch.zeros_like(actions)),
-    ):
-        errors[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
-        errors[f"ro_{name}"] = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
-    return {name: (p - target).abs().mean((2, 3)) for name, p in errors.items()}
-
-
-METERS = [
-    f"{p}_{n}"
-    for p in ("tf", "ro")
-    for n in ("true", "shuffled", "zero", "copy", "gap", "gap_low", "gap_high", "skill")
-]
-
-# With fewer recordings no interval is given. `python -m bench.intervals` says how often the
-# intervals of 3 to 20 recordings contain the truth: 90 to 97 % of the time.
-FEWEST_RECORDINGS = 3
-
-
-def ratio_interval(top, bottom, recordings):
-    """95 % interval (low (K,), high (K,)) of mean(top) / mean(bottom), both positive, (n, K) over n
-    clips; nan with fewer than FEWEST_RECORDINGS recordings.
-
-    Clips of one recording are alike, so a recording counts as one observation. The standard error
-    of the ratio's logarithm is the jackknife's (one recording left out at a time), the factor is
-    Student's t. Recordings of equal weight give t G - 1 degrees of freedom. Where few of them hold
-    most clips there are fewer: two thirds of the way to the effective number of recordings, 1 /
-    (sum of squared weights), which is what bench.intervals found to cover."""
-    names = {name: i for i, name in enumerate(dict.fromkeys(recordings))}
-    G = len(names)
-    if G < FEWEST_RECORDINGS:
-        none = torch.full(top.shape[1:], math.nan, dtype=torch.double)
-        return none, none.clone()
-    group = torch.tensor([names[r] for r in recordings])
-    above, below = (
-        torch.zeros(G, *x.shape[1:], dtype=torch.double).index_add_(0, group, x.double())
-        for x in (top, bottom)
-    )
-    ratio = above.sum(0) / below.sum(0)
-    without = (above.sum(0) - above) / (below.sum(0) - below)  # (G, K)
-    error = ((G - 1) / G * (without / ratio).log().square().sum(0)).sqrt()
-    effective = 1 / (below / below.sum(0)).square().sum(0)
-    freedom = (G + 2 * effective) / 3 - 1
-    reach = torch.from_numpy(np.asarray(stdtrit(freedom.numpy(), 0.975))) * error
-    return ratio * (-reach).exp(), ratio * reach.exp()
-
-
-def meter_summary(errors, recordings):
-    """Action meter of many clips -> METERS: {tf_, ro_}{true, shuffled, zero, copy} mean errors, gap
-    = shuffled/true - 1, its 95 % interval over recordings (gap_low, gap_high: `ratio_interval`, nan
-    with too few) and skill = true/copy. errors: name -> (n, K)."""
-    out = {}
-    for p in ("tf", "ro"):
-        clips = {}
-        for name in ("true", "shuffled", "zero", "copy"):
-            clips[name] = errors[f"{p}_{name}"].double().mean(1)
-            out[f"{p}_{name}"] = clips[name].mean().item()
-        low, high = ratio_interval(clips["shuffled"], clips["true"], recordings)
-        out[f"{p}_gap"] = out[f"{p}_shuffled"] / out[f"{p}_true"] - 1
-        out[f"{p}_gap_low"] = low.item() - 1
-        out[f"{p}_gap_high"] = high.item() - 1
-        out[f"{p}_skill"] = out[f"{p}_true"] / out[f"{p}_copy"]
-    return out
 
 
 # --- latent actions ---
@@ -1001,3 +904,232 @@ class LatentActionModel(nn.Module):
             "indices": indices,
         }
         return {"loss": mse + codebook + self.commitment_weight * commitment + rollout} | out
+
+
+@torch.no_grad()
+def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
+    """Pictures of one step (av.VideoFrames, or arrays (H, W, 3) uint8) -> its features (N, D)
+    float32, layer-normed; the pictures are resized and cut to the centre as recordings are. stats:
+    of a run's --feature_norm standardize."""
+    frames = []
+    for x in pictures:
+        x = (
+            x
+            if isinstance(x, av.VideoFrame)
+            else av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
+        )
+        x = upright(x, crop_size)
+        top, left = (x.shape[0] - crop_size) // 2, (x.shape[1] - crop_size) // 2
+        frames.append(x[top : top + crop_size, left : left + crop_size])
+    video = (
+        torch.from_numpy(np.stack(frames))
+        .permute(0, 3, 1, 2)[None]
+        .to(encoder.patch_embed.proj.weight.device)
+    )
+    return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats or {})[
+        0, 0
+    ]
+
+
+def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
+    """A function from a batch of data.py to (z, actions, states) on the device; stats ("mean",
+    "std") of channels may be set later."""
+
+    @torch.no_grad()
+    def inputs(batch, normalize=True):
+        h, actions, states = (
+            batch[k].to(device, non_blocking=True)
+            for k in ("z" if "z" in batch else "video", "actions", "states")
+        )
+        if "z" not in batch:
+            cast = (
+                autocast()
+                if encoder.patch_embed.proj.weight.dtype == torch.float32
+                else contextlib.nullcontext()
+            )
+            with (
+                torch.inference_mode(),
+                cast,
+            ):  # bf16 weights need none, which would only go back and forth
+                h = encode_steps(encoder, h, encode, frames_per_step)
+        return normalize_features(h, **stats) if normalize else h.float(), actions, states
+
+    return inputs
+
+
+TARGETS = {
+    "q_proj": ("attn.qkv", 0),
+    "k_proj": ("attn.qkv", 1),
+    "v_proj": ("attn.qkv", 2),
+    "o_proj": ("attn.proj", None),
+}
+
+
+CONDITION = ("action_encoder", "state_encoder")
+
+
+class LoRALinear(Linear):
+    """A frozen linear layer and its low-rank update W + scale B A (arXiv 2106.09685): A (r, in)
+    Kaiming, B (out, r) zero, both fp32. scale is alpha / sqrt(r) (rsLoRA, arXiv 2312.03732),
+    without rslora alpha / r. With `thirds`, k of the three parts of a fused qkv, each has its own:
+    A (k r, in), B (k, out / 3, r). Weight and bias keep their names."""
+
+    merged = off = False
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=True, thirds=None):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias = base.weight.requires_grad_(False), base.bias.requires_grad_(False)
+        self.r, self.alpha, self.dropout, self.rslora, self.thirds = (
+            r,
+            alpha,
+            dropout,
+            rslora,
+            thirds,
+        )
+        self.scale, k, device = (
+            alpha / (math.sqrt(r) if rslora else r),
+            len(thirds or [0]),
+            base.weight.device,
+        )
+        self.lora_A = nn.Parameter(torch.empty(k * r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(
+            torch.zeros(
+                *((k, base.out_features // 3) if thirds else (base.out_features,)), r, device=device
+            )
+        )
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def full_B(self):
+        """B as one matrix (out, rows of A): block-diagonal for thirds, with zeros for those that
+        have none."""
+        if not self.thirds:
+            return self.lora_B
+        full = self.lora_B.new_zeros(3, self.out_features // 3, len(self.thirds), self.r)
+        full[list(self.thirds), :, list(range(len(self.thirds)))] = self.lora_B
+        return full.view(self.out_features, -1)
+
+    def full_weight(self, sign=1):
+        """W + scale B A, computed in float64: a GPU may multiply fp32 matrices in TF32."""
+        return (
+            self.weight.double()
+            + sign * self.scale * (self.full_B().double() @ self.lora_A.double())
+        ).to(self.weight.dtype)
+
+    def forward(self, x):
+        if self.merged or self.off:
+            return super().forward(x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        drop = F.dropout(x, self.dropout).flatten(0, -2) if self.training and self.dropout else None
+        y = low_rank(
+            x.flatten(0, -2), drop, self.weight, self.bias, self.lora_A, self.full_B(), self.scale
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+def size_of(predictor):
+    width = predictor.predictor_embed.out_features
+    return {
+        "pred_dim": width,
+        "depth": len(predictor.predictor_blocks),
+        "num_heads": width // predictor.head_dim,
+    }
+
+
+def lora_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextlib.contextmanager
+def without_lora(model):
+    """The model as it was before add_lora, its adapters switched off."""
+    for m in lora_layers(model).values():
+        m.off = True
+    yield
+    for m in lora_layers(model).values():
+        m.off = False
+
+
+def put_lora(model, name, r, alpha, dropout, rslora=True, thirds=None):
+    """Replace the layer `name` of a model by a LoRALinear around it, which is returned."""
+    parent, _, last = name.rpartition(".")
+    layer = LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora, thirds)
+    setattr(model.get_submodule(parent), last, layer)
+    return layer
+
+
+def add_lora(
+    model, targets=tuple(TARGETS), r=16, alpha=32, dropout=0.0, rslora=True, fused_qkv=False
+):
+    """Freeze a predictor and put adapters of rank r on the targets of all its blocks. `fused_qkv`
+    shares one adapter among q, k and v. Returns the number of trainable parameters."""
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(
+            f"LoRA targets {', '.join(sorted(unknown))} are unknown, choose from:"
+            f" {', '.join(TARGETS)}"
+        )
+    if not targets or r < 1 or lora_layers(model):
+        raise ValueError(
+            f"LoRA with r={r} on {len(targets)} targets: give r >= 1 and a target, and adapt a"
+            " model once"
+        )
+    thirds = tuple(sorted(TARGETS[t][1] for t in targets if TARGETS[t][1] is not None))
+    if fused_qkv and len(thirds) in (1, 2):
+        raise ValueError(
+            "--fused_qkv is one adapter for q, k and v: name all three as targets, or none"
+        )
+    model.requires_grad_(False)
+    for name in [
+        f"predictor_blocks.{i}.{n}"
+        for i in range(len(model.predictor_blocks))
+        for n in {TARGETS[t][0]: 0 for t in targets}
+    ]:
+        put_lora(
+            model,
+            name,
+            r,
+            alpha,
+            dropout,
+            rslora,
+            thirds if name.endswith("attn.qkv") and not fused_qkv else None,
+        )
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def merge_lora(model, sign=1):
+    """Add the adapters to the weights, at full precision; ValueError if they are in already."""
+    layers = lora_layers(model)
+    if not layers or any(m.merged != (sign < 0) for m in layers.values()):
+        raise ValueError(
+            f"no adapters to {'merge' if sign > 0 else 'unmerge'}: there are none, or that is done"
+            " already"
+        )
+    if sign < 0 and any(m.weight.dtype != torch.float32 for m in layers.values()):
+        raise ValueError(
+            "unmerging in 16 bits does not give the base back (a sixth of its weights change): load"
+            " the base again"
+        )
+    for m in layers.values():
+        m.weight.copy_(m.full_weight(sign))
+        m.merged = sign > 0
+
+
+def unmerge_lora(model):
+    """Take merged adapters out of fp32 weights again, to 1e-7."""
+    merge_lora(model, -1)
+
+
+def lora_state_dict(model):
+    """{name: tensor} of the adapters alone."""
+    return {k: v for k, v in model.state_dict().items() if "lora_" in k.rpartition(".")[2]}
+
+
+@torch.no_grad()
+def merged_state(model):
+    """The state dict of the plain predictor that an adapted one amounts to; the model stays as it
+    is."""
+    found = {k: v for k, v in model.state_dict().items() if "lora_" not in k.rpartition(".")[2]}
+    return found | {
+        f"{name}.weight": m.full_weight() for name, m in lora_layers(model).items() if not m.merged
+    }

@@ -26,19 +26,20 @@ from tqdm import tqdm
 import checkpoint
 from data import collate, windows
 from droid import POSE, compose_poses
-from encode import encoder_hash, open_encoder, picture_features
-from evaluation.runs import (
+from evaluation.held_out import (
     encoder_dtype,
     interval_text,
-    open_held_out,
-    open_run,
     precision_of,
     precision_text,
+    ratio_interval,
 )
+from evaluation.runs import open_held_out, open_run
 from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
+from files.disk import write_atomically
 from files.logs import to_json
 from files.vpt import SLOTS, wrap
-from model import compose_states, ratio_interval
+from model import compose_states, picture_features
+from weights import encoder_hash, open_encoder
 
 TRIVIAL = {
     "rest": "doing nothing",
@@ -608,5 +609,5 @@ if __name__ == "__main__":
         else "plan.json"
     )
     out = args.out or os.path.join(os.path.dirname(path), name)
-    checkpoint.write_atomically(out, to_json(report).encode())
+    write_atomically(out, to_json(report).encode())
     print(f"written to {out}; peak memory {checkpoint.peak_memory(device):.0f} MiB")

@@ -26,18 +26,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from data import (
-    READ_ERRORS,
-    Slice,
-    archive_members,
-    member_place,
-    open_records,
-    open_split,
-    read_start,
-    read_ticks,
-    split_records,
-)
-from encode import open_source
+from data import open_records, open_split, split_records
 from evaluation.heads import (
     anticipation,
     anticipation_table,
@@ -48,28 +37,17 @@ from evaluation.heads import (
     load,
     pool,
 )
-from evaluation.runs import (
-    encoder_dtype,
-    make_inputs,
-    open_run,
-    precision_of,
-    precision_text,
-)
+from evaluation.held_out import encoder_dtype, precision_of, precision_text
+from evaluation.runs import open_run
+from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
 from files.logs import to_json
-from files.streams import disk_failed, disk_sentence, is_apple_double
-from files.vpt import (
-    ACTION_SPACES,
-    BOM,
-    CONTINUOUS,
-    SLOTS,
-    ClipReader,
-    WrongDecoder,
-    mp4_times,
-    read_frames,
-    step_size,
-    wrap,
-)
+from files.shards import Slice, archive_members, member_place, read_start, read_ticks
+from files.streams import is_apple_double
+from files.video import WrongDecoder, mp4_times, read_frames
+from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, ClipReader, step_size, wrap
 from kernels import chosen
+from model import make_inputs
+from weights import open_source
 
 TASKS = ["inverse", "anticipation", "classify"]
 
@@ -253,7 +231,7 @@ def label_shard(source, out, label):
         if not done:
             raise ValueError(f"--label {source}: no video can be used: {bad[0][1]}: {bad[0][2]}")
 
-    checkpoint.write_atomically(out, write)
+    write_atomically(out, write)
     return done, bad
 
 
@@ -539,7 +517,7 @@ if __name__ == "__main__":
     out = os.path.join(
         os.path.dirname(args.out) if args.label else args.out or folder, "probe.json"
     )
-    checkpoint.write_atomically(out, to_json(report).encode())
+    write_atomically(out, to_json(report).encode())
     if args.label:
         head = heads["attentive"]
         done, bad = label_shard(

@@ -27,23 +27,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import weights
-from data import Clips, collate, expand, line_warnings, open_split, vpt_loader, windows
-from encode import decoder_of, open_source
-from evaluation.runs import (
-    blank,
-    gap_text,
-    held_out,
-    leave_group,
-    make_inputs,
-    own_predictor,
-    prefetch,
-)
+from data import ActionScaler, Clips, collate, open_split, prefetch, vpt_loader, windows
+from evaluation.held_out import METERS, blank, gap_text, held_out, leave_group, meter_summary
+from evaluation.runs import own_predictor
 from files.logs import append_jsonl, open_logs, plot_curves
 from files.remote import cached
+from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
-from fit_scaler import ActionScaler
 from kernels import chosen
-from model import METERS, ACModel, Predictor, channel_stats, copy_fitting, meter_summary
+from model import ACModel, Predictor, channel_stats, copy_fitting, make_inputs
+from weights import decoder_of, open_source
 
 # --- flags ---
 parser = argparse.ArgumentParser(

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from eval_lam import (
+from data import Latents, latent_sequences, prefetch
+from evaluation.codes import (
     CODES,
     RATIOS,
     code_summary,
@@ -41,8 +42,8 @@ from eval_lam import (
     quantises,
     truth_notes,
 )
-from evaluation.runs import leave_group, prefetch
-from files.latents import Latents, latent_sequences, open_manifest
+from evaluation.held_out import leave_group
+from files.latents import open_manifest
 from files.logs import open_logs
 from model import LatentActionModel, VectorQuantizer
 

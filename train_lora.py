@@ -26,25 +26,31 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import lora
-from data import collate, windows
+from data import ActionScaler, collate, prefetch, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
-from encode import encoder_hash, fetch, open_source
-from evaluation.runs import (
+from evaluation.held_out import (
     beside,
     beside_columns,
     check_adapters,
     held_out,
     hold_state,
     leave_group,
-    make_inputs,
-    prefetch,
 )
 from files.logs import append_jsonl, open_logs, plot_curves
 from files.mirror import Mirror
-from fit_scaler import ActionScaler
 from kernels import chosen
-from model import ACModel, channel_stats
+from model import TARGETS, ACModel, channel_stats, lora_layers, make_inputs, size_of, without_lora
+from weights import (
+    adapt,
+    encoder_hash,
+    export,
+    fetch,
+    fold_scaler,
+    open_base,
+    open_source,
+    save_adapter,
+    scale_warnings,
+)
 
 # --- flags ---
 parser = argparse.ArgumentParser(
@@ -312,7 +318,7 @@ if __name__ == "__main__":
     ]:
         parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
     args.camera = args.camera or ["exterior_1"]
-    args.targets = args.targets or [*lora.TARGETS]
+    args.targets = args.targets or [*TARGETS]
     args.batch_size, args.grad_accum = (1, 1) if args.debug else (args.batch_size, args.grad_accum)
 
     # --- distributed --- (same in every train_*.py)
@@ -419,7 +425,7 @@ if __name__ == "__main__":
         else encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
     )
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
-    predictor, base_scaler, known, anew = lora.open_base(
+    predictor, base_scaler, known, anew = open_base(
         base, source, len(names), reader.state_dim, size
     )
     if features and not args.encoder and known and "encoder_hash" not in known:
@@ -428,14 +434,14 @@ if __name__ == "__main__":
             f" {source['encoder_hash']}; name --encoder to compare"
         )
     size, base_hash, plain = (
-        lora.size_of(predictor),
+        size_of(predictor),
         encoder_hash(predictor),
         sum(p.numel() for p in predictor.parameters()),
     )
     [
         *map(
             say,
-            lora.scale_warnings(
+            scale_warnings(
                 reader, std, bool(known), base_scaler, None if args.no_scale else scaler
             ),
         )
@@ -447,11 +453,11 @@ if __name__ == "__main__":
             k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")
         }
     )
-    also, file_scaler, same = lora.adapt(
+    also, file_scaler, same = adapt(
         predictor, base_scaler, anew, scaler, options, args.init_from, args.train_condition_encoders
     )
     encoder_for = functools.partial(
-        lora.fold_scaler, predictor.action_encoder, scaler
+        fold_scaler, predictor.action_encoder, scaler
     )  # of actions scaled otherwise
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
     trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
@@ -468,8 +474,7 @@ if __name__ == "__main__":
         f" {source['encoder_hash']}; {kernels}"
     )
     file = 4e-6 * sum(
-        m.lora_A.numel() + m.out_features * len(m.lora_A)
-        for m in lora.lora_layers(predictor).values()
+        m.lora_A.numel() + m.out_features * len(m.lora_A) for m in lora_layers(predictor).values()
     )
     say(
         f"{count:,} of them trained"
@@ -591,7 +596,7 @@ if __name__ == "__main__":
         note_bad(failed)
         return found
 
-    with lora.without_lora(
+    with without_lora(
         predictor
     ):  # the base on the same clips, once: before anything is learned or loaded
         unadapted = evaluate()[0] if val and same and step < total else None
@@ -666,7 +671,7 @@ if __name__ == "__main__":
             0,
         )
         if not args.full:
-            lora.save_adapter(
+            save_adapter(
                 predictor,
                 os.path.join(args.out_dir, "adapter"),
                 str(base),
@@ -807,9 +812,7 @@ if __name__ == "__main__":
             encoder, model, optimizer, inputs(batch), options, args.dtype, autocast
         )
     if args.export and writes and step >= total:
-        lora.export(
-            predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats}
-        )
+        export(predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats})
     if mirror:
         mirror.close()
     say(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")

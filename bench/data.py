@@ -24,6 +24,8 @@ import tarfile
 import tempfile
 import time
 
+from files.shards import Slice, index_shards, read_ticks
+
 SCRATCH = tempfile.mkdtemp(prefix="nanojepa-bench-")
 atexit.register(shutil.rmtree, SCRATCH)
 os.environ["NANOJEPA_CACHE"] = os.path.join(
@@ -38,7 +40,8 @@ from tqdm import tqdm  # noqa: E402
 import data  # noqa: E402
 from bench import report  # noqa: E402
 from bench.readers import droid_rows, latent_rows, make_tfrecord  # noqa: E402
-from files.vpt import ClipReader, mp4_times  # noqa: E402
+from files.video import mp4_times
+from files.vpt import ClipReader
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -183,7 +186,7 @@ def bare_decord(path, times, wanted, size):
         )
 
 
-class CountedSlice(data.Slice):
+class CountedSlice(Slice):
     total = 0
 
     def close(self):
@@ -259,7 +262,7 @@ if __name__ == "__main__":
         if not os.path.exists(path):
             make_tfrecord(path, args.episodes, args.steps)
         report(droid_rows(path, args.steps), args.json, torch.device("cpu"))
-    data.Slice = CountedSlice
+    Slice = CountedSlice
     for gop in args.gop if "vpt" in args.of else ():
         path = os.path.join(folder, f"{args.size}-{args.minutes:g}min-gop{gop}.tar")
         if not os.path.exists(path):
@@ -267,10 +270,10 @@ if __name__ == "__main__":
                 path, round(args.minutes * 1200), [int(x) for x in args.size.split("x")], gop
             )
         times = [time.perf_counter()]
-        records = data.index_shards([path])[0]
+        records = index_shards([path])[0]
         for _ in range(2):
             times.append(time.perf_counter())
-            data.read_ticks(records[0])
+            read_ticks(records[0])
         index, parsed, cached = np.diff([*times, time.perf_counter()]) * 1e3
         about = {
             "video": args.size,

@@ -30,8 +30,8 @@ from tqdm import tqdm
 import encode
 from bench import report
 from bench.step import useful_flops
-from data import expand, index_shards
 from files.logs import read_csv
+from files.shards import expand, index_shards
 from model import Predictor
 from weights import build_encoder
 

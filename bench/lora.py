@@ -18,8 +18,8 @@ import torch
 
 import bench
 from evaluation.memory import activation_bytes
-from lora import add_lora, lora_layers, save_adapter
-from model import ACModel, Predictor
+from model import ACModel, Predictor, add_lora, lora_layers
+from weights import save_adapter
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data import Latents, latent_sequences
 from droid import DroidReader, open_droid
 from files import latents
 from files.episodes import Episode, fetch, index_rlds, places, read_fields, values
@@ -170,8 +171,8 @@ def latent_rows(folder, windows=256):
                 data=rng.standard_normal((400, 16, 2, 64, 64)).astype(np.float16),
                 **options,
             )
-        dataset = latents.Latents([latents.LatentFile(path, 800, (400, 16, 2, 64, 64))], 8)
-        loader = latents.latent_sequences(dataset, 8)
+        dataset = Latents([latents.LatentFile(path, 800, (400, 16, 2, 64, 64))], 8)
+        loader = latent_sequences(dataset, 8)
         items, ours, seconds = (
             list(itertools.islice(loader.batch_sampler, windows // 8)),
             iter(loader),

@@ -27,11 +27,13 @@ import torch.multiprocessing
 import bench
 import bench.data  # sets a cache of its own before data.py is imported, and makes recordings
 from bench.step import useful_flops
-from data import Clips, Slice, index_shards
+from data import Clips
 from evaluation.memory import activation_bytes
+from files.features import pack_features
+from files.shards import Slice, index_shards
 from files.vpt import ClipReader, parse_ticks
 from kernels import linear
-from model import ACModel, Encoder, Predictor, encode_steps, pack_features
+from model import ACModel, Encoder, Predictor, encode_steps
 from weights import ARCHITECTURES
 
 STEPS, PIXELS, GRID, NODE = 8, 256, 16, 8  # steps of a clip, pixels, patches a side, GPUs of a node

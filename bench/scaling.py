@@ -15,9 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 import bench
-from checkpoint import write_atomically
-from evaluation.runs import make_inputs
-from model import ACModel, Predictor
+from files.disk import write_atomically
+from model import ACModel, Predictor, make_inputs
 from weights import ARCHITECTURES, build_encoder
 
 SWEEPS = {

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import bench
-from evaluation.runs import make_inputs
-from model import IMAGENET_MEAN, IMAGENET_STD, ACModel, Predictor
+from model import IMAGENET_MEAN, IMAGENET_STD, ACModel, Predictor, make_inputs
 from weights import ARCHITECTURES, build_encoder
 
 

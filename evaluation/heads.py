@@ -23,9 +23,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import READ_ERRORS, Clips, collate, leave_signals, windows
-from files.streams import Unreachable, persistently
-from files.vpt import CONTINUOUS, WrongDecoder
+from data import Clips, collate, leave_signals, windows
+from files.disk import READ_ERRORS, Unreachable, persistently
+from files.video import WrongDecoder
+from files.vpt import CONTINUOUS
 from model import Block, predict
 
 RANK = 48  # principal components of a token whose products the linear head gets

@@ -6,8 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
-from lora import add_lora, lora_layers, size_of
-from model import ACModel, Predictor
+from model import ACModel, Predictor, add_lora, lora_layers, size_of
 
 
 def activation_bytes(model, *inputs):

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.decomposition import PCA
 
-import checkpoint
-from data import Slice, expand, index_shards, read_ticks
-from files.vpt import mp4_times, step_size
+from files.disk import write_atomically
+from files.shards import Slice, expand, index_shards, read_ticks
+from files.video import mp4_times
+from files.vpt import step_size
 from kernels import apply_rope
 from model import rope_tables
 
@@ -62,7 +63,7 @@ COLORS = {"true": "C0", "shuffled": "C3", "zero": "C1", "copy": "0.4"}
 
 def table(errors, summary, seconds, gap):
     """What the action meter says, as lines for a person; `seconds` is the length of a step, `gap`
-    what runs.gap_text says of the one one step ahead."""
+    what gap_text says of the one one step ahead."""
     lines = ["one step ahead"]
     lines.append(f"  skill (error / copying the last step)  {summary['tf_skill']:.3f}")
     gap = gap.replace(" [", ", 95 % interval over recordings [")
@@ -402,4 +403,4 @@ def write_page(path, title, facts, figures):
             f"<h2>{heading}</h2><p>{html.escape(CAPTIONS[heading] if found else NO_PIXELS)}</p>"
         )
         parts += map(picture, found)
-    checkpoint.write_atomically(path, "\n".join(parts).encode())
+    write_atomically(path, "\n".join(parts).encode())

@@ -22,10 +22,19 @@ import orjson
 from google_crc32c import value as crc32c
 from PIL import Image
 
-from data import CACHE, Slice, files_below, list_folder, read_cache, write_cache
-from files.robot_features import index_tar
-from files.streams import DAMAGE, Unreachable, disk_failed, disk_sentence, trying
-from files.vpt import mp4_times, read_frames
+from files.disk import (
+    CACHE,
+    DAMAGE,
+    Unreachable,
+    disk_failed,
+    disk_sentence,
+    read_cache,
+    trying,
+    write_cache,
+)
+from files.features import index_tar
+from files.shards import Slice, files_below, list_folder
+from files.video import mp4_times, read_frames
 
 CAMERAS = {
     "exterior_1": "exterior_image_1_left",
@@ -85,7 +94,7 @@ KINDS = {0x0A: "bytes", 0x12: "floats", 0x1A: "integers"}  # of the list in a Fe
 
 
 class Episode(NamedTuple):
-    """A stretch of an episode (a data.Record to data.py): all of it, or one of the ranges that the
+    """A stretch of an episode (a Record to data.py): all of it, or one of the ranges that the
     idle filter keeps."""
 
     shard: str  # the file that holds it

@@ -6,7 +6,6 @@ it may lie KEY.actions.npz, what truly happened: integer arrays of length chunks
 between steps t and t+1, one or more labels by name; training never sees them. `python -m
 prepare.manifest` checks and splits a folder."""
 
-import collections
 import errno
 import functools
 import importlib.util
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_atomically
-from data import READ_ERRORS, Order, Slice, collate, leave_signals, read_ticks
-from files.streams import disk_failed, disk_sentence
-from files.vpt import ACTION_SPACES, ClipReader, mp4_times, read_frames, step_actions, video_rate
+from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
+from files.shards import Slice, read_ticks
+from files.video import mp4_times, read_frames, video_rate
+from files.vpt import ACTION_SPACES, ClipReader, step_actions
 
 VAE_FRAMES = 4  # that a video VAE merges in time
 NO_LABEL = -(2**63)  # in the place of a label: this file does not say what happened
@@ -328,116 +327,6 @@ def write_latents(folder, key, z, labels):
         lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}),
     )
     write_atomically(os.path.join(folder, f"{key}.h5"), write)
-
-
-class Latents(torch.utils.data.Dataset):
-    """Windows of `length` steps. An item is (epoch, index, file number, first step); the dict has z
-    (T, C, H, W), shift (T-1, 2) uniform in [0, 1) by (seed, epoch, index), labels (T-1, L) int64
-    where there are any, and key.
-
-    `.labels` are the names that most files with labels have; a file that lacks one of them has
-    NO_LABEL there, and is in `.unlabelled`. Other names that some files have are in `.unused`."""
-
-    def __init__(self, files, length, seed=0):
-        self.files, self.length, self.seed = files, length, seed
-        if not files:
-            raise ValueError(
-                "the manifest has no files in this split: choose another, or make the manifest"
-                " again with other ratios"
-            )
-        self.starts = np.array([max(f.steps - length + 1, 0) for f in files])
-        if not self.starts.sum():
-            raise ValueError(f"no file has the {length} steps of a window: lower --sequence_length")
-        self.folder = os.path.commonpath([os.path.dirname(os.path.abspath(f.path)) for f in files])
-        truth = [read_labels(f.path, f.steps) for f in files]
-        sets = collections.Counter(tuple(sorted(t)) for t in truth if t)
-        self.labels = []
-        if sets:  # of two that are equally frequent the one that more files have
-            have = {names: sum(t.keys() >= set(names) for t in truth) for names in sets}
-            self.labels = list(max(sets, key=lambda names: (sets[names], have[names])))
-        self.unused = sorted({k for t in truth for k in t} - set(self.labels))
-        self.truth, self.unlabelled = [], []
-        for f, found in zip(files, truth):
-            values = np.full((f.steps - 1, len(self.labels)), NO_LABEL)
-            if self.labels and found.keys() >= set(self.labels):
-                values = np.stack([found[k] for k in self.labels], axis=1)
-            elif self.labels:
-                self.unlabelled.append(os.path.relpath(f.path, self.folder))
-            self.truth.append(values)
-
-    def locate(self, u):
-        """(file number, first step) at place u in [0, 1) of all possible windows, in the order of
-        the files."""
-        ends = self.starts.cumsum()
-        at = min(int(u * ends[-1]), int(ends[-1]) - 1)
-        number = int(np.searchsorted(ends, at, side="right"))
-        return number, at - int(ends[number] - self.starts[number])
-
-    def __getitem__(self, item):
-        epoch, index, number, first = item
-        path, stop = self.files[number].path, first + self.length
-        clip = {
-            "z": torch.from_numpy(read_steps(path, first, stop)),
-            "key": f"{os.path.relpath(path, self.folder)}@{first}",
-            "bad": [],
-        }
-        clip["shift"] = torch.from_numpy(
-            np.random.default_rng([self.seed, epoch, index]).random(
-                (self.length - 1, 2), dtype=np.float32
-            )
-        )
-        if self.labels:
-            clip["labels"] = torch.from_numpy(self.truth[number][first : stop - 1].copy())
-        return clip
-
-    def windows(self, batch_size, limit, rank=0, world=1):
-        """Batches of items for validation: windows that do not overlap, at most `limit`, from all
-        files, in a fixed random order; the batches do not depend on the number of ranks that share
-        them, and none has a single window unless there is only one."""
-        every = [
-            (n, k)
-            for n, f in enumerate(self.files)
-            for k in range(0, f.steps - self.length + 1, self.length)
-        ]
-        items = [
-            (0, i, *every[j])
-            for i, j in enumerate(np.random.default_rng(0).permutation(len(every))[:limit])
-        ]
-        count = min(round(len(items) / batch_size), len(items) // 2)
-        parts = np.array_split(np.arange(len(items)), max(count, 1))
-        return [[items[i] for i in part] for part in parts if len(part)][rank::world]
-
-
-def latent_sequences(
-    dataset,
-    batch_size,
-    *,
-    batches_per_epoch=None,
-    num_workers=0,
-    epoch=0,
-    itr=0,
-    rank=0,
-    world=1,
-    items=None,
-    pin_memory=False,
-):
-    """Endless DataLoader from batch `itr` of `epoch` on: {"z" (B, T, C, H, W) float32, "shift",
-    "labels"?, "key"}; or of given `items`. The order is a pure function of (seed, epoch) and the
-    size of an epoch, by default one pass of windows that do not overlap."""
-    batches = batches_per_epoch or max(
-        sum(f.steps // dataset.length for f in dataset.files) // (batch_size * world), 1
-    )
-    order = (
-        items if items is not None else Order(dataset, batch_size, batches, epoch, itr, rank, world)
-    )
-    options = {
-        "persistent_workers": num_workers > 0 and items is None,
-        "worker_init_fn": leave_signals,
-        "pin_memory": pin_memory,
-    }
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=order, num_workers=num_workers, collate_fn=collate, **options
-    )
 
 
 def pack_codes(indices, K):

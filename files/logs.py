@@ -8,7 +8,7 @@ import os
 import numpy as np
 from matplotlib.figure import Figure
 
-from checkpoint import write_atomically
+from files.disk import write_atomically
 
 
 def open_csv(path, header, epoch, itr, keep):

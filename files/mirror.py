@@ -12,6 +12,7 @@ import time
 import fsspec
 
 import checkpoint
+from files.disk import write_atomically
 
 ID = "run_id"  # a file that tells runs apart, here and at the URL
 SENT = "sync.json"  # a file of this folder alone: what is at which URL
@@ -136,7 +137,7 @@ class Mirror:
             )
         if ID not in there and not (newest_here and read(self.folder, ID)):
             run_id = os.urandom(8).hex().encode()
-            checkpoint.write_atomically(os.path.join(self.folder, ID), run_id)
+            write_atomically(os.path.join(self.folder, ID), run_id)
 
         # from now on that run is this one, even if fetching it is cut off
         self.note({} if foreign else self.sent or {})
@@ -152,7 +153,7 @@ class Mirror:
             with self.fs.open(f"{self.root}/{name}", "rb") as source:
                 path = os.path.join(self.folder, name)
                 copy = functools.partial(shutil.copyfileobj, source, length=1 << 24)
-                checkpoint.write_atomically(path, copy)
+                write_atomically(path, copy)
         here = listing(LOCAL, self.folder)
         self.note(self.sent | {name: here[name] for name in here if name in there})
 
@@ -167,7 +168,7 @@ class Mirror:
         """Remember what is at the URL, here and on disk."""
         self.sent = sent
         text = json.dumps({self.place: sent}).encode()
-        checkpoint.write_atomically(os.path.join(self.folder, SENT), text)
+        write_atomically(os.path.join(self.folder, SENT), text)
 
     def start(self, name, size=0):
         """A file is on its way from now on."""

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 
-from checkpoint import write_atomically
-from files.streams import Stream, Unreachable, trying
+from files.disk import Unreachable, trying, write_atomically
+from files.streams import Stream
 
 BLOCK = 1 << 18  # what an index asks for at once
 PATIENCE = 600.0  # seconds to wait for room in a cache whose files are all in use

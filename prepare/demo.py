@@ -31,7 +31,7 @@ import numpy as np
 import vizdoom
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from files.disk import write_atomically
 from files.vpt import DEGREES_PER_PIXEL
 from prepare.doom import (
     FPS,

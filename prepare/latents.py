@@ -29,9 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import READ_ERRORS, expand, index_shards
+from files.disk import READ_ERRORS, disk_failed
 from files.latents import VAE_FRAMES, find_files, latent_frames, write_latents
-from files.streams import disk_failed
+from files.shards import expand, index_shards
 
 PATCH, CHANNELS = 4, 16
 

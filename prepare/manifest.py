@@ -24,7 +24,8 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import one_sentence, write_atomically
+from checkpoint import one_sentence
+from files.disk import write_atomically
 from files.latents import (
     SUFFIX,
     find_files,

@@ -31,7 +31,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import one_sentence, write_atomically
+from checkpoint import one_sentence
+from files.disk import write_atomically
 from files.episodes import CAMERAS, masked_crc
 from prepare.arm import HEIGHT, RATE, WIDTH, WORLDS, play
 

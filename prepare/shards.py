@@ -29,17 +29,11 @@ import zlib
 
 from tqdm import tqdm
 
-from checkpoint import write_atomically
-from data import READ_ERRORS, Slice, archive_members, files_below
-from files.streams import disk_failed, disk_sentence, is_apple_double
-from files.vpt import (
-    ClipReader,
-    mp4_times,
-    name_warnings,
-    parse_ticks,
-    read_frames,
-    video_rate,
-)
+from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
+from files.shards import Slice, archive_members, files_below
+from files.streams import is_apple_double
+from files.video import mp4_times, read_frames, video_rate
+from files.vpt import ClipReader, name_warnings, parse_ticks
 
 # --- download ---
 

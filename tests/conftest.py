@@ -11,6 +11,8 @@ import tarfile
 import tempfile
 from fractions import Fraction
 
+from files import disk
+
 os.environ["NANOJEPA_CACHE"] = tempfile.mkdtemp(
     prefix="nanojepa-cache-"
 )  # before data.py is imported: it reads this once
@@ -22,7 +24,7 @@ import pytest  # noqa: E402
 from files import streams  # noqa: E402
 
 streams.WAIT = 0.01  # seconds between tries, which are 1 to 30; programs started by tests keep them
-streams.PAUSES = (0.01, 0.01)  # and those before a disk is asked again
+disk.PAUSES = (0.01, 0.01)  # and those before a disk is asked again
 
 WIDTH, HEIGHT, BLOCK, LEFT = 80, 64, 16, 8  # a 64-pixel centre crop shows all blocks
 

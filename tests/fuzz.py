@@ -45,19 +45,13 @@ from tqdm import tqdm  # noqa: E402
 import bench  # noqa: E402
 import checkpoint  # noqa: E402
 import weights  # noqa: E402
-from data import (  # noqa: E402
-    READ_ERRORS,
-    Clips,
-    Record,
-    feature_rows,
-    feature_settings,
-    index_shards,
-    read_ticks,
-)
+from data import ActionScaler, Clips
 from files import episodes, latents  # noqa: E402
-from files.robot_features import keep_ranges  # noqa: E402
-from files.vpt import ClipReader, mp4_times, parse_ticks, read_frames  # noqa: E402
-from fit_scaler import ActionScaler  # noqa: E402
+from files.disk import READ_ERRORS
+from files.features import feature_rows, feature_settings, keep_ranges
+from files.shards import Record, index_shards, read_ticks
+from files.video import mp4_times, read_frames
+from files.vpt import ClipReader, parse_ticks
 from prepare.manifest import check  # noqa: E402
 from prepare.robot import record  # noqa: E402
 from tests.seeds import mutate, seeds  # noqa: E402

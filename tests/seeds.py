@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 from sklearn.preprocessing import StandardScaler
 
-from fit_scaler import ActionScaler
-from model import Encoder, pack_features
+from data import ActionScaler
+from files.features import pack_features
+from model import Encoder
 from prepare.robot import droid_example, record
 
 PIECES = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import checkpoint
-from files import logs
+from files import disk, logs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -207,14 +207,14 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 
 def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
     """Bug: an error halfway through truncates what was there, or leaves its temporary file."""
-    checkpoint.write_atomically(tmp_path / "new" / "a.json", b"old")
+    disk.write_atomically(tmp_path / "new" / "a.json", b"old")
 
     def half(f):
         f.write(b"half of the new")
         raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        checkpoint.write_atomically(tmp_path / "new" / "a.json", half)
+        disk.write_atomically(tmp_path / "new" / "a.json", half)
     assert (tmp_path / "new" / "a.json").read_bytes() == b"old" and os.listdir(
         tmp_path / "new"
     ) == ["a.json"]

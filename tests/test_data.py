@@ -27,29 +27,23 @@ from safetensors.torch import save as safetensors_bytes
 
 import data
 from data import (
+    ActionScaler,
     Clips,
     Order,
-    Record,
-    Slice,
     StreamedClips,
-    expand,
-    feature_settings,
-    index_shards,
-    is_stream,
     open_lines,
     open_records,
     open_split,
-    read_ticks,
-    shard_index,
     split_records,
     vpt_loader,
     windows,
 )
 from evaluation.heads import Windows
-from files import streams, vpt
+from files import disk, shards, streams, video, vpt
+from files.features import feature_settings
+from files.shards import Record, Slice, expand, index_shards, is_stream, read_ticks, shard_index
 from files.streams import stream_recordings
 from files.vpt import ClipReader
-from fit_scaler import ActionScaler
 
 READER = ClipReader(crop_size=HEIGHT)
 
@@ -489,7 +483,7 @@ def test_augmentations_follow_the_clip_not_the_worker(shards):
 
 def test_resuming_decodes_nothing_that_was_seen(shards, monkeypatch):
     """Bug: the first half of an epoch is decoded again to be thrown away."""
-    calls, read = [], vpt.read_frames
+    calls, read = [], video.read_frames
     monkeypatch.setattr(vpt, "read_frames", lambda *a: calls.append(a) or read(*a))
     take(loader_of(shards, batches_per_epoch=1000, itr=998), 1)
     assert len(calls) == 4
@@ -692,7 +686,7 @@ def test_only_what_the_system_says_is_the_disk():
     failed = [
         OSError(errno.EIO, "Input/output error"),
         PermissionError(errno.EACCES, "Permission denied"),
-        streams.Unreachable("x"),
+        disk.Unreachable("x"),
         MemoryError(),
         OSError("Can't synchronously read data (file read failed: errno = 5, error message = 'x')"),
         KeyError("Unable to open object (file read failed: errno = 116, error message = 'x')"),
@@ -706,7 +700,7 @@ def test_only_what_the_system_says_is_the_disk():
         ValueError("the mp4 is truncated"),
         EOFError(),
     ]
-    assert all(map(streams.disk_failed, failed)) and not any(map(streams.disk_failed, damaged))
+    assert all(map(disk.disk_failed, failed)) and not any(map(disk.disk_failed, damaged))
 
 
 def test_nothing_but_bad_clips_is_an_error_that_names_the_file(tmp_path, mp4):
@@ -752,7 +746,7 @@ def test_gui_drop_replaces_clips(tmp_path, mp4):
 def many_records(shards, recordings, suffixes=("",)):
     member = {"safetensors": (0, 1)} if suffixes != ("",) else {"mp4": (0, 1), "jsonl": (0, 1)}
     return [
-        data.Record(f"s{s:02d}.tar", f"r{s}-{k}{x}", member, 100)
+        Record(f"s{s:02d}.tar", f"r{s}-{k}{x}", member, 100)
         for s in range(shards)
         for k in range(recordings)
         for x in suffixes
@@ -961,7 +955,7 @@ def test_a_rate_that_fps_does_not_divide_is_reported(rates):
 def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     """Bug: a key in another spelling, or no clock, is found in the results, if ever."""
     good = records_of(*rates.values())[0]
-    assert data.line_warnings(good) == []
+    assert shards.line_warnings(good) == []
     strange = {
         "a.mp4": mp4,
         "a.jsonl": jsonl(guide_lines(300, 20, keyboard={"keys": ["spacce"]})),
@@ -970,11 +964,11 @@ def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     }
     records, _ = records_of(write_tar(tmp_path / "a.tar", strange))
     for _ in range(2):  # from the lines, then from the cache
-        name, clock, keys = data.line_warnings(records)
+        name, clock, keys = shards.line_warnings(records)
         assert 'key "spacce" (nearest known name: "key.keyboard.space") on 300 lines' in name
         assert "b, have a video of 60 frames a second and lines without timestamp" in clock
         assert keys.startswith("no key is held on any line")
-    assert data.line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
+    assert shards.line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
 
 
 def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4):

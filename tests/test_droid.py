@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import droid
-from data import windows
+from data import ActionScaler, windows
 from droid import (
     DroidClips,
     DroidReader,
@@ -43,7 +43,6 @@ from droid import (
     pose_actions,
 )
 from files import episodes
-from fit_scaler import ActionScaler
 from prepare.robot import droid_example, example, record, varint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

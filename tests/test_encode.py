@@ -23,9 +23,11 @@ from test_train import ROOT, TINY, TORCHRUN, Run, fails, numbers, run, start_ran
 
 import checkpoint
 import encode
-from data import feature_rows, feature_settings, index_shards, shard_index
-from files.robot_features import index_tar
-from model import METERS, normalize_features, pack_features
+import weights
+from evaluation.held_out import METERS
+from files.features import feature_rows, feature_settings, index_tar, pack_features
+from files.shards import index_shards, shard_index
+from model import normalize_features
 from prepare.robot import record
 
 HOW = "--encoder vit_tiny --crop_size 32"
@@ -454,8 +456,8 @@ def test_the_decoder_is_part_of_features(shards, tmp_path):
     run(tmp_path, "encode.py", *flags, "--decoder decord")
     records, _ = index_shards([str(tmp_path / "f" / "shard-000000.tar")])
     assert feature_settings(records)["decoder"] == "decord"
-    assert encode.decoder_of(records, "pyav") == "decord"
-    assert encode.decoder_of(records, "decord") == "decord"
+    assert weights.decoder_of(records, "pyav") == "decord"
+    assert weights.decoder_of(records, "decord") == "decord"
     assert "holds what other settings made" in fails(tmp_path, "encode.py", *flags)
     latents = [*flags[:2], "--vae diffusers:x --decoder decord --out", tmp_path / "v"]
     assert "latents are made of PyAV's pictures" in fails(tmp_path, "encode.py", *latents)

@@ -21,10 +21,10 @@ from test_train import fails, numbers, run
 import checkpoint
 import eval as report
 from bench import intervals
-from data import index_shards, windows
+from data import ActionScaler, windows
 from droid import DroidReader, open_droid
 from evaluation import pictures
-from evaluation.runs import (
+from evaluation.held_out import (
     another_recording,
     beside,
     encoder_dtype,
@@ -32,16 +32,16 @@ from evaluation.runs import (
     gap_text,
     held_out,
     hold_state,
-    open_held_out,
-    open_run,
+    meter_summary,
     precision_of,
     precision_text,
+    ratio_interval,
 )
+from evaluation.runs import open_held_out, open_run
 from files import logs
+from files.shards import index_shards
 from files.vpt import ACTION_SPACES, ClipReader
-from fit_scaler import ActionScaler
-from lora import add_lora, lora_layers
-from model import Predictor, meter_summary, predict, ratio_interval
+from model import Predictor, add_lora, lora_layers, predict
 
 VPT = "--encoder vit_tiny --crop_size 32"
 SIZE = "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"

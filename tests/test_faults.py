@@ -13,7 +13,8 @@ import torch
 
 import checkpoint
 import tests.faults as faults
-from data import Clips, index_shards
+from data import Clips
+from files.shards import index_shards
 from files.vpt import ClipReader
 from tests.world import ROOT, World
 

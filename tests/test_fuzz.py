@@ -18,10 +18,10 @@ from safetensors.torch import save as safetensors_bytes
 
 import checkpoint
 import weights
-from data import Record, feature_header, index_shards
+from data import ActionScaler
 from files.latents import open_dataset
-from files.vpt import mp4_times, read_frames
-from fit_scaler import ActionScaler
+from files.shards import Record, feature_header, index_shards
+from files.video import mp4_times, read_frames
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -12,9 +12,10 @@ import torch
 from test_train import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 import checkpoint
-import eval_lam
+import evaluation.codes as code_measures
+from data import Latents, latent_sequences
 from files import latents
-from files.latents import Latents, latent_sequences, open_manifest, pack_codes, unpack_codes
+from files.latents import open_manifest, pack_codes, unpack_codes
 from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
 from prepare.manifest import split_counts
 
@@ -327,16 +328,16 @@ def test_purity_is_not_bought_with_many_codes():
     rng = np.random.default_rng(0)
     actions = rng.integers(0, 9, 2000)
     recordings = np.repeat(np.arange(4), 500)
-    assert eval_lam.purity(np.arange(2000), actions, recordings) == 0
-    assert eval_lam.purity(actions * 7 + rng.integers(0, 7, 2000), actions, recordings) == 1
-    assert abs(eval_lam.purity(rng.integers(0, 20, 2000), actions, recordings) - 1 / 9) < 0.05
+    assert code_measures.purity(np.arange(2000), actions, recordings) == 0
+    assert code_measures.purity(actions * 7 + rng.integers(0, 7, 2000), actions, recordings) == 1
+    assert abs(code_measures.purity(rng.integers(0, 20, 2000), actions, recordings) - 1 / 9) < 0.05
     of_recordings = 100 * recordings + (actions + 2 * recordings) % 9
-    assert eval_lam.purity(of_recordings, actions, recordings) == 0
-    assert np.isnan(eval_lam.purity(actions, actions, 0 * recordings))
+    assert code_measures.purity(of_recordings, actions, recordings) == 0
+    assert np.isnan(code_measures.purity(actions, actions, 0 * recordings))
     # by hand: code 0 is action 0 elsewhere for both, code 1 is in recording 1 alone
     codes, truth = np.array([0, 0, 0, 1]), np.array([0, 1, 0, 0])
-    assert eval_lam.purity(codes, truth, np.array([0, 0, 1, 1])) == 0.5
-    assert eval_lam.perplexity(np.array([[0, 1], [0, 2], [0, 1], [0, 2]])) == pytest.approx(2)
+    assert code_measures.purity(codes, truth, np.array([0, 0, 1, 1])) == 0.5
+    assert code_measures.perplexity(np.array([[0, 1], [0, 2], [0, 1], [0, 2]])) == pytest.approx(2)
 
 
 def test_purity_is_one_number_whatever_the_order_and_batches():
@@ -345,13 +346,13 @@ def test_purity_is_one_number_whatever_the_order_and_batches():
     rng = np.random.default_rng(0)
     actions, recordings = rng.integers(0, 4, 42), np.repeat([0, 1, 2], 14)
     order = rng.permutation(42)
-    one = eval_lam.purity(0 * actions, actions, recordings)
-    assert eval_lam.purity(0 * actions, actions[order], recordings[order]) == one > 0
-    found = {k: np.ones(42) for k in eval_lam.ERRORS} | {"var": np.ones(42)}
+    one = code_measures.purity(0 * actions, actions, recordings)
+    assert code_measures.purity(0 * actions, actions[order], recordings[order]) == one > 0
+    found = {k: np.ones(42) for k in code_measures.ERRORS} | {"var": np.ones(42)}
     found |= {"codes": np.zeros((42, 3), int), "labels": actions[:, None], "recording": recordings}
-    summary = eval_lam.code_summary(found, 12)
+    summary = code_measures.code_summary(found, 12)
     assert summary["purity"] == summary["purity_one_code"] == one
-    constant = eval_lam.code_summary(found | {"labels": np.zeros((42, 1), int)}, 12)
+    constant = code_measures.code_summary(found | {"labels": np.zeros((42, 1), int)}, 12)
     assert np.isnan(constant["purity"]) and np.isnan(constant["ami"])
 
 
@@ -359,10 +360,12 @@ def test_both_sides_of_same_over_own_are_of_the_same_transitions():
     """Bug: the error with another clip's code was of the transitions that have such a clip, the own
     one of all: rare actions are harder, and a model that ignores its code got 0.05 for 1."""
     same, own = np.array([1.0, 1.0, np.nan]), np.array([1.0, 1.0, 100.0])
-    found = {k: own for k in eval_lam.ERRORS} | {"same": same, "var": own}
-    summary = eval_lam.code_summary(found, None)
+    found = {k: own for k in code_measures.ERRORS} | {"same": same, "var": own}
+    summary = code_measures.code_summary(found, None)
     assert summary["same_over_own"] == 1 and summary["psnr_same"] == 0
-    still = eval_lam.code_summary(found | {"copy": np.zeros(3)}, None)  # was a ZeroDivisionError
+    still = code_measures.code_summary(
+        found | {"copy": np.zeros(3)}, None
+    )  # was a ZeroDivisionError
     assert still["mse_over_copy"] == np.inf
 
 
@@ -376,11 +379,11 @@ def test_a_lone_window_has_no_other_clips(folder):
             batches = dataset.windows(batch_size, limit)
             assert min(map(len, batches)) > 1 and sum(map(len, batches)) == limit
     model = tiny(size=(8, 8), quantizer="none")
-    found = eval_lam.held_out_codes(model, dataset, 4, 1)
+    found = code_measures.held_out_codes(model, dataset, 4, 1)
     assert np.isnan(found["marginal"]).all() and np.isnan(found["random"]).all()
-    summary = eval_lam.code_summary(found, None)
+    summary = code_measures.code_summary(found, None)
     assert np.isnan(summary["mse_over_marginal"]) and np.isfinite(summary["mse_over_copy"])
-    list(eval_lam.complaints(summary, False))
+    list(code_measures.complaints(summary, False))
 
 
 def test_the_warmup_of_a_quantiser_is_not_judged_as_codes(folder):
@@ -389,13 +392,13 @@ def test_the_warmup_of_a_quantiser_is_not_judged_as_codes(folder):
     _, splits = open_manifest(folder / "manifest.json")
     dataset = Latents(splits["train"], 8)
     model = tiny(size=(8, 8), vq_warmup_steps=5)
-    assert not eval_lam.quantises(model) and eval_lam.quantises(tiny(quantizer="fsq"))
+    assert not code_measures.quantises(model) and code_measures.quantises(tiny(quantizer="fsq"))
     with torch.no_grad():
         model.quantizer.codebook.fill_(1e6)
-    assert np.isfinite(eval_lam.held_out_codes(model, dataset, 4, 8)["random"]).all()
-    assert eval_lam.held_out_codes(model, dataset, 4, 8)["random"].max() < 1e6
+    assert np.isfinite(code_measures.held_out_codes(model, dataset, 4, 8)["random"]).all()
+    assert code_measures.held_out_codes(model, dataset, 4, 8)["random"].max() < 1e6
     model.quantizer.seen[0] = 5
-    assert eval_lam.quantises(model)
+    assert code_measures.quantises(model)
 
 
 def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
@@ -444,8 +447,8 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
             }
 
     model = Oracle(**TINY, vq_warmup_steps=0).eval()
-    found = eval_lam.held_out_codes(model, Windows(), 10, 60)
-    s = eval_lam.code_summary(found, 12)
+    found = code_measures.held_out_codes(model, Windows(), 10, 60)
+    s = code_measures.code_summary(found, 12)
     assert len(found["own"]) == 180 and found["own"].mean() == pytest.approx(1e-4, rel=0.01)
     assert (
         s["purity"] == 1
@@ -459,17 +462,19 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
         and 1e-4 < s["mse_over_marginal"] < 1e-3
         and s["psnr_random"] > 30
     )
-    assert not list(eval_lam.complaints(s, True))
+    assert not list(code_measures.complaints(s, True))
     model.deaf = True
-    s = eval_lam.code_summary(eval_lam.held_out_codes(model, Windows(), 10, 60), 12)
+    s = code_measures.code_summary(code_measures.held_out_codes(model, Windows(), 10, 60), 12)
     assert s["mse_over_zero"] == pytest.approx(1) and "ignores the code" in " ".join(
-        eval_lam.complaints(s, True)
+        code_measures.complaints(s, True)
     )
     collapsed = found | {"codes": np.zeros_like(found["codes"])}
-    assert "collapsed" in " ".join(eval_lam.complaints(eval_lam.code_summary(collapsed, 12), True))
+    assert "collapsed" in " ".join(
+        code_measures.complaints(code_measures.code_summary(collapsed, 12), True)
+    )
     positions = found | {"same": 30 * found["own"]}
     assert "codes are no actions" in " ".join(
-        eval_lam.complaints(eval_lam.code_summary(positions, 12), True)
+        code_measures.complaints(code_measures.code_summary(positions, 12), True)
     )
 
 
@@ -824,23 +829,23 @@ def test_one_file_without_truth_costs_that_file_only(tmp_path):
     assert (dataset[0, 0, 0, 0]["labels"] == latents.NO_LABEL).all()
     assert dataset[0, 0, 3, 4]["labels"][:, 0].tolist() == [1, 2, 0, 1, 2, 0, 1]
     model = tiny(size=(8, 8))
-    found = eval_lam.held_out_codes(model, dataset, 5, 20)
+    found = code_measures.held_out_codes(model, dataset, 5, 20)
     assert np.isnan(found["same"][found["recording"] == 0]).all()
-    summary = eval_lam.code_summary(found, 12)
+    summary = code_measures.code_summary(found, 12)
     known = found["recording"] > 0  # of 140 transitions; other rows are of clips
-    only = eval_lam.code_summary(
+    only = code_measures.code_summary(
         {k: v[known] for k, v in found.items() if len(v) == 140}
         | {k: v for k, v in found.items() if len(v) != 140},
         12,
     )
     assert summary["purity"] == only["purity"] and summary["ami"] == only["ami"]
-    notes = " ".join(eval_lam.truth_notes(dataset, found, "test"))
+    notes = " ".join(code_measures.truth_notes(dataset, found, "test"))
     assert "1 of 4 test files have no move" in notes and "0.h5" in notes
     alone = found | {
         "labels": np.where(found["recording"][:, None] == 1, found["labels"], latents.NO_LABEL)
     }
     assert "the test files with truth are under two" in " ".join(
-        eval_lam.truth_notes(dataset, alone, "test")
+        code_measures.truth_notes(dataset, alone, "test")
     )
 
 
@@ -853,8 +858,10 @@ def test_labels_of_some_files_are_said(tmp_path):
     files = [latents.LatentFile(str(tmp_path / f"{i}.h5"), 40, SHAPE) for i in range(4)]
     dataset = Latents(files, 8)
     assert dataset.labels == ["move"] and dataset.unused == ["jump"] and not dataset.unlabelled
-    found = eval_lam.held_out_codes(tiny(size=(8, 8)), dataset, 5, 20)
-    assert "jump: only some test files" in " ".join(eval_lam.truth_notes(dataset, found, "test"))
+    found = code_measures.held_out_codes(tiny(size=(8, 8)), dataset, 5, 20)
+    assert "jump: only some test files" in " ".join(
+        code_measures.truth_notes(dataset, found, "test")
+    )
 
 
 def test_a_failing_disk_does_not_make_another_split(tmp_path):
@@ -1318,9 +1325,9 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     assert (
         steps.shape == (15, 16, 2, 4, 4) and steps.dtype == np.float16
     )  # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
-    from data import Slice, index_shards, read_ticks
     from files.latents import vae_latents
-    from files.vpt import mp4_times, read_frames
+    from files.shards import Slice, index_shards, read_ticks
+    from files.video import mp4_times, read_frames
 
     record = next(
         r for r in index_shards([str(shards / "shard-000000.tar")])[0] if r.key == paths[0].stem

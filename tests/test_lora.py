@@ -28,24 +28,26 @@ from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
 import kernels
-import lora
+import model as nets
 import weights
+from data import ActionScaler
 from droid import POSE, POSE_UNITS, DroidReader, open_droid
 from evaluation.memory import activation_bytes, estimate
 from files.mirror import Mirror
-from fit_scaler import ActionScaler
-from lora import (
+from model import (
+    ACModel,
     LoRALinear,
+    Predictor,
+    ac_losses,
     add_lora,
-    load_adapter,
+    encode_steps,
     lora_layers,
     lora_state_dict,
     merge_lora,
     merged_state,
-    save_adapter,
     unmerge_lora,
 )
-from model import ACModel, Predictor, ac_losses, encode_steps
+from weights import load_adapter, save_adapter
 
 SIZE = {"pred_dim": 48, "depth": 2, "num_heads": 3}
 SPLITS = [
@@ -123,7 +125,7 @@ def test_step_0_is_the_base_bit_for_bit(options, dtype):
         assert torch.equal(losses(model, inputs), losses(base, inputs))
         random_B(model)
         assert not torch.equal(losses(model, inputs), losses(base, inputs))
-        with lora.without_lora(model):
+        with nets.without_lora(model):
             assert torch.equal(predictions(model, inputs), predictions(base, inputs))
             assert torch.equal(losses(model, inputs), losses(base, inputs))
 
@@ -137,13 +139,13 @@ def test_step_0_with_an_adapter_on_every_layer(pred_dim, B, T):
     model, inputs = copy.deepcopy(base), batch(B, T)
     model.requires_grad_(False)
     for name in [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]:
-        lora.put_lora(model, name, 4, 8, 0.0)
+        nets.put_lora(model, name, 4, 8, 0.0)
     assert len(lora_layers(model)) == 8
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
             expected = predictions(base, inputs)
             assert torch.equal(predictions(model, inputs), expected)
-            with lora.without_lora(model):
+            with nets.without_lora(model):
                 assert torch.equal(predictions(model, inputs), expected)
 
 
@@ -577,15 +579,15 @@ def test_folding_a_scaler_is_exact():
         expected = layer(seen(old))
         for new in (None, one, two):
             other = torch.nn.Linear(7, 48)
-            other.load_state_dict(lora.fold_scaler(layer, old, new))
+            other.load_state_dict(weights.fold_scaler(layer, old, new))
             torch.testing.assert_close(other(seen(new)), expected, rtol=0, atol=2e-6)
-    assert torch.equal(lora.fold_scaler(layer, one, one)["weight"], layer.weight)
+    assert torch.equal(weights.fold_scaler(layer, one, one)["weight"], layer.weight)
     reader, std = (
         types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"]),
         np.full(7, 0.02),
     )
     lines = [
-        *lora.scale_warnings(
+        *weights.scale_warnings(
             reader, std, True, ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}), None
         )
     ]
@@ -594,9 +596,9 @@ def test_folding_a_scaler_is_exact():
         and "a is 0.0182 times as large" in lines[0]
         and "the base's action scale" in lines[0]
     )
-    assert not [*lora.scale_warnings(reader, std, True, None, None)]
+    assert not [*weights.scale_warnings(reader, std, True, None, None)]
     lines = [
-        *lora.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)
+        *weights.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)
     ]  # millimetres, for Meta's base
     assert (
         len(lines) == 1
@@ -966,13 +968,13 @@ def test_a_game_model_as_the_base(tmp_path):
     path = checkpoint.save(tmp_path, state, 1)
     source = {"grid": 2, "embed_dim": 192, "encoder_hash": "e"}
     unknown = {"pred_dim": 0, "depth": 0, "num_heads": None}
-    model, scaler, known, anew = lora.open_base(str(tmp_path), source, 7, 7, unknown)
+    model, scaler, known, anew = weights.open_base(str(tmp_path), source, 7, 7, unknown)
     assert (
         anew == ["action_encoder", "state_encoder"]
         and scaler.scale.tolist() == [1] * 4
         and known["num_heads"] == 3
     )
-    also, file_scaler, same_as_base = lora.adapt(model, scaler, anew, scaler, {"r": 4})
+    also, file_scaler, same_as_base = weights.adapt(model, scaler, anew, scaler, {"r": 4})
     assert also == {*anew} and file_scaler is None and not same_as_base
     assert torch.equal(
         model.predictor_blocks[1].mlp.fc1.weight, game.predictor_blocks[1].mlp.fc1.weight
@@ -981,10 +983,10 @@ def test_a_game_model_as_the_base(tmp_path):
         n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n
     } == {*anew}
     with pytest.raises(ValueError, match="name the one of that run"):
-        lora.open_base(path, source | {"encoder_hash": "f"}, 7, 7, unknown)
+        weights.open_base(path, source | {"encoder_hash": "f"}, 7, 7, unknown)
     path = checkpoint.save(tmp_path, state | {"encode": "tubelet"}, 2)
     with pytest.raises(ValueError, match="--encode tubelet.*train its base with --encode frame"):
-        lora.open_base(path, source, 7, 7, unknown)
+        weights.open_base(path, source, 7, 7, unknown)
 
 
 def test_a_robot_of_other_dimension(world, tmp_path):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+from evaluation.held_out import action_meter
 from model import (
     ACModel,
     Encoder,
     Predictor,
     ac_losses,
-    action_meter,
     apply_rope,
     compose_states,
     encode_steps,

@@ -18,11 +18,13 @@ from test_train import ROOT, fails, run
 
 import checkpoint
 import probe
-from data import feature_rows, open_records, read_ticks
-from encode import open_encoder
+from data import open_records
 from evaluation import heads
+from files.features import feature_rows
+from files.shards import read_ticks
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 from model import encode_steps, normalize_features
+from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 LINES = 400

@@ -33,10 +33,12 @@ from test_train import (
     words,
 )
 
-from data import Clips, Order, Slice, index_shards, open_split, read_ticks, vpt_loader
-from files import remote, streams
+from data import Clips, Order, open_split, vpt_loader
+from files import disk, remote, streams
+from files.disk import Unreachable
 from files.remote import cached
-from files.streams import Stream, StreamedClips, Unreachable, stream_recordings
+from files.shards import Slice, index_shards, read_ticks
+from files.streams import Stream, StreamedClips, stream_recordings
 from files.vpt import ClipReader
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -235,11 +237,11 @@ def test_the_waits_grow_and_are_bounded(monkeypatch):
     monkeypatch.setattr(streams, "WAIT", 1.0)
     monkeypatch.setattr(streams.time, "sleep", waits.append)
     with pytest.raises(Unreachable, match=r"x cannot be read: KeyError: 'a' \(5 times\)"):
-        streams.trying("x", lambda: calls.append(1) or {}["a"])
+        disk.trying("x", lambda: calls.append(1) or {}["a"])
     assert len(calls) == 5 and waits[0] == 0 and np.allclose(waits[1:], [1, 3, 9, 27], rtol=0.2)
     monkeypatch.setattr(streams, "WAIT", 20.0)
     with pytest.raises(Unreachable):
-        streams.trying("x", lambda: {}["a"])
+        disk.trying("x", lambda: {}["a"])
     assert max(waits[5:]) <= 36
 
 

@@ -20,9 +20,9 @@ import torch
 from sklearn.preprocessing import RobustScaler, StandardScaler
 
 import fit_scaler
-from data import Record
+from data import ActionScaler
+from files.shards import Record
 from files.vpt import CONTINUOUS
-from fit_scaler import ActionScaler
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

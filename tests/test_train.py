@@ -29,11 +29,13 @@ from safetensors.torch import save as safetensors_bytes
 
 import checkpoint
 import weights
-from data import Clips, Slice, feature_rows, index_shards, split_records
-from evaluation.runs import held_out, make_inputs, open_run
+from data import ActionScaler, Clips, split_records
+from evaluation.held_out import METERS, held_out, meter_summary
+from evaluation.runs import open_run
 from files import vpt
-from fit_scaler import ActionScaler
-from model import METERS, Predictor, encode_steps, meter_summary
+from files.features import feature_rows
+from files.shards import Slice, index_shards
+from model import Predictor, encode_steps, make_inputs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
@@ -1048,7 +1050,7 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
         z, actions, states = feature_rows(r, 0, r.length)
         assert r.length == (300 - first - 5) // 8 + 1
         with Slice(source.shard, *source.members["mp4"]) as f:
-            frames = vpt.read_frames(f, vpt.mp4_times(f), np.arange(first, first + 48, 4), 32)
+            frames = video.read_frames(f, video.mp4_times(f), np.arange(first, first + 48, 4), 32)
         with Slice(source.shard, *source.members["jsonl"]) as f:
             ticks = vpt.parse_ticks(f.read())
         with torch.no_grad():

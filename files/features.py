@@ -1,11 +1,4 @@
-"""Features of robot episodes: how encode.py cuts episodes into them, and what training must know of
-them.
-
-A member KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of
-episode KEY, from row ROW on: z (S, N, D), actions (S-1, A) unscaled, states (S, state_dim) in
-float32. Its metadata: encode.py's settings, "names" and "units" of actions, "state_dim" and what
---success and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle" and "still":
-[[row, row after]]}, the whole one's."""
+"""Feature shards of encode.py, of play and of robots: how they are packed, indexed, checked and planned."""
 
 import functools
 import json
@@ -16,12 +9,124 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import feature_header, feature_settings, shard_index
-from files.streams import DAMAGE, disk_failed, disk_sentence
+from files.disk import DAMAGE, disk_failed, disk_sentence
+from files.remote import Shard
+from files.shards import Slice, feature_header, index_shards, read_ticks, shard_index
+from files.video import mp4_times, read_frames, video_rate
+from files.vpt import step_actions, step_size
+
+
+def feature_settings(records):
+    """How the shards of feature records were made (the metadata encode.py writes, and embed_dim),
+    but for what tells of one robot episode. ValueError if shards disagree."""
+    out = None
+    for r in {r.shard: r for r in records}.values():
+        if "safetensors" not in r.members:
+            raise ValueError(
+                f"{r.shard} holds video, other shards of this run hold features: pass one kind"
+            )
+        found = feature_header(
+            r._replace(shard=r.shard.peek()) if isinstance(r.shard, Shard) else r
+        )[1]
+        found.pop("episode", None)
+        if found != (out := out or found):
+            raise ValueError(
+                f"{r.shard} was encoded with other settings than {records[0].shard}: {found} and"
+                f" {out}"
+            )
+    return out
+
+
+def feature_rows(record, first, last, motion_only=False):
+    """Steps first..last of a feature member, no others: z (S, N, D) bfloat16 (float32 of int8;
+    None, unread, with motion_only), actions (S-1, A), states (S, state_dim): of VPT A is 38 and
+    state_dim 2."""
+    x = {}
+    for name, (dtype, shape, at) in feature_header(record)[0].items():
+        if motion_only and name not in ("actions", "states"):
+            continue
+        start, stop = {"actions": (first, last - 1), "z_channels": (0, 2)}.get(name, (first, last))
+        row = math.prod(shape[1:])
+        with Slice(
+            record.shard, at + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize
+        ) as f:
+            x[name] = torch.frombuffer(
+                bytearray(f.read()), dtype=dtype, count=(stop - start) * row
+            ).reshape(-1, *shape[1:])
+    if "z_scale" in x:
+        x["z"] = (x["z"] * x["z_scale"].float()).mul_(x["z_channels"][1]).add_(x["z_channels"][0])
+    return x.get("z"), x["actions"], x["states"]
+
+
+def index_play(paths):
+    """data.index_shards for shards of video alone; ValueError for others."""
+    records, bad = index_shards(paths)
+    if made := [r for r in records if "mp4" not in r.members]:
+        raise ValueError(f"{made[0].shard} holds features already: name the shards of video")
+    return records, bad
+
+
+def segments(lines, stride, encode, frames_per_clip, frames_per_step, phases):
+    """(first tick, steps) of the runs of steps a recording is cut into: one per phase; for --encode
+    clip one per clip."""
+    span, clip = stride * frames_per_step, frames_per_clip // frames_per_step
+    for first in sorted(
+        {p * span * (clip if encode == "clip" else 1) // phases for p in range(phases)}
+    ):
+        steps = (lines - first - stride * (frames_per_step - 1) - 1) // span + 1
+        size = clip if encode == "clip" else max(steps, 1)
+        yield from ((first + w * size * span, size) for w in range(steps // size))
+
+
+def plan_recording(record, reader, phases, size):
+    """Functions that decode a recording, a part each: -> [(first tick, {"actions", "states"}, {})]
+    of all its segments, [(which of them, uint8 video (frames, 3, H, W))], at most `size` steps of
+    each. Raises what is wrong with the recording."""
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times = mp4_times(f)
+        frame_rate = video_rate(f, times)
+    ticks = read_ticks(record)
+    reader.starts(ticks, len(times), frame_rate)
+    ratio = reader.frames_per_line(ticks, len(times), frame_rate)
+    stride = step_size(ticks.rate, reader.fps)
+    cut = reader.encode, reader.frames, reader.frames_per_step, phases
+    runs = [
+        s for s in segments(min(len(ticks.motion), len(times) // ratio), stride, *cut) if s[1] >= 2
+    ]
+    shown = [
+        first + stride * np.arange(steps * reader.frames_per_step).reshape(steps, -1)
+        for first, steps in runs
+    ]
+    if reader.encode == "clip":
+        parts = [[(i, s)] for i, s in enumerate(shown)]
+    else:  # phases side by side, so that each frame is decoded once
+        chunks = range(0, max(len(s) for s in shown), size)
+        parts = [[(i, s[k : k + size]) for i, s in enumerate(shown) if len(s) > k] for k in chunks]
+
+    ends = [s[:, -1] if reader.encode == "tubelet" else s[:, 0] for s in shown]
+    actions = [torch.from_numpy(step_actions(ticks, e, 38)[0]).float() for e in ends]
+    states = [torch.from_numpy(ticks.motion[e, 2:].copy()) for e in ends]
+    labels = [
+        (f"{first:05d}", {"actions": a, "states": s}, {})
+        for (first, _), a, s in zip(runs, actions, states)
+    ]
+
+    def decode(part):
+        wanted = np.unique(np.concatenate([s.ravel() for _, s in part])) * ratio
+        with Slice(record.shard, *record.members["mp4"]) as f:
+            frames = read_frames(f, times, wanted, reader.crop, reader.decoder)
+        y, x = (frames.shape[1] - reader.crop) // 2, (frames.shape[2] - reader.crop) // 2
+        frames = frames[:, y : y + reader.crop, x : x + reader.crop].transpose(0, 3, 1, 2)
+        return labels, [
+            (i, torch.from_numpy(frames[np.searchsorted(wanted, s.ravel() * ratio)]))
+            for i, s in part
+        ]
+
+    return [functools.partial(decode, part) for part in parts]
 
 
 class Source(NamedTuple):
-    """An episode to encode: what encode.py asks of a data.Record."""
+    """An episode to encode: what encode.py asks of a Record."""
 
     episode: tuple  # files.episodes.Episode
     runs: list  # (camera, first row, steps) of each segment
@@ -30,7 +135,7 @@ class Source(NamedTuple):
     key = property(lambda self: self.episode.key)
     duration = property(
         lambda self: self.about["rows"] / self.about["rate"] * 20
-    )  # in twentieths of a second, as data.Record has it
+    )  # in twentieths of a second, as Record has it
 
 
 def tar_names(paths):
@@ -260,3 +365,27 @@ def check_features(records, reader):
         json.loads(made["units"]),
         int(made["state_dim"]),
     )
+
+
+def pack_features(z, store):
+    """What is stored of features z (S, N, D): {"z"} in bf16, or int8 q with z = q * z_scale * std +
+    mean; z_channels (2, D) float32 holds mean and std of the channels, z_scale (S, N, 1) float16
+    the largest of a token's scaled channels / 127. Scaling the channels first keeps a few large
+    ones from taking all bits of the others. ValueError for what is not finite."""
+    if not z.isfinite().all():
+        raise ValueError("its features are not finite: encode it with --dtype float32")
+    if store == "bf16":
+        return {"z": z.to(torch.bfloat16)}
+    std, mean = torch.std_mean(z.float(), dim=(0, 1), correction=0)
+    std, rows = (
+        std.maximum(1e-6 * mean.abs()).clamp_min(1e-12),
+        [],
+    )  # of a constant channel, what is left is rounding
+    for x in z.split(64):
+        x = (x - mean) / std
+        scale = (
+            (x.abs().amax(-1, keepdim=True) / 127).clamp_min(2**-14).half()
+        )  # below that float16 loses digits
+        rows.append(((x / scale).round().clamp(-127, 127).to(torch.int8), scale))
+    q, scale = (torch.cat(x) for x in zip(*rows))
+    return {"z": q, "z_scale": scale, "z_channels": torch.stack([mean, std])}

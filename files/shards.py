@@ -1,0 +1,650 @@
+"""Shards of recordings: paths and patterns, tar files, slices of them, the index, the lines of a recording."""
+
+import concurrent.futures
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import math
+import operator
+import os
+import tarfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from files.disk import (
+    CACHE,
+    READ_ERRORS,
+    Unreachable,
+    disk_failed,
+    disk_sentence,
+    read_cache,
+    write_cache,
+)
+from files.remote import Shard
+from files.streams import is_apple_double
+from files.video import mp4_times, video_rate
+from files.vpt import KEY_BIT, ClipReader, Ticks, name_warnings, parse_ticks, peek_rate
+
+ANY_KEY = functools.reduce(operator.or_, KEY_BIT.values())
+
+
+HEAD = 1 << 14  # bytes of lines that an index looks at
+
+
+def is_stream(path):
+    """True for what can only be read from front to back."""
+    return (path.startswith("pipe:") or "://" in path) and not isinstance(path, Shard)
+
+
+def stamp(path):
+    """Size and time of a file: when they have changed, an index of it tells nothing."""
+    return (stat := os.stat(path)).st_size, stat.st_mtime_ns
+
+
+def braces(pattern, escape):
+    """A pattern -> the patterns that its {a,b} and {0..9} stand for; escape: \\{ is a brace."""
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern, escape))
+    except ValueError:  # a brace that is never closed is part of a name
+        return [pattern]
+
+
+def there(path):
+    """os.path.exists, but where the disk fails, or a folder on the way may not be entered, that is
+    an error: such a path is not a pattern that matches nothing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return False
+        raise
+    return True
+
+
+def matches(pattern):
+    """Path, glob or {a..b} range -> [(pattern without braces, [path])].
+
+    What exists under that very name is taken, whatever braces, brackets or backslashes are in it.
+    So is the longest folder that exists: only what follows it is a pattern."""
+    if there(pattern):
+        return [(pattern, [pattern])]
+    folder, rest = os.path.split(pattern)
+    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+
+    readings = []
+    for start, names, escape in ((folder, rest, True), (folder, rest, False), ("", pattern, True)):
+        found = []
+        for name in braces(names, escape):
+            path = os.path.join(start, name)
+            if there(path):
+                found.append((path, [path]))
+            else:
+                found.append((path, glob_or_raise(glob.escape(start), name)))
+        if all(files for _, files in found):
+            return found
+        readings.append(found)
+    return readings[0]
+
+
+def glob_or_raise(folder, pattern):
+    """glob.glob of FOLDER/PATTERN, sorted; FOLDER may have no magic but what is escaped. glob
+    passes over a folder that cannot be listed, and a part of the data would be missing without a
+    word: here that is an error."""
+    head, name = os.path.split(pattern)
+    parents = [os.path.join(folder, head)]
+    if glob.has_magic(head):
+        parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
+    if glob.has_magic(name):
+        for parent in parents:
+            for path in glob.glob(parent) or [os.curdir] * (not parent):
+                list_folder(path)
+    return sorted(glob.glob(os.path.join(folder, pattern)))
+
+
+def list_folder(path):
+    """[os.DirEntry] by name of what may be a folder. One that this user may not list is said
+    (lost+found, another user's); other errors of the disk are raised."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=operator.attrgetter("name"))
+    except NotADirectoryError:
+        return []
+    except PermissionError as e:
+        print(f"{path} cannot be listed ({e.strerror}): nothing in it is taken")
+        return []
+
+
+def files_below(folder):
+    """Paths of all files below a folder, links to folders followed, but every folder once: one that
+    is linked into itself has no end. What lies there itself comes before what links lead to."""
+    folders, links, seen = [folder], [], set()
+    while folders or links:
+        path = folders.pop(0) if folders else links.pop(0)
+        about = os.stat(path)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        for entry in list_folder(path):
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                yield entry.path
+
+
+def without_links(paths):
+    """Paths less those that are another name of a file among them (a link, a hard link, ./ before
+    it): its recordings would be held out under one name and trained on under the other. The name
+    that is no link stays."""
+    out = {}
+    for path in paths:
+        try:
+            about = None if isinstance(path, Shard) or is_stream(path) else os.stat(path)
+        except OSError:
+            about = None
+        if about is None or not about.st_ino:
+            out.setdefault(path, path)
+            continue
+        # some network file systems give one number to several files
+        same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        if same not in out or (os.path.islink(out[same]) and not os.path.islink(path)):
+            out[same] = path
+    return list(out.values())
+
+
+def expand(patterns):
+    """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each
+    pattern, each once. Raises FileNotFoundError naming what matches nothing."""
+    if isinstance(patterns, Shard):
+        return [patterns]
+    if not isinstance(patterns, str):
+        return without_links([path for p in patterns for path in expand(p)])
+    if is_stream(patterns):
+        return braces(patterns, True)
+    out = []
+    for pattern, found in matches(patterns):
+        if not found:
+            raise FileNotFoundError(
+                f"no shard matches {pattern}; make some with: python -m prepare.demo --out demo (or"
+                " prepare.shards)"
+            )
+        if folders := [p for p in found if os.path.isdir(p)]:
+            raise IsADirectoryError(
+                f"{folders[0]} is a folder: name the shards in it, such as"
+                f" {os.path.join(folders[0], '*.tar')}"
+            )
+        out += found
+    return without_links(out)
+
+
+class Slice(io.RawIOBase):
+    """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder
+    needs of a tar, without the rest.
+
+    pieces: of a sparse member, the (first byte, bytes) that lie in the file one after another from
+    `offset` on; between them are zeros. As a context it raises an error of the disk that a decoder
+    kept to itself: FFmpeg takes it for the end of the file."""
+
+    total = 0  # bytes that this process has read through all of them
+
+    def __init__(self, path, offset, size, pieces=None):
+        self.fd = path.open() if isinstance(path, Shard) else os.open(path, os.O_RDONLY)
+        self.offset, self.size, self.at, self.bytes_read = offset, size, 0, 0
+        self.pieces, self.failed = pieces, None
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+    def place(self):
+        """(offset in the file or None for zeros, bytes) of what follows `at`."""
+        left = max(self.size - self.at, 0)
+        if self.pieces is None:
+            return self.offset + self.at, left
+        stored = self.offset
+        for first, size in self.pieces:
+            if self.at < first:
+                return None, min(first - self.at, left)
+            if self.at < first + size:
+                return stored + self.at - first, min(first + size - self.at, left)
+            stored += size
+        return None, left
+
+    def readinto(self, buffer):
+        """As much as there is room for: what reads 16 bytes must not get 7 at the end of a piece."""
+        left = memoryview(buffer)[: max(self.size - self.at, 0)]
+        done = 0
+        while len(left):
+            place, size = self.place()
+            try:
+                n = self.read_at(place, left[:size])
+            except OSError as e:
+                self.failed = e
+                raise
+            if not n:
+                break
+            self.at += n
+            done += n
+            left = left[n:]
+        return done
+
+    def read_at(self, place, buffer):
+        if place is None:
+            buffer[:] = bytes(len(buffer))
+            return len(buffer)
+        read = functools.partial(os.preadv, self.fd) if isinstance(self.fd, int) else self.fd.preadv
+        n = read([buffer], place)
+        self.bytes_read += n
+        Slice.total += n
+        return n
+
+    def readall(self):  # the default reads 8 KB at a time
+        return self.read(max(self.size - self.at, 0))
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def close(self):
+        if not self.closed and isinstance(self.fd, int):
+            os.close(self.fd)
+        super().close()
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+        if self.failed is not None and error is not self.failed:
+            raise self.failed
+
+
+class Record(NamedTuple):
+    """A recording in a local shard: member offsets and sizes, its length (frames of video, or steps
+    of features), and the clock of its lines (see clock_of)."""
+
+    shard: str
+    key: str
+    members: dict  # extension -> (offset, size)
+    length: int = 0
+    rate: float = 20.0  # lines a second
+    frames_per_line: int = 1
+
+    @property
+    def lines(self):
+        """Lines that have a frame of their own."""
+        return self.length // self.frames_per_line
+
+    @property
+    def duration(self):
+        """Twentieths of a second of play; steps of features."""
+        return self.length if "safetensors" in self.members else self.lines * 20 / self.rate
+
+    @property
+    def recording(self):
+        """The key without the @TICK that encode.py adds: one recording gives several members of
+        features."""
+        return self.key.rpartition("@")[0] if "safetensors" in self.members else self.key
+
+    @property
+    def name(self):
+        """Shard and recording: what scalers and checkpoints remember of it."""
+        return f"{os.path.basename(self.shard)} {self.recording}"
+
+
+def archive_members(path, end):
+    """(TarInfo, offset of its bytes in the file) of each member of a tar of `end` bytes; of all
+    archives where several were put one after another (cat, tar -A), of which tarfile reads the
+    first alone. Raises tarfile.ReadError where it is cut or damaged."""
+    first = 0
+    while first < end:
+        with Slice(path, first, end - first) as f:
+            try:
+                tar = tarfile.open(str(path), "r:", fileobj=f)
+            except tarfile.ReadError as e:
+                if not first:
+                    raise
+                raise tarfile.ReadError(
+                    f"what follows the end of the tar at byte {first} is no tar ({e})"
+                ) from e
+            for m in tar:
+                yield m, first + m.offset_data
+
+            # tarfile takes a cut or damaged header for the end and says nothing
+            f.seek(tar.offset)
+            if f.read(512) != bytes(512):
+                raise tarfile.ReadError(
+                    f"no tar header and no end mark at byte {first + tar.offset}"
+                )
+
+            # zeros fill the last block of a tape; anything else is another archive
+            zeros = f.at
+            while part := f.read(1 << 20):
+                text = part.lstrip(b"\0")
+                zeros += len(part) - len(text)
+                if text:
+                    break
+        first += zeros // 512 * 512 if zeros < end - first else end - first
+
+
+def member_place(m, offset, end):
+    """What Slice takes to read a member: its bytes from `offset` on, and their pieces where it is
+    sparse (tar --sparse), since these do not lie in the file as they do in the member."""
+    place = (offset, m.size)
+    stored = m.size
+    if m.issparse():
+        pieces = tuple((start, size) for start, size in m.sparse if size)
+        place = (offset, m.size, pieces)
+        stored = sum(size for _, size in pieces)
+    if offset + stored > end:
+        raise tarfile.ReadError(f"the shard ends inside {m.name}")
+    return place
+
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}
+
+
+def read_start(path, place):
+    """The first bytes of a member."""
+    offset, size, *pieces = place
+    with Slice(path, offset, size, *pieces) as f:
+        return f.read(8)
+
+
+def shard_index(path):
+    """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers
+    only: 54 ms for 10 GB."""
+    found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
+    try:
+        for m, offset in archive_members(path, end):
+            stem, extension = os.path.splitext(m.name)
+            if extension not in (".mp4", ".jsonl", ".safetensors"):
+                continue
+            if m.islnk() or m.issym():
+                reason = f"{m.name} is a link in the tar, to {m.linkname}: pack the file itself"
+                bad.append((path, stem, reason))
+                continue
+            if not m.isfile():
+                continue
+
+            place = member_place(m, offset, end)
+            if m.issparse() and extension == ".safetensors":
+                bad.append((path, stem, "a sparse member: pack it again without tar --sparse"))
+                continue
+            hidden = os.path.basename(m.name).startswith("._")
+            if hidden and is_apple_double(m.name, read_start(path, place)):
+                continue
+
+            members = found.setdefault(stem, {})
+            before = members.get(extension[1:])
+            if before and member_digest(path, before) != member_digest(path, place):
+                bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
+            members[extension[1:]] = place
+    except tarfile.TarError as e:
+        with Slice(path, 0, end) as f:
+            head = f.read(8)
+        packed = [name for magic, name in COMPRESSED.items() if head.startswith(magic)]
+        reason = f"truncated or damaged tar: {e}"
+        if packed:
+            reason = f"compressed ({packed[0]}), and a clip must be sought: unpack it to a .tar"
+        bad.append((path, "", reason))
+    lone = {key: m for key, m in found.items() if len(m) == 1 and "safetensors" not in m}
+    bad += [
+        (path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it")
+        for key, m in lone.items()
+    ]
+    if not found and not bad:
+        bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
+    return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
+
+
+def member_digest(path, place):
+    """What tells a member from any other of its size, without reading it: its first and last 64
+    kB. An mp4's tables of sizes and times are at one of its ends."""
+    offset, size, *pieces = place
+    source = path.peek() if isinstance(path, Shard) and path.blocks is None else path
+    with Slice(source, offset, size, *pieces) as f:
+        digest = hashlib.sha256(f.read(1 << 16))
+        f.seek(max(size - (1 << 16), 0))
+        digest.update(f.read())
+    return size, digest.hexdigest()
+
+
+def find_twins(records):
+    """[Record] -> {number of a record: number of the first one that is the same recording}: the
+    same key and the same bytes, in a copy of its shard. Only members of equal keys and sizes are
+    looked into; keys alone may be 000001 in every shard."""
+    groups = {}
+    for number, r in enumerate(records):
+        sizes = tuple(sorted((name, place[1]) for name, place in r.members.items()))
+        groups.setdefault((os.path.normpath(r.key), sizes), []).append(number)
+    twins = {}
+    for numbers in groups.values():
+        if len(numbers) == 1:
+            continue
+        firsts = {}
+        for number in numbers:
+            r = records[number]
+            same = tuple(member_digest(r.shard, place) for _, place in sorted(r.members.items()))
+            first = firsts.setdefault(same, number)
+            if first != number:
+                twins[number] = first
+    return twins
+
+
+def each_once(records):
+    """[Record] less copies of recordings among them, which is said: else one copy is held out and
+    the other trained on."""
+    twins = find_twins(records)
+    if twins and os.environ.get("RANK", "0") == "0":
+        number, first = min(twins.items())
+        print(
+            f"{len(twins)} recordings are there more than once ({records[number].key} in"
+            f" {records[first].shard} and {records[number].shard}): each is taken once"
+        )
+    return [r for number, r in enumerate(records) if number not in twins]
+
+
+def clock_of(record, frames, frame_rate):
+    """(lines a second, frames a line) of a recording: windows, epochs, shares and estimates follow
+    from it. Reads the first lines; all of them only where these do not tell, or where the video
+    runs at another rate. What is wrong with the lines is found when a clip is read."""
+    offset, size = record.members["jsonl"]
+    with Slice(record.shard, offset, size) as f:
+        rate = peek_rate(f.read(min(size, HEAD)), size <= HEAD)
+    if rate and frame_rate and 2 / 3 < frame_rate / rate < 1.5:
+        return rate, 1
+    try:
+        ticks = read_ticks(record)
+        return ticks.rate, ClipReader().frames_per_line(ticks, frames, frame_rate)
+    except ValueError:
+        return 20.0, 1
+
+
+def index_shards(paths, workers=16):
+    """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4
+    indices and feature headers only; of those at URLs once, then their notes in the cache."""
+
+    def measure(r):
+        try:
+            if "safetensors" in r.members:
+                header, meta = feature_header(r)
+                if meta.get("dataset") == "droid":
+                    raise ValueError("features of robot episodes: train_lora.py reads them")
+                return r._replace(length=header["z"][1][0])
+            with Slice(r.shard, *r.members["mp4"]) as f:
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            rate, frames_per_line = clock_of(r, len(times), frame_rate)
+            return r._replace(length=len(times), rate=rate, frames_per_line=frames_per_line)
+        except READ_ERRORS as e:
+            if isinstance(e, Unreachable):
+                raise
+            if disk_failed(e):  # to leave the recording out would be another run
+                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
+            return r.shard, r.key, str(e)
+
+    def sorted_out(found, bad):
+        return [r for r in found if isinstance(r, Record)], bad + [
+            r for r in found if not isinstance(r, Record)
+        ]
+
+    def look(source):
+        records, bad = shard_index(source)
+        return sorted_out([measure(r) for r in records], bad)
+
+    def index(path):
+        if not isinstance(path, Shard):
+            return shard_index(path)
+        rows, bad = path.index(look)
+        return [Record(path, *row[1:]) for row in rows], [(path, *flaw[1:]) for flaw in bad]
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        indexed = list(
+            tqdm(
+                pool.map(index, paths),
+                desc="index",
+                total=len(paths),
+                delay=10,
+                disable=os.environ.get("RANK", "0") != "0",
+            )
+        )
+        found = list(
+            pool.map(
+                lambda r: r if r.length else measure(r),
+                [r for records, _ in indexed for r in records],
+            )
+        )
+    return sorted_out(found, [b for _, bad in indexed for b in bad])
+
+
+def read_ticks(record):
+    """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default
+    ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
+    shard, stat = record.shard, None if isinstance(record.shard, Shard) else os.stat(record.shard)
+    name = (
+        f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
+        if stat
+        else f"{shard} {shard.size} {shard.version}"
+    )
+    name += f" {tuple(record.members['jsonl'])} v3"
+    path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
+    raw = read_cache(path)
+    if raw is not None:
+        with np.load(io.BytesIO(raw)) as z:
+            return Ticks.of(z)
+    with Slice(record.shard, *record.members["jsonl"]) as f:
+        ticks = parse_ticks(f.read())
+    buffer = io.BytesIO()
+    np.savez(buffer, **ticks.arrays())
+    write_cache(path, buffer.getvalue(), "parsed actions are")
+    return ticks
+
+
+def line_warnings(records, limit=32):
+    """What is odd in the lines of recordings though they can be read, a sentence each. Looks at
+    `limit` of them, spread over all; at URLs at none, which would copy them (vpt.parse_ticks
+    says what it meets)."""
+    local = [r for r in records if "jsonl" in r.members and not isinstance(r.shard, Shard)]
+    looked, held, unknown, other_rate = 0, 0, {}, []
+    for record in spread(local, min(limit, len(local))):
+        try:
+            ticks = read_ticks(record)
+            with Slice(record.shard, *record.members["mp4"]) as f:
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            ratio = ClipReader().frames_per_line(ticks, len(times), frame_rate)
+        except READ_ERRORS as e:
+            if disk_failed(e):
+                raise
+            continue  # left out, with its reason, when a clip of it is asked for
+        looked += 1
+        held |= int(np.bitwise_or.reduce(ticks.keys))
+        for name, lines in ticks.unknown.items():
+            unknown[name] = unknown.get(name, 0) + lines
+        if frame_rate and not ticks.stamped and abs(frame_rate / ratio / ticks.rate - 1) > 0.2:
+            other_rate.append((record.key, frame_rate))
+    out = name_warnings(unknown)
+    if other_rate:
+        key, frame_rate = other_rate[0]
+        out.append(
+            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames a"
+            " second and lines without timestamp, which are taken for 20 a second: add timestamps"
+            " if that is wrong"
+        )
+    if looked and not held & ANY_KEY:
+        out.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
+    where = f" (in {looked} of {len(records)} recordings)" if looked < len(records) else ""
+    return [line + where for line in out]
+
+
+def spread(items, count):
+    """At most `count` of the items, uniformly over the list."""
+    return (
+        [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+        if count
+        else items
+    )
+
+
+FEATURE_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+}
+
+
+def feature_header(record):
+    """({name: (dtype, shape, file offset)}, metadata and embed_dim) of a feature member: the
+    safetensors format, all sizes checked."""
+    offset, size = record.members["safetensors"]
+    try:
+        with Slice(record.shard, offset, size) as f:
+            at = 8 + int.from_bytes(f.read(8), "little")
+            header = dict(json.loads(f.read(at - 8) if at <= min(size, 1 << 20) else b""))
+        meta, (S, N, D) = dict(header.pop("__metadata__", {})), map(int, header["z"]["shape"])
+        A, dim = (
+            (len(json.loads(meta["names"])), int(meta["state_dim"]))
+            if meta.get("dataset") == "droid"
+            else (38, 2)
+        )
+        shapes = {"z": (S, N, D), "actions": (S - 1, A), "states": (S, dim)}
+        shapes |= (
+            {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
+        )
+        x = {
+            k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"]))
+            for k, s in shapes.items()
+        }
+        bad = [
+            k
+            for k, (dtype, s, a, b) in x.items()
+            if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at
+        ]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        raise ValueError("not a feature file (its header is damaged)") from e
+    if bad or dim < 0 or any([*s] != header[k].get("shape") for k, s in shapes.items()):
+        raise ValueError("not a feature file, or cut")
+    return {
+        k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()
+    }, meta | {"embed_dim": D}
