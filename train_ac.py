@@ -458,9 +458,7 @@ if __name__ == "__main__":
         }
         for big in (True, False)
     ]
-    optimizer = torch.optim.AdamW(
-        decays, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
-    )
+    optimizer = torch.optim.AdamW(decays, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     step, total = 0, args.epochs * args.ipe
     belongs = {"action_names": names, "scaler_hash": scaler.hash} | source | size
