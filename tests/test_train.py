@@ -1013,6 +1013,33 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
     assert "resumed from" in text and "nothing left to do" in text
 
 
+def test_the_spread_is_that_of_the_runs(world, tmp_path):
+    """Bug: bench.spread trains every run with one seed or one number of threads, reports another
+    row than the last, counts a failed run, or trains finished runs again."""
+    flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
+    command = [sys.executable, "-m", "bench.spread", "--json", "--out", str(tmp_path / "runs")]
+    command += ["--seeds", "3", "4", "--threads", "1", "2"]
+    for _ in range(2):
+        done = subprocess.run([*command, "--", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]
+    for row in rows:
+        folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
+        last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
+        assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
+        assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
+        assert (folder / "log.txt").read_text().count("nothing left to do") == 1
+    assert rows[0]["tf_skill"] != rows[2]["tf_skill"]
+    skills = [row["tf_skill"] for row in rows]
+    assert f"from {min(skills):.4f} to {max(skills):.4f}" in done.stdout
+
+    done = subprocess.run(
+        [*command, "--", *flags, "--pred_dim", "96"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "read its log.txt" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
     """Bug: the encoder in the file is rounded to the training precision; or such a run neither
