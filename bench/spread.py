@@ -1,8 +1,8 @@
 """Does the same training succeed with another seed and another number of threads? One run of
 train_ac.py for each pair, and how far apart they end.
 
-    python -m bench.spread --seeds 0 1 2 3 4 --threads 1 2 -- --data ... --epochs 8
-    make demo-spread                                            # of the demo's recipe
+    make demo-spread                                   # of the demo's recipe
+    python -m bench.spread --seeds 0 1 --threads 1 2   # then `--`, then flags of train_ac.py
 
 Everything after `--` goes to train_ac.py as it is. The number of threads changes in which order
 numbers are added, thus the rounding of sums, and nothing else. Run folders are --out/SEED-THREADS:
