@@ -659,16 +659,24 @@ def split_thirds(B, part):
 # --- the base ---
 
 
-def open_base(path, source, action_dim, state_dim, size):
+def open_base(path, source, action_dim, state_dim, size, predict=None):
     """Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, an export,
     or "none": random weights of this size (pred_dim, depth, num_heads; of a file only the heads may
-    be unknown). source: of encode.open_source; state_dim None: what the file has. -> (Predictor,
+    be unknown). source: of encode.open_source; state_dim None: what the file has; predict: of
+    Predictor, None what the file has, "features" of random weights. -> (Predictor,
     the ActionScaler it was trained with or None for unscaled actions, the file's dictionary,
     condition encoders made anew since theirs have another size)."""
     if path == "none":
         size = size | {"num_heads": size["num_heads"] or 16}
         return (
-            Predictor(source["embed_dim"], action_dim, state_dim, (source["grid"],) * 2, **size),
+            Predictor(
+                source["embed_dim"],
+                action_dim,
+                state_dim,
+                (source["grid"],) * 2,
+                predict=predict or "features",
+                **size,
+            ),
             None,
             {},
             [*CONDITION],
@@ -685,6 +693,11 @@ def open_base(path, source, action_dim, state_dim, size):
     predictor = weights.load_predictor(
         file, size["num_heads"] or known.get("num_heads"), (source["grid"],) * 2
     )
+    if predict not in (None, predictor.predict):
+        raise ValueError(
+            f"--predict {predict}, but {file} predicts {predictor.predict}: leave the flag out, or"
+            " train from --base none"
+        )
     width, anew = predictor.predictor_proj.out_features, []
     if (
         width != source["embed_dim"]

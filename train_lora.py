@@ -44,7 +44,7 @@ from files.logs import append_jsonl, open_logs, plot_curves
 from files.mirror import Mirror
 from fit_scaler import ActionScaler
 from kernels import chosen
-from model import ACModel, channel_stats
+from model import PREDICTS, ACModel, channel_stats
 
 # --- flags ---
 parser = argparse.ArgumentParser(
@@ -187,6 +187,14 @@ flag(
     help="width of the predictor, with --base none",
 )
 flag("--pred_depth", type=int, default=24, help="blocks of the predictor, with --base none")
+flag(
+    "--predict",
+    choices=PREDICTS,
+    help=(
+        "change: the output is added to the step's own features (default: what the base does,"
+        " features with --base none)"
+    ),
+)
 flag(
     "--pred_heads",
     "--pred_num_heads",
@@ -420,7 +428,7 @@ if __name__ == "__main__":
     )
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor, base_scaler, known, anew = lora.open_base(
-        base, source, len(names), reader.state_dim, size
+        base, source, len(names), reader.state_dim, size, args.predict
     )
     if features and not args.encoder and known and "encoder_hash" not in known:
         say(
@@ -528,6 +536,7 @@ if __name__ == "__main__":
     belongs = {
         "action_names": names,
         "scaler_hash": scaler.hash,
+        "predict": predictor.predict,
         "base_hash": base_hash,
         "trained_parameters": count,
         "ipe": ipe,
@@ -551,6 +560,7 @@ if __name__ == "__main__":
         dist.barrier()  # what --sync_to holds is in --out_dir now
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
+        state.setdefault("predict", "features")  # the only way before there was --predict
         for k, v in belongs.items():
             if state.get(k) != v:
                 keep = " (ranks x --batch_size x --grad_accum must stay)" * (k == "ipe")
@@ -807,6 +817,8 @@ if __name__ == "__main__":
             encoder, model, optimizer, inputs(batch), options, args.dtype, autocast
         )
     if args.export and writes and step >= total:
+        if predictor.predict == "change":
+            say(f"{args.export} predicts changes: --base reads that, Meta's own code refuses it")
         lora.export(
             predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats}
         )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from files.streams import disk_failed, disk_sentence
-from model import Encoder, Predictor
+from model import Encoder, Predictor, predict_of
 
 ARCHITECTURES = {  # width, depth, heads, MLP width; vit_tiny is ours, for the demo and the tests
     "vit_tiny": (192, 4, 3, 768),
@@ -122,6 +122,7 @@ def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
             pred_dim=pred_dim,
             **sizes,
             use_extrinsics=has_layer,
+            predict=predict_of(state),
         )
     load_strict(predictor, state, path)
     if has_layer and not use_extrinsics:

@@ -31,6 +31,7 @@ from model import (
     encode_steps,
     meter_summary,
     normalize_features,
+    predict_of,
 )
 
 
@@ -450,7 +451,12 @@ def open_run(path):
         }
         state_dim = found["state_encoder.weight"].shape[1] if "state_encoder.weight" in found else 0
         predictor = Predictor(
-            state["embed_dim"], len(state["action_names"]), state_dim, (state["grid"],) * 2, **size
+            state["embed_dim"],
+            len(state["action_names"]),
+            state_dim,
+            (state["grid"],) * 2,
+            predict=predict_of(found),
+            **size,
         )
         predictor.load_state_dict(found)
     state["state_dim"] = (
