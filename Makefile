@@ -5,7 +5,11 @@ FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
 TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
 	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
-.PHONY: demo demo-long demo-clip demo-probe demo-plan demo-lam demo-lora test test-all lint clean
+# the demo's training; what it depends on: make demo-spread
+DEMO = --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl $(TRAIN) \
+	--epochs 8 --ipe 150 --anneal 3 --val_every 2
+
+.PHONY: demo demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora test test-all lint clean
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -17,9 +21,11 @@ demo: .venv/installed
 	$(PY) fit_scaler.py --data 'demo/train/*.tar' --fps 10 --output demo/scaler.pkl
 	$(PY) encode.py --data 'demo/train/*.tar' --out demo/features/train $(FEATURES) --phases 4
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/features/val $(FEATURES)
-	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl \
-		--out_dir out/demo $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
+	$(PY) train_ac.py --out_dir out/demo $(DEMO)
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
+
+demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? 45 minutes
+	$(PY) -m bench.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO)
 
 demo-long: .venv/installed  # an hour of play, seven times the training
 	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long

@@ -249,14 +249,28 @@ def run_block(model, blk, *inputs):
     return blk(*inputs)
 
 
+PREDICTS = ("features", "change")
+CHANGE_MARK = "predicts_change"  # in the state dict of a predictor of changes, in no other
+
+
+def predict_of(state):
+    """What the predictor of a state dict predicts, one of PREDICTS."""
+    return "change" if CHANGE_MARK in state else "features"
+
+
 class Predictor(nn.Module):
     """V-JEPA 2-AC predictor: p(z_t+1 | z_<=t, a_<=t, s_<=t). Each step is the tokens [action,
     state, (extrinsics), N patches], attention is full inside a step and causal across steps, and
-    the output at step t is the prediction of step t+1 itself, not of a difference.
+    the output at step t is the prediction of step t+1.
 
     `grid` is the encoder's patch grid (H, W). Condition tokens sit at (t, 0, 0), so their order in
     a step changes nothing. `state_dim=0` builds no state token (jepa-wms "noprop"). Extrinsics are
-    6-D camera poses."""
+    6-D camera poses.
+
+    predict="change" adds step t's own features to the output at step t, so that the network says
+    what changes: at its small initial weights it copies the step, and learns from there. Meta's
+    weights are of "features". The setting travels with the weights, as an entry of the state dict:
+    a reader that does not know it refuses the file, since it would take changes for features."""
 
     activation_checkpointing = False
 
@@ -272,8 +286,14 @@ class Predictor(nn.Module):
         num_heads=16,
         mlp_dim=None,
         use_extrinsics=False,
+        predict="features",
     ):
         super().__init__()
+        if predict not in PREDICTS:
+            raise ValueError(f"predict {predict!r} is unknown, choose from: {', '.join(PREDICTS)}")
+        self.predict = predict
+        if predict == "change":
+            self.register_buffer(CHANGE_MARK, torch.ones(()))
         self.grid, self.head_dim, self.use_extrinsics = (
             tuple(grid),
             pred_dim // num_heads,
@@ -301,7 +321,8 @@ class Predictor(nn.Module):
         )  # the first patch is at (t, 0, 0)
 
     def forward(self, z, actions, states, extrinsics=None):
-        """(B, T*N, E), (B, T, A), (B, T, S), (B, T, 6) -> (B, T*N, E)."""
+        """(B, T*N, E), (B, T, A), (B, T, S), (B, T, 6) -> (B, T*N, E): the step after each, before
+        its layer norm."""
         return self.extend(z, actions, states, extrinsics)[0]
 
     def extend(self, z, actions, states, extrinsics=None, past=None):
@@ -336,7 +357,10 @@ class Predictor(nn.Module):
             x, kv = run_block(self, blk, x, rope, S, past and past[i])
             present.append(kv)
         x = x.unflatten(1, (T, S))[:, :, C:].flatten(1, 2)  # (B, T*N, D)
-        return self.predictor_proj(self.predictor_norm(x)), present
+        x = self.predictor_proj(self.predictor_norm(x))
+        if self.predict == "change":
+            x = x + z
+        return x, present
 
     def rollout(self, z, actions, states, extrinsics=None, cache=None):
         """Context z (B, c, N, E), layer-normed, actions (B, c-1+K, A) and their states -> the K
@@ -360,8 +384,14 @@ class Predictor(nn.Module):
 
 
 def copy_fitting(module, state):
-    """Copy the tensors of a state dict that fit into a module; returns (taken, made anew, left
-    over) as lists of names."""
+    """Copy the tensors of a state dict that fit into a predictor; returns (taken, made anew, left
+    over) as lists of names. ValueError where the two predict something else: each tensor would fit
+    and mean something else."""
+    if predict_of(state) != module.predict:
+        raise ValueError(
+            f"those weights predict {predict_of(state)}, this predictor {module.predict}: pass"
+            f" --predict {predict_of(state)}"
+        )
     own = module.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     module.load_state_dict(own | fits)

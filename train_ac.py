@@ -35,7 +35,7 @@ from files.remote import cached
 from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 from kernels import chosen
-from model import ACModel, Predictor, channel_stats, copy_fitting, make_inputs
+from model import PREDICTS, ACModel, Predictor, channel_stats, copy_fitting, make_inputs
 from weights import decoder_of, open_source
 
 # --- flags ---
@@ -175,6 +175,12 @@ flag(
     type=int,
     default=16,
     help="attention heads of the predictor",
+)
+flag(
+    "--predict",
+    default="features",
+    choices=PREDICTS,
+    help="change: the output is added to the step's own features (not Meta's layout)",
 )
 flag(
     "--init_from",
@@ -384,6 +390,11 @@ if __name__ == "__main__":
         )
 
     # --- model ---
+    if args.save_encoder and args.predict == "change":
+        raise ValueError(
+            "--save_encoder writes Meta's layout, whose predictors give features: drop it, or"
+            " --predict change"
+        )
     encoder, source = open_source(train + val if train else [], args.encoder, **source)
     if encoder is not None:
         if encoder.tubelet_size != args.tubelet_size:
@@ -403,7 +414,9 @@ if __name__ == "__main__":
         source["grid"],
         {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads},
     )
-    predictor = Predictor(source["embed_dim"], len(names), 2, (grid, grid), **size).to(device)
+    predictor = Predictor(
+        source["embed_dim"], len(names), 2, (grid, grid), predict=args.predict, **size
+    ).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
     count, S = sum(p.numel() for p in predictor.parameters()), grid**2 + 2  # tokens a step
     kernels = chosen(
@@ -435,6 +448,7 @@ if __name__ == "__main__":
     step, total = 0, args.epochs * args.ipe
     belongs = {"action_names": names, "scaler_hash": scaler.hash} | source | size
     belongs["decoder"] = decoder_of(train + val, args.decoder)
+    belongs["predict"] = args.predict
     belongs |= {
         k: getattr(args, k)
         for k in ("encode", "fps", "frames_per_step", "frames_per_clip", "feature_norm", "ipe")
@@ -444,6 +458,7 @@ if __name__ == "__main__":
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
         state.setdefault("decoder", state["args"].get("decoder", "pyav"))  # before it was stored
+        state.setdefault("predict", "features")  # the only way before there was --predict
         for k, v in belongs.items():
             if state.get(k) != v:
                 raise ValueError(

@@ -39,7 +39,16 @@ from evaluation.held_out import (
 from files.logs import append_jsonl, open_logs, plot_curves
 from files.mirror import Mirror
 from kernels import chosen
-from model import TARGETS, ACModel, channel_stats, lora_layers, make_inputs, size_of, without_lora
+from model import (
+    PREDICTS,
+    TARGETS,
+    ACModel,
+    channel_stats,
+    lora_layers,
+    make_inputs,
+    size_of,
+    without_lora,
+)
 from weights import (
     adapt,
     encoder_hash,
@@ -193,6 +202,14 @@ flag(
     help="width of the predictor, with --base none",
 )
 flag("--pred_depth", type=int, default=24, help="blocks of the predictor, with --base none")
+flag(
+    "--predict",
+    choices=PREDICTS,
+    help=(
+        "change: the output is added to the step's own features (default: what the base does,"
+        " features with --base none)"
+    ),
+)
 flag(
     "--pred_heads",
     "--pred_num_heads",
@@ -426,7 +443,7 @@ if __name__ == "__main__":
     )
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor, base_scaler, known, anew = open_base(
-        base, source, len(names), reader.state_dim, size
+        base, source, len(names), reader.state_dim, size, args.predict
     )
     if features and not args.encoder and known and "encoder_hash" not in known:
         say(
@@ -533,6 +550,7 @@ if __name__ == "__main__":
     belongs = {
         "action_names": names,
         "scaler_hash": scaler.hash,
+        "predict": predictor.predict,
         "base_hash": base_hash,
         "trained_parameters": count,
         "ipe": ipe,
@@ -556,6 +574,7 @@ if __name__ == "__main__":
         dist.barrier()  # what --sync_to holds is in --out_dir now
     state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
     if state is not None:
+        state.setdefault("predict", "features")  # the only way before there was --predict
         for k, v in belongs.items():
             if state.get(k) != v:
                 keep = " (ranks x --batch_size x --grad_accum must stay)" * (k == "ipe")
@@ -812,6 +831,8 @@ if __name__ == "__main__":
             encoder, model, optimizer, inputs(batch), options, args.dtype, autocast
         )
     if args.export and writes and step >= total:
+        if predictor.predict == "change":
+            say(f"{args.export} predicts changes: --base reads that, Meta's own code refuses it")
         export(predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats})
     if mirror:
         mirror.close()

@@ -39,6 +39,7 @@ from model import (
     add_lora,
     lora_layers,
     merged_state,
+    predict_of,
     put_lora,
 )
 
@@ -143,6 +144,7 @@ def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
             pred_dim=pred_dim,
             **sizes,
             use_extrinsics=has_layer,
+            predict=predict_of(state),
         )
     load_strict(predictor, state, path)
     if has_layer and not use_extrinsics:
@@ -929,16 +931,24 @@ def split_thirds(B, part):
     return None if rest.any() else blocks
 
 
-def open_base(path, source, action_dim, state_dim, size):
+def open_base(path, source, action_dim, state_dim, size, predict=None):
     """Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, an export,
     or "none": random weights of this size (pred_dim, depth, num_heads; of a file only the heads may
-    be unknown). source: of open_source; state_dim None: what the file has. -> (Predictor,
+    be unknown). source: of open_source; state_dim None: what the file has; predict: of
+    Predictor, None what the file has, "features" of random weights. -> (Predictor,
     the ActionScaler it was trained with or None for unscaled actions, the file's dictionary,
     condition encoders made anew since theirs have another size)."""
     if path == "none":
         size = size | {"num_heads": size["num_heads"] or 16}
         return (
-            Predictor(source["embed_dim"], action_dim, state_dim, (source["grid"],) * 2, **size),
+            Predictor(
+                source["embed_dim"],
+                action_dim,
+                state_dim,
+                (source["grid"],) * 2,
+                predict=predict or "features",
+                **size,
+            ),
             None,
             {},
             [*CONDITION],
@@ -955,6 +965,11 @@ def open_base(path, source, action_dim, state_dim, size):
     predictor = load_predictor(
         file, size["num_heads"] or known.get("num_heads"), (source["grid"],) * 2
     )
+    if predict not in (None, predictor.predict):
+        raise ValueError(
+            f"--predict {predict}, but {file} predicts {predictor.predict}: leave the flag out, or"
+            " train from --base none"
+        )
     width, anew = predictor.predictor_proj.out_features, []
     if (
         width != source["embed_dim"]

@@ -32,14 +32,14 @@ os.environ["NANOJEPA_CACHE"] = os.path.join(
     SCRATCH, "cache"
 )  # read by data.py once, when it is imported
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import av
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import data  # noqa: E402
-from bench import report  # noqa: E402
-from bench.readers import droid_rows, latent_rows, make_tfrecord  # noqa: E402
+import data
+from bench import report
+from bench.readers import droid_rows, latent_rows, make_tfrecord
 from files.video import mp4_times
 from files.vpt import ClipReader
 

@@ -8,14 +8,14 @@ The gap is a ratio of means over all clips, minus 1. Recordings hold different n
 they differ in how hard they are and in how much the action tells, and their clips differ too. Rows:
 what the effect of the action on a recording's clips looks like, and how clips are spread over
 recordings. Columns: recordings. A number is the share of simulated evaluations whose interval
-contains the gap of all recordings that there could be. model.ratio_interval should stay within 0.90
+contains the gap of all recordings that there could be. `ratio_interval` should stay within 0.90
 to 0.97; "bootstrap" resamples recordings, as this project did before."""
 
 import argparse
 
 import torch
 
-import model
+from evaluation import held_out
 
 RECORDINGS = (2, 3, 4, 5, 6, 8, 10, 15, 20)
 EFFECTS = ("alike", "normal", "skewed")
@@ -70,7 +70,7 @@ def bootstrap(top, bottom, names, samples=400):
     return ratio.quantile(torch.tensor([0.025, 0.975]).double(), dim=0)
 
 
-def coverage(effect, spread, recordings, rounds, columns, interval=model.ratio_interval, seed=0):
+def coverage(effect, spread, recordings, rounds, columns, interval=held_out.ratio_interval, seed=0):
     """(share of intervals that contain the true gap, their median width)."""
     generator, found, widths = torch.Generator().manual_seed(seed), [], []
     for _ in range(rounds):
@@ -90,13 +90,13 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=100, help="draws of numbers of clips")
     parser.add_argument("--columns", type=int, default=100, help="evaluations of each draw")
     args = parser.parse_args()
-    model.FEWEST_RECORDINGS = 2  # to see what is left out as well
+    held_out.FEWEST_RECORDINGS = 2  # to see what is left out as well
     print(
         "effect  clips      interval   " + "".join(f"{n:>7}" for n in RECORDINGS) + "  recordings"
     )
     for effect in EFFECTS:
         for spread in CLIPS:
-            for name, interval in (("ours", model.ratio_interval), ("bootstrap", bootstrap)):
+            for name, interval in (("ours", held_out.ratio_interval), ("bootstrap", bootstrap)):
                 cells = ""
                 for n in RECORDINGS:
                     share, _ = coverage(effect, spread, n, args.rounds, args.columns, interval)

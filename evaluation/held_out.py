@@ -1,4 +1,5 @@
-"""Errors on held-out recordings: the action meter, intervals over recordings, the base beside an adapted model."""
+"""Errors on held-out recordings: the action meter, intervals over recordings, and the base's errors
+beside an adapted model's."""
 
 import contextlib
 import functools

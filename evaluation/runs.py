@@ -1,5 +1,4 @@
-"""What training scripts do around their loop, and what a finished run needs again: features of a
-batch, held-out errors, logs, curves."""
+"""Opening a finished run of train_ac.py or train_lora.py, and the data to judge it on."""
 
 import os
 
@@ -18,6 +17,7 @@ from model import (
     Predictor,
     compose_states,
     make_inputs,
+    predict_of,
 )
 from weights import adapt, decoder_of, encoder_hash, fetch, open_base, open_source
 
@@ -109,7 +109,12 @@ def open_run(path):
         }
         state_dim = found["state_encoder.weight"].shape[1] if "state_encoder.weight" in found else 0
         predictor = Predictor(
-            state["embed_dim"], len(state["action_names"]), state_dim, (state["grid"],) * 2, **size
+            state["embed_dim"],
+            len(state["action_names"]),
+            state_dim,
+            (state["grid"],) * 2,
+            predict=predict_of(found),
+            **size,
         )
         predictor.load_state_dict(found)
     state["state_dim"] = (

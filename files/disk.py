@@ -1,4 +1,5 @@
-"""What a disk or a network does: atomic writes, caches, and which errors say nothing about the data."""
+"""What a disk or a network does: atomic writes, caches, and which errors say nothing about the
+data."""
 
 import errno
 import hashlib

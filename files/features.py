@@ -1,4 +1,12 @@
-"""Feature shards of encode.py, of play and of robots: how they are packed, indexed, checked and planned."""
+"""Feature shards of encode.py, of play and of robots: how recordings are cut into them, what they
+contain and what training must know of them.
+
+Of play, a member KEY@TICK.safetensors: see docs/data.md. Of robots, a member
+KEY@CAMERA-ROW.safetensors is a segment: a frame of one camera every `stride` rows of episode KEY,
+from row ROW on: z (S, N, D), actions (S-1, A) unscaled, states (S, state_dim) in float32. Its
+metadata: encode.py's settings, "names" and "units" of actions, "state_dim", and what --success
+and --idle_filter ask: "episode" {"rows", "stride", "rate", "success", "idle" and "still": [[row,
+row after]]}, of the whole one."""
 
 import functools
 import json

@@ -1,4 +1,5 @@
-"""Shards of recordings: paths and patterns, tar files, slices of them, the index, the lines of a recording."""
+"""Shards of recordings: paths and patterns, tar files, slices of them, the index, and the lines
+of a recording."""
 
 import concurrent.futures
 import errno
@@ -226,7 +227,7 @@ class Slice(io.RawIOBase):
         return None, left
 
     def readinto(self, buffer):
-        """As much as there is room for: what reads 16 bytes must not get 7 at the end of a piece."""
+        """As much as there is room for: who reads 16 bytes must not get 7 at the end of a piece."""
         left = memoryview(buffer)[: max(self.size - self.at, 0)]
         done = 0
         while len(left):
@@ -586,8 +587,8 @@ def line_warnings(records, limit=32):
     if other_rate:
         key, frame_rate = other_rate[0]
         out.append(
-            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames a"
-            " second and lines without timestamp, which are taken for 20 a second: add timestamps"
+            f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames"
+            " a second and lines without timestamp, which are taken for 20 a second: add timestamps"
             " if that is wrong"
         )
     if looked and not held & ANY_KEY:

@@ -21,9 +21,7 @@ import av  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from files import streams  # noqa: E402
-
-streams.WAIT = 0.01  # seconds between tries, which are 1 to 30; programs started by tests keep them
+disk.WAIT = 0.01  # seconds between tries, which are 1 to 30; programs started by tests keep them
 disk.PAUSES = (0.01, 0.01)  # and those before a disk is asked again
 
 WIDTH, HEIGHT, BLOCK, LEFT = 80, 64, 16, 8  # a 64-pixel centre crop shows all blocks

@@ -37,24 +37,24 @@ os.environ["NANOJEPA_CACHE"] = os.path.join(
     SCRATCH, "cache"
 )  # read by data.py once, when it is imported
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import av
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import bench  # noqa: E402
-import checkpoint  # noqa: E402
-import weights  # noqa: E402
+import bench
+import checkpoint
+import weights
 from data import ActionScaler, Clips
-from files import episodes, latents  # noqa: E402
+from files import episodes, latents
 from files.disk import READ_ERRORS
 from files.features import feature_rows, feature_settings, keep_ranges
 from files.shards import Record, index_shards, read_ticks
 from files.video import mp4_times, read_frames
 from files.vpt import ClipReader, parse_ticks
-from prepare.manifest import check  # noqa: E402
-from prepare.robot import record  # noqa: E402
-from tests.seeds import mutate, seeds  # noqa: E402
+from prepare.manifest import check
+from prepare.robot import record
+from tests.seeds import mutate, seeds
 
 BOMB = os.path.join(SCRATCH, "code-ran")  # what no reader may ever make
 

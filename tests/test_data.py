@@ -25,7 +25,6 @@ import torch
 from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 from safetensors.torch import save as safetensors_bytes
 
-import data
 from data import (
     ActionScaler,
     Clips,
@@ -39,10 +38,22 @@ from data import (
     windows,
 )
 from evaluation.heads import Windows
-from files import disk, shards, streams, video, vpt
+from files import disk, vpt
+from files import features as feature_files
+from files import shards as shard_files
 from files.features import feature_settings
-from files.shards import Record, Slice, expand, index_shards, is_stream, read_ticks, shard_index
+from files.shards import (
+    Record,
+    Slice,
+    expand,
+    index_shards,
+    is_stream,
+    line_warnings,
+    read_ticks,
+    shard_index,
+)
 from files.streams import stream_recordings
+from files.video import read_frames
 from files.vpt import ClipReader
 
 READER = ClipReader(crop_size=HEIGHT)
@@ -368,8 +379,10 @@ def test_ticks_are_read_once_then_from_the_cache(shards, monkeypatch):
     """Bug: 15 MB of JSON parsed for every clip."""
     record = records_of(shards / "shard-000001.tar")[0][0]
     first = read_ticks(record)
-    monkeypatch.setattr(data, "parse_ticks", lambda raw: pytest.fail("the JSONL was read again"))
-    monkeypatch.setattr(data, "Slice", lambda *a: pytest.fail("the shard was opened"))
+    monkeypatch.setattr(
+        shard_files, "parse_ticks", lambda raw: pytest.fail("the JSONL was read again")
+    )
+    monkeypatch.setattr(shard_files, "Slice", lambda *a: pytest.fail("the shard was opened"))
     second = read_ticks(record)
     assert (
         all(np.array_equal(x, y) for x, y in zip(first, second))
@@ -383,7 +396,7 @@ def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4
     cache serves a new shard."""
     path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=1))})
     record = records_of(path)[0][0]
-    monkeypatch.setattr(data, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_files, "CACHE", str(tmp_path / "cache"))
     good = read_ticks(record)
     (cache,) = (tmp_path / "cache" / "ticks").iterdir()
     raw, rng = open(cache, "rb").read(), np.random.default_rng(0)
@@ -415,7 +428,7 @@ def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4
 def test_an_unwritable_cache_only_costs_time(shards, monkeypatch, capsys, tmp_path):
     """Bug: a read-only home folder stops the run."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(data, "CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(shard_files, "CACHE", str(tmp_path / "file"))
     assert len(read_ticks(records_of(shards / "shard-000000.tar")[0][0]).motion) == 300
     assert "NANOJEPA_CACHE" in capsys.readouterr().out
 
@@ -423,7 +436,7 @@ def test_an_unwritable_cache_only_costs_time(shards, monkeypatch, capsys, tmp_pa
 def test_a_cache_of_another_user_only_costs_time(shards, monkeypatch, capsys, tmp_path):
     """Bug: a cache entry that may not be read makes a good recording a bad clip. (A folder in the
     place of the entry: root may read every file.)"""
-    monkeypatch.setattr(data, "CACHE", str(tmp_path))
+    monkeypatch.setattr(shard_files, "CACHE", str(tmp_path))
     records = records_of(shards / "shard-000000.tar")[0]
     good = read_ticks(records[0])
     (entry,) = (tmp_path / "ticks").iterdir()
@@ -483,7 +496,7 @@ def test_augmentations_follow_the_clip_not_the_worker(shards):
 
 def test_resuming_decodes_nothing_that_was_seen(shards, monkeypatch):
     """Bug: the first half of an epoch is decoded again to be thrown away."""
-    calls, read = [], video.read_frames
+    calls, read = [], read_frames
     monkeypatch.setattr(vpt, "read_frames", lambda *a: calls.append(a) or read(*a))
     take(loader_of(shards, batches_per_epoch=1000, itr=998), 1)
     assert len(calls) == 4
@@ -955,7 +968,7 @@ def test_a_rate_that_fps_does_not_divide_is_reported(rates):
 def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     """Bug: a key in another spelling, or no clock, is found in the results, if ever."""
     good = records_of(*rates.values())[0]
-    assert shards.line_warnings(good) == []
+    assert line_warnings(good) == []
     strange = {
         "a.mp4": mp4,
         "a.jsonl": jsonl(guide_lines(300, 20, keyboard={"keys": ["spacce"]})),
@@ -964,11 +977,11 @@ def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     }
     records, _ = records_of(write_tar(tmp_path / "a.tar", strange))
     for _ in range(2):  # from the lines, then from the cache
-        name, clock, keys = shards.line_warnings(records)
+        name, clock, keys = line_warnings(records)
         assert 'key "spacce" (nearest known name: "key.keyboard.space") on 300 lines' in name
         assert "b, have a video of 60 frames a second and lines without timestamp" in clock
         assert keys.startswith("no key is held on any line")
-    assert shards.line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
+    assert line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
 
 
 def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4):
@@ -1139,7 +1152,7 @@ def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
 def test_a_stream_whose_server_fails_ends(shards, url, broken, monkeypatch):
     """Bug: while a server does not answer, its shards count as bad ones and the run trains on
     others."""
-    monkeypatch.setattr(streams, "WAIT", 0.01)
+    monkeypatch.setattr(disk, "WAIT", 0.01)
     stream = StreamedClips([url + broken, f"{url}/shard-000000.tar"], READER, shuffle=1, seed=1)
     with pytest.raises(ValueError, match=f"{broken} cannot be read: "):
         list(itertools.islice(stream, 40))
@@ -1296,7 +1309,7 @@ def test_feature_clips_read_their_own_rows_only(features, monkeypatch):
             opened.append(self.bytes_read)
             super().close()
 
-    monkeypatch.setattr(data, "Slice", Counted)
+    monkeypatch.setattr(feature_files, "Slice", Counted)
     Clips(records, [1] * 4, READER).read(0, 2, np.random.default_rng(0))
     header = 8 + 400
     assert sum(opened) <= 8 * 4 * 8 * 2 + 7 * 38 * 4 + 8 * 2 * 4 + header

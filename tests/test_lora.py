@@ -33,6 +33,7 @@ import weights
 from data import ActionScaler
 from droid import POSE, POSE_UNITS, DroidReader, open_droid
 from evaluation.memory import activation_bytes, estimate
+from evaluation.runs import open_run
 from files.mirror import Mirror
 from model import (
     ACModel,
@@ -952,6 +953,35 @@ def test_metas_layout_brings_its_encoder(world, tmp_path):
     assert changed and all(
         "predictor_blocks" in k for k in changed
     )  # what was folded for training is unfolded again
+
+
+def test_a_base_that_predicts_changes(world, tmp_path):
+    """Bug: adapters on a predictor of changes are trained, judged or exported as if it predicted
+    features, or --predict asks for something else than its base does and is passed over."""
+    size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 4"
+    text = run(
+        tmp_path,
+        "train_lora.py",
+        *world.a,
+        size,
+        "--predict change --out_dir",
+        tmp_path / "base",
+        "--export",
+        tmp_path / "base.pt",
+    )
+    assert "--base reads that, Meta's own code refuses it" in text
+    assert checkpoint.load_latest(tmp_path / "base")[0]["predict"] == "change"
+    flags = [*world.b, "--base", tmp_path / "base.pt", "--lr 1e-3 --max_steps 4 --out_dir"]
+    run(tmp_path, "train_lora.py", *flags, tmp_path / "lora", "--export", tmp_path / "lora.pt")
+    base, adapted = (open_run(str(tmp_path / name))[0] for name in ("base", "lora"))
+    assert base.predict == adapted.predict == "change"
+    exported = weights.load_predictor(tmp_path / "lora.pt", num_heads=3, grid=(2, 2))
+    torch.manual_seed(0)
+    z = torch.randn(1, 8, 192)
+    copying = (z - exported(z, torch.zeros(1, 2, 7), torch.zeros(1, 2, 7))).abs().mean()
+    assert exported.predict == "change" and copying < 0.5  # hardly trained: it is near the step
+    text = fails(tmp_path, "train_lora.py", *flags, tmp_path / "features", "--predict", "features")
+    assert "--predict features, but" in text and "predicts change: leave the flag out" in text
 
 
 def test_a_game_model_as_the_base(tmp_path):

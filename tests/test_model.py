@@ -13,6 +13,7 @@ from torch import nn
 
 from evaluation.held_out import action_meter
 from model import (
+    CHANGE_MARK,
     ACModel,
     Encoder,
     Predictor,
@@ -609,6 +610,34 @@ def test_rollout_feeds_itself():
     again = predict(predictor, torch.cat([z[:, :1], steps[:, :2]], 1), actions, states)
     close(steps[:, 1:], again[:, 1:])
     close(predictor.rollout(torch.cat([z[:, :1], steps[:, :1]], 1), actions, states), steps[:, 1:])
+
+
+@pytest.mark.parametrize("context", [1, 3])
+def test_a_predictor_of_changes_adds_the_step(context):
+    """Bug: the change is added to another step than the one it follows, in the pass over all steps
+    or in a rollout on cached keys and values; or the setting, off by default, alters weights or
+    outputs of those who do not ask for it."""
+    plain, change = small_predictor(), small_predictor(predict="change")
+    assert {*change.state_dict()} - {*plain.state_dict()} == {CHANGE_MARK}
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, change.state_dict()[name])
+
+    z, actions, states = small_batch()
+    given = (z[:, :-1].flatten(1, 2), actions, states[:, :-1])
+    assert torch.equal(change(*given), plain(*given) + given[0])
+    ahead = change.rollout(z[:, :context], actions, states)
+    close(ahead, change.rollout(z[:, :context], actions, states, cache=False))
+    last = torch.cat([z[:, :context], ahead], dim=1)[:, -2]
+    history = torch.cat([z[:, :context], ahead[:, :-1]], dim=1)
+    output = plain(history.flatten(1, 2), actions, states[:, :-1]).view(history.shape)[:, -1]
+    close(ahead[:, -1], normalize_features(last + output))
+
+    nn.init.zeros_(change.predictor_proj.weight)
+    nn.init.zeros_(change.predictor_proj.bias)
+    copies = predict(change, z[:, :-1], actions, states)
+    close(copies, z[:, :-1], atol=1e-4)  # no change: the step, layer-normed twice
+    with pytest.raises(ValueError, match="'difference' is unknown, choose from: features, change"):
+        small_predictor(predict="difference")
 
 
 @pytest.mark.parametrize("context", [1, 3])

@@ -34,7 +34,7 @@ from test_train import (
 )
 
 from data import Clips, Order, open_split, vpt_loader
-from files import disk, remote, streams
+from files import disk, remote
 from files.disk import Unreachable
 from files.remote import cached
 from files.shards import Slice, index_shards, read_ticks
@@ -234,12 +234,12 @@ def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
 def test_the_waits_grow_and_are_bounded(monkeypatch):
     """Bug: a server that restarts is hammered, or given up after a second; a wait of hours."""
     waits, calls = [], []
-    monkeypatch.setattr(streams, "WAIT", 1.0)
-    monkeypatch.setattr(streams.time, "sleep", waits.append)
+    monkeypatch.setattr(disk, "WAIT", 1.0)
+    monkeypatch.setattr(disk.time, "sleep", waits.append)
     with pytest.raises(Unreachable, match=r"x cannot be read: KeyError: 'a' \(5 times\)"):
         disk.trying("x", lambda: calls.append(1) or {}["a"])
     assert len(calls) == 5 and waits[0] == 0 and np.allclose(waits[1:], [1, 3, 9, 27], rtol=0.2)
-    monkeypatch.setattr(streams, "WAIT", 20.0)
+    monkeypatch.setattr(disk, "WAIT", 20.0)
     with pytest.raises(Unreachable):
         disk.trying("x", lambda: {}["a"])
     assert max(waits[5:]) <= 36

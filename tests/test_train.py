@@ -35,6 +35,7 @@ from evaluation.runs import open_run
 from files import vpt
 from files.features import feature_rows
 from files.shards import Slice, index_shards
+from files.video import mp4_times, read_frames
 from model import Predictor, encode_steps, make_inputs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -968,6 +969,81 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
     )
 
 
+def test_a_run_that_predicts_changes(world, trained, tmp_path):
+    """Bug: --predict change is forgotten by the checkpoint, so that eval judges the change as if it
+    were the features; a run resumes or starts from weights that predict something else; Meta's
+    layout holds what Meta's code would misread; a run from before the flag no longer resumes."""
+    out = tmp_path / "run"
+    flags = [*world.features, PLAN, "--ipe 4 --predict change --out_dir"]
+    run(tmp_path, "train_ac.py", *flags, tmp_path / "whole")
+    run(tmp_path, "train_ac.py", *flags, out, "--max_steps 5")
+    run(tmp_path, "train_ac.py", *flags, out, "--resume")
+    same_run(tmp_path / "whole", out)
+    state = checkpoint.load_latest(out)[0]
+    assert state["predict"] == "change" and open_run(str(out))[0].predict == "change"
+    assert "predict" in checkpoint.load_latest(trained.out)[0]
+    assert open_run(str(trained.out))[0].predict == "features"
+
+    said = dict(zip(METERS, numbers(out, *METERS, log="val.csv")[-1]))
+    held = ["--data", world.folder / "held" / "*.tar", "--batch_size 4"]
+    run(tmp_path, "eval.py", "--checkpoint", out, *held)
+    report = json.loads((out / "report.json").read_text())
+    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+    np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6)
+
+    plain = [*world.features, PLAN, "--ipe 4 --out_dir"]
+    cases = [
+        ([*plain, out, "--resume"], "was trained with predict change, this run has features"),
+        (
+            [*plain, tmp_path / "new", "--init_from", out],
+            "those weights predict change, this predictor features: pass --predict change",
+        ),
+        (
+            [*flags, tmp_path / "new", "--init_from", trained.out],
+            "those weights predict features, this predictor change: pass --predict features",
+        ),
+        (
+            [*world.video, PLAN, "--predict change --save_encoder --out_dir", tmp_path / "new"],
+            "--save_encoder writes Meta's layout",
+        ),
+    ]
+    for case, sentence in cases:
+        assert sentence in fails(tmp_path, "train_ac.py", *case)
+
+    old = checkpoint.load_latest(trained.out)[0]
+    del old["predict"], old["args"]["predict"]
+    checkpoint.save(tmp_path / "old", old, old["epoch"])
+    text = run(tmp_path, "train_ac.py", *trained.flags, "--resume --out_dir", tmp_path / "old")
+    assert "resumed from" in text and "nothing left to do" in text
+
+
+def test_the_spread_is_that_of_the_runs(world, tmp_path):
+    """Bug: bench.spread trains every run with one seed or one number of threads, reports another
+    row than the last, counts a failed run, or trains finished runs again."""
+    flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
+    command = [sys.executable, "-m", "bench.spread", "--json", "--out", str(tmp_path / "runs")]
+    command += ["--seeds", "3", "4", "--threads", "1", "2"]
+    for _ in range(2):
+        done = subprocess.run([*command, "--", *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]
+    for row in rows:
+        folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
+        last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
+        assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
+        assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
+        assert (folder / "log.txt").read_text().count("nothing left to do") == 1
+    assert rows[0]["tf_skill"] != rows[2]["tf_skill"]
+    skills = [row["tf_skill"] for row in rows]
+    assert f"from {min(skills):.4f} to {max(skills):.4f}" in done.stdout
+
+    done = subprocess.run(
+        [*command, "--", *flags, "--pred_dim", "96"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "read its log.txt" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
     """Bug: the encoder in the file is rounded to the training precision; or such a run neither
@@ -1050,7 +1126,7 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
         z, actions, states = feature_rows(r, 0, r.length)
         assert r.length == (300 - first - 5) // 8 + 1
         with Slice(source.shard, *source.members["mp4"]) as f:
-            frames = video.read_frames(f, video.mp4_times(f), np.arange(first, first + 48, 4), 32)
+            frames = read_frames(f, mp4_times(f), np.arange(first, first + 48, 4), 32)
         with Slice(source.shard, *source.members["jsonl"]) as f:
             ticks = vpt.parse_ticks(f.read())
         with torch.no_grad():

@@ -13,11 +13,11 @@ from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 
 from data import ActionScaler, Clips
 from evaluation.heads import Windows
-from files import video, vpt
+from files import vpt
 from files.disk import READ_ERRORS
 from files.shards import index_shards
 from files.streams import StreamedClips
-from files.video import WrongDecoder, mp4_times, read_frames
+from files.video import WrongDecoder, largest_difference, mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions, step_size, wrap
 
 # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
@@ -666,7 +666,7 @@ def cut_clock(mp4, lines, good):
     reader = ClipReader(crop_size=HEIGHT)
     if good < 61:
         return None
-    assert reader.starts(ticks, len(times), video.video_rate(f, times)) == good - 60
+    assert reader.starts(ticks, len(times), video_rate(f, times)) == good - 60
     return reader(f, times, ticks, 0, np.random.default_rng(0), "k")
 
 
@@ -676,7 +676,7 @@ def test_guide_lines_torn_at_the_end_keep_their_frames(mp4):
     f = io.BytesIO(mp4)
     times, ticks = mp4_times(f), parse_ticks(jsonl(guide(60) + [{}]))
     reader = ClipReader(crop_size=HEIGHT)
-    assert reader.starts(ticks, len(times), video.video_rate(f, times)) == 45
+    assert reader.starts(ticks, len(times), video_rate(f, times)) == 45
     clip = reader(f, times, ticks, 2, None, "k")
     assert [read_number(f) for f in clip["video"]] == [4 * i for i in range(2, 18)]
 
@@ -834,7 +834,7 @@ def test_pictures_are_whole_wherever_reading_starts(kind, decoder):
     assert len(times) == len(whole) == 90
     for wanted in ([29, 30, 31], [33], [45, 60], [0, 22, 88], [58, 59], [89]):
         got = read_frames(f, times, wanted, 64, decoder)
-        assert video.largest_difference(got, whole[wanted]) < 5, wanted
+        assert largest_difference(got, whole[wanted]) < 5, wanted
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import weights
-from model import Encoder, Predictor
+from model import Encoder, Predictor, copy_fitting
 from weights import build_encoder, download, find_encoder, load_encoder, load_predictor, meta_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -172,6 +172,26 @@ def test_metas_own_code_could_load_what_we_write(tmp_path, use_extrinsics):
         tmp_path / "meta.pt", num_heads=2, grid=(2, 2), use_extrinsics=use_extrinsics
     ).state_dict()
     assert all(torch.equal(ours[k], v) for k, v in predictor.state_dict().items())
+
+
+def test_what_is_predicted_travels_with_the_weights(tmp_path):
+    """Bug: a predictor of changes is read as one of features, by us or by Meta's strict loader: all
+    shapes fit, and every prediction is wrong; or Meta's own weights are taken for changes."""
+    change, plain = small_predictor(predict="change"), small_predictor()
+    torch.save({"predictor": change.state_dict()}, tmp_path / "change.pt")
+    torch.save(meta_state(small_encoder(), change), tmp_path / "meta.pt")
+    torch.save(meta_state(small_encoder(), plain), tmp_path / "plain.pt")
+    for name, expected in (("change", change), ("meta", change), ("plain", plain)):
+        loaded = load_predictor(tmp_path / f"{name}.pt", num_heads=2, grid=(2, 2))
+        assert loaded.predict == expected.predict
+        torch.manual_seed(1)
+        inputs = (torch.randn(1, 8, 24), torch.randn(1, 2, 7), torch.randn(1, 2, 7))
+        assert torch.equal(loaded(*inputs), expected(*inputs))
+    with pytest.raises(RuntimeError, match="Unexpected key.*predicts_change"):
+        plain.load_state_dict(change.state_dict())
+    for one, other in ((plain, change), (change, plain)):
+        with pytest.raises(ValueError, match=f"pass --predict {other.predict}"):
+            copy_fitting(one, other.state_dict())
 
 
 def test_heads_of_known_architectures():
