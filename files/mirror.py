@@ -176,14 +176,16 @@ class Mirror:
         self.size = size
         self.moved = time.monotonic()
 
-    def progressed(self, *size, **more):
+    def progressed(self):
         self.moved = time.monotonic()
 
     def round(self, errors):
         """In a thread: copy what is new and, once all is there, remove what rotation has removed
         here. Ends early if it was given up."""
         me = threading.current_thread()
-        callback = fsspec.callbacks.Callback(hooks={"moved": self.progressed})
+        callback = fsspec.callbacks.Callback(
+            hooks={"moved": lambda *size, **more: self.progressed()}
+        )
         with noting(errors, "all"):
             here = listing(LOCAL, self.folder)
             there = listing(self.fs, self.root)
