@@ -25,6 +25,7 @@ from google_crc32c import value as crc32c
 from PIL import Image
 
 from data import CACHE, Slice, files_below, list_folder, read_cache, write_cache
+from files.latents import check_stored
 from files.robot_features import index_tar
 from files.streams import DAMAGE, Unreachable, disk_failed, disk_sentence, trying
 from files.vpt import mp4_times, read_frames
@@ -586,6 +587,36 @@ def one_number(f, name, usual):
     return value
 
 
+def raw_metadata(jsons):
+    """The metadata of a raw DROID episode from the .json files in its folder."""
+    named = [x for x in jsons if os.path.basename(x).startswith("metadata")]
+    path = (named or jsons)[0]
+    with open(path, "rb") as f:
+        text = f.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        meta = orjson.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{os.path.basename(path)} is no JSON, or only a part of it: {e}") from e
+    if not isinstance(meta, dict):
+        raise ValueError(f"{os.path.basename(path)} holds a {type(meta).__name__}, no names")
+    return meta
+
+
+def raw_dataset(f, name, path):
+    """A dataset of an HDF5 file. ValueError where HDF5 would read zeros: chunks never written,
+    parts in files that are gone."""
+    try:
+        x = f[name]
+    except KeyError as e:  # a link to a file that is gone
+        raise ValueError(f"{name}: {e}") from e
+    if isinstance(x, h5py.Dataset):
+        try:
+            check_stored(x, path, set())
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
+    return x
+
+
 def assumed_rate(f, videos):
     """(rows a second of an npz without `rate`: DROID's 15, a sentence if its videos say something
     else). ValueError if it has them under another name."""
@@ -644,19 +675,24 @@ def index_files(path, files, kind):
                 raise ValueError(
                     "no metadata_*.json beside it: the upload of this episode was not finished"
                 )
-            with open(jsons[0], "rb") as m:
-                meta = orjson.loads(m.read())
-            if STATES[kind][0] not in f:
-                raise ValueError(f"no {STATES[kind][0]} in it")
-            steps, has = len(f[STATES[kind][0]]), f.get("observation/camera_extrinsics", ())
-            key = meta.get("uuid") or os.path.basename(os.path.dirname(path))
+            meta = raw_metadata(jsons)
+            pose = STATES[kind][0]
+            if pose not in f:
+                raise ValueError(f"no {pose} in it")
+            if not getattr(f[pose], "shape", None):
+                raise ValueError(f"{pose} is a group, empty or a single number: rows are expected")
+            for name in STATES[kind]:
+                if isinstance(f.get(name), h5py.Dataset):
+                    raw_dataset(f, name, path)  # one with holes would read as zeros
+            steps, has = len(f[pose]), f.get("observation/camera_extrinsics", ())
+            key = str(meta.get("uuid") or os.path.basename(os.path.dirname(path)))
             said = meta.get("success")
             success = "/success/" in path if said is None else truth(said, "success of its json")
             videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
-            serials = {
-                c: os.path.basename(meta.get(f"{k}_mp4_path") or "")[:-4]
-                for c, k in RAW_CAMERAS.items()
-            }
+            serials = {}
+            for c, k in RAW_CAMERAS.items():
+                recorded = str(meta.get(f"{k}_mp4_path") or "")
+                serials[c] = os.path.basename(recorded.replace("\\", "/"))[:-4]
             members = {
                 c: (
                     videos[s],
@@ -686,7 +722,8 @@ def index_files(path, files, kind):
             steps = npz_rows(f, frames)
         velocity = None
         if VELOCITY[kind] in f:
-            velocity = array_rows(f[VELOCITY[kind]], steps, VELOCITY[kind])
+            x = raw_dataset(f, VELOCITY[kind], path) if kind == "raw" else f[VELOCITY[kind]]
+            velocity = array_rows(x, steps, VELOCITY[kind])
         places = []
         for name, units in PLACES[kind].items():
             try:
@@ -809,9 +846,10 @@ def read_fields(r, names):
         out = []
         for k in names:
             try:
-                x = f[k]
-            except ValueError as e:
-                raise ValueError(f"{k} cannot be read: {e}") from e
+                x = raw_dataset(f, k, r.shard) if r.kind == "raw" else f[k]
+            except (ValueError, KeyError) as e:
+                reason = str(e).removeprefix(f"{k}: ")
+                raise ValueError(f"{k} cannot be read: {reason}") from e
             out.append(array_rows(x, r.steps, k))
         return out
 

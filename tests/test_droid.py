@@ -1694,3 +1694,51 @@ def test_own_files_beside_each_other_and_odd_ones_are_said_for_what_they_are(tmp
     bad = opened(write(tmp_path / "t.tfrecord", record(text), episode(1)))[2]
     sentence = "steps/observation/cartesian_position holds bytes (text or pictures), not numbers"
     assert [b[2] for b in bad] == [sentence]
+
+
+def raw_episode(folder, seed=0, steps=50, metadata=None, **change):
+    """A folder as raw DROID has them; metadata: the bytes of its json; change: field -> array."""
+    videos = folder / "recordings" / "MP4"
+    videos.mkdir(parents=True)
+    write(videos / "111.mp4", film(steps))
+    usual = {"uuid": f"lab+{folder.name}", "ext1_mp4_path": "x/MP4/111.mp4", "success": True}
+    (folder / "metadata_x.json").write_bytes(metadata or json.dumps(usual).encode())
+    found = rows(seed, steps)
+    with h5py.File(folder / "trajectory.h5", "w") as f:
+        for name in ("cartesian_position", "gripper_position"):
+            f[f"observation/robot_state/{name}"] = found[f"observation/{name}"]
+        for name, x in change.items():
+            del f[f"observation/robot_state/{name}"]
+            f[f"observation/robot_state/{name}"] = x
+    return folder
+
+
+def test_metadata_and_holes_of_raw_episodes(tmp_path):
+    """Bug: one json that is a list, or a uuid that is a number, ends the index of all with a
+    traceback; another json in the folder or a BOM drops a good episode; rows that were never
+    written are read as a pose of zeros."""
+    path = {"ext1_mp4_path": "x\\MP4\\111.mp4"}
+    raw_episode(tmp_path / "list", metadata=b"[1]")
+    raw_episode(tmp_path / "cut", metadata=b'{"uuid": "a')
+    raw_episode(tmp_path / "scalar", cartesian_position=3.0)
+    good = [
+        raw_episode(tmp_path / "number", metadata=json.dumps(path | {"uuid": 7}).encode()),
+        raw_episode(tmp_path / "bom", metadata=b"\xef\xbb\xbf" + json.dumps(path).encode()),
+        raw_episode(tmp_path / "other"),
+    ]
+    (tmp_path / "other" / "config.json").write_text("{}")
+    holes = raw_episode(tmp_path / "holes")
+    with h5py.File(holes / "trajectory.h5", "r+") as f:
+        state = f["observation/robot_state"]
+        pose = state["cartesian_position"][:]
+        del state["cartesian_position"]
+        x = state.create_dataset("cartesian_position", pose.shape, "f8", chunks=(10, 6))
+        x[:30] = pose[:30]
+    found, _, bad = opened(str(tmp_path), idle_filter="off")
+    assert {r.shard for r in found} == {str(folder / "trajectory.h5") for folder in good}
+    assert {r.key for r in found} == {"7", "bom", "lab+other"}
+    reasons = {file.split("/")[-2]: reason for file, _, reason in bad}
+    assert "metadata_x.json holds a list" in reasons["list"]
+    assert "metadata_x.json is no JSON, or only a part" in reasons["cut"]
+    assert "rows are expected" in reasons["scalar"]
+    assert "cartesian_position: 2 of 5 chunks" in reasons["holes"]
