@@ -529,7 +529,7 @@ def index_rlds(path, end, deep):
     except ValueError as e:
         bad.append((path, "", str(e)))
     # other writers name the file that many episodes were taken from: each is one of its own
-    named = collections.Counter(e["key"] for e in episodes)
+    named = collections.Counter(key for key, _ in {(e["key"], e["identity"]) for e in episodes})
     for e in episodes:
         start = e.pop("start")
         if named[e["key"]] > 1:
