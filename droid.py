@@ -35,7 +35,7 @@ from files.episodes import (
     read_fields,
     read_pictures,
 )
-from files.features import check_features, feature_rows, keep_ranges, to_steps
+from files.features import check_features, feature_rows, feature_settings, keep_ranges, to_steps
 from files.shards import braces, files_below, matches, spread, without_links
 
 POSE = [
@@ -161,14 +161,39 @@ def index_episodes(paths, reader, verify, log):
                 0,
                 e.get("last", e["steps"]),
                 0,
+                e.get("identity", ""),
             )
             if flaw := reader.flaw(r):
                 bad.append((path, r.key, flaw))
             else:
                 out.append((r, e))
+    out, copies = leave_out_copies(out)
+    if copies:
+        kept, copy = copies[0]
+        log(
+            f"left out: {len(copies)} episodes that are copies of others, {copy.shard}"
+            f" {copy.recording} of {kept.shard} {kept.recording} among them"
+        )
+    noted = [(r, e["note"]) for r, e in out if e.get("note")]
+    if noted:
+        r, note = noted[0]
+        log(f"WARNING: {len(noted)} of {len(out)} episodes, {r.shard} among them: {note}")
     if warning := rate_warning([r for r, _ in out], reader):
         log(warning)
     return out, bad
+
+
+def leave_out_copies(found):
+    """[(Episode, entry)] -> those of them that are no copies, [(Episode, its copy)]: a copy could be
+    held out and trained on."""
+    first, out, copies = {}, [], []
+    for r, e in found:
+        kept = first.setdefault((r.kind, r.identity), r) if r.identity else r
+        if kept is r:
+            out.append((r, e))
+        else:
+            copies.append((kept, r))
+    return out, copies
 
 
 def rate_warning(found, reader):
@@ -230,8 +255,11 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
         ]
     out = [r for r in out if reader.starts(r)]
     if not out:
+        reasons = {}
+        for b in bad:  # one of each kind
+            reasons.setdefault(b[2], b)
         reason = (
-            "; ".join(" ".join(b) for b in bad[:3])
+            "; ".join(" ".join(b) for b in [*reasons.values()][:3])
             or "the filters leave nothing (--idle_filter off --success all keep everything)"
         )
         if short and not bad:
@@ -320,7 +348,7 @@ def shared(train, val, reader):
     """Names of the episodes that are in both lists. Names alone do not tell: two folders may have
     files of one name, or one metadata for all, and a copy may lie anywhere. So episodes of one name
     are the same if they are of the same file, or if they move in the same way."""
-    named = {}
+    named, known = {}, {r.identity for r in train if r.identity}
     for r in train:
         named.setdefault(r.recording, {}).setdefault((r.shard, r.key), r)
     twice, seen = set(), set()
@@ -328,6 +356,9 @@ def shared(train, val, reader):
         if r.recording in twice or (r.shard, r.key) in seen:
             continue
         seen.add((r.shard, r.key))
+        if r.identity in known:
+            twice.add(r.recording)
+            continue
         others = [*named.get(r.recording, {}).values()]
         # segments of features can be compared where they begin at the same row
         alike = [x for x in others if first_row(x) == first_row(r)]
@@ -469,8 +500,14 @@ class DroidReader:
         missing = [k for k in needed if k not in r.members]
         if not r.steps or missing:
             return f"no {f'steps/{missing[0]}' if r.steps else 'steps'} in it"
+        for k in needed:
+            _, size, kind = r.members[k]
+            if kind == "bytes" and size:
+                return f"steps/{k} holds bytes (text or pictures), not numbers"
         if self.camera and r.kind != "features" and not self.views(r):
-            return f"no camera {' or '.join(self.camera)} in it"
+            named = [] if r.kind == "rlds" else sorted(r.members)
+            has = f", but {', '.join(named)}" if named else ""
+            return f"no camera {' or '.join(self.camera)} in it{has} (--camera)"
         no_extrinsics = self.extrinsics and (
             r.kind in ("rlds", "features") or any(r.members[c][1] is None for c in self.views(r))
         )
@@ -682,6 +719,11 @@ if __name__ == "__main__":
         help="fields of the action (default: differences of the pose)",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="check all checksums of TFRecords, which reads them once (default: files up to 50 GB)",
+    )
     args = parser.parse_args()
     sys.excepthook = one_sentence
     reader = DroidReader(
@@ -689,7 +731,19 @@ if __name__ == "__main__":
         state_keys=args.state_keys,
         action_keys=args.action_keys,
     )
-    records, _, bad = open_droid(args.inspect, reader=reader, idle_filter="off")
+    paths = find_episodes(args.inspect)
+    if all(path.endswith(".tar") for path in paths):
+        # features can only be looked at as they were made
+        found = index_episodes(paths, DroidReader(camera=()), False, print)[0]
+        made = feature_settings([r for r, _ in found]) if found else {}
+        if "crop_size" in made:
+            reader.fps, reader.stride = float(made["fps"]), int(made["stride"]) or None
+            reader.crop_size, reader.crop = int(made["crop_size"]), made["crop"]
+            reader.camera = tuple(made["camera"].split())
+            for name in ("state_keys", "action_keys"):
+                keys = made[name].split()
+                setattr(reader, name, None if keys == ["default"] else keys)
+    records, _, bad = open_droid(args.inspect, reader=reader, idle_filter="off", verify=args.verify)
     batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))
     for file, key, reason in bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")

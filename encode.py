@@ -68,7 +68,7 @@ SETTINGS, LEFT_OUT = (
 )  # what the files of an output folder were made with, and what is not in them
 OF_PLAY, OF_ROBOTS = (
     "vae encode frames_per_step frames_per_clip decoder".split(),
-    "stride crop camera state_keys action_keys".split(),
+    "stride crop camera state_keys action_keys verify".split(),
 )
 
 # --- flags ---
@@ -153,6 +153,11 @@ parser.add_argument(
     nargs="+",
     action="extend",
     help="droid: fields of the action (default: differences of the pose)",
+)
+parser.add_argument(
+    "--verify",
+    action=argparse.BooleanOptionalAction,
+    help="droid: check all checksums of TFRecords, which reads them once (default: files up to 50 GB)",
 )
 parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
 parser.add_argument("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
@@ -432,7 +437,7 @@ if __name__ == "__main__":
             )
     mine = [p for p in share if not os.path.exists(targets[p])]
     records, bad = (
-        sources(*index_episodes(mine, reader, None, print), reader, args.phases)
+        sources(*index_episodes(mine, reader, args.verify, print), reader, args.phases)
         if robot
         else index_play(mine)
     )

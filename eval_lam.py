@@ -88,8 +88,11 @@ def open_lam(path):
     if not os.path.exists(path):
         raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
     folder = os.path.isdir(path)
+    given = path
     state, path = checkpoint.load_latest(path) if folder else (checkpoint.load(path), path)
-    if state is None or "lam" not in state:
+    if state is None:
+        raise ValueError(f"--checkpoint {given}: no checkpoint in it")
+    if "lam" not in state:
         raise ValueError(
             f"{path}: no checkpoint of train_lam.py"
             + (" (eval.py judges those of train_ac.py)" if state else "")

@@ -614,6 +614,8 @@ def read_adapter(folder):
             " adapter_model.safetensors"
         )
     for path in (config_file, file):
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder: a file of that name is expected")
         if not os.path.exists(path):
             there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
             weight_files = [x for x in there if x.endswith((".safetensors", ".bin", ".pt"))]
@@ -708,6 +710,21 @@ def check_adapter_config(file, config):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
+    ranks = [n for n in numbers if n[0] == "r" or n[0].startswith("rank_pattern")]
+    for name, value in ranks:
+        if value < 1 or value != int(value):
+            raise ValueError(f"{file}: {name} is {value}: a rank is a whole number from 1 on")
+    for name, value in numbers:
+        if value == 0 and "alpha" in name:
+            raise ValueError(f"{file}: {name} is 0, which switches the adapter off")
+    if config.get("use_rslora") not in (
+        None,
+        True,
+        False,
+    ):  # the text "false" would be taken for true
+        raise ValueError(
+            f"{file}: use_rslora is {config['use_rslora']!r}: true or false is expected"
+        )
     if not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise ValueError(f"{file}: lora_dropout {config['lora_dropout']} is not in [0, 1)")
 
@@ -838,7 +855,13 @@ def load_adapter(model, folder):
     # the layers that the config names are those that the file holds
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     # adapters of the condition encoders would take part in the folding of the action scale
-    unknown = sorted(({*pairs} - linear) | ({*pairs} & {*CONDITION}))
+    if both := sorted({*pairs} & {*CONDITION}):
+        raise ValueError(
+            f"{file} does not fit: no such layers to adapt here: {some(both)} (they take"
+            " part in the scaling of actions and states, so they are only read whole: name them in"
+            " modules_to_save, not in target_modules)"
+        )
+    unknown = sorted({*pairs} - linear)
     if unknown:
         raise ValueError(f"{file} does not fit: no such layers to adapt here: {some(unknown, 4)}")
     named = {n for n in linear if is_target(config_file, config, n)}
@@ -896,7 +919,7 @@ def load_adapter(model, folder):
                 " not belong together"
             )
         alpha = number_of(config_file, config.get("alpha_pattern"), name, config["lora_alpha"])
-        layers[name] = (A, B, rank, alpha)
+        layers[name] = (A, B, len(A), alpha)
 
     model.requires_grad_(False)
     dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))

@@ -329,6 +329,9 @@ def action_meter(predictor, z, actions, states, others, compose):
         ("shuffled", others),
         ("zero", torch.zeros_like(actions)),
     ):
+        if torch.isnan(a).any():  # there is no other recording whose actions could be taken
+            errors[f"tf_{name}"] = errors[f"ro_{name}"] = torch.full_like(target, math.nan)
+            continue
         errors[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
         errors[f"ro_{name}"] = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
     return {name: (p - target).abs().mean((2, 3)) for name, p in errors.items()}

@@ -7,11 +7,13 @@ Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or 3
 each list {1: value ...} with its numbers packed into one. So the heads of some 30 features tell
 where everything is, and what is read afterwards is a few kB of numbers and the JPEGs of a clip."""
 
+import collections
 import hashlib
 import io
 import os
 import re
 import struct
+import zipfile
 from typing import NamedTuple
 
 import av
@@ -33,6 +35,7 @@ from files.disk import (
     write_cache,
 )
 from files.features import index_tar
+from files.latents import check_stored
 from files.shards import Slice, files_below, list_folder
 from files.video import mp4_times, read_frames
 
@@ -111,6 +114,8 @@ class Episode(NamedTuple):
     # of the stretch, as data.windows counts: in ticks of 1/20 s as --fps samples it, of features in
     # steps
     length: int
+    # what two copies of it have in common and other episodes have not; "": not known
+    identity: str = ""
 
     @property
     def recording(self):
@@ -469,12 +474,13 @@ def index_rlds(path, end, deep):
                 if flaw:
                     raise ValueError(flaw)
                 found = features(read, start, size)
+                after = start + size
                 meta = [
                     read(*found.pop(f"episode_metadata/{k}", (0, 0, "bytes"))[:2])
                     for k in ("recording_folderpath", "file_path")
                 ]
                 texts = [bytes(raw[i : i + n]).decode() for raw in meta for i, n in values(raw)]
-                key = "--".join(texts) or key
+                key = "--".join(texts) if any(texts) else key
                 found = {
                     k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k
                 }
@@ -520,14 +526,23 @@ def index_rlds(path, end, deep):
                     success = truth(metadata_value(read(*said[:2]), said[2]), "success")
                 else:
                     success = path_success((texts or [""])[-1])
+                # read last: the next record begins there
+                checksum = bytes(read(after, 4)).hex()
                 episodes.append(
                     {"key": key, "members": members | found, "steps": steps, "success": success}
+                    | {"start": start - 12, "identity": f"{after - start} {checksum}"}
                     | stillness(velocity, places)
                 )
             except (ValueError, IndexError) as e:
                 bad.append((path, key, str(e)))
     except ValueError as e:
         bad.append((path, "", str(e)))
+    # other writers name the file that many episodes were taken from: each is one of its own
+    named = collections.Counter(key for key, _ in {(e["key"], e["identity"]) for e in episodes})
+    for e in episodes:
+        start = e.pop("start")
+        if named[e["key"]] > 1:
+            e["key"] += f"@{start}"
     return episodes, bad or [(path, "", "no episode in it")] * (not episodes)
 
 
@@ -538,6 +553,33 @@ def metadata_value(raw, kind):
     else:
         found = (numbers(raw) if kind == "floats" else integers(raw)).tolist()
     return found[0] if len(found) == 1 else found
+
+
+def open_npz(path):
+    """np.load of an npz; ValueError for what is none."""
+    try:
+        f = np.load(path)
+    except (ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f"no npz file, or only a part of it ({e})") from e
+    if not isinstance(f, np.lib.npyio.NpzFile):
+        raise ValueError("an array of numpy.save, not an npz file: write it with numpy.savez")
+    return f
+
+
+def npz_identity(path, files):
+    """Of an npz and its videos: a hash of the bytes of the one, and of size, head and tail of the
+    others, where an mp4 lists its frames. Two files of one motion with other videos are two views,
+    not copies."""
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256")
+    for video in files:
+        if video != path:
+            size = os.path.getsize(video)
+            with open(video, "rb") as f:
+                digest.update(b"%d" % size + f.read(1 << 16))
+                f.seek(max(size - (1 << 16), 0))
+                digest.update(f.read(1 << 16))
+    return digest.hexdigest()[:32]
 
 
 def one_number(f, name, usual):
@@ -552,6 +594,54 @@ def one_number(f, name, usual):
     if not 0 < value < np.inf:
         raise ValueError(f"{name} is {x.tolist()!r:.60}: one positive number is expected")
     return value
+
+
+def raw_metadata(jsons):
+    """The metadata of a raw DROID episode from the .json files in its folder."""
+    named = [x for x in jsons if os.path.basename(x).startswith("metadata")]
+    path = (named or jsons)[0]
+    with open(path, "rb") as f:
+        text = f.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        meta = orjson.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{os.path.basename(path)} is no JSON, or only a part of it: {e}") from e
+    if not isinstance(meta, dict):
+        raise ValueError(f"{os.path.basename(path)} holds a {type(meta).__name__}, no names")
+    return meta
+
+
+def raw_dataset(f, name, path):
+    """A dataset of an HDF5 file. ValueError where HDF5 would read zeros: chunks never written,
+    parts in files that are gone."""
+    try:
+        x = f[name]
+    except KeyError as e:  # a link to a file that is gone
+        raise ValueError(f"{name}: {e}") from e
+    if isinstance(x, h5py.Dataset):
+        try:
+            check_stored(x, path, set())
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
+    return x
+
+
+def assumed_rate(f, videos):
+    """(rows a second of an npz without `rate`: DROID's 15, a sentence if its videos say something
+    else). ValueError if it has them under another name."""
+    for name in f:
+        if name.lower() in ("rate", "fps", "hz", "freq", "frequency", "control_frequency"):
+            raise ValueError(f"no rate in it, but {name}: `rate` is its rows a second")
+    for video in videos:
+        with av.open(video) as container:
+            shown = float(container.streams.video[0].average_rate or 15)
+        if not 0.9 < shown / 15 < 1.1:
+            name = os.path.basename(video)
+            return 15.0, (
+                f"no rate in it, so 15 rows a second are taken, and {name} has {shown:.3g} frames a"
+                " second: write `rate`, its rows a second, into it"
+            )
+    return 15.0, ""
 
 
 def npz_rows(f, frames):
@@ -587,26 +677,31 @@ def npz_rows(f, frames):
 def index_files(path, files, kind):
     """trajectory.h5 of raw DROID, or NAME.npz of one's own, and the files beside it -> ([episode],
     []). Row i goes with frame i."""
-    with h5py.File(path) if kind == "raw" else np.load(path) as f:
-        rate = 15.0
+    with h5py.File(path) if kind == "raw" else open_npz(path) as f:
+        rate, identity, note = 15.0, "", ""
         if kind == "raw":
             if not (jsons := [x for x in files if x.endswith(".json")]):
                 raise ValueError(
                     "no metadata_*.json beside it: the upload of this episode was not finished"
                 )
-            with open(jsons[0], "rb") as m:
-                meta = orjson.loads(m.read())
-            if STATES[kind][0] not in f:
-                raise ValueError(f"no {STATES[kind][0]} in it")
-            steps, has = len(f[STATES[kind][0]]), f.get("observation/camera_extrinsics", ())
-            key = meta.get("uuid") or os.path.basename(os.path.dirname(path))
+            meta = raw_metadata(jsons)
+            pose = STATES[kind][0]
+            if pose not in f:
+                raise ValueError(f"no {pose} in it")
+            if not getattr(f[pose], "shape", None):
+                raise ValueError(f"{pose} is a group, empty or a single number: rows are expected")
+            for name in STATES[kind]:
+                if isinstance(f.get(name), h5py.Dataset):
+                    raw_dataset(f, name, path)  # one with holes would read as zeros
+            steps, has = len(f[pose]), f.get("observation/camera_extrinsics", ())
+            key = str(meta.get("uuid") or os.path.basename(os.path.dirname(path)))
             said = meta.get("success")
             success = "/success/" in path if said is None else truth(said, "success of its json")
             videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
-            serials = {
-                c: os.path.basename(meta.get(f"{k}_mp4_path") or "")[:-4]
-                for c, k in RAW_CAMERAS.items()
-            }
+            serials = {}
+            for c, k in RAW_CAMERAS.items():
+                recorded = str(meta.get(f"{k}_mp4_path") or "")
+                serials[c] = os.path.basename(recorded.replace("\\", "/"))[:-4]
             members = {
                 c: (
                     videos[s],
@@ -618,8 +713,11 @@ def index_files(path, files, kind):
         else:
             stem = path[: -len(".npz")]
             key = "/".join(os.path.abspath(stem).split("/")[-2:])
-            rate = one_number(f, "rate", 15.0)
+            rate = one_number(f, "rate", 0.0)
+            if not rate:
+                rate, note = assumed_rate(f, [x for x in files if x != path])
             success = truth(f["success"], "success") if "success" in f else True
+            identity = npz_identity(path, files)
             members = {
                 x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None)
                 for x in files
@@ -633,7 +731,8 @@ def index_files(path, files, kind):
             steps = npz_rows(f, frames)
         velocity = None
         if VELOCITY[kind] in f:
-            velocity = array_rows(f[VELOCITY[kind]], steps, VELOCITY[kind])
+            x = raw_dataset(f, VELOCITY[kind], path) if kind == "raw" else f[VELOCITY[kind]]
+            velocity = array_rows(x, steps, VELOCITY[kind])
         places = []
         for name, units in PLACES[kind].items():
             try:
@@ -641,9 +740,13 @@ def index_files(path, files, kind):
                     places.append((array_rows(f[name], steps, name), units))
             except ValueError:
                 pass  # not what it is elsewhere: who asks for it is told
-    if not frames or max(abs(n - steps) for n in frames) > 5:
+    if not frames:
+        stem = os.path.basename(os.path.splitext(path)[0])
+        where = f"{stem}.mp4 or {stem}.CAMERA.mp4" if kind == "robot" else "mp4 of its cameras"
+        raise ValueError(f"no {where} beside it: a step has a picture")
+    if max(abs(n - steps) for n in frames) > 5:
         raise ValueError(
-            f"{steps} rows, and {frames or 'no'} frames in its videos: which row goes with which"
+            f"{steps} rows, and {frames} frames in its videos: which row goes with which"
             " frame is unknown"
         )
     last = min(steps, *frames)
@@ -655,6 +758,8 @@ def index_files(path, files, kind):
             "last": last,
             "success": success,
             "rate": rate,
+            "identity": identity,
+            "note": note,
         }
         | stillness(velocity, places)
     ], []
@@ -671,7 +776,11 @@ def files_beside(path, kind):
     if kind == "robot":  # NAME.mp4 and NAME.CAMERA.mp4, not NAME2.mp4
         start = os.path.basename(os.path.splitext(path)[0]) + "."
         names = [e.name for e in list_folder(folder)]
+        # NAME.1.npz beside NAME.npz is an episode too, and NAME.1.mp4 is its video
+        others = [n[: -len("npz")] for n in names if n.startswith(start) and n.endswith(".npz")]
+        others = tuple(n for n in others if n != start)
         videos = [n for n in names if n.startswith(start) and n.endswith(".mp4")]
+        videos = [n for n in videos if not n.startswith(others)]
         return [os.path.join(os.path.dirname(path), n) for n in videos]
     return []
 
@@ -707,7 +816,7 @@ def index_file(path, verify):
                 for x in [path, *files]
             ]
         cache = os.path.join(
-            CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v2".encode()).hexdigest()[:32]
+            CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v3".encode()).hexdigest()[:32]
         )
         raw = read_cache(cache)
         if raw is not None:
@@ -740,10 +849,18 @@ def read_fields(r, names):
             field_rows(raw, r.members[k][2], r.steps, k)
             for k, raw in zip(names, fetch(r.shard, [r.members[k][:2] for k in names]))
         ]
-    with h5py.File(r.shard) if r.kind == "raw" else np.load(r.shard) as f:
+    with h5py.File(r.shard) if r.kind == "raw" else open_npz(r.shard) as f:
         if missing := [k for k in names if k not in f]:
             raise ValueError(f"no {missing[0]} in it, but {', '.join(f)}")
-        return [array_rows(f[k], r.steps, k) for k in names]
+        out = []
+        for k in names:
+            try:
+                x = raw_dataset(f, k, r.shard) if r.kind == "raw" else f[k]
+            except (ValueError, KeyError) as e:
+                reason = str(e).removeprefix(f"{k}: ")
+                raise ValueError(f"{k} cannot be read: {reason}") from e
+            out.append(array_rows(x, r.steps, k))
+        return out
 
 
 def read_pictures(r, camera, wanted):

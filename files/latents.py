@@ -53,7 +53,7 @@ def find_files(folder):
                 names.append(name)
             elif ending.lower() in (".h5", ".hdf5", ".hdf"):
                 unused.append(f"{name}: files must be named KEY.h5")
-            elif ending in (".npz", ".npy"):
+            elif ending.lower() in (".npz", ".npy"):
                 key = name[: -len(SUFFIX)] if name.endswith(SUFFIX) else None
                 if key is None or not os.path.exists(os.path.join(folder, key + ".h5")):
                     unused.append(f"{name}: labels are KEY{SUFFIX} beside KEY.h5")
@@ -86,7 +86,9 @@ def open_dataset(path):
     except (RuntimeError, LookupError, TypeError) as e:  # h5py has no exception of its own
         raise OSError(f"{path} is damaged: {str(e) or type(e).__name__}") from e
     if not names:
-        raise ValueError("no dataset")
+        links = [k for k in file if not isinstance(file.get(k, getlink=True), h5py.HardLink)]
+        only = f", only links ({', '.join(links[:4])}), which are not followed" if links else ""
+        raise ValueError(f"no dataset{only}")
     if len(names) > 1:
         raise ValueError(f"{len(names)} datasets ({', '.join(names[:4])})")
     return file[names[0]]
@@ -98,6 +100,12 @@ def check_stored(data, path, seen):
     lead here."""
     if data.shape is None:
         raise ValueError(f"its dataset {data.name} is empty (null): it holds no values")
+    for name, neutral in (("scale_factor", 1), ("add_offset", 0)):
+        if name in data.attrs and not np.all(np.asarray(data.attrs[name]) == neutral):
+            raise ValueError(
+                f"its dataset {data.name} has a {name} of {data.attrs[name]}, which is not applied"
+                " here: write the latents themselves"
+            )
     if 0 in data.shape:
         return  # the shape is looked at elsewhere
     if data.is_virtual:
@@ -233,6 +241,8 @@ def read_labels(path, steps):
     ValueError for a damaged file, another length, and what are no whole numbers."""
     truth = os.path.splitext(path)[0] + SUFFIX
     if not os.path.exists(truth):
+        if os.path.islink(truth):
+            raise ValueError(f"{truth} is a link to {os.readlink(truth)}, which is not there")
         return {}
     damage = ValueError, EOFError, LookupError, TypeError, NotImplementedError, RuntimeError
     try:
@@ -293,12 +303,20 @@ def open_manifest(manifest_path, data_dir=None):
         raise ValueError(f"{foreign} ({e})") from e
     if not isinstance(manifest, dict) or not {"metadata", "splits"} <= manifest.keys():
         raise ValueError(foreign)
+    if reason := wrong_manifest(manifest):
+        raise ValueError(f"{foreign} ({reason})")
     folder = data_dir or os.path.dirname(os.path.abspath(manifest_path))
-    splits = {}
+    splits, listed = {}, {}
     for split, entries in manifest["splits"].items():
         splits[split] = []
         for e in entries:
             path = os.path.join(folder, e["path"])
+            other = listed.setdefault(os.path.realpath(path), split)
+            if other != split:
+                raise ValueError(
+                    f"{path} is in {other} and in {split} of {manifest_path}: what is trained on"
+                    " cannot be judged on; run python -m prepare.manifest again"
+                )
             if not os.path.exists(path):
                 raise ValueError(
                     f"{path} of {manifest_path} is gone: name the folder of the latents with"
@@ -327,6 +345,28 @@ def write_latents(folder, key, z, labels):
         lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}),
     )
     write_atomically(os.path.join(folder, f"{key}.h5"), write)
+
+
+def wrong_manifest(manifest):
+    """Why a dictionary with metadata and splits is not one of prepare.manifest, or ''."""
+    metadata, splits = manifest["metadata"], manifest["splits"]
+    if not isinstance(metadata, dict) or not isinstance(splits, dict):
+        return "its metadata or its splits have no names"
+    names = ("mean", "std", "channels", "size", "steps_per_chunk", "fingerprint")
+    if missing := [k for k in names if k not in metadata]:
+        return f"no {missing[0]} in its metadata"
+    numbers = [metadata["mean"], metadata["std"]]
+    if not all(isinstance(x, (int, float)) and np.isfinite(x) for x in numbers) or numbers[1] <= 0:
+        return f"mean {numbers[0]!r} and std {numbers[1]!r} standardise nothing"
+    if {*splits} != {"train", "validation", "test"}:
+        return f"its splits are {', '.join(splits) or 'none'}, not train, validation and test"
+    for entries in splits.values():
+        for e in entries:
+            if not isinstance(e, dict) or not {"path", "shape", "bytes"} <= e.keys():
+                return f"an entry of its splits is {str(e)[:80]}: no path, shape and bytes"
+            if len(e["shape"]) != 5:
+                return f"{e['path']} has shape {e['shape']}, not five numbers"
+    return ""
 
 
 def pack_codes(indices, K):

@@ -55,8 +55,8 @@ def wrong_shape(shape, C, H, W):
 
 
 def check(path, shape, sequence_length):
-    """(entry, (n, mean, M2) by channel, hash of the values, names of the labels) of a file. Raises
-    ValueError or OSError saying what is wrong with it."""
+    """(entry, (n, mean, M2) by channel, hash of the values, names of the labels, hash of the values
+    in 16 bits) of a file. Raises ValueError or OSError saying what is wrong with it."""
     data = open_dataset(path)
     C, H, W = shape
     if reason := wrong_shape(data.shape, C, H, W):
@@ -70,7 +70,7 @@ def check(path, shape, sequence_length):
         )
     chunk_bytes = C * data.shape[2] * H * W * data.dtype.itemsize
     rows = max(2**22 // chunk_bytes, 1)  # at once
-    parts, digest = [], hashlib.sha256()
+    parts, digest, rounded = [], hashlib.sha256(), hashlib.sha256()
     first_step, moves = None, False
     for first in range(0, len(data), rows):
         values = np.ascontiguousarray(read_rows(data, first, first + rows))
@@ -89,6 +89,8 @@ def check(path, shape, sequence_length):
             first_step = values[:1, :, :1].copy()
         moves = moves or bool((values != first_step).any())
         digest.update(values)
+        with np.errstate(over="ignore"):
+            rounded.update(np.ascontiguousarray(values, dtype="<f2"))
         x = values.astype(np.float64).swapaxes(0, 1).reshape(C, -1)
         mean = x.mean(1)
         parts.append((x.shape[1], mean, np.square(x - mean[:, None]).sum(1)))
@@ -96,19 +98,47 @@ def check(path, shape, sequence_length):
         raise ValueError("all its steps are the same: nothing happens in it")
     labels = tuple(read_labels(path, data.shape[0] * data.shape[2]))
     entry = {"shape": list(data.shape), "dtype": str(data.dtype), "bytes": os.path.getsize(path)}
-    return entry, functools.reduce(merge_moments, parts), digest.hexdigest(), labels
+    moments = functools.reduce(merge_moments, parts)
+    return entry, moments, digest.hexdigest(), labels, rounded.hexdigest()
 
 
 def leave_out_copies(good, skipped):
-    """Of files with the same values keep the first: the others could be held out and trained
-    on."""
+    """Of files with the same values, in 16 bits or more, keep the first: the others could be held
+    out and trained on."""
     first = {}
     for name in sorted(good):
-        entry, digest = good[name][0], good[name][2]
+        entry, digest = good[name][0], good[name][4]
         same = first.setdefault((tuple(entry["shape"]), digest), name)
         if same != name:
             skipped[name] = f"the same latents as {same}"
             del good[name]
+
+
+def leave_out_other_scales(good, skipped):
+    """Leave out files whose values are of another order than those of most: one of them would be
+    all of the mean and std that the training latents are standardised by. Yields a line about
+    those that are only somewhat off."""
+    spread = {}
+    for name, found in good.items():
+        n, _, m2 = found[1]
+        spread[name] = float(np.sqrt(m2.mean() / n))
+    usual = sorted(spread.values())[(len(spread) - 1) // 2]
+    off = []
+    for name in sorted(good):
+        mean = float(np.abs(good[name][1][1]).max())
+        if not usual / 100 < spread[name] < usual * 100 or mean > usual * 1000:
+            skipped[name] = (
+                f"its values have std {spread[name]:.3g} and channel means up to {mean:.3g}, the"
+                f" median std of all files is {usual:.3g}: another VAE, other units, or damage"
+            )
+            del good[name]
+        elif not usual / 3 < spread[name] < usual * 3:
+            off.append(name)
+    if off:
+        yield (
+            f"WARNING: {len(off)} files have a std more than three times off the median {usual:.3g}"
+            f" (another VAE or scaling_factor?): {off[0]} has {spread[off[0]]:.3g}"
+        )
 
 
 def leave_out_other_rates(good, skipped):
@@ -228,6 +258,7 @@ if __name__ == "__main__":
             f" {skipped[every[0]]}"
         )
     leave_out_copies(good, skipped)
+    notes = list(leave_out_other_scales(good, skipped)) if good else []
     steps = leave_out_other_rates(good, skipped) if good else None
     for name, reason in sorted(skipped.items()):
         print(f"left out: {name}: {reason}")
@@ -236,6 +267,8 @@ if __name__ == "__main__":
             f"none of the {len(every)} files in {args.dir} can be used; the first,"
             f" {min(skipped)}: {skipped[min(skipped)]}"
         )
+    for note in notes:
+        print(note)
     for note in truth_table({name: found[3] for name, found in good.items()}):
         print(note)
     test = []

@@ -1609,3 +1609,135 @@ def test_the_readers_of_the_benchmark_agree():
     assert all(
         name in found or f"{name}: left out" in done.stdout for name in ("tfrecord", "TensorFlow")
     )
+
+
+def test_many_episodes_of_one_named_file_are_episodes_each(tmp_path):
+    """Bug: writers that name the file which many episodes were taken from (or leave the names
+    empty) give all one key: nothing is held out, and encode.py keeps the first alone."""
+    for name, folder in (("libero/demo.hdf5", None), ("", "")):
+        records = []
+        for seed in range(6):
+            fields = {f"steps/{k}": np.float32(x) for k, x in rows(seed, 60).items()}
+            fields |= {"steps/is_first": 1 * (np.arange(60) == 0)}
+            fields |= {"steps/observation/exterior_image_1_left": [jpeg(i) for i in range(60)]}
+            fields |= {"episode_metadata/file_path": [name.encode()]}
+            if folder is not None:
+                fields |= {"episode_metadata/recording_folderpath": [folder.encode()]}
+            records.append(record(example(fields)))
+        path = write(tmp_path / "x.tfrecord", *records)
+        train, val, bad = opened(path, val_fraction=0.34)
+        assert not bad and len({r.recording for r in train}) == 4
+        assert len({r.recording for r in val}) == 2
+
+
+def test_copies_under_other_names_are_taken_once(tmp_path):
+    """Bug: a copy of a file under another name is held out and trained on."""
+    records = [nameless(seed) for seed in range(3)]
+    write(tmp_path / "a.tfrecord", *records)
+    write(tmp_path / "b.tfrecord", *records[1:])
+    own(tmp_path / "c", pose=np.arange(50.0))
+    for ending in ("npz", "mp4"):
+        shutil.copy(tmp_path / f"c.{ending}", tmp_path / f"d.{ending}")
+    own(tmp_path / "e", pose=np.arange(50.0))  # the same motion in another picture
+    write(tmp_path / "e.mp4", film(50, gop=5))
+    lines = []
+    train, _, bad = open_droid(
+        str(tmp_path), reader=DroidReader(4, 5, **SMALL), idle_filter="off", log=lines.append
+    )
+    assert not bad
+    assert sorted(os.path.basename(r.shard) for r in train) == ["a.tfrecord"] * 3 + [
+        "c.npz",
+        "e.npz",
+    ]
+    assert "left out: 3 episodes that are copies of others" in lines[0]
+    with pytest.raises(ValueError, match="share 2 episodes"):
+        opened(str(tmp_path / "a.tfrecord"), val_data=str(tmp_path / "b.tfrecord"))
+
+
+def test_an_npz_without_rate_is_asked_for_it(tmp_path):
+    """Bug: an npz that calls its rate `fps`, or whose video has another one, is taken for 15 rows a
+    second without a word."""
+    bad = opened([own(tmp_path / "a", rate=None, fps=30.0), own(tmp_path / "b")], idle_filter="off")
+    assert [b[2] for b in bad[2]] == ["no rate in it, but fps: `rate` is its rows a second"]
+    lines, path = [], own(tmp_path / "c", rate=None)
+    open_droid(path, reader=DroidReader(4, 5, **SMALL), idle_filter="off", log=lines.append)
+    assert "c.npz" in lines[0] and "c.mp4 has 20 frames a second: write `rate`" in lines[0]
+
+
+def test_own_files_beside_each_other_and_odd_ones_are_said_for_what_they_are(tmp_path):
+    """Bug: run.1.mp4 is taken for a camera of run.npz, whose rows it does not fit; a .npy that is
+    called .npz and text in a field of numbers are said in Python's words."""
+    paths = [own(tmp_path / "run", 50), own(tmp_path / "run.1", 70)]
+    found, _, bad = opened(paths, idle_filter="off")
+    assert not bad and [r.steps for r in found] == [50, 70]
+    assert all(list(r.members) == ["video"] for r in found)
+
+    with open(tmp_path / "array.npz", "wb") as f:
+        np.save(f, np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes(open(paths[0], "rb").read()[:200])
+    np.savez(tmp_path / "blind.npz", cartesian_position=np.zeros((50, 6)))
+    odd = own(tmp_path / "odd", gripper_position=np.array([0.5, None] * 25, dtype=object))
+    bad = opened(str(tmp_path), idle_filter="off")[2]
+    reasons = {os.path.basename(file): reason for file, _, reason in bad}
+    assert "an array of numpy.save" in reasons["array.npz"]
+    assert "no npz file, or only a part of it" in reasons["cut.npz"]
+    assert "no blind.mp4 or blind.CAMERA.mp4 beside it" in reasons["blind.npz"]
+    with pytest.raises(ValueError, match="gripper_position cannot be read: Object arrays"):
+        opened(odd, idle_filter="off")
+
+    text = example(
+        {"steps/is_first": np.ones(60, int)}
+        | {f"steps/{k}": [b"0.5"] * 60 for k in episodes.STATES["rlds"]}
+        | {"steps/observation/exterior_image_1_left": [jpeg(i) for i in range(60)]}
+    )
+    bad = opened(write(tmp_path / "t.tfrecord", record(text), episode(1)))[2]
+    sentence = "steps/observation/cartesian_position holds bytes (text or pictures), not numbers"
+    assert [b[2] for b in bad] == [sentence]
+
+
+def raw_episode(folder, seed=0, steps=50, metadata=None, **change):
+    """A folder as raw DROID has them; metadata: the bytes of its json; change: field -> array."""
+    videos = folder / "recordings" / "MP4"
+    videos.mkdir(parents=True)
+    write(videos / "111.mp4", film(steps))
+    usual = {"uuid": f"lab+{folder.name}", "ext1_mp4_path": "x/MP4/111.mp4", "success": True}
+    (folder / "metadata_x.json").write_bytes(metadata or json.dumps(usual).encode())
+    found = rows(seed, steps)
+    with h5py.File(folder / "trajectory.h5", "w") as f:
+        for name in ("cartesian_position", "gripper_position"):
+            f[f"observation/robot_state/{name}"] = found[f"observation/{name}"]
+        for name, x in change.items():
+            del f[f"observation/robot_state/{name}"]
+            f[f"observation/robot_state/{name}"] = x
+    return folder
+
+
+def test_metadata_and_holes_of_raw_episodes(tmp_path):
+    """Bug: one json that is a list, or a uuid that is a number, ends the index of all with a
+    traceback; another json in the folder or a BOM drops a good episode; rows that were never
+    written are read as a pose of zeros."""
+    path = {"ext1_mp4_path": "x\\MP4\\111.mp4"}
+    raw_episode(tmp_path / "list", metadata=b"[1]")
+    raw_episode(tmp_path / "cut", metadata=b'{"uuid": "a')
+    raw_episode(tmp_path / "scalar", cartesian_position=3.0)
+    good = [
+        raw_episode(tmp_path / "number", metadata=json.dumps(path | {"uuid": 7}).encode()),
+        raw_episode(tmp_path / "bom", metadata=b"\xef\xbb\xbf" + json.dumps(path).encode()),
+        raw_episode(tmp_path / "other"),
+    ]
+    (tmp_path / "other" / "config.json").write_text("{}")
+    holes = raw_episode(tmp_path / "holes")
+    with h5py.File(holes / "trajectory.h5", "r+") as f:
+        state = f["observation/robot_state"]
+        pose = state["cartesian_position"][:]
+        del state["cartesian_position"]
+        x = state.create_dataset("cartesian_position", pose.shape, "f8", chunks=(10, 6))
+        x[:30] = pose[:30]
+    found, _, bad = opened(str(tmp_path), idle_filter="off")
+    assert {r.shard for r in found} == {str(folder / "trajectory.h5") for folder in good}
+    assert {r.key for r in found} == {"7", "bom", "lab+other"}
+    reasons = {file.split("/")[-2]: reason for file, _, reason in bad}
+    assert "metadata_x.json holds a list" in reasons["list"]
+    assert "metadata_x.json is no JSON, or only a part" in reasons["cut"]
+    assert "rows are expected" in reasons["scalar"]
+    assert "cartesian_position: 2 of 5 chunks" in reasons["holes"]

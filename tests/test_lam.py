@@ -3,6 +3,7 @@ codes are the actions."""
 
 import json
 import os
+import re
 import signal
 
 import h5py
@@ -1370,3 +1371,56 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
         tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}", "--out", tmp_path / "other"
     )
     assert "give diffusers:FOLDER, with config.json and weights" in error
+
+
+def test_one_file_of_another_scale_does_not_become_the_scale_of_all(tmp_path):
+    """Bug: one file with values of 1e30 is all of the mean and std, by which the others are then
+    standardised to zero; the same latents in 32 bits are no copy."""
+    for i in range(10):
+        write_h5(tmp_path / f"good{i}.h5", some(i, dtype=np.float16))
+    write_h5(tmp_path / "huge.h5", some(10) * np.float32(1e30))
+    write_h5(tmp_path / "tiny.h5", some(11) * np.float32(1e-30))
+    write_h5(tmp_path / "scaled.h5", some(12) * 5)
+    write_h5(tmp_path / "wide.h5", some(3, dtype=np.float16).astype(np.float32))
+    with h5py.File(tmp_path / "packed.h5", "w") as f:
+        f.create_dataset("z", data=some(13)).attrs["scale_factor"] = 0.18
+    with h5py.File(tmp_path / "link.h5", "w") as f:
+        f["z"] = h5py.ExternalLink("good0.h5", "embeddings")
+    write_h5(tmp_path / "dangling.h5", some(14))
+    os.symlink("nowhere.npz", tmp_path / "dangling.actions.npz")
+    write_h5(tmp_path / "upper.h5", some(15))
+    with open(tmp_path / "upper.actions.NPZ", "wb") as f:
+        np.savez(f, move=np.zeros(39))
+    text = run(tmp_path, "prepare/manifest.py", tmp_path, "--size 8", env={"PYTHONPATH": ROOT})
+    for line in (
+        "left out: huge.h5: its values have std",
+        "left out: tiny.h5: its values have std",
+        "left out: wide.h5: the same latents as good3.h5",
+        "left out: packed.h5: its dataset /z has a scale_factor of 0.18",
+        "left out: link.h5: no dataset, only links (z)",
+        f"left out: dangling.h5: {tmp_path}/dangling.actions.npz is a link to nowhere.npz",
+        "not used: upper.actions.NPZ: labels are KEY.actions.npz",
+        "WARNING: 1 files have a std more than three times off the median",
+    ):
+        assert line in text
+    assert json.load(open(tmp_path / "manifest.json"))["metadata"]["std"] < 3
+
+
+def test_a_manifest_that_someone_edited_is_checked(folder, tmp_path):
+    """Bug: a file in two splits is trained and judged on without a word; missing names end in a
+    traceback."""
+    good = json.load(open(folder / "manifest.json"))
+    train = good["splits"]["train"]
+    both = good["splits"] | {"test": [train[0] | {"path": f"./{train[0]['path']}"}]}
+    for change, sentence in (
+        ({"splits": both}, "is in train and in test of"),
+        ({"splits": []}, "its metadata or its splits have no names"),
+        ({"splits": {"train": train}}, "its splits are train, not train, validation and test"),
+        ({"splits": good["splits"] | {"train": [train[0]["path"]]}}, "no path, shape and bytes"),
+        ({"metadata": good["metadata"] | {"std": 0.0}}, "standardise nothing"),
+        ({"metadata": {}}, "no mean in its metadata"),
+    ):
+        path = tmp_path / "manifest.json"
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            open_manifest(str(path), str(folder))

@@ -1901,3 +1901,36 @@ def test_tables(world, tuned):
     np.testing.assert_allclose(
         rows[1]["recovered, one step"], (v[1] - v[0]) / (w[1] - w[0]), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"r": 4.5}, "r is 4.5: a rank is a whole number"),
+        ({"use_rslora": "false"}, "use_rslora is 'false': true or false is expected"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, which switches the adapter off"),
+    ],
+)
+def test_settings_of_another_type_are_refused(tmp_path, change, sentence):
+    """Bug: the text "false" is true, a rank of 4.0 ends in a TypeError of torch, and an adapter
+    scaled by zero is loaded as if it did something."""
+    config = peft.LoraConfig(r=4, target_modules=["mlp.fc1"])
+    theirs = peft.get_peft_model(make(), config)
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"r": 4.0}))  # as a tool without integers writes it
+    model, inputs = make(), batch()
+    load_adapter(model, tmp_path)
+    expected = losses(theirs.eval().base_model.model, inputs)
+    torch.testing.assert_close(losses(model.eval(), inputs), expected, rtol=0, atol=1e-6)
+    file.write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=sentence):
+        load_adapter(make(), tmp_path)
+    os.unlink(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(ValueError, match="adapter_model.safetensors is a folder"):
+        load_adapter(make(), tmp_path)

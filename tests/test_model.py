@@ -732,3 +732,19 @@ def test_action_meter():
     later[:, 1:] += 1
     for name, other in action_meter(predictor, z, actions, later, others, compose).items():
         assert torch.equal(meter[name], other) == (name.startswith("ro") or name == "tf_copy")
+
+
+def test_a_meter_without_another_recording_has_no_shuffled_error():
+    """Bug: the actions of nobody are composed into poses, which ends a robot run with one held-out
+    episode in scipy's "zero norm quaternions"."""
+    predictor, (z, actions, states) = small_predictor(), small_batch()
+
+    def compose(state0, a):
+        assert torch.isfinite(a).all()
+        return state0.unsqueeze(1).expand(-1, a.shape[1], -1)
+
+    nobody = torch.full_like(actions, float("nan"))
+    meter = action_meter(predictor, z, actions, states, nobody, compose)
+    for name, errors in meter.items():
+        assert errors.shape == (B, T - 1)
+        assert torch.isnan(errors).all() == name.endswith("shuffled")
