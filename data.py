@@ -233,10 +233,20 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     return [[items[i] for i in b] for b in batches if len(b)][rank::world]
 
 
+def check_fraction(val_fraction):
+    """ValueError for what is no share: nan and -0.1 would hold out nothing, 1.5 all but one."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"--val_fraction {val_fraction:g} is no share of the recordings: give 0 (hold out none)"
+            " or more, below 1"
+        )
+
+
 def split_records(records, val_fraction):
     """(train, val): the last shards are held out; recordings chosen by a hash of their key where
     there are fewer than ten shards, or where a key of the last ones is in others too (another copy
     of the same play). Never windows, and no key on both sides."""
+    check_fraction(val_fraction)
     shards = [r.shard for r in records]
     keys = [r.recording for r in records]  # feature members of one recording (KEY@START) together
     names = sorted(set(shards), reverse=True)
@@ -250,6 +260,13 @@ def split_records(records, val_fraction):
         group = keys
     if group is keys:
         names = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
+    if val_fraction > 0 and len(names) == 1 and len(set(shards)) > 1:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"WARNING: --val_fraction holds out none of {len(records)} recordings: all have the"
+                f" key {names[0]}, and no key is on both sides; give them other names, or name"
+                " held-out shards (--val_data)"
+            )
     if val_fraction <= 0 or len(names) < 2:
         return records, []
     held = set(names[: held_count(names, val_fraction)])
@@ -615,6 +632,15 @@ class _ScalarsOnly(NumpyArrayWrapper):
         return names
 
 
+def load_bytearray(unpickler):
+    """What pickle's protocol 5 writes arrays as: pickle itself would make room for as many bytes as
+    the file claims, before it looks whether they are there."""
+    size = int.from_bytes(unpickler.read(8), "little")
+    if size > LARGEST:
+        raise pickle.UnpicklingError(f"an array that claims {size:,} bytes")
+    unpickler.append(bytearray(unpickler.read(size)))
+
+
 def safe_class(unpickler, module, name):
     """A class that an array of numbers or names needs; UnpicklingError for any other."""
     safe = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
@@ -624,14 +650,14 @@ def safe_class(unpickler, module, name):
 
 
 class _NamesUnpickler(pickle._Unpickler):
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray}
     find_class = safe_class
 
 
 # Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and
 # claims no memory it does not fill.
 class _ScalerUnpickler(NumpyUnpickler):
-    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = NumpyUnpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray}
 
     def find_class(self, module, name):
         ours = {
@@ -795,12 +821,13 @@ class ActionScaler(NamedTuple):
         ) as e:
             raise ValueError(
                 f"{path} is not an action scaler (it holds or lacks: {e}); fit one with"
-                " fit_scaler.py"
+                " fit_scaler.py, or write a StandardScaler with joblib.dump(scaler, path)"
             ) from e
         if not (
             out.mean.ndim == 1
             and out.mean.shape == out.scale.shape
             and np.isfinite(out.mean).all()
+            and np.isfinite(out.scale).all()
             and (out.scale > 0).all()
         ):
             raise ValueError(

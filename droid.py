@@ -25,7 +25,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from checkpoint import one_sentence
-from data import Clips, Order, collate, leave_signals
+from data import Clips, Order, check_fraction, collate, leave_signals
 from files.disk import DAMAGE, disk_failed, disk_sentence, trying
 from files.episodes import (
     STATES,
@@ -298,6 +298,7 @@ def open_droid(
     idle_filter: off | openpi | light (keep_ranges); success: all | only; verify: check all
     checksums while indexing, which reads it all (default: local files up to VERIFY). ValueError if
     nothing is left or too much is bad."""
+    check_fraction(val_fraction)
     reader = reader or DroidReader()
     train, bad = open_episodes(data, reader, idle_filter, success, verify, log)
     if val_data:

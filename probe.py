@@ -42,7 +42,7 @@ from evaluation.runs import open_run
 from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
 from files.logs import to_json
 from files.shards import Slice, archive_members, member_place, read_start, read_ticks
-from files.streams import is_apple_double
+from files.streams import is_apple_double, member_kind
 from files.video import WrongDecoder, mp4_times, read_frames
 from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, ClipReader, step_size, wrap
 from kernels import chosen
@@ -190,7 +190,7 @@ def video_members(path):
     found, end = {}, os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
-            if not m.isfile() or not m.name.endswith(".mp4"):
+            if not m.isfile() or member_kind(m.name)[1] != "mp4":
                 continue
             place = member_place(m, offset, end)
             if not is_apple_double(m.name, read_start(path, place)):

@@ -97,14 +97,18 @@ def from_other_recordings(dataset, items):
     K, A): for each clip those of a clip of another recording.
 
     Clips of a batch serve each other. For a batch of one recording a clip of another one is read,
-    of `items` (all that are evaluated). Without any other recording the result is nan: actions of
-    the same recording are alike, and the gap would be too small."""
+    of `items` (all that are evaluated), or of the other recordings of the dataset if these few are
+    of one recording. Without any other recording the result is nan: actions of the same recording
+    are alike, and the gap would be too small."""
 
     def others(recordings, actions):
         partner = another_recording(recordings)
         if None not in partner:
             return actions[partner]
         apart = [i for i in items if dataset.records[i[2]].recording != recordings[0]]
+        if not apart:
+            every = sum(windows(dataset, 1, None), [])
+            apart = [i for i in every if dataset.records[i[2]].recording != recordings[0]]
         # not always the same one: begin elsewhere in the list for every recording
         begin = zlib.crc32(recordings[0].encode()) % max(len(apart), 1)
         for item in apart[begin:] + apart[:begin]:
@@ -191,7 +195,7 @@ def interval_text(low, high, recordings, form="+.2%"):
         return f"[{low:{form}}, {high:{form}}]"
     if (count := len(set(recordings))) < FEWEST_RECORDINGS:
         return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
-    return "(no interval: an error is 0 or not finite)"
+    return "(no interval: all recordings give exactly the same, or an error is 0 or not finite)"
 
 
 def gap_text(gap, low, high, recordings):
@@ -344,14 +348,16 @@ METERS = [
 ]
 
 
-# With fewer recordings no interval is given. `python -m bench.intervals` says how often the
-# intervals of 3 to 20 recordings contain the truth: 90 to 97 % of the time.
+# With fewer recordings no interval is given. Those of 3 to 20 recordings contain the truth 90 to
+# 97 % of the time in every row that `python -m bench.intervals` simulates; those of two would be
+# wider than any gap.
 FEWEST_RECORDINGS = 3
 
 
 def ratio_interval(top, bottom, recordings):
     """95 % interval (low (K,), high (K,)) of mean(top) / mean(bottom), both positive, (n, K) over n
-    clips; nan with fewer than FEWEST_RECORDINGS recordings.
+    clips; nan with fewer than FEWEST_RECORDINGS recordings, and where all give exactly the same
+    (they all did the same, or the action is ignored): that says nothing of others.
 
     Clips of one recording are alike, so a recording counts as one observation. The standard error
     of the ratio's logarithm is the jackknife's (one recording left out at a time), the factor is
@@ -372,8 +378,9 @@ def ratio_interval(top, bottom, recordings):
     without = (above.sum(0) - above) / (below.sum(0) - below)  # (G, K)
     error = ((G - 1) / G * (without / ratio).log().square().sum(0)).sqrt()
     effective = 1 / (below / below.sum(0)).square().sum(0)
-    freedom = (G + 2 * effective) / 3 - 1
-    reach = torch.from_numpy(np.asarray(stdtrit(freedom.numpy(), 0.975))) * error
+    freedom = (G + effective) / 2 - 1
+    error = torch.where(error > 0, error, math.nan)
+    reach = 1.06 * torch.from_numpy(np.asarray(stdtrit(freedom.numpy(), 0.975))) * error
     return ratio * (-reach).exp(), ratio * reach.exp()
 
 

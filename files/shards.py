@@ -29,7 +29,7 @@ from files.disk import (
     write_cache,
 )
 from files.remote import Shard
-from files.streams import is_apple_double
+from files.streams import is_apple_double, member_kind
 from files.video import mp4_times, video_rate
 from files.vpt import KEY_BIT, ClipReader, Ticks, name_warnings, parse_ticks, peek_rate
 
@@ -93,7 +93,7 @@ def matches(pattern):
             if there(path):
                 found.append((path, [path]))
             else:
-                found.append((path, glob_or_raise(glob.escape(start), name)))
+                found.append((path, glob_or_raise(start, name)))
         if all(files for _, files in found):
             return found
         readings.append(found)
@@ -101,18 +101,41 @@ def matches(pattern):
 
 
 def glob_or_raise(folder, pattern):
-    """glob.glob of FOLDER/PATTERN, sorted; FOLDER may have no magic but what is escaped. glob
-    passes over a folder that cannot be listed, and a part of the data would be missing without a
-    word: here that is an error."""
+    """Paths below FOLDER that match a pattern, sorted; ** stands for any number of folders, none
+    among them. glob passes over a folder that cannot be listed, and a part of the data would be
+    missing without a word: here that is an error."""
     head, name = os.path.split(pattern)
     parents = [os.path.join(folder, head)]
     if glob.has_magic(head):
-        parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
-    if glob.has_magic(name):
-        for parent in parents:
-            for path in glob.glob(parent) or [os.curdir] * (not parent):
-                list_folder(path)
-    return sorted(glob.glob(os.path.join(folder, pattern)))
+        parents = glob_or_raise(folder, head)
+    out = []
+    for parent in parents:
+        path = os.path.join(parent, name)
+        if not glob.has_magic(name):
+            out += [path] if there(path) else []
+        elif there(parent or os.curdir) and name == "**":
+            out += folders_below(parent)
+        elif there(parent or os.curdir):
+            list_folder(parent or os.curdir)
+            out += glob.glob(os.path.join(glob.escape(parent), name))
+    return sorted(out)
+
+
+def folders_below(folder):
+    """Paths of a folder and all folders below it, hidden ones left out, links followed, every
+    folder once: one that is linked into itself has no end."""
+    out, todo, seen = [], [folder], set()
+    while todo:
+        path = todo.pop(0)
+        about = os.stat(path or os.curdir)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        out.append(path)
+        for entry in list_folder(path or os.curdir):
+            if entry.is_dir() and not entry.name.startswith("."):
+                todo.append(os.path.join(path, entry.name))
+    return out
 
 
 def list_folder(path):
@@ -376,8 +399,8 @@ def shard_index(path):
     found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
-            stem, extension = os.path.splitext(m.name)
-            if extension not in (".mp4", ".jsonl", ".safetensors"):
+            stem, kind = member_kind(m.name)
+            if kind not in ("mp4", "jsonl", "safetensors"):
                 continue
             if m.islnk() or m.issym():
                 reason = f"{m.name} is a link in the tar, to {m.linkname}: pack the file itself"
@@ -387,7 +410,7 @@ def shard_index(path):
                 continue
 
             place = member_place(m, offset, end)
-            if m.issparse() and extension == ".safetensors":
+            if m.issparse() and kind == "safetensors":
                 bad.append((path, stem, "a sparse member: pack it again without tar --sparse"))
                 continue
             hidden = os.path.basename(m.name).startswith("._")
@@ -395,10 +418,10 @@ def shard_index(path):
                 continue
 
             members = found.setdefault(stem, {})
-            before = members.get(extension[1:])
+            before = members.get(kind)
             if before and member_digest(path, before) != member_digest(path, place):
                 bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
-            members[extension[1:]] = place
+            members[kind] = place
     except tarfile.TarError as e:
         with Slice(path, 0, end) as f:
             head = f.read(8)
@@ -546,7 +569,7 @@ def read_ticks(record):
         if stat
         else f"{shard} {shard.size} {shard.version}"
     )
-    name += f" {tuple(record.members['jsonl'])} v3"
+    name += f" {tuple(record.members['jsonl'])} v4"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     raw = read_cache(path)
     if raw is not None:
