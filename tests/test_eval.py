@@ -367,6 +367,21 @@ def test_intervals_cover(recordings):
     assert share < 0.92
 
 
+def test_recordings_that_all_give_the_same_have_no_interval():
+    """Bug: where nobody moves, other actions are the true ones: the gap was +0.00% [+0.00%,
+    +0.00%], which reads as certainty."""
+    names = ["a", "b", "c", "d"] * 3
+    true = 1 + torch.rand(12, 4, generator=torch.Generator().manual_seed(0))
+    errors = {f"{p}_{k}": true for p in ("tf", "ro") for k in ("true", "shuffled", "zero")}
+    errors |= {f"{p}_copy": 2 + true.flip(0) for p in ("tf", "ro")}
+    summary = meter_summary(errors, names)
+    assert summary["tf_gap"] == 0 and math.isnan(summary["tf_gap_low"])
+    text = gap_text(0.0, summary["tf_gap_low"], summary["tf_gap_high"], names)
+    assert "no interval: all recordings give exactly the same" in text
+    bands = report.bands_of(errors, names)
+    assert math.isnan(bands["gap"][0][0]) and bands["skill"][0][0] < bands["skill"][1][0]
+
+
 def test_too_few_recordings_give_no_interval(tmp_path):
     """Bug: one recording gave [x, x], which reads as certainty; a nan in the report, which is no
     JSON; a log that cannot be read back."""
