@@ -436,16 +436,22 @@ def test_shuffled_actions_are_of_another_recording():
             )
 
     class Two:
-        records = [types.SimpleNamespace(recording=n) for n in "ab"]
+        def __init__(self, names):
+            self.records = [types.SimpleNamespace(recording=n) for n in names]
+
+        def windows_in(self, record):
+            return 3
 
         def __getitem__(self, item):
             return {"actions": torch.full((3, 2), item[3]), "key": "ab"[item[2]]}
 
     items = [(0, 0, 0, 1), (0, 1, 0, 2), (0, 2, 1, 7)]
-    others = from_other_recordings(Two(), items)
+    others = from_other_recordings(Two("ab"), items)
     given = torch.zeros(2, 3, 2)
     assert (others(["a", "a"], given) == 7).all() and (others(["b", "b"], given) < 3).all()
-    alone = from_other_recordings(Two(), items[:2])(["a", "a"], given)
+    few = from_other_recordings(Two("ab"), items[:2])(["a", "a"], given)
+    assert few.isfinite().all() and few.shape == given.shape  # --val_clips 2, both of one recording
+    alone = from_other_recordings(Two("aa"), items[:2])(["a", "a"], given)
     assert alone.isnan().all() and alone.shape == given.shape
     text = gap_text(math.nan, math.nan, math.nan, ["a", "a"])
     assert text.startswith("not given: shuffled actions must come from another recording")
