@@ -928,10 +928,20 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     return [[items[i] for i in b] for b in batches if len(b)][rank::world]
 
 
+def check_fraction(val_fraction):
+    """ValueError for what is no share: nan and -0.1 would hold out nothing, 1.5 all but one."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"--val_fraction {val_fraction:g} is no share of the recordings: give 0 (hold out none)"
+            " or more, below 1"
+        )
+
+
 def split_records(records, val_fraction):
     """(train, val): the last shards are held out; recordings chosen by a hash of their key where
     there are fewer than ten shards, or where a key of the last ones is in others too (another copy
     of the same play). Never windows, and no key on both sides."""
+    check_fraction(val_fraction)
     shards = [r.shard for r in records]
     keys = [r.recording for r in records]  # feature members of one recording (KEY@START) together
     names = sorted(set(shards), reverse=True)

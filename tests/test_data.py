@@ -45,6 +45,7 @@ from data import (
     vpt_loader,
     windows,
 )
+from droid import open_droid
 from evaluation.heads import Windows
 from files import streams, vpt
 from files.streams import stream_recordings
@@ -1229,6 +1230,16 @@ def test_two_stars_are_any_number_of_folders(tmp_path, shards):
     assert expand(str(tmp_path / "**" / "x.tar")) == expected
     assert expand(str(tmp_path / "a" / "**" / "c" / "*.tar")) == expected[:1]
     assert expand(str(tmp_path / "*" / "*.tar")) == expected[1:2]
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1, 1.0, 1.5])
+def test_a_fraction_that_is_none_is_refused(shards, value):
+    """Bug: --val_fraction nan or -0.1 trains on everything and blames the recordings; 1.5 trains on
+    one."""
+    with pytest.raises(ValueError, match=f"--val_fraction {value:g} is no share"):
+        open_split([[str(shards / "*.tar")]], val_fraction=value)
+    with pytest.raises(ValueError, match=f"--val_fraction {value:g} is no share"):
+        open_droid([str(shards)], val_fraction=value)
 
 
 def test_recordings_of_one_key_that_cannot_be_held_out_are_said(tmp_path, mp4, capsys):
