@@ -522,7 +522,7 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
             gap = np.mean(wrong[p]) / np.mean(true[p]) - 1
             assert game.report["groups"][group][p][0] == pytest.approx(gap, abs=2e-6), (group, p)
     assert game.report["groups"].keys() == groups.keys()
-    assert abs(game.report["groups"]["camera"]["ro"][0]) > 1e-4
+    assert abs(game.report["groups"]["camera"]["ro"][0]) > 1e-5  # an untrained predictor
 
 
 def test_groups_of_other_actions():
