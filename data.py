@@ -42,6 +42,7 @@ from files.streams import (
     disk_failed,
     disk_sentence,
     is_apple_double,
+    member_kind,
     persistently,
 )
 from files.vpt import (
@@ -128,7 +129,7 @@ def matches(pattern):
             if there(path):
                 found.append((path, [path]))
             else:
-                found.append((path, glob_or_raise(glob.escape(start), name)))
+                found.append((path, glob_or_raise(start, name)))
         if all(files for _, files in found):
             return found
         readings.append(found)
@@ -136,18 +137,41 @@ def matches(pattern):
 
 
 def glob_or_raise(folder, pattern):
-    """glob.glob of FOLDER/PATTERN, sorted; FOLDER may have no magic but what is escaped. glob
-    passes over a folder that cannot be listed, and a part of the data would be missing without a
-    word: here that is an error."""
+    """Paths below FOLDER that match a pattern, sorted; ** stands for any number of folders, none
+    among them. glob passes over a folder that cannot be listed, and a part of the data would be
+    missing without a word: here that is an error."""
     head, name = os.path.split(pattern)
     parents = [os.path.join(folder, head)]
     if glob.has_magic(head):
-        parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
-    if glob.has_magic(name):
-        for parent in parents:
-            for path in glob.glob(parent) or [os.curdir] * (not parent):
-                list_folder(path)
-    return sorted(glob.glob(os.path.join(folder, pattern)))
+        parents = glob_or_raise(folder, head)
+    out = []
+    for parent in parents:
+        path = os.path.join(parent, name)
+        if not glob.has_magic(name):
+            out += [path] if there(path) else []
+        elif there(parent or os.curdir) and name == "**":
+            out += folders_below(parent)
+        elif there(parent or os.curdir):
+            list_folder(parent or os.curdir)
+            out += glob.glob(os.path.join(glob.escape(parent), name))
+    return sorted(out)
+
+
+def folders_below(folder):
+    """Paths of a folder and all folders below it, hidden ones left out, links followed, every folder
+    once: one that is linked into itself has no end."""
+    out, todo, seen = [], [folder], set()
+    while todo:
+        path = todo.pop(0)
+        about = os.stat(path or os.curdir)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        out.append(path)
+        for entry in list_folder(path or os.curdir):
+            if entry.is_dir() and not entry.name.startswith("."):
+                todo.append(os.path.join(path, entry.name))
+    return out
 
 
 def list_folder(path):
@@ -411,8 +435,8 @@ def shard_index(path):
     found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
-            stem, extension = os.path.splitext(m.name)
-            if extension not in (".mp4", ".jsonl", ".safetensors"):
+            stem, kind = member_kind(m.name)
+            if kind not in ("mp4", "jsonl", "safetensors"):
                 continue
             if m.islnk() or m.issym():
                 reason = f"{m.name} is a link in the tar, to {m.linkname}: pack the file itself"
@@ -422,7 +446,7 @@ def shard_index(path):
                 continue
 
             place = member_place(m, offset, end)
-            if m.issparse() and extension == ".safetensors":
+            if m.issparse() and kind == "safetensors":
                 bad.append((path, stem, "a sparse member: pack it again without tar --sparse"))
                 continue
             hidden = os.path.basename(m.name).startswith("._")
@@ -430,10 +454,10 @@ def shard_index(path):
                 continue
 
             members = found.setdefault(stem, {})
-            before = members.get(extension[1:])
+            before = members.get(kind)
             if before and member_digest(path, before) != member_digest(path, place):
                 bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
-            members[extension[1:]] = place
+            members[kind] = place
     except tarfile.TarError as e:
         with Slice(path, 0, end) as f:
             head = f.read(8)
@@ -587,7 +611,7 @@ def read_ticks(record):
         if stat
         else f"{shard} {shard.size} {shard.version}"
     )
-    name += f" {tuple(record.members['jsonl'])} v3"
+    name += f" {tuple(record.members['jsonl'])} v4"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     raw = read_cache(path)
     if raw is not None:
@@ -904,10 +928,20 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     return [[items[i] for i in b] for b in batches if len(b)][rank::world]
 
 
+def check_fraction(val_fraction):
+    """ValueError for what is no share: nan and -0.1 would hold out nothing, 1.5 all but one."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"--val_fraction {val_fraction:g} is no share of the recordings: give 0 (hold out none)"
+            " or more, below 1"
+        )
+
+
 def split_records(records, val_fraction):
     """(train, val): the last shards are held out; recordings chosen by a hash of their key where
     there are fewer than ten shards, or where a key of the last ones is in others too (another copy
     of the same play). Never windows, and no key on both sides."""
+    check_fraction(val_fraction)
     shards = [r.shard for r in records]
     keys = [r.recording for r in records]  # feature members of one recording (KEY@START) together
     names = sorted(set(shards), reverse=True)
@@ -921,6 +955,13 @@ def split_records(records, val_fraction):
         group = keys
     if group is keys:
         names = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
+    if val_fraction > 0 and len(names) == 1 and len(set(shards)) > 1:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"WARNING: --val_fraction holds out none of {len(records)} recordings: all have the"
+                f" key {names[0]}, and no key is on both sides; give them other names, or name"
+                " held-out shards (--val_data)"
+            )
     if val_fraction <= 0 or len(names) < 2:
         return records, []
     held = set(names[: held_count(names, val_fraction)])

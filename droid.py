@@ -29,6 +29,7 @@ from data import (
     Clips,
     Order,
     braces,
+    check_fraction,
     collate,
     feature_rows,
     files_below,
@@ -309,6 +310,7 @@ def open_droid(
     idle_filter: off | openpi | light (keep_ranges); success: all | only; verify: check all
     checksums while indexing, which reads it all (default: local files up to VERIFY). ValueError if
     nothing is left or too much is bad."""
+    check_fraction(val_fraction)
     reader = reader or DroidReader()
     train, bad = open_episodes(data, reader, idle_filter, success, verify, log)
     if val_data:

@@ -165,6 +165,15 @@ class _ScalarsOnly(NumpyArrayWrapper):
         return names
 
 
+def load_bytearray(unpickler):
+    """What pickle's protocol 5 writes arrays as: pickle itself would make room for as many bytes as
+    the file claims, before it looks whether they are there."""
+    size = int.from_bytes(unpickler.read(8), "little")
+    if size > LARGEST:
+        raise pickle.UnpicklingError(f"an array that claims {size:,} bytes")
+    unpickler.append(bytearray(unpickler.read(size)))
+
+
 def safe_class(unpickler, module, name):
     """A class that an array of numbers or names needs; UnpicklingError for any other."""
     safe = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
@@ -174,14 +183,14 @@ def safe_class(unpickler, module, name):
 
 
 class _NamesUnpickler(pickle._Unpickler):
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray}
     find_class = safe_class
 
 
 # Admits StandardScaler and numpy arrays, nothing else: a file from elsewhere runs no code and
 # claims no memory it does not fill.
 class _ScalerUnpickler(NumpyUnpickler):
-    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = NumpyUnpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray}
 
     def find_class(self, module, name):
         ours = {
@@ -343,12 +352,13 @@ class ActionScaler(NamedTuple):
         ) as e:
             raise ValueError(
                 f"{path} is not an action scaler (it holds or lacks: {e}); fit one with"
-                " fit_scaler.py"
+                " fit_scaler.py, or write a StandardScaler with joblib.dump(scaler, path)"
             ) from e
         if not (
             out.mean.ndim == 1
             and out.mean.shape == out.scale.shape
             and np.isfinite(out.mean).all()
+            and np.isfinite(out.scale).all()
             and (out.scale > 0).all()
         ):
             raise ValueError(

@@ -34,6 +34,7 @@ from evaluation.runs import (
     open_run,
     precision_of,
     precision_text,
+    recording_of,
 )
 from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
 from files.logs import to_json
@@ -79,7 +80,8 @@ def recorded(
         unit="clip",
         desc=f"horizon {horizon}",
     ):
-        z, actions, states = inputs(collate([dataset[item]]))
+        batch = collate([dataset[item]])
+        z, actions, states = inputs(batch)
         last = context - 1
         if last == 0 and z.shape[1] > horizon + 1:
             last = 1
@@ -108,7 +110,7 @@ def recorded(
         total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
         sums.append(total[:5])
         random.append((total[5:] - total[0]).abs().mean(0))
-        recordings.append(dataset.records[item[2]].recording)
+        recordings.append(recording_of(batch["key"][0], batch))  # not item's if that is damaged
     return torch.stack(sums), torch.stack(random), recordings
 
 
@@ -329,6 +331,10 @@ if __name__ == "__main__":
     sys.excepthook = checkpoint.one_sentence
     if (args.start is None) != (args.goal is None) or args.start and args.play:
         parser.error("--start and --goal go together, and without --play")
+    if args.state is not None and not args.start:
+        parser.error("--state is that of the picture --start: name it, or drop --state")
+    if not all(map(math.isfinite, args.state or [])):
+        parser.error(f"--state {' '.join(map(str, args.state))} must be finite numbers")
     least = {
         "horizon": min(args.horizon),
         "trials": args.trials,
@@ -340,16 +346,20 @@ if __name__ == "__main__":
         "num_elites": args.num_elites - 1,
     }
     bad = [k for k, v in least.items() if v < 1] + [
-        k for k in ("reach", "maxnorm") if getattr(args, k) <= 0
+        k for k in ("reach", "maxnorm") if not 0 < getattr(args, k) < math.inf
     ]
     bad += [
         k for k in ("momentum_mean", "momentum_std", "correlation") if not 0 <= getattr(args, k) < 1
     ]
-    if bad or args.temperature < 0 or args.num_elites > args.num_samples:
-        bad = bad or ["temperature" if args.temperature < 0 else "num_elites"]
+    if not 0 <= args.temperature < math.inf:
+        bad.append("temperature")
+    if args.num_elites > args.num_samples:
+        bad.append("num_elites")
+    if bad:
         rule = (
             "two --clips, two --num_elites (of --num_samples), one of all else are the least,"
-            " momenta and correlation are below 1"
+            " momenta and correlation are below 1, --temperature is 0 or more, --reach and --maxnorm"
+            " are above 0, all are finite"
         )
         parser.error(f"--{bad[0]} {getattr(args, bad[0])} makes no plan: {rule}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -576,7 +586,7 @@ if __name__ == "__main__":
                 errors |= {policy: off[:, k] for k, policy in enumerate(TRIVIAL, 1)}
                 row = compared(errors, recordings)
                 report["recorded"].append({"horizon": horizon, "dim": name, "unit": symbol} | row)
-                numbers = "".join(f"{row[k]:9.2f}" for k in errors)
+                numbers = "".join(f" {row[k]:8.2f}" for k in errors)
                 ratio, low, high = row["ratios"][row["best"]]
                 lines.append(
                     f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio:.2f}"

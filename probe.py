@@ -56,7 +56,7 @@ from evaluation.runs import (
     precision_text,
 )
 from files.logs import to_json
-from files.streams import disk_failed, disk_sentence, is_apple_double
+from files.streams import disk_failed, disk_sentence, is_apple_double, member_kind
 from files.vpt import (
     ACTION_SPACES,
     BOM,
@@ -212,7 +212,7 @@ def video_members(path):
     found, end = {}, os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
-            if not m.isfile() or not m.name.endswith(".mp4"):
+            if not m.isfile() or member_kind(m.name)[1] != "mp4":
                 continue
             place = member_place(m, offset, end)
             if not is_apple_double(m.name, read_start(path, place)):

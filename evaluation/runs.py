@@ -151,14 +151,18 @@ def from_other_recordings(dataset, items):
     K, A): for each clip those of a clip of another recording.
 
     Clips of a batch serve each other. For a batch of one recording a clip of another one is read,
-    of `items` (all that are evaluated). Without any other recording the result is nan: actions of
-    the same recording are alike, and the gap would be too small."""
+    of `items` (all that are evaluated), or of the other recordings of the dataset if these few are
+    of one recording. Without any other recording the result is nan: actions of the same recording
+    are alike, and the gap would be too small."""
 
     def others(recordings, actions):
         partner = another_recording(recordings)
         if None not in partner:
             return actions[partner]
         apart = [i for i in items if dataset.records[i[2]].recording != recordings[0]]
+        if not apart:
+            every = sum(windows(dataset, 1, None), [])
+            apart = [i for i in every if dataset.records[i[2]].recording != recordings[0]]
         # not always the same one: begin elsewhere in the list for every recording
         begin = zlib.crc32(recordings[0].encode()) % max(len(apart), 1)
         for item in apart[begin:] + apart[:begin]:
@@ -245,7 +249,7 @@ def interval_text(low, high, recordings, form="+.2%"):
         return f"[{low:{form}}, {high:{form}}]"
     if (count := len(set(recordings))) < FEWEST_RECORDINGS:
         return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
-    return "(no interval: an error is 0 or not finite)"
+    return "(no interval: all recordings give exactly the same, or an error is 0 or not finite)"
 
 
 def gap_text(gap, low, high, recordings):

@@ -218,18 +218,24 @@ class Rest:
             pass
 
 
+def member_kind(name):
+    """("KEY", "mp4") of KEY.mp4, and of KEY.MP4: cameras write their names in capitals."""
+    stem, extension = os.path.splitext(name)
+    return stem, extension[1:].lower()
+
+
 def stream_members(source):
-    """(key, extension, bytes) of the members of a tar that belong to recordings; of all archives
-    where several were put one after another, of which tarfile reads the first alone."""
+    """(key, "mp4" or "jsonl", bytes) of the members of a tar that belong to recordings; of all
+    archives where several were put one after another, of which tarfile reads the first alone."""
     tar = tarfile.open(fileobj=source, mode="r|*")
     stream = tar.fileobj
     while True:
         for m in tar:
-            stem, extension = os.path.splitext(m.name)
-            if m.isfile() and extension in (".mp4", ".jsonl"):
+            stem, kind = member_kind(m.name)
+            if m.isfile() and kind in ("mp4", "jsonl"):
                 data = tar.extractfile(m).read()
                 if not is_apple_double(m.name, data):
-                    yield stem, extension, data
+                    yield stem, kind, data
         if tar.fileobj.tell() < tar.offset + 512:
             raise tarfile.ReadError("the stream ends before the tar does")
 
@@ -257,8 +263,8 @@ def stream_recordings(url):
     is wrong with the shard is raised (OSError, ValueError, tarfile.TarError). Keys keep their dots;
     other members are passed over."""
     source, found, whole = Stream(url), {}, 0
-    for stem, extension, data in stream_members(source):
-        found.setdefault(stem, {})[extension[1:]] = data
+    for stem, kind, data in stream_members(source):
+        found.setdefault(stem, {})[kind] = data
         if len(found[stem]) == 2:
             whole += 1
             yield stem, found.pop(stem)

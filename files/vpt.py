@@ -10,6 +10,7 @@ window."""
 import difflib
 import functools
 import io
+import json
 import math
 import os
 import re
@@ -224,9 +225,19 @@ def button_number(name):
     return BUTTON_SPELLINGS.get("".join(words))
 
 
+def valid_text(text):
+    """Text less the halves of characters that JSON may hold and no file can ("\\ud83d")."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def as_json(value):
+    """A value of a line as it is written there."""
+    return valid_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
 def unknown_label(kind, name, known):
     """How a name that nobody knows is reported, with the nearest known one."""
-    text = name if isinstance(name, str) else orjson.dumps(name).decode()
+    text = valid_text(name) if isinstance(name, str) else as_json(name)
     plain = "".join(re.findall(r"[^\W_]+", text.lower()))
     short = plain.removeprefix("key").removeprefix("board")
     closest = MEANINGS.get(plain) or MEANINGS.get(short, "")
@@ -300,7 +311,7 @@ class Ticks(NamedTuple):
 
 def shown(value):
     """A value of a line, for a message."""
-    text = orjson.dumps(value).decode()
+    text = as_json(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -348,6 +359,20 @@ def truth(value, what):
     if text in FALSE:
         return False
     raise ValueError(f"{what} is {shown(value)}, neither true nor false")
+
+
+def read_json(line):
+    """The value of a line of JSON. Python's json module writes NaN and Infinity, which are no JSON;
+    what is typed may be half a character, or in another encoding than UTF-8. None of this says
+    anything against the other fields of the line."""
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        try:
+            return json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            pass
+        raise
 
 
 class LineReader:
@@ -446,7 +471,7 @@ class LineReader:
     def __call__(self, line):
         """One JSON object -> its row of COLUMNS but the last, NaN where it says nothing. Raises
         ValueError, TypeError or KeyError."""
-        d = orjson.loads(line)
+        d = read_json(line)
         if not isinstance(d, dict):
             raise ValueError(f"{shown(d)} is no JSON object")
         mouse, keyboard = d.get("mouse"), d.get("keyboard")
@@ -689,7 +714,7 @@ def peek_rate(head, whole):
         if not line or line.isspace():
             continue
         try:
-            stamp = orjson.loads(line).get("timestamp")
+            stamp = read_json(line).get("timestamp")
             stamps.append(math.nan if stamp is None else float(stamp))
         except (ValueError, TypeError, AttributeError):
             return None

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from data import READ_ERRORS, Slice, archive_members, files_below
-from files.streams import disk_failed, disk_sentence, is_apple_double
+from files.streams import disk_failed, disk_sentence, is_apple_double, member_kind
 from files.vpt import (
     ClipReader,
     mp4_times,
@@ -159,6 +159,21 @@ def key_of(stem):
     return safe if safe == stem else f"{safe}-{zlib.crc32(stem.encode()):08x}"
 
 
+def path_of(folder, stem, kind):
+    """The file of a recording below folder, STEM.mp4 or STEM.MP4."""
+    exact = os.path.join(folder, f"{stem}.{kind}")
+    capitals = os.path.join(folder, f"{stem}.{kind.upper()}")
+    for path in (exact, capitals):
+        if os.path.lexists(path):
+            return path
+    parent, name = os.path.split(exact)
+    before = os.path.splitext(name)[0]
+    for other in sorted(os.listdir(parent)):
+        if member_kind(other) == (before, kind):
+            return os.path.join(parent, other)
+    return exact
+
+
 def check(folder, stem, extensions):
     """Why a recording cannot be packed, or "" if it can; its seconds; {name that nobody knows:
     lines}."""
@@ -166,11 +181,11 @@ def check(folder, stem, extensions):
         if extension not in extensions:
             return f"no .{extension} beside it", 0, {}
     try:
-        with open(os.path.join(folder, stem + ".jsonl"), "rb") as f:
+        with open(path_of(folder, stem, "jsonl"), "rb") as f:
             ticks = parse_ticks(f.read())
         if ticks.flaw:
             return f"jsonl: {ticks.flaw}", 0, {}
-        video = os.path.join(folder, stem + ".mp4")
+        video = path_of(folder, stem, "mp4")
         with Slice(video, 0, os.path.getsize(video)) as f:
             times = mp4_times(f)
             if not len(times):
@@ -218,7 +233,7 @@ def find_recordings(folder, known):
 
     def preference(stem):
         whole = "jsonl" in found[stem]
-        return key_of(stem) not in known, not whole, os.path.islink(f"{folder}/{stem}.mp4")
+        return key_of(stem) not in known, not whole, os.path.islink(path_of(folder, stem, "mp4"))
 
     for stems in videos.values():
         stems.sort(key=preference)
@@ -230,19 +245,23 @@ def find_recordings(folder, known):
 
 def add_file(path, folder, found, odd, videos):
     """One file of find_recordings; videos: {what identifies a file: [the recordings it is in]}."""
-    stem, extension = os.path.splitext(os.path.relpath(path, folder))
-    if extension not in (".mp4", ".jsonl"):
+    name = os.path.relpath(path, folder)
+    stem, kind = member_kind(name)
+    if kind not in ("mp4", "jsonl"):
         return
     if not os.path.exists(path):
-        odd.append({"file": stem + extension, "reason": "a link to nothing"})
+        odd.append({"file": name, "reason": "a link to nothing"})
         return
     if os.path.basename(path).startswith("._"):
         with open(path, "rb") as f:
             if is_apple_double(path, f.read(4)):
                 return
+    if os.path.basename(path) != os.path.basename(path_of(folder, stem, kind)):
+        odd.append({"file": name, "reason": f"{stem}.{kind} is there too, in other capitals"})
+        return
     about = os.stat(path)
-    found[stem][extension[1:]] = about.st_size
-    if extension == ".mp4" and about.st_ino:
+    found[stem][kind] = about.st_size
+    if kind == "mp4" and about.st_ino:
         same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
         videos.setdefault(same, []).append(stem)
 
@@ -254,7 +273,7 @@ def write_shard(path, folder, recordings, bar):
         with tarfile.open(fileobj=f, mode="w") as tar:
             for key, stem, _ in recordings:
                 for extension in ("mp4", "jsonl"):
-                    source = os.path.join(folder, f"{stem}.{extension}")
+                    source = path_of(folder, stem, extension)
                     member = tarfile.TarInfo(f"{key}.{extension}")
                     member.size = os.path.getsize(source)
                     with open(source, "rb") as data:
@@ -303,12 +322,9 @@ def pack(folder, out, shard_size, jobs):
                     1024 + s for s in found[stem].values()
                 )  # a header and padding for each member
                 if reason:
-                    skipped.append(
-                        {
-                            "file": stem + (".mp4" if "mp4" in found[stem] else ".jsonl"),
-                            "reason": reason,
-                        }
-                    )
+                    kind = "mp4" if "mp4" in found[stem] else "jsonl"
+                    file = os.path.relpath(path_of(folder, stem, kind), folder)
+                    skipped.append({"file": file, "reason": reason})
                     bar.update(sum(found[stem].values()))
                     continue
                 if batch and filled + size > shard_size:

@@ -45,6 +45,7 @@ from data import (
     vpt_loader,
     windows,
 )
+from droid import open_droid
 from evaluation.heads import Windows
 from files import streams, vpt
 from files.streams import stream_recordings
@@ -1204,6 +1205,54 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
     stream = StreamedClips([f"pipe:cat {one}"], READER, rank=2, world=3, clips_per_recording=2)
     with pytest.raises(ValueError, match="2 clips for 3 ranks"):
         next(iter(stream))
+
+
+def test_extensions_in_capitals(tmp_path, mp4):
+    """Bug: KEY.MP4, as cameras write it, and KEY.JSONL are passed over without a word."""
+    lines = jsonl(contractor())
+    path = write_tar(tmp_path / "a.tar", {"a.MP4": mp4, "a.Jsonl": lines, "b.mp4": mp4})
+    records, bad = shard_index(path)
+    assert [(r.key, sorted(r.members)) for r in records] == [("a", ["jsonl", "mp4"])]
+    assert bad == [(path, "b", "no jsonl beside it")]
+    path = write_tar(tmp_path / "b.tar", {"a.MP4": mp4, "a.Jsonl": lines})
+    assert list(stream_recordings(f"pipe:cat {path}")) == [("a", {"mp4": mp4, "jsonl": lines})]
+
+
+def test_two_stars_are_any_number_of_folders(tmp_path, shards):
+    """Bug: VPT/**/*.tar takes the shards one folder down, and leaves out all others without a word;
+    a folder that is linked into itself is walked 41 times."""
+    for folder in ("", "a", "a/b/c", ".hidden"):
+        os.makedirs(tmp_path / folder, exist_ok=True)
+        shutil.copy(shards / "shard-000000.tar", tmp_path / folder / "x.tar")
+    os.symlink(tmp_path / "a", tmp_path / "a" / "b" / "again")
+    expected = [str(tmp_path / p / "x.tar") for p in ("a/b/c", "a", "")]
+    assert expand(str(tmp_path / "**" / "*.tar")) == expected
+    assert expand(str(tmp_path / "**" / "x.tar")) == expected
+    assert expand(str(tmp_path / "a" / "**" / "c" / "*.tar")) == expected[:1]
+    assert expand(str(tmp_path / "*" / "*.tar")) == expected[1:2]
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1, 1.0, 1.5])
+def test_a_fraction_that_is_none_is_refused(shards, value):
+    """Bug: --val_fraction nan or -0.1 trains on everything and blames the recordings; 1.5 trains on
+    one."""
+    with pytest.raises(ValueError, match=f"--val_fraction {value:g} is no share"):
+        open_split([[str(shards / "*.tar")]], val_fraction=value)
+    with pytest.raises(ValueError, match=f"--val_fraction {value:g} is no share"):
+        open_droid([str(shards)], val_fraction=value)
+
+
+def test_recordings_of_one_key_that_cannot_be_held_out_are_said(tmp_path, mp4, capsys):
+    """Bug: with video.mp4 in every shard --val_fraction holds out nothing, without a word; the
+    scaler is then fitted on what another split holds out."""
+    for i in range(3):
+        lines = jsonl(contractor(seed=i))
+        write_tar(tmp_path / f"{i}.tar", {"video.mp4": mp4, "video.jsonl": lines})
+    records, _ = open_lines([[str(tmp_path / "*.tar")]], None, 0.3)
+    assert len(records) == 3
+    assert "--val_fraction holds out none of 3 recordings: all have the key video" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_recording_without_its_partner_is_reported_in_streams(tmp_path, mp4):

@@ -472,6 +472,25 @@ def test_links_give_no_recording_twice(pair, tmp_path, capsys):
     assert shards.pack(str(folder), str(out), 1e9, 2)[0] == 0 and packed(out) == keys
 
 
+def test_extensions_in_capitals_are_packed(pair, tmp_path):
+    """Bug: NAME.MP4, as cameras write it, is left out without a word, or written as another file
+    when both spellings are there."""
+    mp4, jsonl = pair["mp4"], pair["jsonl"]
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    names = {"a.MP4": mp4, "a.JSONL": jsonl, "b.Mp4": mp4, "b.jsonl": jsonl}
+    names |= {"c.mp4": mp4, "c.MP4": b"other", "c.jsonl": jsonl, "d.MP4": mp4}
+    for name, data in names.items():
+        (folder / name).write_bytes(data)
+    packed, skipped = shards.pack(str(folder), str(out), 1e9, 2)
+    assert packed == 3 and sorted((s["file"], s["reason"]) for s in skipped) == [
+        ("c.MP4", "c.mp4 is there too, in other capitals"),
+        ("d.MP4", "no .jsonl beside it"),
+    ]
+    expected = {("shard-000000.tar", key): {"mp4": mp4, "jsonl": jsonl} for key in "abc"}
+    assert recordings(out, "*.tar") == expected
+
+
 def test_what_macos_leaves_in_folders_is_no_recording(pair, tmp_path):
     """Bug: ._a.mp4 is reported as a damaged recording for each one copied from a Mac."""
     put(tmp_path / "in", "a", **pair)

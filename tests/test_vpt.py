@@ -320,6 +320,37 @@ def test_blank_lines_and_byte_order_marks_are_no_damage():
         parse_ticks(json.dumps(contractor(3)).encode())
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b'"quantity": 3', b'"quantity": NaN'),
+        (b'"xpos": 1.5', b'"xpos": -Infinity'),
+        (b'"chars": ""', b'"chars": "\xe9"'),
+        (b'"chars": ""', b'"chars": "\\ud83d"'),
+    ],
+)
+def test_what_is_odd_in_a_field_that_nobody_reads_costs_nothing(old, new):
+    """Bug: NaN in the inventory, as Python's json writes it, or a letter in another encoding drops
+    a good recording."""
+    text = jsonl(contractor(60, timestamp=lambda i: i / 20))
+    ticks, expected = parse_ticks(text.replace(old, new)), parse_ticks(text)
+    assert not ticks.flaw and (ticks.motion == expected.motion).all()
+    assert (ticks.keys == expected.keys).all() and ticks.rate == expected.rate
+    assert vpt.peek_rate(text.replace(old, new), True) == pytest.approx(20)
+
+
+def test_odd_json_where_it_matters_is_said():
+    """Bug: NaN motion is taken; half a character in a name, or brackets without end, is a
+    traceback."""
+    lines = contractor(20, yaw=lambda i: math.nan if i == 12 else 0.0)
+    ticks = parse_ticks(jsonl(lines))
+    assert len(ticks.motion) == 12 and ticks.flaw.startswith("line 12: motion")
+    ticks = parse_ticks(jsonl(contractor(3, keyboard={"keys": ["\ud83dwasd", {"w": math.nan}]})))
+    assert vpt.Ticks.of(ticks.arrays()).unknown == ticks.unknown and len(ticks.unknown) == 2
+    with pytest.raises(ValueError, match="no usable line"):
+        parse_ticks(b"[" * 100_000)
+
+
 def test_a_slot_that_some_lines_leave_out_stays():
     """Bug: a line without hotbar counts as slot 0: two key presses that nobody made."""
     slots = [None, 4, 4, None, 4, "7", None, 7.0]
