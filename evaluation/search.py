@@ -135,7 +135,7 @@ def energy(
 
 
 def noise_of(n, horizon, dims, correlation, generator):
-    """Standard normal (n, H, dims) whose steps are correlated with the one before (AR(1)), because a
+    """Standard normal (n, H, dims). Each step is correlated with the one before (AR(1)), because a
     turn lasts for a while."""
     x = torch.randn(n, horizon, dims, generator=generator)
     for h in range(1, horizon):
