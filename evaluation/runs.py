@@ -172,7 +172,7 @@ def open_episodes(state, scaler, data):
     return DroidClips(records, reader, run["seed"]), compose, records, bad
 
 
-def open_play(state, scaler, data, decoder):
+def open_play(state, scaler, data, decoder, say):
     """VPT shards for a run of train_ac.py -> (Clips, [Record], [bad]). data: patterns, or None:
     what the run held out. decoder: of video, None: the run's."""
     run = state["args"]
@@ -199,7 +199,7 @@ def open_play(state, scaler, data, decoder):
     if not decoder and records and "mp4" in records[0].members:
         judged_with = trained_with
     if judged_with != trained_with:
-        print(
+        say(
             f"WARNING: the run was trained on pictures of --decoder {trained_with}, these are of"
             f" {judged_with}, whose pixels differ"
         )
@@ -218,8 +218,8 @@ def open_play(state, scaler, data, decoder):
     return Clips(records, [1.0] * len(records), reader, run["seed"]), records, bad
 
 
-def warn_of_training_data(records, state, scaler):
-    """Print a warning if recordings to judge a run on may be among those it was trained on."""
+def warn_of_training_data(records, state, scaler, say):
+    """Say a warning if recordings to judge a run on may be among those it was trained on."""
     names = {r.name for r in records}
     held_out_names = set(state["held_out"])
     if held_out_names:
@@ -229,7 +229,7 @@ def warn_of_training_data(records, state, scaler):
         doubtful = names & set(scaler.meta.get("recordings", []))
         reason = "among those its scaler was fitted on"
     if doubtful:
-        print(
+        say(
             f"WARNING: {len(doubtful)} of {len(names)} recordings are {reason}: was it trained on"
             " them?"
         )
@@ -251,20 +251,21 @@ def encoder_name(records, encoder, state):
     return name
 
 
-def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder=None):
+def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder=None, say=print):
     """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
     make_inputs, compose of action_meter: computes states from actions, [bad]).
 
     data: VPT shards, video or features, or robot episodes; None: what the run held out. encoder:
     weights, for video; None: what the run used. dtype: as `precision_of` names it. decoder: of
-    video; None: what the run used, and a warning for another one. ValueError for what belongs to
-    another encoder, fps or action space, and for fewer than two clips."""
+    video; None: what the run used, and a warning for another one. say: called with each warning.
+    ValueError for what belongs to another encoder, fps or action space, and for fewer than two
+    clips."""
     if state["dataset"] == "droid":
         dataset, compose, records, bad = open_episodes(state, scaler, data)
     else:
-        dataset, records, bad = open_play(state, scaler, data, decoder)
+        dataset, records, bad = open_play(state, scaler, data, decoder, say)
         compose = compose_states
-    warn_of_training_data(records, state, scaler)
+    warn_of_training_data(records, state, scaler, say)
 
     if sum(map(len, windows(dataset, 1, 2))) < 2:
         span = f"{state['frames_per_clip']} frames at {state['fps']:g} fps"
