@@ -439,8 +439,8 @@ def verdict_of(summary, recordings):
     elif gap < LEAST_GAP:
         verdict.append(f"The model hardly uses the action: shuffled actions cost {cost}.")
         warnings.append(
-            f"WARNING: shuffled actions cost less than {LEAST_GAP:.0%}: the predictor hardly uses"
-            " the action"
+            f"WARNING: shuffled actions cost less than {100 * LEAST_GAP:.0f} %: the predictor"
+            " hardly uses the action"
         )
     elif low > 0:
         verdict.append(f"The model uses the action: shuffled actions cost {cost}.")

@@ -1,4 +1,4 @@
-"""evaluation/search.py, plan.py and prepare/doom.py: it finds what is known to be best, as the
+"""evaluation/search.py, plan.py and evaluation/game.py: it finds what is known to be best, as the
 reference does, and does it in the game."""
 
 import functools
@@ -24,7 +24,7 @@ from evaluation.search import Space, draw, droid_space, energy, rest, search, vp
 from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
 from plan import agent, chooser, compared, readable, recorded
-from prepare import doom
+from evaluation import game as doom
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 PLAIN = types.SimpleNamespace(mean=np.zeros(7), scale=np.ones(7))
