@@ -61,9 +61,7 @@ def parse_flags():
         allow_abbrev=False,
     )
     flag = parser.add_argument_group("run and data").add_argument
-    flag(
-        "--checkpoint", required=True, help="run folder of train_ac.py or train_lora.py, or a file"
-    )
+    flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag(
         "--data",
         "--data_path",

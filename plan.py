@@ -73,9 +73,7 @@ def parse_flags():
         allow_abbrev=False,
     )
     flag = parser.add_argument_group("run").add_argument
-    flag(
-        "--checkpoint", required=True, help="run folder of train_ac.py or train_lora.py, or a file"
-    )
+    flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--encoder", help="weights of the encoder, for pictures (default: what the run used)")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
     flag("--seed", type=int, default=0, help="of trials and samples (default: %(default)s)")
@@ -94,40 +92,21 @@ def parse_flags():
     flag = parser.add_argument_group("plan between two pictures").add_argument
     flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
     flag("--goal", metavar="IMAGE", help="picture of the goal")
-    flag(
-        "--state", type=float, nargs="+", help="yaw and pitch (rad) or pose at --start (default: 0)"
-    )
+    flag("--state", type=float, nargs="+", help="yaw, pitch (rad) or pose at --start (default: 0)")
 
     flag = parser.add_argument_group("plan in ViZDoom").add_argument
     flag("--play", choices=SUCCESS, help="closed loop: turn to a view, or walk to a place")
     flag("--trials", type=int, default=50, help="trials (default: %(default)s)")
-    flag(
-        "--steps", type=int, default=8, help="steps of a trial, each planned (default: %(default)s)"
-    )
+    flag("--steps", type=int, default=8, help="steps of a trial (default: %(default)s)")
 
     flag = parser.add_argument_group("what may be done").add_argument
-    flag(
-        "--keys", nargs="*", default=[], metavar="key.w", help="keys to press (--play walk: key.w)"
-    )
-    flag(
-        "--reach", type=float, default=1.0, help="std of mouse samples, in the data's (default: 1)"
-    )
+    flag("--keys", nargs="*", default=[], metavar="key.w", help="to press (--play walk: key.w)")
+    flag("--reach", type=float, default=1.0, help="first std of the mouse, in the data's (1)")
     flag("--maxnorm", type=float, default=DROID_NORM, help="robots: metres a step (%(default)s)")
 
     flag = parser.add_argument_group("search").add_argument
-    flag(
-        "--horizon",
-        type=int,
-        nargs="+",
-        default=[1, 3],
-        help="steps ahead; pictures and --play: the first",
-    )
-    flag(
-        "--context",
-        type=int,
-        default=1,
-        help="steps of the past that the predictor sees (%(default)s)",
-    )
+    flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
+    flag("--context", type=int, default=1, help="past steps the predictor sees (%(default)s)")
     flag("--num_samples", type=int, default=128, help="candidates of an iteration (%(default)s)")
     flag(
         "--num_elites",
