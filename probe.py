@@ -418,7 +418,15 @@ if __name__ == "__main__":
     else:
         predictor, state = None, None
         scaler = None
-        run = vars(args)
+        run = {
+            "encoder": args.encoder,
+            "frames_per_clip": args.frames_per_clip,
+            "fps": args.fps,
+            "frames_per_step": args.frames_per_step,
+            "crop_size": args.crop_size,
+            "encode": args.encode,
+            "action_space": args.action_space,
+        }
         folder = "."
         stats = {}
     dtype, autocast = precision_of(args.dtype, state, device)
