@@ -140,7 +140,7 @@ def open_lam(path):
         folder = path
         state, path = checkpoint.load_latest(folder)
         if state is None:
-            raise FileNotFoundError(f"no checkpoint in {folder}")
+            raise ValueError(f"--checkpoint {folder}: no checkpoint in it")
     else:
         state = checkpoint.load(path)
     if "lam" not in state:

@@ -126,6 +126,10 @@ def parse_flags():
     args = parser.parse_args()
     if (args.start is None) != (args.goal is None):
         parser.error("--start and --goal go together")
+    if args.state is not None and not args.start:
+        parser.error("--state is that of the picture --start: name it, or drop --state")
+    if not all(map(math.isfinite, args.state or [])):
+        parser.error(f"--state {' '.join(map(str, args.state))}: give finite numbers")
     if args.start and args.play:
         parser.error("--start and --play do not go together: plan to a picture, or in the game")
     check_search(parser, args)
@@ -144,12 +148,12 @@ def check_search(parser, args):
         parser.error(f"--horizon {args.horizon} makes no plan: at least one step")
     if args.num_elites > args.num_samples:
         parser.error(f"--num_elites {args.num_elites} makes no plan: of {args.num_samples} samples")
-    if args.temperature < 0:
-        parser.error(f"--temperature {args.temperature} makes no plan: 0 (CEM) or above")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature} makes no plan: 0 (CEM) or above, finite")
     for name in ("reach", "maxnorm"):
         value = getattr(args, name)
-        if value <= 0:
-            parser.error(f"--{name} {value} makes no plan: above 0")
+        if not 0 < value < math.inf:
+            parser.error(f"--{name} {value} makes no plan: above 0, and finite")
     for name in ("momentum_mean", "momentum_std", "correlation"):
         value = getattr(args, name)
         if not 0 <= value < 1:
@@ -188,7 +192,8 @@ def recorded(
     recordings = []
     items = sum(windows(dataset, 1, clips), [])
     for item in tqdm(items, unit="clip", desc=f"horizon {horizon}"):
-        z, actions, states = inputs(collate([dataset[item]]))
+        batch = collate([dataset[item]])
+        z, actions, states = inputs(batch)
 
         # the step to plan from, and the first one that the predictor sees
         last = context - 1
@@ -224,7 +229,8 @@ def recorded(
         total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
         sums.append(total[:5])
         random.append((total[5:] - total[0]).abs().mean(0))
-        recordings.append(recording_of(batch["key"][0], batch))  # not item's if that is damaged
+        # not always the recording of the item: if that is damaged, another one was read
+        recordings.append(recording_of(batch["key"][0], batch))
     return torch.stack(sums), torch.stack(random), recordings
 
 
@@ -274,7 +280,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
             rows.append({"horizon": horizon, "dim": name, "unit": symbol} | row)
             ratio = row["ratios"][row["best"]]
             interval = interval_text(ratio[1], ratio[2], recordings, ".2f")
-            numbers = "".join(f"{row[k]:9.2f}" for k in errors)
+            numbers = "".join(f" {row[k]:8.2f}" for k in errors)
             lines.append(
                 f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio[0]:.2f} {interval}"
                 f" {row['best']}"

@@ -78,6 +78,11 @@ def action_meter(predictor, z, actions, states, others, compose):
     predictions = {"tf_copy": z[:, :-1], "ro_copy": z[:, :1]}
     tried = {"true": actions, "shuffled": others, "zero": torch.zeros_like(actions)}
     for name, a in tried.items():
+        # nan where there is no other recording to take actions of
+        if torch.isnan(a).any():
+            predictions[f"tf_{name}"] = torch.full_like(target, math.nan)
+            predictions[f"ro_{name}"] = torch.full_like(target, math.nan)
+            continue
         predictions[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
         predictions[f"ro_{name}"] = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
     return {name: (p - target).abs().mean((2, 3)) for name, p in predictions.items()}
@@ -113,19 +118,21 @@ def gap_of(other, true, recordings):
 # --- intervals ---
 
 
-# With fewer recordings no interval is given. `python -m bench.intervals` says how often the
-# intervals of 3 to 20 recordings contain the truth: 90 to 97 % of the time.
+# With fewer recordings no interval is given. Those of 3 to 20 recordings contain the truth 90 to
+# 97 % of the time in every row that `python -m bench.intervals` simulates; those of two would be
+# wider than any gap.
 FEWEST_RECORDINGS = 3
 
 
 def ratio_interval(top, bottom, recordings):
     """95 % interval (low (K,), high (K,)) of mean(top) / mean(bottom), both positive, (n, K) over n
-    clips; nan with fewer than FEWEST_RECORDINGS recordings.
+    clips; nan with fewer than FEWEST_RECORDINGS recordings, and where all give exactly the same
+    (all did the same, or the action is ignored): that tells nothing about others.
 
     Clips of one recording are alike, so a recording counts as one observation. The standard error
     of the ratio's logarithm is the jackknife's (one recording left out at a time), the factor is
-    Student's t. Recordings of equal weight give G - 1 degrees of freedom to t. Where few of them
-    hold most clips there are fewer: two thirds of the way to the effective number of recordings,
+    1.06 times Student's t. Recordings of equal weight give G - 1 degrees of freedom to t. Where few
+    of them hold most clips there are fewer: half of the way to the effective number of recordings,
     1 / (sum of squared weights), which is what bench.intervals found to cover."""
     numbers = {name: i for i, name in enumerate(dict.fromkeys(recordings))}
     G = len(numbers)
@@ -144,10 +151,12 @@ def ratio_interval(top, bottom, recordings):
     ratio = above.sum(0) / below.sum(0)
     without = (above.sum(0) - above) / (below.sum(0) - below)
     error = ((G - 1) / G * (without / ratio).log().square().sum(0)).sqrt()
+    error = torch.where(error > 0, error, math.nan)
 
+    # the factor is Student's t, a little wider: what covers in all rows of bench.intervals
     effective = 1 / (below / below.sum(0)).square().sum(0)
-    freedom = (G + 2 * effective) / 3 - 1
-    reach = torch.from_numpy(np.asarray(stdtrit(freedom.numpy(), 0.975))) * error
+    freedom = (G + effective) / 2 - 1
+    reach = 1.06 * torch.from_numpy(np.asarray(stdtrit(freedom.numpy(), 0.975))) * error
     return ratio * (-reach).exp(), ratio * reach.exp()
 
 
@@ -171,7 +180,7 @@ def interval_text(low, high, recordings, form="+.2%"):
     count = len(set(recordings))
     if count < FEWEST_RECORDINGS:
         return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
-    return "(no interval: an error is 0 or not finite)"
+    return "(no interval: all recordings give exactly the same, or an error is 0 or not finite)"
 
 
 def gap_text(gap, low, high, recordings):
@@ -224,8 +233,13 @@ def from_other_recordings(dataset, items):
         if None not in partner:
             return actions[partner]
 
-        # not always the same clip: begin elsewhere in the list for every recording
+        # a clip of another recording: of those evaluated, or of any
         apart = [i for i in items if dataset.records[i[2]].recording != recordings[0]]
+        if not apart:
+            every = sum(windows(dataset, 1, None), [])
+            apart = [i for i in every if dataset.records[i[2]].recording != recordings[0]]
+
+        # not always the same one: begin elsewhere in the list for every recording
         begin = zlib.crc32(recordings[0].encode()) % max(len(apart), 1)
         for item in apart[begin:] + apart[:begin]:
             # where that recording is damaged, the clip may be of this one after all
