@@ -174,7 +174,7 @@ def same_action_error(model, z, z_q, labels, names, own):
     fits &= number[:, None] // T != number // T
     fits &= (labels != NO_LABEL).all(-1)
 
-    # of several the next one, so that all are used alike
+    # of several the next one: all are used equally often
     later = torch.where(fits, B * T - (number - number[:, None]) % (B * T), 0)
     chosen = later.argmax(1).to(z.device)
     codes = z_q.flatten(0, 1)[chosen].view_as(z_q)
