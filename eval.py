@@ -126,6 +126,10 @@ def group_errors(predictor, z, actions, states, others, compose, groups):
     out = {}
     target = z[:, 1:]
     for name, columns in groups.items():
+        # nan where there is no other recording to take actions of
+        if torch.isnan(others).any():
+            out[f"tf_{name}"] = out[f"ro_{name}"] = torch.full_like(target[..., 0, 0], math.nan)
+            continue
         a = actions.clone()
         a[..., columns] = others[..., columns]
         one_step = predict(predictor, z[:, :-1], a, states)

@@ -522,6 +522,22 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
     assert abs(game.report["groups"]["camera"]["ro"][0]) > 1e-5  # an untrained predictor
 
 
+def test_one_robot_recording_has_no_gaps(arm, tmp_path):
+    """Bug: without another recording the shuffled actions are nan, and the poses that follow from
+    them are no rotations: a traceback in place of a report."""
+    flags = "--num_workers 0 --samples 4 --batch_size 4 --out"
+    (tmp_path / "one").mkdir()
+    for path in (arm / "a").glob("e0*"):
+        os.symlink(path, tmp_path / "one" / path.name)
+    data = ["--data", tmp_path / "one", "--checkpoint", arm / "lora"]
+    text = run(tmp_path, "eval.py", *data, flags, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["recordings"] == 1 and found["tf_gap"] is None
+    assert found["groups"]["rotation"]["ro"] == [None, None, None]
+    assert "gap of one group of actions: one step ahead, rolled out: not given" in text
+    assert "WARNING: the action gap is not given" in (tmp_path / "report.html").read_text()
+
+
 def test_groups_of_other_actions():
     """Bug: dimensions of a space that is not the demo's are lost or end in one heap."""
     assert report.action_groups(ACTION_SPACES[38])["gui"] == [37]
@@ -680,37 +696,28 @@ def test_retrieval_of_a_predictor_that_is_known():
     def load(rows):
         return z[rows], actions[rows], torch.zeros(len(rows), 4, 2)
 
-    found, rows = report.retrieval(
-        Moved(), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
-    )
-    assert found[0] == [(0, 1), (0, 2), (0, 3)] and found[2] == [
-        (2, 1),
-        (2, 2),
-        (2, 3),
-    ]  # not clip 0, which is alike
+    def no_states(state0, actions):
+        return torch.zeros(len(actions), 3, 2)
+
+    found, rows = report.retrieval(Moved(), places, 4, 2, no_states, load)
+    assert found[0] == [(0, 1), (0, 2), (0, 3)]
+    assert found[2] == [(2, 1), (2, 2), (2, 3)]  # not clip 0, which is alike
     assert found[1][0] == (1, 2)  # twice as far
     assert found[3] == [(3, 0)] * 3
     np.testing.assert_allclose(rows["hit"], [0.5, 0.5, 0.5])
     np.testing.assert_allclose(rows["copy_hit"], [0, 0, 0])
     np.testing.assert_allclose(rows["copy_offset"], [1, 2, 3])
     assert rows["offset"][0] == 0 and rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
-    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(
-        4, 3, 1
-    )  # from one window into the other
-    found, rows = report.retrieval(
-        Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
-    )
-    assert (
-        found[1][0] == (3, 0) and found[3][0] == (1, 3) and rows["offset"][0] == 6
-    )  # 7 and 6: the lower median
-    still, rows = report.retrieval(
-        Moved(deaf=True), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
-    )
-    assert (
-        rows["hit"] == [0, 0, 0]
-        and rows["offset"] == rows["copy_offset"]
-        and still[1] == [(1, 0)] * 3
-    )
+
+    # from one window into the other
+    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)
+    found, rows = report.retrieval(Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, no_states, load)
+    assert found[1][0] == (3, 0) and found[3][0] == (1, 3)
+    assert rows["offset"][0] == 6  # 7 and 6: the lower median
+
+    still, rows = report.retrieval(Moved(deaf=True), places, 4, 2, no_states, load)
+    assert rows["hit"] == [0, 0, 0] and rows["offset"] == rows["copy_offset"]
+    assert still[1] == [(1, 0)] * 3
 
 
 # --- pictures ---
