@@ -50,6 +50,9 @@ LEAST_GAP = 0.02
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
+# the end of help texts
+DEFAULT = "(default: %(default)s)"
+
 
 # --- flags ---
 
@@ -74,16 +77,16 @@ def parse_flags():
     flag("--out", help="folder for report.json and report.html (default: beside the checkpoint)")
 
     flag = parser.add_argument_group("what to evaluate").add_argument
-    flag("--val_clips", type=int, default=512, help="clips, kept in memory (default: %(default)s)")
-    flag("--samples", type=int, default=256, help="actions to rank among (default: %(default)s)")
+    flag("--val_clips", type=int, default=512, help=f"clips, kept in memory {DEFAULT}")
+    flag("--samples", type=int, default=256, help=f"actions to rank among {DEFAULT}")
     flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
     flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
 
     flag = parser.add_argument_group("how").add_argument
-    flag("--batch_size", type=int, default=32, help="clips at once (default: %(default)s)")
+    flag("--batch_size", type=int, default=32, help=f"clips at once {DEFAULT}")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
     flag("--decoder", choices=["pyav", "decord"], help="video decoder (default: the run's)")
-    flag("--num_workers", type=int, default=2, help="loader processes (default: %(default)s)")
+    flag("--num_workers", type=int, default=2, help=f"loader processes {DEFAULT}")
 
     args = parser.parse_args()
     for name, least in (("samples", 1), ("batch_size", 1), ("val_clips", 2)):

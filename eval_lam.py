@@ -50,6 +50,9 @@ from model import LatentActionModel
 METRICS = ["psnr", "ssim", "lpips"]
 DTYPES = ["float32", "bfloat16", "float16"]
 
+# the end of help texts
+DEFAULT = "(default: %(default)s)"
+
 # codes that codes.png shows
 SHOWN_CODES = 16
 
@@ -70,7 +73,7 @@ def parse_flags():
     flag("--split", default="test", choices=["test", "validation"], help="files to judge on")
 
     flag = parser.add_argument_group("what to evaluate").add_argument
-    flag("--val_clips", type=int, default=512, help="windows, also to fit probes (%(default)s)")
+    flag("--val_clips", type=int, default=512, help=f"windows, also to fit probes {DEFAULT}")
     flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' video VAE")
     flag("--metrics", nargs="+", choices=METRICS, help="of frames, with --vae (psnr ssim)")
     flag(
@@ -81,9 +84,9 @@ def parse_flags():
     )
 
     flag = parser.add_argument_group("how").add_argument
-    flag("--batch_size", type=int, default=32, help="windows at once (default: %(default)s)")
+    flag("--batch_size", type=int, default=32, help=f"windows at once {DEFAULT}")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-    flag("--num_workers", type=int, default=0, help="loader processes (default: %(default)s)")
+    flag("--num_workers", type=int, default=0, help=f"loader processes {DEFAULT}")
 
     args = parser.parse_args()
     for name in ("val_clips", "batch_size"):

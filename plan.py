@@ -62,6 +62,9 @@ SUCCESS = {"turn": (10, "degrees"), "walk": (64, "map units")}
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
+# the end of help texts
+DEFAULT = "(default: %(default)s)"
+
 
 # --- flags ---
 
@@ -76,7 +79,7 @@ def parse_flags():
     flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--encoder", help="weights of the encoder, for pictures (default: what the run used)")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-    flag("--seed", type=int, default=0, help="of trials and samples (default: %(default)s)")
+    flag("--seed", type=int, default=0, help=f"of trials and samples {DEFAULT}")
     flag("--out", help="file to write (default: plan.json, plan-pictures.json or plan-turn.json)")
 
     flag = parser.add_argument_group("plan in recordings").add_argument
@@ -87,7 +90,7 @@ def parse_flags():
         action="append",
         help="held-out data (default: the run's)",
     )
-    flag("--clips", type=int, default=100, help="clips to plan in (default: %(default)s)")
+    flag("--clips", type=int, default=100, help=f"clips to plan in {DEFAULT}")
 
     flag = parser.add_argument_group("plan between two pictures").add_argument
     flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
@@ -96,32 +99,44 @@ def parse_flags():
 
     flag = parser.add_argument_group("plan in ViZDoom").add_argument
     flag("--play", choices=SUCCESS, help="closed loop: turn to a view, or walk to a place")
-    flag("--trials", type=int, default=50, help="trials (default: %(default)s)")
-    flag("--steps", type=int, default=8, help="steps of a trial (default: %(default)s)")
+    flag("--trials", type=int, default=50, help=f"trials {DEFAULT}")
+    flag("--steps", type=int, default=8, help=f"steps of a trial {DEFAULT}")
 
     flag = parser.add_argument_group("what may be done").add_argument
     flag("--keys", nargs="*", default=[], metavar="key.w", help="to press (--play walk: key.w)")
-    flag("--reach", type=float, default=1.0, help="first std of the mouse, in the data's (1)")
-    flag("--maxnorm", type=float, default=DROID_NORM, help="robots: metres a step (%(default)s)")
+    flag("--reach", type=float, default=1.0, help=f"std of the mouse in the data's {DEFAULT}")
+    flag("--maxnorm", type=float, default=DROID_NORM, help=f"robots: metres a step {DEFAULT}")
 
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
-    flag("--context", type=int, default=1, help="past steps the predictor sees (%(default)s)")
-    flag("--num_samples", type=int, default=128, help="candidates of an iteration (%(default)s)")
+    flag("--context", type=int, default=1, help=f"past steps the predictor sees {DEFAULT}")
+    flag("--num_samples", type=int, default=128, help=f"candidates of an iteration {DEFAULT}")
     flag(
         "--num_elites",
         type=int,
         default=16,
-        help="candidates to draw the next around (%(default)s)",
+        help=f"candidates to draw the next around {DEFAULT}",
     )
-    flag("--iterations", type=int, default=2, help="times the samples are drawn (%(default)s)")
-    flag("--momentum_mean", type=float, default=0.0, help="share of the old mean that is kept (0)")
-    flag("--momentum_std", type=float, default=0.0, help="share of the old std that is kept (0)")
+    flag("--iterations", type=int, default=2, help=f"times the samples are drawn {DEFAULT}")
+    flag(
+        "--momentum_mean",
+        type=float,
+        default=0.0,
+        help=f"share of the old mean that is kept {DEFAULT}",
+    )
+    flag(
+        "--momentum_std",
+        type=float,
+        default=0.0,
+        help=f"share of the old std that is kept {DEFAULT}",
+    )
     flag(
         "--temperature", type=float, default=0.0, help="above 0: MPPI, weights exp(-energy / this)"
     )
-    flag("--correlation", type=float, default=0.0, help="of a motion and the next, 0 to 1 (0)")
-    flag("--chunk", type=int, default=512, help="candidates at once: bounds memory (%(default)s)")
+    flag(
+        "--correlation", type=float, default=0.0, help=f"of a motion and the next, 0 to 1 {DEFAULT}"
+    )
+    flag("--chunk", type=int, default=512, help=f"candidates at once: bounds memory {DEFAULT}")
 
     args = parser.parse_args()
     if (args.start is None) != (args.goal is None):

@@ -55,6 +55,9 @@ from weights import open_source
 TASKS = ["inverse", "anticipation", "classify"]
 DTYPES = ["float32", "bfloat16", "float16"]
 
+# the end of help texts
+DEFAULT = "(default: %(default)s)"
+
 
 # --- flags ---
 
@@ -80,38 +83,38 @@ def parse_flags():
 
     flag = parser.add_argument_group("tasks").add_argument
     flag("--task", nargs="+", choices=TASKS, help="default: all; classify with a label")
-    flag("--horizon", type=int, default=3, help="anticipation: actions ahead (%(default)s)")
+    flag("--horizon", type=int, default=3, help=f"anticipation: actions ahead {DEFAULT}")
     flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
     flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
     flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
     flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
 
     flag = parser.add_argument_group("how").add_argument
-    flag("--steps", type=int, default=600, help="AdamW steps of an attentive head (%(default)s)")
-    flag("--side", type=int, default=4, help="mean tokens of this many cells a side (%(default)s)")
-    flag("--clips", type=int, default=4000, help="windows to fit on at most (%(default)s)")
-    flag("--val_clips", type=int, default=1000, help="windows to test on at most (%(default)s)")
-    flag("--batch_size", type=int, default=32, help="windows encoded at once (%(default)s)")
-    flag("--num_workers", type=int, default=2, help="loader processes (%(default)s)")
+    flag("--steps", type=int, default=600, help=f"AdamW steps of an attentive head {DEFAULT}")
+    flag("--side", type=int, default=4, help=f"mean tokens of this many cells a side {DEFAULT}")
+    flag("--clips", type=int, default=4000, help=f"windows to fit on at most {DEFAULT}")
+    flag("--val_clips", type=int, default=1000, help=f"windows to test on at most {DEFAULT}")
+    flag("--batch_size", type=int, default=32, help=f"windows encoded at once {DEFAULT}")
+    flag("--num_workers", type=int, default=2, help=f"loader processes {DEFAULT}")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
 
     flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
-    flag("--frames_per_clip", type=int, default=16, help="sampled frames a clip (%(default)s)")
-    flag("--fps", type=float, default=5.0, help="sampled frames a second (%(default)s)")
-    flag("--frames_per_step", type=int, default=2, help="sampled frames a step (%(default)s)")
-    flag("--crop_size", type=int, default=256, help="pixels of the square crop (%(default)s)")
+    flag("--frames_per_clip", type=int, default=16, help=f"sampled frames a clip {DEFAULT}")
+    flag("--fps", type=float, default=5.0, help=f"sampled frames a second {DEFAULT}")
+    flag("--frames_per_step", type=int, default=2, help=f"sampled frames a step {DEFAULT}")
+    flag("--crop_size", type=int, default=256, help=f"pixels of the square crop {DEFAULT}")
     flag(
         "--encode",
         default="tubelet",
         choices=["tubelet", "frame", "clip"],
-        help="what the encoder sees at once (%(default)s)",
+        help=f"what the encoder sees at once {DEFAULT}",
     )
     flag(
         "--action_space",
         type=int,
         default=36,
         choices=ACTION_SPACES,
-        help="actions to probe (%(default)s)",
+        help=f"actions to probe {DEFAULT}",
     )
     return parser.parse_args()
 
