@@ -47,6 +47,58 @@ from files.latents import (
 )
 from model import LatentActionModel
 
+METRICS = ["psnr", "ssim", "lpips"]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+# the end of help texts
+DEFAULT = "(default: %(default)s)"
+
+# codes that codes.png shows
+SHOWN_CODES = 16
+
+
+# --- flags ---
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument_group("run and data").add_argument
+    flag("--checkpoint", required=True, help="run folder of train_lam.py, or a checkpoint")
+    flag("--data_dir", help="folder of the H5 files (default: the run's)")
+    flag("--manifest_path", help="split of prepare.manifest (default: the run's, or --data_dir's)")
+    flag("--split", default="test", choices=["test", "validation"], help="files to judge on")
+
+    flag = parser.add_argument_group("what to evaluate").add_argument
+    flag("--val_clips", type=int, default=512, help=f"windows, also to fit probes {DEFAULT}")
+    flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' video VAE")
+    flag("--metrics", nargs="+", choices=METRICS, help="of frames, with --vae (psnr ssim)")
+    flag(
+        "--ceiling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train a small network with the labels on raw latents: what they give away (minutes)",
+    )
+
+    flag = parser.add_argument_group("how").add_argument
+    flag("--batch_size", type=int, default=32, help=f"windows at once {DEFAULT}")
+    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
+    flag("--num_workers", type=int, default=0, help=f"loader processes {DEFAULT}")
+
+    args = parser.parse_args()
+    for name in ("val_clips", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is too small")
+    if args.metrics and not args.vae:
+        parser.error("--metrics is for decoded frames: name the video VAE with --vae")
+    return args
+
+
+# --- run and data ---
+
 
 def find_manifest(state, data_dir, manifest_path):
     """(manifest, folder of its files) to judge a run on: the run's own, unless flags name
@@ -67,7 +119,7 @@ def find_manifest(state, data_dir, manifest_path):
 
 
 def write_report(out, report):
-    """report.json; JSON has no word for nan: null."""
+    """report.json; JSON has no nan and no infinity: null."""
 
     def plain(x):
         if isinstance(x, dict):
@@ -87,49 +139,89 @@ def open_lam(path):
     dictionary, file path)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
-    folder = os.path.isdir(path)
-    given = path
-    state, path = checkpoint.load_latest(path) if folder else (checkpoint.load(path), path)
-    if state is None:
-        raise ValueError(f"--checkpoint {given}: no checkpoint in it")
+    if os.path.isdir(path):
+        folder = path
+        state, path = checkpoint.load_latest(folder)
+        if state is None:
+            raise ValueError(f"--checkpoint {folder}: no checkpoint in it")
+    else:
+        state = checkpoint.load(path)
     if "lam" not in state:
         raise ValueError(
-            f"{path}: no checkpoint of train_lam.py"
-            + (" (eval.py judges those of train_ac.py)" if state else "")
+            f"{path}: no checkpoint of train_lam.py (eval.py judges those of train_ac.py)"
         )
     model = LatentActionModel(**state["lam"])
     model.load_state_dict(state["model"])
     return model.eval(), state, path
 
 
+def open_split_of(state, path, split, manifest, folder):
+    """The files of a manifest to judge a run on -> ({split: files}). ValueError if there are none,
+    or if they are latents of another kind; a warning if the run was trained on them."""
+    meta, splits = open_manifest(manifest, folder)
+    if not splits.get(split):
+        filled = [k for k, files in splits.items() if files and k != "train"]
+        remedy = f"pass --split {filled[0]}" if filled else "make it again with other ratios"
+        raise ValueError(f"{manifest} has no {split} files: {remedy}")
+    for name in ("channels", "size"):
+        if list(np.ravel(meta[name])) != list(np.ravel(state["lam"][name])):
+            raise ValueError(
+                f"{manifest} lists latents of {name} {meta[name]}, {path} was trained on {name}"
+                f" {state['lam'][name]}: judge it on latents of its own kind"
+            )
+
+    # was it trained on them?
+    if meta["fingerprint"] != state["fingerprint"]:
+        print("note: these are not the files that the run was trained on")
+        return splits
+    trained_on = set(state.get("train_files", ()))
+    names = [os.path.relpath(f.path, folder) for f in splits[split]]
+    both = sorted(trained_on & set(names))
+    if both:
+        print(
+            f"WARNING: {len(both)} of {len(names)} {split} files of {manifest} were trained on,"
+            f" {both[0]} for one: judge with the run's own --manifest_path"
+        )
+    return splits
+
+
+# --- probes ---
+
+
 @torch.no_grad()
 def encode_all(model, dataset, batch_size, clips):
     """codes, z_e, labels and raw pairs (n, 2C, h, w) (pooled to at most 16 x 16) of the transitions
     of at most `clips` windows, those whose file has its truth."""
-    rows, device = [], next(model.parameters()).device
+    device = next(model.parameters()).device
+    rows = {"codes": [], "z_e": [], "labels": [], "pairs": []}
     for batch in latent_sequences(dataset, batch_size, items=dataset.windows(batch_size, clips)):
-        indices, z_e, _ = model.encode(batch["z"].to(device))
-        size = [min(16, length) for length in batch["z"].shape[-2:]]
-        small = F.adaptive_avg_pool2d(batch["z"].flatten(0, 1), size)
-        small = small.unflatten(0, batch["z"].shape[:2])
-        pairs = torch.cat([small[:, :-1], small[:, 1:]], dim=2)
-        rows.append([x.flatten(0, 1).cpu() for x in (indices, z_e, batch["labels"], pairs)])
-    found = [torch.cat(x).numpy() for x in zip(*rows)]
-    known = has_truth(found[2])
-    return dict(zip(("codes", "z_e", "labels", "pairs"), (x[known] for x in found)))
+        z = batch["z"]
+        indices, z_e, _ = model.encode(z.to(device))
+        size = [min(16, length) for length in z.shape[-2:]]
+        small = F.adaptive_avg_pool2d(z.flatten(0, 1), size).unflatten(0, z.shape[:2])
+        rows["codes"].append(indices.flatten(0, 1).cpu())
+        rows["z_e"].append(z_e.flatten(0, 1).cpu())
+        rows["labels"].append(batch["labels"].flatten(0, 1).cpu())
+        rows["pairs"].append(torch.cat([small[:, :-1], small[:, 1:]], dim=2).flatten(0, 1).cpu())
+    arrays = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
+    known = has_truth(arrays["labels"])
+    return {name: x[known] for name, x in arrays.items()}
 
 
 def linear_probe(x, y, x_test, y_test):
     """Balanced accuracy of a logistic regression fitted on (x, y)."""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    found = LogisticRegression(max_iter=3000, class_weight="balanced").fit((x - mean) / std, y)
-    return balanced_accuracy(y_test, found.predict((x_test - mean) / std))
+    mean = x.mean(0)
+    std = x.std(0) + 1e-6
+    probe = LogisticRegression(max_iter=3000, class_weight="balanced")
+    probe.fit((x - mean) / std, y)
+    return balanced_accuracy(y_test, probe.predict((x_test - mean) / std))
 
 
 def balanced_accuracy(y, guess):
     """Mean over the true classes of the share that is recognised. (scikit-learn's warns of classes
     that only the guess has.)"""
-    return float(np.mean([np.mean(guess[y == value] == value) for value in np.unique(y)]))
+    shares = [np.mean(guess[y == value] == value) for value in np.unique(y)]
+    return float(np.mean(shares))
 
 
 def ceiling(x, y, x_test, y_test, name=""):
@@ -137,7 +229,9 @@ def ceiling(x, y, x_test, y_test, name=""):
     steps: what they give away."""
     torch.manual_seed(0)
     names, y = np.unique(y, return_inverse=True)
-    x, x_test, y = torch.from_numpy(x), torch.from_numpy(x_test), torch.from_numpy(y)
+    x = torch.from_numpy(x)
+    x_test = torch.from_numpy(x_test)
+    y = torch.from_numpy(y)
     weight = len(y) / (len(names) * torch.bincount(y)).float()
     net = nn.Sequential(
         nn.Conv2d(x.shape[1], 48, 3, 1, 1),
@@ -151,7 +245,9 @@ def ceiling(x, y, x_test, y_test, name=""):
         nn.LazyLinear(len(names)),
     )
     net(x[:1])  # the size of the last layer
-    steps = min(max(40 * len(x) // 64, 300), 2400)  # few transitions are learned by heart early
+
+    # few transitions are learned by heart early
+    steps = min(max(40 * len(x) // 64, 300), 2400)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), unit="step", desc=f"ceiling {name}"):
@@ -169,57 +265,73 @@ def ceiling(x, y, x_test, y_test, name=""):
 def displacement(model, z, code):
     """Median motion (down, right) in latent pixels that a code (slots,) causes in steps z (B, C, H,
     W): the peak of the circular cross-correlation of each step and the one decoded after it."""
+    H, W = z.shape[2:]
     after = model.decode(z, code.expand(len(z), -1))
-    a, b = (torch.fft.rfft2(x - x.mean((2, 3), keepdim=True)) for x in (z, after))
-    peak = torch.fft.irfft2((b * a.conj()).sum(1), s=z.shape[2:]).flatten(1).argmax(1)
-    (H, W), (down, right) = z.shape[2:], (peak // z.shape[3], peak % z.shape[3])
-    return ((down + H // 2) % H - H // 2).median().item(), (
-        (right + W // 2) % W - W // 2
-    ).median().item()
+    spectrum = torch.fft.rfft2(z - z.mean((2, 3), keepdim=True))
+    after_spectrum = torch.fft.rfft2(after - after.mean((2, 3), keepdim=True))
+    correlation = torch.fft.irfft2((after_spectrum * spectrum.conj()).sum(1), s=(H, W))
+    peak = correlation.flatten(1).argmax(1)
+
+    # beyond half of the picture a motion is one the other way
+    down = (peak // W + H // 2) % H - H // 2
+    right = (peak % W + W // 2) % W - W // 2
+    return down.median().item(), right.median().item()
+
+
+# --- codes.png ---
 
 
 def plot_codes(path, ids, actions, names, moves):
     """codes.png: the motion that each of the most used codes causes, and how often each true action
-    goes with it. actions (n,): -1 where it is not known."""
+    goes with it. ids (n,): the code of each transition; actions (n,): -1 where it is not known;
+    names: {code: its numbers}; moves: {code: (down, right)}."""
+    # the share of each true action among the transitions of a code
     values = np.unique(actions[actions >= 0])
     table = np.zeros((len(moves), len(values)))
     for row, code in enumerate(moves):
         known = actions[(ids == code) & (actions >= 0)]
         if len(known):
             table[row] = [np.mean(known == value) for value in values]
+
+    # codes of one action together, the most used first
     share = [np.mean(ids == code) for code in moves]
     order = np.lexsort((-np.array(share), table.argmax(1)))
     codes = [list(moves)[i] for i in order]
+    rows = range(len(codes))
     fig = Figure(figsize=(13, 1.6 + 0.32 * len(codes)), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
-    reach = max(1, max(max(map(abs, m)) for m in moves.values()))
+
+    # left: arrows
+    longest = max(max(map(abs, move)) for move in moves.values())
     down, across = np.array([moves[code] for code in codes], dtype=float).T
     left.quiver(
         0 * down,
-        range(len(codes)),
+        rows,
         across,
         -down,
         angles="uv",
         scale_units="inches",
-        scale=5 * reach,
+        scale=5 * max(1, longest),
         width=0.012,
         color="tab:blue",
     )
     for row, code in enumerate(codes):
-        left.text(
-            0.6, row, "{:+.0f} down, {:+.0f} right".format(*moves[code]), va="center", fontsize=11
-        )
+        text = "{:+.0f} down, {:+.0f} right".format(*moves[code])
+        left.text(0.6, row, text, va="center", fontsize=11)
     left.set(
         xlim=(-0.6, 2.2),
         ylim=(len(codes) - 0.4, -0.6),
         xticks=[],
         title="motion it causes, latent pixels a step",
     )
+    labels = []
+    for code, i in zip(codes, order):
+        numbers = "-".join(map(str, names[code]))
+        labels.append(f"{numbers}  ({share[i]:.0%})")
+    left.set_yticks(rows, labels, fontsize=11)
     left.set_ylabel("code (share of steps)")
-    labels = [
-        f"{'-'.join(map(str, names[code]))}  ({share[i]:.0%})" for code, i in zip(codes, order)
-    ]
-    left.set_yticks(range(len(codes)), labels, fontsize=11)
+
+    # right: true actions
     image = right.imshow(table[order], cmap="Blues", vmin=0, vmax=1, aspect="auto")
     right.set(yticks=[], title="true actions of the steps that get this code", xlabel="true action")
     right.set_xticks(range(len(values)), values, fontsize=11)
@@ -227,102 +339,35 @@ def plot_codes(path, ids, actions, names, moves):
     write_atomically(path, lambda f: fig.savefig(f, dpi=100, format="png"))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="run folder of train_lam.py, or one of its checkpoints"
-    )
-    parser.add_argument("--data_dir", help="folder of the H5 files (default: the run's)")
-    parser.add_argument(
-        "--manifest_path",
-        help="split of prepare.manifest (default: the run's, or that of another --data_dir)",
-    )
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=["test", "validation"],
-        help="which files of the manifest to judge on",
-    )
-    parser.add_argument(
-        "--val_clips", type=int, default=512, help="windows to evaluate, and to fit probes on"
-    )
-    parser.add_argument("--batch_size", type=int, default=32, help="windows at once")
-    parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="autocast precision (default: what the run was trained in)",
-    )
-    parser.add_argument(
-        "--vae",
-        metavar="diffusers:FOLDER",
-        help="decode predicted steps with the video VAE that made the latents",
-    )
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=["psnr", "ssim", "lpips"],
-        help="of frames, with --vae (default: psnr ssim)",
-    )
-    parser.add_argument(
-        "--ceiling",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train a small network with the labels on raw latents: what they give away (minutes)",
-    )
-    args = parser.parse_args()
-    sys.excepthook = checkpoint.one_sentence
-    for name in ("val_clips", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is too small")
+def most_used(ids):
+    """{code: its share} of the SHOWN_CODES most used ones, the most used first."""
+    values, counts = np.unique(ids, return_counts=True)
+    order = np.argsort(-counts)[:SHOWN_CODES]
+    return dict(zip(values[order].tolist(), (counts / counts.sum())[order].tolist()))
 
-    # what is missing for the frames is said before anything takes time
+
+if __name__ == "__main__":
+    args = parse_flags()
+    sys.excepthook = checkpoint.one_sentence
+
+    # what is missing for the frames shows before anything takes time
     vae = None
     if args.vae:
         args.metrics = args.metrics or ["psnr", "ssim"]
         check_metrics(args.metrics)
         vae = open_vae(args.vae, torch.float32)
-    elif args.metrics:
-        parser.error("--metrics is for decoded frames: name the video VAE with --vae")
 
-    # the run and the files to judge it on
+    # --- run and data ---
     model, state, path = open_lam(args.checkpoint)
     manifest, folder = find_manifest(state, args.data_dir, args.manifest_path)
-    meta, splits = open_manifest(manifest, folder)
-    if not splits.get(args.split):
-        filled = [k for k, files in splits.items() if files and k != "train"]
-        raise ValueError(
-            f"{manifest} has no {args.split} files: "
-            + (f"pass --split {filled[0]}" if filled else "make it again with other ratios")
-        )
-    for name in ("channels", "size"):
-        if list(np.ravel(meta[name])) != list(np.ravel(state["lam"][name])):
-            raise ValueError(
-                f"{manifest} lists latents of {name} {meta[name]}, {path} was trained on {name}"
-                f" {state['lam'][name]}: judge it on latents of its own kind"
-            )
-    if meta["fingerprint"] != state["fingerprint"]:
-        print("note: these are not the files that the run was trained on")
-    else:
-        trained_on = set(state.get("train_files", ()))
-        names = [os.path.relpath(f.path, folder) for f in splits[args.split]]
-        both = sorted(trained_on & set(names))
-        if both:
-            print(
-                f"WARNING: {len(both)} of {len(names)} {args.split} files of {manifest} were"
-                f" trained on, {both[0]} for one: judge with the run's own --manifest_path"
-            )
+    splits = open_split_of(state, path, args.split, manifest, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     dtype, autocast = precision_of(args.dtype, state, device)
     test = Latents(splits[args.split], state["sequence_length"])
     out = os.path.dirname(os.path.abspath(path))
 
-    # errors and codes
+    # --- errors and codes ---
     K = state["lam"]["num_embeddings"] if quantises(model) else None
     found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers, autocast)
     summary = code_summary(found, K)
@@ -334,10 +379,10 @@ if __name__ == "__main__":
         if not math.isnan(value):
             print(f"  {name:20} {value:10.4g}  {MEANINGS[name]}")
     if model.quantizer is not None and not K:
-        steps, warmup = int(model.quantizer.seen[0]), model.quantizer.warmup
         print(
-            f"WARNING: the run stopped in its warm-up, after {steps} of {warmup} steps"
-            " (--vq_warmup_steps): its decoder does not use codes yet, so nothing is said of them"
+            f"WARNING: the run stopped in its warm-up, after {int(model.quantizer.seen[0])} of"
+            f" {model.quantizer.warmup} steps (--vq_warmup_steps): its decoder does not use codes"
+            " yet, and no number describes them"
         )
     for sentence in complaints(summary, K is not None):
         print(f"WARNING: {sentence}")
@@ -346,87 +391,89 @@ if __name__ == "__main__":
     report = {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary
     report["quantises"] = K is not None
     write_report(out, report)
+
+    # --- codes.png: what the most used codes move, and which actions go with them ---
     if K:
         ids = pack_codes(found["codes"], K)
-        values, counts = np.unique(ids, return_counts=True)
-        top = values[np.argsort(-counts)[:16]].tolist()
-        z = torch.stack(
-            [test[0, 0, n, k]["z"][0] for _, _, n, k in sum(test.windows(8, 32), [])]
-        ).to(model.scale.device)
-        names = {
-            code: unpack_codes(torch.tensor(code), K, model.num_codes).tolist() for code in top
-        }
-        with autocast():
-            moves = {
-                code: displacement(model, z, torch.tensor(names[code], device=z.device))
-                for code in top
-            }
+        shares = most_used(ids)
+        items = sum(test.windows(8, 32), [])
+        z = torch.stack([test[0, 0, number, k]["z"][0] for _, _, number, k in items]).to(device)
+        names, moves = {}, {}
+        for code in shares:
+            names[code] = unpack_codes(torch.tensor(code), K, model.num_codes).tolist()
+            with autocast():
+                moves[code] = displacement(model, z, torch.tensor(names[code], device=device))
         actions = np.zeros(len(ids), int)
         if test.labels:
             known = has_truth(found["labels"])
             actions = np.full(len(ids), -1)
             actions[known] = joint(found["labels"][known])
         plot_codes(os.path.join(out, "codes.png"), ids, actions, names, moves)
-        share = dict(zip(values, (counts / counts.sum()).tolist()))
-        report["codes"] = [{"code": names[c], "share": share[c], "moves": moves[c]} for c in moves]
+        report["codes"] = [
+            {"code": names[code], "share": share, "moves": moves[code]}
+            for code, share in shares.items()
+        ]
         write_report(out, report)
 
-    # what a classifier reads from codes and vectors
+    # --- probes: what a classifier reads from codes and vectors ---
     train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
     labels = [k for k in test.labels if train is not None and k in train.labels]
     for name in test.labels:
         if name not in labels:
             print(f"note: no probe of {name}: the training files do not have it (KEY.actions.npz)")
-    probed = []
     if labels:
         with autocast():
             fit = encode_all(model, train, args.batch_size, args.val_clips)
-            held = encode_all(model, test, args.batch_size, args.val_clips)
-        ids_fit, ids = (pack_codes(x["codes"], K or 1) for x in (fit, held))
-        one_hot = [np.float64(x[:, None] == np.unique(ids_fit)) for x in (ids_fit, ids)]
+            judged = encode_all(model, test, args.batch_size, args.val_clips)
+        ids_fit = pack_codes(fit["codes"], K or 1)
+        ids_test = pack_codes(judged["codes"], K or 1)
+        one_hot_fit = np.float64(ids_fit[:, None] == np.unique(ids_fit))
+        one_hot_test = np.float64(ids_test[:, None] == np.unique(ids_fit))
         print("balanced accuracy of a probe      chance   codes     z_e")
+    probed = []
     for name in labels:
-        y, y_test = (
-            fit["labels"][:, train.labels.index(name)],
-            held["labels"][:, test.labels.index(name)],
-        )
+        y = fit["labels"][:, train.labels.index(name)]
+        y_test = judged["labels"][:, test.labels.index(name)]
         if not len(y) or not len(y_test):
             print(f"note: no probe of {name}: no transition of these windows has its truth")
             continue
         if len(np.unique(y)) < 2:
             print(f"note: no probe of {name}: it is {y[0]} in all training transitions")
             continue
-        if unseen := sorted(set(y_test.tolist()) - set(y.tolist())):
+        unseen = sorted(set(y_test.tolist()) - set(y.tolist()))
+        if unseen:
             print(f"note: {name} {unseen} never occurs in training: no probe can name it")
         row = {"chance": 1 / len(np.unique(y)), "codes": math.nan}
         if K:
-            row["codes"] = linear_probe(one_hot[0], y, one_hot[1], y_test)
-        z_fit, z_held = fit["z_e"].reshape(len(y), -1), held["z_e"].reshape(len(y_test), -1)
-        row["z_e"] = linear_probe(z_fit, y, z_held, y_test)
+            row["codes"] = linear_probe(one_hot_fit, y, one_hot_test, y_test)
+        z_fit = fit["z_e"].reshape(len(y), -1)
+        z_test = judged["z_e"].reshape(len(y_test), -1)
+        row["z_e"] = linear_probe(z_fit, y, z_test, y_test)
         print(f"  {name:30} " + " ".join(f"{v:7.3f}" for v in row.values()), flush=True)
         report[f"probe_{name}"] = row
         probed.append((name, y, y_test))
         write_report(out, report)
 
-    # frames
+    # --- frames ---
     if vae is not None:
-        vae.to(model.scale.device)
+        vae.to(device)
         sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
         report["decoded"] = decoded_scores(model, sample, vae, args.metrics)
-        for name, pair in report["decoded"].items():
+        for name, (decoded, copied) in report["decoded"].items():
             print(
-                "  {:5} of decoded frames: {:.3f}, of copying the step before {:.3f}".format(
-                    name, *pair
-                )
+                f"  {name:5} of decoded frames: {decoded:.3f}, of copying the step before"
+                f" {copied:.3f}"
             )
         write_report(out, report)
 
-    # the upper bound
+    # --- the ceiling: what the labels can be read from at best ---
     if probed and args.ceiling:
         print("balanced accuracy of a network trained with the labels on raw latents:")
-    for name, y, y_test in probed if args.ceiling else []:
-        report[f"probe_{name}"]["ceiling"] = ceiling(fit["pairs"], y, held["pairs"], y_test, name)
-        print(f"  {name:30} {report[f'probe_{name}']['ceiling']:7.3f}")
-        write_report(out, report)
-    peak = checkpoint.peak_memory(model.scale.device)
-    print(f"written to {out}: report.json{', codes.png' if K else ''}; peak memory {peak:.0f} MiB")
+        for name, y, y_test in probed:
+            accuracy = ceiling(fit["pairs"], y, judged["pairs"], y_test, name)
+            report[f"probe_{name}"]["ceiling"] = accuracy
+            print(f"  {name:30} {accuracy:7.3f}")
+            write_report(out, report)
+
+    print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
+    print(f"written to {out}: report.json{', codes.png' if K else ''}")

@@ -1,9 +1,17 @@
 """Plan in latent space: which actions lead from here to a goal? Cross-entropy method (CEM) or MPPI
 on a trained predictor.
 
-    python plan.py --checkpoint out/demo --data 'demo/features/val/*.tar'                      # recorded: are the recorded actions found?
-    python plan.py --checkpoint out/demo --encoder vit_tiny --start a.png --goal b.png         # two pictures
-    python plan.py --checkpoint out/demo --encoder vit_tiny --play turn --trials 50            # closed loop in ViZDoom, on held-out maps
+Recorded: are the recorded actions found?
+
+    python plan.py --checkpoint out/demo --data 'demo/features/val/*.tar'
+
+Between two pictures:
+
+    python plan.py --checkpoint out/demo --encoder vit_tiny --start a.png --goal b.png
+
+Closed loop in ViZDoom, on held-out maps:
+
+    python plan.py --checkpoint out/demo --encoder vit_tiny --play turn --trials 50
 
 Reads a run of train_ac.py or train_lora.py. The energy of a candidate is the mean |difference|
 between the layer-normed features predicted for its last step and the goal's; all candidates share
@@ -34,7 +42,7 @@ from evaluation.held_out import (
     ratio_interval,
     recording_of,
 )
-from evaluation.runs import open_held_out, open_run
+from evaluation.runs import open_held_out, open_run, stats_on
 from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
 from files.disk import write_atomically
 from files.logs import to_json
@@ -42,11 +50,132 @@ from files.vpt import SLOTS, wrap
 from model import compose_states, picture_features
 from weights import encoder_hash, open_encoder
 
+# policies that need no model
 TRIVIAL = {
     "rest": "doing nothing",
     "repeat": "repeating the last action",
     "mean": "the mean action",
 }
+
+# tasks of --play: what counts as success at the end
+SUCCESS = {"turn": (10, "degrees"), "walk": (64, "map units")}
+
+DTYPES = ["float32", "bfloat16", "float16"]
+
+# the end of help texts
+DEFAULT = "(default: %(default)s)"
+
+
+# --- flags ---
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument_group("run").add_argument
+    flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
+    flag("--encoder", help="weights of the encoder, for pictures (default: what the run used)")
+    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
+    flag("--seed", type=int, default=0, help=f"of trials and samples {DEFAULT}")
+    flag("--out", help="file to write (default: plan.json, plan-pictures.json or plan-turn.json)")
+
+    flag = parser.add_argument_group("plan in recordings").add_argument
+    flag(
+        "--data",
+        "--data_path",
+        nargs="+",
+        action="append",
+        help="held-out data (default: the run's)",
+    )
+    flag("--clips", type=int, default=100, help=f"clips to plan in {DEFAULT}")
+
+    flag = parser.add_argument_group("plan between two pictures").add_argument
+    flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
+    flag("--goal", metavar="IMAGE", help="picture of the goal")
+    flag("--state", type=float, nargs="+", help="yaw, pitch (rad) or pose at --start (default: 0)")
+
+    flag = parser.add_argument_group("plan in ViZDoom").add_argument
+    flag("--play", choices=SUCCESS, help="closed loop: turn to a view, or walk to a place")
+    flag("--trials", type=int, default=50, help=f"trials {DEFAULT}")
+    flag("--steps", type=int, default=8, help=f"steps of a trial {DEFAULT}")
+
+    flag = parser.add_argument_group("what may be done").add_argument
+    flag("--keys", nargs="*", default=[], metavar="key.w", help="to press (--play walk: key.w)")
+    flag("--reach", type=float, default=1.0, help=f"std of the mouse in the data's {DEFAULT}")
+    flag("--maxnorm", type=float, default=DROID_NORM, help=f"robots: metres a step {DEFAULT}")
+
+    flag = parser.add_argument_group("search").add_argument
+    flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
+    flag("--context", type=int, default=1, help=f"past steps the predictor sees {DEFAULT}")
+    flag("--num_samples", type=int, default=128, help=f"candidates of an iteration {DEFAULT}")
+    flag(
+        "--num_elites",
+        type=int,
+        default=16,
+        help=f"candidates to draw the next around {DEFAULT}",
+    )
+    flag("--iterations", type=int, default=2, help=f"times the samples are drawn {DEFAULT}")
+    flag(
+        "--momentum_mean",
+        type=float,
+        default=0.0,
+        help=f"share of the old mean that is kept {DEFAULT}",
+    )
+    flag(
+        "--momentum_std",
+        type=float,
+        default=0.0,
+        help=f"share of the old std that is kept {DEFAULT}",
+    )
+    flag(
+        "--temperature", type=float, default=0.0, help="above 0: MPPI, weights exp(-energy / this)"
+    )
+    flag(
+        "--correlation", type=float, default=0.0, help=f"of a motion and the next, 0 to 1 {DEFAULT}"
+    )
+    flag("--chunk", type=int, default=512, help=f"candidates at once: bounds memory {DEFAULT}")
+
+    args = parser.parse_args()
+    if (args.start is None) != (args.goal is None):
+        parser.error("--start and --goal go together")
+    if args.state is not None and not args.start:
+        parser.error("--state is that of the picture --start: name it, or drop --state")
+    if not all(map(math.isfinite, args.state or [])):
+        parser.error(f"--state {' '.join(map(str, args.state))}: give finite numbers")
+    if args.start and args.play:
+        parser.error("--start and --play do not go together: plan to a picture, or in the game")
+    check_search(parser, args)
+    return args
+
+
+def check_search(parser, args):
+    """End with one sentence if a number makes no plan."""
+    least = {"trials": 1, "steps": 1, "clips": 2, "context": 1, "iterations": 1, "chunk": 1}
+    least["num_elites"] = 2
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value < minimum:
+            parser.error(f"--{name} {value} makes no plan: at least {minimum}")
+    if min(args.horizon) < 1:
+        parser.error(f"--horizon {args.horizon} makes no plan: at least one step")
+    if args.num_elites > args.num_samples:
+        parser.error(f"--num_elites {args.num_elites} makes no plan: of {args.num_samples} samples")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature} makes no plan: 0 (CEM) or above, finite")
+    for name in ("reach", "maxnorm"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            parser.error(f"--{name} {value} makes no plan: above 0, and finite")
+    for name in ("momentum_mean", "momentum_std", "correlation"):
+        value = getattr(args, name)
+        if not 0 <= value < 1:
+            parser.error(f"--{name} {value} makes no plan: from 0 to below 1")
+
+
+# --- plans in recordings ---
 
 
 def recorded(
@@ -71,23 +200,25 @@ def recorded(
     Plans start from step `context` of a clip. With a context of one step they start from the second
     one where the clip is long enough: before the first no action is known that could be repeated
     (nan)."""
-    scale, mean = (
-        torch.tensor(x, dtype=torch.float32)
-        for x in (dataset.reader.scaler.scale, dataset.reader.scaler.mean)
-    )
-    sums, random, recordings = [], [], []
-    for item in tqdm(
-        [i for batch in windows(dataset, 1, clips) for i in batch],
-        unit="clip",
-        desc=f"horizon {horizon}",
-    ):
+    scaler = dataset.reader.scaler
+    mean = torch.tensor(scaler.mean, dtype=torch.float32)
+    scale = torch.tensor(scaler.scale, dtype=torch.float32)
+    sums, random = [], []
+    recordings = []
+    items = sum(windows(dataset, 1, clips), [])
+    for item in tqdm(items, unit="clip", desc=f"horizon {horizon}"):
         batch = collate([dataset[item]])
         z, actions, states = inputs(batch)
+
+        # the step to plan from, and the first one that the predictor sees
         last = context - 1
         if last == 0 and z.shape[1] > horizon + 1:
             last = 1
         first = last + 1 - context
-        space, device = space_of(actions[0, last]), z.device
+
+        # the plan
+        device = z.device
+        space = space_of(actions[0, last])
         cost = energy(
             predictor,
             z[:, first : last + 1],
@@ -98,20 +229,23 @@ def recorded(
             chunk,
             autocast=autocast,
         )
-        found = search(cost, space, horizon, generator=generator, device=device, **options)
+        plan = search(cost, space, horizon, generator=generator, device=device, **options)
+
+        # the recorded actions, the plan, the trivial policies and random draws
         before = actions[0, last - 1] if last else torch.full_like(actions[0, 0], math.nan)
-        every = (
+        every = [
             actions[0, last : last + horizon],
-            found,
+            plan,
             rest(space, horizon, device),
             before.expand(horizon, -1),
-            torch.zeros_like(found),  # scaled actions have mean 0
-            *draw(space, 64, horizon, generator, device, options["correlation"]),
-        )
+            torch.zeros_like(plan),  # scaled actions have mean 0
+        ]
+        every += draw(space, 64, horizon, generator, device, options["correlation"])
         total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
         sums.append(total[:5])
         random.append((total[5:] - total[0]).abs().mean(0))
-        recordings.append(recording_of(batch["key"][0], batch))  # not item's if that is damaged
+        # not always the recording of the item: if that is damaged, another one was read
+        recordings.append(recording_of(batch["key"][0], batch))
     return torch.stack(sums), torch.stack(random), recordings
 
 
@@ -130,27 +264,76 @@ def compared(errors, recordings):
     "ratios" {policy: [ratio, low, high]}, and "best", the policy without a model that does best."""
     means = {k: x.double().mean().item() for k, x in errors.items()}
     ratios = {}
-    for name in errors.keys() - {"plan"}:
+    for name in errors:
+        if name == "plan":
+            continue
         low, high = ratio_interval(errors[name], errors["plan"], recordings)
         ratio = means[name] / means["plan"] if means["plan"] else math.nan
         ratios[name] = [ratio, low.item(), high.item()]
-    best = min((k for k in TRIVIAL if not math.isnan(means[k])), key=means.get)
-    return means | {"ratios": ratios, "best": best}
+    usable = [k for k in TRIVIAL if not math.isnan(means[k])]
+    return means | {"ratios": ratios, "best": min(usable, key=means.get)}
+
+
+def plan_in_recordings(plan_in_clips, horizons, robot):
+    """Plan in recorded clips for each horizon, and print how plans compare -> rows of the report.
+    plan_in_clips(horizon) returns what `recorded` does."""
+    if robot:
+        shown = [(name, i, 100.0, "cm") for i, name in enumerate("xyz")]
+    else:
+        degrees = 180 / math.pi
+        shown = [("yaw", 2, degrees, "deg"), ("pitch", 3, degrees, "deg")]
+
+    rows, lines = [], []
+    doubts = []
+    for horizon in horizons:
+        sums, random, recordings = plan_in_clips(horizon)
+        for name, i, unit, symbol in shown:
+            off = unit * (sums[:, 1:, i] - sums[:, :1, i]).abs()
+            errors = {"plan": off[:, 0], "random": unit * random[:, i]}
+            errors |= {policy: off[:, k] for k, policy in enumerate(TRIVIAL, 1)}
+            row = compared(errors, recordings)
+            rows.append({"horizon": horizon, "dim": name, "unit": symbol} | row)
+            ratio = row["ratios"][row["best"]]
+            interval = interval_text(ratio[1], ratio[2], recordings, ".2f")
+            numbers = "".join(f" {row[k]:8.2f}" for k in errors)
+            lines.append(
+                f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio[0]:.2f} {interval}"
+                f" {row['best']}"
+            )
+            if not ratio[1] > 1:  # a nan is in doubt too
+                doubts.append(f"{name} at horizon {horizon}")
+
+    print(
+        f"plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum -"
+        " recorded|, lower is better"
+    )
+    print("without a model: " + ", ".join(f"{k} ({v})" for k, v in TRIVIAL.items()))
+    columns = "".join(f"{k:>9}" for k in errors)
+    print(f"horizon  of     unit{columns}    best of those / plan, 95 % over recordings")
+    print(*lines, sep="\n")
+    if doubts:
+        print(
+            "WARNING: not shown to be better than the best policy without a model (the interval is"
+            f" not above 1): {', '.join(doubts)}"
+        )
+    return rows
+
+
+# --- plans between pictures, and in the game ---
 
 
 def readable(actions, scaler, names):
     """Scaled VPT actions (H, A) -> [(dx, dy in pixels, yaw, pitch in degrees, [keys that are
-    held])]."""
+    pressed])]."""
     moves = actions[:, :4].cpu().double().numpy() * scaler.scale + scaler.mean
-    held = [
-        [
-            n.removeprefix("key.")
-            for n, x in zip(names, row)
-            if x == 1 and n.startswith(("key.", "mouse."))
-        ]
-        for row in actions.tolist()
-    ]
-    return [(*m[:2].round(), *np.degrees(m[2:]), keys) for m, keys in zip(moves, held)]
+    rows = []
+    for move, action in zip(moves, actions.tolist()):
+        pressed = []
+        for name, value in zip(names, action):
+            if value == 1 and name.startswith(("key.", "mouse.")):
+                pressed.append(name.removeprefix("key."))
+        rows.append((*move[:2].round(), *np.degrees(move[2:]), pressed))
+    return rows
 
 
 def read_pictures(paths):
@@ -162,7 +345,8 @@ def read_pictures(paths):
                 frames.append(next(container.decode(video=0)))
         except (av.FFmpegError, StopIteration) as e:
             raise ValueError(f"{path} cannot be read as an image: {e}") from e
-    if len(sizes := {(f.width, f.height) for f in frames}) > 1:
+    sizes = {(f.width, f.height) for f in frames}
+    if len(sizes) > 1:
         raise ValueError(
             f"{' and '.join(paths)} have different sizes {sorted(sizes)}: take both with the same"
             " camera"
@@ -170,17 +354,96 @@ def read_pictures(paths):
     return frames
 
 
+def features_of_pictures(state, name, device, dtype, autocast):
+    """A function from [av.VideoFrame] to features, as the run was trained on. name: of the encoder;
+    None: what the run used. ValueError if it is unknown or another one."""
+    run = state["args"]
+    name = name or run["encoder"]
+    if not name:
+        raise ValueError("this run was trained on features: name the --encoder that made them")
+    encoder = open_encoder(name, run["crop_size"], state["frames_per_clip"]).to(device).eval()
+    found = encoder_hash(encoder)
+    if found != state["encoder_hash"]:
+        raise ValueError(
+            f"--encoder {name} has hash {found}, the run was trained on features of"
+            f" {state['encoder_hash']}"
+        )
+    weights_dtype = encoder_dtype(dtype, run)
+    encoder.to(weights_dtype)
+    stats = stats_on(state, device)
+
+    # weights in bf16 need no autocast, as in make_inputs
+    precision = autocast if weights_dtype == torch.float32 else contextlib.nullcontext
+
+    def features(frames):
+        with precision():
+            return picture_features(
+                frames,
+                encoder=encoder,
+                encode=state["encode"],
+                crop_size=run["crop_size"],
+                stats=stats,
+            )
+
+    return features
+
+
+@torch.no_grad()
+def plan_between(now, goal, space, cost, horizon, generator, options):
+    """The plan from the features of one picture to those of another -> (scaled actions (H, A),
+    distances for the report). Prints the distances."""
+    plan = search(cost, space, horizon, generator=generator, device=now.device, **options)
+    still = rest(space, len(plan), now.device)
+    after_plan, after_rest = cost(torch.stack([plan, still])).tolist()
+    distance = (now - goal).abs().mean().item()
+    print(
+        f"distance to the goal (mean |difference| of features): now {distance:.4f}, expected after"
+        f" the plan {after_plan:.4f}, after doing nothing {after_rest:.4f}"
+    )
+    if not after_plan < distance:
+        print(
+            "WARNING: no plan promises to come nearer than it is now: the pictures may be too far"
+            " apart, or there already"
+        )
+    return plan, {"energy": after_plan, "energy_at_rest": after_rest, "energy_now": distance}
+
+
+def robot_plan(plan, scaler, names):
+    """A plan (H, 7) in metres and radians, as a list; prints it."""
+    device = plan.device
+    mean = torch.tensor(scaler.mean, dtype=torch.float32, device=device)
+    scale = torch.tensor(scaler.scale, dtype=torch.float32, device=device)
+    moves = plan * scale + mean
+    # as Meta's planner does: a gripper that is half told to move stays
+    moves[:, 6] *= moves[:, 6].abs() >= 0.25
+    rows = moves.tolist()
+    print("step " + "".join(f"{n:>9}" for n in names))
+    for i, action in enumerate(rows):
+        print(f"{i:4d} " + "".join(f"{x:9.4f}" for x in action))
+    return rows
+
+
+def play_plan(plan, scaler, names):
+    """A plan (H, A) in pixels, degrees and keys, as `readable` gives it; prints it."""
+    rows = readable(plan, scaler, names)
+    print("step  dx px  dy px  yaw deg  pitch deg  keys")
+    for i, (dx, dy, yaw, pitch, pressed) in enumerate(rows):
+        keys = " ".join(pressed) or "-"
+        print(f"{i:4d} {dx:+7.0f}{dy:+7.0f}{yaw:+9.1f}{pitch:+11.1f}  {keys}")
+    return rows
+
+
 def agent(player, space, scaler, names, choose):
-    """A function act(goal) that does one step in the game: what choose(seen, done, goal) says of
-    the steps seen, [(z (N, E), yaw, pitch in radians)], and the scaled actions done between them,
-    [(A,)]. It returns scaled actions, of which the first is done."""
+    """A function act(goal) that does one step in the game. choose(seen, done, goal) returns scaled
+    actions, and the first of them is done. seen: [(z (N, E), yaw, pitch in radians)] of the steps
+    until now; done: the scaled actions [(1, A)] between them."""
     seen, done = [], []
 
     def act(goal):
         seen.append((player.z, math.radians(player.yaw), math.radians(player.pitch)))
         action = choose(seen, done, goal)[:1].cpu()
-        dx, dy, _, _, keys = readable(action, scaler, names)[0]
-        player.step(dx, dy, keys)
+        first_step = readable(action, scaler, names)[0]
+        player.step(first_step[0], first_step[1], first_step[-1])
         done.append(action)
 
     return act
@@ -201,177 +464,76 @@ def chooser(
     the distance of what it sees now."""
 
     def choose(seen, done, goal):
+        # the past: yaw counts from the first step that the predictor sees
         z, yaw, pitch = zip(*seen[-context:])
-        states = torch.tensor(
-            np.stack([wrap(np.subtract(yaw, yaw[0])), pitch], axis=-1), dtype=torch.float32
-        )[None].to(goal)
+        turned = wrap(np.subtract(yaw, yaw[0]))
+        states = torch.tensor(np.stack([turned, pitch], axis=-1), dtype=torch.float32)
         still = rest(space, horizon, goal.device)
-        before = torch.cat([still[:0].cpu(), *done])[len(done) + 1 - len(z) :][None].to(goal)
+        all_done = torch.cat([still[:0].cpu(), *done])
+        actions = all_done[len(done) + 1 - len(z) :]
+
         cost = energy(
             predictor,
             torch.stack(z)[None],
-            before,
-            states,
+            actions[None].to(goal),
+            states[None].to(goal),
             goal,
             compose,
             chunk,
             autocast=autocast,
         )
-        found = search(cost, space, horizon, generator=generator, device=goal.device, **options)
-        return found if cost(found[None]) < (z[-1] - goal).abs().mean() else still
+        plan = search(cost, space, horizon, generator=generator, device=goal.device, **options)
+        promises_less = cost(plan[None]) < (z[-1] - goal).abs().mean()
+        return plan if promises_less else still
 
     return choose
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def play_policies(player, policies, make_agent, task, maps, trials, steps, seed):
+    """Play a task with each policy {name: choose of `agent`}, the same trials for all -> {name:
+    [distances to the goal after 0, 1, ... steps of each trial]}. make_agent(choose) -> act."""
+    distances = {}
+    for policy, choose in policies.items():
+        distances[policy] = []
+        for trial in tqdm(range(trials), unit="trial", desc=policy):
+            rng = np.random.default_rng([seed, trial])
+            track = player.trial(task, rng, maps, make_agent(choose), steps)
+            distances[policy].append(track)
+    return distances
+
+
+def print_trials(distances, task):
+    """How the policies of play_policies did, for a person."""
+    success, unit = SUCCESS[task]
+    trials = len(next(iter(distances.values())))
+    print(f"{task}: {trials} trials on held-out maps; success: within {success} {unit} at the end")
+    print(
+        f"policy   success   {unit} at the start, at the end: mean, median   success after 1, 2,"
+        " ... steps"
     )
-    flag = parser.add_argument
-    flag(
-        "--checkpoint",
-        required=True,
-        help="run folder of train_ac.py or train_lora.py, or one of its checkpoints",
-    )
-    flag(
-        "--data",
-        "--data_path",
-        nargs="+",
-        action="append",
-        help="held-out shards or episodes (default: what the run held out)",
-    )
-    flag(
-        "--encoder",
-        help=(
-            "weights of the encoder, where there are pictures to encode (default: what the run"
-            " used)"
-        ),
-    )
-    flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
-    flag("--goal", metavar="IMAGE", help="picture of the goal")
-    flag(
-        "--state",
-        type=float,
-        nargs="+",
-        help="state of --start: yaw and pitch in radians, or a robot's pose (default zeros)",
-    )
-    flag(
-        "--play",
-        choices=["turn", "walk"],
-        help="closed loop in ViZDoom: turn to a view, walk to a place",
-    )
-    flag("--trials", type=int, default=50, help="trials of --play")
-    flag("--steps", type=int, default=8, help="steps of a trial; each is planned anew")
-    flag("--clips", type=int, default=100, help="recorded clips to plan in")
-    flag(
-        "--horizon",
-        type=int,
-        nargs="+",
-        default=[1, 3],
-        help="steps planned ahead; --play and --goal take the first",
-    )
-    flag("--context", type=int, default=1, help="steps of the past that the predictor sees")
-    flag("--num_samples", type=int, default=128, help="candidates of an iteration")
-    flag(
-        "--num_elites",
-        type=int,
-        default=16,
-        help="candidates that the next iteration is drawn around",
-    )
-    flag("--iterations", type=int, default=2, help="times the samples are drawn")
-    flag("--momentum_mean", type=float, default=0.0, help="share of the old mean that is kept")
-    flag("--momentum_std", type=float, default=0.0, help="share of the old std that is kept")
-    flag(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="above 0: MPPI, all samples weighted by exp(-energy / temperature)",
-    )
-    flag(
-        "--correlation",
-        type=float,
-        default=0.0,
-        help="of a sample's motion in one step and the next, 0 to 1",
-    )
-    flag(
-        "--reach",
-        type=float,
-        default=1.0,
-        help="std of the first samples of mouse motion, in those of the data",
-    )
-    flag(
-        "--keys",
-        nargs="*",
-        default=[],
-        metavar="key.w",
-        help="keys that may be pressed (--play walk: key.w unless given)",
-    )
-    flag(
-        "--maxnorm",
-        type=float,
-        default=DROID_NORM,
-        help="robots: largest motion of a step along an axis, in metres",
-    )
-    flag("--chunk", type=int, default=512, help="candidates run at once: what bounds memory")
-    flag(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="autocast precision (default: what the run was trained in)",
-    )
-    flag("--seed", type=int, default=0, help="of trials and samples")
-    flag(
-        "--out",
-        help=(
-            "where to write the numbers (default: plan.json, plan-pictures.json, plan-turn.json"
-            " beside the checkpoint)"
-        ),
-    )
-    args = parser.parse_args()
-    sys.excepthook = checkpoint.one_sentence
-    if (args.start is None) != (args.goal is None) or args.start and args.play:
-        parser.error("--start and --goal go together, and without --play")
-    if args.state is not None and not args.start:
-        parser.error("--state is that of the picture --start: name it, or drop --state")
-    if not all(map(math.isfinite, args.state or [])):
-        parser.error(f"--state {' '.join(map(str, args.state))} must be finite numbers")
-    least = {
-        "horizon": min(args.horizon),
-        "trials": args.trials,
-        "steps": args.steps,
-        "clips": args.clips - 1,
-        "context": args.context,
-        "iterations": args.iterations,
-        "chunk": args.chunk,
-        "num_elites": args.num_elites - 1,
-    }
-    bad = [k for k, v in least.items() if v < 1] + [
-        k for k in ("reach", "maxnorm") if not 0 < getattr(args, k) < math.inf
-    ]
-    bad += [
-        k for k in ("momentum_mean", "momentum_std", "correlation") if not 0 <= getattr(args, k) < 1
-    ]
-    if not 0 <= args.temperature < math.inf:
-        bad.append("temperature")
-    if args.num_elites > args.num_samples:
-        bad.append("num_elites")
-    if bad:
-        rule = (
-            "two --clips, two --num_elites (of --num_samples), one of all else are the least,"
-            " momenta and correlation are below 1, --temperature is 0 or more, --reach and --maxnorm"
-            " are above 0, all are finite"
+    for policy, tracks in distances.items():
+        tracks = np.array(tracks)
+        start = tracks[:, 0]
+        end = tracks[:, -1]
+        by_step = " ".join(f"{x:4.0%}" for x in (tracks[:, 1:] < success).mean(0))
+        print(
+            f"{policy:8} {(end < success).mean():7.0%} {start.mean():12.1f} {end.mean():9.1f}"
+            f" {np.median(end):9.1f}   {by_step}"
         )
-        parser.error(f"--{bad[0]} {getattr(args, bad[0])} makes no plan: {rule}")
+
+
+if __name__ == "__main__":
+    args = parse_flags()
+    sys.excepthook = checkpoint.one_sentence
+
+    # --- run ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor, state, scaler, path = open_run(args.checkpoint)
     predictor.to(device)
     dtype, autocast = precision_of(args.dtype, state, device)
-    names, robot, T = (
-        state["action_names"],
-        state["dataset"] == "droid",
-        state["frames_per_clip"] // state["frames_per_step"],
-    )
+    names = state["action_names"]
+    robot = state["dataset"] == "droid"
+    T = state["frames_per_clip"] // state["frames_per_step"]
     if args.context + max(args.horizon) > T:
         raise ValueError(
             f"--context {args.context} and --horizon {max(args.horizon)} are more steps than the"
@@ -382,140 +544,78 @@ if __name__ == "__main__":
             f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and"
             f" {' '.join(POSE)}"
         )
-    options = {
-        k: getattr(args, k)
-        for k in (
-            "num_samples",
-            "num_elites",
-            "iterations",
-            "momentum_mean",
-            "momentum_std",
-            "correlation",
-        )
-    }
-    options["temperature"] = args.temperature or None
-    mean, scale = (
-        torch.tensor(x, dtype=torch.float32, device=device) for x in (scaler.mean, scaler.scale)
-    )
-    compose = functools.partial(compose_poses if robot else compose_states, mean=mean, scale=scale)
-    keys = args.keys or ["key.w"] * (args.play == "walk")
-    report = {"checkpoint": path} | vars(args) | {"dtype": dtype}
+    mean = torch.tensor(scaler.mean, dtype=torch.float32, device=device)
+    scale = torch.tensor(scaler.scale, dtype=torch.float32, device=device)
+    report = vars(args) | {"dtype": dtype}
     print(f"{path}: {precision_text(dtype, device, predictor, args.context)}")
+
+    # --- what is searched, and how ---
+    keys = args.keys
+    if args.play == "walk" and not keys:
+        keys = ["key.w"]
+    compose = compose_poses if robot else compose_states
+    compose = functools.partial(compose, mean=mean, scale=scale)
+    generator = torch.Generator().manual_seed(args.seed)
+    options = {
+        "num_samples": args.num_samples,
+        "num_elites": args.num_elites,
+        "iterations": args.iterations,
+        "momentum_mean": args.momentum_mean,
+        "momentum_std": args.momentum_std,
+        "correlation": args.correlation,
+        "temperature": args.temperature or None,
+    }
 
     def space_of(action=None):
         """What may be done where this action was recorded: the hotbar stays as it is."""
-        slots = [
-            i
-            for i, n in enumerate(SLOTS)
-            if action is not None and n in names and action[names.index(n)] == 1
-        ]
-        return (
-            droid_space(scaler, args.maxnorm)
-            if robot
-            else vpt_space(names, scaler, keys, args.reach, *slots)
-        )
+        if robot:
+            return droid_space(scaler, args.maxnorm)
+        slot = 0
+        for i, name in enumerate(SLOTS):
+            if action is not None and name in names and action[names.index(name)] == 1:
+                slot = i
+        return vpt_space(names, scaler, keys, args.reach, slot)
 
     if args.start or args.play:
-        name = args.encoder or state["args"]["encoder"]
-        if not name:
-            raise ValueError("this run was trained on features: name the --encoder that made them")
-        encoder = (
-            open_encoder(name, state["args"]["crop_size"], state["frames_per_clip"])
-            .to(device)
-            .eval()
-        )
-        if (found := encoder_hash(encoder)) != state["encoder_hash"]:
-            raise ValueError(
-                f"--encoder {name} has hash {found}, the run was trained on features of"
-                f" {state['encoder_hash']}"
-            )
-        encoder.to(encoder_dtype(dtype, state["args"]))
-        stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
-        kind = {
-            "encoder": encoder,
-            "encode": state["encode"],
-            "crop_size": state["args"]["crop_size"],
-            "stats": stats,
-        }
+        features = features_of_pictures(state, args.encoder, device, dtype, autocast)
 
-        whole = encoder_dtype(dtype, state["args"]) == torch.float32
-
-        def features(frames):
-            # weights in bf16 need no autocast, as in make_inputs
-            with autocast() if whole else contextlib.nullcontext():
-                return picture_features(frames, **kind)
-
-    generator = torch.Generator().manual_seed(args.seed)
+    # --- between two pictures ---
     if args.start:
+        if args.state and len(args.state) != state["state_dim"]:
+            raise ValueError(
+                f"--state has {len(args.state)} numbers, states of this run have"
+                f" {state['state_dim']}"
+            )
         with torch.no_grad():
-            now, goal = (
-                features([f] * state["frames_per_step"])
-                for f in read_pictures([args.start, args.goal])
-            )
-            if args.state and len(args.state) != state["state_dim"]:
-                raise ValueError(
-                    f"--state has {len(args.state)} numbers, states of this run have"
-                    f" {state['state_dim']}"
-                )
-            at = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)[None, None]
-            cost = energy(
-                predictor,
-                now[None, None],
-                torch.zeros(1, 0, len(names), device=device),
-                at,
-                goal,
-                compose,
-                args.chunk,
-                autocast=autocast,
-            )
-            found = search(
-                cost, space_of(), args.horizon[0], generator=generator, device=device, **options
-            )
-            energies = cost(torch.stack([found, rest(space_of(), len(found), device)])).tolist()
-        report |= {
-            "energy": energies[0],
-            "energy_at_rest": energies[1],
-            "energy_now": (now - goal).abs().mean().item(),
-        }
-        print(
-            "distance to the goal (mean |difference| of features): now {energy_now:.4f}, expected"
-            " after the plan {energy:.4f}, after doing nothing {energy_at_rest:.4f}".format(
-                **report
-            )
+            frames = read_pictures([args.start, args.goal])
+            now, goal = (features([f] * state["frames_per_step"]) for f in frames)
+        state_now = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)
+        cost = energy(
+            predictor,
+            now[None, None],
+            torch.zeros(1, 0, len(names), device=device),
+            state_now[None, None],
+            goal,
+            compose,
+            args.chunk,
+            autocast=autocast,
         )
-        if not report["energy"] < report["energy_now"]:
-            print(
-                "WARNING: no plan promises to come nearer than it is now: the pictures may be too"
-                " far apart, or there already"
-            )
-        if robot:
-            moves = found * scale + mean
-            moves[:, 6] *= (
-                moves[:, 6].abs() >= 0.25
-            )  # as Meta's planner: a gripper that is half told to move stays
-            report["plan"] = moves.tolist()
-            print("step " + "".join(f"{n:>9}" for n in names))
-            for i, action in enumerate(report["plan"]):
-                print(f"{i:4d} " + "".join(f"{x:9.4f}" for x in action))
-        else:
-            report["plan"] = readable(found, scaler, names)
-            print("step  dx px  dy px  yaw deg  pitch deg  keys")
-            for i, (dx, dy, yaw, pitch, held) in enumerate(report["plan"]):
-                print(
-                    f"{i:4d} {dx:+7.0f}{dy:+7.0f}{yaw:+9.1f}{pitch:+11.1f}  {' '.join(held) or '-'}"
-                )
-    elif args.play:
-        from prepare import doom
+        plan, distances = plan_between(
+            now, goal, space_of(), cost, args.horizon[0], generator, options
+        )
+        report |= distances
+        report["plan"] = (robot_plan if robot else play_plan)(plan, scaler, names)
+        file_name = "plan-pictures.json"
 
-        if robot or state["encode"] != "tubelet" or 20 % state["fps"]:
+    # --- in the game ---
+    elif args.play:
+        from evaluation import game  # ViZDoom is needed here only
+
+        if robot or state["encode"] != "tubelet" or game.FPS % state["fps"]:
             raise ValueError(
                 "--play needs a run on VPT shards with --encode tubelet, at a rate that divides 20"
                 " frames a second"
             )
-        bar, unit, report["distances"] = (
-            *{"turn": (10, "degrees"), "walk": (64, "map units")}[args.play],
-            {},
-        )
         space = space_of()
         policies = {
             "plan": chooser(
@@ -530,44 +630,29 @@ if __name__ == "__main__":
                 autocast,
             ),
             "random": lambda seen, done, goal: draw(space, 1, 1, generator)[0],
-            "copy": lambda seen, done, goal: rest(
-                space, 1
-            ),  # a model that copies the last step has no reason to move
+            # a model that copies the last step has no reason to move
+            "copy": lambda seen, done, goal: rest(space, 1),
         }
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.closing(doom.open_game(doom.SIZE, args.seed, folder)) as game,
-        ):
-            player = doom.Player(game, state["frames_per_step"], round(20 / state["fps"]), features)
-            for policy, choose in policies.items():
-                tracks = []
-                for trial in tqdm(range(args.trials), unit="trial", desc=policy):
-                    rng = np.random.default_rng([args.seed, trial])
-                    tracks.append(
-                        player.trial(
-                            args.play,
-                            rng,
-                            doom.MAPS["val"],
-                            agent(player, space, scaler, names, choose),
-                            args.steps,
-                        )
-                    )
-                report["distances"][policy] = tracks
-        print(
-            f"{args.play}: {args.trials} trials on held-out maps; success: within {bar} {unit} at"
-            " the end"
-        )
-        print(
-            f"policy   success   {unit} at the start, at the end: mean, median   success after 1,"
-            " 2, ... steps"
-        )
-        for policy, tracks in report["distances"].items():
-            tracks = np.array(tracks)
-            ends, by = tracks[:, -1], " ".join(f"{x:4.0%}" for x in (tracks[:, 1:] < bar).mean(0))
-            print(
-                f"{policy:8} {(ends < bar).mean():7.0%} {tracks[:, 0].mean():12.1f}"
-                f" {ends.mean():9.1f} {np.median(ends):9.1f}   {by}"
-            )
+
+        with tempfile.TemporaryDirectory() as folder:
+            engine = game.open_game(game.SIZE, args.seed, folder)
+            with contextlib.closing(engine):
+                stride = round(game.FPS / state["fps"])
+                player = game.Player(engine, state["frames_per_step"], stride, features)
+                report["distances"] = play_policies(
+                    player,
+                    policies,
+                    lambda choose: agent(player, space, scaler, names, choose),
+                    args.play,
+                    game.MAPS["val"],
+                    args.trials,
+                    args.steps,
+                    args.seed,
+                )
+        print_trials(report["distances"], args.play)
+        file_name = f"plan-{args.play}.json"
+
+    # --- in recordings ---
     else:
         dataset, inputs, compose_from, bad = open_held_out(
             state, scaler, args.data, args.encoder, device, dtype
@@ -575,49 +660,27 @@ if __name__ == "__main__":
         compose = functools.partial(compose_from, mean=mean, scale=scale)
         for file, key, reason in bad:
             print(f"left out: {file} {key}: {reason}")
-        angles = [("yaw", 2, 180 / math.pi, "deg"), ("pitch", 3, 180 / math.pi, "deg")]
-        shown = [(n, i, 100.0, "cm") for i, n in enumerate("xyz")] if robot else angles
-        lines, doubts, report["recorded"] = [], [], []
-        for horizon in args.horizon:
-            how = horizon, args.context, args.clips, args.chunk, generator, options, autocast
-            sums, random, recordings = recorded(predictor, dataset, inputs, compose, space_of, *how)
-            for name, i, unit, symbol in shown:
-                off = unit * (sums[:, 1:, i] - sums[:, :1, i]).abs()
-                errors = {"plan": off[:, 0], "random": unit * random[:, i]}
-                errors |= {policy: off[:, k] for k, policy in enumerate(TRIVIAL, 1)}
-                row = compared(errors, recordings)
-                report["recorded"].append({"horizon": horizon, "dim": name, "unit": symbol} | row)
-                numbers = "".join(f" {row[k]:8.2f}" for k in errors)
-                ratio, low, high = row["ratios"][row["best"]]
-                lines.append(
-                    f"{horizon:7d}  {name:6} {symbol:4}{numbers}    {ratio:.2f}"
-                    f" {interval_text(low, high, recordings, '.2f')} {row['best']}"
-                )
-                if not low > 1:
-                    doubts.append(f"{name} at horizon {horizon}")
-        print(
-            f"plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum -"
-            " recorded|, lower is better"
-        )
-        print("without a model: " + ", ".join(f"{k} ({v})" for k, v in TRIVIAL.items()))
-        header = "".join(f"{k:>9}" for k in errors)
-        print(
-            f"horizon  of     unit{header}    best of those / plan, 95 % over recordings",
-            *lines,
-            sep="\n",
-        )
-        if doubts:
-            print(
-                "WARNING: not shown to be better than the best policy without a model (the"
-                f" interval is not above 1): {', '.join(doubts)}"
+
+        def plan_in_clips(horizon):
+            return recorded(
+                predictor,
+                dataset,
+                inputs,
+                compose,
+                space_of,
+                horizon,
+                args.context,
+                args.clips,
+                args.chunk,
+                generator,
+                options,
+                autocast,
             )
-    name = (
-        "plan-pictures.json"
-        if args.start
-        else f"plan-{args.play}.json"
-        if args.play
-        else "plan.json"
-    )
-    out = args.out or os.path.join(os.path.dirname(path), name)
+
+        report["recorded"] = plan_in_recordings(plan_in_clips, args.horizon, robot)
+        file_name = "plan.json"
+
+    out = args.out or os.path.join(os.path.dirname(path), file_name)
     write_atomically(out, to_json(report).encode())
-    print(f"written to {out}; peak memory {checkpoint.peak_memory(device):.0f} MiB")
+    print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
+    print(f"written to {out}")

@@ -16,18 +16,10 @@ from files.latents import NO_LABEL, pack_codes
 from files.logs import read_csv
 from model import VectorQuantizer
 
-ERRORS = (
-    "own",
-    "copy",
-    "zero",
-    "marginal",
-    "random",
-    "same",
-    "rollout_4",
-    "copy_4",
-)  # see held_out_codes
+# errors of held_out_codes
+ERRORS = ("own", "copy", "zero", "marginal", "random", "same", "rollout_4", "copy_4")
 
-
+# numbers of code_summary that compare errors
 RATIOS = (
     "mse_over_copy",
     "mse_over_zero",
@@ -39,7 +31,7 @@ RATIOS = (
     "rollout_over_copy",
 )
 
-
+# numbers of code_summary that describe the codes
 CODES = (
     "joint_codes",
     "joint_perplexity",
@@ -51,8 +43,8 @@ CODES = (
     "purity_one_code",
 )
 
-
-MEANINGS = {  # what the table of this script prints beside a number
+# what the table of eval_lam.py prints beside a number
+MEANINGS = {
     "mse_over_copy": "error over that of copying the step before",
     "mse_over_zero": "error over that with zeroed codes",
     "mse_over_marginal": "error over that of the mean prediction under codes of other clips",
@@ -74,9 +66,12 @@ MEANINGS = {  # what the table of this script prints beside a number
 }
 
 
+# --- held-out clips ---
+
+
 def quantises(model):
-    """Whether the decoder works from codes: that of a continuous model does not, nor that of a
-    run which vq has not reached the end of its warm-up in."""
+    """Whether the decoder works from codes: that of a continuous model does not, nor that of a VQ
+    run that stopped before the end of its warm-up."""
     if isinstance(model.quantizer, VectorQuantizer):
         return model.quantizer.active()
     return model.quantizer is not None
@@ -86,93 +81,129 @@ def quantises(model):
 def held_out_codes(
     model, dataset, batch_size, clips, num_workers=0, autocast=contextlib.nullcontext
 ):
-    """What a model does with at most `clips` windows of a Latents dataset, shared among ranks (all
-    get everyone's): a dict of arrays over n transitions. codes (n, slots), labels (n, L; NO_LABEL
-    where a file has none), recording (n,), and mean squared errors of the step after, in
-    standardised units: own (its code), copy (of the step before), zero (zeroed codes), marginal
-    (mean prediction under the codes of four other clips: what can be known without the action, nan
-    without other clips), random (uniform codes: Genie's measure), same (the code of another clip of
-    the batch with the same labels, nan without); by clip rollout_4 and copy_4 (four steps ahead),
-    the loss terms of forward, and var, the variance of z."""
-    device, rank, world = (
-        next(model.parameters()).device,
-        *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)),
-    )
-    items, rows = dataset.windows(max(batch_size, 2), clips, rank, world), []
+    """What a model does with at most `clips` windows of a Latents dataset: a dict of arrays over n
+    transitions. Each rank evaluates a share; every rank returns the results of all.
+
+    codes (n, slots), labels (n, L; NO_LABEL where a file has none), recording (n,), and mean
+    squared errors of the next step, in standardised units, (n,):
+      own       under the transition's own code
+      copy      of the step before
+      zero      under zeroed codes
+      marginal  of the mean prediction under the codes of four other clips: what can be known
+                without the action (nan without other clips)
+      random    under uniformly drawn codes: Genie's measure
+      same      under the code of another clip of the batch with the same labels (nan without)
+    By clip: rollout_4 and copy_4 (four steps ahead), the loss terms of forward, and var, the
+    variance of z."""
+    device = next(model.parameters()).device
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+
+    items = dataset.windows(max(batch_size, 2), clips, rank, world)
+    rows = []
     for batch in latent_sequences(dataset, batch_size, num_workers=num_workers, items=items):
+        item = items[len(rows)]
         raw = batch["z"].to(device, non_blocking=True)
+        B, T = raw.shape[0], raw.shape[1] - 1
+        labels = batch.get("labels", torch.zeros(B, T, 0, dtype=torch.long)).flatten(0, 1)
         with autocast():
             losses = model(raw)
             indices, _, z_q = model.encode(raw)
-            z, (B, T) = model.normalize(raw), z_q.shape[:2]
-
-            def error(codes, z=z):
-                return (
-                    (model.predict(z[:, :-1], codes) - z[:, 1:]).square().mean((2, 3, 4)).flatten()
-                )
-
-            # a lone clip has no others: its own codes must not pass for theirs
-            others = [torch.roll(z_q, k, 0) for k in range(1, min(B, 5))]
-            marginal, uniform = torch.full_like(z[:, 1:], math.nan), torch.full_like(z_q, math.nan)
-            if others:
-                marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
-                uniform = others[0]
-            if quantises(model):
-                # seeded by the number of a window: the same for any number of ranks
-                generator = torch.Generator().manual_seed(items[len(rows)][0][1])
-                uniform = model.codes(
-                    torch.randint(model.quantizer.K, indices.shape, generator=generator).to(device)
-                )
-            row = {"own": error(z_q), "zero": error(0 * z_q), "random": error(uniform)}
-            row |= {
-                k: (x - z[:, 1:]).square().mean((2, 3, 4)).flatten()
-                for k, x in (("copy", z[:, :-1]), ("marginal", marginal))
-            }
+            z = model.normalize(raw)
+            # seeded by the number of a window: the same for any number of ranks
+            row = code_errors(model, z, z_q, indices, seed=item[0][1])
             ahead = model.normalize(model.rollout(raw[:, 0], z_q[:, :4]))[:, -1]
-            row |= {
-                k: (x - z[:, min(4, T)]).square().mean((1, 2, 3))
-                for k, x in (("rollout_4", ahead), ("copy_4", z[:, 0]))
-            }
-            row["same"] = torch.full_like(row["own"], math.nan)
-            labels = batch.get("labels", torch.zeros(B, T, 0, dtype=torch.long)).flatten(0, 1)
-            if dataset.labels:
-                number = torch.arange(B * T)
-                fits = (labels[:, None] == labels).all(-1) & (number[:, None] // T != number // T)
-                fits &= (labels != NO_LABEL).all(-1)
-                later = torch.where(
-                    fits, B * T - (number - number[:, None]) % (B * T), 0
-                )  # the next one, so that all are used alike
-                found = error(z_q.flatten(0, 1)[later.argmax(1).to(device)].view_as(z_q))
-                row["same"] = torch.where(fits.any(1).to(device), found, row["same"])
-        row |= {
-            "codes": indices.flatten(0, 1),
-            "labels": labels,
-            "recording": torch.tensor([item[2] for item in items[len(rows)]]).repeat_interleave(T),
-            "var": z.var((0, 1, 3, 4)).mean().expand(B),
-        }
+            target = z[:, min(4, T)]
+            row["rollout_4"] = (ahead - target).square().mean((1, 2, 3))
+            row["copy_4"] = (z[:, 0] - target).square().mean((1, 2, 3))
+            row["same"] = same_action_error(model, z, z_q, labels, dataset.labels, row["own"])
+        row["codes"] = indices.flatten(0, 1)
+        row["labels"] = labels
+        row["recording"] = torch.tensor([x[2] for x in item]).repeat_interleave(T)
+        row["var"] = z.var((0, 1, 3, 4)).mean().expand(B)
         row |= {k: v.expand(B) for k, v in losses.items() if k != "indices"}
-        rows.append(
-            {
-                k: v.cpu().float().numpy() if v.is_floating_point() else v.cpu().numpy()
-                for k, v in row.items()
-            }
-        )
+        rows.append({k: to_numpy(v) for k, v in row.items()})
+
     if dist.is_initialized():
-        dist.all_gather_object(everyone := [None] * world, rows)
-        rows = [
-            r
-            for group in zip(*(p + [None] * (max(map(len, everyone)) - len(p)) for p in everyone))
-            for r in group
-            if r is not None
-        ]
+        everyone = [None] * world
+        dist.all_gather_object(everyone, rows)
+        rows = interleaved(everyone)
     return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
+
+
+def error_of(prediction, z):
+    """Mean squared error (B * T,) of a prediction (B, T, C, h, w) of the steps of z after the
+    first, (B, T+1, C, h, w)."""
+    return (prediction - z[:, 1:]).square().mean((2, 3, 4)).flatten()
+
+
+def code_errors(model, z, z_q, indices, seed):
+    """Errors of held_out_codes (B * T,) that need no labels: own, zero, random, copy, marginal.
+    z (B, T+1, C, h, w), z_q (B, T, slots, dim), indices (B, T, slots)."""
+    # a lone clip has no others: its own codes must not pass for theirs
+    others = [torch.roll(z_q, k, 0) for k in range(1, min(len(z_q), 5))]
+    marginal = torch.full_like(z[:, 1:], math.nan)
+    uniform = torch.full_like(z_q, math.nan)
+    if others:
+        marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
+        uniform = others[0]
+    if quantises(model):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(model.quantizer.K, indices.shape, generator=generator)
+        uniform = model.codes(drawn.to(z.device))
+    return {
+        "own": error_of(model.predict(z[:, :-1], z_q), z),
+        "zero": error_of(model.predict(z[:, :-1], 0 * z_q), z),
+        "random": error_of(model.predict(z[:, :-1], uniform), z),
+        "copy": error_of(z[:, :-1], z),
+        "marginal": error_of(marginal, z),
+    }
+
+
+def same_action_error(model, z, z_q, labels, names, own):
+    """Error (B * T,) under the code of another clip of the batch with the same labels (B * T, L),
+    nan where there is none. names: of the labels; own: the error under the own code."""
+    none = torch.full_like(own, math.nan)
+    if not names:
+        return none
+    B, T = z_q.shape[:2]
+    number = torch.arange(B * T)
+    fits = (labels[:, None] == labels).all(-1)
+    fits &= number[:, None] // T != number // T
+    fits &= (labels != NO_LABEL).all(-1)
+
+    # of several the next one: all are used equally often
+    later = torch.where(fits, B * T - (number - number[:, None]) % (B * T), 0)
+    chosen = later.argmax(1).to(z.device)
+    codes = z_q.flatten(0, 1)[chosen].view_as(z_q)
+    error = error_of(model.predict(z[:, :-1], codes), z)
+    return torch.where(fits.any(1).to(z.device), error, none)
+
+
+def to_numpy(x):
+    """A tensor as an array; half precision becomes float32."""
+    return x.cpu().float().numpy() if x.is_floating_point() else x.cpu().numpy()
+
+
+def interleaved(everyone):
+    """Rows of all ranks, one list a rank, in the order of one process: first of rank 0, first of
+    rank 1, ... Some ranks may have one row less."""
+    rows = []
+    for k in range(max(map(len, everyone))):
+        rows += [part[k] for part in everyone if k < len(part)]
+    return rows
+
+
+# --- numbers ---
 
 
 def purity(codes, actions, recordings):
     """Share of the transitions whose action is the commonest one of their code (n,) in the other
     recordings (n,): what the literature calls purity, but learned on some recordings and scored on
-    others, each in its turn. A code that the others lack counts as wrong, so that many codes buy
-    nothing. nan with less than two recordings."""
+    others, each in its turn. A code that the others lack counts as wrong: many codes gain nothing.
+    nan with fewer than two recordings."""
     names = np.unique(recordings)
     if len(names) < 2:
         return math.nan
@@ -196,14 +227,16 @@ def joint(labels):
 
 
 def perplexity(values):
+    """exp(entropy) of values (n,) or rows (n, slots): as many equally frequent ones would be as
+    uncertain."""
     p = np.unique(values, return_counts=True, axis=0)[1] / len(values)
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def over(found, above, below):
-    """Mean of one error over that of another, both of the same transitions: those that have a
-    partner, where one is of a partner (nan without any). An error that is nan for another reason
-    shows."""
+    """Mean of one error over that of another, both of the same transitions: where an error needs
+    another clip, those that have one (nan without any). An error that is nan for another reason
+    makes the result nan."""
     rows = np.ones(len(found[above]), bool)
     for name in (above, below):
         if name in ("marginal", "random", "same"):
@@ -214,13 +247,14 @@ def over(found, above, below):
 
 
 def quotient(above, below):
-    """above / below; a baseline without any error (nothing moves) is no reason to end."""
+    """above / below; inf or nan, no error, for a baseline that is 0 because nothing moves."""
     if below == 0:
         return math.inf if above else math.nan
     return float(above / below)
 
 
 def decibels(ratio):
+    """A ratio of squared errors in dB; nan stays nan."""
     if ratio == 0:
         return -math.inf
     return 10 * math.log10(ratio) if ratio > 0 else math.nan
@@ -231,6 +265,7 @@ def code_summary(found, K):
     dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of codes and
     actions (nan without, and where there is only one action). K: codes a slot, None for a model
     whose decoder does not use codes."""
+    # errors
     out = {f"mse_over_{k}": over(found, "own", k) for k in ("copy", "zero", "marginal")}
     out["nmse"] = quotient(found["own"].mean(), found["var"].mean())
     out |= {f"psnr_{k}": decibels(over(found, k, "own")) for k in ("random", "same")}
@@ -239,13 +274,19 @@ def code_summary(found, K):
     out |= dict.fromkeys(CODES, math.nan)
     if not K:
         return out
+
+    # codes in use
     ids = pack_codes(found["codes"], K)
-    out |= {"joint_codes": len(np.unique(ids)), "joint_perplexity": perplexity(ids)}
+    out["joint_codes"] = len(np.unique(ids))
+    out["joint_perplexity"] = perplexity(ids)
     out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
     out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
+
+    # codes and true actions
     known = has_truth(found["labels"])
     if known.any():
-        actions, ids = joint(found["labels"][known]), ids[known]
+        actions = joint(found["labels"][known])
+        ids = ids[known]
         recordings = found["recording"][known]
         if len(np.unique(actions)) > 1:
             out["purity"] = purity(ids, actions, recordings)
@@ -262,9 +303,11 @@ def has_truth(labels):
     return (labels != NO_LABEL).all(1)
 
 
+# --- sentences, curves ---
+
+
 def truth_notes(dataset, found, split):
-    """Sentences about what of the truth is missing, so that a number that is not there has its
-    reason."""
+    """Sentences that say which true actions are missing, and which numbers are left out for it."""
     if not dataset.labels:
         yield f"no truth beside the {split} files (KEY.actions.npz): no purity, no AMI"
         return
@@ -295,7 +338,8 @@ def complaints(summary, quantised):
             f"{summary['joint_codes']} joint codes are alive: the codebook has collapsed (a longer"
             " --vq_warmup_steps, --kmeans)"
         )
-    if np.fmin(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:  # nan: not known
+    # fmin ignores a nan, which is a number that is not known
+    if np.fmin(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:
         yield "the decoder ignores the code: other codes cost it less than 10 %"
     if summary["same_over_own"] > 2:
         cost = f"{summary['same_over_own']:.1f} times the error"
@@ -307,26 +351,34 @@ def complaints(summary, quantised):
 
 def plot_curves(out_dir):
     """curves.png of a run, from train.csv and val.csv."""
-    train, val = (read_csv(os.path.join(out_dir, n)) for n in ("train.csv", "val.csv"))
+    train = read_csv(os.path.join(out_dir, "train.csv"))
+    val = read_csv(os.path.join(out_dir, "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
-    axes = fig.subplots(1, 3)
-    at = train["epoch"] + train["itr"] / max(train["itr"].max() + 1, 1)
+    losses, ratios, agreement = fig.subplots(1, 3)
+
+    # training
+    epochs = train["epoch"] + train["itr"] / max(train["itr"].max() + 1, 1)
     for name in ("mse_loss", "rollout_loss"):
-        axes[0].plot(at, train[name], lw=0.5, label=name.replace("_loss", ", training"))
+        losses.plot(epochs, train[name], lw=0.5, label=name.replace("_loss", ", training"))
+    losses.set(title="loss", xlabel="epoch", ylabel="squared error, standardised latents")
+    losses.set_yscale("log")
+
+    # held out
+    baselines = {
+        "mse_over_copy": "copying the step before",
+        "mse_over_zero": "zeroed codes",
+        "mse_over_marginal": "codes of other clips, averaged",
+    }
     if len(val["epoch"]):
-        axes[0].plot(val["epoch"], val["mse_loss"], "o-", label="mse, held out")
-        for name, label in zip(
-            RATIOS[:3],
-            ("copying the step before", "zeroed codes", "codes of other clips, averaged"),
-        ):
-            axes[1].plot(val["epoch"], val[name], "o-", label=label)
+        losses.plot(val["epoch"], val["mse_loss"], "o-", label="mse, held out")
+        for name, label in baselines.items():
+            ratios.plot(val["epoch"], val[name], "o-", label=label)
         for name in ("purity", "ami", "nmi"):
-            axes[2].plot(val["epoch"], val[name], "o-", label=name)
-    titles = ("loss", "held-out error over that of", "codes and true actions, held out")
-    for ax, title, unit in zip(axes, titles, ("squared error, standardised latents", "ratio", "")):
-        ax.set(title=title, xlabel="epoch", ylabel=unit)
+            agreement.plot(val["epoch"], val[name], "o-", label=name)
+    ratios.set(title="held-out error over that of", xlabel="epoch", ylabel="ratio")
+    agreement.set(title="codes and true actions, held out", xlabel="epoch", ylim=(-0.05, 1.05))
+
+    for ax in (losses, ratios, agreement):
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=9)
-    axes[0].set_yscale("log")
-    axes[2].set_ylim(-0.05, 1.05)
     write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))

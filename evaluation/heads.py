@@ -29,7 +29,14 @@ from files.video import WrongDecoder
 from files.vpt import CONTINUOUS
 from model import Block, predict
 
-RANK = 48  # principal components of a token whose products the linear head gets
+# principal components of a token whose products the linear head gets
+RANK = 48
+
+# penalties that the linear head tries, as shares of the number of rows it is fitted on
+PENALTIES = (0.1, 1, 10, 1000)
+
+
+# --- clips ---
 
 
 class Windows(Clips):
@@ -38,23 +45,15 @@ class Windows(Clips):
 
     def __getitem__(self, item):
         r = self.records[item[2]]
-        again = functools.partial(self.read_seeded, *item[2:], 0, False)
+        read_again = functools.partial(self.read_seeded, *item[2:], 0, False)
         try:
-            return item, persistently(f"{r.shard} {r.key}", again), None
-        except Unreachable as e:  # says nothing about the recording
+            return item, persistently(f"{r.shard} {r.key}", read_again), None
+        except Unreachable as e:  # a fault of the network, not of the recording
             raise ValueError(str(e)) from e
         except WrongDecoder as e:
             raise ValueError(f"{r.shard} {r.key}: {e}") from e
         except READ_ERRORS as e:
-            return (
-                item,
-                None,
-                (
-                    self.records[item[2]].shard,
-                    self.records[item[2]].key,
-                    f"{type(e).__name__}: {e}",
-                ),
-            )
+            return item, None, (r.shard, r.key, f"{type(e).__name__}: {e}")
 
 
 def pool(z, side):
@@ -80,83 +79,90 @@ def load(
     num_workers,
     autocast=contextlib.nullcontext,
 ):
-    """At most `limit` windows -> {"z" (n, T, M, D), "ahead" (n, T-1, M, D) (with a predictor: one
-    step ahead of the true context under the true action), "actions" (n, T-1, A) as recorded,
-    "place": [(Record, window)]}, [bad]."""
-    items = windows(dataset := Windows(records, [1.0] * len(records), reader), batch_size, limit)
+    """At most `limit` windows -> (clips, [bad]). clips: "z" (n, T, M, D); "ahead" (n, T-1, M, D),
+    with a predictor: one step ahead of the true context under the true action, else None; "actions"
+    (n, T-1, A) as recorded; "place" [(Record, window)]. ValueError if no window can be read."""
+    dataset = Windows(records, [1.0] * len(records), reader)
     loader = DataLoader(
         dataset,
-        batch_sampler=items,
+        batch_sampler=windows(dataset, batch_size, limit),
         num_workers=num_workers,
         collate_fn=list,
         worker_init_fn=leave_signals,
     )
-    out, bad = {"z": [], "ahead": [], "actions": [], "place": []}, []
+    steps, ahead = [], []  # tokens, of all clips of a batch
+    recorded, places = [], []
+    bad = []
     for rows in tqdm(loader, desc="features", unit="batch", delay=10):
-        bad += [why for _, _, why in rows if why]
-        if not (good := [(item, clip) for item, clip, _ in rows if clip]):
+        bad += [reason for _, _, reason in rows if reason]
+        good = [(item, clip) for item, clip, _ in rows if clip]
+        if not good:
             continue
         batch = collate([clip | {"bad": []} for _, clip in good])
         z, actions, states = inputs(batch)
-        out["z"].append(pool(z, side))
+        steps.append(pool(z, side))
         if predictor is not None:
-            scaled = torch.from_numpy(np.float32(scaler.transform(batch["actions"].numpy()))).to(
-                z.device
-            )
+            scaled = np.float32(scaler.transform(batch["actions"].numpy()))
+            scaled = torch.from_numpy(scaled).to(z.device)
             with torch.no_grad(), autocast():
-                out["ahead"].append(pool(predict(predictor, z[:, :-1], scaled, states), side))
-        out["actions"].append(batch["actions"].numpy())
-        out["place"] += [(records[item[2]], item[3]) for item, _ in good]
-    if not out["z"]:
+                ahead.append(pool(predict(predictor, z[:, :-1], scaled, states), side))
+        recorded.append(batch["actions"].numpy())
+        places += [(records[item[2]], item[3]) for item, _ in good]
+    if not steps:
         raise ValueError(
             f"{records[0].shard} and the others give no clip of {reader.frames} frames at"
             f" {reader.fps:g} fps: {bad[:1]}"
         )
-    out |= {"z": torch.cat(out["z"]), "ahead": torch.cat(out["ahead"]) if out["ahead"] else None}
-    return out | {"actions": np.concatenate(out["actions"])}, bad
+    clips = {
+        "z": torch.cat(steps),
+        "ahead": torch.cat(ahead) if ahead else None,
+        "actions": np.concatenate(recorded),
+        "place": places,
+    }
+    return clips, bad
 
 
-# --- heads: predict(a, b) of tokens (n, M, D) of two steps -> scores (n, O) in the units of y, keys
-# as 0 and 1 ---
+# --- heads ---
+# predict(a, b): tokens (n, M, D) of two steps -> scores (n, O), in the units of y, keys as 0 and 1
 
 
 class Linear:
-    """Ridge on what camera motion is linear in: the sum over patches of a_i b_j - a_j b_i, for the
-    RANK main components of a token, which changes its sign when time runs backwards; and on the
-    mean tokens of both steps. On the two steps alone R² is 0 on the demo."""
+    """Ridge regression on what camera motion is linear in: the sum over patches of a_i b_j - a_j
+    b_i, for the RANK main components of a token, which changes its sign when time runs backwards;
+    and on the mean tokens of both steps. On the two steps alone R² is 0 on the demo."""
 
     def fit(self, a, b, y, dev):
-        tokens = a[~dev].flatten(0, 1)
-        self.pca = PCA(min(RANK, a.shape[2]), random_state=0).fit(
-            tokens[:: max(len(tokens) // 50_000, 1)].float().numpy()
-        )
+        """a, b: tokens (n, M, D) of two steps; y (n, O); dev (n,) bool: the rows that choose the
+        penalties, the others are fitted on."""
+        fit = ~dev
+        tokens = a[fit].flatten(0, 1)
+        every = max(len(tokens) // 50_000, 1)
+        self.pca = PCA(min(RANK, a.shape[2]), random_state=0)
+        self.pca.fit(tokens[::every].float().numpy())
         x = self.inputs(a, b)
-        self.scaler = StandardScaler().fit(x[~dev])
+        self.scaler = StandardScaler().fit(x[fit])
         x = self.scaler.transform(x)
-        tried = [
-            Ridge(alpha=share * (~dev).sum()).fit(x[~dev], y[~dev]) for share in (0.1, 1, 10, 1000)
-        ]
-        best = np.argmin(
-            [((ridge.predict(x[dev]) - y[dev]) ** 2).mean(0) for ridge in tried], axis=0
-        )  # one penalty for each column
-        self.weight, self.bias = (
-            np.stack(w)[best, np.arange(len(best))]
-            for w in zip(*((r.coef_, r.intercept_) for r in tried))
-        )
+
+        # one penalty for each column: the one with the least error on the dev rows
+        ridges = [Ridge(alpha=share * fit.sum()).fit(x[fit], y[fit]) for share in PENALTIES]
+        errors = [((ridge.predict(x[dev]) - y[dev]) ** 2).mean(0) for ridge in ridges]
+        best = np.argmin(errors, axis=0)
+        columns = np.arange(len(best))
+        self.weight = np.stack([ridge.coef_ for ridge in ridges])[best, columns]
+        self.bias = np.stack([ridge.intercept_ for ridge in ridges])[best, columns]
         return self
 
+    def components(self, x):
+        """Tokens (n, M, D) -> their principal components (n, M, RANK)."""
+        rows = self.pca.transform(x.flatten(0, 1).float().numpy())
+        return torch.from_numpy(np.float32(rows)).unflatten(0, x.shape[:2])
+
     def inputs(self, a, b):
-        p, q = (
-            torch.from_numpy(
-                np.float32(self.pca.transform(x.flatten(0, 1).float().numpy()))
-            ).unflatten(0, x.shape[:2])
-            for x in (a, b)
-        )
-        products = p.transpose(1, 2) @ q  # (n, RANK, RANK)
+        """What the regression is on, (n, RANK (RANK - 1) / 2 + 2 D)."""
+        products = self.components(a).transpose(1, 2) @ self.components(b)  # (n, RANK, RANK)
         i, j = torch.triu_indices(*products.shape[1:], 1)
-        return torch.cat(
-            [(products - products.mT)[:, i, j], a.float().mean(1), b.float().mean(1)], dim=1
-        ).numpy()
+        turned = (products - products.mT)[:, i, j]
+        return torch.cat([turned, a.float().mean(1), b.float().mean(1)], dim=1).numpy()
 
     def predict(self, a, b):
         return self.scaler.transform(self.inputs(a, b)) @ self.weight.T + self.bias
@@ -168,20 +174,20 @@ class Attentive(nn.Module):
 
     def __init__(self, tokens, dim, out, width=128, queries=4, heads=4):
         super().__init__()
-        self.embed, self.pos, self.drop = (
-            nn.Linear(dim, width),
-            nn.Parameter(0.02 * torch.randn(tokens, width)),
-            nn.Dropout(0.2),
-        )
-        self.block, self.norm = Block(width, heads, 2 * width), nn.LayerNorm(width)
-        self.query, self.attend = (
-            nn.Parameter(0.02 * torch.randn(queries, width)),
-            nn.MultiheadAttention(width, heads, batch_first=True),
-        )
-        self.out_norm, self.head = nn.LayerNorm(queries * width), nn.Linear(queries * width, out)
+        self.embed = nn.Linear(dim, width)
+        self.pos = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.drop = nn.Dropout(0.2)
+        self.block = Block(width, heads, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(0.02 * torch.randn(queries, width))
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.out_norm = nn.LayerNorm(queries * width)
+        self.head = nn.Linear(queries * width, out)
+
+        # of the columns that are no keys; where trust is 0 the mean is the better guess
         self.register_buffer("mean", torch.zeros(out))
         self.register_buffer("std", torch.ones(out))
-        self.register_buffer("trust", torch.ones(out))  # 0: the mean is the better guess
+        self.register_buffer("trust", torch.ones(out))
 
     def forward(self, x):
         x = self.norm(self.block(self.embed(self.drop(x)) + self.pos)[0])
@@ -202,61 +208,54 @@ class Attentive(nn.Module):
         return self.eval()
 
     def fit(self, a, b, y, dev, keys, steps):
-        """keys (O,) bool: which columns of y are 0 or 1."""
-        held_out, y, at = (
-            y[dev],
-            torch.from_numpy(y[~dev]).float(),
-            torch.from_numpy(np.flatnonzero(~dev)),
-        )
-        self.mean[~keys], self.std[~keys] = (
-            x.to(self.mean) for x in (y[:, ~keys].mean(0), y[:, ~keys].std(0).clamp_min(1e-6))
-        )
-        y = ((y - self.mean.cpu()) / self.std.cpu()).to(device := self.mean.device)
+        """As Linear.fit. keys (O,) bool: which columns of y are 0 or 1."""
+        self.keys = keys
+        device = self.mean.device
+        y_dev = y[dev]
+        fit = torch.from_numpy(np.flatnonzero(~dev))
+
+        # motion is learned in units of its spread
+        y = torch.from_numpy(y[~dev]).float()
+        self.mean[~keys] = y[:, ~keys].mean(0).to(self.mean)
+        self.std[~keys] = y[:, ~keys].std(0).clamp_min(1e-6).to(self.mean)
+        y = ((y - self.mean.cpu()) / self.std.cpu()).to(device)
+
+        def inputs(rows):
+            return torch.cat([a[fit[rows]], b[fit[rows]]], dim=2).float().to(device)
 
         def loss(out, rows):
-            camera = F.mse_loss(out[:, ~keys], y[rows][:, ~keys]) if (~keys).any() else 0
-            held = (
-                F.binary_cross_entropy_with_logits(out[:, keys], y[rows][:, keys])
-                if keys.any()
-                else 0
-            )
-            return camera + 3 * held  # at 1 the camera is all that is learned, at 10 the keys
+            camera, pressed = 0, 0
+            if (~keys).any():
+                camera = F.mse_loss(out[:, ~keys], y[rows][:, ~keys])
+            if keys.any():
+                pressed = F.binary_cross_entropy_with_logits(out[:, keys], y[rows][:, keys])
+            return camera + 3 * pressed  # at 1 the camera is all that is learned, at 10 the keys
 
-        self.keys = keys
-        self.train_on(
-            lambda rows: torch.cat([a[at[rows]], b[at[rows]]], dim=2).float().to(device),
-            len(y),
-            loss,
-            steps,
-        )
-        guess, true = (
-            x - self.mean.cpu().numpy() for x in (self.predict(a[dev], b[dev]), held_out)
-        )
-        slope = np.clip(
-            (guess * true).sum(0) / (guess * guess).sum(0), 0, 1
-        )  # of truth on guesses: what it has learned by heart is not it
+        self.train_on(inputs, len(y), loss, steps)
+
+        # the slope of the truth on the guesses in the dev rows: below 1, the rest of the guess was
+        # learned by heart
+        mean = self.mean.cpu().numpy()
+        guess = self.predict(a[dev], b[dev]) - mean
+        true = y_dev - mean
+        slope = np.clip((guess * true).sum(0) / (guess * guess).sum(0), 0, 1)
         self.trust[~keys] = torch.from_numpy(slope[~keys]).to(self.trust)
         return self
 
     @torch.no_grad()
     def predict(self, a, b):
-        out = torch.cat(
-            [
-                self(torch.cat(part, 2).float().to(self.mean.device))
-                for part in zip(a.split(1024), b.split(1024))
-            ]
-        )
-        keys, camera = (
-            torch.from_numpy(self.keys).to(out.device),
-            out * self.std * self.trust + self.mean,
-        )
+        device = self.mean.device
+        parts = zip(a.split(1024), b.split(1024))
+        out = torch.cat([self(torch.cat(part, 2).float().to(device)) for part in parts])
+        camera = out * self.std * self.trust + self.mean
+        keys = torch.from_numpy(self.keys).to(device)
         return torch.where(keys, out.sigmoid(), camera).cpu().double().numpy()
 
 
 def fit_heads(a, b, y, dev, keys, steps):
-    """{"linear", "attentive"}: fitted heads, each with threshold (O,): a key counts as held above
-    the score that it exceeds, in the dev recordings, as often as it is held there (nothing is held
-    that never is)."""
+    """{"linear", "attentive"}: fitted heads, each with threshold (O,): a key counts as pressed
+    above the score that it exceeds, in the dev recordings, as often as it is pressed there (a key
+    that never is, never counts)."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attentive = Attentive(a.shape[1], 2 * a.shape[2], y.shape[1]).to(device)
@@ -264,16 +263,16 @@ def fit_heads(a, b, y, dev, keys, steps):
         "linear": Linear().fit(a, b, y, dev),
         "attentive": attentive.fit(a, b, y, dev, keys, steps),
     }
+    shares = y[dev].mean(0).clip(0)
     for head in heads.values():
-        found = head.predict(a[dev], b[dev])
-        head.threshold = np.array(
-            [np.quantile(p, 1 - min(share, 1)) for p, share in zip(found.T, y[dev].mean(0).clip(0))]
-        )
+        scores = head.predict(a[dev], b[dev])
+        levels = [np.quantile(p, 1 - min(share, 1)) for p, share in zip(scores.T, shares)]
+        head.threshold = np.array(levels)
     return heads
 
 
 def score(y, p, names, threshold):
-    """{name: {"r2"} or {"auroc", "f1", "share"}} of scores p (n, O); nothing for what does not vary
+    """{name: {"r2"} or {"auroc", "share", "f1"}} of scores p (n, O); nothing for what does not vary
     in y."""
     out = {}
     for i, name in enumerate(names):
@@ -283,21 +282,22 @@ def score(y, p, names, threshold):
             out[name] = {
                 "auroc": float(roc_auc_score(y[:, i], p[:, i])),
                 "share": float(y[:, i].mean()),
+                "f1": float(f1_score(y[:, i], p[:, i] > threshold[i], zero_division=0)),
             }
-            out[name]["f1"] = float(f1_score(y[:, i], p[:, i] > threshold[i], zero_division=0))
     return out
 
 
 def group_means(scores):
     """{"camera": mean R² of mouse and angles, "keys": mean AUROC of keys and buttons, "slots": of
-    hotbar slots and the GUI}."""
-    groups = {"camera": [s["r2"] for s in scores.values() if "r2" in s]}
-    groups["keys"] = [
-        s["auroc"] for n, s in scores.items() if n.startswith(("key.", "mouse.")) and "auroc" in s
-    ]
-    groups["slots"] = [
-        s["auroc"] for n, s in scores.items() if n.startswith(("slot.", "gui")) and "auroc" in s
-    ]
+    hotbar slots and the GUI}; nothing for a group without scores."""
+    groups = {"camera": [], "keys": [], "slots": []}
+    for name, s in scores.items():
+        if "r2" in s:
+            groups["camera"].append(s["r2"])
+        elif name.startswith(("key.", "mouse.")):
+            groups["keys"].append(s["auroc"])
+        elif name.startswith(("slot.", "gui")):
+            groups["slots"].append(s["auroc"])
     return {k: float(np.mean(v)) for k, v in groups.items() if v}
 
 
@@ -307,78 +307,73 @@ def group_means(scores):
 def pairs(clips, second="z"):
     """Tokens of steps t and t+1 (of "ahead": predicted) and action t of all clips: (n, M, D), (n,
     M, D), (n, A)."""
+    a = clips["z"][:, :-1].flatten(0, 1)
     b = clips["ahead"] if second == "ahead" else clips["z"][:, 1:]
-    return (
-        clips["z"][:, :-1].flatten(0, 1),
-        b.flatten(0, 1),
-        clips["actions"].reshape(-1, clips["actions"].shape[-1]),
-    )
+    actions = clips["actions"]
+    return a, b.flatten(0, 1), actions.reshape(-1, actions.shape[-1])
 
 
 def inverse(train, val, dev, names, columns, steps):
-    """Scores {"real -> real": {head: scores}, ...} of probes fitted on real and predicted pairs ->
-    and the heads fitted on real ones."""
-    keys, dev = (
-        np.array([names[i] not in CONTINUOUS for i in columns]),
-        np.repeat(dev, train["actions"].shape[1]),
-    )
-    kinds, out, first = (
-        {"real": "z"} | ({"predicted": "ahead"} if train["ahead"] is not None else {}),
-        {},
-        None,
-    )
-    for fitted, kind in kinds.items():
-        a, b, y = pairs(train, kind)
+    """Inverse dynamics: steps t, t+1 -> action t. Returns scores {"real -> real": {head: scores},
+    ...} of probes fitted on real and predicted pairs and tested on either, and the heads fitted on
+    real ones. dev: clips that choose penalties and thresholds; columns: of the actions to probe."""
+    labels = [names[i] for i in columns]
+    keys = np.array([name not in CONTINUOUS for name in labels])
+    dev = np.repeat(dev, train["actions"].shape[1])
+    kinds = {"real": "z"}
+    if train["ahead"] is not None:
+        kinds["predicted"] = "ahead"
+
+    out = {}
+    on_real = None
+    for fitted, fit_kind in kinds.items():
+        a, b, y = pairs(train, fit_kind)
         heads = fit_heads(a, b, y[:, columns], dev, keys, steps)
-        first = first or heads
-        for tested, other in kinds.items():
-            a, b, y = pairs(val, other)
-            found = {
-                k: score(y[:, columns], h.predict(a, b), [names[i] for i in columns], h.threshold)
-                for k, h in heads.items()
+        if fitted == "real":
+            on_real = heads
+        for tested, test_kind in kinds.items():
+            a, b, y = pairs(val, test_kind)
+            out[f"{fitted} -> {tested}"] = {
+                name: score(y[:, columns], head.predict(a, b), labels, head.threshold)
+                for name, head in heads.items()
             }
-            out[f"{fitted} -> {tested}"] = found
-    return out, first
+    return out, on_real
 
 
 def anticipation(train, val, dev, names, columns, steps, horizon):
     """[{head or baseline: scores} of the 1st .. horizon-th action after step t], from steps t-1 and
     t. Baselines: the last action again, the training mean."""
-    T, A, keys = (
-        train["z"].shape[1],
-        len(columns),
-        np.array([names[i] not in CONTINUOUS for i in columns] * horizon),
-    )
-    last = T - 1 - horizon  # the last step t that all these actions follow
+    A = len(columns)
+    labels = [names[i] for i in columns]
+    keys = np.array([name not in CONTINUOUS for name in labels] * horizon)
+    last = train["z"].shape[1] - 1 - horizon  # the last step t that all these actions follow
 
     def cut(clips):
-        y = np.stack(
-            [clips["actions"][:, 1 + k : 1 + k + last, columns] for k in range(-1, horizon)], axis=2
-        ).reshape(-1, horizon + 1, A)
+        """Tokens of steps t-1 and t, and actions (n, horizon + 1, A) from t-1 on."""
+        actions = clips["actions"]
+        following = [actions[:, 1 + k : 1 + k + last, columns] for k in range(-1, horizon)]
+        y = np.stack(following, axis=2).reshape(-1, horizon + 1, A)
         return clips["z"][:, :last].flatten(0, 1), clips["z"][:, 1 : last + 1].flatten(0, 1), y
 
-    (a, b, y), (a_val, b_val, y_val) = cut(train), cut(val)
+    a, b, y = cut(train)
+    a_val, b_val, y_val = cut(val)
     heads = fit_heads(a, b, y[:, 1:].reshape(len(y), -1), np.repeat(dev, last), keys, steps)
     guesses = {k: h.predict(a_val, b_val).reshape(-1, horizon, A) for k, h in heads.items()}
-    guesses |= {
-        "repeat": np.repeat(y_val[:, :1], horizon, 1),
-        "mean": np.broadcast_to(y[:, 1:].mean(0), y_val[:, 1:].shape),
-    }
     levels = {k: h.threshold.reshape(horizon, A) for k, h in heads.items()}
-    labels = [names[i] for i in columns]
+    guesses["repeat"] = np.repeat(y_val[:, :1], horizon, 1)
+    guesses["mean"] = np.broadcast_to(y[:, 1:].mean(0), y_val[:, 1:].shape)
+    levels["repeat"] = levels["mean"] = np.full((horizon, A), 0.5)
     return [
-        {
-            k: score(y_val[:, 1 + t], p[:, t], labels, levels.get(k, np.full((horizon, A), 0.5))[t])
-            for k, p in guesses.items()
-        }
+        {k: score(y_val[:, 1 + t], p[:, t], labels, levels[k][t]) for k, p in guesses.items()}
         for t in range(horizon)
     ]
 
 
-def classify(train, val, y, y_val, column, steps):
-    """{head: {"accuracy", "balanced"}, "chance": ..., "classes"} of labels (n,) of clips ("":
-    none), from mean and std over their steps."""
-    if len(values := set(y) | set(y_val) - {""}) < 2:
+def classes_in_both(y, y_val, column):
+    """Labels that clips to fit on and clips to test on have ("": none). Prints which only one of
+    them has; ValueError if there is nothing to tell apart."""
+    values = set(y) | set(y_val) - {""}
+    if len(values) < 2:
         raise ValueError(
             f"the label {column} is {min(values, default='empty')} in every clip: there is nothing"
             " to tell apart"
@@ -391,25 +386,38 @@ def classify(train, val, y, y_val, column, steps):
             f"the label {column} has {len(both)} values that both splits hold, for {len(y)} clips:"
             " a class needs a few clips"
         )
-    fit, test = np.flatnonzero(np.isin(y, both)), np.flatnonzero(np.isin(y_val, both))
-    y, y_val = np.searchsorted(both, y[fit]), np.searchsorted(both, y_val[test])
-    x, x_val = (c["z"][torch.from_numpy(rows)].float() for c, rows in ((train, fit), (val, test)))
-    x, x_val = (
-        torch.cat([c.mean(1), c.std(1)], dim=2).half() for c in (x, x_val)
-    )  # over steps: (n, M, 2D)
-    linear = make_pipeline(
-        StandardScaler(), LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced")
-    )
-    guess = {
-        "linear": linear.fit(x.float().mean(1).numpy(), y).predict(x_val.float().mean(1).numpy())
-    }
+    return both
+
+
+def classify(train, val, y, y_val, column, steps):
+    """Scores {head: {"accuracy", "balanced"}, "chance": ..., "classes", "clips"} of labels (n,) of
+    clips ("": none), from mean and std over their steps. column: the label's name, for messages."""
+    classes = classes_in_both(y, y_val, column)
+    fit = np.flatnonzero(np.isin(y, classes))
+    test = np.flatnonzero(np.isin(y_val, classes))
+    y = np.searchsorted(classes, y[fit])
+    y_val = np.searchsorted(classes, y_val[test])
+
+    def over_steps(clips, rows):
+        """Mean and std of tokens over the steps of clips, (rows, M, 2D) float16."""
+        z = clips["z"][torch.from_numpy(rows)].float()
+        return torch.cat([z.mean(1), z.std(1)], dim=2).half()
+
+    x = over_steps(train, fit)
+    x_val = over_steps(val, test)
+
+    # the linear head, on the mean token
+    regression = LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced")
+    linear = make_pipeline(StandardScaler(), regression)
+    linear.fit(x.float().mean(1).numpy(), y)
+    guess = {"linear": linear.predict(x_val.float().mean(1).numpy())}
+
+    # the attentive head
     torch.manual_seed(0)
-    device, target = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        torch.from_numpy(y),
-    )
-    weight = torch.from_numpy(len(y) / (len(both) * np.bincount(y))).float().to(device)
-    head = Attentive(x.shape[1], x.shape[2], len(both)).to(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.from_numpy(y)
+    weight = torch.from_numpy(len(y) / (len(classes) * np.bincount(y))).float().to(device)
+    head = Attentive(x.shape[1], x.shape[2], len(classes)).to(device)
     head.train_on(
         lambda rows: x[rows].float().to(device),
         len(x),
@@ -417,15 +425,17 @@ def classify(train, val, y, y_val, column, steps):
         steps,
     )
     with torch.no_grad():
-        guess["attentive"] = torch.cat(
-            [head(part.float().to(device)).argmax(1).cpu() for part in x_val.split(256)]
-        ).numpy()
+        parts = [head(part.float().to(device)).argmax(1).cpu() for part in x_val.split(256)]
+    guess["attentive"] = torch.cat(parts).numpy()
+
     guess["chance"] = np.full(len(y_val), np.bincount(y).argmax())
-    out = {
-        k: {"accuracy": accuracy_score(y_val, p), "balanced": balanced_accuracy_score(y_val, p)}
-        for k, p in guess.items()
-    }
-    return out | {"classes": both, "clips": [len(y), len(y_val)]}
+    out = {}
+    for name, p in guess.items():
+        out[name] = {
+            "accuracy": accuracy_score(y_val, p),
+            "balanced": balanced_accuracy_score(y_val, p),
+        }
+    return out | {"classes": classes, "clips": [len(y), len(y_val)]}
 
 
 # --- tables ---
@@ -434,40 +444,41 @@ def classify(train, val, y, y_val, column, steps):
 def inverse_table(found):
     """Lines for a person: every action on real pairs, then what probes fitted on real or predicted
     pairs say on either."""
+    real = found["real -> real"]
     yield "inverse dynamics: steps t, t+1 -> action t        linear     attentive"
-    for name, s in found["real -> real"]["linear"].items():
-        other = found["real -> real"]["attentive"][name]
-        if "r2" in s:
-            yield f"  {name:18} R2                  {s['r2']:11.3f} {other['r2']:11.3f}"
+    for name, linear in real["linear"].items():
+        attentive = real["attentive"][name]
+        if "r2" in linear:
+            yield f"  {name:18} R2                  {linear['r2']:11.3f} {attentive['r2']:11.3f}"
         else:
-            cells = "".join(f" {x['auroc']:7.3f} {x['f1']:.2f}" for x in (s, other))
-            yield f"  {name:18} AUROC, F1 (held {s['share']:5.1%}) {cells}"
+            cells = "".join(f" {s['auroc']:7.3f} {s['f1']:.2f}" for s in (linear, attentive))
+            yield f"  {name:18} AUROC, F1 (held {linear['share']:5.1%}) {cells}"
+
     yield "fitted on -> tested on     camera R2: linear  attentive   keys AUROC: linear  attentive"
     for way, heads in found.items():
-        means = {k: group_means(s) for k, s in heads.items()}
-        cells = [
-            means[k].get(g, math.nan) for g in ("camera", "keys") for k in ("linear", "attentive")
-        ]
-        yield f"  {way:25} {cells[0]:16.3f} {cells[1]:10.3f} {cells[2]:20.3f} {cells[3]:10.3f}"
+        linear = group_means(heads["linear"])
+        attentive = group_means(heads["attentive"])
+        yield (
+            f"  {way:25} {linear.get('camera', math.nan):16.3f}"
+            f" {attentive.get('camera', math.nan):10.3f} {linear.get('keys', math.nan):20.3f}"
+            f" {attentive.get('keys', math.nan):10.3f}"
+        )
 
 
 def anticipation_table(found, seconds):
     """Lines for a person: mean camera R2 and keys AUROC of the heads and of both baselines, by how
-    far ahead an action starts."""
+    far ahead an action starts. seconds: length of a step."""
     yield (
         f"anticipation: steps t-1, t -> action         {'linear':>10} {'attentive':>10}"
         f" {'repeat last':>12} {'mean':>8}"
     )
     for group, metric in (("camera", "R2"), ("keys", "AUROC")):
         for k, ahead in enumerate(found):
-            row = [
-                group_means(ahead[n]).get(group, math.nan)
-                for n in ("linear", "attentive", "repeat", "mean")
-            ]
+            means = {name: group_means(s).get(group, math.nan) for name, s in ahead.items()}
             span = f"{k * seconds:.1f} to {(k + 1) * seconds:.1f} s ahead"
             yield (
-                f"  {group + ' ' + metric:14} {span:26} {row[0]:12.3f} {row[1]:10.3f}"
-                f" {row[2]:12.3f} {row[3]:8.3f}"
+                f"  {group + ' ' + metric:14} {span:26} {means['linear']:12.3f}"
+                f" {means['attentive']:10.3f} {means['repeat']:12.3f} {means['mean']:8.3f}"
             )
 
 
@@ -477,5 +488,5 @@ def classify_table(found, column):
         f"clip classification: {column}, {len(found['classes'])} classes       accuracy   balanced"
     )
     for name in ("linear", "attentive", "chance"):
-        label = name + (" (commonest)" if name == "chance" else "")
+        label = "chance (commonest)" if name == "chance" else name
         yield f"  {label:45} {found[name]['accuracy']:8.3f} {found[name]['balanced']:10.3f}"

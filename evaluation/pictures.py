@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
 from files.disk import write_atomically
@@ -19,38 +20,32 @@ from kernels import apply_rope
 from model import rope_tables
 
 CAPTIONS = {
-    "Error by horizon": (
-        """Mean absolute error of a rollout from one known step, with 95 % intervals over recordings. Look for: true
-    actions below shuffled and zero ones, all below the copy. The gap is what wrong actions cost; skill below 1 beats a still picture."""
-    ),
-    "Which actions it uses": (
-        """The same gap when one group of dimensions comes from another recording and the rest is true. Look for: bars at
-    zero, whose actions the model ignores, or which hardly ever change in these data."""
-    ),
-    "Rank of the true action": (
-        """The true last action of each clip among whole actions of other recordings, by the error one step ahead. Look
-    for: a heap at the left. Flat is chance: the model cannot tell which action happened."""
-    ),
-    "Energy landscape": (
-        """Error one step ahead as two dimensions of the action are swept and the others stay (mouse and camera turn
-    together), where most moves. Look for: a bowl, its minimum (circle) near the truth (star). Stripes are a dimension that is ignored."""
-    ),
-    "Nearest step": (
-        """Is the true step the nearest to the rollout, of all evaluated steps of its recording? Look for: hits above
-    copying and chance, offsets below copying, which is k steps off after k steps unless nothing moves."""
-    ),
-    "Rollout as frames": (
-        """Above what was recorded, below the recorded frame whose features are nearest to the prediction, where much
-    changes. Look for: the same turns above and below. One frame over and over: the prediction stands still."""
-    ),
-    "Patch tokens as colours": (
-        """Patches in the colours of three principal components, fitted on recorded and predicted ones together.
-    Look for: the same changes in both rows, and colours that do not fade."""
-    ),
-    "Attention": (
-        """From one patch of the last step (framed), the one that changed most, to the patches of each step (colour), its action
-    and its state (numbers; a row with all its patches makes 100 %). Look for: heads that look at the last action."""
-    ),
+    "Error by horizon": "Mean absolute error of a rollout from one known step, with 95 % intervals"
+    " over recordings. Look for: true actions below shuffled and zero ones, all below the copy. The"
+    " gap is what wrong actions cost. Skill below 1 is better than a still picture.",
+    "Which actions it uses": "The same gap when one group of dimensions comes from another"
+    " recording and the rest is true. Look for: bars at zero. The model ignores those actions, or"
+    " they hardly ever change in these data.",
+    "Rank of the true action": "The true last action of each clip is ranked among whole actions of"
+    " other recordings, by the error one step ahead. Look for: a heap at the left. Flat is chance:"
+    " the model cannot tell which action happened.",
+    "Energy landscape": "Error one step ahead while two dimensions of the action are swept and the"
+    " others stay (mouse and camera turn together), in the clips with the largest motion. Look for:"
+    " a bowl with its minimum (circle) near the truth (star). Stripes mean that one dimension is"
+    " ignored; colours that span less than 1 % mean that both are.",
+    "Nearest step": "Is the true step the nearest to the rollout, among all evaluated steps of its"
+    " recording? Look for: hits above copying and chance, offsets below copying. A copy is k steps"
+    " off after k steps, unless nothing moves.",
+    "Rollout as frames": "Above: what was recorded. Below: the recorded frame whose features are"
+    " nearest to the prediction. Shown are clips in which much changes. Look for: the same turns"
+    " above and below. One frame over and over means that the prediction stands still.",
+    "Patch tokens as colours": "Patches in the colours of three principal components, fitted on"
+    " recorded and predicted ones together. Look for: the same changes in both rows, and colours"
+    " that do not fade.",
+    "Attention": "From one patch of the last step (framed), the one that changed most, to the"
+    " patches of each step (colour), its action and its state (numbers). A row with all its patches"
+    " makes 100 %. Each row has its own colours, from its smallest to its largest value, which"
+    " stand at its left. Look for: heads that look at the last action.",
 }
 NO_PIXELS = (
     "Left out: these data are features without pixels. Name the shards they were made from with"
@@ -58,40 +53,57 @@ NO_PIXELS = (
 )
 COLORS = {"true": "C0", "shuffled": "C3", "zero": "C1", "copy": "0.4"}
 
+# curves may lie on each other: each has a mark of its own
+STYLES = {"true": "o-", "shuffled": "s--", "zero": "^:", "copy": "x-"}
+
+# all colour bars
+COLORBAR_FORMAT = "%.3g"
+
+# an axis shows at least this span, or noise would fill it and look like an effect
+GAP_SPAN = (-1, 5)  # %
+SKILL_SPAN = (0.8, 1.1)
+LANDSCAPE_SPAN = 1  # %
+
+
 # --- table, frames ---
 
 
 def table(errors, summary, seconds, gap):
     """What the action meter says, as lines for a person; `seconds` is the length of a step, `gap`
-    what gap_text says of the one one step ahead."""
+    the text of gap_text for one step ahead."""
+    # one step ahead
+    gap = gap.replace(" [", ", 95 % interval over recordings [")
     lines = ["one step ahead"]
     lines.append(f"  skill (error / copying the last step)  {summary['tf_skill']:.3f}")
-    gap = gap.replace(" [", ", 95 % interval over recordings [")
     lines.append(f"  action gap (shuffled / true - 1)       {gap}")
-    lines.append(
-        "rolled out: mean |error|"
-        + "".join(f"{f'+{(k + 1) * seconds:.3g} s':>9}" for k in range(errors["ro_true"].shape[1]))
-    )
-    given = not np.isnan(summary["ro_gap"])  # else there is no other recording to take actions of
-    for name in ("true", "shuffled", "zero", "copy"):
-        if name == "shuffled" and not given:
+
+    # rolled out, a column for each horizon
+    K = errors["ro_true"].shape[1]
+    header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, K + 1))
+    lines.append("rolled out: mean |error|" + header)
+    has_shuffled = not np.isnan(summary["ro_gap"])  # else there is only one recording
+    means = {k: errors[f"ro_{k}"].mean(0) for k in ("true", "shuffled", "zero", "copy")}
+    for name, mean in means.items():
+        if name == "shuffled" and not has_shuffled:
             continue
-        label = name + (" actions" if name != "copy" else " first step")
-        lines.append(
-            f"  {label:22}" + "".join(f"{x:9.4f}" for x in errors[f"ro_{name}"].mean(0).tolist())
-        )
-    gap = errors["ro_shuffled"].mean(0) / errors["ro_true"].mean(0) - 1
-    skill = errors["ro_true"].mean(0) / errors["ro_copy"].mean(0)
-    if given:
-        lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gap.tolist()))
+        label = "copy first step" if name == "copy" else f"{name} actions"
+        lines.append(f"  {label:22}" + "".join(f"{x:9.4f}" for x in mean.tolist()))
+    if has_shuffled:
+        gaps = means["shuffled"] / means["true"] - 1
+        lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gaps.tolist()))
+    skill = means["true"] / means["copy"]
     lines.append(f"  {'skill':22}" + "".join(f"{x:9.3f}" for x in skill.tolist()))
     return "\n".join(lines)
 
 
 def spread_over(order, recordings, count):
-    """The first `count` clips of an order, each of another recording as long as that goes."""
-    first = {recordings[i]: i for i in reversed(order)}.values()
-    return [*dict.fromkeys([i for i in order if i in first] + order)][:count]
+    """The first `count` clips of an order, each of another recording as long as there are any."""
+    first = {}
+    for i in order:
+        first.setdefault(recordings[i], i)
+    firsts = list(first.values())
+    rest = [i for i in order if i not in firsts]
+    return (firsts + rest)[:count]
 
 
 def find_videos(patterns, records):
@@ -102,7 +114,8 @@ def find_videos(patterns, records):
         )
     found, bad = index_shards(expand(patterns))
     videos = {r.key: r for r in found if "mp4" in r.members}
-    if missing := sorted({r.recording for r in records} - videos.keys()):
+    missing = sorted({r.recording for r in records} - videos.keys())
+    if missing:
         raise ValueError(
             f"--video holds no recording {missing[0]} ({len(videos)} others, {len(bad)}"
             " unreadable): name the shards encoded"
@@ -114,26 +127,29 @@ def look_up(clip, record, place, videos, reader):
     """The frames (T, H, W, 3) uint8 that the steps of a clip end with: its own, or those of the
     recording its features were made from, cut by a ClipReader; ValueError if that is another
     recording of the same name."""
-    each, last = (
-        reader.frames_per_step,
-        (reader.frames_per_step - 1 if getattr(reader, "encode", "frame") == "tubelet" else 0),
-    )
     video = clip.get("video")
     if video is None:
-        r = videos[record.recording]
-        with Slice(r.shard, *r.members["mp4"]) as f:
-            times, ticks = mp4_times(f), read_ticks(r)
-            start = int(record.key.rpartition("@")[2]) + place * reader.frames * step_size(
-                ticks.rate, reader.fps
-            )
-            cut = reader(f, times, ticks, start, None, r.key)
-        if not torch.allclose(cut["actions"], clip["actions"], atol=1e-4):
-            raise ValueError(
-                f"--video: {r.shard} {r.key} has other actions than the features of that name: it"
-                " is not what they show"
-            )
-        video = cut["video"]
+        video = cut_video(clip, record, place, videos[record.recording], reader)
+    each = reader.frames_per_step
+    is_tubelet = getattr(reader, "encode", "frame") == "tubelet"
+    last = each - 1 if is_tubelet else 0
     return video[last::each].permute(0, 2, 3, 1).numpy()
+
+
+def cut_video(clip, record, place, source, reader):
+    """The frames of a clip of features, from the recording `source` that they were made from."""
+    with Slice(source.shard, *source.members["mp4"]) as f:
+        times = mp4_times(f)
+        ticks = read_ticks(source)
+        first = int(record.key.rpartition("@")[2])
+        start = first + place * reader.frames * step_size(ticks.rate, reader.fps)
+        cut = reader(f, times, ticks, start, None, source.key)
+    if not torch.allclose(cut["actions"], clip["actions"], atol=1e-4):
+        raise ValueError(
+            f"--video: {source.shard} {source.key} has other actions than the features of that"
+            " name: it is not what they show"
+        )
+    return cut["video"]
 
 
 # --- attention ---
@@ -154,80 +170,82 @@ def attention_of(attn, qkv, rope, block):
 def check_heads(predictor, heads):
     """["BLOCK:HEAD"] or None (those of the last block) -> [(block, head)]; ValueError for what the
     predictor does not have."""
-    blocks, count = len(predictor.predictor_blocks), predictor.predictor_blocks[0].attn.num_heads
+    blocks = len(predictor.predictor_blocks)
+    count = predictor.predictor_blocks[0].attn.num_heads
     every = {f"{b}:{h}": (b, h) for b in range(blocks) for h in range(count)}
-    if wrong := [x for x in heads or [] if x not in every]:
-        raise ValueError(
-            f"--heads {wrong[0]}: write BLOCK:HEAD, from 0:0 to {blocks - 1}:{count - 1}"
-        )
-    return [every[x] for x in heads] if heads else [*every.values()][-count:]
+    for name in heads or []:
+        if name not in every:
+            raise ValueError(
+                f"--heads {name}: write BLOCK:HEAD, from 0:0 to {blocks - 1}:{count - 1}"
+            )
+    if heads:
+        return [every[name] for name in heads]
+    return list(every.values())[-count:]
 
 
 @torch.no_grad()
 def attention_maps(predictor, z, actions, states, heads):
     """What the tokens of the last step of one clip attend to: z (T, N, E), actions (T, A), states
     (T, S), heads [(block, head)] -> for each head (S, T, S): query, step, key; tokens are [action,
-    state, N patches]. One pass of the predictor, looked at by hooks."""
-    T, N, caught = len(z), z.shape[1], {}
+    state, N patches]. One pass of the predictor; hooks catch what its attention layers see."""
+    T, N, _ = z.size()
     blocks = predictor.predictor_blocks
-    hooks = [
-        blocks[b].attn.qkv.register_forward_hook(lambda m, i, out, b=b: caught.update({b: out}))
-        for b in {b for b, _ in heads}
-    ]
+    caught = {}
+    hooks = []
+    for b in {b for b, _ in heads}:
+        hook = blocks[b].attn.qkv.register_forward_hook(
+            lambda module, inputs, out, b=b: caught.update({b: out})
+        )
+        hooks.append(hook)
     predictor(z.flatten(0, 1)[None], actions[None], states[None])
     for hook in hooks:
         hook.remove()
+
     C = 1 + (predictor.state_encoder is not None)
     rope = rope_tables(predictor.positions(T, C, z.device), predictor.head_dim)
-    weights = {
-        b: (
-            attention_of(blocks[b].attn, qkv, rope, C + N)[0][0, :, -(C + N) :]
-            .unflatten(-1, (T, C + N))
-            .cpu()
-        )
-        for b, qkv in caught.items()
-    }
+    weights = {}
+    for b, qkv in caught.items():
+        of_all, _ = attention_of(blocks[b].attn, qkv, rope, C + N)
+        of_last_step = of_all[0, :, -(C + N) :]
+        weights[b] = of_last_step.unflatten(-1, (T, C + N)).cpu()
     return [weights[b][h] for b, h in heads]
 
 
 def plot_attention(maps, heads, grid, patch, frames, seconds):
-    """A row a head: the attention of one patch of the last step to the patches of every step, that
-    to action and state in numbers."""
-    (H, W), T = grid, maps[0].shape[1]
-    C, rows = maps[0].shape[0] - H * W, len(maps) + (frames is not None)
+    """A row a head: the attention of one patch of the last step to the patches of every step
+    (colours from the smallest to the largest of the row), that to action and state in numbers."""
+    H, W = grid
+    T = maps[0].shape[1]
+    C = maps[0].shape[0] - H * W
+    first = 0 if frames is None else 1  # row of the first head
+    rows = first + len(maps)
     fig = Figure(figsize=(1.35 * T + 1.6, 1.75 * rows + 0.6), layout="constrained")
     axes = fig.subplots(rows, T, squeeze=False)
-    for t, ax in enumerate(axes[0] if frames is not None else []):
-        ax.imshow(frames[t], extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-    for row, m in zip(axes[rows - len(maps) :], maps):
-        image = 100 * m[C + patch].numpy()  # (T, S)
+    if frames is not None:
+        axes[0, 0].set_ylabel("frame", fontsize=11)
+        for t, ax in enumerate(axes[0]):
+            ax.imshow(frames[t], extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+
+    for row, weights, (b, h) in zip(axes[first:], maps, heads):
+        percent = 100 * weights[C + patch].numpy()  # (T, S)
+        low = percent[:, C:].min()
+        high = percent[:, C:].max()
         for t, ax in enumerate(row):
-            shown = ax.imshow(
-                image[t, C:].reshape(H, W),
-                vmin=0,
-                vmax=image[:, C:].max(),
-                cmap="magma",
-                interpolation="nearest",
-            )
-            tokens = zip(("action", "state"), image[t, :C])
-            ax.set_xlabel(
-                "\n".join(f"{name} {x:.0f} %" for name, x in tokens), fontsize=9, labelpad=2
-            )
-        fig.colorbar(shown, ax=row, shrink=0.8, format="%.2g", label="%")
+            image = percent[t, C:].reshape(H, W)
+            shown = ax.imshow(image, vmin=low, vmax=high, cmap="magma", interpolation="nearest")
+            tokens = zip(("action", "state"), percent[t, :C])
+            text = "\n".join(f"{name} {x:.0f} %" for name, x in tokens)
+            ax.set_xlabel(text, fontsize=9, labelpad=2)
+        row[0].set_ylabel(f"block {b}\nhead {h}\n{low:.2g} to {high:.2g} %", fontsize=11)
+        fig.colorbar(shown, ax=row, shrink=0.8, format=COLORBAR_FORMAT, label="%")
+
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     for t, ax in enumerate(axes[0]):
         ax.set_title(f"{(t - T + 1) * seconds:+.3g} s" if t < T - 1 else "now", fontsize=11)
+    corner = (patch % W - 0.5, patch // W - 0.5)
     for ax in axes[:, -1]:
-        ax.add_patch(
-            Rectangle(
-                (patch % W - 0.5, patch // W - 0.5), 1, 1, fill=False, edgecolor="cyan", lw=2.5
-            )
-        )
-    for row, label in zip(
-        axes, ["frame"] * (frames is not None) + [f"block {b}\nhead {h}" for b, h in heads]
-    ):
-        row[0].set_ylabel(label, fontsize=11)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="cyan", lw=2.5))
     return fig
 
 
@@ -237,17 +255,14 @@ def plot_attention(maps, heads, grid, patch, frames, seconds):
 def pca_colors(*tokens):
     """Arrays (..., E) -> arrays (..., 3) in [0, 1]: three principal components, fitted on all of
     them, between their 1st and 99th percentiles."""
-    rows = np.concatenate([np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in tokens])
-    found = PCA(3, random_state=0).fit_transform(rows)
-    low, high = np.quantile(found, [0.01, 0.99], axis=0)
-    found = np.clip((found - low) / np.maximum(high - low, 1e-12), 0, 1)
-    parts = np.split(
-        found,
-        np.cumsum([x[..., 0].numel() if torch.is_tensor(x) else x[..., 0].size for x in tokens])[
-            :-1
-        ],
-    )
-    return [p.reshape(*x.shape[:-1], 3) for p, x in zip(parts, tokens)]
+    arrays = [np.asarray(x, np.float64) for x in tokens]
+    rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
+    components = PCA(3, random_state=0).fit_transform(rows)
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    colors = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    ends = np.cumsum([x[..., 0].size for x in arrays])
+    parts = np.split(colors, ends[:-1])
+    return [p.reshape(*x.shape[:-1], 3) for p, x in zip(parts, arrays)]
 
 
 def plot_rows(rows, titles, below=()):
@@ -272,29 +287,40 @@ def plot_rows(rows, titles, below=()):
 # --- curves ---
 
 
+def show_at_least(ax, low, high):
+    """Widen the vertical axis of a plot to include [low, high]."""
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(min(bottom, low), max(top, high))
+
+
 def plot_horizons(means, intervals, seconds):
     """Error rolled out against seconds ahead, and skill and gap of the same rollouts. means: {name:
     (K,)} of true, shuffled, zero, copy; intervals: {name: (low, high)}, and of gap and skill."""
-    at = seconds * np.arange(1, len(means["true"]) + 1)
-    fig = Figure(figsize=(13, 4), layout="constrained")
-    axes = fig.subplots(1, 3)
+    ahead = seconds * np.arange(1, len(means["true"]) + 1)
+    fig = Figure(figsize=(13, 4.4), layout="constrained")
+    error_ax, gap_ax, skill_ax = fig.subplots(1, 3)
     for name, color in COLORS.items():
-        label = name + (" actions" if name != "copy" else " of the first step")
-        axes[0].plot(at, means[name], "o-", color=color, label=label)
-        axes[0].fill_between(at, *intervals[name], color=color, alpha=0.2, lw=0)
-    gap, skill = 100 * (means["shuffled"] / means["true"] - 1), means["true"] / means["copy"]
-    percent = 100 * np.array(intervals["gap"])
-    for ax, values, band, color, level in (
-        (axes[1], gap, percent, "C3", 0),
-        (axes[2], skill, intervals["skill"], "C0", 1),
-    ):
-        ax.plot(at, values, "o-", color=color)
-        ax.fill_between(at, *band, color=color, alpha=0.2, lw=0)
-        ax.axhline(level, color="0.5", lw=1)
-    units = "mean |error|, layer-normed features", "shuffled / true - 1, %", "error / copying"
-    for ax, title, unit in zip(axes, ("error", "action gap", "skill"), units):
-        ax.set(title=title, xlabel="seconds ahead", ylabel=unit)
-    axes[0].legend(fontsize=10)
+        label = "copy of the first step" if name == "copy" else f"{name} actions"
+        error_ax.plot(ahead, means[name], STYLES[name], color=color, label=label)
+        error_ax.fill_between(ahead, *intervals[name], color=color, alpha=0.2, lw=0)
+    error_ax.set(title="error", ylabel="mean |error|, layer-normed features")
+    fig.legend(fontsize=10, loc="outside lower left", ncols=4)
+
+    gap = 100 * (means["shuffled"] / means["true"] - 1)
+    gap_ax.plot(ahead, gap, "o-", color="C3")
+    gap_ax.fill_between(ahead, *(100 * np.array(intervals["gap"])), color="C3", alpha=0.2, lw=0)
+    gap_ax.axhline(0, color="0.5", lw=1)
+    gap_ax.set(title="action gap", ylabel="shuffled / true - 1, %")
+    show_at_least(gap_ax, *GAP_SPAN)
+
+    skill_ax.plot(ahead, means["true"] / means["copy"], "o-", color="C0")
+    skill_ax.fill_between(ahead, *intervals["skill"], color="C0", alpha=0.2, lw=0)
+    skill_ax.axhline(1, color="0.5", lw=1)
+    skill_ax.set(title="skill", ylabel="error / copying")
+    show_at_least(skill_ax, *SKILL_SPAN)
+
+    for ax in (error_ax, gap_ax, skill_ax):
+        ax.set_xlabel("seconds ahead")
     return fig
 
 
@@ -302,18 +328,22 @@ def plot_groups(gaps):
     """gaps: {group: {"tf": (gap, low, high), "ro": ...}}, as shares."""
     fig = Figure(figsize=(2.2 + 1.8 * len(gaps), 3.8), layout="constrained")
     ax = fig.subplots()
-    for k, (which, label) in enumerate((("tf", "one step ahead"), ("ro", "rolled out"))):
-        value, low, high = 100 * np.array([g[which] for g in gaps.values()]).T
-        at = np.arange(len(gaps)) + 0.38 * (k - 0.5)
-        ax.bar(at, value, 0.36, yerr=np.abs([value - low, high - value]), capsize=4, label=label)
+    places = np.arange(len(gaps))
+    for key, label, shift in (("tf", "one step ahead", -0.19), ("ro", "rolled out", 0.19)):
+        percent = 100 * np.array([g[key] for g in gaps.values()])
+        value = percent[:, 0]
+        reach = np.abs([value - percent[:, 1], percent[:, 2] - value])
+        ax.bar(places + shift, value, 0.36, yerr=reach, capsize=4, label=label)
     ax.axhline(0, color="0.3", lw=1)
-    ax.set_xticks(range(len(gaps)), gaps, fontsize=11)
+    ax.set_xticks(places, gaps, fontsize=11)
     ax.set(title="action gap when only this is shuffled", ylabel="error / true - 1, %")
+    show_at_least(ax, *GAP_SPAN)
     ax.legend(fontsize=10)
     return fig
 
 
 def plot_ranks(ranks, samples):
+    """A histogram of the ranks of true actions, 0 to 1, among `samples` others."""
     fig = Figure(figsize=(6.5, 3.6), layout="constrained")
     ax = fig.subplots()
     ax.hist(ranks, np.linspace(0, 1, 21))
@@ -324,51 +354,60 @@ def plot_ranks(ranks, samples):
         xlabel="share of them with a lower error",
         ylabel="clips",
     )
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=10)
     return fig
 
 
 def plot_landscapes(panels, axes, labels):
     """panels: [(recording, energies (G, G) of the first dimension by the second, truth (2,))];
-    labels: [(name, unit)] of both."""
+    labels: [(name, unit)] of both. Colours are energies above the least one, in percent."""
     fig = Figure(figsize=(4.2 * len(panels), 4), layout="constrained")
-    extent = [x for a in axes for x in (a[0] - (a[1] - a[0]) / 2, a[-1] + (a[1] - a[0]) / 2)]
-    for ax, (key, energy, truth) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+
+    # cells are centred on the points of the axes
+    extent = []
+    for points in axes:
+        half = (points[1] - points[0]) / 2
+        extent += [points[0] - half, points[-1] + half]
+
+    style = {"ls": "", "markersize": 13, "markeredgecolor": "k", "clip_on": False}
+    for ax, (recording, energy, truth) in zip(
+        fig.subplots(1, len(panels), squeeze=False)[0], panels
+    ):
+        above = 100 * (energy / max(energy.min(), 1e-12) - 1)
         image = ax.imshow(
-            energy.T,
+            above.T,
             origin="lower",
             extent=extent,
             aspect="auto",
             cmap="viridis",
             interpolation="nearest",
+            vmin=0,
+            vmax=max(above.max(), LANDSCAPE_SPAN),
         )
         i, j = np.unravel_index(energy.argmin(), energy.shape)
-        style = {"ls": "", "markersize": 13, "markeredgecolor": "k", "clip_on": False}
         ax.plot(*truth, marker="*", color="red", label="truth", **style)
         ax.plot(axes[0][i], axes[1][j], marker="o", color="white", label="minimum", **style)
-        ax.set_title(
-            key.partition("/recordings")[0].rpartition("/")[2][-28:], fontsize=11
-        )  # keys of DROID are long
+
+        # keys of DROID are long: the end of what comes before /recordings is enough
+        name = recording.partition("/recordings")[0].rpartition("/")[2][-28:]
+        ax.set_title(name, fontsize=11)
         ax.set(xlabel=f"{labels[0][0]}, {labels[0][1]}", ylabel=f"{labels[1][0]}, {labels[1][1]}")
-        fig.colorbar(image, ax=ax, label="mean |error|")
+        fig.colorbar(image, ax=ax, format=COLORBAR_FORMAT, label="error above the least, %")
     fig.axes[0].legend(fontsize=10, loc="upper left")
     return fig
 
 
 def plot_retrieval(rows, seconds):
     """rows: means over clips (K,) of hit, copy_hit, offset, copy_offset (medians) and chance."""
-    at = seconds * np.arange(1, len(rows["hit"]) + 1)
+    ahead = seconds * np.arange(1, len(rows["hit"]) + 1)
     fig = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = fig.subplots(1, 2)
     for ax, name, factor in ((left, "hit", 100), (right, "offset", 1)):
-        ax.plot(at, factor * np.array(rows[name]), "o-", color="C0", label="prediction")
-        ax.plot(
-            at,
-            factor * np.array(rows["copy_" + name]),
-            "o-",
-            color="0.4",
-            label="copy of the first step",
-        )
+        predicted = factor * np.array(rows[name])
+        copied = factor * np.array(rows["copy_" + name])
+        ax.plot(ahead, predicted, "o-", color="C0", label="prediction")
+        ax.plot(ahead, copied, "x--", color="0.4", label="copy of the first step")
         ax.set(xlabel="seconds ahead")
     left.axhline(100 * rows["chance"], color="0.5", ls=":", label="chance")
     left.set(title="nearest step of the recording is the true one", ylabel="%", ylim=(-3, None))
@@ -380,27 +419,40 @@ def plot_retrieval(rows, seconds):
 
 # --- the page ---
 
+STYLE = """
+body { font: 16px/1.45 sans-serif; max-width: 72em; margin: 0 auto; padding: 1.5em 2em; }
+img { max-width: 100%; }
+p, li { max-width: 50em; overflow-wrap: anywhere; }
+pre { overflow-x: auto; }
+.verdict { font-size: 1.15em; }
+.warning { border-left: 4px solid #c30; padding-left: 0.7em; }
+.run { color: #555; }
+"""
 
-def write_page(path, title, facts, figures):
-    """One HTML file with its pictures inside. facts: plain text; figures: {heading of CAPTIONS:
+
+def write_page(path, title, verdict, warnings, run, facts, figures):
+    """One HTML file with its pictures inside. verdict and warnings: [sentence], on top; run: which
+    checkpoint, data and precision, in a line; facts: plain text; figures: {heading of CAPTIONS:
     [Figure]}."""
-
-    def picture(figure):
-        figure.savefig(f := io.BytesIO(), format="png", dpi=80)
-        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
-
-    style = (
-        "body{font:16px/1.45 sans-serif;max-width:72em;margin:2em"
-        " auto}img{max-width:100%}pre{overflow-x:auto}p{max-width:50em}"
-    )
     parts = [
-        '<!doctype html><html lang="en"><meta'
-        f' charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1>",
     ]
-    parts.append(f"<h1>{html.escape(title)}</h1><pre>{html.escape(facts)}</pre>")
-    for heading, found in figures.items():
-        parts.append(
-            f"<h2>{heading}</h2><p>{html.escape(CAPTIONS[heading] if found else NO_PIXELS)}</p>"
-        )
-        parts += map(picture, found)
+    parts += [f'<p class="verdict">{html.escape(sentence)}</p>' for sentence in verdict]
+    parts += [f'<p class="warning">{html.escape(sentence)}</p>' for sentence in warnings]
+    parts.append(f'<p class="run">{html.escape(run)}</p>')
+    parts.append(f"<pre>{html.escape(facts)}</pre>")
+    for heading, of_heading in figures.items():
+        caption = CAPTIONS[heading] if of_heading else NO_PIXELS
+        parts.append(f"<h2>{heading}</h2><p>{html.escape(caption)}</p>")
+        parts += [picture_tag(figure) for figure in of_heading]
     write_atomically(path, "\n".join(parts).encode())
+
+
+def picture_tag(figure):
+    """A figure as an <img> that carries its data."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=80)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="" src="data:image/png;base64,{data}">'

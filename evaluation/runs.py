@@ -5,26 +5,20 @@ import os
 import checkpoint
 from data import ActionScaler, Clips, open_records, open_split, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, open_droid
-from evaluation.held_out import (
-    encoder_dtype,
-    hold_state,
-    precision_of,
-)
+from evaluation.held_out import encoder_dtype, hold_state, precision_of
 from files.remote import cached
 from files.shards import expand
 from files.vpt import CONTINUOUS, ClipReader
-from model import (
-    Predictor,
-    compose_states,
-    make_inputs,
-    predict_of,
-)
+from model import Predictor, compose_states, make_inputs, predict_of
 from weights import adapt, decoder_of, encoder_hash, fetch, open_base, open_source
 
-# --- precision ---
+# --- the model ---
 
 
-# --- held-out errors ---
+def scaler_of(state):
+    """The ActionScaler in a checkpoint's dictionary."""
+    s = state["action_scaler"]
+    return ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"])
 
 
 def own_predictor(state):
@@ -37,10 +31,31 @@ def own_predictor(state):
     }
 
 
+def whole_predictor(state):
+    """The Predictor of a run whose checkpoint has all of its weights."""
+    weights = own_predictor(state)
+    state_dim = 0
+    if "state_encoder.weight" in weights:
+        state_dim = weights["state_encoder.weight"].shape[1]
+    predictor = Predictor(
+        state["embed_dim"],
+        len(state["action_names"]),
+        state_dim,
+        (state["grid"], state["grid"]),
+        predict=predict_of(weights),
+        pred_dim=state["pred_dim"],
+        depth=state["depth"],
+        num_heads=state["num_heads"],
+        mlp_dim=len(weights["predictor_blocks.0.mlp.fc1.bias"]),
+    )
+    predictor.load_state_dict(weights)
+    return predictor
+
+
 def adapted_predictor(state):
-    """The predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what
-    else was trained."""
-    run, size = state["args"], {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
+    """The Predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what
+    else was trained. FileNotFoundError without the base, ValueError if the base has changed."""
+    run = state["args"]
     try:
         file = fetch(run["base"])
     except FileNotFoundError as e:
@@ -48,20 +63,29 @@ def adapted_predictor(state):
             f"the base of this run is not at {run['base']} ({e}): start in the folder that it was"
             " trained in"
         ) from e
-    state_dim = len(state["adapter"].get("state_encoder.weight", [[]])[0]) or None
-    predictor, base_scaler, _, anew = open_base(
+
+    # the base
+    state_dim = None  # that of the base, unless the run trained another state encoder
+    if "state_encoder.weight" in state["adapter"]:
+        state_dim = state["adapter"]["state_encoder.weight"].shape[1]
+    size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
+    predictor, base_scaler, _, reinitialised = open_base(
         file, state, len(state["action_names"]), state_dim, size
     )
-    if not anew and (found := encoder_hash(predictor)) != state["base_hash"]:
-        raise ValueError(
-            f"{file} has changed: its weights hash to {found}, those that this run adapted to"
-            f" {state['base_hash']}"
-        )
+    if not reinitialised:
+        found = encoder_hash(predictor)
+        if found != state["base_hash"]:
+            raise ValueError(
+                f"{file} has changed: its weights hash to {found}, those that this run adapted to"
+                f" {state['base_hash']}"
+            )
+
+    # the adapters
     options = {k: run[k] for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
     adapt(
         predictor,
         base_scaler,
-        anew,
+        reinitialised,
         scaler_of(state),
         options,
         run["init_from"],
@@ -71,26 +95,23 @@ def adapted_predictor(state):
     return predictor
 
 
-def scaler_of(state):
-    """The ActionScaler in a checkpoint's dictionary."""
-    s = state["action_scaler"]
-    return ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"])
-
-
 def open_run(path):
     """A run folder or checkpoint of train_ac.py or train_lora.py -> (Predictor in eval mode, its
-    checkpoint dictionary, ActionScaler, file path). Both kinds have in the dictionary: dataset
-    ("vpt" or "droid"), encode, fps, frames_per_step, frames_per_clip, action_names, state_dim,
-    held_out (names of recordings; [] if unknown)."""
+    checkpoint dictionary, ActionScaler, file path).
+
+    The dictionary of either kind has: dataset ("vpt" or "droid"), encode, fps, frames_per_step,
+    frames_per_clip, action_names, state_dim, held_out (names of recordings; [] if unknown).
+    FileNotFoundError or ValueError for what is no such run."""
+    # read the file
     if not os.path.exists(path):
         raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
-    state, path = (
-        checkpoint.load_latest(folder := path)
-        if os.path.isdir(path)
-        else (checkpoint.load(path), path)
-    )
-    if state is None:
-        raise FileNotFoundError(f"no checkpoint in {folder}")
+    if os.path.isdir(path):
+        folder = path
+        state, path = checkpoint.load_latest(folder)
+        if state is None:
+            raise FileNotFoundError(f"no checkpoint in {folder}")
+    else:
+        state = checkpoint.load(path)
     if "lam" in state:
         raise ValueError(f"{path} is a run of train_lam.py: judge it with eval_lam.py")
     if not ("adapter" in state or "predictor" in state) or "action_scaler" not in state:
@@ -98,147 +119,172 @@ def open_run(path):
             f"{path} is no checkpoint of train_ac.py or train_lora.py: it has no predictor, or no"
             " action_scaler"
         )
-    robot = {"dataset": "droid", "encode": "frame", "frames_per_step": 1, "held_out": []}
-    state = (robot if "base_hash" in state else {"dataset": "vpt"}) | state
-    if "adapter" in state:
-        predictor = adapted_predictor(state)
+
+    # what only one kind of run writes down
+    if "base_hash" in state:
+        kind = {"dataset": "droid", "encode": "frame", "frames_per_step": 1, "held_out": []}
     else:
-        found = own_predictor(state)
-        size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")} | {
-            "mlp_dim": len(found["predictor_blocks.0.mlp.fc1.bias"])
-        }
-        state_dim = found["state_encoder.weight"].shape[1] if "state_encoder.weight" in found else 0
-        predictor = Predictor(
-            state["embed_dim"],
-            len(state["action_names"]),
-            state_dim,
-            (state["grid"],) * 2,
-            predict=predict_of(found),
-            **size,
-        )
-        predictor.load_state_dict(found)
-    state["state_dim"] = (
-        predictor.state_encoder.in_features if predictor.state_encoder is not None else 0
-    )
+        kind = {"dataset": "vpt"}
+    state = kind | state
+
+    predictor = adapted_predictor(state) if "adapter" in state else whole_predictor(state)
+    state["state_dim"] = 0
+    if predictor.state_encoder is not None:
+        state["state_dim"] = predictor.state_encoder.in_features
     return predictor.eval(), state, scaler_of(state), path
 
 
-def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder=None):
-    """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
-    make_inputs, compose of action_meter: states of actions, [bad]). data: VPT shards, video or
-    features, or robot episodes; None: what the run held out. encoder: weights, for video; None:
-    what the run used. dtype: as `precision_of` names it. decoder: of video; None: what the run
-    used. Another one is warned of. ValueError for what belongs to another encoder, fps or action
-    space, and for too little."""
-    run, names = state["args"], state["action_names"]
-    source = {k: state[k] for k in ("encode", "fps", "frames_per_step", "frames_per_clip")} | {
-        "crop_size": run["crop_size"]
-    }
-    if state["dataset"] == "droid":
-        reader = DroidReader(
-            state["frames_per_clip"],
-            *(
-                run[k]
-                for k in (
-                    "fps",
-                    "crop_size",
-                    "crop",
-                    "camera",
-                    "stride",
-                    "state_keys",
-                    "action_keys",
-                )
-            ),
-            scaler=scaler,
-        )
-        given, fraction = (
-            (data, 0.0) if data else (run["data"], run["val_fraction"] * bool(run["val_clips"]))
-        )
-        train, val, bad = open_droid(
-            given,
-            None if data else run["val_data"],
-            fraction,
-            reader,
-            idle_filter=run["idle_filter"],
-            success=run["success"],
-        )
-        records = train if data else val
-        scaler.check(
-            "the scaler in the checkpoint", reader.names, run["fps"], 1, run["stride"] or 0
-        )
-        if (reader.names, reader.state_dim) != (names, state["state_dim"] or reader.state_dim):
-            raise ValueError(
-                f"the run has actions {names} and {state['state_dim']}-D states, these episodes"
-                f" {reader.names} and {reader.state_dim}-D states"
-            )
-        dataset = DroidClips(records, reader, run["seed"])
-        compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
+# --- its data ---
+
+
+def open_episodes(state, scaler, data):
+    """Robot episodes for a run of train_lora.py -> (DroidClips, compose of action_meter, [Episode],
+    [bad]). data: patterns, or None: what the run held out."""
+    run = state["args"]
+    names = state["action_names"]
+    reader = DroidReader(
+        state["frames_per_clip"],
+        fps=run["fps"],
+        crop_size=run["crop_size"],
+        crop=run["crop"],
+        camera=run["camera"],
+        stride=run["stride"],
+        state_keys=run["state_keys"],
+        action_keys=run["action_keys"],
+        scaler=scaler,
+    )
+
+    # all of the data named, or the run's own split
+    which = {"idle_filter": run["idle_filter"], "success": run["success"]}
+    if data:
+        records, _, bad = open_droid(data, None, 0.0, reader, **which)
     else:
-        scaler.check(
-            "the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"]
+        val_fraction = run["val_fraction"] if run["val_clips"] else 0.0
+        _, records, bad = open_droid(run["data"], run["val_data"], val_fraction, reader, **which)
+
+    scaler.check("the scaler in the checkpoint", reader.names, run["fps"], 1, run["stride"] or 0)
+    if (reader.names, reader.state_dim) != (names, state["state_dim"] or reader.state_dim):
+        raise ValueError(
+            f"the run has actions {names} and {state['state_dim']}-D states, these episodes"
+            f" {reader.names} and {reader.state_dim}-D states"
+        )
+    compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
+    return DroidClips(records, reader, run["seed"]), compose, records, bad
+
+
+def open_play(state, scaler, data, decoder, say):
+    """VPT shards for a run of train_ac.py -> (Clips, [Record], [bad]). data: patterns, or None:
+    what the run held out. decoder: of video, None: the run's."""
+    run = state["args"]
+    scaler.check("the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"])
+
+    def through_cache(groups):
+        """URLs are read as the run read them: through its --cache_dir."""
+        if not groups or not run.get("cache_dir"):
+            return groups
+        return cached([expand(g) for g in groups], run["cache_dir"], run["cache_size"])
+
+    # all of the data named, or the run's own split
+    if data:
+        records, bad = open_records(through_cache([data]))
+    else:
+        own = through_cache(run["data"] or [["VPT/*.tar"]])
+        _, _, records, bad = open_split(
+            own, None, through_cache(run["val_data"]), run["val_fraction"]
         )
 
-        def through(groups):
-            """URLs are read as the run read them."""
-            found = groups and [expand(g) for g in groups]
-            return (
-                cached(found, run["cache_dir"], run["cache_size"])
-                if found and run.get("cache_dir")
-                else groups
-            )
+    # other decoders give other pixels
+    trained_with = state.get("decoder", run.get("decoder", "pyav"))
+    judged_with = decoder_of(records, decoder or "pyav")
+    if not decoder and records and "mp4" in records[0].members:
+        judged_with = trained_with
+    if judged_with != trained_with:
+        say(
+            f"WARNING: the run was trained on pictures of --decoder {trained_with}, these are of"
+            f" {judged_with}, whose pixels differ"
+        )
 
-        if data:
-            records, bad = open_records(through([data]))
-        else:
-            found = (
-                through(run["data"] or [["VPT/*.tar"]]),
-                None,
-                through(run["val_data"]),
-                run["val_fraction"],
-            )
-            _, _, records, bad = open_split(*found)
-        trained = state.get("decoder", run.get("decoder", "pyav"))
-        seen_by = decoder_of(records, decoder or "pyav")
-        if not decoder and records and "mp4" in records[0].members:
-            seen_by = trained
-        if seen_by != trained:
-            print(
-                f"WARNING: the run was trained on pictures of --decoder {trained}, these are of"
-                f" {seen_by}, whose pixels differ"
-            )
-        keep = {k: run[k] for k in ("crop_size", "action_space", "gui")} | {"decoder": seen_by}
-        reader = ClipReader(
-            state["frames_per_clip"],
-            state["fps"],
-            state["frames_per_step"],
-            scaler=scaler,
-            encode=state["encode"],
-            **keep,
+    reader = ClipReader(
+        state["frames_per_clip"],
+        state["fps"],
+        state["frames_per_step"],
+        crop_size=run["crop_size"],
+        action_space=run["action_space"],
+        scaler=scaler,
+        encode=state["encode"],
+        decoder=judged_with,
+        gui=run["gui"],
+    )
+    return Clips(records, [1.0] * len(records), reader, run["seed"]), records, bad
+
+
+def warn_of_training_data(records, state, scaler, say):
+    """Say a warning if recordings to judge a run on may be among those it was trained on."""
+    names = {r.name for r in records}
+    held_out_names = set(state["held_out"])
+    if held_out_names:
+        doubtful = names - held_out_names
+        reason = "not among those the run held out"
+    else:
+        doubtful = names & set(scaler.meta.get("recordings", []))
+        reason = "among those its scaler was fitted on"
+    if doubtful:
+        say(
+            f"WARNING: {len(doubtful)} of {len(names)} recordings are {reason}: was it trained on"
+            " them?"
         )
-        dataset, compose = Clips(records, [1.0] * len(records), reader, run["seed"]), compose_states
-    found, known = {r.name for r in records}, set(state["held_out"])
-    if seen := found - known if known else found & set(scaler.meta.get("recordings", [])):
-        what = (
-            "not among those the run held out" if known else "among those its scaler was fitted on"
+
+
+def encoder_name(records, encoder, state):
+    """Weights of the encoder for video: `encoder`, or what the run used; None for features.
+    ValueError if they are needed and not known."""
+    if "safetensors" in records[0].members:
+        return None
+    name = encoder or state["args"]["encoder"]
+    if not name and state["dataset"] == "droid":
+        name = fetch(state["args"]["base"])
+    if not name:
+        raise ValueError(
+            "these shards hold video: name the --encoder of the run (train_ac.py's default is"
+            " vjepa2_vitl)"
         )
-        print(
-            f"WARNING: {len(seen)} of {len(found)} recordings are {what}: was it trained on them?"
-        )
+    return name
+
+
+def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder=None, say=print):
+    """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
+    make_inputs, compose of action_meter: computes states from actions, [bad]).
+
+    data: VPT shards, video or features, or robot episodes; None: what the run held out. encoder:
+    weights, for video; None: what the run used. dtype: as `precision_of` names it. decoder: of
+    video; None: what the run used, and a warning for another one. say: called with each warning.
+    ValueError for what belongs to another encoder, fps or action space, and for fewer than two
+    clips."""
+    if state["dataset"] == "droid":
+        dataset, compose, records, bad = open_episodes(state, scaler, data)
+    else:
+        dataset, records, bad = open_play(state, scaler, data, decoder, say)
+        compose = compose_states
+    warn_of_training_data(records, state, scaler, say)
+
     if sum(map(len, windows(dataset, 1, 2))) < 2:
         span = f"{state['frames_per_clip']} frames at {state['fps']:g} fps"
         raise ValueError(
             f"{len(records)} held-out recordings hold fewer than two clips of {span}: name more"
             " with --data"
         )
-    features = "safetensors" in records[0].members
-    if not features and not (
-        encoder := encoder or run["encoder"] or (state["dataset"] == "droid" and fetch(run["base"]))
-    ):
-        raise ValueError(
-            "these shards hold video: name the --encoder of the run (train_ac.py's default is"
-            " vjepa2_vitl)"
-        )
-    model, source = open_source(records, None if features else encoder, **source)
+
+    # the encoder, which must be that of the run
+    run = state["args"]
+    model, source = open_source(
+        records,
+        encoder_name(records, encoder, state),
+        encode=state["encode"],
+        fps=state["fps"],
+        frames_per_step=state["frames_per_step"],
+        frames_per_clip=state["frames_per_clip"],
+        crop_size=run["crop_size"],
+    )
     if source["encoder_hash"] != state["encoder_hash"]:
         raise ValueError(
             f"the run was trained on features of encoder {state['encoder_hash']}, these are of"
@@ -246,11 +292,13 @@ def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder
         )
     if model is not None:
         model.to(device, encoder_dtype(dtype, run))
+
     autocast = precision_of(dtype, state, device)[1]
-    stats = {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
-    return (
-        dataset,
-        make_inputs(model, state["encode"], state["frames_per_step"], stats, device, autocast),
-        compose,
-        bad,
-    )
+    stats = stats_on(state, device)
+    inputs = make_inputs(model, state["encode"], state["frames_per_step"], stats, device, autocast)
+    return dataset, inputs, compose, bad
+
+
+def stats_on(state, device):
+    """The feature statistics of a checkpoint's dictionary, on a device."""
+    return {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}

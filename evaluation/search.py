@@ -11,57 +11,70 @@ import torch
 from files.vpt import DEGREES_PER_PIXEL
 from model import predict_on
 
-DROID_NORM = 0.05  # metres: Meta's bound of a step's motion along each axis
+# Meta's bound of a step's motion along each axis, in metres
+DROID_NORM = 0.05
 
 
 # --- what is searched ---
 
 
 class Space(NamedTuple):
-    """What a planner varies. std (d,): of the first Gaussian samples; clamp: keeps samples (n, H,
-    d) within bounds; prob (m,): of keys being pressed at first; actions: (n, H, d) and pressed (n,
-    H, m) -> scaled actions (n, H, A) as the predictor takes them."""
+    """What a planner varies: d continuous dimensions and m keys."""
 
+    # (d,): std of the first Gaussian samples
     std: torch.Tensor
+
+    # samples (n, H, d) -> the same within bounds
     clamp: Callable
+
+    # (m,): probability of each key being pressed, at first
     prob: torch.Tensor
+
+    # samples (n, H, d), pressed (n, H, m) -> scaled actions (n, H, A) as the predictor takes them
     actions: Callable
 
 
 def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
     """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch
     tied to it at 0.15 degrees a pixel, keys (names of dims) as Bernoulli variables of 0.25, the
-    hotbar slot held at `slot`. ValueError for a key that the action space lacks."""
-    known = [n for n in names if n.startswith(("key.", "mouse."))]
-    if missing := [k for k in keys if k not in known]:
+    hotbar slot fixed at `slot`. ValueError for a key that the action space lacks."""
+    can_press = [n for n in names if n.startswith(("key.", "mouse."))]
+    missing = [k for k in keys if k not in can_press]
+    if missing:
         raise ValueError(
-            f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(known)}"
+            f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(can_press)}"
         )
-    mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
-    index = [names.index(k) for k in keys]
+    mean = torch.as_tensor(scaler.mean, dtype=torch.float32)
+    scale = torch.as_tensor(scaler.scale, dtype=torch.float32)
+    key_dims = [names.index(k) for k in keys]
+    slot_name = f"slot.{slot + 1}"
+
+    def clamp(u):
+        return u.clamp(-3 * reach, 3 * reach)
 
     def actions(u, pressed):
         pixels = u * scale[:2].to(u)
         moves = torch.cat([pixels, pixels * math.radians(DEGREES_PER_PIXEL)], dim=-1)
         out = u.new_zeros(*u.shape[:2], len(names))
         out[..., :4] = (moves - mean.to(u)) / scale.to(u)
-        out[..., index] = pressed.to(u)
-        if f"slot.{slot + 1}" in names:
-            out[..., names.index(f"slot.{slot + 1}")] = 1
+        out[..., key_dims] = pressed.to(u)
+        if slot_name in names:
+            out[..., names.index(slot_name)] = 1
         return out
 
     return Space(
-        torch.full((2,), reach),
-        lambda u: u.clamp(-3 * reach, 3 * reach),
-        torch.full((len(index),), 0.25),
-        actions,
+        std=torch.full((2,), reach),
+        clamp=clamp,
+        prob=torch.full((len(key_dims),), 0.25),
+        actions=actions,
     )
 
 
 def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
     """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step
     `close_gripper` on it closes (vjepa2 notebooks/utils/mpc_utils.py)."""
-    mean, scale = (torch.as_tensor(x, dtype=torch.float32) for x in (scaler.mean, scaler.scale))
+    mean = torch.as_tensor(scaler.mean, dtype=torch.float32)
+    scale = torch.as_tensor(scaler.scale, dtype=torch.float32)
     bound = torch.tensor([maxnorm] * 3 + [0.75])
 
     def clamp(u):
@@ -71,11 +84,12 @@ def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
         return u
 
     def actions(u, pressed):
-        return (
-            torch.cat([u[..., :3], torch.zeros_like(u[..., :3]), u[..., 3:]], dim=-1) - mean.to(u)
-        ) / scale.to(u)
+        no_rotation = torch.zeros_like(u[..., :3])
+        moves = torch.cat([u[..., :3], no_rotation, u[..., 3:]], dim=-1)
+        return (moves - mean.to(u)) / scale.to(u)
 
-    return Space(torch.tensor([maxnorm] * 3 + [1.0]), clamp, torch.zeros(0), actions)
+    std = torch.tensor([maxnorm] * 3 + [1.0])
+    return Space(std=std, clamp=clamp, prob=torch.zeros(0), actions=actions)
 
 
 # --- the search ---
@@ -92,35 +106,37 @@ def energy(
     cached=True,
     autocast=contextlib.nullcontext,
 ):
-    """The function from candidates (n, H, A) to their energies (n,): mean |z after the last -
-    goal|. z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S),
-    goal (N, E). compose(state0, actions) gives the states before each action. The past is run once,
-    and `chunk` candidates at a time; cached=False runs everything anew for every step, as the
-    reference does."""
+    """A function from candidates (n, H, A) to their energies (n,): mean |difference| between the
+    step predicted after the last action and the goal.
+
+    z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S), goal
+    (N, E). compose(state0, actions) gives the states before each action. The past is computed once,
+    and its keys and values serve all candidates, which run `chunk` at a time. cached=False computes
+    everything again for every step, as the reference does."""
     cache = None if cached else False
     if cached and z.shape[1] > 1:
         with autocast(), torch.no_grad():
-            cache = predict_on(predictor, z[:, :-1], actions, states)[1]
+            _, cache = predict_on(predictor, z[:, :-1], actions, states)
 
     def cost(candidates):
-        found = []
+        energies = []
         for part in candidates.split(chunk):
-            n, ahead = len(part), compose(states[:, -1].expand(len(part), -1), part)
-            given = (
-                torch.cat([x.expand(n, -1, -1), y], dim=1)
-                for x, y in ((actions, part), (states[:, :-1], ahead))
-            )
+            n = len(part)
+            states_ahead = compose(states[:, -1].expand(n, -1), part)
+            all_actions = torch.cat([actions.expand(n, -1, -1), part], dim=1)
+            all_states = torch.cat([states[:, :-1].expand(n, -1, -1), states_ahead], dim=1)
+            steps = z.expand(n, -1, -1, -1)
             with autocast():
-                last = predictor.rollout(z.expand(n, -1, -1, -1), *given, cache=cache)[:, -1]
-            found.append((last - goal).abs().mean((1, 2)))
-        return torch.cat(found)
+                last = predictor.rollout(steps, all_actions, all_states, cache=cache)[:, -1]
+            energies.append((last - goal).abs().mean((1, 2)))
+        return torch.cat(energies)
 
     return cost
 
 
 def noise_of(n, horizon, dims, correlation, generator):
-    """Standard normal (n, H, dims), of which each step is correlated with the one before (AR(1)): a
-    turn goes on for a while."""
+    """Standard normal (n, H, dims). Each step is correlated with the one before (AR(1)), because a
+    turn lasts for a while."""
     x = torch.randn(n, horizon, dims, generator=generator)
     for h in range(1, horizon):
         x[:, h] = correlation * x[:, h - 1] + (1 - correlation**2) ** 0.5 * x[:, h]
@@ -128,17 +144,18 @@ def noise_of(n, horizon, dims, correlation, generator):
 
 
 def draw(space, n, horizon, generator, device="cpu", correlation=0.0):
-    """n candidates as a search starts with: (scaled actions (n, H, A))."""
-    u = space.clamp(space.std * noise_of(n, horizon, len(space.std), correlation, generator))
+    """n candidates as a search starts with: scaled actions (n, H, A)."""
+    noise = noise_of(n, horizon, len(space.std), correlation, generator)
+    u = space.clamp(space.std * noise)
     pressed = torch.rand(n, horizon, len(space.prob), generator=generator) < space.prob
     return space.actions(u.to(device), pressed.to(device))
 
 
 def rest(space, horizon, device="cpu"):
     """No motion, no key: scaled actions (H, A)."""
-    return space.actions(
-        *(torch.zeros(1, horizon, len(x), device=device) for x in (space.std, space.prob))
-    )[0]
+    still = torch.zeros(1, horizon, len(space.std), device=device)
+    no_key = torch.zeros(1, horizon, len(space.prob), device=device)
+    return space.actions(still, no_key)[0]
 
 
 @torch.no_grad()
@@ -158,33 +175,42 @@ def search(
     noise=None,
     device="cpu",
 ):
-    """Scaled actions (H, A) of low cost. CEM: the Gaussian (and the probabilities of keys) move to
-    the num_elites best samples; new = (1 - momentum) elites + momentum old, unbiased std. With a
-    temperature MPPI (arXiv 1509.01149): to all samples, weighted by exp(-cost / temperature), and
-    the std stays. correlation: of a sample's motion in one step and the next. The mean itself is
-    always a candidate, unless `noise` (iterations, H, n, d) is given. Candidates whose cost is not
-    finite are left out; ValueError if no cost is finite."""
-    mean, std = (
-        torch.zeros(horizon, len(space.std), device=device),
-        space.std.to(device).expand(horizon, -1),
-    )
+    """Scaled actions (H, A) of low cost.
+
+    CEM: the Gaussian (and the probabilities of keys) move to the num_elites best samples; new = (1
+    - momentum) elites + momentum old, unbiased std. With a temperature MPPI (arXiv 1509.01149):
+    they move to all samples, weighted by exp(-cost / temperature), and the std stays.
+
+    correlation: of a sample's motion in one step and the next. The mean itself is always a
+    candidate, unless `noise` (iterations, H, n, d) is given. Candidates whose cost is not finite
+    are left out; ValueError if no cost is finite."""
+    mean = torch.zeros(horizon, len(space.std), device=device)
+    std = space.std.to(device).expand(horizon, -1)
     prob = space.prob.to(device).expand(horizon, -1)
     for i in range(iterations):
+        # candidates
         if noise is None:
             normal = noise_of(num_samples, *mean.shape, correlation, generator).to(device)
             pressed = torch.rand(num_samples, *prob.shape, generator=generator).to(device) < prob
-            normal[0], pressed[0] = 0, prob > 0.5
+            normal[0] = 0
+            pressed[0] = prob > 0.5
         else:
-            normal, pressed = noise[i].transpose(0, 1), torch.zeros(noise.shape[2], *prob.shape)
+            normal = noise[i].transpose(0, 1)
+            pressed = torch.zeros(noise.shape[2], *prob.shape)
         u = space.clamp(mean + std * normal)
+
+        # their costs
         costs = cost(space.actions(u, pressed))
         usable = costs.isfinite()
-        costs, count = costs.where(usable, math.inf), int(usable.sum())
+        count = int(usable.sum())
+        costs = costs.where(usable, math.inf)
         if not count:
             raise ValueError(
                 f"none of {len(costs)} candidate plans has a finite energy: the predictor has"
                 " diverged, or its features are not finite"
             )
+
+        # where to draw from next
         if temperature is None:
             best = costs.topk(min(num_elites, count), largest=False).indices
             mean = (1 - momentum_mean) * u[best].mean(0) + momentum_mean * mean
@@ -193,9 +219,7 @@ def search(
             prob = pressed[best].float().mean(0)
         else:
             weight = (-costs / temperature).softmax(0)
-            mean, prob = (
-                torch.einsum("n,nhd->hd", weight, u),
-                torch.einsum("n,nhm->hm", weight, pressed.float()),
-            )
-        prob = prob.clamp(0.02, 0.98)  # a key must not be ruled out for ever
+            mean = torch.einsum("n,nhd->hd", weight, u)
+            prob = torch.einsum("n,nhm->hm", weight, pressed.float())
+        prob = prob.clamp(0.02, 0.98)  # a key must stay possible in later iterations
     return space.actions(mean[None], (prob > 0.5)[None])[0]

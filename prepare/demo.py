@@ -31,9 +31,7 @@ import numpy as np
 import vizdoom
 from tqdm import tqdm
 
-from files.disk import write_atomically
-from files.vpt import DEGREES_PER_PIXEL
-from prepare.doom import (
+from evaluation.game import (
     FPS,
     MAPS,
     MOUSE,
@@ -48,6 +46,8 @@ from prepare.doom import (
     start_points,
     tick,
 )
+from files.disk import write_atomically
+from files.vpt import DEGREES_PER_PIXEL
 
 SIZES = [
     name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"

@@ -2,6 +2,7 @@
 ones, hand-made predictors, the page."""
 
 import base64
+import html
 import json
 import math
 import os
@@ -121,10 +122,8 @@ def arm(tmp_path_factory):
         ActionScaler.from_moments(len(actions), actions.mean(0), m2, meta).save(
             folder / f"{name}.safetensors"
         )
-    size, short = (
-        "--pred_dim 48 --pred_depth 2 --pred_heads 3",
-        "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4",
-    )
+    size = "--pred_dim 48 --pred_depth 2 --pred_heads 3"
+    short = "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4"
     flags = [
         "--data",
         folder / "a",
@@ -162,15 +161,12 @@ def clips_of(path, data=None, batch_size=4):
     held-out clips."""
     predictor, state, scaler, _ = open_run(str(path))
     dataset, inputs, _, _ = open_held_out(state, scaler, data, None, torch.device("cpu"))
-    batches = [[dataset[i] for i in items] for items in windows(dataset, batch_size, 512)]
-    return (
-        predictor,
-        scaler,
-        [
-            inputs({k: torch.stack([c[k] for c in b]) for k in ("z", "actions", "states")})
-            for b in batches
-        ],
-    )
+    batches = []
+    for items in windows(dataset, batch_size, 512):
+        clips = [dataset[i] for i in items]
+        batch = {k: torch.stack([c[k] for c in clips]) for k in ("z", "actions", "states")}
+        batches.append(inputs(batch))
+    return predictor, scaler, batches
 
 
 def names_of(path, batch_size=4):
@@ -312,8 +308,9 @@ def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
         (["--landscape key.escape mouse_dx"], "one of two never differs from 0"),
         (["--heads 1:0 2:0"], "--heads 2:0: write BLOCK:HEAD, from 0:0 to 1:2"),
         (["--heads 1"], "--heads 1: write BLOCK:HEAD"),
-        (["--samples 0"], "one --samples, one of --batch_size"),
-        (["--landscape mouse_dx mouse_dx"], "two different --landscape"),
+        (["--samples 0"], "--samples 0 is too small: at least 1"),
+        (["--val_clips 1"], "--val_clips 1 is too small: at least 2"),
+        (["--landscape mouse_dx mouse_dx"], "mouse_dx mouse_dx: name two different dimensions"),
         (["--video", shards / "shard-000001.tar"], "--video holds no recording 6.10_player-0"),
         (
             ["--video", write_tar(tmp_path / "other.tar", other)],
@@ -525,6 +522,22 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
     assert abs(game.report["groups"]["camera"]["ro"][0]) > 1e-5  # an untrained predictor
 
 
+def test_one_robot_recording_has_no_gaps(arm, tmp_path):
+    """Bug: without another recording the shuffled actions are nan, and the poses that follow from
+    them are no rotations: a traceback in place of a report."""
+    flags = "--num_workers 0 --samples 4 --batch_size 4 --out"
+    (tmp_path / "one").mkdir()
+    for path in (arm / "a").glob("e0*"):
+        os.symlink(path, tmp_path / "one" / path.name)
+    data = ["--data", tmp_path / "one", "--checkpoint", arm / "lora"]
+    text = run(tmp_path, "eval.py", *data, flags, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["recordings"] == 1 and found["tf_gap"] is None
+    assert found["groups"]["rotation"]["ro"] == [None, None, None]
+    assert "gap of one group of actions: one step ahead, rolled out: not given" in text
+    assert "WARNING: the action gap is not given" in (tmp_path / "report.html").read_text()
+
+
 def test_groups_of_other_actions():
     """Bug: dimensions of a space that is not the demo's are lost or end in one heap."""
     assert report.action_groups(ACTION_SPACES[38])["gui"] == [37]
@@ -545,11 +558,9 @@ def test_energies_are_those_of_whole_passes(steps, state_dim):
     or chunks are mixed up."""
     torch.manual_seed(0)
     predictor = Predictor(24, 5, state_dim, (2, 2), pred_dim=48, depth=2, num_heads=3).eval()
-    z, actions, states = (
-        F.layer_norm(torch.randn(steps, 4, 24), (24,)),
-        torch.randn(steps - 1, 5),
-        torch.randn(steps, state_dim),
-    )
+    z = F.layer_norm(torch.randn(steps, 4, 24), (24,))
+    actions = torch.randn(steps - 1, 5)
+    states = torch.randn(steps, state_dim)
     candidates = torch.randn(7, 5)
     found = report.energies(predictor, z, actions, states, candidates)
     for a, e in zip(candidates, found):
@@ -564,10 +575,8 @@ def test_the_minimum_and_the_rank_of_a_predictor_that_is_known():
     g, names = torch.Generator().manual_seed(0), ["x", "y", "grip"]
     scaler = ActionScaler(np.array([0.1, -0.2]), np.array([4.0, 9.0]), np.array([2.0, 3.0]), 9, {})
     axes = [np.linspace(-1, 1, 5), np.linspace(-4, 4, 9)]
-    z, actions = (
-        F.layer_norm(torch.randn(3, 4, 24, generator=g), (24,)),
-        torch.randn(2, 3, generator=g),
-    )
+    z = F.layer_norm(torch.randn(3, 4, 24, generator=g), (24,))
+    actions = torch.randn(2, 3, generator=g)
     actions[-1, :2] = torch.from_numpy(scaler.transform(np.array([0.5, -3.0])))
     z[2] = predict(Pushed(), z[None, :2], actions[None], torch.zeros(1, 3, 2))[0, -1]
     land = report.swept(actions[-1], names, scaler, [0, 1], axes)
@@ -637,14 +646,17 @@ def test_rank_and_landscape_in_the_report(game):
     """Bug: the numbers on the page are of other clips, of other dimensions or steps than their
     caption says."""
     predictor, scaler, batches = clips_of(game.out)
-    z, actions, states = (torch.cat(x) for x in zip(*batches))
+    z = torch.cat([batch[0] for batch in batches])
+    actions = torch.cat([batch[1] for batch in batches])
+    states = torch.cat([batch[2] for batch in batches])
     recordings = sum(names_of(game.out), [])
     plain = actions.double().numpy()[..., :2] * scaler.scale[:2] + scaler.mean[:2]
     axes = [
         np.linspace(-m, m, report.GRID)
         for m in np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
     ]
-    generator, ranks, misses = torch.Generator().manual_seed(0), [], []
+    generator = torch.Generator().manual_seed(0)
+    ranks, misses = [], []
     for i in range(len(z)):
         others = report.drawn_from_others(actions, i, recordings, 8, generator)
         e = report.energies(
@@ -680,38 +692,32 @@ def test_retrieval_of_a_predictor_that_is_known():
     z = torch.stack([one_hots(0, 4), one_hots(4, 4), one_hots(0, 4), one_hots(12, 4)])
     actions = torch.tensor([1.0, 2.0, 1.0, 0.0])[:, None, None].expand(4, 3, 1)
     places = {0: (7, 0), 1: (7, 1), 2: (9, 0), 3: (7, 3)}  # window 2 of record 7 was not evaluated
-    load = lambda rows: (z[rows], actions[rows], torch.zeros(len(rows), 4, 2))  # noqa: E731
-    found, rows = report.retrieval(
-        Moved(), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
-    )
-    assert found[0] == [(0, 1), (0, 2), (0, 3)] and found[2] == [
-        (2, 1),
-        (2, 2),
-        (2, 3),
-    ]  # not clip 0, which is alike
+
+    def load(rows):
+        return z[rows], actions[rows], torch.zeros(len(rows), 4, 2)
+
+    def no_states(state0, actions):
+        return torch.zeros(len(actions), 3, 2)
+
+    found, rows = report.retrieval(Moved(), places, 4, 2, no_states, load)
+    assert found[0] == [(0, 1), (0, 2), (0, 3)]
+    assert found[2] == [(2, 1), (2, 2), (2, 3)]  # not clip 0, which is alike
     assert found[1][0] == (1, 2)  # twice as far
     assert found[3] == [(3, 0)] * 3
     np.testing.assert_allclose(rows["hit"], [0.5, 0.5, 0.5])
     np.testing.assert_allclose(rows["copy_hit"], [0, 0, 0])
     np.testing.assert_allclose(rows["copy_offset"], [1, 2, 3])
     assert rows["offset"][0] == 0 and rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
-    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(
-        4, 3, 1
-    )  # from one window into the other
-    found, rows = report.retrieval(
-        Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
-    )
-    assert (
-        found[1][0] == (3, 0) and found[3][0] == (1, 3) and rows["offset"][0] == 6
-    )  # 7 and 6: the lower median
-    still, rows = report.retrieval(
-        Moved(deaf=True), places, 4, 2, lambda s, a: torch.zeros(len(a), 3, 2), load
-    )
-    assert (
-        rows["hit"] == [0, 0, 0]
-        and rows["offset"] == rows["copy_offset"]
-        and still[1] == [(1, 0)] * 3
-    )
+
+    # from one window into the other
+    actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)
+    found, rows = report.retrieval(Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, no_states, load)
+    assert found[1][0] == (3, 0) and found[3][0] == (1, 3)
+    assert rows["offset"][0] == 6  # 7 and 6: the lower median
+
+    still, rows = report.retrieval(Moved(deaf=True), places, 4, 2, no_states, load)
+    assert rows["hit"] == [0, 0, 0] and rows["offset"] == rows["copy_offset"]
+    assert still[1] == [(1, 0)] * 3
 
 
 # --- pictures ---
@@ -731,12 +737,10 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
         for m in lora_layers(predictor).values():
             m.lora_B.data.normal_(std=0.1)
     T, C = 4, 1 + bool(state_dim)
-    z, actions, states, caught = (
-        torch.randn(T, 6, 24),
-        torch.randn(T, 5),
-        torch.randn(T, state_dim),
-        {},
-    )
+    z = torch.randn(T, 6, 24)
+    actions = torch.randn(T, 5)
+    states = torch.randn(T, state_dim)
+    caught = {}
     for b, blk in enumerate(predictor.predictor_blocks):
         blk.attn.register_forward_hook(lambda m, i, out, b=b: caught.update({b: (i[0], out[0])}))
     heads = [(1, 3), (0, 0), (2, 2)]
@@ -812,6 +816,54 @@ def test_the_page_is_whole_and_offline(game, arm, tmp_path):
         "mouse_dy",
         "key.w",
     ]
+
+
+def test_the_page_begins_with_a_verdict(game):
+    """Bug: the terminal warns that the action is ignored, and the page that is sent round does
+    not."""
+    head = game.page.partition("<pre>")[0]
+    verdict = re.findall(r'<p class="verdict">(.*?)</p>', head)
+    assert len(verdict) == 2 and "uses the action" in verdict[0] and "last step" in verdict[1]
+    printed = re.findall(r"^WARNING: .*$", game.text, re.M)
+    assert [html.unescape(x) for x in re.findall(r'class="warning">(.*?)</p>', head)] == printed
+    assert printed
+
+
+def test_verdicts():
+    """Bug: an action gap that is not told from 0 counts as use of the action, or one that is not
+    known as none."""
+    names = ["a", "b", "c"]
+    meter = {"tf_gap": 0.3, "tf_gap_low": 0.2, "tf_gap_high": 0.4, "tf_skill": 0.7}
+    verdict, warnings = report.verdict_of(meter, names)
+    assert verdict[0].startswith("The model uses the action: shuffled actions cost +30.00%")
+    assert "better than repeating the last step: skill 0.700" in verdict[1] and not warnings
+    doubts = [
+        ({"tf_gap": 0.01}, "The model hardly uses the action", "cost less than 2 %"),
+        ({"tf_gap_low": -0.1}, "It is not shown", "no interval above 0"),
+        ({"tf_gap_low": math.nan, "tf_gap_high": math.nan}, "It is not shown", "no interval"),
+        ({"tf_gap": math.nan}, "Whether the model uses the action is not known", "action gap is"),
+    ]
+    for change, begin, warning in doubts:
+        verdict, warnings = report.verdict_of(meter | change, names)
+        assert verdict[0].startswith(begin) and warning in warnings[0], change
+    assert "skill is not below 1" in report.verdict_of(meter | {"tf_skill": 1.2}, names)[1][0]
+
+
+def test_noise_does_not_look_like_an_effect():
+    """Bug: an axis from 0 to 0.007 % makes a gap of nothing look like one; colours of a landscape
+    span its last digit."""
+    means = {k: np.full(3, 0.5) for k in ("true", "shuffled", "zero", "copy")}
+    bands = {k: (v, v) for k, v in (means | {"gap": np.zeros(3), "skill": np.ones(3)}).items()}
+    for gap in (0.0, 1e-5):
+        bands["gap"] = (np.zeros(3), np.full(3, gap))
+        low, high = pictures.plot_horizons(means, bands, 0.2).axes[1].get_ylim()
+        assert low <= -1 and high >= 5
+    tiny = {"camera": {"tf": (1e-5, 0, 2e-5), "ro": (1e-5, 0, 2e-5)}}
+    assert pictures.plot_groups(tiny).axes[0].get_ylim()[1] >= 5
+    energy = 0.3 + 1e-6 * np.arange(9.0).reshape(3, 3)
+    axes = [np.linspace(-1, 1, 3)] * 2
+    figure = pictures.plot_landscapes([("r", energy, (0, 0))], axes, [("x", "m"), ("y", "m")])
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
 def test_a_lora_run_is_reported_on(arm, tmp_path):

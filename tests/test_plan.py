@@ -1,4 +1,4 @@
-"""evaluation/search.py, plan.py and prepare/doom.py: it finds what is known to be best, as the
+"""evaluation/search.py, plan.py and evaluation/game.py: it finds what is known to be best, as the
 reference does, and does it in the game."""
 
 import functools
@@ -20,11 +20,11 @@ from test_model import B, T, close, small_batch, small_predictor
 from test_train import FIXTURES, fails, run
 
 from droid import compose_poses
+from evaluation import game as doom
 from evaluation.search import Space, draw, droid_space, energy, rest, search, vpt_space
 from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
 from plan import agent, chooser, compared, readable, recorded
-from prepare import doom
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 PLAIN = types.SimpleNamespace(mean=np.zeros(7), scale=np.ones(7))
@@ -39,8 +39,9 @@ MOUSE = types.SimpleNamespace(
 def reference_cem(noise, pose, cost, maxnorm, topk, mean_momentum, std_momentum, close_gripper):
     """vjepa2's cem (notebooks/utils/mpc_utils.py) sample by sample and step by step, as spec and
     code state it; momenta (xyz, gripper)."""
-    steps, rollout, samples, _ = noise.shape
-    mean, std = torch.zeros(rollout, 4), torch.tensor([maxnorm] * 3 + [1.0]).repeat(rollout, 1)
+    steps, rollout, samples, _ = noise.size()
+    mean = torch.zeros(rollout, 4)
+    std = torch.tensor([maxnorm] * 3 + [1.0]).repeat(rollout, 1)
     for i in range(steps):
         found = []
         for n in range(samples):
@@ -86,12 +87,16 @@ def test_cem_is_the_references(case):
     that do not follow the actions, a predictor fed the wrong step. The fixture's noise is injected;
     its closed-form predictor is not told, so this one is the test's own."""
     t = load_file(os.path.join(FIXTURES, "cem.safetensors"))
-    z, goal, pose, noise = (t[f"in/{case}/{k}"] for k in ("rep", "goal", "pose", "noise"))
-    maxnorm, mean_momentum, std_momentum, shut = {
+    z = t[f"in/{case}/rep"]
+    goal = t[f"in/{case}/goal"]
+    pose = t[f"in/{case}/pose"]
+    noise = t[f"in/{case}/noise"]
+    settings = {
         "wrapper_default": (0.05, (0.15, 0.15), (0.15, 0.15), None),
         "notebook": (0.075, (0.25, 0.15), (0.75, 0.15), None),
         "close_gripper": (0.05, (0.25, 0.15), (0.95, 0.15), 1),
-    }[case]
+    }
+    maxnorm, mean_momentum, std_momentum, shut = tuple(settings[case])
 
     def run_on(actions, states):  # (n, H, 7) -> (n,)
         x = z[0].expand(len(actions), -1, -1, -1)[:, 0]
@@ -127,9 +132,8 @@ def test_cem_is_the_references(case):
         noise=noise,
     )
     close(found, wanted, atol=1e-6)
-    if (
-        shut
-    ):  # what no predictor can change: 1 - momentum^iterations, in the reference's own output too
+    # what no predictor can change: 1 - momentum^iterations, in the reference's own output too
+    if shut:
         close(found[shut:, 6], t[f"out/{case}/actions"][shut:, 6], atol=1e-6)
 
 
@@ -171,8 +175,11 @@ def test_search_finds_a_known_optimum(temperature):
 def test_energy_is_the_same_by_cache_chunk_and_hand(context):
     """Bug: the shared cache stands at other positions, chunks lose or reorder candidates, states
     are not the candidate's."""
-    predictor, (z, actions, states) = small_predictor(), small_batch()
-    z, actions, states = normalize_features(z[:1]), actions[:1], states[:1]
+    predictor = small_predictor()
+    z, actions, states = small_batch()
+    z = normalize_features(z[:1])
+    actions = actions[:1]
+    states = states[:1]
 
     def compose(state0, a):  # states before each action
         return (
@@ -229,7 +236,7 @@ def test_plans_are_compared_with_the_best_policy_without_a_model(short):
         errors["repeat"] = torch.full((40,), math.nan)
     row = compared(errors, recordings)
     best = "rest" if short else "repeat"
-    ratio, low, high = row["ratios"][best]
+    ratio, low, high = tuple(row["ratios"][best])
     assert row["best"] == best and ratio == pytest.approx(scale[best], rel=0.05)
     assert 1 < low < ratio < high < 1.2 * ratio
     assert math.isnan(compared(errors, ["a"] * 40)["ratios"]["rest"][1])
@@ -332,9 +339,8 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
     close(sums[:, 3], horizon * (actions[:, 0, :4] * scale + mean)[order], atol=1e-3)
     close(sums[:, 4], (horizon * mean).expand(n, 4), atol=1e-3)
     error = (sums[:, 1] - sums[:, 0]).abs().mean(0)
-    if (
-        horizon == 1
-    ):  # features that were layer-normed twice hardly show which of two actions came first
+    # features that were layer-normed twice hardly show which of two actions came first
+    if horizon == 1:
         assert (error[:2] < 0.2 * random.mean(0)[:2]).all(), (error, random.mean(0))
     assert sorted(order) == [1, 1, 2, 3] and (random[:, 0] > 40).all()
 
@@ -445,7 +451,7 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
     ]
     for r in rows:
         best = min(("rest", "repeat", "mean"), key=r.get)
-        ratio, low, high = r["ratios"][best]
+        ratio, low, high = tuple(r["ratios"][best])
         numbers = "".join(f"{r[k]:9.2f}" for k in ("plan", "random", "rest", "repeat", "mean"))
         assert f"{numbers}    {ratio:.2f} (no interval" in text and f") {best}\n" in text
         assert r["best"] == best and ratio == pytest.approx(r[best] / r["plan"])
@@ -510,12 +516,10 @@ def test_plan_between_two_pictures(game, tmp_path):  # noqa: F811
 
 def save_png(path, frame):
     codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = (
-        frame.width,
-        frame.height,
-        "rgb24",
-        Fraction(1),
-    )
+    codec.width = frame.width
+    codec.height = frame.height
+    codec.pix_fmt = "rgb24"
+    codec.time_base = Fraction(1)
     path.write_bytes(
         b"".join(bytes(p) for p in [*codec.encode(frame.reformat(format="rgb24")), *codec.encode()])
     )

@@ -1,5 +1,5 @@
 """probe.py as a program on recordings whose picture shows what was done, its labels read back, the
-README's Gymnasium wrapper."""
+Gymnasium wrapper of docs/evaluate.md."""
 
 import io
 import json
@@ -38,12 +38,17 @@ def play(seed):
     rng = np.random.default_rng(seed)
     noise = np.kron(rng.uniform(0, 170, (8, 128)), np.ones((8, 8)))
     texture = sum(np.roll(noise, (i, j), (0, 1)) for i in range(-3, 4) for j in range(-3, 4)) / 49
-    pan, w = (
-        np.repeat(rng.integers(low, high, LINES), rng.integers(4, 12, LINES))[:LINES]
-        for low, high in ((-4, 5), (0, 2))
-    )
-    slot, at = np.repeat(rng.integers(0, 3, LINES), 60)[:LINES], np.cumsum(pan) - pan
-    video, lines = io.BytesIO(), contractor(LINES, seed)
+
+    def held_for_a_while(low, high):
+        values = rng.integers(low, high, LINES)
+        return np.repeat(values, rng.integers(4, 12, LINES))[:LINES]
+
+    pan = held_for_a_while(-4, 5)
+    w = held_for_a_while(0, 2)
+    slot = np.repeat(rng.integers(0, 3, LINES), 60)[:LINES]
+    at = np.cumsum(pan) - pan
+    video = io.BytesIO()
+    lines = contractor(LINES, seed)
     with av.open(video, "w", format="mp4") as c:
         stream = c.add_stream(
             "libx264",
@@ -56,14 +61,10 @@ def play(seed):
             image = np.roll(texture, -at[t], axis=1)[:, :96].copy()
             image[32:] += 80 * (w[t - 1] if t else 0)
             image[:16, 16:32] = 120 * slot[t]
-            c.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(np.repeat(image[..., None], 3, 2).astype(np.uint8))
-                )
-            )
-            keys = [
-                f"key.keyboard.{k}" for k, held in (("w", w[t]), ("a", rng.random() < 0.1)) if held
-            ]
+            grey = np.repeat(image[..., None], 3, 2).astype(np.uint8)
+            c.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+            pressed = {"w": w[t], "a": rng.random() < 0.1}
+            keys = [f"key.keyboard.{k}" for k, held in pressed.items() if held]
             lines[t]["mouse"] |= {"dx": float(10 * pan[t]), "dy": 0.0}
             lines[t] |= {
                 "keyboard": {"keys": keys},
@@ -176,9 +177,8 @@ def test_probes_find_what_the_picture_shows(probed):
             and found[head]["key.w"]["f1"] > 0.85
         )
         assert abs(found[head]["key.a"]["auroc"] - 0.5) < 0.15
-        assert (
-            0.2 < found[head]["key.a"]["share"] < 0.45
-        )  # held on one of four ticks at a tenth each
+        # held on one of four ticks at a tenth each
+        assert 0.2 < found[head]["key.a"]["share"] < 0.45
     assert not {"mouse_dy", "pitch_diff", "key.d", "mouse.0"} & found["linear"].keys()
     assert re.search(r"do not vary in both splits: mouse_dy, pitch_diff, .*key\.d", probed.text)
     assert probed.report["clips"] == [576, 36] and probed.report["recordings"] == [12, 3]
@@ -217,12 +217,10 @@ def test_anticipation_and_its_baseline(world, probed):
             r2_score(after[k], last), abs=1e-4
         )
         assert abs(ahead["mean"]["yaw_diff"]["r2"]) < 0.1 and ahead["mean"]["key.w"]["auroc"] == 0.5
-        assert (
-            -0.3 < ahead["attentive"]["yaw_diff"]["r2"] < 0.5
-        )  # learned by heart it would be -0.6
-    assert (
-        probed.report["anticipation"][0]["linear"]["yaw_diff"]["r2"] > 0
-    )  # moves last longer than a step
+        # learned by heart it would be -0.6
+        assert -0.3 < ahead["attentive"]["yaw_diff"]["r2"] < 0.5
+    # moves last longer than a step
+    assert probed.report["anticipation"][0]["linear"]["yaw_diff"]["r2"] > 0
 
 
 def test_labels_are_those_of_the_middle_tick(world, probed):
@@ -287,14 +285,14 @@ def test_large_grids_are_pooled_by_place():
 def test_lines_give_back_the_actions(space):
     """Bug: motion is spread over one tick too many, keys lie a tick late, yaw jumps where it wraps,
     or a slot reads as the one before."""
-    rng, names = np.random.default_rng(0), ACTION_SPACES[space]
-    ends, frames = np.arange(3, 160, 4), 163
+    rng = np.random.default_rng(0)
+    names = ACTION_SPACES[space]
+    ends = np.arange(3, 160, 4)
+    frames = 163
     actions = np.float64(rng.random((len(ends) - 1, len(names))) < 0.3)
     actions[:, :4] = rng.normal(0, [30, 10, 0.6, 0.05], (len(actions), 4))
-    slots, hotbar = (
-        [i for i, n in enumerate(names) if n.startswith("slot.")],
-        [i for i, n in enumerate(names) if n[4:].isdigit() and n[0] == "k"],
-    )
+    slots = [i for i, n in enumerate(names) if n.startswith("slot.")]
+    hotbar = [i for i, n in enumerate(names) if n[4:].isdigit() and n[0] == "k"]
     if slots:
         actions[:, slots] = np.eye(9)[rng.integers(0, 9, len(actions))]
     ticks = parse_ticks(jsonl(probe.guide_lines(actions, names, ends, frames, 20.0)))
@@ -391,22 +389,19 @@ def test_bad_input_is_one_sentence(world):
 # --- under a policy ---
 
 
-def test_the_recipe_of_the_readme_runs(tmp_path, monkeypatch):
-    """Bug: the README's wrapper does not run, crops another part of the screen than training does,
-    or leaves its own observation space."""
+def test_the_recipe_of_the_docs_runs(tmp_path, monkeypatch):
+    """Bug: the wrapper of docs/evaluate.md does not run, crops another part of the screen than
+    training does, or leaves its own observation space."""
     monkeypatch.chdir(tmp_path)  # ViZDoom writes its settings where it starts
     import gymnasium
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
-    with open(os.path.join(ROOT, "README.md")) as f:
-        code = next(
-            b
-            for b in re.findall(r"```python\n(.*?)```", f.read(), re.S)
-            if "TransformObservation" in b
-        )
-    small = code.replace("(256, encoder", "(4, encoder").replace(
-        "encoder, 256)", "encoder, 32)"
-    )  # 256 patches of 256 pixels in the README
+    with open(os.path.join(ROOT, "docs", "evaluate.md")) as f:
+        blocks = re.findall(r"```python\n(.*?)```", f.read(), re.S)
+    code = next(block for block in blocks if "TransformObservation" in block)
+
+    # there it is 256 patches of 256 pixels
+    small = code.replace("(256, encoder", "(4, encoder").replace("encoder, 256)", "encoder, 32)")
     assert small.count("4, encoder") == small.count("encoder, 32") == 1
     torch.save({"target_encoder": open_encoder("vit_tiny", 32, 2).state_dict()}, "vitl.pt")
     scope = {"env": gymnasium.make("VizdoomBasic-v1")}

@@ -13,11 +13,22 @@ import vizdoom
 
 from files.vpt import DEGREES_PER_PIXEL
 
-FPS, TICS, PITCH_LIMIT = 20, 2, 31.0  # the software renderer stops at 32 upwards
+FPS = 20  # ticks a second of a recording
+TICS = 2  # of the engine, in a tick
+
+# degrees; the software renderer stops at 32 upwards
+PITCH_LIMIT = 31.0
+
 MAPS = {"train": [*range(1, 25), 31, 32], "val": [*range(25, 31)]}
-SIZE = "256x144"  # of recordings, unless asked for another
 WAD = os.path.join(os.path.dirname(vizdoom.__file__), "freedoom2.wad")
-MOUSE, SLOTS = ["attack", "use"], 7
+
+# of recordings, unless asked for another
+SIZE = "256x144"
+
+# mouse buttons 0 and 1, and the number of weapons in the hotbar
+MOUSE = ["attack", "use"]
+SLOTS = 7
+
 INPUTS = {
     "w": "MOVE_FORWARD",
     "s": "MOVE_BACKWARD",
@@ -46,60 +57,66 @@ VARIABLES = [
     "KILLCOUNT",
 ]
 
+# what the engine is not to do or to show
+OFF = [
+    "window_visible",
+    "sound_enabled",
+    "render_hud",
+    "render_messages",
+    "render_crosshair",
+    "render_screen_flashes",
+]
+
+# kind of thing in a WAD: where a player of a deathmatch starts
+DEATHMATCH_START = 11
+
+
+# --- the engine ---
+
 
 def start_points():
-    """{map number: [(x, y), ...]}: the deathmatch starts of every map, from the WAD: free spots
-    spread over the whole map."""
+    """{map number: [(x, y), ...]}: the deathmatch starts of every map, from the WAD. They are free
+    spots all over the map."""
     points = {}
     with open(WAD, "rb") as f:
         _, lumps, table = struct.unpack("<4sii", f.read(12))
         f.seek(table)
         table = list(struct.iter_unpack("<ii8s", f.read(16 * lumps)))
         for (_, _, name), (position, size, _) in zip(table, table[1:]):
-            if name.startswith(
-                b"MAP"
-            ):  # the lump after a map's name is its things: x, y, angle, type, flags
-                f.seek(position)
-                points[int(name[3:5])] = [
-                    (x, y)
-                    for x, y, _, kind, _ in struct.iter_unpack("<5h", f.read(size))
-                    if kind == 11
-                ]
+            if not name.startswith(b"MAP"):
+                continue
+            # the lump after a map's name has its things: x, y, angle, kind, flags
+            f.seek(position)
+            things = struct.iter_unpack("<5h", f.read(size))
+            starts = [(x, y) for x, y, _, kind, _ in things if kind == DEATHMATCH_START]
+            points[int(name[3:5])] = starts
     return points
 
 
 def open_game(size, seed, folder):
-    """A headless game, ready for new_episode. folder: for its settings and what it caches of maps,
-    which it writes where it starts."""
+    """A headless game, ready for new_episode. folder: for its settings and for what it caches of
+    maps, because it writes them into the working directory."""
     game = vizdoom.DoomGame()
     game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
     game.set_doom_game_path(WAD)
-    twice = "RES_" + "X".join(
-        str(2 * int(n)) for n in size.split("x")
-    )  # where the engine can: without antialias a texture is noise
-    game.set_screen_resolution(
-        getattr(
-            vizdoom.ScreenResolution,
-            twice,
-            getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}"),
-        )
-    )
+
+    # the screen: twice the size where the engine can, because without antialiasing a texture is
+    # noise
+    twice = "X".join(str(2 * int(n)) for n in size.split("x"))
+    once = getattr(vizdoom.ScreenResolution, f"RES_{size.upper()}")
+    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{twice}", once))
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
-    for off in (
-        "window_visible",
-        "sound_enabled",
-        "render_hud",
-        "render_messages",
-        "render_crosshair",
-        "render_screen_flashes",
-    ):
-        getattr(game, f"set_{off}")(False)
+    for setting in OFF:
+        getattr(game, f"set_{setting}")(False)
+
+    # what it takes and tells
     game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
     game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in VARIABLES])
     game.set_doom_skill(1)  # the fewest monsters: at close quarters they push the player about
     game.set_seed(seed)
     game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
+
     here = os.getcwd()
     os.chdir(folder)
     try:
@@ -110,7 +127,7 @@ def open_game(size, seed, folder):
 
 
 def begin(game, seed, map_number, point):
-    """A new episode at a point (x, y) of a map, in which nothing can kill the player."""
+    """A new episode at a point (x, y) of a map; nothing can kill the player."""
     game.set_seed(seed)
     game.set_doom_map(f"map{map_number:02d}")
     game.new_episode()
@@ -118,15 +135,16 @@ def begin(game, seed, map_number, point):
         game.send_game_command(command)
 
 
-def tick(game, dx, dy, held, slot=None):
-    """One line of a recording: mouse motion in pixels, names of INPUTS that are held, a hotbar slot
-    to change to."""
+def tick(game, dx, dy, pressed, slot=None):
+    """One line of a recording: mouse motion in pixels, names of INPUTS that are pressed, a hotbar
+    slot to change to."""
     action = dict.fromkeys(BUTTONS, 0.0)
-    action["TURN_LEFT_RIGHT_DELTA"] = (
-        dx * DEGREES_PER_PIXEL / TICS
-    )  # the engine turns by this much every tic
+    # the engine turns by this much every tic
+    action["TURN_LEFT_RIGHT_DELTA"] = dx * DEGREES_PER_PIXEL / TICS
     action["LOOK_UP_DOWN_DELTA"] = -dy * DEGREES_PER_PIXEL / TICS
-    action.update({INPUTS[name]: 1.0 for name in held if name in INPUTS})
+    for name in pressed:
+        if name in INPUTS:
+            action[INPUTS[name]] = 1.0
     if slot is not None:
         action[f"SELECT_WEAPON{slot + 1}"] = 1.0
     game.make_action(list(action.values()), TICS)
@@ -135,56 +153,59 @@ def tick(game, dx, dy, held, slot=None):
 def picture(state, width, height):
     """What the recording shows of the screen: an av.VideoFrame, yuv420p."""
     frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
-    return frame.reformat(
-        width, height, "yuv420p", interpolation="AREA"
-    )  # as VPT's 1280x720 to 640x360
+    # scaled as VPT's 1280x720 to 640x360
+    return frame.reformat(width, height, "yuv420p", interpolation="AREA")
+
+
+# --- a player ---
 
 
 class Player:
-    """The game in steps of a clip: `frames` pictures a step, one every `stride` ticks. z: features
-    of the last step, as `features` (a function of [av.VideoFrame]) makes them; yaw and pitch in
-    degrees, place (x, y) in map units, of which a block has 32."""
+    """The game in steps of a clip: `frames` pictures a step, one every `stride` ticks.
+
+    After each step: z, features of the step, as `features` (a function of [av.VideoFrame]) makes
+    them; yaw and pitch in degrees; place (x, y) in map units. A block is 32 units wide."""
 
     def __init__(self, game, frames, stride, features):
-        self.game, self.frames, self.stride, self.features = game, frames, stride, features
+        self.game = game
+        self.frames = frames
+        self.stride = stride
+        self.features = features
         self.width, self.height = map(int, SIZE.split("x"))
 
     def step(self, dx=0, dy=0, held=()):
-        """Mouse motion in pixels, spread over the ticks of the step, and keys held for all of
-        it."""
-        seen, ticks = [], self.frames * self.stride
-        held = [MOUSE[int(n[-1])] if n in ("mouse.0", "mouse.1") else n for n in held]
+        """Mouse motion in pixels, spread over the ticks of the step, and keys that are held for all
+        of it."""
+        ticks = self.frames * self.stride
+        names = {"mouse.0": MOUSE[0], "mouse.1": MOUSE[1]}
+        pressed = [names.get(name, name) for name in held]
+        seen = []
         for t in range(ticks):
-            tick(
-                self.game,
-                *(round(v * (t + 1) / ticks) - round(v * t / ticks) for v in (dx, dy)),
-                held,
-            )
+            # rounded sums: no motion is lost
+            x = round(dx * (t + 1) / ticks) - round(dx * t / ticks)
+            y = round(dy * (t + 1) / ticks) - round(dy * t / ticks)
+            tick(self.game, x, y, pressed)
             if (t + 1) % self.stride == 0:
                 seen.append(picture(self.game.get_state(), self.width, self.height))
         self.z = self.features(seen)
+
         v = dict(zip(VARIABLES, self.game.get_state().game_variables.tolist()))
-        self.yaw, self.pitch, self.place = (
-            -v["ANGLE"],
-            v["PITCH"],
-            np.array([v["POSITION_X"], v["POSITION_Y"]]),
-        )
+        self.yaw = -v["ANGLE"]
+        self.pitch = v["PITCH"]
+        self.place = np.array([v["POSITION_X"], v["POSITION_Y"]])
 
     def begin(self, rng, maps):
         """A random place of a random map, looking anywhere, at rest."""
-        points, number = start_points(), int(rng.choice(maps))
-        begin(
-            self.game,
-            int(rng.integers(2**31)),
-            number,
-            points[number][rng.integers(len(points[number]))],
-        )
+        number = int(rng.choice(maps))
+        points = start_points()[number]
+        seed = int(rng.integers(2**31))
+        begin(self.game, seed, number, points[rng.integers(len(points))])
         for dx in (0, 0, 0, 0, 0, rng.uniform(-1200, 1200), 0, 0):
             self.step(dx)
 
     def turn_away(self, rng):
-        """A view 15 to 40 degrees to a side: its features, and the function that says how far off
-        the player looks, in degrees."""
+        """A view 15 to 40 degrees to a side: its features, and the function that returns how far
+        off the player looks, in degrees."""
         dx = rng.choice([-1, 1]) * rng.uniform(15, 40) / DEGREES_PER_PIXEL
         for move in (dx, 0, 0):
             self.step(move)
@@ -194,9 +215,10 @@ class Player:
         return z, lambda: abs((self.yaw - yaw + 180) % 360 - 180)
 
     def walk_away(self, rng):
-        """The view from a place some blocks ahead: its features, and the function that says how far
-        the player is from it, in map units."""
+        """The view from a place some blocks ahead: its features, and the function that returns how
+        far the player is from it, in map units. (None, None) where there is no way ahead."""
         for _ in range(50):
+            # walk, look, and return
             start = self.place
             for _ in range(6):
                 self.step(held=["w"])
@@ -206,15 +228,20 @@ class Player:
             self.game.send_game_command("warp {:.0f} {:.0f}".format(*start))
             for _ in range(3):
                 self.step()
-            if np.hypot(*(goal - start)) > 160 and np.hypot(*(self.place - start)) < 8:
+
+            walked = np.hypot(*(goal - start))
+            off = np.hypot(*(self.place - start))
+            if walked > 160 and off < 8:
                 return z, lambda goal=goal: float(np.hypot(*(self.place - goal)))
+
+            # a wall is in the way: turn
             for dx in (rng.uniform(300, 900), 0, 0):
                 self.step(dx)
-        return None, None  # walled in: another place must be begun at
+        return None, None
 
     def trial(self, task, rng, maps, act, steps):
-        """One trial of a task: act(goal's features) does a step. -> distance to the goal (degrees,
-        or map units) after 0, 1, ... steps."""
+        """One trial of a task ("turn" or "walk"): act(goal's features) does a step. -> distance to
+        the goal (degrees, or map units) after 0, 1, ... steps."""
         goal = None
         while goal is None:
             self.begin(rng, maps)
