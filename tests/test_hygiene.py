@@ -17,6 +17,8 @@ SOURCES = sorted(
     os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py"))
 )
 
+DOCS = sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))
+
 
 def read(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
@@ -143,7 +145,7 @@ def commands(text):
                     yield word, parts[i + 1 :]
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "docs/scaling.md", *SCRIPTS])
+@pytest.mark.parametrize("path", ["README.md", *DOCS, *SCRIPTS])
 def test_commands_name_real_scripts_and_flags(path):
     """Bug: a command in the README or in a docstring that argparse refuses, or a script that was
     renamed."""
