@@ -34,7 +34,7 @@ def program(folder, name, text):
 
 
 @pytest.mark.slow
-def test_two_agents_started_by_the_script_train_together(tmp_path, shards, scaler):
+def test_two_agents_started_by_the_script_train_together(tmp_path, shards):
     """Bug: a rendezvous that the nodes do not find, quotes that keep the glob from being expanded,
     flags of the user that do not reach train_ac.py."""
     tools = tmp_path / "bin"
@@ -49,10 +49,12 @@ def test_two_agents_started_by_the_script_train_together(tmp_path, shards, scale
     )
     os.symlink(shards, tmp_path / "VPT")
     os.symlink(os.path.join(ROOT, "train_ac.py"), tmp_path / "train_ac.py")
+    fit = [sys.executable, "fit_scaler.py", "--data", str(shards / "*.tar")]
+    subprocess.run([*fit, "--output", str(tmp_path / "scaler.pkl")], cwd=ROOT, check=True)
     env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     env["SLURM_JOB_NODELIST"] = "a[1-2]"
-    flags = words(f"{TINY} {PLAN} --ipe 2 --encoder vit_tiny --scaler {scaler} --out_dir out")
+    flags = words(f"{TINY} {PLAN} --ipe 2 --encoder vit_tiny --scaler scaler.pkl --out_dir out")
     done = subprocess.run(
         ["bash", SCRIPT, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
