@@ -44,7 +44,9 @@ if __name__ == "__main__":
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda, dtype, hd = device.type == "cuda", getattr(torch, args.dtype), args.head_dim
+    cuda = device.type == "cuda"
+    dtype = getattr(torch, args.dtype)
+    hd = args.head_dim
     torch.manual_seed(0)
     ceiling, _ = bench.ceilings(device, dtype)
     flex = torch.compile(flex_attention, dynamic=False)

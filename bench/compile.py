@@ -41,7 +41,7 @@ CONTROL = ("attention._dkdv bf16 HD=64 ", {"BM": 128, "BN": 128}, 4)  # spills e
 
 
 def describe(row):
-    name, _, types, constants, _, warps, stages, _ = row
+    name, _, types, constants, _, warps, stages, _ = tuple(row)
     sizes = " ".join(f"{k}={v}" for k, v in constants.items())
     return f"{name} {next(iter(types.values())).lstrip('*')} {sizes} warps={warps} stages={stages}"
 
@@ -54,7 +54,7 @@ def rows_of(arch, pattern, control):
             if re.search(pattern, describe(row)):
                 yield row
             if control and describe(row).startswith(CONTROL[0]):
-                name, kernel, types, constants, divisible, _, stages, needs_mma = row
+                name, kernel, types, constants, divisible, _, stages, needs_mma = tuple(row)
                 control = False
                 yield (
                     f"control {name}",
@@ -73,7 +73,7 @@ def check(job, pattern, control):
     machine code."""
     arch, index = job
     job_row = list(rows_of(arch, pattern, control))[index]
-    name, kernel, types, constants, divisible, warps, stages, needs_mma = job_row
+    name, kernel, types, constants, divisible, warps, stages, needs_mma = tuple(job_row)
     position = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,
@@ -91,9 +91,8 @@ def check(job, pattern, control):
         sass = dump([triton.knobs.nvidia.cuobjdump.path, "-sass", f.name]).stdout
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
     patterns = ("LDL|STL", MATMUL, "LDGSTS", r"LDGSTS.*\.128")
-    spills, matmuls, copies, wide = (
-        sum(bool(re.match(pattern, op)) for op in opcodes) for pattern in patterns
-    )
+    counts = [sum(bool(re.match(pattern, op)) for op in opcodes) for pattern in patterns]
+    spills, matmuls, copies, wide = tuple(counts)
     narrow = copies - wide
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0

@@ -102,7 +102,10 @@ def make_recording(path, frames, size, gop):
     }
     with av.open(video, "w") as container:
         stream = container.add_stream("libx264", rate=20, options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = w, h, "yuv420p", 1_700_000
+        stream.width = w
+        stream.height = h
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 1_700_000
         at = np.array([1.5 * w, 1.5 * h])
         speed = np.zeros(2)
         for _ in tqdm(range(frames), desc=f"recording, GOP {gop}", unit="frame"):
@@ -274,7 +277,8 @@ if __name__ == "__main__":
         for _ in range(2):
             times.append(time.perf_counter())
             read_ticks(records[0])
-        index, parsed, cached = np.diff([*times, time.perf_counter()]) * 1e3
+        milliseconds = 1e3 * np.diff([*times, time.perf_counter()])
+        index, parsed, cached = tuple(milliseconds)
         about = {
             "video": args.size,
             "frames": records[0].length,

@@ -73,7 +73,9 @@ def bootstrap(top, bottom, names, samples=400):
 
 def coverage(effect, spread, recordings, rounds, columns, interval=held_out.ratio_interval, seed=0):
     """(share of intervals that contain the true gap, their median width)."""
-    generator, found, widths = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    widths = []
     for _ in range(rounds):
         top, bottom, names, gap = evaluation(effect, spread, recordings, columns, generator)
         low, high = interval(top, bottom, names)

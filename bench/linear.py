@@ -35,10 +35,9 @@ if __name__ == "__main__":
     found = []
     for rows in args.rows:
         for width in (args.width, 3 * args.width, 4 * args.width):
-            x, weight, bias = (
-                torch.randn(*s, requires_grad=True)
-                for s in ((rows, args.width), (width, args.width), (width,))
-            )
+            x = torch.randn(rows, args.width, requires_grad=True)
+            weight = torch.randn(width, args.width, requires_grad=True)
+            bias = torch.randn(width, requires_grad=True)
             grad = torch.randn(rows, width)
             call = {
                 n: lambda n=n, p=(x, weight, bias), g=grad: torch.autograd.grad(linear(*p, n), p, g)

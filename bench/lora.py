@@ -72,7 +72,9 @@ if __name__ == "__main__":
             theirs = peft.PeftModel.from_pretrained(
                 copy.deepcopy(base), folder, is_trainable=True
             ).base_model.model
-        models, calls, wanted = {"PEFT": ACModel(theirs), "ours": ACModel(ours)}, {}, None
+        models = {"PEFT": ACModel(theirs), "ours": ACModel(ours)}
+        calls = {}
+        wanted = None
         for name, model in models.items():
 
             def step(model=model, exact=False):

@@ -46,7 +46,7 @@ if __name__ == "__main__":
     flag("--optim", default="adamw", choices=["adamw", "adamw8bit"], help="moments in 32 or 8 bits")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
-    width, depth, heads, mlp_dim = ARCHITECTURES[args.encoder]
+    width, depth, heads, mlp_dim = tuple(ARCHITECTURES[args.encoder])
     with torch.device("meta"):
         encoder = Encoder(width, depth, heads, mlp_dim=mlp_dim)
     dtype = getattr(torch, args.dtype)

@@ -86,7 +86,11 @@ def with_tensorflow(path):
 
 def indexed(path):
     return open_droid(
-        path, reader=DroidReader(action_keys=[*FIELDS][2:]), idle_filter="off", verify=True, log=str
+        path,
+        reader=DroidReader(action_keys=list(FIELDS)[2:]),
+        idle_filter="off",
+        verify=True,
+        log=str,
     )[0]
 
 
@@ -95,7 +99,7 @@ def ours(path, found=None):
     for r in found or [
         Episode(path, "", "rlds", e["members"], e["steps"], 15.0, 0, 0, 0) for e in plain
     ]:
-        at, size, sizes = r.members["exterior_1"]
+        at, size, sizes = tuple(r.members["exterior_1"])
         raw = fetch(r.shard, [(at, size)])[0]
         yield (
             read_fields(r, FIELDS),
@@ -122,9 +126,13 @@ def time_reader(name, path):
     own: two protobufs do not go together. The first pass imports, indexes and fills the page
     cache."""
     for last in (False, True):
-        digest, n, seconds, began = hashlib.sha256(), 0, 0.0, time.process_time()
+        digest = hashlib.sha256()
+        n = 0
+        seconds = 0.0
+        began = time.process_time()
         for fields, jpegs in READERS[name](path):
-            seconds, n = seconds + time.process_time() - began, n + 1
+            seconds += time.process_time() - began
+            n += 1
             for x in (*(np.float32(y).tobytes() for y in fields), *jpegs) if last else ():
                 digest.update(x)
             began = time.process_time()
@@ -173,11 +181,9 @@ def latent_rows(folder, windows=256):
             )
         dataset = Latents([latents.LatentFile(path, 800, (400, 16, 2, 64, 64))], 8)
         loader = latent_sequences(dataset, 8)
-        items, ours, seconds = (
-            list(itertools.islice(loader.batch_sampler, windows // 8)),
-            iter(loader),
-            {"bare": 0.0, "loader": 0.0},
-        )
+        items = list(itertools.islice(loader.batch_sampler, windows // 8))
+        ours = iter(loader)
+        seconds = {"bare": 0.0, "loader": 0.0}
         with h5py.File(path) as f:
             for k, batch in enumerate(items):
                 t0 = time.perf_counter()

@@ -31,7 +31,7 @@ def pair(rope):
     """What model.Attention does: q and k apart, so that no gradient is copied into a larger one."""
 
     def rotated(qkv, cos, sin):
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
         return *rope((q, k), cos, sin), v
 
     return rotated

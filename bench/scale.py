@@ -36,7 +36,10 @@ from kernels import linear
 from model import ACModel, Encoder, Predictor, encode_steps
 from weights import ARCHITECTURES
 
-STEPS, PIXELS, GRID, NODE = 8, 256, 16, 8  # steps of a clip, pixels, patches a side, GPUs of a node
+STEPS = 8  # of a clip
+PIXELS = 256
+GRID = 16  # patches a side
+NODE = 8  # GPUs of a node
 ANSWER = {
     "decode": "encode.py, then --data features",
     "storage": "--cache_dir",
@@ -105,8 +108,11 @@ def write_features(path, steps, tokens, width):
 
 def measure(args, shape):
     """{stage: (value, unit, what it is)} on this machine."""
-    out, folder, device = {}, bench.data.SCRATCH, torch.device("cpu")
-    video, features = os.path.join(folder, "scale.tar"), os.path.join(folder, "features.tar")
+    out = {}
+    folder = bench.data.SCRATCH
+    device = torch.device("cpu")
+    video = os.path.join(folder, "scale.tar")
+    features = os.path.join(folder, "features.tar")
     bench.data.make_recording(video, 1200, (640, 360), 250)
     write_features(features, 64, GRID**2, shape[0])
     reader = ClipReader(crop_size=PIXELS)
@@ -230,11 +236,9 @@ if __name__ == "__main__":
     found = measure(args, shape)
     full = small(*shape, "meta"), predictor_of(24, shape[0], "meta").predictor
     work, count = flops(*full), sum(p.numel() for p in full[1].parameters())
-    (decode, video), (load, features), here = (
-        found["decode"],
-        found["features"],
-        torch.device("cpu"),
-    )
+    decode, video = found["decode"]
+    load, features = found["features"]
+    here = torch.device("cpu")
     rows = [
         ("decode a clip of video", decode, "CPU s"),
         ("its bytes read", video / 1e6, "MB"),

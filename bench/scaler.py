@@ -50,7 +50,9 @@ def film(frames=LINES, size=(640, 360)):
         stream = container.add_stream(
             "libx264", rate=20, options={"preset": "ultrafast", "g": "60", "crf": "30"}
         )
-        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+        stream.width = w
+        stream.height = h
+        stream.pix_fmt = "yuv420p"
         for i in range(frames):
             x = int((np.sin(i / 40) + 1) * w / 2)
             frame = av.VideoFrame.from_ndarray(
@@ -83,14 +85,12 @@ def contractor_lines(seed, lines=LINES):
     inventory = json.dumps(
         [{"type": rng.choice(items), "quantity": rng.randint(1, 64)} for _ in range(20)]
     )
-    scale, yaw, pitch, dx, x, out = (
-        rng.uniform(15, 45),
-        rng.uniform(-720, 720),
-        0.0,
-        0.0,
-        841.364694513396,
-        [],
-    )
+    scale = rng.uniform(15, 45)
+    yaw = rng.uniform(-720, 720)
+    pitch = 0.0
+    dx = 0.0
+    x = 841.364694513396
+    out = []
     for i in range(lines):
         dx = 0.7 * dx + rng.gauss(0, scale) * (rng.random() < 0.6)
         dy = rng.gauss(0, scale / 2) - pitch * 0.3
@@ -121,7 +121,10 @@ def write_shard(number, folder, recordings, video):
                 member = tarfile.TarInfo(f"contractor-{k:05d}.{extension}")
                 member.size = content if isinstance(content, int) else len(content)
                 f.write(member.tobuf())
-                f.seek(member.size, 1) if isinstance(content, int) else f.write(content)
+                if isinstance(content, int):
+                    f.seek(member.size, 1)
+                else:
+                    f.write(content)
                 f.seek(-member.size % 512, 1)
         f.truncate(f.tell() + 1024)
     return path
@@ -163,7 +166,9 @@ def measured(work, paths):
     """Result, and (seconds, CPU seconds, bytes asked for, bytes from the disk) of work(), which
     starts with a cold page cache."""
     evict(paths)
-    before, cpu, began = bytes_read(), sum(os.times()[:4]), time.perf_counter()
+    before = bytes_read()
+    cpu = sum(os.times()[:4])
+    began = time.perf_counter()
     result = work()
     return result, np.array(
         [time.perf_counter() - began, sum(os.times()[:4]) - cpu, *(bytes_read() - before)]
@@ -210,7 +215,9 @@ if __name__ == "__main__":
         from kernels import merge_moments, moments
 
         if not args.data:
-            began, video, unique = time.time(), film(), min(-(-max(args.samples) // STEPS), 134)
+            began = time.time()
+            video = film()
+            unique = min(-(-max(args.samples) // STEPS), 134)
             shards = -(-unique // PER_SHARD)
             with concurrent.futures.ProcessPoolExecutor(
                 args.num_workers, multiprocessing.get_context("fork")
@@ -227,7 +234,9 @@ if __name__ == "__main__":
                 f" {time.time() - began:.0f} s, {used:.2f} GB on disk"
             )
         run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-        output, workers, commands = os.path.join(folder, "scaler.pkl"), str(args.num_workers), {}
+        output = os.path.join(folder, "scaler.pkl")
+        workers = str(args.num_workers)
+        commands = {}
         for samples in args.samples:
             data, repeats = list(args.data or made), args.repeats if samples <= 200_000 else 1
             while (
@@ -295,14 +304,13 @@ if __name__ == "__main__":
                 }
                 for name, (s, cpu, asked, disk) in best.items()
             ]
-        batches, part, clips = (
-            iter(vpt_loader([(args.data or made)[:1]], 10, num_workers=args.num_workers)),
-            None,
-            0,
-        )
-        for _ in range(
-            3 * args.num_workers
-        ):  # workers start, the queue fills, and the actions of the shard are parsed and cached
+        first_shard = (args.data or made)[:1]
+        batches = iter(vpt_loader([first_shard], 10, num_workers=args.num_workers))
+        part = None
+        clips = 0
+
+        # workers start, the queue fills, and the actions of the shard are parsed and cached
+        for _ in range(3 * args.num_workers):
             next(batches)
         began = time.perf_counter()
         while clips < args.clips:

@@ -98,7 +98,7 @@ def reference_encode(encoder, video):
         .transpose(1, 2)
     )
     x = encoder.patch_embed(clip)
-    T, H, W = x.shape[2:]
+    _, _, T, H, W = x.size()
     h = encoder.norm(blocks(encoder.blocks, x.flatten(2).transpose(1, 2), T, H, W))
     return F.layer_norm(h.float(), h.shape[-1:]).view(B, frames // 2, H * W, -1)
 
@@ -135,11 +135,9 @@ def useful_flops(encoder, predictor, B, T):
     def weights(blocks):
         return sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
 
-    N, D, width = (
-        math.prod(predictor.grid),
-        encoder.embed_dim,
-        predictor.predictor_embed.out_features,
-    )
+    N = math.prod(predictor.grid)
+    D = encoder.embed_dim
+    width = predictor.predictor_embed.out_features
     encode = (
         B
         * T
@@ -191,7 +189,9 @@ if __name__ == "__main__":
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, T, B = getattr(torch, args.dtype), args.steps, args.batch_size
+    dtype = getattr(torch, args.dtype)
+    T = args.steps
+    B = args.batch_size
     torch.manual_seed(0)
     encoder, grid = build_encoder(args.encoder).to(device), args.crop_size // 16
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}

@@ -2,6 +2,7 @@
 exist, copies that stay equal."""
 
 import ast
+import functools
 import glob
 import os
 import re
@@ -15,6 +16,8 @@ FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
 SOURCES = sorted(
     os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py"))
 )
+
+DOCS = sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))
 
 
 def read(path):
@@ -142,7 +145,7 @@ def commands(text):
                     yield word, parts[i + 1 :]
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/results.md", "docs/scaling.md", *SCRIPTS])
+@pytest.mark.parametrize("path", ["README.md", *DOCS, *SCRIPTS])
 def test_commands_name_real_scripts_and_flags(path):
     """Bug: a command in the README or in a docstring that argparse refuses, or a script that was
     renamed."""
@@ -214,6 +217,108 @@ def test_locked_copies_are_equal():
         assert len({text for _, text in copies}) == 1, (
             f"{head} differs among {[path for path, _ in copies]}"
         )
+
+
+def is_text(node):
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def has_star(node):
+    return any(isinstance(part, ast.Starred) for part in getattr(node, "elts", []))
+
+
+def folded(tree):
+    """Folded passages of a file (STYLE, the page): [(line, what)]."""
+    found = []
+    for node in ast.walk(tree):
+        inside = [n for n in ast.walk(node) if n is not node]
+        note = functools.partial(
+            lambda line, what: found.append((line, what)),
+            node.lineno if hasattr(node, "lineno") else 0,
+        )
+        if isinstance(node, ast.Call):
+            arguments = [*node.args, *(k.value for k in node.keywords)]
+            if any(isinstance(n, ast.NamedExpr) for a in arguments for n in ast.walk(a)):
+                note("a walrus in the arguments of a call")
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            if any(isinstance(n, ast.NamedExpr) for n in inside):
+                note("a walrus in a comprehension")
+        if isinstance(node, ast.IfExp) and any(isinstance(n, ast.IfExp) for n in inside):
+            note("a conditional expression in another")
+        if isinstance(node, ast.If) and isinstance(node.test, ast.IfExp):
+            note("a conditional expression as the test of an if")
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):
+            tuples = [t for t in node.targets if isinstance(t, ast.Tuple)]
+            if any(len(t.elts) > 2 for t in tuples):
+                note("an assignment of more than two values")
+            if tuples and has_star(node.value):
+                note("a starred list into several targets")
+        if isinstance(node, ast.Subscript) and has_star(node.value):
+            note("a starred list that is indexed")
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            boolean = (ast.Compare, ast.BoolOp)
+            sides = ((node.left, node.right), (node.right, node.left))
+            if any(is_text(a) and isinstance(b, boolean) for a, b in sides):
+                note("a string times a boolean")
+        if isinstance(node, ast.Expr):
+            if isinstance(node.value, ast.Lambda | ast.Tuple | ast.List | ast.IfExp):
+                note("an expression as a statement")
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_no_folding(path):
+    """Bug: statements folded together to save lines, until nobody reads them."""
+    assert folded(ast.parse(read(path))) == []
+
+
+# what a file may import, by its folder or name: imports point down
+COMMANDS = {
+    p[:-3]
+    for p in SOURCES
+    if os.sep not in p
+    and p not in ("model.py", "data.py", "droid.py", "weights.py", "checkpoint.py")
+}
+LIBRARIES = {"model", "data", "droid", "weights", "checkpoint"}
+
+
+def layer_of(path):
+    """0 kernels and files, 1 libraries of the root, 2 evaluation, 3 commands, prepare, bench."""
+    top = path.split("/")[0]
+    if top in ("kernels", "files"):
+        return 0
+    if top.removesuffix(".py") in LIBRARIES:
+        return 1
+    return 2 if top == "evaluation" else 3
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_imports_point_down(path):
+    """Bug: a script cannot be copied without the script that it imports; a file format that needs
+    the model."""
+    for node in ast.walk(ast.parse(read(path))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            top = name.split(".")[0]
+            if top not in COMMANDS | LIBRARIES | {
+                "kernels",
+                "files",
+                "evaluation",
+                "prepare",
+                "bench",
+            }:
+                continue
+            assert top not in COMMANDS, f"{path} imports the command {top}"
+            assert top != "tests", f"{path} imports a test"
+            assert layer_of(name.replace(".", "/")) <= layer_of(path), f"{path} imports {name}"
+            if top in ("prepare", "bench"):
+                assert path.startswith(("prepare/", "bench/")), f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES)
