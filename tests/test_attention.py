@@ -285,7 +285,7 @@ def test_the_losses_are_one_graph(monkeypatch, dtype, checkpointing):
 DDP = """
 import os, sys, torch, torch.distributed as dist
 import kernels
-from evaluation.runs import leave_group
+from evaluation.held_out import leave_group
 from model import ACModel, Predictor
 kernels.attention_impl = lambda *a: "triton"
 dist.init_process_group("gloo")
