@@ -1115,12 +1115,14 @@ class LatentActionModel(nn.Module):
 
 # --- LoRA ---
 
-# target -> its layer in a block, and which third of the layer's outputs it is
+# target -> its layer in a block, and which third of that layer's outputs it is (None: all)
 TARGETS = {
     "q_proj": ("attn.qkv", 0),
     "k_proj": ("attn.qkv", 1),
     "v_proj": ("attn.qkv", 2),
     "o_proj": ("attn.proj", None),
+    "mlp.fc1": ("mlp.fc1", None),
+    "mlp.fc2": ("mlp.fc2", None),
 }
 
 # condition encoders, which are trained whole beside the adapters
