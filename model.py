@@ -1,17 +1,21 @@
-"""Every nn.Module and the losses: the frozen video encoder (V-JEPA 1 and 2) and the
-action-conditioned predictor (V-JEPA 2-AC).
+"""Every nn.Module and every loss: the frozen video encoder (V-JEPA 1 and 2), the action-conditioned
+predictor (V-JEPA 2-AC), latent actions and LoRA layers.
+
+The file reads from top to bottom: positions, transformer, encoder, predictor, features (from a
+batch to what the losses compare), losses, latent actions, LoRA.
 
 Shapes, one alphabet for the whole project:
-    B clips · T steps · H, W patch grid · N = H*W patches a step · C condition tokens a step · S = C + N · L = T*S
-    D width (E: the encoder's, where both are meant) · nh heads · hd head dim · A action dim · K codebook size, or steps predicted
-Submodule names are Meta's, so that released weights load by key.
+    B clips · T steps · H, W patch grid · N = H*W patches of a step
+    C condition tokens of a step · S = C + N tokens of a step · L = T*S
+    D width (E: the encoder's, where both are meant) · nh heads · hd head dim
+    A action dim · K codebook size, or number of predicted steps
+Submodules have Meta's names, so released weights load by key.
 """
 
 import contextlib
 import functools
 import math
 
-import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,7 +23,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files.video import upright
 from kernels import (
     apply_rope,
     block_causal_attention,
@@ -30,47 +33,52 @@ from kernels import (
     moments,
 )
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # --- positions ---
 
 
 def grid_positions(T, H, W, device=None):
-    """Integer (t, row, col) of every patch, t-major, as floats: (T, N, 3)."""
+    """Integer (t, row, col) of every patch as floats, ordered by t: (T, N, 3)."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in (T, H, W)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(T, H * W, 3)
 
 
 def rope_tables(pos, head_dim):
-    """cos and sin factors (..., hd) of 3-D RoPE for positions (..., 3): k dims for time, k for
-    rows, k for columns, the rest not rotated.
+    """cos and sin factors (..., hd) of 3-D RoPE for positions (..., 3). A third of the dims is
+    rotated by time, a third by row and a third by column; the rest is not rotated.
 
-    Built anew in fp32 by each forward, once for all its layers: a buffer would be rounded by
-    `.bfloat16()`, a cached tensor made under inference_mode could not be used in training. The sign
-    of `apply_rope`'s swapped term is folded into sin."""
+    Every forward builds them in fp32, once for all its layers. A buffer would be rounded by
+    `.bfloat16()`, and a tensor cached under inference_mode could not be used in training. The sign
+    of the term that `apply_rope` swaps is folded into sin."""
     if head_dim % 2:
         raise ValueError(
             f"RoPE rotates pairs of dims, a head dim of {head_dim} is odd: choose another number of"
             " heads"
         )
+
+    # one frequency for each pair of dims; heads of under 6 dims have none
     half = head_dim // 3 // 2
-    omega = (
-        10000.0 ** (-torch.arange(half, dtype=torch.float32, device=pos.device) / half)
-        if half
-        else pos.new_zeros(0)
-    )
+    omega = pos.new_zeros(0)
+    if half:
+        exponents = torch.arange(half, dtype=torch.float32, device=pos.device) / half
+        omega = 10000.0**-exponents
     angle = pos.unsqueeze(-1) * omega
-    # Meta's quirk: frequencies are tiled [w0 w1 .. w0 w1 ..] although adjacent dims are paired. No
-    # true rotation, but the weights need it.
-    angle = F.pad(torch.cat([angle, angle], dim=-1).flatten(-2), (0, head_dim - 6 * half))
+
+    # Meta's quirk: frequencies are tiled [w0 w1 .. w0 w1 ..] although adjacent dims are paired.
+    # This is no true rotation, but the released weights need it.
+    angle = torch.cat([angle, angle], dim=-1).flatten(-2)
+    angle = F.pad(angle, (0, head_dim - 6 * half))
+
     sign = torch.ones_like(angle)
     sign[..., ::2] = -1
     return angle.cos(), angle.sin() * sign
 
 
 def sincos_table(dim, T, H, W):
-    """V-JEPA 1's fixed table (1, T*H*W, D), `uniform_power`: [sin | cos] for time, rows, columns,
-    each ceil(D/6) wide, cut to D."""
+    """V-JEPA 1's fixed table (1, T*H*W, D), called `uniform_power` there: [sin | cos] for time,
+    rows and columns, each ceil(D/6) wide, cut to D."""
     half = math.ceil(dim / 6)
     omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = grid_positions(T, H, W).view(-1, 3, 1).double() * omega
@@ -81,6 +89,9 @@ def sincos_table(dim, T, H, W):
 
 
 class Linear(nn.Linear):
+    """nn.Linear by our kernel: on some CPUs another library is faster, and a frozen layer gives the
+    same bits as a trained one."""
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -95,19 +106,24 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x, rope=None, block=None, past=None):
-        """(B, L, D) -> (B, L, D) and (k, v) (B, nh, L, hd). `past` is the (k, v) of earlier steps,
-        all of which one further step sees; that of one clip serves a whole batch."""
+        """(B, L, D) -> (B, L, D) and (k, v) (B, nh, L, hd).
+
+        `past` is the (k, v) of all earlier steps, for an x of one further step, which sees all of
+        them. The `past` of one clip serves a whole batch."""
+        # unbind, not slices: the gradient of one slice is a full tensor of zeros
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = (
-            t.transpose(1, 2) for t in qkv.unbind(2)
-        )  # (B, nh, L, hd); not slices: the gradient of one is a full tensor of zeros
+        q, k, v = qkv.unbind(2)
+        q = q.transpose(1, 2)  # (B, nh, L, hd)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         if rope is not None:
             q, k = apply_rope((q, k), *rope)
+
         if past is not None:
-            k, v = (
-                torch.cat([x.expand(len(new), -1, -1, -1), new], dim=2)
-                for x, new in zip(past, (k, v))
-            )
+            past_k, past_v = past
+            k = torch.cat([past_k.expand(len(k), -1, -1, -1), k], dim=2)
+            v = torch.cat([past_v.expand(len(v), -1, -1, -1), v], dim=2)
+
         if block is None or past is not None:
             x = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -126,8 +142,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, the same in encoder and predictor; `block` tokens a step make its
-    attention block-causal."""
+    """Pre-norm transformer block, the same in encoder and predictor. With `block`, the number of
+    tokens of a step, its attention is block-causal."""
 
     def __init__(self, dim, num_heads, mlp_dim):
         super().__init__()
@@ -143,8 +159,8 @@ class Block(nn.Module):
 
 
 def init_weights(model, blocks):
-    """Meta's initialisation: normal std 0.02, zero biases, then both residual outputs of block i
-    (from 1) divided by sqrt(2i)."""
+    """Meta's initialisation: normal with std 0.02 and zero biases. Then both residual outputs of
+    block i (counted from 1) are divided by sqrt(2i)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -153,6 +169,16 @@ def init_weights(model, blocks):
         for i, blk in enumerate(blocks, start=1):
             blk.attn.proj.weight.div_(math.sqrt(2 * i))
             blk.mlp.fc2.weight.div_(math.sqrt(2 * i))
+
+
+def run_block(model, blk, *inputs):
+    """A block's output, recomputed in the backward pass if the model asks for checkpointing."""
+    if model.activation_checkpointing and torch.is_grad_enabled():
+        return checkpoint(blk, *inputs, use_reentrant=False)
+    return blk(*inputs)
+
+
+# --- encoder ---
 
 
 class PatchEmbed(nn.Module):
@@ -166,9 +192,11 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """V-JEPA video transformer. `pos="rope"` is V-JEPA 2 (any size and length); `pos="sincos"` is
-    V-JEPA 1, whose table is made for square `img_size` and `num_frames` and interpolated to any
-    other size, time too (a lone step gets the mean of the middle rows)."""
+    """V-JEPA video transformer.
+
+    `pos="rope"` is V-JEPA 2, for any size and length. `pos="sincos"` is V-JEPA 1: its table is made
+    for square pictures of `img_size` and for `num_frames`, and interpolated to any other size and
+    length (a single step gets the mean of the middle rows)."""
 
     activation_checkpointing = False
 
@@ -186,25 +214,23 @@ class Encoder(nn.Module):
         num_frames=16,
     ):
         super().__init__()
-        self.embed_dim, self.num_heads, self.patch_size, self.tubelet_size = (
-            embed_dim,
-            num_heads,
-            patch_size,
-            tubelet_size,
-        )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.tubelet_size = tubelet_size
+
         self.patch_embed = PatchEmbed(embed_dim, patch_size, tubelet_size)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_dim or 4 * embed_dim) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
         if pos not in ("rope", "sincos"):
             raise ValueError(f"pos={pos!r}: choose rope (V-JEPA 2) or sincos (V-JEPA 1)")
-        self.table_size = (
-            (num_frames // tubelet_size, img_size // patch_size, img_size // patch_size)
-            if pos == "sincos"
-            else None
-        )
-        if self.table_size:
+        self.table_size = None
+        if pos == "sincos":
+            side = img_size // patch_size
+            self.table_size = (num_frames // tubelet_size, side, side)
             self.register_buffer("pos_embed", sincos_table(embed_dim, *self.table_size))
         init_weights(self, self.blocks)
 
@@ -217,24 +243,27 @@ class Encoder(nn.Module):
         return F.interpolate(table, size=(T, H, W), mode="trilinear").flatten(2).transpose(1, 2)
 
     def forward(self, video, masks=None, out_layers=None):
-        """(B, 3, T*tubelet, H*patch, W*patch) ImageNet-normalised -> (B, T*N, D), t-major.
+        """(B, 3, T*tubelet, H*patch, W*patch), ImageNet-normalised -> (B, T*N, D), ordered by t.
 
-        `masks` (B, n) keeps only these token ids, at their own positions; `out_layers=[i, ...]`
+        `masks` (B, n) keeps only these token ids, at their own positions. `out_layers=[i, ...]`
         returns the normed output of each of these blocks instead. Pixels and frames that fill no
         whole patch are dropped, as upstream."""
         x = self.patch_embed(video)
-        T, H, W = x.shape[2:]
+        _, _, T, H, W = x.size()
         x = x.flatten(2).transpose(1, 2)  # (B, T*N, D)
+
         rope = None
         if self.table_size:
             x = x + self.position_table(T, H, W)
         else:
-            rope = rope_tables(
-                grid_positions(T, H, W, x.device).view(-1, 3), self.embed_dim // self.num_heads
-            )
+            pos = grid_positions(T, H, W, x.device).view(-1, 3)
+            rope = rope_tables(pos, self.embed_dim // self.num_heads)
+
         if masks is not None:
             x = x.gather(1, masks.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-            rope = rope and [table[masks].unsqueeze(1) for table in rope]
+            if rope is not None:
+                rope = [table[masks].unsqueeze(1) for table in rope]
+
         outputs = []
         for i, blk in enumerate(self.blocks):
             x, _ = run_block(self, blk, x, rope)
@@ -243,34 +272,33 @@ class Encoder(nn.Module):
         return self.norm(x) if out_layers is None else outputs
 
 
-def run_block(model, blk, *inputs):
-    if model.activation_checkpointing and torch.is_grad_enabled():
-        return checkpoint(blk, *inputs, use_reentrant=False)
-    return blk(*inputs)
-
+# --- predictor ---
 
 PREDICTS = ("features", "change")
-CHANGE_MARK = "predicts_change"  # in the state dict of a predictor of changes, in no other
+
+# an entry in the state dict of a predictor of changes, and of no other
+CHANGE_MARK = "predicts_change"
 
 
 def predict_of(state):
-    """What the predictor of a state dict predicts, one of PREDICTS."""
+    """What the predictor with this state dict predicts, one of PREDICTS."""
     return "change" if CHANGE_MARK in state else "features"
 
 
 class Predictor(nn.Module):
-    """V-JEPA 2-AC predictor: p(z_t+1 | z_<=t, a_<=t, s_<=t). Each step is the tokens [action,
-    state, (extrinsics), N patches], attention is full inside a step and causal across steps, and
-    the output at step t is the prediction of step t+1.
+    """V-JEPA 2-AC predictor: p(z_t+1 | z_<=t, a_<=t, s_<=t).
+
+    Each step is the tokens [action, state, (extrinsics), N patches]. Attention is full inside a
+    step and causal across steps. The output at step t is the prediction of step t+1.
 
     `grid` is the encoder's patch grid (H, W). Condition tokens sit at (t, 0, 0), so their order in
-    a step changes nothing. `state_dim=0` builds no state token (jepa-wms "noprop"). Extrinsics are
-    6-D camera poses.
+    a step changes nothing. `state_dim=0` builds no state token (jepa-wms calls it "noprop").
+    Extrinsics are 6-D camera poses; Meta's files have a layer for them.
 
-    predict="change" adds step t's own features to the output at step t, so that the network says
-    what changes: at its small initial weights it copies the step, and learns from there. Meta's
-    weights are of "features". The setting travels with the weights, as an entry of the state dict:
-    a reader that does not know it refuses the file, since it would take changes for features."""
+    predict="change" adds step t's own features to the output at step t, so the network only has to
+    give the change: with its small initial weights it copies the step, and learns from there.
+    Meta's weights are of "features". The setting is an entry of the state dict and travels with the
+    weights: code that does not know it refuses the file instead of taking changes for features."""
 
     activation_checkpointing = False
 
@@ -294,11 +322,10 @@ class Predictor(nn.Module):
         self.predict = predict
         if predict == "change":
             self.register_buffer(CHANGE_MARK, torch.ones(()))
-        self.grid, self.head_dim, self.use_extrinsics = (
-            tuple(grid),
-            pred_dim // num_heads,
-            use_extrinsics,
-        )
+        self.grid = tuple(grid)
+        self.head_dim = pred_dim // num_heads
+        self.use_extrinsics = use_extrinsics
+
         self.predictor_embed = Linear(embed_dim, pred_dim)
         self.action_encoder = Linear(action_dim, pred_dim)
         self.state_encoder = Linear(state_dim, pred_dim) if state_dim else None
@@ -311,29 +338,16 @@ class Predictor(nn.Module):
         init_weights(self, self.predictor_blocks)
 
     def positions(self, T, C, device=None, start=0):
-        """(t, row, col) of every token (L, 3): the condition tokens at (t, 0, 0), columns in units
-        of the grid height, as upstream."""
+        """(t, row, col) of every token of T steps from `start` on: (L, 3). Condition tokens are at
+        (t, 0, 0); columns are in units of the grid height, as upstream."""
         H, W = self.grid
         pos = grid_positions(start + T, H, W, device)[start:].float()
         pos[:, :, 2] *= H / W
-        return torch.cat([pos[:, :1].expand(-1, C, -1), pos], dim=1).view(
-            -1, 3
-        )  # the first patch is at (t, 0, 0)
+        condition = pos[:, :1].expand(-1, C, -1)  # the first patch is at (t, 0, 0) too
+        return torch.cat([condition, pos], dim=1).view(-1, 3)
 
-    def forward(self, z, actions, states, extrinsics=None):
-        """(B, T*N, E), (B, T, A), (B, T, S), (B, T, 6) -> (B, T*N, E): the step after each, before
-        its layer norm."""
-        return self.extend(z, actions, states, extrinsics)[0]
-
-    def extend(self, z, actions, states, extrinsics=None, past=None):
-        """The same, and the keys and values of every block, [(k, v)] of (B, nh, L, hd). Given back
-        as `past` with the one step that follows, they stand for all steps before it: earlier steps
-        never see later ones, so nothing is computed twice."""
-        (H, W), T = self.grid, actions.shape[1]
-        if z.shape[1] != T * H * W:
-            raise ValueError(
-                f"{z.shape[1]} patch tokens are not {T} actions x {H * W} patches (grid {H}x{W})"
-            )
+    def condition_tokens(self, actions, states, extrinsics=None):
+        """(B, T, A), (B, T, S), (B, T, 6) or None -> (B, T, C, D)."""
         if self.use_extrinsics != (extrinsics is not None):
             raise ValueError(
                 f"use_extrinsics={self.use_extrinsics}, but extrinsics were"
@@ -344,18 +358,48 @@ class Predictor(nn.Module):
             tokens.append(self.state_encoder(states))
         if self.use_extrinsics:
             tokens.append(self.extrinsics_encoder(extrinsics))
-        C, S = len(tokens), len(tokens) + H * W
-        x = self.predictor_embed(z).unflatten(1, (T, H * W))
-        x = torch.cat([torch.stack(tokens, dim=2), x], dim=2).flatten(1, 2)  # (B, L, D)
+        return torch.stack(tokens, dim=2)
+
+    def forward(self, z, actions, states, extrinsics=None):
+        """(B, T*N, E), (B, T, A), (B, T, S), (B, T, 6) or None -> (B, T*N, E): the prediction of
+        the step after each, before its layer norm."""
+        return self.extend(z, actions, states, extrinsics)[0]
+
+    def extend(self, z, actions, states, extrinsics=None, past=None):
+        """`forward`, and the keys and values of every block: [(k, v)] of (B, nh, L, hd).
+
+        Earlier steps never see later ones, so nothing has to be computed twice: pass the keys and
+        values back as `past`, with the one step that follows, and they stand for all steps before
+        it."""
+        H, W = self.grid
+        T = actions.shape[1]
+        if z.shape[1] != T * H * W:
+            raise ValueError(
+                f"{z.shape[1]} patch tokens are not {T} actions x {H * W} patches (grid {H}x{W})"
+            )
         if past is not None and T > 1:
             raise ValueError(
                 f"{T} steps cannot follow the steps of `past` at once: extend it by one"
             )
+
+        # the tokens of all steps, one after another
+        condition = self.condition_tokens(actions, states, extrinsics)
+        patches = self.predictor_embed(z).unflatten(1, (T, H * W))
+        x = torch.cat([condition, patches], dim=2).flatten(1, 2)  # (B, L, D)
+
+        # their positions; new steps come after those of the past
+        C = condition.shape[2]
+        S = C + H * W
         start = past[0][0].shape[2] // S if past is not None else 0
-        rope, present = rope_tables(self.positions(T, C, z.device, start), self.head_dim), []
+        rope = rope_tables(self.positions(T, C, z.device, start), self.head_dim)
+
+        present = []
         for i, blk in enumerate(self.predictor_blocks):
-            x, kv = run_block(self, blk, x, rope, S, past and past[i])
-            present.append(kv)
+            block_past = past[i] if past is not None else None
+            x, keys_values = run_block(self, blk, x, rope, S, block_past)
+            present.append(keys_values)
+
+        # only patches are predicted
         x = x.unflatten(1, (T, S))[:, :, C:].flatten(1, 2)  # (B, T*N, D)
         x = self.predictor_proj(self.predictor_norm(x))
         if self.predict == "change":
@@ -363,30 +407,46 @@ class Predictor(nn.Module):
         return x, present
 
     def rollout(self, z, actions, states, extrinsics=None, cache=None):
-        """Context z (B, c, N, E), layer-normed, actions (B, c-1+K, A) and their states -> the K
-        steps that follow (B, K, N, E), normed too, each from all before. States are taken as given;
-        gradients flow through the whole chain.
+        """Predict K steps, each from all before it and the model's own predictions.
 
-        cache: keys and values of all of z but its last step, as `predict_on` returns them; those of
-        one clip (batch 1) serve all B. None: made here. False: each step runs the whole sequence
-        anew, as the reference does: what the cache must equal."""
-        c, start, steps = z.shape[1], 0, []
+        z (B, c, N, E) is the context, layer-normed; actions (B, c-1+K, A) and states (at least as
+        long) are given for all steps -> (B, K, N, E), layer-normed. Gradients flow through the
+        whole chain.
+
+        `cache` is optional: the keys and values of all context steps but the last, as `predict_on`
+        returns them. Those of one clip (batch size 1) serve all B."""
+        context = z.shape[1]
+        start = 0
+        past = None
         if cache:
-            start, z = c - 1, z[:, -1:]
-        for t in range(c, actions.shape[1] + 1):
-            out, present = predict_on(self, z, actions, states, extrinsics, cache or None, start)
-            steps.append(out[:, -1:])
-            if cache is False:
-                z = torch.cat([z, steps[-1]], dim=1)
-            else:
-                z, cache, start = steps[-1], present, t
+            past = cache
+            start = context - 1
+            z = z[:, -1:]
+
+        steps = []
+        for end in range(context, actions.shape[1] + 1):
+            predictions, past = predict_on(self, z, actions, states, extrinsics, past, start)
+            z = predictions[:, -1:]
+            start = end
+            steps.append(z)
         return torch.cat(steps, dim=1)
 
 
+def size_of(predictor):
+    """The options of Predictor that say how large it is."""
+    width = predictor.predictor_embed.out_features
+    return {
+        "pred_dim": width,
+        "depth": len(predictor.predictor_blocks),
+        "num_heads": width // predictor.head_dim,
+    }
+
+
 def copy_fitting(module, state):
-    """Copy the tensors of a state dict that fit into a predictor; returns (taken, made anew, left
-    over) as lists of names. ValueError where the two predict something else: each tensor would fit
-    and mean something else."""
+    """Copy those tensors of a state dict into a predictor that fit by name and shape.
+
+    Returns three lists of names: copied, left as they were initialised, not used. Raises ValueError
+    if the two predict different things: every tensor would fit and mean something else."""
     if predict_of(state) != module.predict:
         raise ValueError(
             f"those weights predict {predict_of(state)}, this predictor {module.predict}: pass"
@@ -403,8 +463,8 @@ def copy_fitting(module, state):
 
 @functools.cache
 def imagenet(device):
-    """Mean and std (3, 1, 1) of the pixels that encoders were trained on, copied to a device once:
-    a copy makes the host wait."""
+    """Mean and std (3, 1, 1) of the pixels that encoders were trained on. They are copied to a
+    device once, because a copy makes the host wait."""
     with torch.inference_mode(False):
         return [torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)]
 
@@ -412,31 +472,32 @@ def imagenet(device):
 def encode_steps(encoder, video, mode, frames_per_step):
     """Features (B, T, N, D), not yet normalised, of uint8 frames (B, T*frames_per_step, 3, H, W).
 
-    `tubelet` encodes the frames of each step alone (a single frame is repeated), `frame` repeats
-    each step's first frame (Meta on DROID), `clip` encodes all frames at once: the encoder is
+    `tubelet` encodes the frames of each step alone (a single frame is repeated). `frame` repeats
+    each step's first frame (Meta on DROID). `clip` encodes all frames at once: the encoder is
     bidirectional, so there every step has seen the future."""
     tubelet = encoder.tubelet_size
     B, frames = video.shape[:2]
+    repeats_one_frame = mode == "frame" or (mode == "tubelet" and frames_per_step == 1)
     if mode not in ("tubelet", "frame", "clip"):
         raise ValueError(f"encode mode {mode!r} is unknown, choose from: tubelet, frame, clip")
     if frames % frames_per_step:
         raise ValueError(
             f"{frames} frames are not a whole number of steps of {frames_per_step} frames"
         )
-    if frames_per_step != tubelet and (
-        mode == "clip" or (mode == "tubelet" and frames_per_step != 1)
-    ):
+    if frames_per_step != tubelet and not repeats_one_frame:
         raise ValueError(
             f"--encode {mode} needs the encoder's {tubelet} frames a step, not {frames_per_step}:"
             " use --encode frame"
         )
+
+    # every step becomes a video of its own
     T = frames // frames_per_step
     if mode != "clip":
-        video = video.unflatten(1, (T, frames_per_step)).flatten(
-            0, 1
-        )  # (B*T, frames_per_step, 3, H, W)
-        if mode == "frame" or frames_per_step == 1:
+        video = video.unflatten(1, (T, frames_per_step))
+        video = video.flatten(0, 1)  # (B*T, frames_per_step, 3, H, W)
+        if repeats_one_frame:
             video = video[:, :1].expand(-1, tubelet, -1, -1, -1)
+
     mean, std = imagenet(video.device)
     video = (video.float() / 255 - mean) / std
     h = encoder(video.to(encoder.patch_embed.proj.weight.dtype).transpose(1, 2))
@@ -444,8 +505,8 @@ def encode_steps(encoder, video, mode, frames_per_step):
 
 
 def normalize_features(h, mean=None, std=None):
-    """What the losses compare: optional per-channel centring and scaling, then a layer norm over D
-    without affine, in fp32."""
+    """What the losses compare: a layer norm over D without affine, in fp32, optionally after
+    centring and scaling every channel."""
     h = h.float()
     if mean is not None:
         h = h - mean
@@ -455,37 +516,90 @@ def normalize_features(h, mean=None, std=None):
 
 
 def channel_stats(batches, width, device):
-    """Mean and std {"mean", "std"} (D,) of every channel over all ranks' batches of features (B, T,
-    N, D), for `normalize_features`."""
-    zeros = torch.zeros(width, dtype=torch.float64, device=device)  # of a rank without a batch
-    part = functools.reduce(
-        merge_moments, (moments(h.flatten(0, 2)) for h in batches), (0, zeros, zeros)
-    )
-    n, mean, m2 = merge_over_ranks(part) if dist.is_initialized() else part
+    """{"mean", "std"} (D,) of every channel over all ranks' batches of features (B, T, N, D), for
+    `normalize_features`."""
+    # a rank without a batch has these
+    zeros = torch.zeros(width, dtype=torch.float64, device=device)
+    total = (0, zeros, zeros)
+    for h in batches:
+        total = merge_moments(total, moments(h.flatten(0, 2)))
+
+    n, mean, m2 = merge_over_ranks(total)
     if not n:
         raise ValueError("no features to take channel statistics of")
     return {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
 
 
-# --- losses and rollouts ---
+def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
+    """A function from a batch of data.py to what the predictor takes: (z, actions, states) on the
+    device. `stats` {"mean", "std"} of the channels may be filled in later."""
+
+    @torch.no_grad()
+    def inputs(batch, normalize=True):
+        is_encoded = "z" in batch
+        h = batch["z" if is_encoded else "video"].to(device, non_blocking=True)
+        actions = batch["actions"].to(device, non_blocking=True)
+        states = batch["states"].to(device, non_blocking=True)
+
+        if not is_encoded:
+            # weights in bf16 need no autocast, it would only cast back and forth
+            is_fp32 = encoder.patch_embed.proj.weight.dtype == torch.float32
+            cast = autocast if is_fp32 else contextlib.nullcontext
+            with torch.inference_mode(), cast():
+                h = encode_steps(encoder, h, encode, frames_per_step)
+
+        if not normalize:
+            return h.float(), actions, states
+        return normalize_features(h, **stats), actions, states
+
+    return inputs
 
 
-def predict(predictor, z, actions, states, extrinsics=None):
-    """Layer-normed prediction of the step after each of z's steps (B, T, N, E); longer actions,
-    states, extrinsics are cut to T."""
-    return predict_on(predictor, z, actions, states, extrinsics)[0]
+@torch.no_grad()
+def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
+    """Features (N, D) of one step, float32 and layer-normed, from its pictures: av.VideoFrames, or
+    arrays (H, W, 3) uint8. They are resized and cut to the centre as recordings are. `stats` are
+    those of a run with --feature_norm standardize."""
+    # here, because most programs that import model.py decode no pictures
+    import av
+
+    from files.video import upright
+
+    frames = []
+    for picture in pictures:
+        if not isinstance(picture, av.VideoFrame):
+            picture = np.ascontiguousarray(picture)
+            picture = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        pixels = upright(picture, crop_size)
+        top = (pixels.shape[0] - crop_size) // 2
+        left = (pixels.shape[1] - crop_size) // 2
+        frames.append(pixels[top : top + crop_size, left : left + crop_size])
+
+    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None]  # (1, frames, 3, H, W)
+    video = video.to(encoder.patch_embed.proj.weight.device)
+    h = encode_steps(encoder, video, encode, len(frames))
+    return normalize_features(h, **(stats or {}))[0, 0]
+
+
+# --- losses ---
+
+
+def predict(predictor, z, actions, states):
+    """Layer-normed predictions of the step after each of z's steps: (B, T, N, E) -> (B, T, N, E).
+    Actions and states may be longer than z."""
+    return predict_on(predictor, z, actions, states)[0]
 
 
 def predict_on(predictor, z, actions, states, extrinsics=None, past=None, start=0):
-    """`predict` for the steps from `start` on, and the keys and values to go on from; those of the
-    steps before come as `past`."""
+    """`predict`, and the keys and values to continue from. z holds the steps from `start` on;
+    `past` are the keys and values of the steps before. Actions, states and extrinsics are given
+    from step 0 on."""
     steps = slice(start, start + z.shape[1])
-    given = (
-        actions[:, steps],
-        states[:, steps],
-        None if extrinsics is None else extrinsics[:, steps],
+    if extrinsics is not None:
+        extrinsics = extrinsics[:, steps]
+    out, present = predictor.extend(
+        z.flatten(1, 2), actions[:, steps], states[:, steps], extrinsics, past
     )
-    out, present = predictor.extend(z.flatten(1, 2), *given, past)
     return normalize_features(out).view(z.shape), present
 
 
@@ -493,39 +607,48 @@ def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss
     """Teacher forcing and rollout losses (jloss, sloss) of V-JEPA 2-AC: arXiv 2506.09985 section 3,
     vjepa2 app/vjepa_droid/train.py.
 
-    z (B, T, N, E) layer-normed features, actions (B, T-1, A), states (B, T, S). Both are mean
-    |prediction - z|^loss_exp / loss_exp. Teacher forcing is one causal pass; the rollout takes
-    `auto_steps` steps from step 1 and shares the first with it, keys and values too."""
+    z (B, T, N, E) layer-normed features, actions (B, T-1, A), states (B, T, S). Teacher forcing
+    predicts every step from true ones, in one causal pass. The rollout predicts the `auto_steps`
+    steps after the first; its first step is that of teacher forcing, keys and values too."""
     T = z.shape[1]
     if not 1 <= auto_steps < T:
         raise ValueError(
             f"auto_steps={auto_steps} needs 1 <= auto_steps < T, and these clips have T={T} steps"
         )
+
+    def error(prediction, target):
+        return ((prediction - target).abs() ** loss_exp).mean() / loss_exp
+
+    # teacher forcing
     z = z.float()
     z_tf, present = predict_on(predictor, z[:, :-1], actions, states, extrinsics)
+
+    # rollout: continue from the keys and values of step 0, copied, because a view would keep those
+    # of all steps in memory until the backward pass
     z_ar = z_tf[:, :1]
     if auto_steps > 1:
-        first = [
-            [x[:, :, : x.shape[2] // (T - 1)].clone() for x in kv] for kv in present
-        ]  # a view would keep all of it until backward
-        more = predictor.rollout(
-            torch.cat([z[:, :1], z_ar], 1), actions[:, :auto_steps], states, extrinsics, first
-        )
-        z_ar = torch.cat([z_ar, more], 1)
-    jloss, sloss = (
-        ((p - t).abs() ** loss_exp).mean() / loss_exp
-        for p, t in ((z_tf, z[:, 1:]), (z_ar, z[:, 1 : auto_steps + 1]))
-    )
+        cache = []
+        for k, v in present:
+            S = k.shape[2] // (T - 1)
+            cache.append((k[:, :, :S].clone(), v[:, :, :S].clone()))
+        context = torch.cat([z[:, :1], z_ar], dim=1)
+        later = predictor.rollout(context, actions[:, :auto_steps], states, extrinsics, cache)
+        z_ar = torch.cat([z_ar, later], dim=1)
+
+    jloss = error(z_tf, z[:, 1:])
+    sloss = error(z_ar, z[:, 1 : auto_steps + 1])
     return jloss, sloss
 
 
 class ACModel(nn.Module):
-    """The predictor as DDP must see it: forward returns the two losses, so that every gradient is
+    """The predictor as DDP must see it: forward returns the two losses, so every gradient is
     synchronised."""
 
     def __init__(self, predictor, auto_steps=2, loss_exp=1.0):
         super().__init__()
-        self.predictor, self.auto_steps, self.loss_exp = predictor, auto_steps, loss_exp
+        self.predictor = predictor
+        self.auto_steps = auto_steps
+        self.loss_exp = loss_exp
 
     def forward(self, z, actions, states, extrinsics=None):
         return ac_losses(
@@ -533,15 +656,12 @@ class ACModel(nn.Module):
         )
 
 
-# --- does it use the action? ---
-
-
 def compose_states(state0, actions, mean, scale):
-    """VPT states (B, K, 2) before each of K actions, from the first (B, 2): yaw and pitch in
+    """VPT states (B, K, 2) before each of K actions, from the first state (B, 2): yaw and pitch in
     radians, yaw wrapped to (-pi, pi].
 
-    `actions` (B, K, A) are scaled; dims 2 and 3 are yaw_diff and pitch_diff, `mean` and `scale` the
-    scaler's for the continuous dims."""
+    `actions` (B, K, A) are scaled, with yaw_diff and pitch_diff in dims 2 and 3. `mean` and `scale`
+    are the scaler's, for the continuous dims."""
     diff = actions[..., 2:4] * scale[2:4] + mean[2:4]
     states = state0.unsqueeze(1) + F.pad(diff.cumsum(1), (0, 0, 1, 0))[:, :-1]
     yaw, pitch = states.unbind(-1)
@@ -552,202 +672,250 @@ def compose_states(state0, actions, mean, scale):
 
 
 def kmeans(x, K, generator, iterations=20):
-    """K centres (K, D) of x (n, D): k-means++, then Lloyd; an empty cluster keeps its centre."""
-    centres = x[torch.randint(len(x), (1,), generator=generator).to(x.device)]
+    """K centres (K, D) of x (n, D): k-means++, then Lloyd. An empty cluster keeps its centre."""
+    # k-means++: far points are likelier to become the next centre
+    first = torch.randint(len(x), (1,), generator=generator)
+    centres = x[first.to(x.device)]
     for _ in range(K - 1):
-        far = torch.cdist(x, centres).amin(1).square() + 1e-12
-        centres = torch.cat(
-            [centres, x[torch.multinomial(far.cpu(), 1, generator=generator).to(x.device)]]
-        )
+        distance = torch.cdist(x, centres).amin(1).square() + 1e-12
+        drawn = torch.multinomial(distance.cpu(), 1, generator=generator)
+        centres = torch.cat([centres, x[drawn.to(x.device)]])
+
+    # Lloyd: each centre becomes the mean of its members
     for _ in range(iterations):
         member = F.one_hot(torch.cdist(x, centres).argmin(1), K).to(x)  # (n, K)
-        centres = torch.where(
-            member.any(0)[:, None], member.T @ x / member.sum(0)[:, None].clamp_min(1), centres
-        )
+        means = member.T @ x / member.sum(0)[:, None].clamp_min(1)
+        centres = torch.where(member.any(0)[:, None], means, centres)
     return centres
 
 
 class VectorQuantizer(nn.Module):
-    """K codes for each of `slots` vectors of D dims, and what keeps them alive: `warmup` steps
-    without quantisation, then k-means on the last encoder outputs; codes with under a tenth of
-    their fair share are replaced. codebook: "ema" (decay 0.99) or "loss" (a gradient); a `shared`
-    table serves all slots. `update`, once an optimizer step, changes the tables alike on every
-    rank."""
+    """K codes for each of `slots` vectors of D dims, kept alive in three ways: `warmup` steps
+    without quantisation, then k-means on the last encoder outputs, and codes with less than a tenth
+    of their fair share are replaced.
+
+    `codebook` is "ema" (decay 0.99) or "loss" (a gradient). A `shared` table serves all slots. Call
+    `update()` once after each optimizer step; it makes the same change on every rank."""
 
     def __init__(
         self, slots, K, dim, *, codebook="ema", shared=False, kmeans=True, revive=True, warmup=500
     ):
         super().__init__()
-        self.tables, self.K, self.ema = 1 if shared else slots, K, codebook == "ema"
-        self.kmeans, self.revive, self.warmup = kmeans, revive, warmup
-        self.codebook = nn.Parameter(
-            torch.empty(self.tables, K, dim).uniform_(-1 / K, 1 / K), requires_grad=not self.ema
-        )
+        self.tables = 1 if shared else slots
+        self.K = K
+        self.ema = codebook == "ema"
+        self.kmeans = kmeans
+        self.revive = revive
+        self.warmup = warmup
+
+        table = torch.empty(self.tables, K, dim).uniform_(-1 / K, 1 / K)
+        self.codebook = nn.Parameter(table, requires_grad=not self.ema)
         self.register_buffer("mass", torch.ones(self.tables, K))
         self.register_buffer("sums", self.codebook.detach().clone())
-        self.register_buffer(
-            "recent", torch.zeros(1024, self.tables, dim)
-        )  # the last encoder outputs, newest first
-        self.register_buffer(
-            "seen", torch.zeros(2, dtype=torch.long)
-        )  # updates made, encoder outputs seen
+        # the last encoder outputs, newest first
+        self.register_buffer("recent", torch.zeros(1024, self.tables, dim))
+        # number of updates, number of encoder outputs put into `recent`
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.long))
+        # encoder outputs and their codes since the last update
         self.pending = []
 
     def active(self):
+        """Whether the warm-up is over."""
         return bool(self.seen[0] >= self.warmup)
 
     def lookup(self, indices):
         """(..., slots) -> (..., slots, D)."""
-        return self.codebook[torch.arange(self.tables), indices.reshape(-1, self.tables)].view(
-            *indices.shape, -1
-        )
+        rows = indices.reshape(-1, self.tables)
+        return self.codebook[torch.arange(self.tables), rows].view(*indices.shape, -1)
 
     def forward(self, z_e):
         """z_e (..., slots, D) -> (z_q, indices (..., slots), codebook loss, commitment loss) in
-        float32; z_q is z_e while warming up."""
+        float32. During the warm-up z_q is z_e and both losses are 0."""
         with torch.autocast(z_e.device.type, enabled=False):
             z = z_e.float()
             rows = z.detach().reshape(-1, self.tables, z.shape[-1])
-            nearest = (
-                torch.cdist(rows.transpose(0, 1), self.codebook.detach()).argmin(-1).T
-            )  # (n, tables)
+            distance = torch.cdist(rows.transpose(0, 1), self.codebook.detach())
+            nearest = distance.argmin(-1).T  # (n, tables)
             indices = nearest.reshape(z.shape[:-1])
             if self.training:
                 self.pending.append((rows, nearest))
             if not self.active():
                 return z, indices, 0 * self.codebook.sum(), 0 * z.sum()
+
+            # straight-through: the value is z_q's, the gradient goes to z
             z_q = self.lookup(indices)
-            return (
-                z + (z_q - z).detach(),
-                indices,
-                F.mse_loss(z_q, z.detach()),
-                F.mse_loss(z, z_q.detach()),
-            )
+            straight_through = z + (z_q - z).detach()
+            codebook_loss = F.mse_loss(z_q, z.detach())
+            commitment_loss = F.mse_loss(z, z_q.detach())
+            return straight_through, indices, codebook_loss, commitment_loss
 
     @torch.no_grad()
     def update(self, settle=False):
-        """Counts and sums over all ranks in float32, EMA, k-means at the end of the warm-up, dead
-        codes (not to `settle`, at the end)."""
-        (z, nearest), self.pending = (torch.cat(x) for x in zip(*self.pending)), []
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        """Change the tables by what all ranks have encoded since the last update. With `settle`,
+        for the end of training, dead codes are not replaced any more."""
+        counts, sums, total = self._gather()
+        step = int(self.seen[0])
+        rows = self.recent[: int(self.seen[1])]
+        generator = torch.Generator().manual_seed(step)
+
+        if self.kmeans and step == max(self.warmup, 1):
+            self._start_from_kmeans(rows, total, generator)
+        elif step > self.warmup:
+            self._ema(counts, sums)
+            if self.revive and not settle:
+                self._revive(rows, generator)
+
+    def _gather(self):
+        """Over all ranks, how often each code was chosen (tables, K), the sums of the encoder
+        outputs that chose it (tables, K, D), and the number of those outputs. Also puts a share of
+        every rank's outputs in front of `recent`."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        z = torch.cat([rows for rows, _ in self.pending])  # (n, tables, D)
+        nearest = torch.cat([codes for _, codes in self.pending])  # (n, tables)
+        self.pending = []
+
+        # counts and sums in one tensor, so ranks add them up in one call
         member = F.one_hot(nearest, self.K).to(z)  # (n, tables, K)
-        stats = torch.cat(
-            [member.sum(0).unsqueeze(-1), torch.einsum("ntk,ntd->tkd", member, z)], dim=-1
-        )
-        sample = z[: len(self.recent) // world]
-        if world > 1:
+        counts = member.sum(0).unsqueeze(-1)
+        sums = torch.einsum("ntk,ntd->tkd", member, z)
+        stats = torch.cat([counts, sums], dim=-1)  # (tables, K, 1 + D)
+        sample = z[: len(self.recent) // ranks]
+        if ranks > 1:
             dist.all_reduce(stats)
-            dist.all_gather(
-                parts := [torch.empty_like(sample) for _ in range(world)], sample.contiguous()
-            )
-            sample = torch.cat(parts)
+            samples = [torch.empty_like(sample) for _ in range(ranks)]
+            dist.all_gather(samples, sample.contiguous())
+            sample = torch.cat(samples)
+
         self.recent.copy_(torch.cat([sample, self.recent])[: len(self.recent)])
         self.seen += torch.tensor([1, len(sample)], device=z.device)
-        steps, rows = int(self.seen[0]), self.recent[: int(self.seen[1])]
-        generator = torch.Generator().manual_seed(steps)
-        if self.kmeans and steps == max(self.warmup, 1):
-            self.codebook.copy_(
-                torch.stack([kmeans(rows[:, t], self.K, generator) for t in range(self.tables)])
-            )
-            self.mass.fill_(len(z) * world / self.K)
-            self.sums.copy_(self.codebook * self.mass.unsqueeze(-1))
-        elif steps > self.warmup:
-            self.mass.lerp_(stats[..., 0], 0.01)
-            self.sums.lerp_(stats[..., 1:], 0.01)
+        return stats[..., 0], stats[..., 1:], len(z) * ranks
+
+    def _start_from_kmeans(self, rows, total, generator):
+        """Every code becomes a centre of the last encoder outputs `rows`, with the same share of
+        the `total` outputs of an update."""
+        centres = [kmeans(rows[:, t], self.K, generator) for t in range(self.tables)]
+        self.codebook.copy_(torch.stack(centres))
+        self.mass.fill_(total / self.K)
+        self.sums.copy_(self.codebook * self.mass.unsqueeze(-1))
+
+    def _ema(self, counts, sums):
+        """Moving averages of counts and sums. With codebook="ema" a code is the mean of the encoder
+        outputs that choose it."""
+        self.mass.lerp_(counts, 0.01)
+        self.sums.lerp_(sums, 0.01)
+        if self.ema:
+            # Laplace smoothing: a code that nobody chooses does not divide by zero
             total = self.mass.sum(1, keepdim=True)
-            if self.ema:  # Laplace smoothing: a code that nobody chooses does not divide by zero
-                self.codebook.copy_(
-                    self.sums / ((self.mass + 1e-5) * total / (total + self.K * 1e-5)).unsqueeze(-1)
-                )
-            for t, code in (
-                (self.mass < 0.1 * total / self.K).nonzero().tolist()
-                if self.revive and not settle
-                else []
-            ):
-                self.codebook[t, code] = rows[
-                    torch.randint(len(rows), (1,), generator=generator).item(), t
-                ]
-                self.mass[t, code] = total[t, 0] / self.K
-                self.sums[t, code] = self.codebook[t, code] * self.mass[t, code]
+            smooth = (self.mass + 1e-5) * total / (total + self.K * 1e-5)
+            self.codebook.copy_(self.sums / smooth.unsqueeze(-1))
+
+    def _revive(self, rows, generator):
+        """Codes with less than a tenth of their fair share become random ones of the last encoder
+        outputs `rows`, with a fair share."""
+        total = self.mass.sum(1, keepdim=True)
+        dead = self.mass < 0.1 * total / self.K
+        for t, code in dead.nonzero().tolist():
+            drawn = torch.randint(len(rows), (1,), generator=generator).item()
+            self.codebook[t, code] = rows[drawn, t]
+            self.mass[t, code] = total[t, 0] / self.K
+            self.sums[t, code] = self.codebook[t, code] * self.mass[t, code]
 
 
 class FiniteScalars(nn.Module):
-    """FSQ (arXiv 2309.15505): each slot is one bounded number rounded to K levels; no table to keep
-    alive."""
+    """FSQ (arXiv 2309.15505): each slot is one bounded number, rounded to K levels. There is no
+    table to keep alive."""
 
     def __init__(self, K, dim):
         super().__init__()
-        self.K, self.down, self.up = K, nn.Linear(dim, 1), nn.Linear(1, dim)
+        self.K = K
+        self.down = nn.Linear(dim, 1)
+        self.up = nn.Linear(1, dim)
 
     def lookup(self, indices):
+        """(..., slots) -> (..., slots, D)."""
         return self.up(2 * indices.unsqueeze(-1).float() / (self.K - 1) - 1)
 
     def forward(self, z_e):
+        """As VectorQuantizer; both losses are 0."""
         x = (self.down(z_e).float().tanh() + 1) * (self.K - 1) / 2  # (..., slots, 1), 0 to K-1
         indices = x.detach().round()
-        return (
-            self.lookup((x + (indices - x).detach()).squeeze(-1)),
-            indices.squeeze(-1).long(),
-            0 * x.sum(),
-            0 * x.sum(),
-        )
+        straight_through = x + (indices - x).detach()
+        z_q = self.lookup(straight_through.squeeze(-1))
+        return z_q, indices.squeeze(-1).long(), 0 * x.sum(), 0 * x.sum()
 
 
 def attend(layer, x, causal=False):
-    q, k, v = (
-        layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    )  # (B, nh, L, hd)
-    return layer.proj(
-        F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
-    )
+    """Attention by the weights of an `Attention` layer over x (B, L, D), without positions."""
+    qkv = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, nh, L, hd)
+    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return layer.proj(x.transpose(1, 2).flatten(2))
 
 
 class SpaceTimeBlock(nn.Module):
-    """Each patch over time (causal attention), a depthwise 3x3 convolution (it tells neighbours
-    apart; LAPA's PEG), attention inside a step, MLP. Tokens of a step: `extra` others, then H x W
-    patches. With a condition (B, T, A), tokens are scaled and moved by it first."""
+    """Causal attention of each patch over time, a depthwise 3x3 convolution (it tells neighbours
+    apart; LAPA's PEG), attention inside each step, MLP.
+
+    The tokens of a step are `extra` others, then H x W patches. With a condition (B, T, A), tokens
+    are first scaled and moved by it."""
 
     def __init__(self, dim, num_heads, grid, extra=0, condition=0):
         super().__init__()
-        self.grid, self.extra = grid, extra
-        self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
-        self.time, self.attn, self.mlp = (
-            Attention(dim, num_heads),
-            Attention(dim, num_heads),
-            MLP(dim, 4 * dim),
-        )
+        self.grid = grid
+        self.extra = extra
+        self.norm0 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.time = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads)
+        self.mlp = MLP(dim, 4 * dim)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         if condition:
             self.film = nn.Linear(condition, 2 * dim)
             nn.init.zeros_(self.film.weight)
 
     def forward(self, x, condition=None):
-        B, T, S, _ = x.shape
+        """x (B, T, S, D) -> the same shape."""
+        B, T, S, _ = x.size()
         if condition is not None:
             scale, move = self.film(condition).unsqueeze(2).chunk(2, dim=-1)
             x = x * (1 + scale) + move
-        x = x + attend(
-            self.time, self.norm0(x).transpose(1, 2).flatten(0, 1), causal=True
-        ).unflatten(0, (B, S)).transpose(1, 2)
+
+        # over time
+        h = self.norm0(x).transpose(1, 2).flatten(0, 1)  # (B*S, T, D)
+        h = attend(self.time, h, causal=True)
+        x = x + h.unflatten(0, (B, S)).transpose(1, 2)
+
+        # inside each step; only patches have neighbours
         x = x.flatten(0, 1)  # (B*T, S, D)
-        near = (
-            self.conv(x[:, self.extra :].transpose(1, 2).unflatten(2, self.grid))
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        patches = x[:, self.extra :].transpose(1, 2).unflatten(2, self.grid)
+        near = self.conv(patches).flatten(2).transpose(1, 2)
         x = x + F.pad(near, (0, 0, self.extra, 0))
         x = x + attend(self.attn, self.norm1(x))
         return (x + self.mlp(self.norm2(x))).unflatten(0, (B, T))
 
 
+def shift_patches(pairs, shift, grid):
+    """Pairs (n, 2, N, D) with the patches of each moved by `shift` (n, 2) whole patches, down and
+    right, around the edges."""
+    H, W = grid
+    down, right = shift.unsqueeze(-1).unbind(1)  # (n, 1)
+    rows = (torch.arange(H, device=pairs.device) - down) % H
+    columns = (torch.arange(W, device=pairs.device) - right) % W
+    source = (rows.unsqueeze(2) * W + columns.unsqueeze(1)).flatten(1)  # (n, N)
+    return pairs.gather(2, source[:, None, :, None].expand_as(pairs))
+
+
 class LatentActionModel(nn.Module):
-    """Latent actions of video-VAE latents z (B, T, C, H, W): the encoder says by `num_codes` codes
-    of `num_embeddings` each what happened from step t to t+1, the decoder predicts z_t+1 from z_<=t
-    and those codes, in training, rollout and generation alike.
+    """Latent actions of video-VAE latents z (B, T, C, H, W).
+
+    The encoder describes what happened from step t to t+1 by `num_codes` codes of `num_embeddings`
+    each. The decoder predicts z_t+1 from z_<=t and those codes, in the same way in training,
+    rollout and generation.
 
     The encoder sees one pair of steps at a time: no code knows the future or how its clip began. In
-    training both of a pair are moved by a random `shift`, the decoder's input is not: else a code
-    can name places instead of motion. Errors are of standardised latents."""
+    training both steps of a pair are moved by a random `shift`, the decoder's input is not:
+    otherwise a code can name places instead of motion. Errors are of standardised latents."""
 
     activation_checkpointing = False
 
@@ -782,119 +950,116 @@ class LatentActionModel(nn.Module):
                 f"latents of {size[0]}x{size[1]} are no whole number of patches of {patch_size}"
             )
         self.grid = (size[0] // patch_size, size[1] // patch_size)
-        self.num_codes, self.commitment_weight, self.rollout_horizon = (
-            num_codes,
-            commitment_weight,
-            rollout_horizon,
-        )
+        self.num_codes = num_codes
+        self.commitment_weight = commitment_weight
+        self.rollout_horizon = rollout_horizon
+        N = math.prod(self.grid)
+
+        # from latents to patch tokens
         self.register_buffer("scale", torch.tensor([mean, std]))
         self.adapter = nn.Conv2d(channels, patch_dim, patch_size, patch_size)
-        self.encoder_embed, self.decoder_embed = (
-            nn.Linear(2 * patch_dim, embed_dim),
-            nn.Linear(patch_dim, embed_dim),
-        )
-        self.encoder_pos, self.decoder_pos = (
-            nn.Parameter(0.02 * torch.randn(math.prod(self.grid), embed_dim)) for _ in range(2)
-        )
+        self.encoder_embed = nn.Linear(2 * patch_dim, embed_dim)
+        self.decoder_embed = nn.Linear(patch_dim, embed_dim)
+        self.encoder_pos = nn.Parameter(0.02 * torch.randn(N, embed_dim))
+        self.decoder_pos = nn.Parameter(0.02 * torch.randn(N, embed_dim))
+
+        # from a pair of steps to its codes
         self.query = nn.Parameter(0.02 * torch.randn(num_codes, embed_dim))
         self.encoder = nn.ModuleList(
             SpaceTimeBlock(embed_dim, num_heads, self.grid, num_codes) for _ in range(encoder_depth)
         )
-        self.encoder_norm, self.to_code = (
-            nn.LayerNorm(embed_dim),
-            nn.Linear(embed_dim, codebook_dim),
-        )
-        self.quantizer = None  # continuous: the upper bound
+        self.encoder_norm = nn.LayerNorm(embed_dim)
+        self.to_code = nn.Linear(embed_dim, codebook_dim)
+
+        # without a quantizer codes are continuous: the upper bound
+        self.quantizer = None
         if quantizer == "vq":
-            options = {
-                "codebook": codebook,
-                "shared": shared_codebook,
-                "kmeans": kmeans,
-                "revive": revive,
-                "warmup": vq_warmup_steps,
-            }
-            self.quantizer = VectorQuantizer(num_codes, num_embeddings, codebook_dim, **options)
+            self.quantizer = VectorQuantizer(
+                num_codes,
+                num_embeddings,
+                codebook_dim,
+                codebook=codebook,
+                shared=shared_codebook,
+                kmeans=kmeans,
+                revive=revive,
+                warmup=vq_warmup_steps,
+            )
         elif quantizer == "fsq":
             self.quantizer = FiniteScalars(num_embeddings, codebook_dim)
+
+        # from a step and its codes to the next step
         width = num_codes * codebook_dim
         self.decoder = nn.ModuleList(
             SpaceTimeBlock(embed_dim, num_heads, self.grid, 0, width) for _ in range(decoder_depth)
         )
-        self.decoder_norm, self.decoder_out = (
-            nn.LayerNorm(embed_dim),
-            nn.Linear(embed_dim, patch_dim),
-        )
+        self.decoder_norm = nn.LayerNorm(embed_dim)
+        self.decoder_out = nn.Linear(embed_dim, patch_dim)
         self.out_adapter = nn.ConvTranspose2d(patch_dim, channels, patch_size, patch_size)
 
     def normalize(self, z):
+        """Latents -> standardised latents."""
         return (z.float() - self.scale[0]) / self.scale[1]
 
-    def patches(self, z):  # standardised (B, T, C, H, W) -> (B, T, N, patch_dim)
-        return self.adapter(z.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, z.shape[:2])
+    def patches(self, z):
+        """Standardised latents (B, T, C, H, W) -> (B, T, N, patch_dim)."""
+        x = self.adapter(z.flatten(0, 1))
+        return x.flatten(2).transpose(1, 2).unflatten(0, z.shape[:2])
 
-    def quantize_pairs(self, x, shift=None):
-        """Patches (B, T, N, patch_dim) -> z_e (B, T-1, num_codes, codebook_dim), then what the
-        quantizer makes of it."""
+    def encode_pairs(self, x, shift=None):
+        """Patches x (B, T, N, patch_dim) -> z_e (B, T-1, num_codes, codebook_dim), not quantised.
+        `shift` (B, T-1, 2) moves each pair by whole patches."""
         B, T = x.shape[:2]
         pairs = torch.stack([x[:, :-1], x[:, 1:]], dim=2).flatten(
             0, 1
         )  # (B*(T-1), 2, N, patch_dim)
-        if shift is not None:  # (B, T-1, 2) whole patches, down and right, around the edges
-            (H, W), (dy, dx) = self.grid, shift.flatten(0, 1).unsqueeze(-1).unbind(1)
-            rows, cols = (
-                (torch.arange(H, device=x.device) - dy) % H,
-                (torch.arange(W, device=x.device) - dx) % W,
-            )
-            source = (rows.unsqueeze(2) * W + cols.unsqueeze(1)).flatten(1)  # (B*(T-1), N)
-            pairs = pairs.gather(2, source[:, None, :, None].expand_as(pairs))
-        # each step beside the one before it, so that comparing two of the same patch need not be
-        # learned; the first beside nothing
-        pairs = torch.cat([pairs, F.pad(pairs[:, :1], (0, 0, 0, 0, 1, 0))], dim=-1)
-        h = self.encoder_embed(pairs) + self.encoder_pos
+        if shift is not None:
+            pairs = shift_patches(pairs, shift.flatten(0, 1), self.grid)
+
+        # each step beside the one before it, so the encoder need not learn to compare the same
+        # patch of two steps; the first step is beside zeros
+        before = F.pad(pairs[:, :1], (0, 0, 0, 0, 1, 0))
+        h = self.encoder_embed(torch.cat([pairs, before], dim=-1)) + self.encoder_pos
+
+        # codes are read from the query tokens of the second step
         h = torch.cat([self.query.expand(len(h), 2, -1, -1), h], dim=2)
         for blk in self.encoder:
             h = run_block(self, blk, h)
-        z_e = (
-            self.to_code(self.encoder_norm(h[:, 1, : self.num_codes]))
-            .unflatten(0, (B, T - 1))
-            .float()
-        )
+        z_e = self.to_code(self.encoder_norm(h[:, 1, : self.num_codes]))
+        return z_e.unflatten(0, (B, T - 1)).float()
+
+    def quantize_pairs(self, x, shift=None):
+        """Patches x (B, T, N, patch_dim) -> z_e, z_q (B, T-1, num_codes, codebook_dim), indices (B,
+        T-1, num_codes), codebook loss, commitment loss."""
+        z_e = self.encode_pairs(x, shift)
         if self.quantizer is not None:
             return z_e, *self.quantizer(z_e)
-        return (
-            z_e,
-            z_e,
-            torch.zeros(z_e.shape[:-1], dtype=torch.long, device=z_e.device),
-            0 * z_e.sum(),
-            0 * z_e.sum(),
-        )
+        indices = torch.zeros(z_e.shape[:-1], dtype=torch.long, device=z_e.device)
+        return z_e, z_e, indices, 0 * z_e.sum(), 0 * z_e.sum()
 
     def predict(self, z, codes, x=None):
-        """Standardised z (B, T, C, H, W), its patches if known, codes (B, T, num_codes,
-        codebook_dim) -> the step after each of z."""
-        h = self.decoder_embed(self.patches(z) if x is None else x) + self.decoder_pos
+        """Standardised z (B, T, C, H, W), codes (B, T, num_codes, codebook_dim) -> the step after
+        each of z. `x` are z's patches, if they are known."""
+        x = self.patches(z) if x is None else x
+        h = self.decoder_embed(x) + self.decoder_pos
         for blk in self.decoder:
             h = run_block(self, blk, h, codes.flatten(2).to(h.dtype))
-        h = (
-            self.decoder_out(self.decoder_norm(h))
-            .flatten(0, 1)
-            .transpose(1, 2)
-            .unflatten(2, self.grid)
-        )
-        return z + self.out_adapter(h).unflatten(0, z.shape[:2]).float()
+        h = self.decoder_out(self.decoder_norm(h)).flatten(0, 1)  # (B*T, N, patch_dim)
+        change = self.out_adapter(h.transpose(1, 2).unflatten(2, self.grid))
+        return z + change.unflatten(0, z.shape[:2]).float()
 
-    def codes(self, indices):  # a continuous model's are vectors already
+    def codes(self, indices):
+        """Indices -> vectors. Those of a continuous model are vectors already."""
         return indices if indices.is_floating_point() else self.quantizer.lookup(indices)
 
     def encode(self, z, shift=None):
         """z (B, T, C, H, W) -> indices (B, T-1, num_codes), z_e and z_q (B, T-1, num_codes,
         codebook_dim)."""
-        z_e, z_q, indices = self.quantize_pairs(self.patches(self.normalize(z)), shift)[:3]
+        z_e, z_q, indices, _, _ = self.quantize_pairs(self.patches(self.normalize(z)), shift)
         return indices, z_e, z_q
 
     def decode(self, z, indices):
-        """Steps z (B, T, C, H, W), or one (B, C, H, W), and the codes of each -> the step after
-        each, of the same shape."""
+        """Steps z (B, T, C, H, W), or one step (B, C, H, W), and the codes of each -> the step
+        after each, of the same shape."""
         if z.ndim == 4:
             return self.decode(z.unsqueeze(1), indices.unsqueeze(1)).squeeze(1)
         return self.predict(self.normalize(z), self.codes(indices)) * self.scale[1] + self.scale[0]
@@ -902,30 +1067,43 @@ class LatentActionModel(nn.Module):
     def rollout(self, z_0, indices):
         """z_0 (B, C, H, W) and the codes of K steps (B, K, num_codes) -> those steps (B, K, C, H,
         W), on the model's own predictions."""
-        z, codes = self.normalize(z_0).unsqueeze(1), self.codes(indices)
+        z = self.normalize(z_0).unsqueeze(1)
+        codes = self.codes(indices)
         for k in range(codes.shape[1]):
-            z = torch.cat([z, self.predict(z, codes[:, : k + 1])[:, -1:]], dim=1)
+            last = self.predict(z, codes[:, : k + 1])[:, -1:]
+            z = torch.cat([z, last], dim=1)
         return z[:, 1:] * self.scale[1] + self.scale[0]
 
     def forward(self, z, shift=None):
         """z (B, T, C, H, W) -> {loss, mse, mae, codebook, commitment, rollout, indices (B, T-1,
-        num_codes)}. rollout: MSE of the 2nd to `rollout_horizon`-th pass of the decoder, each on
-        what the one before predicted: pass k is k steps ahead from every step."""
+        num_codes)}.
+
+        rollout: MSE of the 2nd to `rollout_horizon`-th pass of the decoder, each on the predictions
+        of the pass before. Pass k is k steps ahead, from every step."""
         horizon = self.rollout_horizon
         if z.shape[1] <= horizon:
             raise ValueError(
                 f"--rollout_horizon {horizon} needs windows of {horizon + 1} steps,"
                 f" --sequence_length is {z.shape[1]}"
             )
+
+        # one step ahead
         z = self.normalize(z)
         x = self.patches(z)
         _, z_q, indices, codebook, commitment = self.quantize_pairs(x, shift)
-        out = ahead = self.predict(z[:, :-1], z_q, x[:, :-1])
-        mse, mae, rollout = F.mse_loss(out, z[:, 1:]), F.l1_loss(out, z[:, 1:]), 0 * out.sum()
+        prediction = self.predict(z[:, :-1], z_q, x[:, :-1])
+        mse = F.mse_loss(prediction, z[:, 1:])
+        mae = F.l1_loss(prediction, z[:, 1:])
+
+        # further ahead
+        ahead = prediction
+        rollout = 0 * prediction.sum()
         for k in range(1, horizon):
             ahead = self.predict(torch.cat([z[:, :1], ahead[:, :-1]], dim=1), z_q)
             rollout = rollout + F.mse_loss(ahead[:, k:], z[:, k + 1 :]) / (horizon - 1)
-        out = {
+
+        return {
+            "loss": mse + codebook + self.commitment_weight * commitment + rollout,
             "mse": mse,
             "mae": mae,
             "codebook": codebook,
@@ -933,146 +1111,100 @@ class LatentActionModel(nn.Module):
             "rollout": rollout,
             "indices": indices,
         }
-        return {"loss": mse + codebook + self.commitment_weight * commitment + rollout} | out
 
 
-@torch.no_grad()
-def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
-    """Pictures of one step (av.VideoFrames, or arrays (H, W, 3) uint8) -> its features (N, D)
-    float32, layer-normed; the pictures are resized and cut to the centre as recordings are. stats:
-    of a run's --feature_norm standardize."""
-    frames = []
-    for x in pictures:
-        x = (
-            x
-            if isinstance(x, av.VideoFrame)
-            else av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
-        )
-        x = upright(x, crop_size)
-        top, left = (x.shape[0] - crop_size) // 2, (x.shape[1] - crop_size) // 2
-        frames.append(x[top : top + crop_size, left : left + crop_size])
-    video = (
-        torch.from_numpy(np.stack(frames))
-        .permute(0, 3, 1, 2)[None]
-        .to(encoder.patch_embed.proj.weight.device)
-    )
-    return normalize_features(encode_steps(encoder, video, encode, len(frames)), **stats or {})[
-        0, 0
-    ]
+# --- LoRA ---
 
-
-def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
-    """A function from a batch of data.py to (z, actions, states) on the device; stats ("mean",
-    "std") of channels may be set later."""
-
-    @torch.no_grad()
-    def inputs(batch, normalize=True):
-        h, actions, states = (
-            batch[k].to(device, non_blocking=True)
-            for k in ("z" if "z" in batch else "video", "actions", "states")
-        )
-        if "z" not in batch:
-            cast = (
-                autocast()
-                if encoder.patch_embed.proj.weight.dtype == torch.float32
-                else contextlib.nullcontext()
-            )
-            with (
-                torch.inference_mode(),
-                cast,
-            ):  # bf16 weights need none, which would only go back and forth
-                h = encode_steps(encoder, h, encode, frames_per_step)
-        return normalize_features(h, **stats) if normalize else h.float(), actions, states
-
-    return inputs
-
-
+# target -> its layer in a block, and which third of that layer's outputs it is (None: all)
 TARGETS = {
     "q_proj": ("attn.qkv", 0),
     "k_proj": ("attn.qkv", 1),
     "v_proj": ("attn.qkv", 2),
     "o_proj": ("attn.proj", None),
+    "mlp.fc1": ("mlp.fc1", None),
+    "mlp.fc2": ("mlp.fc2", None),
 }
 
-
+# condition encoders, which are trained whole beside the adapters
 CONDITION = ("action_encoder", "state_encoder")
 
 
 class LoRALinear(Linear):
-    """A frozen linear layer and its low-rank update W + scale B A (arXiv 2106.09685): A (r, in)
-    Kaiming, B (out, r) zero, both fp32. scale is alpha / sqrt(r) (rsLoRA, arXiv 2312.03732),
-    without rslora alpha / r. With `thirds`, k of the three parts of a fused qkv, each has its own:
-    A (k r, in), B (k, out / 3, r). Weight and bias keep their names."""
+    """A frozen linear layer and its low-rank update, W + scale B A (arXiv 2106.09685). A (r, in)
+    starts with Kaiming's initialisation and B (out, r) with zeros; both are fp32.
 
-    merged = off = False
+    scale is alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), or alpha / r without rslora. `thirds` names
+    k of the three parts of a fused qkv, and each gets its own update: A (k r, in), B (k, out / 3,
+    r). Weight and bias keep their names."""
+
+    # whether the update is in the weight already, whether it is left out
+    merged = False
+    off = False
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=True, thirds=None):
         super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias = base.weight.requires_grad_(False), base.bias.requires_grad_(False)
-        self.r, self.alpha, self.dropout, self.rslora, self.thirds = (
-            r,
-            alpha,
-            dropout,
-            rslora,
-            thirds,
-        )
-        self.scale, k, device = (
-            alpha / (math.sqrt(r) if rslora else r),
-            len(thirds or [0]),
-            base.weight.device,
-        )
-        self.lora_A = nn.Parameter(torch.empty(k * r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(
-            torch.zeros(
-                *((k, base.out_features // 3) if thirds else (base.out_features,)), r, device=device
-            )
-        )
+        self.weight = base.weight.requires_grad_(False)
+        self.bias = base.bias.requires_grad_(False)
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.rslora = rslora
+        self.thirds = thirds
+        self.scale = alpha / (math.sqrt(r) if rslora else r)
+
+        device = base.weight.device
+        A_shape = (r, base.in_features)
+        B_shape = (base.out_features, r)
+        if thirds:
+            A_shape = (len(thirds) * r, base.in_features)
+            B_shape = (len(thirds), base.out_features // 3, r)
+        self.lora_A = nn.Parameter(torch.empty(A_shape, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(B_shape, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def full_B(self):
-        """B as one matrix (out, rows of A): block-diagonal for thirds, with zeros for those that
-        have none."""
+        """B as one matrix (out, rows of A). With thirds it is block-diagonal, and the parts without
+        an update are zero."""
         if not self.thirds:
             return self.lora_B
         full = self.lora_B.new_zeros(3, self.out_features // 3, len(self.thirds), self.r)
         full[list(self.thirds), :, list(range(len(self.thirds)))] = self.lora_B
         return full.view(self.out_features, -1)
 
-    def full_weight(self, sign=1):
-        """W + scale B A, computed in float64: a GPU may multiply fp32 matrices in TF32."""
-        return (
-            self.weight.double()
-            + sign * self.scale * (self.full_B().double() @ self.lora_A.double())
-        ).to(self.weight.dtype)
+    def full_update(self):
+        """scale B A in float64: a GPU may multiply fp32 matrices in TF32."""
+        return self.scale * (self.full_B().double() @ self.lora_A.double())
+
+    def full_weight(self):
+        """W + scale B A, in the dtype of W."""
+        return (self.weight.double() + self.full_update()).to(self.weight.dtype)
 
     def forward(self, x):
+        """(..., in) -> (..., out)."""
         if self.merged or self.off:
             return super().forward(x)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-        drop = F.dropout(x, self.dropout).flatten(0, -2) if self.training and self.dropout else None
-        y = low_rank(
-            x.flatten(0, -2), drop, self.weight, self.bias, self.lora_A, self.full_B(), self.scale
-        )
+
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        dropped = None
+        if self.training and self.dropout:
+            dropped = F.dropout(x, self.dropout).flatten(0, -2)
+
+        rows = x.flatten(0, -2)
+        B = self.full_B()
+        y = low_rank(rows, dropped, self.weight, self.bias, self.lora_A, B, self.scale)
         return y.view(*x.shape[:-1], -1)
 
 
-def size_of(predictor):
-    width = predictor.predictor_embed.out_features
-    return {
-        "pred_dim": width,
-        "depth": len(predictor.predictor_blocks),
-        "num_heads": width // predictor.head_dim,
-    }
-
-
 def lora_layers(model):
+    """{name: layer} of the adapted layers."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
 @contextlib.contextmanager
 def without_lora(model):
-    """The model as it was before add_lora, its adapters switched off."""
+    """The model as it was before add_lora, with its adapters switched off."""
     for m in lora_layers(model).values():
         m.off = True
     yield
@@ -1081,7 +1213,7 @@ def without_lora(model):
 
 
 def put_lora(model, name, r, alpha, dropout, rslora=True, thirds=None):
-    """Replace the layer `name` of a model by a LoRALinear around it, which is returned."""
+    """Replace the layer `name` of a model by a LoRALinear around it, and return that."""
     parent, _, last = name.rpartition(".")
     layer = LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora, thirds)
     setattr(model.get_submodule(parent), last, layer)
@@ -1093,61 +1225,61 @@ def add_lora(
 ):
     """Freeze a predictor and put adapters of rank r on the targets of all its blocks. `fused_qkv`
     shares one adapter among q, k and v. Returns the number of trainable parameters."""
-    if unknown := set(targets) - set(TARGETS):
+    unknown = set(targets) - set(TARGETS)
+    if unknown:
         raise ValueError(
             f"LoRA targets {', '.join(sorted(unknown))} are unknown, choose from:"
             f" {', '.join(TARGETS)}"
         )
-    if not targets or r < 1 or lora_layers(model):
+    if not targets or r < 1:
         raise ValueError(
-            f"LoRA with r={r} on {len(targets)} targets: give r >= 1 and a target, and adapt a"
-            " model once"
+            f"LoRA with r={r} on {len(targets)} targets adapts nothing: give r >= 1 and a target"
         )
+    if lora_layers(model):
+        raise ValueError("this model has LoRA adapters already: adapt a model once")
+
     thirds = tuple(sorted(TARGETS[t][1] for t in targets if TARGETS[t][1] is not None))
     if fused_qkv and len(thirds) in (1, 2):
         raise ValueError(
             "--fused_qkv is one adapter for q, k and v: name all three as targets, or none"
         )
+
+    # q, k and v are one layer: each layer once, in the order of the targets
+    layers = list(dict.fromkeys(TARGETS[t][0] for t in targets))
     model.requires_grad_(False)
-    for name in [
-        f"predictor_blocks.{i}.{n}"
-        for i in range(len(model.predictor_blocks))
-        for n in {TARGETS[t][0]: 0 for t in targets}
-    ]:
-        put_lora(
-            model,
-            name,
-            r,
-            alpha,
-            dropout,
-            rslora,
-            thirds if name.endswith("attn.qkv") and not fused_qkv else None,
-        )
+    for i in range(len(model.predictor_blocks)):
+        for layer in layers:
+            separate = thirds if layer == "attn.qkv" and not fused_qkv else None
+            name = f"predictor_blocks.{i}.{layer}"
+            put_lora(model, name, r, alpha, dropout, rslora, separate)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()
-def merge_lora(model, sign=1):
-    """Add the adapters to the weights, at full precision; ValueError if they are in already."""
-    layers = lora_layers(model)
-    if not layers or any(m.merged != (sign < 0) for m in layers.values()):
-        raise ValueError(
-            f"no adapters to {'merge' if sign > 0 else 'unmerge'}: there are none, or that is done"
-            " already"
-        )
-    if sign < 0 and any(m.weight.dtype != torch.float32 for m in layers.values()):
+def merge_lora(model):
+    """Add the adapters to the weights, computed in float64. ValueError if that is done already."""
+    layers = lora_layers(model).values()
+    if not layers or any(m.merged for m in layers):
+        raise ValueError("no adapters to merge: there are none, or they are merged already")
+    for m in layers:
+        m.weight.copy_(m.full_weight())
+        m.merged = True
+
+
+@torch.no_grad()
+def unmerge_lora(model):
+    """Take merged adapters out of fp32 weights again. The base comes back to 1e-7."""
+    layers = lora_layers(model).values()
+    if not layers or not all(m.merged for m in layers):
+        raise ValueError("no adapters to unmerge: there are none, or they are not merged")
+    if any(m.weight.dtype != torch.float32 for m in layers):
         raise ValueError(
             "unmerging in 16 bits does not give the base back (a sixth of its weights change): load"
             " the base again"
         )
-    for m in layers.values():
-        m.weight.copy_(m.full_weight(sign))
-        m.merged = sign > 0
-
-
-def unmerge_lora(model):
-    """Take merged adapters out of fp32 weights again, to 1e-7."""
-    merge_lora(model, -1)
+    for m in layers:
+        m.weight.copy_(m.weight.double() - m.full_update())
+        m.merged = False
 
 
 def lora_state_dict(model):
@@ -1157,9 +1289,10 @@ def lora_state_dict(model):
 
 @torch.no_grad()
 def merged_state(model):
-    """The state dict of the plain predictor that an adapted one amounts to; the model stays as it
-    is."""
-    found = {k: v for k, v in model.state_dict().items() if "lora_" not in k.rpartition(".")[2]}
-    return found | {
-        f"{name}.weight": m.full_weight() for name, m in lora_layers(model).items() if not m.merged
-    }
+    """The state dict of the plain predictor that equals an adapted one. The model is not
+    changed."""
+    state = {k: v for k, v in model.state_dict().items() if "lora_" not in k.rpartition(".")[2]}
+    for name, m in lora_layers(model).items():
+        if not m.merged:
+            state[f"{name}.weight"] = m.full_weight()
+    return state

@@ -10,22 +10,21 @@ from model import ACModel, Predictor, add_lora, lora_layers, size_of
 
 
 def activation_bytes(model, *inputs):
-    """Bytes that autograd keeps between forward and backward of an ACModel, parameters not
-    counted."""
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    """Bytes that autograd keeps between forward and backward of an ACModel, without its
+    parameters."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}  # storage -> (its bytes, a tensor on it)
 
-    def keep(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (
-                storage.nbytes(),
-                t,
-            )  # holding t, so that no other tensor gets its address
-        return t
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            # the tensor is held too, or another one could get its address
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = model(*inputs)  # noqa: F841, the graph must live while it is counted
-    return sum(n for n, _ in kept.values())
+    return sum(nbytes for nbytes, _ in kept.values())
 
 
 def estimate(
@@ -41,90 +40,108 @@ def estimate(
     action_dim=7,
     state_dim=7,
 ):
-    """{part: bytes}. size: of the Predictor; options: of add_lora, or None to train all of it;
-    optimizer_bytes: a trained parameter."""
-    kept = {}
-    for depth in (1, 2, size["depth"]):  # each further block, and clip, keeps the same
-        for checkpointing in (False, True):
-            with torch.device("meta"):
-                model = ACModel(
-                    Predictor(
-                        embed_dim, action_dim, state_dim, (grid, grid), **size | {"depth": depth}
-                    )
-                )
-            base = sum(p.numel() for p in model.parameters())
-            trained = add_lora(model.predictor, **options) if options else base
-            model.predictor.activation_checkpointing = checkpointing
-            if depth <= 2:
-                with (
-                    FakeTensorMode(allow_non_fake_inputs=True),
-                    torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-                ):
-                    shapes = (
-                        (steps, grid * grid, embed_dim),
-                        (steps - 1, action_dim),
-                        (steps, state_dim),
-                    )
-                    kept[depth, checkpointing] = activation_bytes(
-                        model.to_empty(device="cpu"), *(torch.zeros(1, *s) for s in shapes)
-                    )
-    rows = {
+    """{part: bytes} of a step on batch_size clips of this many steps.
+
+    size: the Predictor's (`size_of`); options: those of add_lora, or None to train the whole
+    predictor; optimizer_bytes: of one trained parameter."""
+    shapes = (
+        (1, steps, grid * grid, embed_dim),
+        (1, steps - 1, action_dim),
+        (1, steps, state_dim),
+    )
+
+    def build(depth):
+        """A model of this depth on the meta device, its numbers of all and of trained
+        parameters."""
+        with torch.device("meta"):
+            predictor = Predictor(
+                embed_dim, action_dim, state_dim, (grid, grid), **size | {"depth": depth}
+            )
+        count = sum(p.numel() for p in predictor.parameters())
+        trained = add_lora(predictor, **options) if options else count
+        return ACModel(predictor), count, trained
+
+    def activations(depth, checkpointing):
+        """Bytes of one clip, counted on tensors without memory."""
+        model, _, _ = build(depth)
+        model.predictor.activation_checkpointing = checkpointing
+        autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        with FakeTensorMode(allow_non_fake_inputs=True), autocast:
+            model = model.to_empty(device="cpu")
+            return activation_bytes(model, *(torch.zeros(shape) for shape in shapes))
+
+    _, count, trained = build(size["depth"])
+    parts = {
         "encoder": encoder_bytes,
-        "predictor": 4 * base,
-        "adapters": 4 * trained * bool(options),
+        "predictor": 4 * count,
+        "adapters": 4 * trained if options else 0,
         "gradients": 4 * trained,
+        "optimizer": round(optimizer_bytes * trained),
     }
-    rows["optimizer"] = round(optimizer_bytes * trained)
+
+    # every further block, and every further clip, keeps the same
     for checkpointing, name in ((False, "activations"), (True, "activations, checkpointed")):
-        one, two = kept[1, checkpointing], kept[2, checkpointing]
-        rows[name] = batch_size * (one + (size["depth"] - 1) * (two - one))
-    return rows
+        one = activations(1, checkpointing)
+        two = activations(2, checkpointing)
+        parts[name] = batch_size * (one + (size["depth"] - 1) * (two - one))
+    return parts
+
+
+def measure(encoder, model, optimizer, inputs, autocast):
+    """{part: bytes} of a model after some steps; one more forward and backward on inputs (z,
+    actions, states) are made for activations and gradients. Those are not stepped on."""
+    predictor = model.predictor
+    adapters = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in lora_layers(predictor).values())
+    parts = {
+        "encoder": sum(p.nbytes for p in encoder.parameters()) if encoder else 0,
+        "predictor": sum(p.nbytes for p in predictor.parameters()) - adapters,
+        "adapters": adapters,
+        "optimizer": 0,
+    }
+
+    # the optimizer's moments, not its step counts
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                parts["optimizer"] += value.nbytes
+
+    name = "activations"
+    if predictor.activation_checkpointing:
+        name = "activations, checkpointed"
+    with autocast():
+        parts[name] = activation_bytes(model, *inputs)
+        sum(model(*inputs)).backward()
+    parts["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    optimizer.zero_grad(set_to_none=True)
+    return parts
 
 
 def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
-    """Print the estimate for a run of train_lora.py beside what its parts take after some steps;
-    inputs (z, actions, states)."""
-    predictor, (z, actions, states) = model.predictor, inputs
-    size = size_of(predictor)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moments = [
-        v
-        for s in optimizer.state.values()
-        for v in s.values()
-        if isinstance(v, torch.Tensor) and v.numel() > 1
-    ]
-    adapters = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in lora_layers(predictor).values())
-    measured = {
-        "encoder": sum(p.nbytes for p in encoder.parameters()) if encoder else 0,
-        "adapters": adapters,
-        "optimizer": sum(v.nbytes for v in moments),
-    }
-    measured["predictor"] = sum(p.nbytes for p in predictor.parameters()) - adapters
-    with autocast():
-        kept = activation_bytes(model, *inputs)
-        sum(model(*inputs)).backward()
-    measured[
-        "activations, checkpointed" if predictor.activation_checkpointing else "activations"
-    ] = kept
-    measured["gradients"] = sum(p.grad.nbytes for p in trained)
-    optimizer.zero_grad(set_to_none=True)
-    each = measured["optimizer"] / sum(p.numel() for p in trained)
-    rows = estimate(
+    """Print the estimate for a run of train_lora.py beside what its parts take after some steps.
+    inputs (z, actions, states); options: of add_lora, or None; dtype: a name."""
+    measured = measure(encoder, model, optimizer, inputs, autocast)
+    predictor = model.predictor
+    z = inputs[0]
+    actions = inputs[1]
+    states = inputs[2]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    estimated = estimate(
         measured["encoder"],
         z.shape[-1],
         predictor.grid[0],
-        size,
+        size_of(predictor),
         options,
         len(z),
         z.shape[1],
         getattr(torch, dtype),
-        each,
+        measured["optimizer"] / trained,
         actions.shape[-1],
         states.shape[-1],
     )
+
     print(f"{'part':26} {'estimated MiB':>14} {'measured MiB':>13}")
-    for part, estimated in rows.items():
+    for part, nbytes in estimated.items():
         taken = measured.get(part, math.nan)
-        print(f"{part:26} {estimated / 2**20:14.1f} {taken / 2**20:13.1f}")
+        print(f"{part:26} {nbytes / 2**20:14.1f} {taken / 2**20:13.1f}")
     what = "the GPU" if z.device.type == "cuda" else "the process, Python and loader included"
     print(f"peak of {what}: {checkpoint.peak_memory(z.device):.0f} MiB")

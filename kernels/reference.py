@@ -19,15 +19,14 @@ def attention_dense(q, k, v, block):
 def attention_prefix(q, k, v, block):
     """One unmasked attention per step over the keys up to its end: no mask, no wasted score, any
     backend."""
-    ends = [min(start + block, q.shape[2]) for start in range(0, q.shape[2], block)]
-    starts = [0, *ends[:-1]]
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(q[:, :, i:j], k[:, :, :j], v[:, :, :j])
-            for i, j in zip(starts, ends)
-        ],
-        dim=2,
-    )
+    length = q.shape[2]
+    steps = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        steps.append(
+            F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end])
+        )
+    return torch.cat(steps, dim=2)
 
 
 def low_rank_plain(x, drop, weight, bias, A, B, scale):
@@ -38,33 +37,41 @@ def low_rank_plain(x, drop, weight, bias, A, B, scale):
 
 
 def rotate_pairs(x, cos, sin):
-    """RoPE by its definition: y0 = x0 cos0 + x1 sin0, y1 = x1 cos1 + x0 sin1 for each pair of
-    adjacent dims, the sign folded into sin (model.rope_tables). x (..., L, hd) keeps its dtype, the
-    arithmetic is that of the tables. torch.compile makes one loop of it."""
+    """RoPE by its definition: y0 = x0 cos0 + x1 sin0 and y1 = x1 cos1 + x0 sin1 for each pair of
+    adjacent dims. The sign is folded into sin (model.rope_tables).
+
+    x (..., L, hd) keeps its dtype; the arithmetic is done in that of the tables. torch.compile
+    makes one loop of it."""
     wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    (x0, x1), (cos0, cos1), (sin0, sin1) = (
-        t.unflatten(-1, (-1, 2)).unbind(-1) for t in (wide, cos, sin)
-    )
-    y = (
-        torch.addcmul(x0 * cos0, x1, sin0),
-        torch.addcmul(x1 * cos1, x0, sin1),
-    )  # rounded once, as in rotate_chunks
-    return torch.stack(y, dim=-1).flatten(-2).to(x.dtype)
+    x0, x1 = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    cos0, cos1 = cos.unflatten(-1, (-1, 2)).unbind(-1)
+    sin0, sin1 = sin.unflatten(-1, (-1, 2)).unbind(-1)
+
+    # addcmul rounds once, as in rotate_chunks
+    y0 = torch.addcmul(x0 * cos0, x1, sin0)
+    y1 = torch.addcmul(x1 * cos1, x0, sin1)
+    return torch.stack([y0, y1], dim=-1).flatten(-2).to(x.dtype)
 
 
 def rotate_chunks(x, cos, sin, numel=2**18):
-    """`rotate_pairs` for eager mode: partners by shifted views, not by a copy; on a CPU so few
-    tokens at a time that they stay in cache."""
+    """`rotate_pairs` for eager mode. The other dim of each pair comes from a shifted view, not from
+    a copy. On a CPU, few enough tokens are rotated at a time to stay in cache."""
     tokens = x.shape[-2]
-    at_once = (
-        max(1, numel * tokens // max(x.numel(), 1)) if x.device.type == "cpu" else max(tokens, 1)
-    )
-    from_right, from_left = sin.clone(), sin.clone()
-    from_right[..., 1::2], from_left[..., ::2] = 0, 0
-    from_right, from_left = from_right[..., :-1], from_left[..., 1:]
+    chunk = max(tokens, 1)
+    if x.device.type == "cpu":
+        chunk = max(1, numel * tokens // max(x.numel(), 1))
+
+    # the even dims of a pair take their right neighbour, the odd ones their left
+    from_right = sin.clone()
+    from_right[..., 1::2] = 0
+    from_right = from_right[..., :-1]
+    from_left = sin.clone()
+    from_left[..., ::2] = 0
+    from_left = from_left[..., 1:]
+
     out = torch.empty_like(x)
-    for start in range(0, tokens, at_once):
-        rows = slice(start, start + at_once)
+    for start in range(0, tokens, chunk):
+        rows = slice(start, start + chunk)
         part = x[..., rows, :].to(torch.promote_types(x.dtype, cos.dtype))
         y = part * cos[..., rows, :]
         y[..., :-1].addcmul_(part[..., 1:], from_right[..., rows, :])
@@ -74,24 +81,28 @@ def rotate_chunks(x, cos, sin, numel=2**18):
 
 
 class Rotate(torch.autograd.Function):
-    """Keeps the tables alone. Paired dims have different angles (Meta's quirk), so that backward is
-    no rotation back but the transpose: dx0 = g0 cos0 + g1 sin1, dx1 = g1 cos1 + g0 sin0, the same
-    map with the two sines exchanged. The tables get no gradient."""
+    """Keeps nothing but the tables for the backward pass.
+
+    Paired dims have different angles (Meta's quirk), so backward is not the rotation back, but the
+    transpose: dx0 = g0 cos0 + g1 sin1 and dx1 = g1 cos1 + g0 sin0, the same map with the two sines
+    exchanged. The tables get no gradient."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return (rotate_pairs if torch.compiler.is_compiling() else rotate_chunks)(x, cos, sin)
+        rotate = rotate_pairs if torch.compiler.is_compiling() else rotate_chunks
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotate.apply(grad, cos, sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)), None, None
+        exchanged = sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return Rotate.apply(grad, cos, exchanged), None, None
 
 
 def rope_plain(qk, cos, sin):
-    """Rotated (q, k) of a pair or stack `qk` of two (B, nh, L, hd) of any strides; tables (L, hd),
-    or what broadcasts against q."""
+    """Rotated (q, k). `qk` is a pair, or a stack of two (B, nh, L, hd), of any strides; the tables
+    are (L, hd), or what broadcasts against q."""
     q, k = qk
     return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
 
@@ -111,21 +122,23 @@ def moments_two_pass(x):
     where the mean is large."""
     zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     total = (0, zeros, zeros)
-    values = (
-        2**17 if x.device.type == "cpu" else 2**25
-    )  # that stay in a core's cache: 10 times as fast as chunks of 65536 rows at d = 1408
+
+    # a chunk stays in a core's cache: 10 times as fast as chunks of 65536 rows at d = 1408
+    values = 2**17 if x.device.type == "cpu" else 2**25
     for rows in x.split(max(values // max(x.shape[1], 1), 16)):
         rows = rows.double()
-        n, mean = len(rows), rows.mean(0)
+        n = len(rows)
+        mean = rows.mean(0)
         rows = rows - mean
-        slip = rows.sum(0) / n  # what rounding left in the mean: zero in exact arithmetic
-        total = merge_moments(total, (n, mean + slip, (rows**2).sum(0) - n * slip**2))
+        slip = rows.sum(0) / n  # the rounding error of the mean: zero in exact arithmetic
+        m2 = (rows**2).sum(0) - n * slip**2
+        total = merge_moments(total, (n, mean + slip, m2))
     return total
 
 
 def check_finite(x, part):
-    """part, the moments of x (n, d); raises ValueError where x has a nan or inf. They make M2 nan,
-    so that only an error reads x again."""
+    """Returns `part`, the moments of x (n, d), or raises ValueError if x contains nan or inf."""
+    # nan and inf make M2 nan, so x is read again only for an error
     if part[2].isfinite().all():
         return part
     bad = (~x.isfinite()).sum(0)
@@ -133,40 +146,50 @@ def check_finite(x, part):
         raise ValueError(
             f"the squares of the values overflow float64: they reach {x.abs().max():.3g}"
         )
+
     columns = bad.nonzero().flatten().tolist()
-    named = ", ".join(map(str, columns[:8])) + (
-        f" and {len(columns) - 8} more" if len(columns) > 8 else ""
-    )
+    named = ", ".join(map(str, columns[:8]))
+    if len(columns) > 8:
+        named += f" and {len(columns) - 8} more"
     raise ValueError(
         f"{bad.sum()} of {x.numel():,} values are nan or inf, in columns {named} of {x.shape[1]}"
     )
 
 
 def merge_over_ranks(part):
-    """(n, mean, M2) of all ranks' rows together: gathered, then merged in rank order by every rank,
-    so that all get the same bits."""
-    n, mean, m2 = part
+    """(n, mean, M2) of all ranks' rows together, or `part` itself where there are no ranks. Every
+    rank gathers all parts and merges them in rank order, so all get the same bits."""
+    if not dist.is_initialized():
+        return part
 
     # a count is exact in float64 up to 2**53
-    mine = torch.stack([torch.full_like(mean, n), mean, m2])
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
-    return functools.reduce(merge_moments, [(int(p[0, 0]), p[1], p[2]) for p in parts])
+    count = torch.full_like(part[1], part[0])
+    packed = torch.stack([count, part[1], part[2]])
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, packed)
+    return functools.reduce(merge_moments, [(int(p[0, 0]), p[1], p[2]) for p in gathered])
 
 
 def standard_errors(parts):
     """[(n, mean, M2)] of k recordings -> standard errors of the mean and of the std, both relative
     to the std, each (4,).
 
-    Between recordings, not between steps: those of one recording resemble each other. Ratio
+    They compare recordings, not steps, because steps of one recording resemble each other. Ratio
     estimators over clusters, linearised."""
     n = np.array([p[0] for p in parts], dtype=np.float64)[:, None]
-    mean, m2 = (np.stack([p[i] for p in parts]) for i in (1, 2))
+    mean = np.stack([p[1] for p in parts])
+    m2 = np.stack([p[2] for p in parts])
+
+    # squares around the common mean; a constant is known exactly
     centre = (n * mean).sum(0) / n.sum()
-    squares = m2 + n * (mean - centre) ** 2  # around the common mean
+    squares = m2 + n * (mean - centre) ** 2
     var = squares.sum(0) / n.sum()
-    scale = np.where(var > 0, var, 1.0)  # a constant is known exactly
-    factor = np.sqrt(len(n) / (len(n) - 1)) / n.sum() if len(n) > 1 else math.inf
+    scale = np.where(var > 0, var, 1.0)
+
+    # one recording says nothing about how recordings differ
+    factor = math.inf
+    if len(n) > 1:
+        factor = np.sqrt(len(n) / (len(n) - 1)) / n.sum()
     with np.errstate(invalid="ignore"):
         of_mean = factor * np.sqrt(((n * (mean - centre)) ** 2).sum(0) / scale)
         of_std = factor * np.sqrt(((squares - n * var) ** 2).sum(0)) / (2 * scale)

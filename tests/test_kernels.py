@@ -20,6 +20,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def qkv(B, nh, L, hd, dtype=torch.float32):
+    """Random queries, keys and values, always the same."""
     torch.manual_seed(0)
     return [torch.randn(B, nh, L, hd, dtype=dtype, requires_grad=True) for _ in range(3)]
 
@@ -66,14 +67,15 @@ def test_prefix_equals_dense_with_gradients(B, nh, L, hd, block):
 def test_later_steps_cannot_be_seen(impl):
     """Catches a leak that is too small for a tolerance: later keys are replaced by huge values,
     earlier outputs stay equal bit by bit."""
-    q, k, v = (x.detach() for x in qkv(1, 2, 4 * 9, 16))
+    q, k, v = qkv(1, 2, 4 * 9, 16)
+    k = k.detach()
+    v = v.detach()
     before = block_causal_attention(q, k, v, 9, impl=impl)
-    k2, v2 = k.clone(), v.clone()
-    k2[:, :, 18:], v2[:, :, 18:] = 100.0, 1e6
-    after = block_causal_attention(q, k2, v2, 9, impl=impl)
-    assert torch.equal(before[:, :, :18], after[:, :, :18]) and not torch.equal(
-        before[:, :, 18:], after[:, :, 18:]
-    )
+    k[:, :, 18:] = 100.0
+    v[:, :, 18:] = 1e6
+    after = block_causal_attention(q, k, v, 9, impl=impl)
+    assert torch.equal(before[:, :, :18], after[:, :, :18])
+    assert not torch.equal(before[:, :, 18:], after[:, :, 18:])
 
 
 def test_unknown_impl_is_refused():
@@ -91,19 +93,19 @@ def test_auto_attention_on_a_cpu():
     cpu = torch.device("cpu")
     assert attention_impl(cpu, torch.float32, 64, 6, 42) == "reference"
     assert attention_impl(cpu, torch.float32, 64, 258, 7 * 258) == "prefix"
-    assert (
-        attention_impl(cpu, torch.bfloat16, 64, 258, 258) == "prefix"
-    )  # a single step needs no mask
+    # a single step needs no mask
+    assert attention_impl(cpu, torch.bfloat16, 64, 258, 258) == "prefix"
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 4, 5), (1, 1, 5)])
 def test_linear_by_onednn_is_linear(shape):
-    """Catches rows and columns mixed up in the detour over a convolution, forward or in any of the
-    three gradients; strided input."""
+    """Catches rows and columns mixed up in the convolution, forward or in any of the three
+    gradients, and input that is not contiguous."""
     torch.manual_seed(0)
-    inputs = [torch.randn(*shape), torch.randn(6, 5), torch.randn(6)]
-    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
-    grad, results = torch.randn(*shape[:-1], 6), []
+    x = torch.randn(*shape).transpose(0, 1).contiguous().transpose(0, 1)
+    inputs = [x, torch.randn(6, 5), torch.randn(6)]
+    grad = torch.randn(*shape[:-1], 6)
+    results = []
     for impl in ("blas", "onednn"):
         live = [x.clone().requires_grad_() for x in inputs]
         out = linear(*live, impl=impl)
@@ -113,22 +115,23 @@ def test_linear_by_onednn_is_linear(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(2, 4, 48, 48), (4, 18, 384, 192), (4, 130, 384, 1152)])
-def test_linear_does_not_ask_whether_the_weight_is_trained(sizes, dtype):
+@pytest.mark.parametrize("B, T, K, N", [(2, 4, 48, 48), (4, 18, 384, 192), (4, 130, 384, 1152)])
+def test_linear_does_not_ask_whether_the_weight_is_trained(B, T, K, N, dtype):
     """Bug: the same layer gives other bits once it is frozen. F.linear does that on slices of
     longer clips, in fp32 with any instruction set; a base in training and the frozen base under
     adapters then differ."""
     torch.manual_seed(0)
-    B, T, K, N = sizes
     clip = torch.randn(B, T + 1, K, dtype=dtype)
     views = (clip[:, :-1], clip[:, 1:], clip.transpose(0, 1)[:-1], clip[..., : K // 2], clip[0])
     for x in views:
-        weight, bias = (torch.randn(*s, dtype=dtype) for s in ((N, x.shape[-1]), (N,)))
+        weight = torch.randn(N, x.shape[-1], dtype=dtype)
+        bias = torch.randn(N, dtype=dtype)
+        rows = x.reshape(-1, x.shape[-1])
+
         expected = linear(x, weight, bias)
         assert torch.equal(linear(x.clone(), weight, bias), expected)
-        assert torch.equal(
-            linear(x.reshape(-1, x.shape[-1]), weight, bias).view_as(expected), expected
-        )
+        assert torch.equal(linear(rows, weight, bias).view_as(expected), expected)
+
         trained = weight.clone().requires_grad_(), bias.clone().requires_grad_()
         assert torch.equal(linear(x, *trained), expected)
         assert torch.equal(linear(x.clone().requires_grad_(), weight, bias), expected)
@@ -150,12 +153,11 @@ def test_moments_survive_a_large_mean(mean, rtol):
     merged with wrong weights."""
     torch.manual_seed(0)
     x = torch.randn(200_001, 3, dtype=torch.float64) + mean  # three full chunks and a rest
-    exact = x - mean  # what the rounding of x left of the noise: no cancellation in what follows
+    exact = x - mean  # the noise as x holds it, after rounding; its sums cancel nothing
     n, got_mean, m2 = moments(x)
     assert n == len(x)
-    torch.testing.assert_close(
-        got_mean - mean, exact.mean(0), rtol=0, atol=2.3e-16 * max(1.0, mean)
-    )
+    atol = 2.3e-16 * max(1.0, mean)
+    torch.testing.assert_close(got_mean - mean, exact.mean(0), rtol=0, atol=atol)
     torch.testing.assert_close(m2, ((exact - exact.mean(0)) ** 2).sum(0), rtol=rtol, atol=0)
 
 
@@ -174,8 +176,9 @@ def test_moments_of_float32_are_float64():
     x = (torch.arange(300_000) % 7 + 1000.0)[:, None]
     n, mean, m2 = moments(x)
     assert mean.dtype == m2.dtype == torch.float64
-    assert mean.item() == pytest.approx(1000 + sum(i % 7 for i in range(n)) / n, rel=1e-15)
-    squares = sum((i % 7) ** 2 for i in range(n)) - sum(i % 7 for i in range(n)) ** 2 / n
+    total = sum(i % 7 for i in range(n))
+    assert mean.item() == pytest.approx(1000 + total / n, rel=1e-15)
+    squares = sum((i % 7) ** 2 for i in range(n)) - total**2 / n
     assert m2.item() == pytest.approx(squares, rel=1e-12)
 
 
@@ -189,8 +192,9 @@ def test_merging_any_split_is_the_whole():
         for a, b in ((x[:cut], x[cut:]), (x[cut:], x[:cut])):
             n, mean, m2 = merge_moments(moments(a), moments(b))
             assert n == 1000
-            torch.testing.assert_close(
-                torch.stack([mean, m2]), torch.stack(whole[1:]), rtol=1e-12, atol=0
-            )
+            torch.testing.assert_close(mean, whole[1], rtol=1e-12, atol=0)
+            torch.testing.assert_close(m2, whole[2], rtol=1e-12, atol=0)
     n, mean, m2 = merge_moments(moments(x[:0]), moments(x[:0]))
-    assert n == 0 and not mean.isnan().any() and not m2.isnan().any()
+    assert n == 0
+    assert not mean.isnan().any()
+    assert not m2.isnan().any()
