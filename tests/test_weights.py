@@ -223,11 +223,9 @@ def test_build_encoder_is_seeded():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    one, two, other = (
-        build_encoder("vit_tiny", seed=1),
-        build_encoder("vit_tiny", seed=1),
-        build_encoder("vit_tiny", seed=2),
-    )
+    one = build_encoder("vit_tiny", seed=1)
+    two = build_encoder("vit_tiny", seed=1)
+    other = build_encoder("vit_tiny", seed=2)
     assert torch.equal(torch.rand(1), expected)
     assert same(one, two.state_dict()) and not torch.equal(
         one.blocks[0].mlp.fc1.weight, other.blocks[0].mlp.fc1.weight
@@ -235,6 +233,41 @@ def test_build_encoder_is_seeded():
     assert not any(p.requires_grad for p in one.parameters())
     with pytest.raises(ValueError, match="'vit_small' is unknown, choose from: vit_tiny"):
         build_encoder("vit_small")
+
+
+class Foreign(nn.Module):
+    """Somebody's encoder: it keeps the contract."""
+
+    patch_size, tubelet_size, embed_dim, lost = 8, 2, 12, 0
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(3 * 2 * 8 * 8, 12)
+
+    def forward(self, video):
+        B, _, frames, H, W = video.size()
+        x = video.unfold(2, 2, 2).unfold(3, 8, 8).unfold(4, 8, 8)
+        x = x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(1, 3)
+        return self.proj(x)[:, self.lost :]
+
+
+def test_an_encoder_of_ones_own_is_told_what_it_lacks():
+    """Bug: an encoder without patch_size, or one that adds a class token, fails somewhere inside
+    with an AttributeError or a shape that does not fit."""
+    weights.check_encoder(Foreign(), "own", 64)
+    for attribute, value, reason in (
+        ("patch_size", None, "lacks patch_size"),
+        ("patch_size", 16.0, "lacks patch_size"),
+        ("tubelet_size", 0, "lacks tubelet_size"),
+        ("embed_dim", "12", "lacks embed_dim"),
+        ("embed_dim", 13, r"makes \[1, 128, 12\], not features \[1, 128, 13\]"),
+        ("lost", 1, r"makes \[1, 127, 12\], not features \[1, 128, 12\]"),
+        ("patch_size", 24, "--crop_size 64 is no multiple of the encoder's patches of 24"),
+    ):
+        encoder = Foreign()
+        setattr(encoder, attribute, value)
+        with pytest.raises(ValueError, match=reason):
+            weights.check_encoder(encoder, "own", 64)
 
 
 # --- strictness ---
