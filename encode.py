@@ -67,6 +67,8 @@ flag("--crop", default="reference", choices=crops, help="%(default)s: at most 1.
 flag("--camera", **several, help="cameras, all of which are encoded (exterior_1)")
 flag("--state_keys", **several, help="fields of the state (the 7-D pose)")
 flag("--action_keys", **several, help="fields of the action (differences of the pose)")
+switch = argparse.BooleanOptionalAction
+flag("--verify", action=switch, help="check all checksums, which reads all (local files to 50 GB)")
 
 flag = parser.add_argument_group("storage and speed").add_argument
 flag("--store", default="bf16", choices=["bf16", "int8"], help="%(default)s; int8 takes half of it")
@@ -76,7 +78,7 @@ flag("--num_workers", type=int, default=threads, help="decoding threads of a ran
 
 # flags of one dataset only
 OF_PLAY = ["vae", "encode", "frames_per_step", "frames_per_clip", "decoder"]
-OF_ROBOTS = ["stride", "crop", "camera", "state_keys", "action_keys"]
+OF_ROBOTS = ["stride", "crop", "camera", "state_keys", "action_keys", "verify"]
 
 
 def read_flags():
@@ -463,8 +465,9 @@ def encode_play(job, how, meta, made_with, reader, phases):
     write_shards(job, targets, records, bad, plan, how, meta)
 
 
-def encode_robots(job, how, meta, made_with, reader, phases):
-    """Robot episodes -> feature shards, one a TFRecord or an episode that is a file of its own."""
+def encode_robots(job, how, meta, made_with, reader, phases, verify):
+    """Robot episodes -> feature shards, one a TFRecord or an episode that is a file of its own.
+    verify: of droid.index_episodes."""
     names, folder = tar_names(job.paths)
     made_with = made_with | {"folder": folder}
     targets = target_files(names, job.out)
@@ -472,7 +475,7 @@ def encode_robots(job, how, meta, made_with, reader, phases):
     check_finished(job.share, targets, job.out, robot_keys)
 
     todo = [p for p in job.share if not os.path.exists(targets[p])]
-    episodes, bad = index_episodes(todo, reader, None, print)
+    episodes, bad = index_episodes(todo, reader, verify, print)
     records, bad = sources(episodes, bad, reader, phases)
     runs = robot_runs(records)
     announce(job, how, records, runs, "hours of episodes", ROBOTS, meta, phases)
@@ -610,7 +613,7 @@ if __name__ == "__main__":
         keys = (args.state_keys, args.action_keys)
         reader = DroidReader(2, args.fps, args.crop_size, args.crop, camera, args.stride, *keys)
         meta |= {"dataset": "droid"} | settings(reader)
-        encode_robots(job, how, meta, made_with, reader, args.phases)
+        encode_robots(job, how, meta, made_with, reader, args.phases, args.verify)
     else:
         reader = ClipReader(
             args.frames_per_clip,

@@ -832,21 +832,14 @@ def check_adapter_config(file, config):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
-    ranks = [n for n in numbers if n[0] == "r" or n[0].startswith("rank_pattern")]
-    for name, value in ranks:
-        if value < 1 or value != int(value):
+        is_rank = name == "r" or name.startswith("rank_pattern")
+        if is_rank and (value < 1 or value != int(value)):
             raise ValueError(f"{file}: {name} is {value}: a rank is a whole number from 1 on")
-    for name, value in numbers:
         if value == 0 and "alpha" in name:
             raise ValueError(f"{file}: {name} is 0, which switches the adapter off")
-    if config.get("use_rslora") not in (
-        None,
-        True,
-        False,
-    ):  # the text "false" would be taken for true
-        raise ValueError(
-            f"{file}: use_rslora is {config['use_rslora']!r}: true or false is expected"
-        )
+    rslora = config.get("use_rslora")
+    if rslora not in (None, True, False):  # the text "false" would be taken for true
+        raise ValueError(f"{file}: use_rslora is {rslora!r}: true or false is expected")
     if not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise ValueError(f"{file}: lora_dropout {config['lora_dropout']} is not in [0, 1)")
 
@@ -1013,11 +1006,11 @@ def check_targets(model, file, config_file, config, pairs):
     """ValueError unless the layers that the config names are those that the file has adapters of,
     and layers of this model."""
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    # adapters of the condition encoders would take part in the folding of the action scale
-    if both := sorted({*pairs} & {*CONDITION}):
+    conditions = sorted({*pairs} & {*CONDITION})
+    if conditions:
         raise ValueError(
-            f"{file} does not fit: no such layers to adapt here: {some(both)} (they take"
-            " part in the scaling of actions and states, so they are only read whole: name them in"
+            f"{file} does not fit: no such layers to adapt here: {some(conditions)} (they take part"
+            " in the scaling of actions and states, so they are only read whole: name them in"
             " modules_to_save, not in target_modules)"
         )
     unknown = sorted({*pairs} - linear)
@@ -1086,7 +1079,7 @@ def check_layer(model, file, config_file, config, name, pair):
             " not belong together"
         )
     alpha = number_of(config_file, config.get("alpha_pattern"), name, config["lora_alpha"])
-    return A, B, rank, alpha
+    return A, B, len(A), alpha
 
 
 def split_thirds(B, part):

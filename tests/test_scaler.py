@@ -31,10 +31,8 @@ def play(seed, lines, offset=0.0, spread=10.0):
     """(motion (lines, 4): dx, dy, yaw, pitch in degrees, contractor lines as bytes); yaw is
     unbounded and crosses +-180."""
     rng = np.random.default_rng(seed)
-    dx, dy = (
-        rng.normal(2, rng.uniform(30 - spread, 30 + spread), lines) + offset,
-        rng.normal(0, 15, lines),
-    )
+    dx = rng.normal(2, rng.uniform(30 - spread, 30 + spread), lines) + offset
+    dy = rng.normal(0, 15, lines)
     yaw = rng.uniform(-720, 720) + np.concatenate([[0], np.cumsum(0.15 * (dx - offset))[:-1]])
     pitch = 40 * np.sin(np.arange(lines) / 9 + seed)
     out = [
@@ -53,7 +51,7 @@ def play(seed, lines, offset=0.0, spread=10.0):
 
 
 def expected(motion, span=8):
-    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, of yaw of the
+    """Steps (n, 4) of a recording, computed again in plain numpy: sums over 8 lines; of yaw the
     differences from line to line, each wrapped to (-pi, pi]."""
     n = (len(motion) - 1) // span
     sums = motion[: n * span, :2].reshape(n, span, 2).sum(1)
@@ -112,24 +110,16 @@ def test_statistics_are_those_of_numpy(shards, tmp_path):
     assert scaler.n == len(x)
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(scaler.scale, x.std(0), rtol=1e-10)
-    assert (
-        "SCALER FITTING COMPLETE" in out
-        and f"Total samples: {len(x):,}" in out
-        and f"Saved to: {tmp_path}" in out
-    )
-    assert (
-        f"Std: {x[:, 0].std():9.3f}" in out
-        and "Converged: False" in out
-        and "samples are few" in out
-    )
-    assert (
-        scaler.meta["names"] == ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"]
-        and scaler.meta["shards"][2] == "shard-000002.tar"
-    )
-    assert (
-        len(scaler.meta["recordings"]) == 30
-        and "shard-000001.tar v7/player-10" in scaler.meta["recordings"]
-    )
+    assert "SCALER FITTING COMPLETE" in out
+    assert f"Total samples: {len(x):,}" in out
+    assert f"Saved to: {tmp_path}" in out
+    assert f"Std: {x[:, 0].std():9.3f}" in out
+    assert "Converged: False" in out and "samples are few" in out
+    assert out.splitlines()[-1].startswith("next: python train_ac.py --scaler ")
+    assert scaler.meta["names"] == ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"]
+    assert scaler.meta["shards"][2] == "shard-000002.tar"
+    assert len(scaler.meta["recordings"]) == 30
+    assert "shard-000001.tar v7/player-10" in scaler.meta["recordings"]
     assert "degrees a pixel" not in out  # 0.15 is right
 
 
@@ -452,7 +442,7 @@ def test_names_that_nobody_knows_are_counted_over_all_recordings(tmp_path):
 
 def test_damaged_recordings(shards, tmp_path):
     """Bug: one torn line ends the run, or the good lines before it are lost, or what was left out
-    is not said."""
+    is not printed."""
     _, good = play(3, 400)
     motion, torn = play(4, 400)
     cut = torn[: torn.index(b"\n", 30_000) + 40]
