@@ -34,15 +34,9 @@ repeated = {"nargs": "+", "action": "append"}
 
 flag = parser.add_argument_group("data").add_argument
 flag("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
-flag(
-    "--data",
-    "--data_path",
-    **repeated,
-    required=True,
-    help="shards, episodes: paths, globs, {a..b}",
-)
+flag("--data", "--data_path", **repeated, required=True, help="paths, globs, {a..b}")
 flag("--cache_dir", help="folder of each node that VPT shards at URLs are copied to when needed")
-flag("--cache_size", type=float, default=100.0, help="GB that --cache_dir may take (%(default)g)")
+flag("--cache_size", type=float, default=100.0, help="GB in --cache_dir (%(default)g); oldest go")
 flag("--out", required=True, help="folder to write to")
 
 flag = parser.add_argument_group("encoder").add_argument
@@ -408,7 +402,7 @@ def write_shards(job, targets, records, bad, plan, how, meta):
             write_atomically(targets[path], write)
         except OSError as e:
             reason = f"{targets[path]} ({e.strerror or e}): the shards that are finished stay"
-            raise OSError(f"{reason}; mend this and run the same command again") from e
+            raise OSError(f"{reason}; fix this and run the same command again") from e
         written += len(names)
         rows = []
         for file, key, reason in bad:

@@ -389,7 +389,7 @@ def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_
     assert code == 1 and len(errors) == 1 and "Traceback" not in text
     assert (
         "No space left on device" in errors[0]
-        and "the shards that are finished stay; mend this and run the same command again"
+        and "the shards that are finished stay; fix this and run the same command again"
         in errors[0]
     )
     done = tars(disk / "f")
