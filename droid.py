@@ -1,17 +1,22 @@
 """Everything between robot episodes and a batch: DROID's RLDS TFRecords (without TensorFlow), raw
 DROID, and episodes of one's own.
 
-    python -m droid --inspect droid_100/1.0.0/r2d2_faceblur-train.tfrecord-00000-of-00031      # shapes, ranges, mean, std, idle share
+    python -m droid --inspect droid/r2d2_faceblur-train.tfrecord-00000-of-00031
 
-  *.tfrecord*     RLDS as released, on a disk (mmap) or at any fsspec URL (gs://gresearch/robotics/droid/1.0.1/*.tfrecord*)
-  trajectory.h5   raw DROID, with recordings/MP4/*.mp4 and metadata_*.json beside it; or folders of them, or Meta's .csv of folders
-  NAME.npz        one's own robot (prepare/robot.py says what is in it), with NAME.mp4 or NAME.CAMERA.mp4 beside it
+  *.tfrecord*     RLDS as released, on a disk or at any fsspec URL
+                  (gs://gresearch/robotics/droid/1.0.1/*.tfrecord*)
+  trajectory.h5   raw DROID, with recordings/MP4/*.mp4 and metadata_*.json beside it; or folders of
+                  them, or Meta's .csv of folders
+  NAME.npz        one's own robot (prepare/robot.py says what is in it), with NAME.mp4 or
+                  NAME.CAMERA.mp4 beside it
   *.tar           features of any of them (encode.py --dataset droid)
-They are indexed once (cached under NANOJEPA_CACHE), so that shuffling is data.Order's, by index: it
-mixes everything, resumes exactly and costs nothing, while a shuffle buffer of 100,000 pictures
-takes 17 GB, mixes only neighbours and is lost when a run stops."""
+
+Episodes are indexed once (cached under NANOJEPA_CACHE) and shuffled by index, with data.Order. That
+mixes everything, resumes exactly and costs nothing. A shuffle buffer of 100,000 pictures takes
+17 GB, mixes only neighbours and is lost when a run stops."""
 
 import argparse
+import collections
 import fnmatch
 import hashlib
 import math
@@ -38,17 +43,10 @@ from files.episodes import (
 from files.features import check_features, feature_rows, feature_settings, keep_ranges, to_steps
 from files.shards import braces, files_below, matches, spread, without_links
 
-POSE = [
-    "x",
-    "y",
-    "z",
-    "roll",
-    "pitch",
-    "yaw",
-    "gripper",
-]  # of a state, and of the action to the next one
-VERIFY = 50e9  # bytes; above them checking all checksums takes longer than it is worth
+# of a state, and of the action to the next one
+POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 POSE_UNITS = ["m"] * 3 + ["rad"] * 3 + ["closed"]
+VERIFY = 50e9  # bytes; above them checking all checksums takes longer than it is worth
 
 # --- the episodes of a run ---
 
@@ -82,7 +80,10 @@ def no_episode(pattern):
 
 
 def episodes_at_url(url):
-    fs, name = filesystem(url + "*.tfrecord*" * url.endswith("/"))
+    """The files that a URL with * and ? matches, or a folder's TFRecords."""
+    if url.endswith("/"):
+        url += "*.tfrecord*"
+    fs, name = filesystem(url)
     if "*" not in name and "?" not in name:
         return [url]
     found = trying(url, lambda: fs.glob(name))
@@ -110,87 +111,101 @@ def episodes_in(path):
 
 
 def index_episodes(paths, reader, verify, log):
-    """Files -> ([(Episode, its entry of index_file)] that a reader can use, whole, [bad])."""
-    out, bad = [], []
-    size = sum(os.path.getsize(p) for p in paths if "://" not in p)
-    if verify is None and size > VERIFY:  # all of DROID is 1.7 TB
-        verify = False
-        log(
-            f"{size / 1e9:.0f} GB: checksums are not checked, lengths are: changed bytes inside a"
-            " picture or a number are noticed only where they cannot be decoded (--verify checks"
-            " all checksums, which reads all of it once)"
-        )
-    elif verify is None and any("://" in p and not p.endswith(".tar") for p in paths):
-        log(
-            "URLs: checksums are not checked, lengths are: changed bytes inside a picture or a"
-            " number are noticed only where they cannot be decoded (--verify checks all checksums,"
-            " which reads all of it once)"
-        )
+    """Files -> ([(Episode, its entry of index_file)] that a reader can use, whole, [bad]).
+
+    verify: check all checksums, which reads it all; None does that for local files up to VERIFY."""
+    verify = choose_verify(paths, verify, log)
     with ThreadPoolExecutor(16) as pool:
-        indexed = list(
-            tqdm(
-                pool.map(lambda path: index_file(path, verify), paths),
-                "index",
-                len(paths),
-                unit=" files",
-                delay=10,
-            )
-        )
-    for path, (kind, episodes, more) in zip(paths, indexed):
-        bad += [tuple(b) for b in more]
-        needed = {
-            *reader.camera,
-            *(reader.state_keys or STATES["rlds"]),
-            *(reader.action_keys or ()),
-        }  # the rest need not stay in memory
-        for e in episodes:
-            members = e["members"]
-            if kind == "rlds":
-                members = {
-                    k: (*v[:2], np.array(v[2], np.uint32) if isinstance(v[2], list) else v[2])
-                    for k, v in members.items()
-                    if k in needed
-                }
-            r = Episode(
-                path,
-                e["key"],
-                kind,
-                members,
-                e["steps"],
-                e.get("rate", 15.0),
-                0,
-                e.get("last", e["steps"]),
-                0,
-                e.get("identity", ""),
-            )
-            if flaw := reader.flaw(r):
+        results = pool.map(lambda path: index_file(path, verify), paths)
+        indexed = list(tqdm(results, "index", len(paths), unit=" files", delay=10))
+
+    found = []
+    bad = []
+    for path, (kind, episodes, of_file) in zip(paths, indexed):
+        bad += [tuple(b) for b in of_file]
+        for entry in episodes:
+            r = episode_of(path, kind, entry, reader)
+            flaw = reader.flaw(r)
+            if flaw:
                 bad.append((path, r.key, flaw))
             else:
-                out.append((r, e))
-    out, copies = leave_out_copies(out)
+                found.append((r, entry))
+
+    found, copies = leave_out_copies(found)
     if copies:
         kept, copy = copies[0]
         log(
             f"left out: {len(copies)} episodes that are copies of others, {copy.shard}"
             f" {copy.recording} of {kept.shard} {kept.recording} among them"
         )
-    noted = [(r, e["note"]) for r, e in out if e.get("note")]
+    noted = [(r, entry["note"]) for r, entry in found if entry.get("note")]
     if noted:
         r, note = noted[0]
-        log(f"WARNING: {len(noted)} of {len(out)} episodes, {r.shard} among them: {note}")
-    if warning := rate_warning([r for r, _ in out], reader):
+        log(f"WARNING: {len(noted)} of {len(found)} episodes, {r.shard} among them: {note}")
+    warning = rate_warning([r for r, _ in found], reader)
+    if warning:
         log(warning)
-    return out, bad
+    return found, bad
+
+
+def choose_verify(paths, verify, log):
+    """The `verify` of index_file; what is not checked goes to the log."""
+    if verify is not None:
+        return verify
+    size = sum(os.path.getsize(p) for p in paths if "://" not in p)
+    why = ""
+    if size > VERIFY:  # all of DROID is 1.7 TB
+        verify = False
+        why = f"{size / 1e9:.0f} GB"
+    elif any("://" in p and not p.endswith(".tar") for p in paths):
+        why = "URLs"
+    if why:
+        log(
+            f"{why}: checksums are not checked, lengths are: changed bytes inside a picture or a"
+            " number are noticed only where they cannot be decoded (--verify checks all checksums,"
+            " which reads all of it once)"
+        )
+    return verify
+
+
+def episode_of(path, kind, entry, reader):
+    """An entry of index_file -> the Episode, whole."""
+    members = entry["members"]
+    if kind == "rlds":
+        # of 30 features, those that are not read need not stay in memory
+        needed = {*reader.camera, *(reader.state_keys or STATES["rlds"])}
+        needed |= {*(reader.action_keys or ())}
+        members = {}
+        for name, (at, size, detail) in entry["members"].items():
+            if isinstance(detail, list):
+                detail = np.array(detail, np.uint32)  # sizes of pictures
+            if name in needed:
+                members[name] = (at, size, detail)
+    steps = entry["steps"]
+    return Episode(
+        path,
+        entry["key"],
+        kind,
+        members,
+        steps,
+        entry.get("rate", 15.0),
+        first=0,
+        last=entry.get("last", steps),
+        length=0,
+        identity=entry.get("identity", ""),
+    )
 
 
 def leave_out_copies(found):
-    """[(Episode, entry)] -> those of them that are no copies, [(Episode, its copy)]: a copy could be
-    held out and trained on."""
-    first, out, copies = {}, [], []
-    for r, e in found:
+    """[(Episode, entry)] -> those of them that are no copies, [(Episode, its copy)]: a copy could
+    be held out and trained on."""
+    first = {}
+    out = []
+    copies = []
+    for r, entry in found:
         kept = first.setdefault((r.kind, r.identity), r) if r.identity else r
         if kept is r:
-            out.append((r, e))
+            out.append((r, entry))
         else:
             copies.append((kept, r))
     return out, copies
@@ -223,62 +238,76 @@ def rate_warning(found, reader):
 
 
 def open_episodes(data, reader, idle_filter, success, verify, log):
-    """Patterns -> ([Episode], [bad]); what the filters leave out goes to the log."""
-    (found, bad), out = index_episodes(find_episodes(data), reader, verify, log), []
-    failures = short = unknown = possible = rows = still = 0
-    for r, e in found:
-        failed, starts, stride = (
-            success == "only" and not e["success"],
-            reader.starts(r),
-            reader.stride_of(r),
-        )
-        at, every, last = e.get(
-            "rows", (0, 1, r.last)
-        )  # where the steps of features lie among the episode's
-        runs = e["still"] if idle_filter == "light" else e["idle"]
-        rows, still = rows + last, still + sum(b - a for a, b in runs or ())
-        failures, short = failures + failed, short + (not failed and not starts)
-        if failed or not starts:
+    """Patterns -> ([Episode], [bad]), each Episode a stretch that the filters keep; what they leave
+    out goes to the log. ValueError if nothing is left."""
+    found, bad = index_episodes(find_episodes(data), reader, verify, log)
+    out = []
+    count = collections.Counter()
+    for r, entry in found:
+        starts = reader.starts(r)
+        runs = entry["still"] if idle_filter == "light" else entry["idle"]
+        # where the steps of features lie among the rows of their episode
+        first_row, every, last_row = entry.get("rows", (0, 1, r.last))
+        count["rows"] += last_row
+        count["idle rows"] += sum(b - a for a, b in runs or ())
+        if success == "only" and not entry["success"]:
+            count["failures"] += 1
             continue
-        unknown, possible = unknown + (runs is None), possible + starts
+        if not starts:
+            count["short"] += 1
+            continue
+        count["unknown"] += runs is None
+        count["starts"] += starts
         rule = "off" if runs is None else idle_filter
-        ticks = (
-            1 if r.kind == "features" else max(round(20 / reader.fps), 1)
-        )  # as data.windows has it
-        ranges = to_steps(
-            keep_ranges(runs, last, rule, (reader.frames - 1) * stride * every + 1), at, every
-        )
-        out += [
-            r._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1)
-            for a, b in ranges
-            if b > a
-        ]
+        span = (reader.frames - 1) * reader.stride_of(r) * every + 1  # rows of a clip
+        ranges = keep_ranges(runs, last_row, rule, span)
+        out += stretches(r, to_steps(ranges, first_row, every), reader)
     out = [r for r in out if reader.starts(r)]
     if not out:
-        reasons = {}
-        for b in bad:  # one of each kind
-            reasons.setdefault(b[2], b)
-        reason = (
-            "; ".join(" ".join(b) for b in [*reasons.values()][:3])
-            or "the filters leave nothing (--idle_filter off --success all keep everything)"
+        raise ValueError(
+            f"no usable episode in {data}: {why_nothing(bad, count, len(found), reader)}"
         )
-        if short and not bad:
-            reason = (
-                f"{short} of {len(found)} are shorter than a clip of {reader.frames} frames"
-                f" (--frames_per_clip, --fps, --stride), and the filters leave nothing of the rest"
-            )
-        raise ValueError(f"no usable episode in {data}: {reason}")
-    share, more = (
-        sum(map(reader.starts, out)) / possible,
-        f" ({unknown} of which it is not known what is idle: all)" * (unknown > 0),
-    )
+
     kind = "segments of features" if out[0].kind == "features" else "episodes"
+    idle = count["idle rows"] / count["rows"]
+    share = sum(map(reader.starts, out)) / count["starts"]
+    unknown = ""
+    if count["unknown"]:
+        unknown = f" ({count['unknown']} of which it is not known what is idle: all)"
     log(
-        f"{len(found)} {kind}, {still / rows:.1%} of their rows idle: {failures} without success"
-        f" left out, {short} shorter than a clip, of the others --idle_filter {idle_filter} keeps"
-        f" {share:.1%} of {possible} starts of clips{more}, in {len(out)} stretches"
+        f"{len(found)} {kind}, {idle:.1%} of their rows idle: {count['failures']} without success"
+        f" left out, {count['short']} shorter than a clip, of the others --idle_filter"
+        f" {idle_filter} keeps {share:.1%} of {count['starts']} starts of clips{unknown}, in"
+        f" {len(out)} stretches"
     )
     return out, bad
+
+
+def stretches(r, ranges, reader):
+    """Ranges [[first, after)] of an Episode -> an Episode each."""
+    stride = reader.stride_of(r)
+    # ticks a sampled frame, as data.windows counts
+    ticks = 1 if r.kind == "features" else max(round(20 / reader.fps), 1)
+    out = []
+    for a, b in ranges:
+        if b > a:
+            out.append(r._replace(first=a, last=b, length=(b - a - 1) // stride * ticks + 1))
+    return out
+
+
+def why_nothing(bad, count, episodes, reader):
+    """Why no episode is left, for an error."""
+    if bad:
+        reasons = {}  # one of each kind
+        for b in bad:
+            reasons.setdefault(b[2], b)
+        return "; ".join(" ".join(b) for b in list(reasons.values())[:3])
+    if count["short"]:
+        return (
+            f"{count['short']} of {episodes} are shorter than a clip of {reader.frames} frames"
+            " (--frames_per_clip, --fps, --stride), and the filters leave nothing of the rest"
+        )
+    return "the filters leave nothing (--idle_filter off --success all keep everything)"
 
 
 def open_droid(
@@ -302,62 +331,72 @@ def open_droid(
     reader = reader or DroidReader()
     train, bad = open_episodes(data, reader, idle_filter, success, verify, log)
     if val_data:
-        val, more = open_episodes(val_data, reader, idle_filter, success, verify, log)
-        bad = bad + more
-        if twice := shared(train, val, reader):
+        val, bad_val = open_episodes(val_data, reader, idle_filter, success, verify, log)
+        bad = bad + bad_val
+        twice = shared(train, val, reader)
+        if twice:
             raise ValueError(
                 f"--val_data and --data share {len(twice)} episodes, {min(twice)} among them: hold"
                 " them out of --data"
             )
     else:
-        keys = sorted(
-            {r.recording for r in train}, key=lambda key: hashlib.sha256(key.encode()).digest()
-        )
-        held = set(
-            keys[: min(max(round(len(keys) * val_fraction), int(val_fraction > 0)), len(keys) - 1)]
-        )
-        train, val = (
-            [r for r in train if r.recording not in held],
-            [r for r in train if r.recording in held],
-        )
+        held_out_names = hold_out({r.recording for r in train}, val_fraction)
+        val = [r for r in train if r.recording in held_out_names]
+        train = [r for r in train if r.recording not in held_out_names]
     if any(r.kind == "features" for r in train + val):
         check_features(train + val, reader)
-    if (
-        len(bad) > max_bad_fraction * (n := len({r.key for r in train + val}) + len(bad))
-        and n >= 100
-    ):
+
+    # a hundred episodes are enough to speak of a share
+    episodes = len({r.key for r in train + val}) + len(bad)
+    if episodes >= 100 and len(bad) > max_bad_fraction * episodes:
         worst = " ".join(bad[0])
         raise ValueError(
-            f"{len(bad)} of {n} episodes cannot be read, {worst} among them: mend them, or raise"
-            " --max_bad_fraction"
+            f"{len(bad)} of {episodes} episodes cannot be read, {worst} among them: fix them, or"
+            " raise --max_bad_fraction"
         )
-    for left, r in zip(
-        range(min(len(train), 20) - 1, -1, -1), train
-    ):  # one that can be read teaches the reader its dimensions
+    learn_dimensions(train, reader)
+    return train, val, bad
+
+
+def hold_out(names, val_fraction):
+    """The share of the names that have the lowest hashes: at least one for a share above 0, and not
+    all of them."""
+    names = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    count = max(round(len(names) * val_fraction), int(val_fraction > 0))
+    return set(names[: min(count, len(names) - 1)])
+
+
+def learn_dimensions(records, reader, tries=20):
+    """Read the motion of the first episode that can be read: it teaches the reader the names of the
+    actions and the size of the state. ValueError if none of the first `tries` can be read."""
+    for r in records[:tries]:
         try:
             reader.motion(r, np.array([r.first, r.last - 1]))
-            break
+            return
         except (*DAMAGE, MemoryError) as e:
             if disk_failed(e):
                 raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
-            if not left:
-                raise ValueError(f"{r.shard} {r.key}: {e}") from e
-    return train, val, bad
+            failed = r
+            error = e
+    if records:
+        raise ValueError(f"{failed.shard} {failed.key}: {error}") from error
 
 
 def shared(train, val, reader):
     """Names of the episodes that are in both lists. Names alone do not tell: two folders may have
     files of one name, or one metadata for all, and a copy may lie anywhere. So episodes of one name
     are the same if they are of the same file, or if they move in the same way."""
-    named, known = {}, {r.identity for r in train if r.identity}
+    identities = {r.identity for r in train if r.identity}
+    named = {}  # recording: its entries, each once
     for r in train:
         named.setdefault(r.recording, {}).setdefault((r.shard, r.key), r)
-    twice, seen = set(), set()
+    twice = set()
+    seen = set()
     for r in val:
         if r.recording in twice or (r.shard, r.key) in seen:
             continue
         seen.add((r.shard, r.key))
-        if r.identity in known:
+        if r.identity in identities:
             twice.add(r.recording)
             continue
         others = [*named.get(r.recording, {}).values()]
@@ -369,6 +408,7 @@ def shared(train, val, reader):
 
 
 def first_row(r):
+    """The row that a segment of features begins at, as its key says."""
     return r.key.rpartition("-")[2] if r.kind == "features" else ""
 
 
@@ -403,48 +443,47 @@ def pose_actions(states):
 def compose_poses(state0, actions, mean, scale):
     """model.compose_states for poses: states (B, K, 7) before each of K scaled actions (B, K, 7),
     from the first (B, 7). The gripper stays within [0, 1] (vjepa2 compute_new_pose)."""
-    moves, poses = (actions * scale + mean).double().cpu().numpy(), [state0.double().cpu().numpy()]
-    for a in moves.swapaxes(0, 1)[:-1]:
-        p = poses[-1]
-        turn = (
-            Rotation.from_euler("xyz", a[:, 3:6]) * Rotation.from_euler("xyz", p[:, 3:6])
-        ).as_euler("xyz")
-        poses.append(
-            np.concatenate([p[:, :3] + a[:, :3], turn, np.clip(p[:, 6:] + a[:, 6:], 0, 1)], axis=1)
-        )
+    moves = (actions * scale + mean).double().cpu().numpy()
+    poses = [state0.double().cpu().numpy()]
+    for move in moves.swapaxes(0, 1)[:-1]:
+        pose = poses[-1]
+        turn = Rotation.from_euler("xyz", move[:, 3:6]) * Rotation.from_euler("xyz", pose[:, 3:6])
+        place = pose[:, :3] + move[:, :3]
+        gripper = np.clip(pose[:, 6:] + move[:, 6:], 0, 1)
+        poses.append(np.concatenate([place, turn.as_euler("xyz"), gripper], axis=1))
     return torch.from_numpy(np.stack(poses, axis=1)).to(state0)
 
 
 def crop_resize(frames, size, low, high):
     """[(H, W, 3)] uint8 -> (T, 3, size, size) uint8: the centre, cut to a width/height within [low,
-    high], squeezed to a square, bilinear without antialias: what vjepa2's random_resized_crop comes
-    to with its settings for DROID (0.75, 1.35)."""
+    high], squeezed to a square, bilinear without antialias. That is what vjepa2's
+    random_resized_crop does with its settings for DROID (0.75, 1.35)."""
     h, w = frames[0].shape[:2]
-    ch, cw = min(h, round(w / low)), min(w, round(h * high))
-    y, x = (h - ch) // 2, (w - cw) // 2
-    video = (
-        torch.from_numpy(np.stack([f[y : y + ch, x : x + cw] for f in frames]))
-        .permute(0, 3, 1, 2)
-        .float()
-    )
-    return (
-        torch.nn.functional.interpolate(video, (size, size), mode="bilinear")
-        .round_()
-        .to(torch.uint8)
-    )
+    height = min(h, round(w / low))
+    width = min(w, round(h * high))
+    top = (h - height) // 2
+    left = (w - width) // 2
+    cut = np.stack([f[top : top + height, left : left + width] for f in frames])
+    video = torch.from_numpy(cut).permute(0, 3, 1, 2).float()  # (T, 3, height, width)
+    video = torch.nn.functional.interpolate(video, (size, size), mode="bilinear")
+    return video.round_().to(torch.uint8)
 
 
 class DroidReader:
-    """What a clip is (the ClipReader of robots): frames every `stride` steps, one frame a step of
+    """What a clip is (the ClipReader of robots): frames every `stride` rows, one frame a step of
     the model, so T = frames_per_clip.
 
     stride: default ceil(rate / fps), 4 of DROID's 15 Hz at 4 fps; 15 is what Meta's loader makes of
-    raw DROID, whose mp4s claim 60 fps. camera: names, of which each clip draws one: exterior_1,
-    exterior_2, wrist; raw also left, right; an own NAME.mp4 is taken for any; none to read actions
-    only. crop: "reference" or "square". state_keys, action_keys: fields in place of the pose and
-    its differences; actions given by key are means over the steps between two frames. extrinsics:
-    also give the camera's (T, 6). scaler: ActionScaler or None. After open_droid: names (of the
-    actions), units, state_dim."""
+    raw DROID, whose mp4s claim 60 fps.
+    crop: "reference" or "square".
+    camera: names, one of which is drawn for each clip: exterior_1, exterior_2, wrist; raw also
+    left, right. An own NAME.mp4 serves for any. () reads actions only.
+    state_keys, action_keys: fields instead of the pose and its differences; actions given by key
+    are means over the rows between two frames.
+    scaler: ActionScaler or None.
+    extrinsics: also give the camera's (T, 6).
+
+    After open_droid it knows names (of the actions), units and state_dim."""
 
     frames_per_step = 1
 
@@ -466,92 +505,90 @@ class DroidReader:
                 f"--frames_per_clip {frames_per_clip} --fps {fps:g} --stride {stride} make no clip"
                 " of two frames"
             )
-        self.frames, self.fps, self.crop_size, self.stride = frames_per_clip, fps, crop_size, stride
-        self.crop, self.aspect = crop, {"reference": (0.75, 1.35), "square": (1.0, 1.0)}[crop]
+        self.frames = frames_per_clip
+        self.fps = fps
+        self.stride = stride
+        self.crop_size = crop_size
+        self.crop = crop
+        self.aspect = {"reference": (0.75, 1.35), "square": (1.0, 1.0)}[crop]
         self.camera = (camera,) if isinstance(camera, str) else tuple(camera)
-        self.state_keys, self.action_keys, self.scaler, self.extrinsics = (
-            state_keys,
-            action_keys,
-            scaler,
-            extrinsics,
-        )
-        self.names, self.units, self.state_dim = POSE, POSE_UNITS, 7
+        self.state_keys = state_keys
+        self.action_keys = action_keys
+        self.scaler = scaler
+        self.extrinsics = extrinsics
+        self.names = POSE
+        self.units = POSE_UNITS
+        self.state_dim = 7
 
     def stride_of(self, r):
-        return (
-            1
-            if r.kind == "features"
-            else self.stride or max(math.ceil(r.rate / self.fps - 1e-6), 1)
-        )
+        """Rows from one frame to the next; features have all their steps."""
+        if r.kind == "features":
+            return 1
+        return self.stride or max(math.ceil(r.rate / self.fps - 1e-6), 1)
 
     def starts(self, r):
-        """Number of steps at which a clip can start."""
+        """Number of rows at which a clip can start."""
         return max(r.last - r.first - (self.frames - 1) * self.stride_of(r), 0)
 
     def views(self, r):
+        """Those of the cameras that an episode has."""
         return [c for c in self.camera if c in r.members] or [c for c in r.members if c == "video"]
 
     def flaw(self, r):
         """Why an episode cannot be used, or ''."""
-        needed = (
-            (*(self.state_keys or STATES["rlds"]), *(self.action_keys or ()))
-            if r.kind == "rlds"
-            else ()
-        )
+        needed = []
+        if r.kind == "rlds":
+            needed = [*(self.state_keys or STATES["rlds"]), *(self.action_keys or ())]
         missing = [k for k in needed if k not in r.members]
-        if not r.steps or missing:
-            return f"no {f'steps/{missing[0]}' if r.steps else 'steps'} in it"
+        if not r.steps:
+            return "no steps in it"
+        if missing:
+            return f"no steps/{missing[0]} in it"
         for k in needed:
-            _, size, kind = r.members[k]
+            size, kind = r.members[k][1:]
             if kind == "bytes" and size:
                 return f"steps/{k} holds bytes (text or pictures), not numbers"
         if self.camera and r.kind != "features" and not self.views(r):
             named = [] if r.kind == "rlds" else sorted(r.members)
             has = f", but {', '.join(named)}" if named else ""
             return f"no camera {' or '.join(self.camera)} in it{has} (--camera)"
-        no_extrinsics = self.extrinsics and (
-            r.kind in ("rlds", "features") or any(r.members[c][1] is None for c in self.views(r))
-        )
-        return "no camera extrinsics in it (raw DROID has them)" if no_extrinsics else ""
+        if self.extrinsics:
+            without = r.kind in ("rlds", "features")
+            if without or any(r.members[c][1] is None for c in self.views(r)):
+                return "no camera extrinsics in it (raw DROID has them)"
+        return ""
 
     def motion(self, r, sampled):
-        """Episode, increasing steps (T,) -> actions (T-1, A) unscaled, states (T, S), float64.
-        Reads low-dimensional fields only."""
+        """Episode, increasing rows (T,) -> actions (T-1, A) unscaled, states (T, S), float64. Reads
+        low-dimensional fields only. ValueError for fields that make no motion."""
         if r.kind == "features":  # of which all steps are taken, from the first to the last
-            return tuple(
-                x.double().numpy()
-                for x in feature_rows(r, sampled[0], sampled[-1] + 1, motion_only=True)[1:]
-            )
-        keys = [*(self.state_keys or STATES[r.kind]), *(self.action_keys or ())]
-        found = read_fields(r, keys)
-        n = len(keys) - len(self.action_keys or ())
-        if not self.action_keys and keys != STATES[r.kind]:
+            rows = feature_rows(r, sampled[0], sampled[-1] + 1, motion_only=True)
+            return tuple(x.double().numpy() for x in rows[1:])
+
+        state_keys = self.state_keys or STATES[r.kind]
+        action_keys = self.action_keys or []
+        fields = read_fields(r, [*state_keys, *action_keys])
+        of_state = fields[: len(state_keys)]
+        of_action = fields[len(state_keys) :]
+        if not action_keys and [*state_keys] != STATES[r.kind]:
             raise ValueError(
-                f"--state_keys {' '.join(keys)} is not taken for a pose, whose differences would be"
-                " the actions: name --action_keys too"
+                f"--state_keys {' '.join(state_keys)} is not taken for a pose, whose differences"
+                " would be the actions: name --action_keys too"
             )
-        states = np.concatenate(found[:n], axis=1)[sampled]
+        states = np.concatenate(of_state, axis=1)[sampled]
         if not np.isfinite(states).all():
             raise ValueError("its states are not finite")
-        if self.action_keys:
-            rows = np.concatenate(found[n:], axis=1)[sampled[0] : sampled[-1]]
-            actions = np.add.reduceat(rows, sampled[:-1] - sampled[0]) / np.diff(sampled)[:, None]
-            self.names = [
-                f"{k}.{i}" for k, x in zip(self.action_keys, found[n:]) for i in range(x.shape[1])
-            ]
+
+        if action_keys:
+            rows = np.concatenate(of_action, axis=1)[sampled[0] : sampled[-1]]
+            sums = np.add.reduceat(rows, sampled[:-1] - sampled[0])
+            actions = sums / np.diff(sampled)[:, None]
+            self.names = []
+            for key, x in zip(action_keys, of_action):
+                self.names += [f"{key}.{i}" for i in range(x.shape[1])]
             self.units = ["mean"] * len(self.names)
-        elif [x.shape[1] for x in found] != [6, 1]:
-            sizes = " and ".join(str(x.shape[1]) for x in found)
-            raise ValueError(
-                f"{' and '.join(keys)} are {sizes} numbers, and pose differences need 6 (xyz,"
-                " Euler angles) and 1: name --state_keys and --action_keys"
-            )
-        elif np.abs(states[:, 3:6]).max() > 4 * np.pi:
-            raise ValueError(
-                f"the angles of {keys[0]} reach {np.abs(states[:, 3:6]).max():.0f}: degrees? Euler"
-                " angles are in radians"
-            )
         else:
+            check_pose(state_keys, of_state, states)
             actions = pose_actions(states)
         if not np.isfinite(actions).all():
             raise ValueError("its actions are not finite")
@@ -559,23 +596,24 @@ class DroidReader:
         return actions, states
 
     def pictures(self, r, camera, sampled):
-        """(T, 3, H, W) uint8 of increasing steps, as the encoder takes them."""
+        """(T, 3, size, size) uint8 of increasing rows, as the encoder takes them."""
         return crop_resize(read_pictures(r, camera, sampled), self.crop_size, *self.aspect)
 
     def __call__(self, r, start, rng):
-        """A clip from step `start`; rng draws the camera."""
+        """A clip from row `start`; rng draws the camera."""
         sampled = start + self.stride_of(r) * np.arange(self.frames)
         if r.kind == "features":
-            z, actions, states = (
-                x.numpy() if i else x
-                for i, x in enumerate(feature_rows(r, start, start + self.frames))
-            )
+            z, actions, states = feature_rows(r, start, start + self.frames)
+            actions = actions.numpy()
+            states = states.numpy()
             seen = {"z": z}
         else:
-            (actions, states), views = self.motion(r, sampled), self.views(r)
+            actions, states = self.motion(r, sampled)
+            views = self.views(r)
             camera = views[rng.integers(len(views))]
             seen = {"video": self.pictures(r, camera, sampled)}
-        actions = actions if self.scaler is None else self.scaler.transform(actions)
+        if self.scaler is not None:
+            actions = self.scaler.transform(actions)
         clip = {"actions": actions, "states": states}
         if self.extrinsics:
             clip["extrinsics"] = read_fields(r, [r.members[camera][1]])[0][sampled]
@@ -583,14 +621,28 @@ class DroidReader:
         return clip | seen | {"key": r.key}
 
 
+def check_pose(keys, fields, states):
+    """ValueError unless the fields are a pose: xyz and Euler angles in radians; the gripper."""
+    sizes = [x.shape[1] for x in fields]
+    if sizes != [6, 1]:
+        raise ValueError(
+            f"{' and '.join(keys)} are {' and '.join(map(str, sizes))} numbers, and pose"
+            " differences need 6 (xyz, Euler angles) and 1: name --state_keys and --action_keys"
+        )
+    largest = np.abs(states[:, 3:6]).max()
+    if largest > 4 * np.pi:
+        raise ValueError(
+            f"the angles of {keys[0]} reach {largest:.0f}: degrees? Euler angles are in radians"
+        )
+
+
 class DroidSteps:
     """Actions alone, for fit_scaler.py: all those between frames a stride apart, from each
     episode's first row on. No picture is read."""
 
     def __init__(self, fps, stride, state_keys, action_keys):
-        self.reader = DroidReader(
-            fps=fps, stride=stride, camera=(), state_keys=state_keys, action_keys=action_keys
-        )
+        keys = {"state_keys": state_keys, "action_keys": action_keys}
+        self.reader = DroidReader(fps=fps, stride=stride, camera=(), **keys)
 
     def open(self, data, max_shards, val_fraction, log):
         """-> [Episode] less those that open_droid holds out, of max_shards files spread over all;
@@ -598,20 +650,23 @@ class DroidSteps:
         found, _, bad = open_droid(
             data, None, val_fraction, self.reader, idle_filter="off", verify=False, log=log
         )
-        if found[0].kind == "features":  # an episode once: not from each camera and phase
-            found = [*{r.recording: r for r in reversed(found)}.values()][::-1]
+        if found[0].kind == "features":
+            # an episode once, not from each camera and phase: the first of each name, in order
+            firsts = {r.recording: r for r in reversed(found)}
+            found = list(reversed(firsts.values()))
         kept = set(spread(sorted({r.shard for r in found}), max_shards))
         return [r for r in found if r.shard in kept], bad, self.reader.names, self.reader.units
 
     def __call__(self, r):
         """Episode -> [(file, key, bytes of its actions, actions (n, A) float64 or None, flaw)]."""
+        rows = np.arange(r.first, r.last, self.reader.stride_of(r))
         try:
-            steps = self.reader.motion(r, np.arange(r.first, r.last, self.reader.stride_of(r)))[0]
-            return [(r.source, r.recording, steps.nbytes, steps, "")]
+            actions, _ = self.reader.motion(r, rows)
         except (*DAMAGE, MemoryError) as e:
             if disk_failed(e):
                 raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
             return [(r.shard, r.key, 0, None, f"{type(e).__name__}: {e}")]
+        return [(r.source, r.recording, actions.nbytes, actions, "")]
 
 
 class DroidClips(Clips):
@@ -622,18 +677,20 @@ class DroidClips(Clips):
         super().__init__(records, [reader.starts(r) for r in records], reader, seed)
 
     def windows_in(self, record):
+        """Clips of a record that do not overlap."""
         if record.kind == "features":
             return record.length // (self.reader.frames // self.reader.frames_per_step)
-        stride = max(round(20 / self.reader.fps), 1)  # of `length`, which open_episodes made
+        stride = max(round(20 / self.reader.fps), 1)  # in ticks, as `stretches` counts length
         return (record.length - 1 + stride) // (self.reader.frames * stride)
 
     def read(self, number, place, rng):
-        r, starts = self.records[number], self.reader.starts(self.records[number])
-        start = (
-            int(place * starts)
-            if isinstance(place, float)
-            else place * self.reader.frames * self.reader.stride_of(r)
-        )
+        """The clip at a place: a float in [0, 1) is a share of the starts, an int a window."""
+        r = self.records[number]
+        starts = self.reader.starts(r)
+        if isinstance(place, float):
+            start = int(place * starts)
+        else:
+            start = place * self.reader.frames * self.reader.stride_of(r)
         if start >= starts:
             raise ValueError(
                 f"window {place} starts at step {start}, the last clip at {starts - 1}"
@@ -665,17 +722,20 @@ def droid_clips(
 ):
     """Endless DataLoader: batches {"video" (B, T, 3, H, W) uint8, "actions" (B, T-1, A) scaled,
     "states" (B, T, S), "key", "bad", and "extrinsics" (B, T, 6) if the reader is asked for them}.
+
     data: patterns, or [Episode] of open_droid. Order and resume are those of data.vpt_loader;
-    without batches_per_epoch an epoch is one pass of clips that do not overlap. loader.bad: left
-    out while indexing."""
-    reader, bad = reader or DroidReader(), []
+    without batches_per_epoch an epoch is one pass of clips that do not overlap. loader.bad lists
+    what was left out while indexing."""
+    reader = reader or DroidReader()
+    bad = []
     if not isinstance(data[0], Episode):
         data, _, bad = open_droid(data, reader=reader)
-    clips = sum(max((r.last - r.first) // (reader.frames * reader.stride_of(r)), 1) for r in data)
-    dataset, batches_per_epoch = (
-        DroidClips(data, reader, seed),
-        batches_per_epoch or max(clips // (batch_size * world), 1),
-    )
+    if not batches_per_epoch:
+        clips = 0
+        for r in data:
+            clips += max((r.last - r.first) // (reader.frames * reader.stride_of(r)), 1)
+        batches_per_epoch = max(clips // (batch_size * world), 1)
+    dataset = DroidClips(data, reader, seed)
     order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -691,69 +751,58 @@ def droid_clips(
     return loader
 
 
+# --- python -m droid --inspect ---
+
+
+def read_as_made(reader, paths):
+    """Set a reader to what features were made with: they can only be looked at so."""
+    found, _ = index_episodes(paths, DroidReader(camera=()), False, print)
+    made_with = feature_settings([r for r, _ in found]) if found else {}
+    if "crop_size" not in made_with:
+        return
+    reader.fps = float(made_with["fps"])
+    reader.stride = int(made_with["stride"]) or None
+    reader.crop_size = int(made_with["crop_size"])
+    reader.crop = made_with["crop"]
+    reader.camera = tuple(made_with["camera"].split())
+    for name in ("state_keys", "action_keys"):
+        keys = made_with[name].split()
+        setattr(reader, name, None if keys == ["default"] else keys)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description="look into episodes: shapes, ranges, mean and std of one batch",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--inspect",
-        metavar="SHARD",
-        required=True,
-        nargs="+",
-        action="extend",
-        help="shards, episodes, folders, globs, URLs",
-    )
-    parser.add_argument(
-        "--camera", nargs="+", action="extend", help="views to draw from (default: exterior_1)"
-    )
-    parser.add_argument(
-        "--state_keys",
-        nargs="+",
-        action="extend",
-        help="fields of the state (default: the pose)",
-    )
-    parser.add_argument(
-        "--action_keys",
-        nargs="+",
-        action="extend",
-        help="fields of the action (default: differences of the pose)",
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        help="check all checksums of TFRecords, which reads them once (default: files up to 50 GB)",
-    )
+    several = {"nargs": "+", "action": "extend"}
+    flag = parser.add_argument
+    flag("--inspect", metavar="SHARD", required=True, **several, help="episodes, globs, URLs")
+    flag("--camera", **several, help="views to draw from (exterior_1)")
+    flag("--state_keys", **several, help="fields of the state (the pose)")
+    flag("--action_keys", **several, help="fields of the action (differences of the pose)")
+    flag("--batch_size", type=int, default=8, help="clips to read (%(default)s)")
+    switch = argparse.BooleanOptionalAction
+    flag("--verify", action=switch, help="check all checksums, reading all (files up to 50 GB)")
     args = parser.parse_args()
     sys.excepthook = one_sentence
-    reader = DroidReader(
-        camera=args.camera or ["exterior_1"],
-        state_keys=args.state_keys,
-        action_keys=args.action_keys,
-    )
+
+    camera = args.camera or ["exterior_1"]
+    keys = {"state_keys": args.state_keys, "action_keys": args.action_keys}
+    reader = DroidReader(camera=camera, **keys)
     paths = find_episodes(args.inspect)
     if all(path.endswith(".tar") for path in paths):
-        # features can only be looked at as they were made
-        found = index_episodes(paths, DroidReader(camera=()), False, print)[0]
-        made = feature_settings([r for r, _ in found]) if found else {}
-        if "crop_size" in made:
-            reader.fps, reader.stride = float(made["fps"]), int(made["stride"]) or None
-            reader.crop_size, reader.crop = int(made["crop_size"]), made["crop"]
-            reader.camera = tuple(made["camera"].split())
-            for name in ("state_keys", "action_keys"):
-                keys = made[name].split()
-                setattr(reader, name, None if keys == ["default"] else keys)
+        read_as_made(reader, paths)
     records, _, bad = open_droid(args.inspect, reader=reader, idle_filter="off", verify=args.verify)
     batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))
+
     for file, key, reason in bad + batch["bad"]:
         print(f"left out: {file} {key}: {reason}")
     for name in [k for k in ("video", "z", "actions", "states") if k in batch]:
         x = batch[name].float()
-        print(
-            f"{name:8} {str(tuple(x.shape)):24} {str(batch[name].dtype)[6:]:8} from {x.min():.3f}"
-            f" to {x.max():.3f}"
-        )
+        shape = str(tuple(x.shape))
+        dtype = str(batch[name].dtype).removeprefix("torch.")
+        print(f"{name:8} {shape:24} {dtype:8} from {x.min():.3f} to {x.max():.3f}")
     print(f"key      {batch['key'][0]}")
     print(f"{'action':18} {'min':>9} {'max':>9} {'mean':>9} {'std':>9}")
     for name, x in zip(reader.names, batch["actions"].flatten(0, 1).T):

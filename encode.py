@@ -1,33 +1,115 @@
-"""Run the frozen encoder once over VPT shards or robot episodes and write its features as shards,
-from which training needs neither video nor encoder.
+"""Run the frozen encoder once over VPT shards or robot episodes and write its features as shards.
+Training from those needs neither video nor encoder.
 
-    python encode.py --data demo/train/*.tar --out demo/features/train --encoder vit_tiny --crop_size 64
+    python encode.py --data demo/train/*.tar --out demo/features --encoder vit_tiny --crop_size 64
     torchrun --nproc_per_node=8 encode.py --data VPT/*.tar --out features --encoder vjepa2_vitl
-    python encode.py --dataset droid --data droid/*.tfrecord* --out droid-features --phases 4      # for train_lora.py
-    python encode.py --data VPT/*.tar --out latents --vae diffusers:CogVideoX-2b/vae        # for train_lam.py
+    python encode.py --dataset droid --data droid/*.tfrecord* --out robot-features --phases 4
+    python encode.py --data VPT/*.tar --out latents --vae diffusers:CogVideoX-2b/vae
 
-Reads KEY.mp4 + KEY.jsonl, writes one shard per input shard with KEY@START.safetensors: z (S, N, D)
-features of S steps, not yet layer-normed, bfloat16 (or int8: model.pack_features), actions (S-1,
-38) unscaled, states (S, 2) absolute yaw and pitch in radians. START is the tick of the first step:
---phases P steps through a recording P times, from places spread over its first step (clip, for
---encode clip). A run that was killed goes on with the same command; what cannot be read is listed
-in left_out.jsonl. Of robots it writes one shard per TFRecord, or per episode in files of its own:
-files/robot_features.py. With --vae it writes KEY.h5 instead, `latents` (chunks, C, 2, h, w) float16
-of chunks of 8 frames, each encoded alone, at 8 frames a second and 512 pixels unless told
-otherwise, and KEY.actions.npz, yaw and forward between latent steps, for eval_lam.py."""
+Play, for train_ac.py: reads KEY.mp4 + KEY.jsonl and writes one shard per input shard. Its members
+are KEY@START.safetensors: z (S, N, D), features of S steps, not yet layer-normed, in bfloat16 (or
+int8: files/features.py), actions (S-1, 38), unscaled, states (S, 2), absolute yaw and pitch in
+radians. START is the tick of the first step. --phases P goes through a recording P times, from
+places spread over its first step (with --encode clip over its first clip).
+
+Robots, for train_lora.py: writes one shard per TFRecord, or per episode that is a file of its own
+(files/features.py).
+
+--vae, for train_lam.py: writes KEY.h5, `latents` (chunks, C, 2, h, w) float16 of chunks of 8
+frames, each encoded alone, at 8 frames a second and 512 pixels unless told otherwise. Beside it
+KEY.actions.npz contains yaw and forward between latent steps, for eval_lam.py.
+
+A run that was killed continues with the same command. What cannot be read is listed in
+left_out.jsonl."""
 
 import argparse
+import os
+
+# --- flags ---
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+)
+several = {"nargs": "+", "action": "extend"}
+repeated = {"nargs": "+", "action": "append"}
+
+flag = parser.add_argument_group("data").add_argument
+flag("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
+flag("--data", "--data_path", **repeated, required=True, help="paths, globs, {a..b}")
+flag("--cache_dir", help="folder of each node that VPT shards at URLs are copied to when needed")
+flag("--cache_size", type=float, default=100.0, help="GB in --cache_dir (%(default)g); oldest go")
+flag("--out", required=True, help="folder to write to")
+
+flag = parser.add_argument_group("encoder").add_argument
+flag("--encoder", default="vjepa2_vitl", help="path, URL, name (%(default)s; droid: ..._ac_vitg)")
+flag("--vae", metavar="diffusers:FOLDER", help="write H5 latents of this VAE (Wan, CogVideoX)")
+modes = ["tubelet", "frame", "clip"]
+flag("--encode", default="tubelet", choices=modes, help="what it sees (%(default)s; droid: frame)")
+flag("--dtype", default="float32", choices=["float32", "bfloat16"], help="precision (%(default)s)")
+
+flag = parser.add_argument_group("what a step is").add_argument
+flag("--fps", type=float, default=5.0, help="sampled frames a second (%(default)g; droid: 4)")
+flag("--frames_per_step", type=int, default=2, help="sampled frames a step (%(default)s; droid: 1)")
+flag("--frames_per_clip", type=int, default=16, help="frames that --encode clip sees (%(default)s)")
+flag("--crop_size", type=int, default=256, help="pixels of the square crop (%(default)s)")
+flag("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder (%(default)s)")
+flag("--phases", type=int, default=1, help="passes, each from another first frame (%(default)s)")
+
+flag = parser.add_argument_group("robots (--dataset droid)").add_argument
+flag("--stride", type=int, help="rows between frames instead of --fps; Meta's for raw DROID is 15")
+crops = ["reference", "square"]
+flag("--crop", default="reference", choices=crops, help="%(default)s: at most 1.35:1, squeezed")
+flag("--camera", **several, help="cameras, all of which are encoded (exterior_1)")
+flag("--state_keys", **several, help="fields of the state (the 7-D pose)")
+flag("--action_keys", **several, help="fields of the action (differences of the pose)")
+switch = argparse.BooleanOptionalAction
+flag("--verify", action=switch, help="check all checksums, which reads all (local files to 50 GB)")
+
+flag = parser.add_argument_group("storage and speed").add_argument
+flag("--store", default="bf16", choices=["bf16", "int8"], help="%(default)s; int8 takes half of it")
+flag("--batch_size", type=int, default=32, help="steps encoded at once (%(default)s)")
+threads = min(8, os.cpu_count())
+flag("--num_workers", type=int, default=threads, help="decoding threads of a rank (%(default)s)")
+
+# flags of one dataset only
+OF_PLAY = ["vae", "encode", "frames_per_step", "frames_per_clip", "decoder"]
+OF_ROBOTS = ["stride", "crop", "camera", "state_keys", "action_keys", "verify"]
+
+
+def read_flags():
+    """The flags, with the defaults of their dataset. Ends the program for those that do not fit."""
+    args = parser.parse_args()
+    robots = args.dataset == "droid"
+    if robots:
+        parser.set_defaults(fps=4.0, encode="frame", frames_per_step=1, encoder="vjepa2_ac_vitg")
+    elif args.vae:
+        parser.set_defaults(fps=8.0, crop_size=512)
+    args = parser.parse_args()
+
+    for name in OF_PLAY if robots else OF_ROBOTS:
+        if getattr(args, name) != parser.get_default(name):
+            which = "vpt: robots have one frame a step" if robots else "droid"
+            parser.error(f"--{name} is for --dataset {which}")
+    for name in ("phases", "batch_size", "crop_size", "frames_per_step", "frames_per_clip", "fps"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} {getattr(args, name):g} is too small")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = read_flags()
+
 import collections
 import concurrent.futures
 import functools
 import io
 import itertools
 import json
-import os
 import shutil
 import signal
 import sys
 import tarfile
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,7 +121,6 @@ from droid import DroidReader, find_episodes, index_episodes
 from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
 from files.episodes import index_file
 from files.features import (
-    Source,
     index_play,
     pack_features,
     plan_episode,
@@ -57,206 +138,175 @@ from files.video import WrongDecoder
 from files.vpt import ClipReader, step_size
 from kernels import chosen
 from model import encode_steps
-from weights import (
-    encoder_hash,
-    open_encoder,
-)
+from weights import encoder_hash, open_encoder
 
-SETTINGS, LEFT_OUT = (
-    "encode.json",
-    "left_out.jsonl",
-)  # what the files of an output folder were made with, and what is not in them
-OF_PLAY, OF_ROBOTS = (
-    "vae encode frames_per_step frames_per_clip decoder".split(),
-    "stride crop camera state_keys action_keys verify".split(),
-)
-
-# --- flags ---
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-)
-parser.add_argument(
-    "--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes"
-)
-parser.add_argument(
-    "--data",
-    "--data_path",
-    nargs="+",
-    action="append",
-    required=True,
-    help="shards, episodes: paths, globs, {a..b}",
-)
-parser.add_argument(
-    "--cache_dir",
-    help="copy VPT shards at URLs into this folder (of each node) when their turn comes",
-)
-parser.add_argument(
-    "--cache_size",
-    type=float,
-    default=100.0,
-    help="GB that --cache_dir may hold; what was used longest ago goes first",
-)
-parser.add_argument("--out", required=True, help="folder for the feature shards")
-parser.add_argument(
-    "--encoder",
-    default="vjepa2_vitl",
-    help="path, URL or name, or vit_tiny (random); droid: vjepa2_ac_vitg if not given",
-)
-parser.add_argument(
-    "--vae",
-    metavar="diffusers:FOLDER",
-    help="folder of a video VAE (Wan, CogVideoX): write H5 latents",
-)
-parser.add_argument(
-    "--encode",
-    default="tubelet",
-    choices=["tubelet", "frame", "clip"],
-    help="what the encoder sees (droid: a frame)",
-)
-parser.add_argument(
-    "--frames_per_clip",
-    type=int,
-    default=16,
-    help="frames of a clip: what --encode clip sees at once",
-)
-parser.add_argument(
-    "--fps", type=float, default=5.0, help="sampled frames a second (droid: 4 if not given)"
-)
-parser.add_argument(
-    "--frames_per_step", type=int, default=2, help="sampled frames a step (droid: 1)"
-)
-parser.add_argument(
-    "--stride",
-    type=int,
-    help="droid: rows between sampled frames in place of --fps; 15 is Meta's on raw DROID",
-)
-parser.add_argument(
-    "--crop",
-    default="reference",
-    choices=["reference", "square"],
-    help="droid: reference is at most 1.35:1, squeezed",
-)
-parser.add_argument(
-    "--camera",
-    nargs="+",
-    action="extend",
-    help="droid: cameras, each of which is encoded (default: exterior_1)",
-)
-parser.add_argument(
-    "--state_keys",
-    nargs="+",
-    action="extend",
-    help="droid: fields of the state (default: the 7-D pose)",
-)
-parser.add_argument(
-    "--action_keys",
-    nargs="+",
-    action="extend",
-    help="droid: fields of the action (default: differences of the pose)",
-)
-parser.add_argument(
-    "--verify",
-    action=argparse.BooleanOptionalAction,
-    help="droid: check all checksums of TFRecords, which reads them once (default: files up to 50 GB)",
-)
-parser.add_argument("--crop_size", type=int, default=256, help="pixels of the square crop")
-parser.add_argument("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
-parser.add_argument(
-    "--phases",
-    type=int,
-    default=1,
-    help="times each recording is stepped through, from different first frames",
-)
-parser.add_argument(
-    "--store",
-    default="bf16",
-    choices=["bf16", "int8"],
-    help="how features are stored; int8 takes half the bytes",
-)
-parser.add_argument("--batch_size", type=int, default=32, help="steps encoded at once")
-parser.add_argument(
-    "--num_workers",
-    type=int,
-    default=min(8, os.cpu_count()),
-    help="threads a rank that decode ahead of the encoder",
-)
-parser.add_argument(
-    "--dtype", default="float32", choices=["float32", "bfloat16"], help="precision of the encoder"
-)
+SETTINGS = "encode.json"  # what the files of an output folder were made with
+LEFT_OUT = "left_out.jsonl"  # what is not in them, and why
+# float32 numbers of actions and states a step, and bytes that a segment takes beside its steps
+PLAY = {"motion": 38 + 2, "header": 1500}
+ROBOTS = {"motion": 7 + 7, "header": 3500}
 
 
-def check_settings(out, made):
-    """ValueError if a folder holds what other settings (dict) made."""
-    if not os.path.exists(os.path.join(out, SETTINGS)):
+class Job(NamedTuple):
+    """What this process has to do, whatever it encodes."""
+
+    paths: list  # all input files
+    share: list  # those of this rank
+    out: str  # the folder to write to
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Encoding(NamedTuple):
+    """How steps become features."""
+
+    encoder: torch.nn.Module
+    encode: str  # tubelet, frame or clip, see model.encode_steps
+    frames_per_step: int
+    store: str  # bf16 or int8
+    dtype: torch.dtype
+    batch_size: int  # steps
+    num_workers: int  # threads that decode ahead
+
+
+# --- the output folder ---
+
+
+def check_settings(out, made_with):
+    """ValueError if a folder contains what other settings (a dict) made."""
+    path = os.path.join(out, SETTINGS)
+    if not os.path.exists(path):
         return
     # shards lie in the folder itself, latents of keys such as day1/clip in folders of it
-    if any(n.endswith(".tar") for n in os.listdir(out)) or find_files(out)[0]:
-        with open(os.path.join(out, SETTINGS)) as f:
-            if (old := json.load(f)) != made:
-                raise ValueError(
-                    f"{out} holds what other settings made ({old}): choose another --out"
-                )
+    has_shards = any(n.endswith(".tar") for n in os.listdir(out))
+    if not has_shards and not find_files(out)[0]:
+        return
+    with open(path) as f:
+        old = json.load(f)
+    if old != made_with:
+        raise ValueError(f"{out} holds what other settings made ({old}): choose another --out")
 
 
-def estimate(records, tokens, width, args):
-    """(steps, bytes) of the features of indexed recordings, within a percent: by the clock of each,
-    and as if no line were bad."""
-    cut = args.encode, args.frames_per_clip, args.frames_per_step, args.phases
+def write_settings(out, made_with):
+    write_atomically(os.path.join(out, SETTINGS), json.dumps(made_with).encode())
+
+
+def target_files(names, out):
+    """{input file: name} -> {input file: the shard that is written}. ValueError if two are one."""
+    targets = {path: os.path.join(out, name) for path, name in names.items()}
+    if len(set(targets.values())) < len(targets):
+        raise ValueError(
+            "two input shards have the same file name: encode them into different --out folders"
+        )
+    return targets
+
+
+def check_finished(share, targets, out, keys_of):
+    """ValueError if a shard that is there already contains recordings that its input file (of which
+    keys_of gives the keys) does not have: it is not of an earlier run of ours."""
+    for path in share:
+        if not os.path.exists(targets[path]):
+            continue
+        keys = {r.recording for r in shard_index(targets[path])[0]}
+        foreign = keys - keys_of(path)
+        if foreign:
+            raise ValueError(
+                f"{out} holds a {os.path.basename(path)} of other recordings ({min(foreign)}):"
+                " choose another --out"
+            )
+
+
+def play_keys(path):
+    """Keys of the recordings in a shard, or in a Shard that is not copied yet."""
+    source = path.peek() if isinstance(path, Shard) else path
+    return {r.key for r in shard_index(source)[0]}
+
+
+def robot_keys(path):
+    """Keys of the episodes in a file."""
+    return {e["key"] for e in index_file(path, False)[1]}
+
+
+# --- room on the disk ---
+
+
+def play_runs(records, *, fps, encode, frames_per_clip, frames_per_step, phases):
+    """Steps of each segment that recordings will give: by the clock of each, and as if no line were
+    bad."""
     runs = []
     for r in records:
-        if isinstance(r, Source):
-            runs.append(r.runs)
-            continue
         try:
-            runs.append(segments(r.lines, step_size(r.rate, args.fps), *cut))
+            stride = step_size(r.rate, fps)
         except ValueError:
-            continue  # left out, with its reason, when its turn comes
-    runs, robot = [n for found in runs for *_, n in found if n >= 2], args.dataset == "droid"
-    row = tokens * (2 * width if args.store == "bf16" else width + 2) + 4 * (
-        7 + 7 if robot else 38 + 2
-    )
-    return sum(runs), sum(runs) * row + len(runs) * (
-        (3500 if robot else 1500) + 8 * width * (args.store == "int8")
-    )
+            continue  # it is left out, with the reason, when its turn comes
+        cut = segments(r.lines, stride, encode, frames_per_clip, frames_per_step, phases)
+        runs += [steps for _, steps in cut if steps >= 2]
+    return runs
 
 
-def check_room(records, tokens, width, args):
-    """What all ranks together will write, as a sentence; OSError if the disk has no room for it.
-    Collective."""
-    total = torch.tensor(
-        [sum(r.duration for r in records) / 72000, *estimate(records, tokens, width, args)]
-    ).double()
+def robot_runs(records):
+    """Steps of each segment that episodes (Sources) will give."""
+    runs = []
+    for r in records:
+        runs += [steps for _, _, steps in r.runs if steps >= 2]
+    return runs
+
+
+def estimate(runs, tokens, width, store, *, motion, header):
+    """(steps, bytes) of features of segments of these steps, within a percent. motion, header: of
+    PLAY or ROBOTS."""
+    steps = sum(runs)
+    row = 4 * motion
+    if store == "bf16":
+        row += tokens * 2 * width
+    else:
+        row += tokens * (width + 2)  # a scale a token
+        header += 8 * width  # and one a channel
+    return steps, steps * row + len(runs) * header
+
+
+def check_room(records, what, steps, size, tokens, width, store, phases, out):
+    """What all ranks together will write, as a sentence. what: "hours of play"; steps, size: this
+    rank's, of `estimate`. OSError if the disk has no room for it. Collective."""
+    hours = sum(r.duration for r in records) / 72000
+    total = torch.tensor([hours, steps, size]).double()
     if dist.is_initialized():
         dist.all_reduce(total)
     hours, steps, size = total.tolist()
-    os.makedirs(args.out, exist_ok=True)
-    free = shutil.disk_usage(args.out).free
-    what = "hours of episodes" if args.dataset == "droid" else "hours of play"
+
+    os.makedirs(out, exist_ok=True)
+    free = shutil.disk_usage(out).free
     text = (
         f"{hours:.2f} {what}, {steps:,.0f} steps x {tokens} tokens x {width} channels in"
-        f" {args.store}, take {size / 1e9:,.3f} GB"
+        f" {store}, take {size / 1e9:,.3f} GB"
     )
     if size > free:
-        less = " --store int8 for half of it," * (args.store == "bf16") + " fewer --phases," * (
-            args.phases > 1
-        )
+        remedies = ["make room"]
+        if store == "bf16":
+            remedies.append("--store int8 for half of it")
+        if phases > 1:
+            remedies.append("fewer --phases")
         raise OSError(
-            f"{text}, and {args.out} has {free / 1e9:,.3f} GB free: make room,{less} or put --out"
+            f"{text}, and {out} has {free / 1e9:,.3f} GB free: {', '.join(remedies)}, or put --out"
             " on a larger disk"
         )
-    return f"{text} of the {free / 1e9:,.3f} GB free in {args.out}"
+    return f"{text} of the {free / 1e9:,.3f} GB free in {out}"
 
 
-def decode_ahead(records, plan, args):
-    """(record, future of a part) in order, at least one a recording, --num_workers parts ahead of
-    the one that is taken; threads are enough, since decoders do not hold Python's lock. For what
-    cannot be read it is a future that raises."""
+# --- from recordings to shards ---
+
+
+def decode_ahead(records, plan, num_workers):
+    """(record, future of a part) in order, at least one a recording, num_workers parts ahead of
+    the one that is taken. Threads are enough, since decoders do not hold Python's lock. What cannot
+    be read gives a future that raises."""
 
     def fail(error):
         raise error
 
     waiting = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(max(args.num_workers, 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max(num_workers, 1)) as pool:
         for record in records:
             try:
                 calls = plan(record)
@@ -264,17 +314,17 @@ def decode_ahead(records, plan, args):
                 calls = [functools.partial(fail, e)]
             for call in calls:
                 waiting.append((record, pool.submit(call)))
-                if len(waiting) > args.num_workers:
+                if len(waiting) > num_workers:
                     yield waiting.popleft()
         yield from waiting
 
 
 @torch.inference_mode()
-def encode_recording(parts, encoder, args, device):
+def encode_recording(parts, how, device):
     """The parts of one recording -> [(name of a segment, its tensors, its own metadata)], what is
-    wrong with the recording or ''. An error of the disk, the encoder or its flags is raised: the
+    wrong with the recording or "". An error of the disk, the encoder or its flags is raised: the
     shard must not be finished without the recording."""
-    z = collections.defaultdict(list)
+    features = collections.defaultdict(list)  # segment: its features, part after part
     for record, part in parts:
         try:
             labels, videos = part.result()
@@ -285,45 +335,221 @@ def encode_recording(parts, encoder, args, device):
                 raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
             return [], f"{type(e).__name__}: {e}"
         for i, video in videos:
-            h = encode_steps(encoder, video[None].to(device), args.encode, args.frames_per_step)[0]
-            z[i].append(h.to("cpu", torch.bfloat16 if args.store == "bf16" else h.dtype))
-    return [
-        (name, pack_features(torch.cat(z.pop(i)), args.store) | label, more)
-        for i, (name, label, more) in enumerate(labels)
-    ], ""
+            video = video[None].to(device)
+            h = encode_steps(how.encoder, video, how.encode, how.frames_per_step)[0]
+            h = h.to("cpu", torch.bfloat16 if how.store == "bf16" else h.dtype)
+            features[i].append(h)
+
+    encoded = []
+    for i, (name, motion, metadata) in enumerate(labels):
+        z = torch.cat(features.pop(i))
+        encoded.append((name, pack_features(z, how.store) | motion, metadata))
+    return encoded, ""
+
+
+def member_bytes(tensors, metadata):
+    """A safetensors file whose header is sorted: the library writes its keys in random order, and a
+    run that was interrupted should give the same bytes."""
+    data = safetensors_bytes(tensors, metadata=metadata)
+    end = 8 + int.from_bytes(data[:8], "little")  # of the header
+    header = json.dumps(
+        json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    ).encode()
+    return data[:8] + header.ljust(end - 8) + data[end:]
+
+
+def encode_all(records, groups, how, device, bad, progress):
+    """(record, what encode_recording gives) of each record of a shard. groups: an iterator over the
+    parts of each in order. What cannot be read is added to `bad`."""
+    for record in records:
+        _, parts = next(groups)
+        encoded, flaw = encode_recording(parts, how, device)
+        if flaw:
+            bad.append((record.shard, record.key, flaw))
+        yield record, encoded
+        progress.update()
+
+
+def write_members(out, recordings, meta, names):
+    """Write what encode_all gives into an open file, as a tar; its members are added to `names`."""
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for record, encoded in recordings:
+            for name, tensors, metadata in encoded:
+                data = member_bytes(tensors, meta | metadata)
+                member = tarfile.TarInfo(f"{record.key}@{name}.safetensors")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+                names.append(member.name)
+
+
+def write_shards(job, targets, records, bad, plan, how, meta):
+    """Encode indexed recordings and write the shards of this rank that are not there yet. plan: a
+    recording -> functions that decode a part each. bad: [(file, key, reason)] of the index.
+    ValueError if nothing could be encoded."""
+    todo = [p for p in job.share if not os.path.exists(targets[p])]
+    of_shard = {path: [*group] for path, group in itertools.groupby(records, key=lambda r: r.shard)}
+    ahead = decode_ahead(records, plan, how.num_workers)
+    groups = itertools.groupby(ahead, key=lambda x: (x[0].shard, x[0].key))
+    bad = list(bad)
+    written = 0
+
+    progress = tqdm(total=len(records), unit="recording", disable=job.rank > 0, desc="encode")
+    for path in todo:
+        recordings = encode_all(of_shard.get(path, []), groups, how, job.device, bad, progress)
+        names = []
+        write = functools.partial(write_members, recordings=recordings, meta=meta, names=names)
+        try:
+            write_atomically(targets[path], write)
+        except OSError as e:
+            reason = f"{targets[path]} ({e.strerror or e}): the shards that are finished stay"
+            raise OSError(f"{reason}; fix this and run the same command again") from e
+        written += len(names)
+        rows = []
+        for file, key, reason in bad:
+            if file == path:
+                rows.append({"file": file, "key": key, "reason": reason})
+        append_jsonl(os.path.join(job.out, LEFT_OUT), rows)
+    progress.close()
+
+    for file, key, reason in bad:
+        print(f"left out: {file} {key}: {reason}")
+    if todo and not written:
+        for path in todo:
+            os.unlink(targets[path])
+        hint = "" if meta.get("dataset") == "droid" else " (robot episodes need --dataset droid)"
+        raise ValueError(f"nothing could be encoded, see above{hint}")
+    left_out = os.path.join(job.out, LEFT_OUT)
+    if os.path.exists(left_out) and job.rank == 0:
+        print(
+            f"what could not be read is in {left_out}; delete a shard of {job.out} to have it"
+            " encoded again"
+        )
+    size = sum(os.path.getsize(targets[p]) for p in todo) / 2**20
+    print(
+        f"rank {job.rank} encoded {len(todo)} of {len(job.paths)} shards: {size:,.1f} MiB; peak"
+        f" memory {peak_memory(job.device):.0f} MiB"
+    )
+
+
+# --- the three programs ---
+
+
+def encode_play(job, how, meta, made_with, reader, phases):
+    """VPT shards -> feature shards of the same names. meta: metadata of each member; made_with:
+    further settings that all shards of a folder share."""
+    names = {p: os.path.basename(p.split("?")[0]) for p in job.paths}
+    targets = target_files(names, job.out)
+    check_settings(job.out, meta | made_with)
+    check_finished(job.share, targets, job.out, play_keys)
+
+    records, bad = index_play([p for p in job.share if not os.path.exists(targets[p])])
+    runs = play_runs(
+        records,
+        fps=reader.fps,
+        encode=how.encode,
+        frames_per_clip=int(meta["frames_per_clip"]),
+        frames_per_step=how.frames_per_step,
+        phases=phases,
+    )
+    announce(job, how, records, runs, "hours of play", PLAY, meta, phases)
+    if job.rank == 0:
+        write_settings(job.out, meta | made_with)
+
+    plan = functools.partial(plan_recording, reader=reader, phases=phases, size=how.batch_size)
+    write_shards(job, targets, records, bad, plan, how, meta)
+
+
+def encode_robots(job, how, meta, made_with, reader, phases, verify):
+    """Robot episodes -> feature shards, one a TFRecord or an episode that is a file of its own.
+    verify: of droid.index_episodes."""
+    names, folder = tar_names(job.paths)
+    made_with = made_with | {"folder": folder}
+    targets = target_files(names, job.out)
+    check_settings(job.out, meta | made_with)
+    check_finished(job.share, targets, job.out, robot_keys)
+
+    todo = [p for p in job.share if not os.path.exists(targets[p])]
+    episodes, bad = index_episodes(todo, reader, verify, print)
+    records, bad = sources(episodes, bad, reader, phases)
+    runs = robot_runs(records)
+    announce(job, how, records, runs, "hours of episodes", ROBOTS, meta, phases)
+    if job.rank == 0:
+        write_settings(job.out, meta | made_with)
+
+    plan = functools.partial(plan_episode, reader=reader, size=how.batch_size)
+    write_shards(job, targets, records, bad, plan, how, meta)
+
+
+def announce(job, how, records, runs, what, kind, meta, phases):
+    """Print what will be written. OSError if the disk is too small. Collective."""
+    tokens = int(meta["grid"]) ** 2
+    width = how.encoder.embed_dim
+    steps, size = estimate(runs, tokens, width, how.store, **kind)
+    room = check_room(records, what, steps, size, tokens, width, how.store, phases, job.out)
+    if job.world > 1:
+        dist.barrier()  # before rank 0 writes what the others have just looked at
+    if job.rank > 0:
+        return
+    if kind is PLAY:
+        for line in line_warnings(records):
+            print(f"WARNING: {line}")
+    name = str(how.dtype).removeprefix("torch.")
+    print(f"encoder in {name} on {job.device}; {chosen(job.device, how.dtype)}")
+    print(f"to encode: {room}")
+
+
+def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size):
+    """VPT shards -> KEY.h5 with latents of the video VAE `vae`, and KEY.actions.npz."""
+    check_settings(job.out, made_with)
+    records, bad = index_play(job.share)
+    if job.rank == 0:
+        for line in line_warnings(records):
+            print(f"WARNING: {line}")
+
+    # files are named by the keys alone, so no two ranks may have one
+    keys = [r.key for r in records]
+    if job.world > 1:
+        of_ranks = [None] * job.world
+        dist.all_gather_object(of_ranks, keys)
+        keys = [key for of_rank in of_ranks for key in of_rank]
+    twice = [key for key, n in collections.Counter(keys).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"two shards hold a recording {twice[0]}: encode them into different --out folders"
+        )
+
+    model = open_vae(vae, dtype).to(job.device)
+    if job.rank == 0:
+        write_settings(job.out, made_with)
+    chunks = max(batch_size // 8, 1)
+    encode_latents(records, bad, model, job.out, fps, crop_size, chunks, job.device)
+    print(f"rank {job.rank}: peak memory {peak_memory(job.device):.0f} MiB")
+
+
+def stop(signum, frame):
+    sys.exit(143)
+
+
+def silent(text):
+    pass
 
 
 if __name__ == "__main__":
-    args = parser.parse_args()
-    if robot := args.dataset == "droid":
-        parser.set_defaults(fps=4.0, encode="frame", frames_per_step=1, encoder="vjepa2_ac_vitg")
-    elif args.vae:
-        parser.set_defaults(fps=8.0, crop_size=512)
-    args = parser.parse_args()
-    if odd := [
-        k for k in (OF_PLAY if robot else OF_ROBOTS) if getattr(args, k) != parser.get_default(k)
-    ]:
-        parser.error(
-            f"--{odd[0]} is for --dataset"
-            f" {'vpt: robots have one frame a step' if robot else 'droid'}"
-        )
-    if low := [
-        k
-        for k in ("phases", "batch_size", "crop_size", "frames_per_step", "frames_per_clip", "fps")
-        if getattr(args, k) <= 0
-    ]:
-        parser.error(f"--{low[0]} {getattr(args, low[0]):g} is too small")
     sys.excepthook = one_sentence
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    )
-    if device.type == "cuda":
+    signal.signal(signal.SIGTERM, stop)  # the half-written shard is removed
+    robots = args.dataset == "droid"
+
+    # --- distributed ---
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-    signal.signal(
-        signal.SIGTERM, lambda *a: sys.exit(143)
-    )  # so that the shard under way is removed
-    paths = (find_episodes if robot else expand)([p for group in args.data for p in group])
+
+    # --- data ---
+    patterns = [p for group in args.data for p in group]
+    paths = find_episodes(patterns) if robots else expand(patterns)
     if os.path.realpath(args.out) in {os.path.dirname(os.path.realpath(p)) for p in paths}:
         raise ValueError(f"--out {args.out} is where the recordings are: choose another folder")
     if world > 1:
@@ -331,72 +557,57 @@ if __name__ == "__main__":
     if rank == 0:
         lock(args.out)
     if world > 1:
-        dist.barrier()  # until what a run that was killed left is removed
+        dist.barrier()  # until rank 0 has removed what a killed run left
     share = paths[rank::world]
-    if not robot and (urls := [p for p in paths if is_stream(p)]):
+    urls = [p for p in paths if is_stream(p)]
+    if urls and not robots:
         if not args.cache_dir:
             raise ValueError(
                 f"{urls[0]}: encode.py needs to seek: name a --cache_dir that shards are copied to,"
                 " or copy them yourself"
             )
-        [share] = cached(
-            [share], args.cache_dir, args.cache_size, print if rank == 0 else lambda text: None
-        )
+        say = print if rank == 0 else silent
+        [share] = cached([share], args.cache_dir, args.cache_size, say)
+    job = Job(paths, share, args.out, rank, world, device)
+    dtype = getattr(torch, args.dtype)
+
+    # --- latents of a VAE ---
     if args.vae:
         if args.decoder != "pyav":
             raise ValueError(f"--decoder {args.decoder}: latents are made of PyAV's pictures")
-        made = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
-        check_settings(args.out, made)
-        records, bad = index_play(share)
-        for line in line_warnings(records) if rank == 0 else []:
-            print(f"WARNING: {line}")
-        keys = [[r.key for r in records]]
-        if world > 1:
-            dist.all_gather_object(keys := [None] * world, keys[0])
-        if twice := [k for k, n in collections.Counter(itertools.chain(*keys)).items() if n > 1]:
-            raise ValueError(
-                f"two shards hold a recording {twice[0]}: encode them into different --out folders"
-            )
-        vae = open_vae(args.vae, getattr(torch, args.dtype)).to(device)
+        made_with = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
+        encode_vae(job, made_with, args.vae, args.fps, args.crop_size, dtype, args.batch_size)
         if rank == 0:
-            write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
-        encode_latents(
-            records,
-            bad,
-            vae,
-            args.out,
-            args.fps,
-            args.crop_size,
-            max(args.batch_size // 8, 1),
-            device,
-        )
-        print(f"rank {rank}: peak memory {peak_memory(device):.0f} MiB")
+            print(f"next: python -m prepare.manifest {args.out}")
         sys.exit()
+
+    # --- encoder ---
     encoder = open_encoder(args.encoder, args.crop_size, args.frames_per_clip).to(device)
-    meta = {
-        k: str(getattr(args, k))
-        for k in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip")
-    }
-    meta |= {"encoder": encoder_hash(encoder), "grid": str(args.crop_size // encoder.patch_size)}
-    meta |= {"store": args.store} if args.store != "bf16" else {}
-    encoder = encoder.to(dtype := getattr(torch, args.dtype))
-    made = {"phases": args.phases, "dtype": args.dtype}
-    if robot:
-        reader = DroidReader(
-            2,
-            args.fps,
-            args.crop_size,
-            args.crop,
-            args.camera or ["exterior_1"],
-            args.stride,
-            args.state_keys,
-            args.action_keys,
-        )
+    meta = {}
+    for name in ("encode", "fps", "frames_per_step", "crop_size", "frames_per_clip"):
+        meta[name] = str(getattr(args, name))
+    meta["encoder"] = encoder_hash(encoder)
+    meta["grid"] = str(args.crop_size // encoder.patch_size)
+    if args.store != "bf16":
+        meta["store"] = args.store
+    made_with = {"phases": args.phases, "dtype": args.dtype}
+    how = Encoding(
+        encoder.to(dtype),
+        args.encode,
+        args.frames_per_step,
+        args.store,
+        dtype,
+        args.batch_size,
+        args.num_workers,
+    )
+
+    # --- encode ---
+    if robots:
+        camera = args.camera or ["exterior_1"]
+        keys = (args.state_keys, args.action_keys)
+        reader = DroidReader(2, args.fps, args.crop_size, args.crop, camera, args.stride, *keys)
         meta |= {"dataset": "droid"} | settings(reader)
-        plan, (names, made["folder"]) = (
-            functools.partial(plan_episode, reader=reader, size=args.batch_size),
-            tar_names(paths),
-        )
+        encode_robots(job, how, meta, made_with, reader, args.phases, args.verify)
     else:
         reader = ClipReader(
             args.frames_per_clip,
@@ -406,108 +617,14 @@ if __name__ == "__main__":
             encode=args.encode,
             decoder=args.decoder,
         )
-        meta |= {"action_space": "38"}
-        meta |= {"decoder": args.decoder} if args.decoder != "pyav" else {}
-        plan = functools.partial(
-            plan_recording, reader=reader, phases=args.phases, size=args.batch_size
-        )
-        names = {p: os.path.basename(p.split("?")[0]) for p in paths}
-    targets = {p: os.path.join(args.out, name) for p, name in names.items()}
-    if len(set(targets.values())) < len(paths):
-        raise ValueError(
-            "two input shards have the same file name: encode them into different --out folders"
-        )
-    check_settings(args.out, made := meta | made)
-    for path in (
-        p for p in share if os.path.exists(targets[p])
-    ):  # done in an earlier run, or not ours
-        keys, source = (
-            {r.recording for r in shard_index(targets[path])[0]},
-            path.peek() if isinstance(path, Shard) else path,
-        )
-        theirs = (
-            {e["key"] for e in index_file(path, False)[1]}
-            if robot
-            else {r.key for r in shard_index(source)[0]}
-        )
-        if foreign := keys - theirs:
-            raise ValueError(
-                f"{args.out} holds a {os.path.basename(path)} of other recordings ({min(foreign)}):"
-                " choose another --out"
-            )
-    mine = [p for p in share if not os.path.exists(targets[p])]
-    records, bad = (
-        sources(*index_episodes(mine, reader, args.verify, print), reader, args.phases)
-        if robot
-        else index_play(mine)
-    )
-    of = {path: [*group] for path, group in itertools.groupby(records, key=lambda r: r.shard)}
-    room = check_room(records, int(meta["grid"]) ** 2, encoder.embed_dim, args)
-    if world > 1:
-        dist.barrier()  # before rank 0 writes what the others have just looked at
+        meta["action_space"] = "38"
+        if args.decoder != "pyav":
+            meta["decoder"] = args.decoder
+        encode_play(job, how, meta, made_with, reader, args.phases)
     if rank == 0:
-        for line in line_warnings([] if robot else records):
-            print(f"WARNING: {line}")
-        print(f"encoder in {args.dtype} on {device}; {chosen(device, dtype)}\nto encode: {room}")
-        write_atomically(os.path.join(args.out, SETTINGS), json.dumps(made).encode())
-    progress = tqdm(total=len(records), unit="recording", disable=rank > 0, desc="encode")
-    groups = itertools.groupby(
-        decode_ahead(records, plan, args), key=lambda x: (x[0].shard, x[0].key)
-    )
-    members = []
-    for path in mine:
-
-        def write_shard(out, path=path):
-            with tarfile.open(fileobj=out, mode="w") as tar:
-                for record in of.get(path, []):
-                    encoded, flaw = encode_recording(next(groups)[1], encoder, args, device)
-                    bad.extend([(record.shard, record.key, flaw)] if flaw else [])
-                    for name, tensors, more in encoded:
-                        data = safetensors_bytes(tensors, metadata=meta | more)
-                        end = 8 + int.from_bytes(
-                            data[:8], "little"
-                        )  # of the header, whose keys come in random order
-                        head = json.dumps(
-                            json.loads(data[8:end]),
-                            sort_keys=True,
-                            separators=(",", ":"),
-                            ensure_ascii=False,
-                        ).encode()
-                        data = data[:8] + head.ljust(end - 8) + data[end:]
-                        member = tarfile.TarInfo(f"{record.key}@{name}.safetensors")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-                        members.append(member.name)
-                    progress.update()
-
-        try:
-            write_atomically(targets[path], write_shard)
-        except OSError as e:
-            why = f"{targets[path]} ({e.strerror or e}): the shards that are finished stay"
-            raise OSError(f"{why}; mend this and run the same command again") from e
-        append_jsonl(
-            os.path.join(args.out, LEFT_OUT),
-            [dict(zip(("file", "key", "reason"), b)) for b in bad if b[0] == path],
-        )
-    progress.close()
-    for file, key, reason in bad:
-        print(f"left out: {file} {key}: {reason}")
-    if mine and not members:
-        for path in mine:
-            os.unlink(targets[path])
-        raise ValueError(
-            "nothing could be encoded, see"
-            f" above{'' if robot else ' (robot episodes need --dataset droid)'}"
-        )
-    if os.path.exists(list_of_bad := os.path.join(args.out, LEFT_OUT)) and rank == 0:
+        script = "train_lora.py" if robots else "train_ac.py"
         print(
-            f"what could not be read is in {list_of_bad}; delete a shard of {args.out} to have it"
-            " encoded again"
+            f"next: python {script} --data {args.out}/*.tar, with the --fps and sizes of this run"
         )
-    size = sum(os.path.getsize(targets[p]) for p in mine) / 2**20
-    print(
-        f"rank {rank} encoded {len(mine)} of {len(paths)} shards: {size:,.1f} MiB; peak memory"
-        f" {peak_memory(device):.0f} MiB"
-    )
     if world > 1:
         dist.destroy_process_group()

@@ -3,16 +3,72 @@ shards, without decoding video.
 
     python fit_scaler.py --data VPT/*.tar --output vpt_action_scaler.pkl
     torchrun --nproc_per_node=8 fit_scaler.py --data VPT/*.tar --max_samples 1000000
-    python fit_scaler.py --dataset droid --data droid_100/*.tfrecord* --output droid_action_scaler.pkl
+    python fit_scaler.py --dataset droid --data droid/*.tfrecord* --output droid_action_scaler.pkl
 
-Reads the JSONL members of the shards and seeks over the video (pipe: and http:// shards can only be
-read on). A sample is one step: at 20 fps, --fps 5 and --frames_per_step 2 it sums lines 8t to 8t+7
-of a recording. Recordings are taken in an order that depends on --seed alone until there are
---max_samples steps, or the estimates have converged. Writes a joblib StandardScaler (.pkl) or
-.safetensors. With --dataset droid a sample is an action between two sampled frames of a robot
-episode (droid.py), idle or not."""
+Reads the JSONL members of the shards and skips the video (pipe: and http:// shards cannot skip). A
+sample is one step: at 20 fps, --fps 5 and --frames_per_step 2 it sums lines 8t to 8t+7 of a
+recording. Recordings are taken in an order that depends on --seed alone, until there are
+--max_samples steps, or the estimates have converged. With --dataset droid a sample is an action
+between two sampled frames of a robot episode (droid.py), idle or not. Writes a joblib
+StandardScaler (.pkl) or .safetensors."""
 
 import argparse
+
+# --- flags ---
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+)
+several = {"nargs": "+", "action": "extend"}
+repeated = {"nargs": "+", "action": "append"}
+
+flag = parser.add_argument_group("data").add_argument
+flag("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
+flag("--data", "--data_path", **repeated, help="paths, globs, {a..b}, URLs (VPT/*.tar)")
+flag("--output", default="vpt_action_scaler.pkl", help=".pkl or .safetensors file (%(default)s)")
+flag("--max_shards", type=int, help="use this many shards, spread evenly over --data (all)")
+flag("--val_fraction", type=float, default=0.0, help="leave out what train_ac.py holds out at this")
+
+flag = parser.add_argument_group("what a step is").add_argument
+flag("--fps", type=float, default=5.0, help="sampled frames a second (%(default)g; droid: 4)")
+frames = "sampled frames a step (%(default)s; droid: 1)"
+flag("--frames_per_step", "--tubelet_size", type=int, default=2, help=frames)
+flag("--action_space", type=int, default=13, help="written down; its first 4 are fitted (13)")
+flag("--stride", type=int, help="droid: rows between sampled frames instead of --fps")
+flag("--state_keys", **several, help="droid: fields of the state (the pose)")
+flag("--action_keys", **several, help="droid: fields of the action (differences of the pose)")
+
+flag = parser.add_argument_group("when to stop").add_argument
+flag("--max_samples", type=int, default=100_000, help="steps to use at most (%(default)s)")
+flag("--no_convergence_check", action="store_true", help="do not stop before --max_samples")
+tolerance = "converged: all standard errors are within this share of the std (%(default)s)"
+flag("--tolerance", type=float, default=0.01, help=tolerance)
+between = "steps between two checks (%(default)s, and at least 5 %% of those in)"
+flag("--batch_size", type=int, default=128, help=between)
+flag("--seed", type=int, default=0, help="order of the recordings (%(default)s)")
+
+flag = parser.add_argument_group("speed").add_argument
+flag("--num_workers", type=int, default=8, help="processes of a rank that parse (%(default)s)")
+
+
+def read_flags():
+    """The flags, with the defaults of their dataset. Ends the program for those that do not fit."""
+    args = parser.parse_args()
+    if args.dataset == "droid":
+        parser.set_defaults(output="droid_action_scaler.pkl", fps=4.0, frames_per_step=1)
+        args = parser.parse_args()
+    if not args.output.endswith((".pkl", ".safetensors")):
+        raise SystemExit(f"--output {args.output} must end in .pkl or .safetensors")
+    for name in ("max_samples", "max_shards", "frames_per_step", "batch_size", "fps", "tolerance"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise SystemExit(f"--{name} {value:g} must be positive")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = read_flags()
+
 import collections
 import concurrent.futures
 import contextlib
@@ -48,161 +104,112 @@ from files.vpt import (
 )
 from kernels import merge_moments, moments, standard_errors
 
-# --- flags ---
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-)
-parser.add_argument(
-    "--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes"
-)
-parser.add_argument(
-    "--data",
-    "--data_path",
-    nargs="+",
-    action="append",
-    help="shards: paths, globs, {a..b}, URLs (default VPT/*.tar)",
-)
-parser.add_argument(
-    "--output",
-    default="vpt_action_scaler.pkl",
-    help="where to write the scaler: .pkl or .safetensors",
-)
-parser.add_argument("--max_samples", type=int, default=100_000, help="steps to use at most")
-parser.add_argument(
-    "--max_shards",
-    type=int,
-    help="use this many shards, spread uniformly over --data (default: all)",
-)
-parser.add_argument(
-    "--val_fraction",
-    type=float,
-    default=0.0,
-    help="leave out what train_ac.py holds out at the same --val_fraction",
-)
-parser.add_argument(
-    "--action_space",
-    type=int,
-    default=13,
-    choices=ACTION_SPACES,
-    help="stored with the scaler; its first 4 are the same",
-)
-parser.add_argument(
-    "--fps", type=float, default=5.0, help="sampled frames a second (droid: 4 if not given)"
-)
-parser.add_argument(
-    "--frames_per_step",
-    "--tubelet_size",
-    type=int,
-    default=2,
-    help="sampled frames a step (droid: 1)",
-)
-parser.add_argument(
-    "--stride", type=int, help="droid: rows between sampled frames in place of --fps"
-)
-parser.add_argument(
-    "--state_keys",
-    nargs="+",
-    action="extend",
-    help="droid: fields of the state (default: the pose)",
-)
-parser.add_argument(
-    "--action_keys",
-    nargs="+",
-    action="extend",
-    help="droid: fields of the action (default: differences of the pose)",
-)
-parser.add_argument(
-    "--batch_size",
-    type=int,
-    default=128,
-    help="samples between two convergence checks (at least 5 %% of those in)",
-)
-parser.add_argument(
-    "--num_workers",
-    type=int,
-    default=8,
-    help="processes that read and parse, per rank (0 or 1: this one)",
-)
-parser.add_argument(
-    "--no_convergence_check", action="store_true", help="do not stop before --max_samples"
-)
-parser.add_argument(
-    "--tolerance",
-    type=float,
-    default=0.01,
-    help="converged: all standard errors are within this share of the std",
-)
-parser.add_argument("--seed", type=int, default=0, help="order of the recordings")
-
-# --- the scaler, as other stages use it ---
-
-
-# --- fitting ---
-
-# Converged: no standard error above --tolerance of its std. The guide's 1 % at 10,000 samples holds
-# for independent ones. The steps of one recording are not: its own std is some 30 % off the average.
-MIN_SAMPLES, MIN_RECORDINGS = 10_000, 20
+# Converged: no standard error is above --tolerance of its std. The guide's 1 % at 10,000 samples
+# holds for independent ones. The steps of one recording are not: its own std is some 30 % off the
+# average.
+MIN_SAMPLES = 10_000
+MIN_RECORDINGS = 20
 COLUMNS = [ACTION_SPACES[38].index(name) for name in [*CONTINUOUS, "gui_open"]]
+
+# --- reading ---
 
 
 def read_steps(jsonl, fps, frames_per_step):
-    """JSONL bytes of a recording -> steps (n, 5): the continuous actions and whether a GUI was
-    open; why its tail was dropped; {name that nobody knows: lines}."""
+    """JSONL bytes of a recording -> steps (n, 5), the continuous actions and whether a GUI was
+    open; why its tail was dropped, or ""; {name that nobody knows: lines}. ValueError if it has no
+    whole step."""
     ticks = parse_ticks(jsonl)
     span = step_size(ticks.rate, fps) * frames_per_step
     ends = np.arange(0, len(ticks.motion), span)
     if len(ends) < 2:
-        raise ValueError(
-            f"too short: {len(ticks.motion)} usable lines, a step needs {span + 1} {ticks.flaw}".rstrip()
-        )
-    return step_actions(ticks, ends, 38)[0][:, COLUMNS], ticks.flaw, ticks.unknown
+        lines = f"{len(ticks.motion)} usable lines, a step needs {span + 1}"
+        raise ValueError(f"too short: {lines} {ticks.flaw}".rstrip())
+    actions, _ = step_actions(ticks, ends, 38)
+    return actions[:, COLUMNS], ticks.flaw, ticks.unknown
 
 
 def read_job(job, fps, frames_per_step, limit):
-    """A recording, or a stream until it has given `limit` steps -> [(file, key, JSONL bytes, steps
-    or None, flaw)], and {name that nobody knows: lines} where there are any."""
-    out, url = [], job if isinstance(job, str) else ""
+    """A Record, or the URL of a stream until it has given `limit` steps -> [(file, key, bytes of
+    JSONL, steps or None, flaw)], with {name that nobody knows: lines} as a sixth where there are
+    any. An error of the disk is raised: it says nothing about the recording."""
+    if isinstance(job, str):
+        return read_stream(job, fps, frames_per_step, limit)
+    size = job.members["jsonl"][1]
+    read = functools.partial(read_member, job)
+    return [read_row(job.shard, job.key, size, read, fps, frames_per_step)]
 
-    def add(file, key, size, jsonl):
-        try:
-            steps, flaw, unknown = read_steps(jsonl(), fps, frames_per_step)
-        except READ_ERRORS as e:
-            if disk_failed(e):  # says nothing about the recording
-                raise OSError(disk_sentence(f"{file} {key}", e)) from e
-            steps, flaw, unknown = None, f"{type(e).__name__}: {e}", {}
-        out.append((file, key, size, steps, flaw, *([unknown] if unknown else [])))
 
-    if url:
-        try:
-            for key, members in stream_recordings(url):
-                add(url, key, len(members["jsonl"]), lambda raw=members["jsonl"]: raw)
-                if sum(len(row[3]) for row in out if row[3] is not None) >= limit:
-                    break
-        except (*READ_ERRORS, tarfile.TarError) as e:
-            if disk_failed(e):
-                raise OSError(disk_sentence(url, e)) from e
-            out.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
-    else:
+def read_stream(url, fps, frames_per_step, limit):
+    """read_job of a stream, which cannot skip the video."""
+    rows = []
+    steps = 0
+    try:
+        for key, members in stream_recordings(url):
+            jsonl = members["jsonl"]
+            read = functools.partial(bytes, jsonl)
+            rows.append(read_row(url, key, len(jsonl), read, fps, frames_per_step))
+            if rows[-1][3] is not None:
+                steps += len(rows[-1][3])
+            if steps >= limit:
+                break
+    except (*READ_ERRORS, tarfile.TarError) as e:
+        if disk_failed(e):
+            raise OSError(disk_sentence(url, e)) from e
+        rows.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
+    return rows
 
-        def read():
-            with Slice(job.shard, *job.members["jsonl"]) as f:
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(
-                        f.fd, 0, 0, os.POSIX_FADV_RANDOM
-                    )  # else the kernel reads ahead into the video: up to 8 MB a member
-                return f.read(f.size)
 
-        add(job.shard, job.key, job.members["jsonl"][1], read)
-    return out
+def read_member(record):
+    """The JSONL bytes of a recording in a local shard."""
+    with Slice(record.shard, *record.members["jsonl"]) as f:
+        # without this the kernel reads ahead into the video, up to 8 MB a member
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(f.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return f.read(f.size)
+
+
+def read_row(file, key, size, read, fps, frames_per_step):
+    """What read_job gives of one recording; read: a function that returns its JSONL bytes."""
+    try:
+        steps, flaw, unknown = read_steps(read(), fps, frames_per_step)
+    except READ_ERRORS as e:
+        if disk_failed(e):  # says nothing about the recording
+            raise OSError(disk_sentence(f"{file} {key}", e)) from e
+        return file, key, size, None, f"{type(e).__name__}: {e}"
+    row = (file, key, size, steps, flaw)
+    return (*row, unknown) if unknown else row
+
+
+# --- fitting ---
+
+
+class Turning:
+    """How far the camera turns a pixel of mouse motion, outside the GUI: the slope of a line
+    through the origin."""
+
+    def __init__(self):
+        # dx * yaw, dx * dx, steps with motion
+        self.sums = np.zeros(3)
+
+    def add(self, steps):
+        # 600 pixels are a quarter turn, so yaw_diff has not wrapped
+        seen = steps[(steps[:, 4] == 0) & (np.abs(steps[:, 0]) < 600)]
+        dx = seen[:, 0]
+        yaw = seen[:, 2]
+        self.sums += (dx @ yaw, dx @ dx, np.count_nonzero(dx))
+
+    def slope(self):
+        """Radians a pixel; None if too little moved."""
+        return self.sums[0] / self.sums[1] if self.sums[2] >= 100 else None
 
 
 def has_converged(parts, tolerance):
-    count = sum(p[0] for p in parts)
-    return (
-        count >= MIN_SAMPLES
-        and len(parts) >= MIN_RECORDINGS
-        and max(map(np.max, standard_errors(parts))) <= tolerance
-    )
+    """Whether the estimates are good enough. parts: (count, mean, M2) of each recording."""
+    count = sum(part[0] for part in parts)
+    if count < MIN_SAMPLES or len(parts) < MIN_RECORDINGS:
+        return False
+    of_mean, of_std = standard_errors(parts)
+    return max(np.max(of_mean), np.max(of_std)) <= tolerance
 
 
 def warnings_for(scaler, slope):
@@ -236,16 +243,20 @@ def warnings_for(scaler, slope):
 
 
 def verify(path, parts):
-    """Reload the file; the samples must come out at mean 0 and std 1 (0 if constant). The transform
-    is affine, so that a recording's mean and mean + std tell what happens to all of its samples."""
+    """Reload the file and put the samples through it: they must come out at mean 0 and std 1 (0 if
+    constant). The transform is affine, so a recording's mean and mean + std tell what happens to
+    all of its samples. Returns how far off they are; RuntimeError above 1e-6."""
     scaler = ActionScaler.load(path)
-    total = (0, 0 * scaler.mean, 0 * scaler.mean)
+    zeros = 0 * scaler.mean
+    total = (0, zeros, zeros)
     for n, mean, m2 in parts:
-        at = scaler.transform(mean)
-        total = merge_moments(
-            total, (n, at, n * (scaler.transform(mean + np.sqrt(m2 / n)) - at) ** 2)
-        )
-    off = max(np.abs(total[1]).max(), np.abs(np.sqrt(total[2] / total[0]) - (scaler.var > 0)).max())
+        centre = scaler.transform(mean)
+        spread = scaler.transform(mean + np.sqrt(m2 / n)) - centre
+        total = merge_moments(total, (n, centre, n * spread**2))
+    off_mean = np.abs(total[1]).max()
+    std = np.sqrt(total[2] / total[0])
+    off_std = np.abs(std - (scaler.var > 0)).max()
+    off = max(off_mean, off_std)
     if not off < 1e-6:
         raise RuntimeError(
             f"{path} does not standardise the samples it was fitted on: off by {off:.2g}"
@@ -253,138 +264,146 @@ def verify(path, parts):
     return off
 
 
-if __name__ == "__main__":
-    args = parser.parse_args()
-    if args.dataset == "droid":
-        parser.set_defaults(output="droid_action_scaler.pkl", fps=4.0, frames_per_step=1)
-        args = parser.parse_args()
-    sys.excepthook = one_sentence
-    if not args.output.endswith((".pkl", ".safetensors")):
-        raise SystemExit(f"--output {args.output} must end in .pkl or .safetensors")
-    for name in ("max_samples", "max_shards", "frames_per_step", "batch_size", "fps", "tolerance"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise SystemExit(f"--{name} {value:g} must be positive")
+# --- the report ---
 
-    # --- distributed ---
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def print_left_out(title, rows):
+    """The first five of [(file, key, reason)], and how many more."""
+    for file, key, reason in rows[:5]:
+        print(f"{title}: {file} {key}: {reason}")
+    if len(rows) > 5:
+        print(f"{title}: {len(rows) - 5} more, {len(rows)} in all")
+
+
+def print_statistics(scaler, mean, parts, digits):
+    """A line an action: mean and std with their standard errors, in numbers of `digits` digits."""
+    of_mean, of_std = standard_errors(parts)
+    title = "Continuous Actions; a step's sum, and standard errors in % of the std"
+    print(f"\nAction Statistics ({title}):")
+    std = np.sqrt(scaler.var)
+    for i, (name, unit) in enumerate(zip(scaler.meta["names"], scaler.meta["units"])):
+        print(
+            f"  {name:10} - Mean: {mean[i]:9.{digits}f} (se {of_mean[i]:6.2%}), Std:"
+            f" {std[i]:9.{digits}f} (se {of_std[i]:6.2%}) {unit}"
+        )
+
+
+if __name__ == "__main__":
+    sys.excepthook = one_sentence
+    if args.action_space not in ACTION_SPACES:
+        spaces = ", ".join(map(str, ACTION_SPACES))
+        parser.error(f"--action_space {args.action_space} is unknown, choose from: {spaces}")
+    began = time.time()
+
+    # --- distributed: no tensor of this stage is worth a GPU, all the time goes into parsing ---
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group(
-            "gloo"
-        )  # no tensor of this stage is worth a GPU: parsing is all the time
+        dist.init_process_group("gloo")
 
     # --- data ---
-    data, began, robot, names, units = (
-        args.data or [["VPT/*.tar"]],
-        time.time(),
-        None,
-        CONTINUOUS,
-        UNITS,
-    )
+    data = args.data or [["VPT/*.tar"]]
+    robots = None
+    names = CONTINUOUS
+    units = UNITS
     if args.dataset == "droid":
-        robot = DroidSteps(args.fps, args.stride, args.state_keys, args.action_keys)
-        jobs, bad, names, units = robot.open(
-            sum(data, []), args.max_shards, args.val_fraction, print if rank == 0 else str
-        )
+        robots = DroidSteps(args.fps, args.stride, args.state_keys, args.action_keys)
+        patterns = [p for group in data for p in group]
+        say = print if rank == 0 else str
+        jobs, bad, names, units = robots.open(patterns, args.max_shards, args.val_fraction, say)
     else:
         jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
     jobs = [jobs[i] for i in np.random.default_rng(args.seed).permutation(len(jobs))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if rank == 0:
-        how = (
-            "shards which cannot be sought: reading on through the video bytes"
-            if any(map(is_stream, map(str, jobs)))
-            else "recordings"
-        )
-        print(f"{len(jobs)} {how}; statistics on the {device}")
+        kind = "recordings"
+        if any(is_stream(str(job)) for job in jobs):
+            kind = "shards which cannot be sought: reading on through the video bytes"
+        print(f"{len(jobs)} {kind}; statistics on the {device}")
 
     # --- fit ---
-    parts, used, flawed = (
-        [],
-        [],
-        [],
-    )  # parts: (count, mean, M2) of each recording, in the order of jobs
+    zeros = torch.zeros(len(names), dtype=torch.float64)
+    total = (0, zeros, zeros)  # count, mean and M2 of all samples
+    parts = []  # the same of each recording, in the order of jobs
+    used = []  # (file, key, bytes) of each
+    cut = []  # (file, key, reason) of those that lost their tail
     unknown = collections.Counter()  # names that nobody knows: lines
-    total = (
-        0,
-        torch.zeros(len(names), dtype=torch.float64),
-        torch.zeros(len(names), dtype=torch.float64),
-    )
-    slope_sums = np.zeros(
-        3
-    )  # dx · yaw, dx · dx, steps with motion: the slope is that of a line through the origin
-    at, next_check, done = 0, MIN_SAMPLES, False
+    turning = Turning()
+    position = 0  # of the first job that was not read yet
+    next_check = MIN_SAMPLES
+    done = False
     early = False  # stopped before --max_samples
-    start = (
-        "fork" if sys.platform == "linux" else None
-    )  # workers parse only; elsewhere fork is not safe
-    pool = (
-        concurrent.futures.ProcessPoolExecutor(args.num_workers, multiprocessing.get_context(start))
-        if args.num_workers > 1
-        else None
-    )
+
+    pool = None
+    if args.num_workers > 1:
+        # workers only parse; fork is quick, but not safe outside of Linux
+        start = "fork" if sys.platform == "linux" else None
+        context = multiprocessing.get_context(start)
+        pool = concurrent.futures.ProcessPoolExecutor(args.num_workers, context)
+    seconds = 0.1 if sys.stderr.isatty() else 10
     progress = tqdm(
-        total=args.max_samples,
-        unit=" samples",
-        desc="fit",
-        disable=rank > 0,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
+        total=args.max_samples, unit=" samples", desc="fit", disable=rank > 0, mininterval=seconds
     )
     with pool or contextlib.nullcontext(), progress:
-        while at < len(jobs) and not done:
-            # Rounds read little more than what will be used, and what is used follows from the
-            # order of jobs alone.
+        while position < len(jobs) and not done:
+            # A round reads little more than what will be used. What is used follows from the order
+            # of jobs alone, whoever reads them.
             left = args.max_samples - total[0]
-            needed = math.ceil(left * at / total[0]) if total[0] else len(jobs)
-            take = max(min(needed, max(max(args.num_workers, 1) * world, at // 4)), 1)
-            work = robot or functools.partial(
-                read_job, fps=args.fps, frames_per_step=args.frames_per_step, limit=left
-            )
-            results = list((pool.map if pool else map)(work, jobs[at : at + take][rank::world]))
+            needed = math.ceil(left * position / total[0]) if total[0] else len(jobs)
+            at_once = max(max(args.num_workers, 1) * world, position // 4)
+            turn = jobs[position : position + max(min(needed, at_once), 1)]
+            position += len(turn)
+
+            # every rank reads its share and gets all
+            read = robots
+            if robots is None:
+                step = {"fps": args.fps, "frames_per_step": args.frames_per_step}
+                read = functools.partial(read_job, **step, limit=left)
+            results = list((pool.map if pool else map)(read, turn[rank::world]))
             if world > 1:
                 gathered = [None] * world
                 dist.all_gather_object(gathered, results)
-                results = [
-                    gathered[i % world][i // world] for i in range(len(jobs[at : at + take]))
-                ]
-            at += take
-            for file, key, nbytes, steps, flaw, *odd_names in (x for y in results for x in y):
+                results = [gathered[i % world][i // world] for i in range(len(turn))]
+
+            rows = [row for of_job in results for row in of_job]
+            for file, key, nbytes, steps, flaw, *unknown_names in rows:
                 if done:
                     break
-                for more in odd_names:
-                    unknown.update(more)
+                for lines in unknown_names:
+                    unknown.update(lines)
                 if flaw:
-                    (bad if steps is None else flawed).append((file, key, flaw))
+                    (bad if steps is None else cut).append((file, key, flaw))
                 if steps is None:
                     continue
+
+                # add the recording
                 steps = steps[: args.max_samples - total[0]]
-                n, *rest = moments(torch.from_numpy(steps[:, : len(names)].copy()).to(device))
-                part = (n, *(x.cpu() for x in rest))
-                total = merge_moments(total, part)
-                parts.append((part[0], part[1].numpy(), part[2].numpy()))
+                samples = torch.from_numpy(steps[:, : len(names)].copy()).to(device)
+                n, mean, m2 = moments(samples)
+                mean = mean.cpu()
+                m2 = m2.cpu()
+                total = merge_moments(total, (n, mean, m2))
+                parts.append((n, mean.numpy(), m2.numpy()))
                 used.append((os.path.basename(file), key, nbytes))
-                if robot is None:  # 600 px is a quarter turn: yaw_diff has not wrapped
-                    seen = steps[(steps[:, 4] == 0) & (np.abs(steps[:, 0]) < 600)]
-                    slope_sums += (
-                        seen[:, 0] @ seen[:, 2],
-                        seen[:, 0] @ seen[:, 0],
-                        np.count_nonzero(seen[:, 0]),
-                    )
+                if robots is None:
+                    turning.add(steps)
                 progress.update(len(steps))
+
+                # once in a while: is it enough?
                 done = total[0] == args.max_samples
                 if total[0] >= next_check and not args.no_convergence_check:
                     next_check = max(total[0] + args.batch_size, 1.05 * total[0])
                     early = not done and has_converged(parts, args.tolerance)
                     done = done or early
-            progress.total = max(min(args.max_samples, round(total[0] / at * len(jobs))), total[0])
+            expected = round(total[0] / position * len(jobs))
+            progress.total = max(min(args.max_samples, expected), total[0])
     if not parts:
-        raise ValueError(
-            f"no usable recording in {data}:"
-            f" {'; '.join(' '.join(b) for b in bad[:3]) or 'all of it is held out'}"
-        )
+        reasons = "; ".join(" ".join(b) for b in bad[:3]) or "all of it is held out"
+        raise ValueError(f"no usable recording in {data}: {reasons}")
 
     # --- save, verify, report ---
     if rank == 0:
-        count, mean, m2 = (np.asarray(x) for x in total)
+        count, mean, m2 = map(np.asarray, total)
         listing = "\n".join(f"{file} {key} {nbytes}" for file, key, nbytes in sorted(used))
         meta = {
             "names": names,
@@ -396,62 +415,50 @@ if __name__ == "__main__":
             "shards": sorted({file for file, _, _ in used}),
             "fingerprint": hashlib.sha256(listing.encode()).hexdigest()[:16],
         }
-        meta |= {"stride": args.stride or 0} if robot else {"action_space": args.action_space}
-        meta |= (
-            {"recordings": sorted(f"{file} {key}" for file, key, _ in used)}
-            if len(used) <= 1000
-            else {}
-        )
+        if robots:
+            meta["stride"] = args.stride or 0
+        else:
+            meta["action_space"] = args.action_space
+        if len(used) <= 1000:
+            meta["recordings"] = sorted(f"{file} {key}" for file, key, _ in used)
         scaler = ActionScaler.from_moments(count, mean, m2, meta)
         scaler.save(args.output)
-        off, rule, peak = verify(args.output, parts), "=" * 60, peak_memory(torch.device(device))
-        for title, rows in (("left out", bad), ("tail left out", flawed)):
-            for file, key, reason in rows[:5]:
-                print(f"{title}: {file} {key}: {reason}")
-            if len(rows) > 5:
-                print(f"{title}: {len(rows) - 5} more, {len(rows)} in all")
-        converged, (of_mean, of_std), digits = (
-            has_converged(parts, args.tolerance),
-            standard_errors(parts),
-            5 if robot else 3,
-        )
-        print(
-            f"{rule}\nSCALER FITTING COMPLETE\n{rule}\nSaved to: {args.output}\nTotal samples:"
-            f" {scaler.n:,}\nConverged: {converged}"
-        )
+        off = verify(args.output, parts)
+
+        print_left_out("left out", bad)
+        print_left_out("tail left out", cut)
+        rule = "=" * 60
+        converged = has_converged(parts, args.tolerance)
+        print(f"{rule}\nSCALER FITTING COMPLETE\n{rule}")
+        print(f"Saved to: {args.output}")
+        print(f"Total samples: {scaler.n:,}")
+        print(f"Converged: {converged}")
         if early:
             print(
                 f"Stopped before --max_samples {args.max_samples:,}: all standard errors are within"
                 f" {args.tolerance:.3g} of the std (--tolerance); --no_convergence_check takes all"
             )
         if not converged:
-            how = "raise --max_samples" if at < len(jobs) or done else "all the data is used"
+            remedy = "all the data is used"
+            if position < len(jobs) or done:
+                remedy = "raise --max_samples"
             print(
-                f"  (asks for standard errors within {args.tolerance:.3g} of the std, {MIN_SAMPLES:,} samples,"
-                f" {MIN_RECORDINGS} recordings: {how})"
+                f"  (asks for standard errors within {args.tolerance:.3g} of the std,"
+                f" {MIN_SAMPLES:,} samples, {MIN_RECORDINGS} recordings: {remedy})"
             )
+        print_statistics(scaler, mean, parts, 5 if robots else 3)
+        megabytes = sum(nbytes for _, _, nbytes in used) / 2**20
         print(
-            "\nAction Statistics (Continuous Actions; a step's sum, and standard errors in % of the"
-            " std):"
-        )
-        for i, (name, unit, std) in enumerate(zip(names, units, np.sqrt(scaler.var))):
-            print(
-                f"  {name:10} - Mean: {mean[i]:9.{digits}f} (se {of_mean[i]:6.2%}), Std:"
-                f" {std:9.{digits}f} (se {of_std[i]:6.2%}) {unit}"
-            )
-        print(
-            f"{rule}\n{len(used)} recordings, {sum(u[2] for u in used) / 2**20:.1f} MiB of actions"
-            f" in {time.time() - began:.1f} s"
+            f"{rule}\n{len(used)} recordings, {megabytes:.1f} MiB of actions in"
+            f" {time.time() - began:.1f} s"
         )
         print(
             "Reloaded and verified: the samples come out at mean 0 and std 1 within"
-            f" {max(off, 1e-16):.0e}; peak memory {peak:.0f} MiB"
+            f" {max(off, 1e-16):.0e}; peak memory {peak_memory(torch.device(device)):.0f} MiB"
         )
-        for line in name_warnings(unknown):
+        for line in name_warnings(unknown) + warnings_for(scaler, turning.slope()):
             print(f"WARNING: {line}")
-        for line in warnings_for(
-            scaler, slope_sums[0] / slope_sums[1] if slope_sums[2] >= 100 else None
-        ):
-            print(f"WARNING: {line}")
+        script = "train_lora.py" if robots else "train_ac.py"
+        print(f"next: python {script} --scaler {args.output}, with the same --data and --fps")
     if world > 1:
         dist.destroy_process_group()

@@ -1,9 +1,12 @@
 """Reading and writing everybody's weights: Meta's V-JEPA 1, V-JEPA 2 and AC files, jepa-wms,
-Hugging Face VJEPA2, and our own.
+Hugging Face VJEPA2, PEFT adapters, and our own.
 
 Nothing is loaded in part: a missing, unmatched or misshapen key is an error that lists it. Nothing
-is executed: `weights_only=True`. Sizes come from the tensors, but no tensor shows the number of
-heads: it is a known architecture's, or must be given."""
+is executed: `weights_only=True`. Sizes come from the tensors. Only the number of heads is in no
+tensor: it is that of a known architecture, or must be given.
+
+In this order: names and downloads · files of Meta, Hugging Face and ours · opening an encoder ·
+PEFT adapters · bases and exports."""
 
 import datetime
 import hashlib
@@ -17,6 +20,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,13 +47,27 @@ from model import (
     put_lora,
 )
 
-ARCHITECTURES = {  # width, depth, heads, MLP width; vit_tiny is ours, for the demo and the tests
-    "vit_tiny": (192, 4, 3, 768),
-    "vit_base_16": (768, 12, 12, 3072),
-    "vit_large_16": (1024, 24, 16, 4096),
-    "vit_huge": (1280, 32, 16, 5120),
-    "vit_giant_xformers": (1408, 40, 22, 6144),
+# --- names and downloads ---
+
+
+class Architecture(NamedTuple):
+    """Sizes of an encoder."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+
+
+# vit_tiny is ours, for the demo and the tests
+ARCHITECTURES = {
+    "vit_tiny": Architecture(192, 4, 3, 768),
+    "vit_base_16": Architecture(768, 12, 12, 3072),
+    "vit_large_16": Architecture(1024, 24, 16, 4096),
+    "vit_huge": Architecture(1280, 32, 16, 5120),
+    "vit_giant_xformers": Architecture(1408, 40, 22, 6144),
 }
+# places of the released files on Meta's server
 RELEASED = {
     "vjepa2_vitl": "vjepa2/vitl.pt",
     "vjepa2_vith": "vjepa2/vith.pt",
@@ -61,91 +79,168 @@ RELEASED = {
 }
 
 
-def build_encoder(name, img_size=256, num_frames=16, seed=0):
-    """A frozen V-JEPA 2 encoder with seeded random weights."""
-    if name not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture {name!r} is unknown, choose from: {', '.join(ARCHITECTURES)}"
+def find_encoder(name, cache_dir):
+    """The local file for a path, a URL or a released file's name. What is not here yet is
+    downloaded into `cache_dir`, so call it on one rank at a time."""
+    url = str(name)
+    if name in RELEASED:
+        server = os.environ.get("NANOJEPA_WEIGHTS_URL", "https://dl.fbaipublicfiles.com")
+        url = f"{server.rstrip('/')}/{RELEASED[name]}"
+        path = Path(cache_dir) / Path(url).name
+    elif "://" in url:
+        address = url.split("://")[1].split("?")[0]
+        path = Path(cache_dir) / re.sub(r"[^\w.-]", "_", address)
+    elif Path(name).exists():
+        return Path(name)
+    else:
+        names = ", ".join([*RELEASED, *ARCHITECTURES])
+        raise FileNotFoundError(f"encoder {url!r}: no such file, and none of the names {names}")
+    return path if path.exists() else download(url, path)
+
+
+def download(url, path, tries=5, timeout=60):
+    """Download `url` to `path`. A transfer that broke is resumed from `path`.part by HTTP Range.
+    `path` appears only when the file is whole and on disk. ConnectionError after `tries` tries, or
+    at once where the server says that the file is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(min(2**attempt, 30))
+        try:
+            total = transfer(url, part, path.name, timeout)
+        except (OSError, http.client.HTTPException) as e:
+            reason = e
+            status = getattr(e, "code", 500)
+            if status == 416:
+                part.unlink()  # longer than the file, so no part of it
+            elif status < 500:
+                break
+            continue
+        size = part.stat().st_size
+        if size == total:
+            return part.replace(path)
+        reason = f"the transfer ended at {size} of {total} bytes"
+    raise ConnectionError(
+        f"could not download {url} ({reason}). Put the file at {path}, or use --encoder vit_tiny"
+        " (--base none --full)"
+    )
+
+
+def transfer(url, part, name, timeout):
+    """Append to the file `part` what it lacks of `url`. Returns the bytes that the whole file has,
+    as the server says; fewer may have arrived. name: of the progress bar."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        if response.status != 206:
+            have = 0  # a server that ignores Range sends all of it
+        total = have + int(response.headers["Content-Length"] or 0)
+        seconds = 0.5 if sys.stderr.isatty() else 30
+        progress = tqdm(
+            desc=name, total=total, initial=have, unit="B", unit_scale=True, mininterval=seconds
         )
-    width, depth, heads, mlp_dim = ARCHITECTURES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return (
-            Encoder(width, depth, heads, mlp_dim=mlp_dim, img_size=img_size, num_frames=num_frames)
-            .eval()
-            .requires_grad_(False)
-        )
+        with progress, open(part, "ab" if have else "wb") as f:
+            while data := response.read(1 << 20):
+                progress.update(f.write(data))
+            f.flush()
+            os.fsync(f.fileno())
+    return total
+
+
+def fetch(name):
+    """The local file of a path, a URL or a released name. It is downloaded once: by rank 0, and
+    then by one rank of each other node, whose cache may be another disk. Collective."""
+    folder = os.path.join(CACHE, "weights")
+    if not dist.is_initialized():
+        return find_encoder(name, folder)
+
+    # the others wait longer than NCCL's ten minutes: a file may have 5 GB
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    if dist.get_rank() == 0:
+        find_encoder(name, folder)
+    dist.barrier(waiting)
+    if os.environ.get("LOCAL_RANK") == "0":
+        find_encoder(name, folder)
+    dist.barrier(waiting)
+    return find_encoder(name, folder)
+
+
+# --- files of Meta, Hugging Face and ours ---
 
 
 def load_encoder(path, num_heads=None, num_frames=None, pos=None, which="target_encoder"):
-    """The frozen encoder in a weight file; `which` of Meta's two where there are two (the EMA one
-    serves evaluation and AC training).
+    """The frozen encoder in a weight file. Meta's files contain two: `which` "target_encoder" is
+    the EMA one, which serves evaluation and AC training, "encoder" the other.
 
-    `pos` "rope" or "sincos"; None goes by the released file's name, else by whether there is a
+    `pos` is "rope" or "sincos". None goes by the released file's name, else by whether there is a
     `pos_embed` that is not all zero. `num_frames` is what a sincos table was made for (default 16).
-    """
-    state = from_hugging_face(
-        part_of(path, which, "patch_embed.proj.weight", "embeddings.patch_embeddings.proj.weight")
-    )
-    if state["patch_embed.proj.weight"].ndim != 5:
+    ValueError for files that are not whole, or of another kind."""
+    landmarks = ("patch_embed.proj.weight", "embeddings.patch_embeddings.proj.weight")
+    state = from_hugging_face(part_of(path, which, *landmarks))
+    kernel = state["patch_embed.proj.weight"]
+    if kernel.ndim != 5:
         raise ValueError(
             f"{path}: an image encoder, its patch_embed.proj.weight has no time dimension"
         )
-    width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
+    width, _, tubelet_size, patch_size, _ = kernel.size()
     sizes = sizes_of(path, state, "blocks.", width, num_heads)
+
     table = state.get("pos_embed")
-    is_jepa1 = {Path(p).name: p.startswith("jepa/") for p in RELEASED.values()}
-    pos = pos or (
-        "sincos" if is_jepa1.get(Path(path).name, table is not None and table.any()) else "rope"
-    )
+    if pos is None:
+        pos = position_kind(path, table)
     if pos == "rope":
-        state.pop(
-            "pos_embed", None
-        )  # released V-JEPA 2 files may still hold one, their models never used it
+        # released V-JEPA 2 files may still contain a table, which their models never used
+        state.pop("pos_embed", None)
     elif table is not None:
-        T = (num_frames or 16) // tubelet
+        T = (num_frames or 16) // tubelet_size
         grid = round((table.shape[1] / T) ** 0.5)
         if table.shape[1] != T * grid * grid:
             raise ValueError(
                 f"{path}: {table.shape[1]} positions are not {T} steps of a square grid: give"
                 " num_frames"
             )
-        sizes |= {"img_size": grid * patch, "num_frames": T * tubelet}
+        sizes |= {"img_size": grid * patch_size, "num_frames": T * tubelet_size}
+
     with torch.device("meta"):
-        encoder = Encoder(width, **sizes, patch_size=patch, tubelet_size=tubelet, pos=pos)
+        encoder = Encoder(width, **sizes, patch_size=patch_size, tubelet_size=tubelet_size, pos=pos)
     return load_strict(encoder, state, path).eval().requires_grad_(False)
 
 
+def position_kind(path, table):
+    """Which positions the model of a file uses, "rope" (V-JEPA 2) or "sincos" (V-JEPA 1). A
+    released file's name decides, else whether its table (or None) has a number that is not 0."""
+    is_vjepa1 = {
+        Path(released).name: released.startswith("jepa/") for released in RELEASED.values()
+    }
+    name = Path(path).name
+    if name in is_vjepa1:
+        return "sincos" if is_vjepa1[name] else "rope"
+    return "sincos" if table is not None and table.any() else "rope"
+
+
 def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
-    """The trainable AC predictor in a weight file, for features on this patch grid. An unused
-    extrinsics layer is kept, frozen."""
-    state = {
-        k.replace("proprio_", "state_"): v
-        for k, v in part_of(path, "predictor", "predictor_embed.weight").items()
-    }  # jepa-wms
+    """The trainable AC predictor in a weight file, for features on this patch grid. A layer for
+    camera extrinsics that is not used is kept, frozen."""
+    state = {}
+    for key, value in part_of(path, "predictor", "predictor_embed.weight").items():
+        state[key.replace("proprio_", "state_")] = value  # jepa-wms' name
     if "action_encoder.weight" not in state:
         raise ValueError(
             f"{path}: the predictor has no action_encoder, so it is a mask predictor and not an"
             " action-conditioned one"
         )
-    pred_dim, embed_dim = state["predictor_embed.weight"].shape
-    sizes = sizes_of(path, state, "predictor_blocks.", pred_dim, num_heads)
-    action_dim, state_dim = (
-        state[k].shape[1] if k in state else 0
-        for k in ("action_encoder.weight", "state_encoder.weight")
-    )
+    pred_dim, embed_dim = state["predictor_embed.weight"].size()
+    action_dim = state["action_encoder.weight"].shape[1]
+    state_dim = 0
+    if "state_encoder.weight" in state:
+        state_dim = state["state_encoder.weight"].shape[1]
     has_layer = use_extrinsics or "extrinsics_encoder.weight" in state
+    sizes = sizes_of(path, state, "predictor_blocks.", pred_dim, num_heads)
+    sizes |= {"pred_dim": pred_dim, "use_extrinsics": has_layer, "predict": predict_of(state)}
     with torch.device("meta"):
-        predictor = Predictor(
-            embed_dim,
-            action_dim,
-            state_dim,
-            grid,
-            pred_dim=pred_dim,
-            **sizes,
-            use_extrinsics=has_layer,
-            predict=predict_of(state),
-        )
+        predictor = Predictor(embed_dim, action_dim, state_dim, grid, **sizes)
     load_strict(predictor, state, path)
     if has_layer and not use_extrinsics:
         predictor.use_extrinsics = False
@@ -156,57 +251,65 @@ def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
 def meta_state(encoder, predictor):
     """`encoder`, `target_encoder`, `predictor` as in Meta's released AC file: their hub code loads
     it (the predictor where A = S = 7)."""
-    bias = torch.zeros(
-        predictor.predictor_embed.out_features
-    )  # upstream always builds the extrinsics layer and loads strictly
-    state = {
-        "extrinsics_encoder.weight": bias.new_zeros(len(bias), 6),
-        "extrinsics_encoder.bias": bias,
-    } | predictor.state_dict()
     frozen = {f"module.{k}": v for k, v in encoder.state_dict().items()}
-    return {
-        "encoder": frozen,
-        "target_encoder": frozen,
-        "predictor": {f"module.{k}": v for k, v in state.items()},
+    state = with_extrinsics(predictor.state_dict(), predictor)
+    trained = {f"module.{k}": v for k, v in state.items()}
+    return {"encoder": frozen, "target_encoder": frozen, "predictor": trained}
+
+
+def with_extrinsics(state, predictor):
+    """A predictor's state with a layer for camera extrinsics: Meta's code always builds that layer
+    and loads strictly. It is zero where the predictor has none."""
+    width = predictor.predictor_embed.out_features
+    layer = {
+        "extrinsics_encoder.weight": torch.zeros(width, 6),
+        "extrinsics_encoder.bias": torch.zeros(width),
     }
+    return layer | state
 
 
 def read_file(path):
-    """The dictionary in a .safetensors or torch.save file, memory-mapped; one clear sentence for
-    what is no weight file."""
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    """The dictionary in a .safetensors or torch.save file, memory-mapped; of a folder, that of its
+    model.safetensors. ValueError, one clear sentence, for what is no weight file."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
     with open(path, "rb") as f:
         head = f.read(64)
-    is_page = head.lstrip().startswith(b"<")
     is_zip = head.startswith(b"PK\3\4")  # torch.save before version 1.6 wrote no zip: not mapped
     try:
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, "cpu", weights_only=True, mmap=is_zip)
-        )
+        if path.suffix == ".safetensors":
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
     except Exception as e:  # the two readers raise half a dozen types
         if disk_failed(e):  # which says nothing about the file
             raise OSError(disk_sentence(path, e)) from e
-        said = f"{type(e).__name__} {e}".splitlines()[0][:120]
-        reason = f"no weight file, or only part of one ({said})"
-        name = re.search(r"GLOBAL (\S+)", str(e))
-        if isinstance(e, pickle.UnpicklingError) and (is_zip or name):
-            raise ValueError(
-                f"{path}: refused, since it holds {name[1] if name else 'a Python object'}, which"
-                " could run code: only tensors and plain values are read"
-            ) from e
-        if is_page:
-            reason = "a web page: fetch it again"
-        raise ValueError(f"{path}: these {path.stat().st_size} bytes are {reason}") from e
+        raise unreadable(path, head, is_zip, e) from e
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights")
     return loaded
 
 
+def unreadable(path, head, is_zip, error):
+    """The ValueError that says why a file, which begins with the bytes `head`, cannot be read."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and (is_zip or name):
+        return ValueError(
+            f"{path}: refused, since it holds {name[1] if name else 'a Python object'}, which"
+            " could run code: only tensors and plain values are read"
+        )
+    if head.lstrip().startswith(b"<"):
+        reason = "a web page: fetch it again"
+    else:
+        first_line = f"{type(error).__name__} {error}".splitlines()[0]
+        reason = f"no weight file, or only part of one ({first_line[:120]})"
+    return ValueError(f"{path}: these {path.stat().st_size} bytes are {reason}")
+
+
 def part_of(path, which, *landmarks):
     """The state dict `which` of the file (the file itself, when flat), without the prefix that
-    stands before the landmark key."""
+    stands before the landmark key. ValueError unless exactly one key ends in a landmark."""
     state = read_file(path)
     state = state.get(which, state)
     if state is None:
@@ -220,21 +323,24 @@ def part_of(path, which, *landmarks):
             f" {type(numbered[0]).__name__}, such as {numbered[0]!r}: an optimizer's state, or"
             " weights without their names"
         )
-    found = [(k, k.removesuffix(mark)) for k in state for mark in landmarks if k.endswith(mark)]
-    if len(found) != 1:
+
+    prefixes = []
+    for key in state:
+        prefixes += [key.removesuffix(mark) for mark in landmarks if key.endswith(mark)]
+    if len(prefixes) != 1:
         raise ValueError(
-            f"{path}: {which!r} needs one key that ends in {landmarks[0]}, {len(found)} found; it"
-            f" has {some(state)}"
+            f"{path}: {which!r} needs one key that ends in {landmarks[0]}, {len(prefixes)} found;"
+            f" it has {some(state)}"
         )
-    prefix = found[0][1]
+    prefix = prefixes[0]
     part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     check_numbers(part, path)
     return part
 
 
 def check_numbers(state, path):
-    """Refuses (ValueError) what is no plain tensor of finite floats, by name: whole numbers are
-    weights that somebody quantised, and one NaN makes every feature NaN."""
+    """ValueError, with its name, for a value that is no plain tensor of finite floats: whole
+    numbers are quantised weights, and one NaN makes every feature NaN."""
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {key} is a {type(value).__name__}, no tensor")
@@ -257,173 +363,166 @@ def check_numbers(state, path):
 
 
 def from_hugging_face(state):
-    """VJEPA2Model's encoder under Meta's names, with query, key and value merged; any other state
-    as it is."""
+    """VJEPA2Model's encoder under Meta's names, with query, key and value merged. Any other state
+    is returned as it is."""
     merged = {}
     for key, value in state.items():
         key = key.replace("embeddings.patch_embeddings", "patch_embed").replace("layernorm", "norm")
         merged[key.replace("layer.", "blocks.").replace("attention.", "attn.")] = value
     for query in [k for k in merged if ".query." in k]:
         qkv = [query.replace("query", name) for name in ("query", "key", "value")]
-        if all(k in merged for k in qkv):  # else they are listed as unmatched
+        if all(k in merged for k in qkv):  # else load_strict lists them as unmatched
             merged[query.replace("query", "qkv")] = torch.cat([merged.pop(k) for k in qkv])
     return merged
 
 
 def sizes_of(path, state, prefix, width, num_heads):
-    """Depth, heads and MLP width of the blocks; the heads of the known architectures where none are
-    given."""
+    """{"depth", "num_heads", "mlp_dim"} of the blocks whose keys start with `prefix`. Without
+    num_heads (None) they are those of the known architecture of these sizes."""
     first = f"{prefix}0.mlp.fc1.weight"
     if first not in state:
         raise ValueError(f"{path}: no {first} in it; it has {some(state)}")
-    depth, mlp_dim = (
-        1 + max(int(k.split(".")[1]) for k in state if k.startswith(prefix)),
-        state[first].shape[0],
-    )
-    heads = num_heads or {(w, d, m): heads for w, d, heads, m in ARCHITECTURES.values()}.get(
-        (width, depth, mlp_dim)
-    )
-    if heads is None:
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith(prefix))
+    mlp_dim = state[first].shape[0]
+    if not num_heads:
+        for known in ARCHITECTURES.values():
+            if (known.width, known.depth, known.mlp_dim) == (width, depth, mlp_dim):
+                num_heads = known.num_heads
+    if not num_heads:
         raise ValueError(
             f"{path}: width {width}, depth {depth}, MLP {mlp_dim} is no known architecture: give"
             " num_heads"
         )
-    return {"depth": depth, "num_heads": heads, "mlp_dim": mlp_dim}
+    return {"depth": depth, "num_heads": num_heads, "mlp_dim": mlp_dim}
 
 
 def load_strict(model, state, path):
-    """Copies `state` into a model made on the meta device, in fp32; every key must be there, and no
-    other."""
-    want = model.state_dict()
-    problems = {
-        "missing": [k for k in want if k not in state],
-        "unmatched": [k for k in state if k not in want],
-        "misshapen": [
-            f"{k} {[*v.shape]}, not {[*want[k].shape]}"
-            for k, v in state.items()
-            if k in want and v.shape != want[k].shape
-        ],
-    }
-    if any(problems.values()):
-        raise ValueError(
-            f"{path}: "
-            + "; ".join(f"{len(v)} {k} keys: {some(v)}" for k, v in problems.items() if v)
-        )
+    """Copy `state` into a model made on the meta device, in fp32. ValueError with a list unless it
+    has every key of the model, and no other, in the model's shapes."""
+    expected = model.state_dict()
+    missing = [k for k in expected if k not in state]
+    unmatched = [k for k in state if k not in expected]
+    misshapen = []
+    for key, value in state.items():
+        if key in expected and value.shape != expected[key].shape:
+            misshapen.append(f"{key} {[*value.shape]}, not {[*expected[key].shape]}")
+
+    problems = []
+    lists = {"missing": missing, "unmatched": unmatched, "misshapen": misshapen}
+    for kind, keys in lists.items():
+        if keys:
+            problems.append(f"{len(keys)} {kind} keys: {some(keys)}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}")
+
     model.to_empty(device="cpu").load_state_dict(state)
     return model
 
 
 def some(names, most=20):
+    """Names as one line, shortened."""
     names = [*names]
-    return (
-        ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
-        or "nothing"
-    )
+    if not names:
+        return "nothing"
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
 
 
-def find_encoder(name, cache_dir):
-    """The local file for a path, a URL or a released file's name, fetched into `cache_dir` once
-    (call it on rank 0 only)."""
-    url = str(name)
-    if name in RELEASED:
-        url = (
-            os.environ.get("NANOJEPA_WEIGHTS_URL", "https://dl.fbaipublicfiles.com").rstrip("/")
-            + "/"
-            + RELEASED[name]
+# --- opening an encoder ---
+#
+# The contract: what every other file may ask of an encoder, ours or your own. It is a frozen
+# nn.Module in eval mode, with
+#
+#   patch_size      side of a patch, in pixels
+#   tubelet_size    frames that it merges into one step
+#   embed_dim       D, width of its features
+#   parameters      whose dtype the input has, on whose device it lies
+#   encoder(video)  video (B, 3, T * tubelet_size, H, W), floats normalised with the mean and std of
+#                   ImageNet -> features (B, T * N, D) of N = (H / patch_size) * (W / patch_size)
+#                   patches, step by step, each row by row; not yet layer-normed
+#
+# To use another one, return it from open_encoder: check_encoder says what it lacks.
+
+
+def check_encoder(encoder, name, crop_size):
+    """ValueError, one sentence, for what does not keep the contract above, or has patches that do
+    not fit into crops of `crop_size` pixels."""
+    lacks = []
+    for attribute in ("patch_size", "tubelet_size", "embed_dim"):
+        value = getattr(encoder, attribute, None)
+        if not isinstance(value, int) or value < 1:
+            lacks.append(f"{attribute} (a whole number)")
+    if not isinstance(encoder, nn.Module) or not any(True for _ in encoder.parameters()):
+        lacks.append("parameters (of an nn.Module)")
+    if lacks:
+        raise ValueError(
+            f"encoder {name}: {type(encoder).__name__} lacks {', '.join(lacks)}: weights.py says"
+            " what an encoder must have, above check_encoder"
         )
-        path = Path(cache_dir) / Path(url).name
-    elif "://" in url:
-        path = Path(cache_dir) / re.sub(r"[^\w.-]", "_", url.split("://")[1].split("?")[0])
-    elif not Path(name).exists():
-        raise FileNotFoundError(
-            f"encoder {url!r}: no such file, and none of the names"
-            f" {', '.join([*RELEASED, *ARCHITECTURES])}"
+    if crop_size % encoder.patch_size:
+        raise ValueError(
+            f"--crop_size {crop_size} is no multiple of the encoder's patches of"
+            f" {encoder.patch_size} pixels"
         )
-    else:
-        return Path(name)
-    return path if path.exists() else download(url, path)
+    if not isinstance(encoder, Encoder):
+        check_features_of(encoder, name, crop_size)
 
 
-def download(url, path, tries=5, timeout=60):
-    """`url` to `path`: resumes `path`.part by HTTP Range, checks the length; `path` appears only
-    when whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    for attempt in range(tries):
-        time.sleep(min(2**attempt, 30) if attempt else 0)
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                have = (
-                    have if response.status == 206 else 0
-                )  # a server that ignores Range sends it all
-                total = have + int(response.headers["Content-Length"] or 0)
-                every = 0.5 if sys.stderr.isatty() else 30
-                bar = tqdm(
-                    desc=path.name,
-                    total=total,
-                    initial=have,
-                    unit="B",
-                    unit_scale=True,
-                    mininterval=every,
-                )
-                with bar, open(part, "ab" if have else "wb") as f:
-                    while data := response.read(1 << 20):
-                        bar.update(f.write(data))
-                    f.flush()
-                    os.fsync(f.fileno())
-            if part.stat().st_size == total:
-                return part.replace(path)
-            reason = f"the transfer ended at {part.stat().st_size} of {total} bytes"
-        except (OSError, http.client.HTTPException) as e:
-            reason, status = e, getattr(e, "code", 500)
-            if status == 416:
-                part.unlink()  # longer than the file: no part of it
-            elif status < 500:
-                break
-    raise ConnectionError(
-        f"could not download {url} ({reason}). Put the file at {path}, or use --encoder vit_tiny"
-        " (--base none --full)"
-    )
-
-
-def fetch(name):
-    """The local file of a path, a URL or a released name: fetched once, by rank 0 and then one rank
-    of each other node, into the cache."""
-    waiting = (
-        dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-        if dist.is_initialized()
-        else None
-    )
-    for one in (0, int(os.environ.get("RANK", 0)) if os.environ.get("LOCAL_RANK") == "0" else 0):
-        if not dist.is_initialized() or dist.get_rank() == one:
-            find_encoder(name, os.path.join(CACHE, "weights"))
-        if waiting:
-            dist.barrier(waiting)
-    return find_encoder(name, os.path.join(CACHE, "weights"))
+@torch.no_grad()
+def check_features_of(encoder, name, crop_size):
+    """Try somebody's encoder on two grey steps: ValueError unless it gives features (1, 2 N, D)."""
+    weight = next(encoder.parameters())
+    video = weight.new_zeros(1, 3, 2 * encoder.tubelet_size, crop_size, crop_size)
+    features = encoder(video)
+    patches = (crop_size // encoder.patch_size) ** 2
+    expected = [1, 2 * patches, encoder.embed_dim]
+    shape = [*getattr(features, "shape", [])]
+    if shape != expected:
+        result = shape or type(features).__name__
+        raise ValueError(
+            f"encoder {name}: from video {[*video.shape]} it makes {result}, not features"
+            f" {expected}: weights.py says what is expected, above check_encoder"
+        )
 
 
 def open_encoder(name, crop_size, frames_per_clip):
     """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache
-    folder), or of an architecture with seeded random weights, which is said."""
+    folder), or of an architecture with seeded random weights (a message says so)."""
     if name in ARCHITECTURES:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
         encoder = build_encoder(name, crop_size, frames_per_clip)
     else:
         encoder = load_encoder(fetch(name))
-    if crop_size % encoder.patch_size:
-        raise ValueError(
-            f"--crop_size {crop_size} is no multiple of the encoder's patches of"
-            f" {encoder.patch_size} pixels"
-        )
+    check_encoder(encoder, name, crop_size)
     return encoder
 
 
+def build_encoder(name, img_size=256, num_frames=16, seed=0):
+    """A frozen V-JEPA 2 encoder with seeded random weights."""
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"architecture {name!r} is unknown, choose from: {', '.join(ARCHITECTURES)}"
+        )
+    size = ARCHITECTURES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = Encoder(
+            size.width,
+            size.depth,
+            size.num_heads,
+            mlp_dim=size.mlp_dim,
+            img_size=img_size,
+            num_frames=num_frames,
+        )
+    return encoder.eval().requires_grad_(False)
+
+
 def encoder_hash(encoder):
-    """16 hex digits over names and values of all weights: which encoder features and checkpoints
-    belong to."""
+    """16 hex digits over names and values of all weights. Features and checkpoints name the encoder
+    that they belong to by it."""
     h = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
         h.update(key.encode())
@@ -432,112 +531,131 @@ def encoder_hash(encoder):
 
 
 def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frames_per_clip):
-    """Where a run's features come from: (encoder or None, {"encoder_hash", "grid", "embed_dim"}).
+    """Where a run's features come from -> (encoder or None, {"encoder_hash", "grid", "embed_dim"}).
 
-    records of features need no encoder (None comes back if none is named), but ValueError says if
-    other settings made them."""
-    source = None
+    Records of features need no encoder (None comes back if none is named). ValueError if they were
+    made with other settings than those given, or by another encoder than the one that is named."""
+    stored = None
     if records and "safetensors" in records[0].members:
-        made = feature_settings(records)
-        wanted = {
+        made_with = feature_settings(records)
+        settings = {
             "encode": encode,
             "fps": fps,
             "frames_per_step": frames_per_step,
             "crop_size": crop_size,
         }
-        for k, v in (
-            wanted | ({"frames_per_clip": frames_per_clip} if encode == "clip" else {})
-        ).items():
-            if made.get(k) != str(v):
+        if encode == "clip":
+            settings["frames_per_clip"] = frames_per_clip
+        for flag, value in settings.items():
+            if made_with.get(flag) != str(value):
                 raise ValueError(
-                    f"{records[0].shard} was made with --{k} {made.get(k)}, this run has {v}:"
-                    " change one of them"
+                    f"{records[0].shard} was made with --{flag} {made_with.get(flag)}, this run has"
+                    f" {value}: change one of them"
                 )
-        source = {
-            "encoder_hash": made["encoder"],
-            "grid": int(made["grid"]),
-            "embed_dim": made["embed_dim"],
+        stored = {
+            "encoder_hash": made_with["encoder"],
+            "grid": int(made_with["grid"]),
+            "embed_dim": made_with["embed_dim"],
         }
         if name is None:
-            return None, source
+            return None, stored
+
     encoder = open_encoder(name or "vjepa2_vitl", crop_size, frames_per_clip)
-    found = {
+    opened = {
         "encoder_hash": encoder_hash(encoder),
         "grid": crop_size // encoder.patch_size,
         "embed_dim": encoder.embed_dim,
     }
-    if source and found != source:
+    if stored and opened != stored:
         raise ValueError(
-            f"{records[0].shard} holds features of encoder {source}, --encoder {name} is {found}"
+            f"{records[0].shard} holds features of encoder {stored}, --encoder {name} is {opened}"
         )
-    return encoder, found
+    return encoder, opened
 
 
 def decoder_of(records, decoder):
-    """The video decoder whose pictures a run sees: the one that made the features (encode.py
-    writes down all but PyAV), or for video the named one. ValueError if --decoder names another
-    than that of features."""
+    """The video decoder whose pictures a run sees: for features the one that made them (encode.py
+    writes down all but PyAV), for video the one that is named. ValueError if --decoder names
+    another one than that of features."""
     if not records or "safetensors" not in records[0].members:
         return decoder
-    made = feature_settings(records[:1]).get("decoder", "pyav")
-    if decoder not in ("pyav", made):
+    made_with = feature_settings(records[:1]).get("decoder", "pyav")
+    if decoder not in ("pyav", made_with):
         raise ValueError(
-            f"--decoder {decoder}: {records[0].shard} holds features that were made with {made};"
-            " leave the flag out"
+            f"--decoder {decoder}: {records[0].shard} holds features that were made with"
+            f" {made_with}; leave the flag out"
         )
-    return made
+    return made_with
+
+
+# --- PEFT adapters ---
 
 
 def save_adapter(model, folder, base="", also=(), action_encoder=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft.PeftModel.from_pretrained
-    loads onto the same predictor. also: whole modules that were trained (modules_to_save);
-    action_encoder: of fold_scaler, what to write for it."""
-    own = model.state_dict() | {f"action_encoder.{k}": v for k, v in (action_encoder or {}).items()}
-    tensors = {f"base_model.model.{k}": v for k, v in own.items() if k.rpartition(".")[0] in also}
-    layers, sizes, thirds = lora_layers(model), {}, {}
-    for name, m in layers.items():
-        tensors |= {
-            f"base_model.model.{name}.lora_A.weight": m.lora_A,
-            f"base_model.model.{name}.lora_B.weight": m.full_B(),
-        }
-        short = re.sub(r"^predictor_blocks\.\d+\.", "", name)
-        alike = [
-            n for n, _ in model.named_modules() if n.endswith("." + short)
-        ]  # what PEFT takes a short name for
-        same = all(
-            n in layers and layers[n].lora_A.shape == m.lora_A.shape and layers[n].scale == m.scale
-            for n in alike
-        )
-        k = len(m.thirds or [0])
-        sizes[short if same and alike else name] = (
-            k * m.r,
-            m.alpha * (math.sqrt(k) if m.rslora else k),
-        )
-        if m.thirds:
-            thirds[name] = m.thirds
-    usual, one = max(sizes.values(), key=[*sizes.values()].count), next(iter(layers.values()))
+    loads onto the same predictor.
+
+    base: written down as base_model_name_or_path. also: names of whole modules that were trained
+    (PEFT's modules_to_save). action_encoder: {"weight", "bias"} of fold_scaler, written in place of
+    the model's."""
+    folded = {f"action_encoder.{k}": v for k, v in (action_encoder or {}).items()}
+    state = model.state_dict() | folded
+    tensors = {}
+    for key, value in state.items():
+        if key.rpartition(".")[0] in also:
+            tensors[f"base_model.model.{key}"] = value
+
+    layers = lora_layers(model)
+    sizes = {}  # what target_modules calls a layer: (rank, alpha)
+    thirds = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.full_B()
+        # to PEFT the adapters of k parts of a fused qkv are one, of k times the rank
+        k = len(layer.thirds or [0])
+        alpha = layer.alpha * (math.sqrt(k) if layer.rslora else k)
+        sizes[peft_name(model, layers, name)] = (k * layer.r, alpha)
+        if layer.thirds:
+            thirds[name] = layer.thirds
+
+    pairs = [*sizes.values()]
+    usual_rank, usual_alpha = max(pairs, key=pairs.count)
+    first_layer = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
-        "r": usual[0],
-        "lora_alpha": usual[1],
-        "lora_dropout": one.dropout,
-        "use_rslora": one.rslora,
+        "r": usual_rank,
+        "lora_alpha": usual_alpha,
+        "lora_dropout": first_layer.dropout,
+        "use_rslora": first_layer.rslora,
         "bias": "none",
         "target_modules": [*sizes],
         "inference_mode": True,
-        "rank_pattern": {k: r for k, (r, _) in sizes.items() if r != usual[0]},
-        "alpha_pattern": {k: a for k, (_, a) in sizes.items() if a != usual[1]},
+        "rank_pattern": {k: rank for k, (rank, _) in sizes.items() if rank != usual_rank},
+        "alpha_pattern": {k: alpha for k, (_, alpha) in sizes.items() if alpha != usual_alpha},
         "modules_to_save": sorted(also) or None,
     }
-    data = safetensors_bytes(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        {"format": "pt", "thirds": json.dumps(thirds)},
-    )
-    write_atomically(
-        os.path.join(folder, "adapter_config.json"), json.dumps(config, indent=1).encode()
-    )
+    config_file = os.path.join(folder, "adapter_config.json")
+    write_atomically(config_file, json.dumps(config, indent=1).encode())
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    data = safetensors_bytes(tensors, {"format": "pt", "thirds": json.dumps(thirds)})
     write_atomically(os.path.join(folder, "adapter_model.safetensors"), data)
+
+
+def peft_name(model, layers, name):
+    """What target_modules calls an adapted layer: its name without the block, if PEFT takes that
+    for layers which all have adapters of this rank and scale, else its whole name."""
+    layer = layers[name]
+    short = re.sub(r"^predictor_blocks\.\d+\.", "", name)
+    matched = [n for n, _ in model.named_modules() if n.endswith("." + short)]
+    if not matched:
+        return name
+    for other in matched:
+        if other not in layers:
+            return name
+        if layers[other].lora_A.shape != layer.lora_A.shape or layers[other].scale != layer.scale:
+            return name
+    return short
 
 
 # adapter_config.json: settings that load_adapter reads, and those that do not change what the
@@ -558,8 +676,6 @@ READ = {
     "modules_to_save",
     "init_lora_weights",
 }
-
-
 NEUTRAL = {
     "task_type",
     "auto_mapping",
@@ -576,8 +692,6 @@ NEUTRAL = {
     "corda_config",
     "lora_ga_config",
 }
-
-
 # PEFT's variants of LoRA, none of which is W + scale B A of the base as it is
 VARIANTS = {
     "use_dora": "DoRA, which scales the rows of the weights as well",
@@ -595,17 +709,15 @@ VARIANTS = {
     "megatron_config": "LoRA of Megatron's layers",
     "fan_in_fan_out": "LoRA of transposed layers",
 }
-
-
+# Values of init_lora_weights. The first kind writes into the base's weights at the start of
+# training, so such an adapter does not fit the base as it was.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
-
-
 LEAVES_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def read_adapter(folder):
     """A folder of PEFT's -> (config, {name: tensor} without PEFT's prefix, metadata of the file).
-    Whatever keeps it from being read whole is one sentence that names the file."""
+    ValueError or FileNotFoundError, one sentence that names the file, if not all can be read."""
     config_file = os.path.join(folder, "adapter_config.json")
     file = os.path.join(folder, "adapter_model.safetensors")
     if os.path.isfile(folder):
@@ -621,6 +733,7 @@ def read_adapter(folder):
             weight_files = [x for x in there if x.endswith((".safetensors", ".bin", ".pt"))]
             seen = f"; {some(weight_files)} is not read in its place" if weight_files else ""
             raise FileNotFoundError(f"{folder} is no PEFT adapter: {path} is not there{seen}")
+
     try:
         with open(config_file, encoding="utf-8") as f:
             config = json.load(f)
@@ -628,6 +741,7 @@ def read_adapter(folder):
         raise ValueError(f"{config_file} is no JSON, or only part of it: {e}") from e
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} holds a {type(config).__name__}, not settings by name")
+
     tensors = {}
     try:
         with safe_open(file, "pt") as f:
@@ -639,6 +753,7 @@ def read_adapter(folder):
                 tensors[name] = f.get_tensor(key)
     except (SafetensorError, ValueError) as e:
         raise ValueError(f"{file} cannot be read, or is only a part: {e}") from e
+
     for name, x in tensors.items():
         if not x.dtype.is_floating_point:
             raise ValueError(f"{file}: {name} holds {x.dtype}, not floating-point numbers")
@@ -657,7 +772,8 @@ def check_adapter_config(file, config):
         raise ValueError(
             f"{file}: bias={config['bias']}: biases were trained too; only plain LoRA is read"
         )
-    # {} turns some of PEFT's variants on: a setting is off when it is absent, null, false or empty
+
+    # a variant is off when its setting is absent, null, false or []; {} turns some of them on
     for name in sorted({*config} - READ - NEUTRAL):
         value = config[name]
         if value is None or value is False or value == []:
@@ -670,6 +786,8 @@ def check_adapter_config(file, config):
             f"{file}: {name}={value} is a setting that this reader does not know: only plain LoRA"
             " is read (delete the line if it changes nothing)"
         )
+
+    # some ways to start change the base, and then the adapter fits only that one
     start = config.get("init_lora_weights", True)
     kind = start.lower() if isinstance(start, str) else start
     if kind == "loftq":
@@ -688,6 +806,8 @@ def check_adapter_config(file, config):
             f"{file}: init_lora_weights={start} is unknown: whether it changed the base cannot be"
             " said"
         )
+
+    # what PEFT would fill in by a guess
     if not config.get("target_modules"):
         raise ValueError(
             f"{file} has no target_modules: whether the file holds all of its layers cannot be said"
@@ -697,6 +817,8 @@ def check_adapter_config(file, config):
             f"{file} has no lora_alpha, which scales the adapter: write the one it was trained with"
             " into it (PEFT's default is 8)"
         )
+
+    # the numbers are numbers
     patterns = {}
     for name in ("rank_pattern", "alpha_pattern"):
         patterns[name] = config.get(name) or {}
@@ -710,21 +832,14 @@ def check_adapter_config(file, config):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
-    ranks = [n for n in numbers if n[0] == "r" or n[0].startswith("rank_pattern")]
-    for name, value in ranks:
-        if value < 1 or value != int(value):
+        is_rank = name == "r" or name.startswith("rank_pattern")
+        if is_rank and (value < 1 or value != int(value)):
             raise ValueError(f"{file}: {name} is {value}: a rank is a whole number from 1 on")
-    for name, value in numbers:
         if value == 0 and "alpha" in name:
             raise ValueError(f"{file}: {name} is 0, which switches the adapter off")
-    if config.get("use_rslora") not in (
-        None,
-        True,
-        False,
-    ):  # the text "false" would be taken for true
-        raise ValueError(
-            f"{file}: use_rslora is {config['use_rslora']!r}: true or false is expected"
-        )
+    rslora = config.get("use_rslora")
+    if rslora not in (None, True, False):  # the text "false" would be taken for true
+        raise ValueError(f"{file}: use_rslora is {rslora!r}: true or false is expected")
     if not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise ValueError(f"{file}: lora_dropout {config['lora_dropout']} is not in [0, 1)")
 
@@ -738,7 +853,7 @@ def is_match(file, pattern, name):
 
 
 def as_list(file, config, name):
-    """A setting that is absent, one value or a list of them -> list."""
+    """The values of a setting, which may be absent, one value or a list -> list."""
     value = config.get(name)
     if value is None:
         return []
@@ -750,6 +865,7 @@ def as_list(file, config, name):
 
 def is_target(file, config, name):
     """Whether PEFT would adapt the layer `name` (its check_target_module_exists)."""
+    # what is excluded, or trained as a whole
     exclude = config.get("exclude_modules")
     if isinstance(exclude, str) and is_match(file, exclude, name):
         return False
@@ -758,6 +874,8 @@ def is_target(file, config, name):
     for saved in as_list(file, config, "modules_to_save"):
         if is_match(file, rf"(.*\.)?{saved}(\..*)?", name):
             return False
+
+    # target_modules is a pattern, or names or their ends
     targets = config.get("target_modules")
     if isinstance(targets, str):
         return is_match(file, targets, name)
@@ -766,10 +884,11 @@ def is_target(file, config, name):
         return True
     if not any(name.endswith(f".{x}") for x in targets):
         return False
+
+    # layers_to_transform: the number of the block, after any name or after those of layers_pattern
     layers = as_list(file, config, "layers_to_transform")
     if not layers:
         return True
-    # the number of the block: after any name, or after those of layers_pattern
     lists = as_list(file, config, "layers_pattern") or [r"[^.]*"]
     found = None
     for pattern in lists:
@@ -797,7 +916,8 @@ def split_adapter(file, tensors):
             f"{file} has names as kohya's or diffusers' scripts write them"
             f" ({some(kohya or tensors, 2)}): convert it to PEFT's form first"
         )
-    pairs, whole = {}, {}
+    pairs = {}
+    whole = {}
     for key, x in tensors.items():
         layer, dot, rest = key.partition(".lora_")
         if not dot:
@@ -825,7 +945,7 @@ def split_adapter(file, tensors):
 
 
 def thirds_of(file, meta, pairs):
-    """What our own files say of adapters of parts of a fused qkv -> {layer: (third, ...)}."""
+    """Which parts of a fused qkv the adapters of our own files are of -> {layer: (third, ...)}."""
     try:
         thirds = json.loads(meta.get("thirds", "{}"))
         thirds = {name: tuple(part) for name, part in thirds.items()}
@@ -834,15 +954,17 @@ def thirds_of(file, meta, pairs):
         good = False
     if not good:
         raise ValueError(f"{file}: its metadata 'thirds' is damaged: {meta['thirds'][:80]}")
-    if unknown := sorted({*thirds} - {*pairs}):
+    unknown = sorted({*thirds} - {*pairs})
+    if unknown:
         raise ValueError(f"{file}: its metadata names {some(unknown, 4)}, which it lacks")
     return thirds
 
 
 def load_adapter(model, folder):
     """Put a PEFT LoRA adapter (a folder: ours, PEFT's, or of inject_adapter_in_model) onto a
-    predictor and freeze the rest; whole modules in it replace the model's and stay trainable. It is
-    read whole, to the same outputs as PEFT gives, or refused. Returns the names of the modules."""
+    predictor and freeze the rest. Whole modules in it replace the model's and stay trainable.
+    Returns the names of those modules. ValueError unless all of it can be read, to the outputs that
+    PEFT gives; the model is changed only then."""
     if lora_layers(model):
         raise ValueError(f"{folder}: this predictor has adapters already")
     config, tensors, meta = read_adapter(folder)
@@ -852,43 +974,79 @@ def load_adapter(model, folder):
     pairs, whole = split_adapter(file, tensors)
     thirds = thirds_of(file, meta, pairs)
 
-    # the layers that the config names are those that the file holds
+    # all is checked before the first layer is changed
+    check_targets(model, file, config_file, config, pairs)
+    check_whole_modules(model, file, config_file, config, whole)
+    layers = {}  # name: (A, B, rank, alpha)
+    for name, pair in pairs.items():
+        layers[name] = check_layer(model, file, config_file, config, name, pair)
+
+    model.requires_grad_(False)
+    dropout = config.get("lora_dropout", 0.0)
+    rslora = bool(config.get("use_rslora"))
+    for name, (A, B, rank, alpha) in sorted(layers.items()):
+        part = thirds.get(name)
+        blocks = part and split_thirds(B, part)
+        # whoever trains our file further in PEFT fills what was zero: then it is one adapter
+        k = 1 if blocks is None else len(part)
+        alpha = alpha / (math.sqrt(k) if rslora else k)
+        part = None if blocks is None else part
+        layer = put_lora(model, name, rank // k, alpha, dropout, rslora, part)
+        layer.lora_A.data.copy_(A)
+        layer.lora_B.data.copy_(B if blocks is None else blocks)
+
+    modules = sorted({name.rpartition(".")[0] for name in whole})
+    model.load_state_dict(whole, strict=False)
+    for name in modules:
+        model.get_submodule(name).requires_grad_(True)
+    return modules
+
+
+def check_targets(model, file, config_file, config, pairs):
+    """ValueError unless the layers that the config names are those that the file has adapters of,
+    and layers of this model."""
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    # adapters of the condition encoders would take part in the folding of the action scale
-    if both := sorted({*pairs} & {*CONDITION}):
+    conditions = sorted({*pairs} & {*CONDITION})
+    if conditions:
         raise ValueError(
-            f"{file} does not fit: no such layers to adapt here: {some(both)} (they take"
-            " part in the scaling of actions and states, so they are only read whole: name them in"
+            f"{file} does not fit: no such layers to adapt here: {some(conditions)} (they take part"
+            " in the scaling of actions and states, so they are only read whole: name them in"
             " modules_to_save, not in target_modules)"
         )
     unknown = sorted({*pairs} - linear)
     if unknown:
         raise ValueError(f"{file} does not fit: no such layers to adapt here: {some(unknown, 4)}")
     named = {n for n in linear if is_target(config_file, config, n)}
-    if missing := sorted(named - {*pairs}):
+    missing = sorted(named - {*pairs})
+    if missing:
         raise ValueError(
             f"{file} is not whole: {config_file} adapts {some(missing, 4)} too, and it holds"
             " nothing for them"
         )
-    if extra := sorted({*pairs} - named):
+    extra = sorted({*pairs} - named)
+    if extra:
         raise ValueError(
             f"{file} holds adapters of {some(extra, 4)}, which the target_modules of"
             f" {config_file} do not name"
         )
 
-    # so with whole modules: PEFT takes those whose names end so
+
+def check_whole_modules(model, file, config_file, config, whole):
+    """The same of whole modules: modules_to_save means those whose names end in one of its."""
     saved = as_list(config_file, config, "modules_to_save")
     state = model.state_dict()
     expected = set()
     for name, module in model.named_modules():
         if name and any(name.endswith(str(x)) for x in saved):
             expected |= {f"{name}.{k}" for k in module.state_dict()}
-    if missing := sorted(expected - {*whole}):
+    missing = sorted(expected - {*whole})
+    if missing:
         raise ValueError(
             f"{file} is not whole: modules_to_save of {config_file} names {some(missing, 4)},"
             " which it lacks"
         )
-    if extra := sorted({*whole} - expected):
+    extra = sorted({*whole} - expected)
+    if extra:
         raise ValueError(
             f"{file} holds {some(extra, 4)}, which are no modules here that modules_to_save"
             f" of {config_file} names"
@@ -900,45 +1058,28 @@ def load_adapter(model, folder):
                 " base, or actions and states of another size"
             )
 
-    # all layers are checked before the first is changed
-    layers = {}
-    for name, pair in pairs.items():
-        A, B = pair["A"], pair["B"]
-        size = [*model.get_submodule(name).weight.shape]
-        fits = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] > 0
-        if not fits or [B.shape[0], A.shape[1]] != size:
-            raise ValueError(
-                f"{file}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {size}:"
-                " another base"
-            )
-        rank = number_of(config_file, config.get("rank_pattern"), name, config.get("r", 8))
-        if rank != len(A):
-            default = "" if "r" in config else " (it has no r, and 8 is PEFT's default)"
-            raise ValueError(
-                f"{file}: {name} has rank {len(A)}, and {config_file} says {rank}{default}: they do"
-                " not belong together"
-            )
-        alpha = number_of(config_file, config.get("alpha_pattern"), name, config["lora_alpha"])
-        layers[name] = (A, B, len(A), alpha)
 
-    model.requires_grad_(False)
-    dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
-    for name in sorted(layers):
-        A, B, rank, alpha = layers[name]
-        part = thirds.get(name)
-        blocks = part and split_thirds(B, part)
-        # whoever trains our file on in PEFT fills what was zero: then it is one adapter
-        k = 1 if blocks is None else len(part)
-        alpha = alpha / (math.sqrt(k) if rslora else k)
-        part = None if blocks is None else part
-        layer = put_lora(model, name, rank // k, alpha, dropout, rslora, part)
-        layer.lora_A.data.copy_(A)
-        layer.lora_B.data.copy_(B if blocks is None else blocks)
-    modules = sorted({name.rpartition(".")[0] for name in whole})
-    model.load_state_dict(whole, strict=False)
-    for name in modules:
-        model.get_submodule(name).requires_grad_(True)
-    return modules
+def check_layer(model, file, config_file, config, name, pair):
+    """A layer's pair {"A", "B"} -> (A, B, rank, alpha). ValueError unless they have the sizes of
+    the model's layer and the rank that the config gives."""
+    A = pair["A"]
+    B = pair["B"]
+    size = [*model.get_submodule(name).weight.shape]
+    fits = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] > 0
+    if not fits or [B.shape[0], A.shape[1]] != size:
+        raise ValueError(
+            f"{file}: {name} has A {[*A.shape]} and B {[*B.shape]}, the layer is {size}:"
+            " another base"
+        )
+    rank = number_of(config_file, config.get("rank_pattern"), name, config.get("r", 8))
+    if rank != len(A):
+        default = "" if "r" in config else " (it has no r, and 8 is PEFT's default)"
+        raise ValueError(
+            f"{file}: {name} has rank {len(A)}, and {config_file} says {rank}{default}: they do"
+            " not belong together"
+        )
+    alpha = number_of(config_file, config.get("alpha_pattern"), name, config["lora_alpha"])
+    return A, B, len(A), alpha
 
 
 def split_thirds(B, part):
@@ -954,98 +1095,131 @@ def split_thirds(B, part):
     return None if rest.any() else blocks
 
 
+# --- bases and exports ---
+
+
+class Base(NamedTuple):
+    """A predictor to start from, see open_base."""
+
+    predictor: Predictor
+    # the ActionScaler that it was trained with, None for unscaled actions
+    scaler: ActionScaler
+    # the dictionary of its file, {} of random weights
+    file: dict
+    # names of the condition encoders that have new random weights, since the file's are of another
+    # size
+    reinitialised: list
+
+
 def open_base(path, source, action_dim, state_dim, size, predict=None):
-    """Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, an export,
-    or "none": random weights of this size (pred_dim, depth, num_heads; of a file only the heads may
-    be unknown). source: of open_source; state_dim None: what the file has; predict: of
-    Predictor, None what the file has, "features" of random weights. -> (Predictor,
-    the ActionScaler it was trained with or None for unscaled actions, the file's dictionary,
-    condition encoders made anew since theirs have another size)."""
+    """Open the predictor that training starts from -> Base.
+
+    path: Meta's AC file, a run folder or checkpoint of train_ac.py or train_lora.py --full, an
+    export, or "none": random weights.
+    source: what the features are, of open_source.
+    state_dim: None takes the file's.
+    size: {"pred_dim", "depth", "num_heads"} of random weights. For a file only num_heads counts; it
+    may be None if the file or its architecture tells.
+    predict: of Predictor. None takes the file's, or "features" for random weights.
+    ValueError if the file does not fit."""
+    grid = (source["grid"], source["grid"])
     if path == "none":
-        size = size | {"num_heads": size["num_heads"] or 16}
-        return (
-            Predictor(
-                source["embed_dim"],
-                action_dim,
-                state_dim,
-                (source["grid"],) * 2,
-                predict=predict or "features",
-                **size,
-            ),
-            None,
-            {},
-            [*CONDITION],
-        )
+        size = size | {"num_heads": size["num_heads"] or 16, "predict": predict or "features"}
+        predictor = Predictor(source["embed_dim"], action_dim, state_dim, grid, **size)
+        return Base(predictor, None, {}, [*CONDITION])
+
     file = os.path.join(path, checkpoint.LATEST) if os.path.isdir(path) else path
     if not os.path.exists(file):
         raise FileNotFoundError(f"--base {path}: no such file or run folder")
-    known = read_file(file)
-    if "adapter" in known:
+    state = read_file(file)
+    if "adapter" in state:
         raise ValueError(
             f"{file} holds an adapter alone: name what its run wrote with --export, or give"
             " adapter/ to --init_from"
         )
-    predictor = load_predictor(
-        file, size["num_heads"] or known.get("num_heads"), (source["grid"],) * 2
-    )
+    predictor = load_predictor(file, size["num_heads"] or state.get("num_heads"), grid)
+    check_base(file, state, predictor, source, predict)
+
+    # a robot of other dimensions gets new condition encoders
+    reinitialised = []
+    for name, dim in zip(CONDITION, (action_dim, state_dim)):
+        layer = getattr(predictor, name)
+        if layer is not None and dim not in (None, layer.in_features):
+            reinitialised.append(name)
+            predictor.set_submodule(name, Linear(dim, layer.out_features))
+            nn.init.trunc_normal_(getattr(predictor, name).weight, std=0.02)
+
+    scaler = None
+    s = state.get("action_scaler")
+    if s:
+        arrays = [s[k].numpy() for k in ("mean", "var", "scale")]
+        scaler = ActionScaler(*arrays, s["n"], s["meta"])
+    return Base(predictor, scaler, state, reinitialised)
+
+
+def check_base(file, state, predictor, source, predict):
+    """ValueError unless the predictor of a file predicts what is asked for (`predict`, or None), on
+    features of this `source`, of one frame a step."""
     if predict not in (None, predictor.predict):
         raise ValueError(
             f"--predict {predict}, but {file} predicts {predictor.predict}: leave the flag out, or"
             " train from --base none"
         )
-    width, anew = predictor.predictor_proj.out_features, []
-    if (
-        width != source["embed_dim"]
-        or known.get("encoder_hash", source["encoder_hash"]) != source["encoder_hash"]
-    ):
+    width = predictor.predictor_proj.out_features
+    same_encoder = state.get("encoder_hash", source["encoder_hash"]) == source["encoder_hash"]
+    if width != source["embed_dim"] or not same_encoder:
         raise ValueError(
             f"{file} was trained on features ({width} wide) of encoder"
-            f" {known.get('encoder_hash', 'of its own')}, these are {source['embed_dim']} wide of"
+            f" {state.get('encoder_hash', 'of its own')}, these are {source['embed_dim']} wide of"
             f" {source['encoder_hash']}: name the one of that run"
         )
-    if (encode := known.get("encode", "frame")) != "frame":
+    encode = state.get("encode", "frame")
+    if encode != "frame":
         raise ValueError(
             f"{file} was trained with --encode {encode}, and robots have one frame a step: train"
             " its base with --encode frame"
         )
-    for name, dim in zip(CONDITION, (action_dim, state_dim)):
-        if (old := getattr(predictor, name)) is not None and dim not in (None, old.in_features):
-            anew.append(name)
-            predictor.set_submodule(name, Linear(dim, old.out_features))
-            nn.init.trunc_normal_(getattr(predictor, name).weight, std=0.02)
-    s = known.get("action_scaler")
-    return (
-        predictor,
-        s and ActionScaler(*(s[k].numpy() for k in ("mean", "var", "scale")), s["n"], s["meta"]),
-        known,
-        anew,
-    )
 
 
-def adapt(predictor, base_scaler, anew, scaler, options, init_from=None, condition=False):
-    """Make the predictor of open_base ready to train on actions scaled by `scaler`: adapters
-    (options of add_lora, None to train all of it; or of the PEFT folder init_from), trainable
-    condition encoders, the scaler folded in. -> (names of the condition encoders that belong into
-    adapter files, the scaler they have there: the base's own, None where made anew, whether step 0
-    gives what the base gives)."""
+class Adapted(NamedTuple):
+    """What `adapt` did to a predictor."""
+
+    # names of the condition encoders that are trained, so they belong into the adapter's files
+    saved_modules: set
+    # the ActionScaler whose actions the action encoder in those files takes: the base's own. None:
+    # unscaled actions, also where that encoder has new random weights
+    file_scaler: ActionScaler
+    # whether the predictions before the first step are those of the base
+    starts_as_base: bool
+
+
+def adapt(predictor, base_scaler, reinitialised, scaler, options, init_from=None, condition=False):
+    """Prepare the predictor of open_base for training on actions scaled by `scaler` -> Adapted.
+
+    It gets adapters: new ones (options of add_lora) or those of the PEFT folder init_from; options
+    None trains all of it instead. Condition encoders are trained if they are new, come with the
+    PEFT folder, or `condition` asks for them. `scaler` is folded into the action encoder."""
     if init_from and not options:
         raise ValueError(
             "--init_from is an adapter, and --full trains without one: give one of them"
         )
-    also, file_scaler = (
-        {*CONDITION} if condition else {*anew},
-        None if "action_encoder" in anew else base_scaler,
-    )
-    whole = load_adapter(predictor, init_from) if init_from else []
-    if options and not init_from:
+    loaded_modules = []
+    if init_from:
+        loaded_modules = load_adapter(predictor, init_from)
+    elif options:
         add_lora(predictor, **options)
-    for name in also | {*whole}:
+
+    saved_modules = {*(CONDITION if condition else reinitialised), *loaded_modules}
+    for name in saved_modules:
         predictor.get_submodule(name).requires_grad_(True)
-    if "action_encoder" not in anew or "action_encoder" in whole:
-        predictor.action_encoder.load_state_dict(
-            fold_scaler(predictor.action_encoder, file_scaler, scaler)
-        )
-    return also | {*whole}, file_scaler, not anew and not whole
+
+    # new random weights take any scale, those that were trained take their own
+    is_new = "action_encoder" in reinitialised
+    file_scaler = None if is_new else base_scaler
+    if not is_new or "action_encoder" in loaded_modules:
+        layer = predictor.action_encoder
+        layer.load_state_dict(fold_scaler(layer, file_scaler, scaler))
+    return Adapted(saved_modules, file_scaler, not reinitialised and not loaded_modules)
 
 
 @torch.no_grad()
@@ -1053,34 +1227,35 @@ def fold_scaler(layer, old, new):
     """{"weight" (D, A), "bias" (D,)} that give for actions scaled by `new` what the layer gives for
     those scaled by `old` (ActionScaler, or None for unscaled): W diag(s/s0), b + W (m - m0)/s0, in
     float64."""
-
-    def affine(scaler):
-        out = torch.zeros(layer.in_features).double(), torch.ones(layer.in_features).double()
-        for full, part in zip(out, (scaler.mean, scaler.scale) if scaler else ()):
-            full[: len(part)] = torch.tensor(part)  # a scaler may leave the last dimensions alone
-        return (x.to(layer.weight.device) for x in out)
-
-    (mean0, scale0), (mean, scale) = affine(old), affine(new)
-    W, b = layer.weight.double(), layer.bias.double()
+    mean0, scale0 = mean_and_scale(old, layer)
+    mean, scale = mean_and_scale(new, layer)
+    W = layer.weight.double()
+    b = layer.bias.double()
     return {
         "weight": (W * (scale / scale0)).to(layer.weight.dtype),
         "bias": (b + W @ ((mean - mean0) / scale0)).to(layer.bias.dtype),
     }
 
 
-def export(predictor, path, action_encoder, known, facts):
+def mean_and_scale(scaler, layer):
+    """The mean and scale (A,) of a scaler, float64, for all inputs of a layer. A scaler may leave
+    the last dimensions alone, and None leaves all."""
+    mean = torch.zeros(layer.in_features).double()
+    scale = torch.ones(layer.in_features).double()
+    if scaler:
+        mean[: len(scaler.mean)] = torch.tensor(scaler.mean)
+        scale[: len(scaler.scale)] = torch.tensor(scaler.scale)
+    return mean.to(layer.weight.device), scale.to(layer.weight.device)
+
+
+def export(predictor, path, action_encoder, base_file, facts):
     """Write the merged predictor in Meta's layout, with the encoders of the file it started from
-    (`known`) if that has them. action_encoder: of fold_scaler; facts: plain values that our --base
-    reads and Meta's loader passes over."""
-    state = merged_state(predictor) | {f"action_encoder.{k}": v for k, v in action_encoder.items()}
-    bias = torch.zeros(
-        predictor.predictor_embed.out_features
-    )  # upstream always builds the extrinsics layer and loads strictly
-    state = {
-        "extrinsics_encoder.weight": bias.new_zeros(len(bias), 6),
-        "extrinsics_encoder.bias": bias,
-    } | state
-    file = {k: known[k] for k in ("encoder", "target_encoder") if k in known} | facts
+    (`base_file`, its dictionary) if that has them. action_encoder: {"weight", "bias"} of
+    fold_scaler; facts: plain values that our --base reads and Meta's loader passes over."""
+    folded = {f"action_encoder.{k}": v for k, v in action_encoder.items()}
+    state = with_extrinsics(merged_state(predictor) | folded, predictor)
+    file = {k: base_file[k] for k in ("encoder", "target_encoder") if k in base_file}
+    file |= facts
     file["predictor"] = {f"module.{k}": v.cpu() for k, v in state.items()}
     write_atomically(path, lambda f: torch.save(file, f))
 
@@ -1090,15 +1265,17 @@ def scale_warnings(reader, std, trained, base, scaler):
     ActionScalers of a base and of this run (None: unscaled); or, for a trained base without one,
     outside of what arms do in a step."""
     for whose, other in (("the base's", base), ("--scaler's", scaler)):
-        for name, x in zip(
-            reader.names, std / other.scale if other and len(other.scale) == len(std) else []
-        ):
-            if x > 1e-6 and not 1 / 3 < x < 3:
+        if not other or len(other.scale) != len(std):
+            continue
+        for name, ratio in zip(reader.names, std / other.scale):
+            if ratio > 1e-6 and not 1 / 3 < ratio < 3:
                 yield (
-                    f"WARNING: {name} is {x:.3g} times as large in the data as in {whose} action"
-                    " scale: other units, --fps or robot?"
+                    f"WARNING: {name} is {ratio:.3g} times as large in the data as in {whose}"
+                    " action scale: other units, --fps or robot?"
                 )
-    for name, unit, x in zip(reader.names, reader.units if trained and base is None else [], std):
+    if not trained or base is not None:
+        return
+    for name, unit, x in zip(reader.names, reader.units, std):
         low, high = STD_RANGE.get(unit, (0.0, np.inf))
         if x > 1e-6 and not low <= x <= high:
             yield (

@@ -144,16 +144,22 @@ def encode_rows(args, scratch):
     ]
 
 
+def estimate(records, tokens, width, flags):
+    """(steps, bytes) that encode.py with these flags expects of play."""
+    args = encode.parser.parse_args(["--data", "x", "--out", "x", *flags])
+    names = ("fps", "encode", "frames_per_clip", "frames_per_step", "phases")
+    runs = encode.play_runs(records, **{k: getattr(args, k) for k in names})
+    return encode.estimate(runs, tokens, width, args.store, **encode.PLAY)
+
+
 def storage_rows(args, folders):
     """Bytes written for the demo against the estimate, and what an hour of play takes at 256
     pixels."""
     rows = []
     records, _ = index_shards(expand(f"{args.data}/train/*.tar"))
     for store, folder in folders.items():
-        options = encode.parser.parse_args(
-            ["--data", "x", "--out", "x", *SIZES, "--phases", "4", "--store", store]
-        )
-        steps, size = encode.estimate(records, 4, 192, options)
+        flags = [*SIZES, "--phases", "4", "--store", store]
+        steps, size = estimate(records, 4, 192, flags)
         written = sum(os.path.getsize(p) for p in glob.glob(f"{folder}/*.tar"))
         made = sum(r.length for r in index_shards(expand(f"{folder}/*.tar"))[0])
         row = {
@@ -162,10 +168,9 @@ def storage_rows(args, folders):
             "written / estimate": written / size,
             "steps / estimate": made / steps,
         }
-        options = encode.parser.parse_args(["--data", "x", "--out", "x", "--store", store])
         hour = [records[0]._replace(length=20 * 300)] * 12  # VPT's recordings are of 5 minutes
         for name, width in (("ViT-L", 1024), ("ViT-g", 1408)):
-            row[f"{name} GB an hour"] = encode.estimate(hour, 256, width, options)[1] / 1e9
+            row[f"{name} GB an hour"] = estimate(hour, 256, width, ["--store", store])[1] / 1e9
         rows.append(row)
     return rows
 

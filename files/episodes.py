@@ -1,11 +1,13 @@
 """What a robot's episode is in files: RLDS TFRecords as DROID released them (without TensorFlow),
 raw DROID, and a form for one's own.
 
-An episode has rows ("steps") at `rate` Hz, and a picture of each camera a step. A TFRecord is its
-length (u64), the checksum of those 8 bytes, the data, the data's checksum. The data is protobuf:
-Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or 3: Int64List}} ...}},
-each list {1: value ...} with its numbers packed into one. So the heads of some 30 features tell
-where everything is, and what is read afterwards is a few kB of numbers and the JPEGs of a clip."""
+An episode has rows ("steps") at `rate` Hz, and a picture of each camera a step.
+
+A TFRecord is its length (u64), the checksum of those 8 bytes, the data, the data's checksum. The
+data is protobuf: Example{1: Features{1: entry{1: name, 2: Feature{1: BytesList, 2: FloatList or
+3: Int64List}} ...}}, each list {1: value ...} with its numbers packed into one. The heads of some
+30 features tell where everything is. After that only a few kB of numbers and the JPEGs of a clip
+are read."""
 
 import collections
 import hashlib
@@ -44,13 +46,14 @@ CAMERAS = {
     "exterior_2": "exterior_image_2_left",
     "wrist": "wrist_image_left",
 }
+# Meta's loader takes left
 RAW_CAMERAS = {
     "exterior_1": "ext1",
     "exterior_2": "ext2",
     "wrist": "wrist",
     "left": "left",
     "right": "right",
-}  # Meta's is left
+}
 STATES = {
     "rlds": ["observation/cartesian_position", "observation/gripper_position"],
     "raw": [
@@ -114,14 +117,13 @@ class Episode(NamedTuple):
     # of the stretch, as data.windows counts: in ticks of 1/20 s as --fps samples it, of features in
     # steps
     length: int
-    # what two copies of it have in common and other episodes have not; "": not known
+    # equal for two copies of an episode, different for others; "": not known
     identity: str = ""
 
     @property
     def recording(self):
-        return (
-            self.key.rpartition("@")[0] if self.kind == "features" else self.key
-        )  # several members of features are of one episode
+        """Name of the episode; several members of features are of one."""
+        return self.key.rpartition("@")[0] if self.kind == "features" else self.key
 
     @property
     def source(self):
@@ -139,10 +141,9 @@ class Episode(NamedTuple):
 
 def filesystem(url):
     """URL or path -> (fsspec filesystem, path in it). Google's public bucket needs no account."""
+    options = {"token": "anon"} if re.match("gc?s://gresearch/", url) else {}
     try:
-        return fsspec.core.url_to_fs(
-            url, **({"token": "anon"} if re.match("gc?s://gresearch/", url) else {})
-        )
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as e:
         raise ValueError(
             f"{url} cannot be read: {e} (pip install gcsfs for gs://), or copy the shards to a disk"
@@ -150,60 +151,71 @@ def filesystem(url):
 
 
 def fetch(path, ranges):
-    """[(offset, size)] of a file or of a URL (all at once) -> buffers. What does not come is an
-    error of the disk or the server (Unreachable, OSError with an errno), and a file that is too
-    short one of the file (ValueError). A file is not mapped: where a disk fails a mapped page ends
-    the process."""
+    """[(offset, size)] of a file or of a URL (all at once) -> buffers.
+
+    What does not come is an error of the disk or the server (Unreachable, OSError with an errno). A
+    file that is too short is an error of the file (ValueError)."""
     if "://" in path:
-        fs, name = filesystem(path)  # fsspec caches them, and makes new ones after a fork
-        firsts = [at for at, _ in ranges]
-        ends = [at + size for at, size in ranges]
-
-        def ask():
-            parts = fs.cat_ranges([name] * len(ranges), firsts, ends, on_error="return")
-            for part, (at, size) in zip(parts, ranges):
-                if isinstance(part, Exception):
-                    raise part
-                if len(part) > size:
-                    raise Unreachable(
-                        f"{path} cannot be read: {len(part)} bytes came, {size} were asked for at"
-                        f" {at}: the server does not serve ranges, so copy it to a disk"
-                    )
-                if len(part) < size:
-                    raise OSError(f"only {len(part)} of the {size} bytes at {at} came")
-            return parts
-
-        return trying(path, ask)
-    out = []
+        return fetch_url(path, ranges)
+    # the file is not mapped: where a disk fails a mapped page ends the process
     with open(path, "rb", buffering=0) as f:
         end = os.fstat(f.fileno()).st_size
         for at, size in ranges:
             if at + size > end:
                 raise ValueError(f"{size} bytes at {at} are past the end of the file, at {end}")
-            part = b""
-            while len(part) < size:
-                more = os.pread(f.fileno(), size - len(part), at + len(part))
-                if not more:
-                    raise ValueError(f"the file ends at byte {at + len(part)}, inside a value")
-                part = part + more if part else more
-            out.append(memoryview(part))
-    return out
+        return [read_range(f, at, size) for at, size in ranges]
+
+
+def fetch_url(url, ranges):
+    """`fetch` of a URL."""
+    fs, name = filesystem(url)  # fsspec caches them, and makes new ones after a fork
+    firsts = [at for at, _ in ranges]
+    ends = [at + size for at, size in ranges]
+
+    def ask():
+        parts = fs.cat_ranges([name] * len(ranges), firsts, ends, on_error="return")
+        for part, (at, size) in zip(parts, ranges):
+            if isinstance(part, Exception):
+                raise part
+            if len(part) > size:
+                raise Unreachable(
+                    f"{url} cannot be read: {len(part)} bytes came, {size} were asked for at"
+                    f" {at}: the server does not serve ranges, so copy it to a disk"
+                )
+            if len(part) < size:
+                raise OSError(f"only {len(part)} of the {size} bytes at {at} came")
+        return parts
+
+    return trying(url, ask)
+
+
+def read_range(f, at, size):
+    """`size` bytes at `at` of an open file; a read may give fewer than it was asked for."""
+    data = b""
+    while len(data) < size:
+        part = os.pread(f.fileno(), size - len(data), at + len(data))
+        if not part:
+            raise ValueError(f"the file ends at byte {at + len(data)}, inside a value")
+        data = data + part if data else part
+    return memoryview(data)
 
 
 def ahead(path, end):
-    """(offset, size) -> bytes of a file of `end` bytes, cut at its end, that asks for 64 kB at a
-    time: an index is little pieces."""
-    first, held = 0, b""
+    """A function (offset, size) -> bytes of a file of `end` bytes, cut at its end. It reads 64 kB
+    at a time, since an index is made of little pieces."""
+    first = 0
+    buffer = b""
 
     def read(at, size):
-        nonlocal first, held
+        nonlocal first, buffer
         size = max(min(size, end - at), 0)
-        if not first <= at <= at + size <= first + len(held):
-            first, held = (
-                at,
-                fetch(path, [(at, min(max(size, 1 << 16), end - at))])[0] if size else b"",
-            )
-        return held[at - first : at - first + size]
+        if not first <= at <= at + size <= first + len(buffer):
+            first = at
+            buffer = b""
+            if size:
+                wanted = min(max(size, 1 << 16), end - at)
+                buffer = fetch(path, [(at, wanted)])[0]
+        return buffer[at - first : at - first + size]
 
     return read
 
@@ -254,43 +266,59 @@ def records(read, end, check):
 
 def varint(b, i):
     """Protobuf's integer at b[i] -> (value, index after it)."""
-    value = shift = 0
-    while (byte := b[i]) > 127:
-        value, shift, i = value | (byte & 127) << shift, shift + 7, i + 1
-    return value | byte << shift, i + 1
+    value = 0
+    shift = 0
+    while b[i] > 127:
+        value |= (b[i] & 127) << shift
+        shift += 7
+        i += 1
+    return value | b[i] << shift, i + 1
 
 
 def features(read, at, size):
     """The Example of `size` bytes at `at` -> {name: (offset, size, one of KINDS) of its list}.
     read(offset, size) is asked for the heads of features only. ValueError if there is something
     else."""
-    out, end = {}, at + size
+    found = {}
+    last = "none"
+    end = at + size
     try:
+        # Example{1: Features}, to the end of the record
         b = read(at, min(11, size))
         size, i = varint(b, 1)
-        good, at = b[0] == 0x0A and at + i + size == end, at + i
+        good = b[0] == 0x0A and at + i + size == end
+        at += i
+
         while good and at < end:
+            # entry{1: name
             b = read(at, min(320, end - at))
             size, i = varint(b, 1)
             after = at + i + size
             size, start = varint(b, i + 1)
-            i, name = start + size, bytes(b[start : start + size]).decode()
+            i = start + size
+            name = bytes(b[start:i]).decode()
+            # 2: Feature{one of KINDS: list}}
             size, value = varint(b, i + 1)
             good = b[0] == 0x0A and b[i] == 0x12 and after <= end and at + value + size == after
-            kind = KINDS.get(b[value], "") if size else "bytes"
+            kind = "bytes"
+            if size:
+                kind = KINDS.get(b[value], "")
+                size, value = varint(b, value + 1)
             good = good and kind != ""
-            size, value = varint(b, value + 1) if size else (0, value)
-            out[name], at = (at + value, size, kind), after
+            found[name] = (at + value, size, kind)
+            last = name
+            at = after
     except (IndexError, UnicodeDecodeError):
         good = False
     if not good:
-        raise ValueError(f"not a tf.train.Example after feature {[*out, 'none'][-1]}")
-    return out
+        raise ValueError(f"not a tf.train.Example after feature {last}")
+    return found
 
 
 def values(raw):
     """A BytesList -> [(offset, size)] of its values."""
-    out, i = [], 0
+    out = []
+    i = 0
     try:
         while i < len(raw) and raw[i] == 0x0A:
             size, i = varint(raw, i + 1)
@@ -307,8 +335,10 @@ def places(sizes):
     """Sizes of the values of a BytesList -> [(offset, size)], what `values` gives without the
     bytes."""
     sizes = np.asarray(sizes, dtype=np.int64)
+    # a head is a tag and the size, seven bits a byte
     heads = 2 + (sizes[:, None] >= [1 << 7, 1 << 14, 1 << 21, 1 << 28]).sum(1)
-    return list(zip((np.cumsum(heads + sizes) - sizes).tolist(), sizes.tolist()))
+    offsets = np.cumsum(heads + sizes) - sizes
+    return list(zip(offsets.tolist(), sizes.tolist()))
 
 
 def numbers(raw):
@@ -390,7 +420,7 @@ def array_rows(x, steps, name):
 
 
 def truth(value, name):
-    """What a file says of success, in any spelling -> bool. ValueError for what says neither."""
+    """Success as a file writes it, in any spelling -> bool. ValueError for anything else."""
     x = np.asarray(value)
     word = x.reshape(-1)[0] if x.size == 1 else None
     if isinstance(word, bytes):
@@ -418,7 +448,8 @@ def path_success(text):
 def idle_runs(velocity):
     """Joint velocities (steps, joints) -> [[start, end)] of idle steps: no joint's command is 1e-3
     off that of the step before (openpi)."""
-    idle = np.pad(np.all(np.abs(np.diff(velocity, axis=0)) < 1e-3, axis=1), (2, 1)).astype(int)
+    same = np.all(np.abs(np.diff(velocity, axis=0)) < 1e-3, axis=1)  # steps 1, 2, ...
+    idle = np.pad(same, (2, 1)).astype(int)
     return np.flatnonzero(np.diff(idle)).reshape(-1, 2).tolist()
 
 
@@ -426,16 +457,20 @@ def still_runs(velocity, places):
     """Joint velocities (steps, joints), [(positions (steps, d), their units)] -> [[start, end)] of
     those idle steps in which nothing moves either: a constant command moves the arm. Where no
     position is known, the command must be zero."""
-    where, limits = [], []
+    # the columns that must not move, and how far each may drift
+    where = []
+    limits = []
     for x, units in places:
         units = units if len(units) == x.shape[1] else units[:1] * x.shape[1]
         for column, unit in zip(x.T, units):
             where.append(np.unwrap(column) if unit == "rad" else column)
             limits.append(DRIFT[unit])
     if where:
-        where, limits = np.stack(where, axis=1), np.array(limits)
+        where = np.stack(where, axis=1)
+        limits = np.array(limits)
     else:
-        where, limits = np.abs(velocity), np.full(velocity.shape[1], 1e-3)
+        where = np.abs(velocity)
+        limits = np.full(velocity.shape[1], 1e-3)
         where[where >= 1e-3] = np.nan
 
     out = []
@@ -444,7 +479,8 @@ def still_runs(velocity, places):
         start = first
         low = high = where[first - 1]
         for t in range(first, last):
-            low, high = np.minimum(low, where[t]), np.maximum(high, where[t])
+            low = np.minimum(low, where[t])
+            high = np.maximum(high, where[t])
             if (high - low <= limits).all():  # never where a number is missing
                 continue
             if t > start:
@@ -466,92 +502,112 @@ def stillness(velocity, places):
 def index_rlds(path, end, deep):
     """A TFRecord shard of `end` bytes -> ([episode], [bad]). deep: check every checksum and note
     the sizes of JPEGs, which reads it all."""
-    episodes, bad, read = [], [], ahead(path, end)
+    read = ahead(path, end)
+    episodes = []
+    bad = []
     try:
         for start, size, flaw in records(read, end, deep):
-            key = f"{os.path.basename(path)}@{start - 12}"
+            place = f"@{start - 12}"
+            key = os.path.basename(path) + place
             try:
                 if flaw:
                     raise ValueError(flaw)
                 found = features(read, start, size)
-                after = start + size
-                meta = [
-                    read(*found.pop(f"episode_metadata/{k}", (0, 0, "bytes"))[:2])
-                    for k in ("recording_folderpath", "file_path")
-                ]
-                texts = [bytes(raw[i : i + n]).decode() for raw in meta for i, n in values(raw)]
-                key = "--".join(texts) if any(texts) else key
-                found = {
-                    k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k
-                }
-                cameras = {
-                    c: found.pop(f"observation/{k}")
-                    for c, k in CAMERAS.items()
-                    if f"observation/{k}" in found
-                }
-                said = found.pop("episode_metadata/success", None)
-                if "is_first" not in found:
-                    raise ValueError("no steps/is_first in it, which says how many there are")
-                flags = found["is_first"]
-                if flags[2] != "integers" and flags[1]:
-                    raise ValueError(f"steps/is_first holds {flags[2]}, not a truth value a step")
-                steps = len(integers(read(*flags[:2])))
-                for c, (_, size, kind) in cameras.items():
-                    if kind != "bytes" and size:
-                        raise ValueError(
-                            f"steps/observation/{CAMERAS[c]} holds {kind}, no pictures"
-                        )
-                members = {
-                    c: (*m[:2], [n for _, n in values(read(*m[:2]))] if deep else None)
-                    for c, m in cameras.items()
-                }
-                if wrong := [
-                    f"{c} {len(m[2])}" for c, m in members.items() if deep and len(m[2]) != steps
-                ]:
-                    raise ValueError(f"{steps} steps, but pictures of {', '.join(wrong)}")
-                velocity = None
-                place = found.get(VELOCITY["rlds"], (0, 0, ""))
-                if steps and place[1]:
-                    raw = read(*place[:2])
-                    velocity = field_rows(raw, place[2], steps, VELOCITY["rlds"])
-                places = []
-                for name, units in PLACES["rlds"].items():
-                    place = found.get(name, (0, 0, ""))
-                    try:
-                        x = field_rows(read(*place[:2]), place[2], steps, name)
-                        places.append((x, units))
-                    except ValueError:
-                        pass  # not there, or not what it is elsewhere: who asks for it is told
-                if said:
-                    success = truth(metadata_value(read(*said[:2]), said[2]), "success")
-                else:
-                    success = path_success((texts or [""])[-1])
+                texts = recorded_at(read, found)
+                if any(texts):
+                    key = "--".join(texts)
+                entry = {"key": key, "place": place} | rlds_entry(read, found, texts, deep)
                 # read last: the next record begins there
-                checksum = bytes(read(after, 4)).hex()
-                episodes.append(
-                    {"key": key, "members": members | found, "steps": steps, "success": success}
-                    | {"start": start - 12, "identity": f"{after - start} {checksum}"}
-                    | stillness(velocity, places)
-                )
+                checksum = bytes(read(start + size, 4)).hex()
+                episodes.append(entry | {"identity": f"{size} {checksum}"})
             except (ValueError, IndexError) as e:
                 bad.append((path, key, str(e)))
     except ValueError as e:
         bad.append((path, "", str(e)))
+
     # other writers name the file that many episodes were taken from: each is one of its own
     named = collections.Counter(key for key, _ in {(e["key"], e["identity"]) for e in episodes})
     for e in episodes:
-        start = e.pop("start")
+        place = e.pop("place")
         if named[e["key"]] > 1:
-            e["key"] += f"@{start}"
-    return episodes, bad or [(path, "", "no episode in it")] * (not episodes)
+            e["key"] += place
+    if not episodes and not bad:
+        bad.append((path, "", "no episode in it"))
+    return episodes, bad
+
+
+def recorded_at(read, found):
+    """The paths that an episode was recorded at, taken out of its features."""
+    texts = []
+    for name in ("recording_folderpath", "file_path"):
+        at, size, _ = found.pop(f"episode_metadata/{name}", (0, 0, "bytes"))
+        raw = read(at, size)
+        texts += [bytes(raw[i : i + n]).decode() for i, n in values(raw)]
+    return texts
+
+
+def rlds_entry(read, found, texts, deep):
+    """The features of an episode of a TFRecord -> {"members", "steps", "success", "idle", "still"}.
+    ValueError, which says what, for those that make no episode."""
+    found = {k.removeprefix("steps/"): m for k, m in found.items() if "language" not in k}
+    cameras = {}
+    for camera, name in CAMERAS.items():
+        if f"observation/{name}" in found:
+            cameras[camera] = found.pop(f"observation/{name}")
+    success_place = found.pop("episode_metadata/success", None)
+
+    # the number of steps
+    if "is_first" not in found:
+        raise ValueError("no steps/is_first in it, which says how many there are")
+    size, kind = found["is_first"][1:]
+    if kind != "integers" and size:
+        raise ValueError(f"steps/is_first holds {kind}, not a truth value a step")
+    steps = len(integers(read(*found["is_first"][:2])))
+
+    # a picture a step
+    members = {}
+    for camera, (_, size, kind) in cameras.items():
+        if kind != "bytes" and size:
+            raise ValueError(f"steps/observation/{CAMERAS[camera]} holds {kind}, no pictures")
+    for camera, (at, size, _) in cameras.items():
+        sizes = [n for _, n in values(read(at, size))] if deep else None
+        members[camera] = (at, size, sizes)
+    wrong = [f"{c} {len(m[2])}" for c, m in members.items() if deep and len(m[2]) != steps]
+    if wrong:
+        raise ValueError(f"{steps} steps, but pictures of {', '.join(wrong)}")
+
+    # what moves
+    def field(name):
+        at, size, kind = found.get(name, (0, 0, ""))
+        return field_rows(read(at, size), kind, steps, name)
+
+    velocity = None
+    if steps and found.get(VELOCITY["rlds"], (0, 0, ""))[1]:
+        velocity = field(VELOCITY["rlds"])
+    places = []
+    for name, units in PLACES["rlds"].items():
+        try:
+            places.append((field(name), units))
+        except ValueError:
+            pass  # not there, or not what it is elsewhere: motion() tells who asks for it
+
+    if success_place:
+        raw = read(*success_place[:2])
+        success = truth(metadata_value(raw, success_place[2]), "success")
+    else:
+        success = path_success(texts[-1] if texts else "")
+    entry = {"members": members | found, "steps": steps, "success": success}
+    return entry | stillness(velocity, places)
 
 
 def metadata_value(raw, kind):
-    """The one value of a feature of an episode."""
+    """The one value of a feature of an episode; a list if it has not exactly one."""
     if kind == "bytes":
         found = [bytes(raw[i : i + n]) for i, n in values(raw)]
+    elif kind == "floats":
+        found = numbers(raw).tolist()
     else:
-        found = (numbers(raw) if kind == "floats" else integers(raw)).tolist()
+        found = integers(raw).tolist()
     return found[0] if len(found) == 1 else found
 
 
@@ -567,18 +623,19 @@ def open_npz(path):
 
 
 def npz_identity(path, files):
-    """Of an npz and its videos: a hash of the bytes of the one, and of size, head and tail of the
-    others, where an mp4 lists its frames. Two files of one motion with other videos are two views,
+    """A hash of an npz and its videos: of all bytes of the npz, and of size, head and tail of a
+    video, where an mp4 lists its frames. Two files of one motion with other videos are two views,
     not copies."""
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256")
     for video in files:
-        if video != path:
-            size = os.path.getsize(video)
-            with open(video, "rb") as f:
-                digest.update(b"%d" % size + f.read(1 << 16))
-                f.seek(max(size - (1 << 16), 0))
-                digest.update(f.read(1 << 16))
+        if video == path:
+            continue
+        size = os.path.getsize(video)
+        with open(video, "rb") as f:
+            digest.update(b"%d" % size + f.read(1 << 16))
+            f.seek(max(size - (1 << 16), 0))
+            digest.update(f.read(1 << 16))
     return digest.hexdigest()[:32]
 
 
@@ -627,8 +684,8 @@ def raw_dataset(f, name, path):
 
 
 def assumed_rate(f, videos):
-    """(rows a second of an npz without `rate`: DROID's 15, a sentence if its videos say something
-    else). ValueError if it has them under another name."""
+    """An npz without `rate` -> (its rows a second: DROID's 15, a sentence if its videos have
+    another rate). ValueError if it has them under another name."""
     for name in f:
         if name.lower() in ("rate", "fps", "hz", "freq", "frequency", "control_frequency"):
             raise ValueError(f"no rate in it, but {name}: `rate` is its rows a second")
@@ -646,29 +703,33 @@ def assumed_rate(f, videos):
 
 def npz_rows(f, frames):
     """Rows of the episode in an npz: those of the fields that have a fixed meaning, else the length
-    of which as many frames are. ValueError where the arrays leave it open."""
+    that fits to the number of frames. ValueError where the arrays leave it open."""
     lengths = {}
     for name in f:
         try:
             x = f[name]
         except ValueError:
-            continue  # Python objects, which are not read: who asks for them is told
+            continue  # Python objects, which are not read: read_fields tells who asks for them
         if x.ndim:
             lengths[name] = len(x)
+
+    # fields that have a fixed meaning
     fixed = {k: lengths[k] for k in [*STATES["robot"], VELOCITY["robot"]] if k in lengths}
     if len({*fixed.values()}) > 1:
-        said = ", ".join(f"{k} {n}" for k, n in fixed.items())
-        raise ValueError(f"its fields have different numbers of rows: {said}")
+        listed = ", ".join(f"{k} {n}" for k, n in fixed.items())
+        raise ValueError(f"its fields have different numbers of rows: {listed}")
     if fixed:
         return next(iter(fixed.values()))
+
+    # the only length that fits to the videos
     fitting = {n for n in lengths.values() if frames and max(abs(n - x) for x in frames) <= 5}
     if len(fitting) > 1:
         exact = fitting & {*frames}
         fitting = exact if len(exact) == 1 else fitting
     if len(fitting) > 1:
-        said = ", ".join(f"{k} {n}" for k, n in lengths.items() if n in fitting)
+        listed = ", ".join(f"{k} {n}" for k, n in lengths.items() if n in fitting)
         raise ValueError(
-            f"its fields have different numbers of rows ({said}), and {frames} frames in its"
+            f"its fields have different numbers of rows ({listed}), and {frames} frames in its"
             " videos: which are the episode's is unknown"
         )
     return fitting.pop() if fitting else max(lengths.values(), default=0)
@@ -676,59 +737,16 @@ def npz_rows(f, frames):
 
 def index_files(path, files, kind):
     """trajectory.h5 of raw DROID, or NAME.npz of one's own, and the files beside it -> ([episode],
-    []). Row i goes with frame i."""
+    []). Row i goes with frame i. ValueError if they make no episode."""
     with h5py.File(path) if kind == "raw" else open_npz(path) as f:
-        rate, identity, note = 15.0, "", ""
-        if kind == "raw":
-            if not (jsons := [x for x in files if x.endswith(".json")]):
-                raise ValueError(
-                    "no metadata_*.json beside it: the upload of this episode was not finished"
-                )
-            meta = raw_metadata(jsons)
-            pose = STATES[kind][0]
-            if pose not in f:
-                raise ValueError(f"no {pose} in it")
-            if not getattr(f[pose], "shape", None):
-                raise ValueError(f"{pose} is a group, empty or a single number: rows are expected")
-            for name in STATES[kind]:
-                if isinstance(f.get(name), h5py.Dataset):
-                    raw_dataset(f, name, path)  # one with holes would read as zeros
-            steps, has = len(f[pose]), f.get("observation/camera_extrinsics", ())
-            key = str(meta.get("uuid") or os.path.basename(os.path.dirname(path)))
-            said = meta.get("success")
-            success = "/success/" in path if said is None else truth(said, "success of its json")
-            videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
-            serials = {}
-            for c, k in RAW_CAMERAS.items():
-                recorded = str(meta.get(f"{k}_mp4_path") or "")
-                serials[c] = os.path.basename(recorded.replace("\\", "/"))[:-4]
-            members = {
-                c: (
-                    videos[s],
-                    f"observation/camera_extrinsics/{s}_left" if f"{s}_left" in has else None,
-                )
-                for c, s in serials.items()
-                if s in videos
-            }
-        else:
-            stem = path[: -len(".npz")]
-            key = "/".join(os.path.abspath(stem).split("/")[-2:])
-            rate = one_number(f, "rate", 0.0)
-            if not rate:
-                rate, note = assumed_rate(f, [x for x in files if x != path])
-            success = truth(f["success"], "success") if "success" in f else True
-            identity = npz_identity(path, files)
-            members = {
-                x[len(stem) + 1 : -4] or "video": (x, "extrinsics" if "extrinsics" in f else None)
-                for x in files
-                if x != path
-            }
+        entry = raw_entry(f, path, files) if kind == "raw" else robot_entry(f, path, files)
         frames = []
-        for video, _ in members.values():
+        for video, _ in entry["members"].values():
             with Slice(video, 0, os.path.getsize(video)) as v:
                 frames.append(len(mp4_times(v)))
-        if kind == "robot":
-            steps = npz_rows(f, frames)
+        steps = len(f[STATES["raw"][0]]) if kind == "raw" else npz_rows(f, frames)
+
+        # what moves
         velocity = None
         if VELOCITY[kind] in f:
             x = raw_dataset(f, VELOCITY[kind], path) if kind == "raw" else f[VELOCITY[kind]]
@@ -739,7 +757,8 @@ def index_files(path, files, kind):
                 if name in f:
                     places.append((array_rows(f[name], steps, name), units))
             except ValueError:
-                pass  # not what it is elsewhere: who asks for it is told
+                pass  # not what it is elsewhere: motion() tells who asks for it
+
     if not frames:
         stem = os.path.basename(os.path.splitext(path)[0])
         where = f"{stem}.mp4 or {stem}.CAMERA.mp4" if kind == "robot" else "mp4 of its cameras"
@@ -749,20 +768,74 @@ def index_files(path, files, kind):
             f"{steps} rows, and {frames} frames in its videos: which row goes with which"
             " frame is unknown"
         )
-    last = min(steps, *frames)
-    return [
-        {
-            "key": key,
-            "members": members,
-            "steps": steps,
-            "last": last,
-            "success": success,
-            "rate": rate,
-            "identity": identity,
-            "note": note,
-        }
-        | stillness(velocity, places)
-    ], []
+    entry |= {"steps": steps, "last": min(steps, *frames)}
+    return [entry | stillness(velocity, places)], []
+
+
+def raw_entry(f, path, files):
+    """What index_files knows of an open trajectory.h5 but for its rows."""
+    jsons = [x for x in files if x.endswith(".json")]
+    if not jsons:
+        raise ValueError(
+            "no metadata_*.json beside it: the upload of this episode was not finished"
+        )
+    meta = raw_metadata(jsons)
+    pose = STATES["raw"][0]
+    if pose not in f:
+        raise ValueError(f"no {pose} in it")
+    if not getattr(f[pose], "shape", None):
+        raise ValueError(f"{pose} is a group, empty or a single number: rows are expected")
+    for name in STATES["raw"]:
+        if isinstance(f.get(name), h5py.Dataset):
+            raw_dataset(f, name, path)  # one with holes would read as zeros
+
+    # the metadata names the video of each camera, by its serial number
+    videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
+    with_extrinsics = f.get("observation/camera_extrinsics", ())
+    members = {}
+    for camera, name in RAW_CAMERAS.items():
+        recorded = str(meta.get(f"{name}_mp4_path") or "")
+        serial = os.path.basename(recorded.replace("\\", "/"))[:-4]
+        if serial not in videos:
+            continue
+        extrinsics = None
+        if f"{serial}_left" in with_extrinsics:
+            extrinsics = f"observation/camera_extrinsics/{serial}_left"
+        members[camera] = (videos[serial], extrinsics)
+
+    stored = meta.get("success")
+    return {
+        "key": str(meta.get("uuid") or os.path.basename(os.path.dirname(path))),
+        "members": members,
+        "success": "/success/" in path if stored is None else truth(stored, "success of its json"),
+        "rate": 15.0,
+        "identity": "",
+        "note": "",
+    }
+
+
+def robot_entry(f, path, files):
+    """The same of an open NAME.npz."""
+    stem = path[: -len(".npz")]
+    videos = [x for x in files if x != path]
+    rate = one_number(f, "rate", 0.0)
+    note = ""
+    if not rate:
+        rate, note = assumed_rate(f, videos)
+    success = truth(f["success"], "success") if "success" in f else True
+    extrinsics = "extrinsics" if "extrinsics" in f else None
+    members = {}
+    for video in videos:
+        camera = video[len(stem) + 1 : -len(".mp4")] or "video"
+        members[camera] = (video, extrinsics)
+    return {
+        "key": "/".join(os.path.abspath(stem).split("/")[-2:]),
+        "members": members,
+        "success": success,
+        "rate": rate,
+        "identity": npz_identity(path, files),
+        "note": note,
+    }
 
 
 def files_beside(path, kind):
@@ -787,47 +860,34 @@ def files_beside(path, kind):
 
 def index_file(path, verify):
     """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes.
-    A URL that cannot be reached is an OSError: it says nothing about the episodes."""
-    kind = {".h5": "raw", ".npz": "robot", ".tar": "features"}.get(
-        os.path.splitext(path)[1], "rlds"
-    )
+    verify: of index_rlds; None does so for what is on a disk. A URL that cannot be reached is an
+    OSError: it says nothing about the episodes."""
+    kinds = {".h5": "raw", ".npz": "robot", ".tar": "features"}
+    kind = kinds.get(os.path.splitext(path)[1], "rlds")
     remote = "://" in path
     deep = not remote if verify is None else verify
     try:
         if remote:
-            fs = filesystem(path)[0]
-            info = trying(path, lambda: fs.info(path))
-            if kind != "rlds" or info.get("size") is None:
-                raise OSError(
-                    "only TFRecords on a server that says how long they are can be read from a URL;"
-                    " copy it to a disk"
-                )
-            files, end = [], info["size"]
-            stamp = {
-                k: str(v)
-                for k, v in info.items()
-                if k in ("size", "mtime", "created", "generation", "ETag", "etag")
-            }
+            files = []
+            end, stamp = url_stamp(path, kind)
         else:
             files = files_beside(path, kind)
             end = os.path.getsize(path)
-            stamp = [
-                (os.path.abspath(x), os.stat(x).st_size, os.stat(x).st_mtime_ns)
-                for x in [path, *files]
-            ]
-        cache = os.path.join(
-            CACHE, "droid", hashlib.sha256(f"{path} {stamp} {deep} v3".encode()).hexdigest()[:32]
-        )
+            stamp = []
+            for x in [path, *files]:
+                stat = os.stat(x)
+                stamp.append((os.path.abspath(x), stat.st_size, stat.st_mtime_ns))
+        name = hashlib.sha256(f"{path} {stamp} {deep} v3".encode()).hexdigest()[:32]
+        cache = os.path.join(CACHE, "droid", name)
         raw = read_cache(cache)
         if raw is not None:
             return kind, *orjson.loads(raw)
-        found = (
-            index_rlds(path, end, deep)
-            if kind == "rlds"
-            else index_tar(path)
-            if kind == "features"
-            else index_files(path, files, kind)
-        )
+        if kind == "rlds":
+            found = index_rlds(path, end, deep)
+        elif kind == "features":
+            found = index_tar(path)
+        else:
+            found = index_files(path, files, kind)
     except (*DAMAGE, MemoryError) as e:
         if disk_failed(e):
             raise OSError(disk_sentence(path, e)) from e
@@ -839,18 +899,34 @@ def index_file(path, verify):
     return kind, *orjson.loads(raw)
 
 
+def url_stamp(url, kind):
+    """(bytes of a TFRecord on a server, what changes when it does)."""
+    fs, _ = filesystem(url)
+    info = trying(url, lambda: fs.info(url))
+    if kind != "rlds" or info.get("size") is None:
+        raise OSError(
+            "only TFRecords on a server that says how long they are can be read from a URL;"
+            " copy it to a disk"
+        )
+    stamp = {}
+    for name, value in info.items():
+        if name in ("size", "mtime", "created", "generation", "ETag", "etag"):
+            stamp[name] = str(value)
+    return info["size"], stamp
+
+
 # --- reading ---
 
 
 def read_fields(r, names):
-    """Low-dimensional fields of an Episode by name -> [(steps, d) float64]."""
+    """Low-dimensional fields of an Episode by name -> [(steps, d) float64]. ValueError, with its
+    name, for one that is not there or not numbers."""
     if r.kind == "rlds":
-        return [
-            field_rows(raw, r.members[k][2], r.steps, k)
-            for k, raw in zip(names, fetch(r.shard, [r.members[k][:2] for k in names]))
-        ]
+        lists = fetch(r.shard, [r.members[k][:2] for k in names])
+        return [field_rows(x, r.members[k][2], r.steps, k) for k, x in zip(names, lists)]
     with h5py.File(r.shard) if r.kind == "raw" else open_npz(r.shard) as f:
-        if missing := [k for k in names if k not in f]:
+        missing = [k for k in names if k not in f]
+        if missing:
             raise ValueError(f"no {missing[0]} in it, but {', '.join(f)}")
         out = []
         for k in names:
@@ -870,11 +946,11 @@ def read_pictures(r, camera, wanted):
         video = r.members[camera][0]
         with Slice(video, 0, os.path.getsize(video)) as f:
             with av.open(f) as container:
-                short = min(
-                    container.streams.video[0].width, container.streams.video[0].height
-                )  # as it is
-            return read_frames(f, mp4_times(f), wanted, short)
-    at, size, sizes = r.members[camera]
+                stream = container.streams.video[0]
+                short_side = min(stream.width, stream.height)
+            return read_frames(f, mp4_times(f), wanted, short_side)
+    at = r.members[camera][0]
+    size, sizes = r.members[camera][1:]
     table = values(fetch(r.shard, [(at, size)])[0]) if sizes is None else places(sizes)
     if wanted[-1] >= len(table):
         raise ValueError(f"it has {len(table)} pictures, and step {wanted[-1]} is asked for")

@@ -303,6 +303,14 @@ def test_decoding_ahead_changes_nothing(tmp_path, mp4):
 # --- room ---
 
 
+def estimate(records, tokens, width, flags):
+    """What encode.py with these flags would say of play -> (steps, bytes)."""
+    args = encode.parser.parse_args(flags)
+    names = ("fps", "encode", "frames_per_clip", "frames_per_step", "phases")
+    runs = encode.play_runs(records, **{k: getattr(args, k) for k in names})
+    return encode.estimate(runs, tokens, width, args.store, **encode.PLAY)
+
+
 def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
     """Bug: an estimate that forgets phases, scales or the second byte: the disk is full after a
     night."""
@@ -310,7 +318,7 @@ def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
     for store in ("bf16", "int8"):
         made = tars(encoded.folder / store / "train")
         flags = ["--data", "x", "--out", "x", *HOW.split(), "--store", store]
-        steps, size = encode.estimate(records, 4, 192, encode.parser.parse_args(flags))
+        steps, size = estimate(records, 4, 192, flags)
         assert size == pytest.approx(
             sum(map(len, made.values())), rel=0.1
         )  # a tar is filled up to 10 KiB
@@ -323,16 +331,12 @@ def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
         assert text in encoded.log[store, "train"]
     assert feature_settings(features)["store"] == "int8"
     halved = [r._replace(rate=r.rate / 2) for r in records]  # twice the time, the steps of 10 Hz
-    flags_of_10_hz = encode.parser.parse_args([*flags, "--fps", "2.5"])
-    assert encode.estimate(halved, 4, 192, flags_of_10_hz) == (steps, size)
-    phases = encode.parser.parse_args([*flags, "--phases", "3"])
-    assert encode.estimate(records, 4, 192, phases)[1] == pytest.approx(3 * size, rel=0.03)
-    assert encode.estimate(
-        [r._replace(length=20 * 3600) for r in records[:1]],
-        256,
-        1408,
-        encode.parser.parse_args(flags[:4]),
-    )[1] == (pytest.approx(9000 * 256 * 1408 * 2, rel=0.001))
+    assert estimate(halved, 4, 192, [*flags, "--fps", "2.5"]) == (steps, size)
+    of_three = estimate(records, 4, 192, [*flags, "--phases", "3"])[1]
+    assert of_three == pytest.approx(3 * size, rel=0.03)
+    hour = [records[0]._replace(length=20 * 3600)]
+    written = estimate(hour, 256, 1408, flags[:4])[1]
+    assert written == pytest.approx(9000 * 256 * 1408 * 2, rel=0.001)
 
 
 def test_a_disk_that_is_too_small_is_refused(small_disk, shards, tmp_path):
@@ -385,7 +389,7 @@ def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_
     assert code == 1 and len(errors) == 1 and "Traceback" not in text
     assert (
         "No space left on device" in errors[0]
-        and "the shards that are finished stay; mend this and run the same command again"
+        and "the shards that are finished stay; fix this and run the same command again"
         in errors[0]
     )
     done = tars(disk / "f")

@@ -31,10 +31,8 @@ def play(seed, lines, offset=0.0, spread=10.0):
     """(motion (lines, 4): dx, dy, yaw, pitch in degrees, contractor lines as bytes); yaw is
     unbounded and crosses +-180."""
     rng = np.random.default_rng(seed)
-    dx, dy = (
-        rng.normal(2, rng.uniform(30 - spread, 30 + spread), lines) + offset,
-        rng.normal(0, 15, lines),
-    )
+    dx = rng.normal(2, rng.uniform(30 - spread, 30 + spread), lines) + offset
+    dy = rng.normal(0, 15, lines)
     yaw = rng.uniform(-720, 720) + np.concatenate([[0], np.cumsum(0.15 * (dx - offset))[:-1]])
     pitch = 40 * np.sin(np.arange(lines) / 9 + seed)
     out = [
@@ -53,7 +51,7 @@ def play(seed, lines, offset=0.0, spread=10.0):
 
 
 def expected(motion, span=8):
-    """Steps (n, 4) of a recording, said again in plain numpy: sums over 8 lines, of yaw of the
+    """Steps (n, 4) of a recording, computed again in plain numpy: sums over 8 lines; of yaw the
     differences from line to line, each wrapped to (-pi, pi]."""
     n = (len(motion) - 1) // span
     sums = motion[: n * span, :2].reshape(n, span, 2).sum(1)
@@ -112,24 +110,16 @@ def test_statistics_are_those_of_numpy(shards, tmp_path):
     assert scaler.n == len(x)
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(scaler.scale, x.std(0), rtol=1e-10)
-    assert (
-        "SCALER FITTING COMPLETE" in out
-        and f"Total samples: {len(x):,}" in out
-        and f"Saved to: {tmp_path}" in out
-    )
-    assert (
-        f"Std: {x[:, 0].std():9.3f}" in out
-        and "Converged: False" in out
-        and "samples are few" in out
-    )
-    assert (
-        scaler.meta["names"] == ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"]
-        and scaler.meta["shards"][2] == "shard-000002.tar"
-    )
-    assert (
-        len(scaler.meta["recordings"]) == 30
-        and "shard-000001.tar v7/player-10" in scaler.meta["recordings"]
-    )
+    assert "SCALER FITTING COMPLETE" in out
+    assert f"Total samples: {len(x):,}" in out
+    assert f"Saved to: {tmp_path}" in out
+    assert f"Std: {x[:, 0].std():9.3f}" in out
+    assert "Converged: False" in out and "samples are few" in out
+    assert out.splitlines()[-1].startswith("next: python train_ac.py --scaler ")
+    assert scaler.meta["names"] == ["mouse_dx", "mouse_dy", "yaw_diff", "pitch_diff"]
+    assert scaler.meta["shards"][2] == "shard-000002.tar"
+    assert len(scaler.meta["recordings"]) == 30
+    assert "shard-000001.tar v7/player-10" in scaler.meta["recordings"]
     assert "degrees a pixel" not in out  # 0.15 is right
 
 
@@ -193,11 +183,8 @@ def test_two_ranks_are_one_process(shards, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (ActionScaler.load(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
-    assert (
-        done.stdout.count("SCALER FITTING COMPLETE") == 1
-        and two.n == one.n == 1500
-        and two.meta == one.meta
-    )
+    assert done.stdout.count("SCALER FITTING COMPLETE") == 1
+    assert two.n == one.n == 1500 and two.meta == one.meta
     for a, b in ((one.mean, two.mean), (one.var, two.var), (one.scale, two.scale)):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
@@ -230,20 +217,16 @@ def test_constant_dimension(tmp_path):
         fit_scaler.moments(torch.from_numpy(fit_scaler.read_steps(r, 5, 2)[0][:, :4]))
         for r in recordings.values()
     ]
-    assert (
-        functools.reduce(fit_scaler.merge_moments, parts)[2][3] > 0
-    )  # rounding leaves something of a steady turn
+    # rounding leaves something of a steady turn
+    assert functools.reduce(fit_scaler.merge_moments, parts)[2][3] > 0
     scaler, out = fit(tmp_path, write_shard(tmp_path / "a.tar", recordings))
-    assert (
-        scaler.var[1] > 0
-        and (scaler.var[[0, 2, 3]] == 0).all()
-        and (scaler.scale[[0, 2, 3]] == 1).all()
-    )
+    constant = [0, 2, 3]
+    assert scaler.var[1] > 0 and (scaler.var[constant] == 0).all()
+    assert (scaler.scale[constant] == 1).all()
     assert np.isfinite(scaler.transform(np.ones(4))).all()
-    assert (
-        all(f"{name} never changes" in out for name in ("mouse_dx", "yaw_diff", "pitch_diff"))
-        and "mouse_dy never" not in out
-    )
+    for name in ("mouse_dx", "yaw_diff", "pitch_diff"):
+        assert f"{name} never changes" in out
+    assert "mouse_dy never" not in out
 
 
 def test_warnings_on_wrong_units(tmp_path):
@@ -291,10 +274,8 @@ def test_batch_size_spaces_the_checks(tmp_path):
     )
     loose = ["--tolerance", 0.03, "--batch_size"]
     counts = [fit(tmp_path, data, *loose, n)[0].n for n in (128, 4000)]
-    assert counts == [
-        12_000,
-        14_400,
-    ]  # 17 recordings are too few at the first look (10,200): the second comes 600 or 4,000 later
+    # 17 recordings are too few at the first look (10,200): the second comes 600 or 4,000 later
+    assert counts == [12_000, 14_400]
 
 
 def test_standard_errors_see_that_steps_of_a_recording_are_alike():
@@ -320,21 +301,10 @@ def test_joblib_and_the_guides_comparison(shards, tmp_path):
     """Bug: a .pkl that joblib cannot load, or attributes the guide's snippet needs are missing; a
     formula apart from StandardScaler's."""
     folder, motions = shards
-    for name, samples in (
-        ("scaler_10k.pkl", 200),
-        ("scaler_100k.pkl", 800),
-        ("scaler_1m.pkl", 100_000),
-    ):
-        run(
-            "--data_path",
-            folder / "shard-{000000..000002}.tar",
-            "--max_samples",
-            samples,
-            "--output",
-            tmp_path / name,
-            "--num_workers",
-            0,
-        )
+    data = folder / "shard-{000000..000002}.tar"
+    for name, samples in (("10k", 200), ("100k", 800), ("1m", 100_000)):
+        size = ["--max_samples", samples, "--num_workers", 0]
+        run("--data_path", data, *size, "--output", tmp_path / f"scaler_{name}.pkl")
     s10k, s100k, s1m = (joblib.load(tmp_path / f"scaler_{n}.pkl") for n in ("10k", "100k", "1m"))
     for a, b in ((s10k, s100k), (s100k, s1m)):
         assert (abs(a.mean_ - b.mean_) > 0).all() and (abs(a.scale_ - b.scale_) > 0).all()
@@ -431,7 +401,11 @@ def test_only_jsonl_bytes_are_read(tmp_path):
         recordings = {f"r{s}-{k}": play(k, 1001)[1] for k in range(20)}
         size += sum(map(len, recordings.values()))
         write_shard(folder / f"{s}.tar", recordings, video=64_000_000)
-    asked = lambda: int(open("/proc/self/io").readline().split()[1])  # noqa: E731
+
+    def asked():
+        with open("/proc/self/io") as f:
+            return int(f.readline().split()[1])
+
     for budget, used in ((12_500, 1.0), (5000, 0.4)):
         before = asked()
         _, out = fit(tmp_path, folder / "*.tar", "--no_convergence_check", "--max_samples", budget)
@@ -452,7 +426,7 @@ def test_names_that_nobody_knows_are_counted_over_all_recordings(tmp_path):
 
 def test_damaged_recordings(shards, tmp_path):
     """Bug: one torn line ends the run, or the good lines before it are lost, or what was left out
-    is not said."""
+    is not printed."""
     _, good = play(3, 400)
     motion, torn = play(4, 400)
     cut = torn[: torn.index(b"\n", 30_000) + 40]
@@ -469,13 +443,10 @@ def test_damaged_recordings(shards, tmp_path):
     x = np.concatenate([expected(play(3, 400)[0]), expected(motion[:kept])])
     assert scaler.n == len(x)
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-9, atol=1e-12)
-    assert (
-        f"tail left out: {data} torn: line {kept}" in out
-        and "short: ValueError: too short: 1 usable lines" in out
-    )
-    assert all(
-        f"left out: {data} {key}: ValueError: no usable line" in out for key in ("empty", "text")
-    )
+    assert f"tail left out: {data} torn: line {kept}" in out
+    assert "short: ValueError: too short: 1 usable lines" in out
+    for key in ("empty", "text"):
+        assert f"left out: {data} {key}: ValueError: no usable line" in out
     with pytest.raises(ValueError, match="no usable recording.*the file is empty"):
         fit(tmp_path, write_shard(tmp_path / "b.tar", {"only": b""}), output="no.pkl")
     with pytest.raises(ValueError, match="--fps 7 does not divide"):
@@ -531,17 +502,14 @@ def test_shards_chosen_and_held_out(tmp_path):
     choice comes before the split."""
     for s in range(12):
         write_shard(tmp_path / f"{s:02d}.tar", {f"r{s}": play(s, 100)[1]})
-    pick = lambda *rest: sorted(  # noqa: E731
-        {
-            os.path.basename(r.shard)
-            for r in fit_scaler.open_lines([[str(tmp_path / "*.tar")]], *rest)[0]
-        }
-    )
-    assert pick(3, 0.0) == ["00.tar", "06.tar", "11.tar"] or pick(3, 0.0) == [
-        "00.tar",
-        "05.tar",
-        "11.tar",
-    ]
+
+    def pick(max_shards, val_fraction):
+        patterns = [[str(tmp_path / "*.tar")]]
+        records, _ = fit_scaler.open_lines(patterns, max_shards, val_fraction)
+        return sorted({os.path.basename(r.shard) for r in records})
+
+    middle = ("05.tar", "06.tar")
+    assert pick(3, 0.0) in [["00.tar", m, "11.tar"] for m in middle]
     assert pick(None, 0.25) == [f"{s:02d}.tar" for s in range(9)]
     assert pick(2, 0.25) == ["00.tar", "08.tar"]
     scaler, _ = fit(tmp_path, tmp_path / "*.tar", "--val_fraction", 0.25, "--max_shards", 2)
