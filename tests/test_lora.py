@@ -34,6 +34,7 @@ from data import ActionScaler
 from droid import POSE, POSE_UNITS, DroidReader, open_droid
 from evaluation.memory import activation_bytes, estimate
 from evaluation.runs import open_run
+from files.logs import CHECKPOINT
 from files.mirror import Mirror
 from model import (
     ACModel,
@@ -1855,7 +1856,7 @@ def test_resume_from_the_url(world, tuned, tmp_path):
         "--sync_minutes 0.001 --sync_to",
         url,
     )
-    assert checkpoint.NAME.fullmatch(
+    assert CHECKPOINT.fullmatch(
         max(n for n in files(url) if n.startswith("checkpoint"))
     ) and "adapter/adapter_model.safetensors" in files(url)
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
