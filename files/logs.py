@@ -257,25 +257,26 @@ def plot_curves(out_dir, ipe):
     gap_ax.set(title="action gap (shuffled / true - 1)", ylabel="%")
     for ax in (loss_ax, error_ax, gap_ax):
         ax.set_xlabel(f"epochs of {ipe} steps")
+        ax.set_xlim(loss_ax.get_xlim())
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         else:
             ax.text(0.5, 0.5, "no validation yet", ha="center", transform=ax.transAxes)
-            ax.set_xlim(loss_ax.get_xlim())
             ax.set_yticks([])
     write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
 
 
 def plot_errors(ax, epochs, val):
     """Held-out errors one step ahead under true and other actions."""
-    labels = {
-        "tf_true": "true actions",
-        "tf_shuffled": "shuffled actions",
-        "tf_zero": "zero actions",
-        "tf_copy": "copy of the last step",
+    # other markers and widths: where actions are ignored, the lines lie on each other
+    lines = {
+        "tf_copy": ("copy of the last step", "o-", 1.5),
+        "tf_zero": ("zero actions", "s-", 4.5),
+        "tf_shuffled": ("shuffled actions", "o--", 3.0),
+        "tf_true": ("true actions", "o-", 1.5),
     }
-    for name, label in labels.items():
-        ax.plot(epochs, val[name], "o-", label=label)
+    for name, (label, style, width) in lines.items():
+        ax.plot(epochs, val[name], style, lw=width, label=label)
     if "base_tf" in val and np.isfinite(val["base_tf"]).any():
         ax.plot(epochs, val["base_tf"], "ks--", label="the base, true actions")
 

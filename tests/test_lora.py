@@ -805,7 +805,7 @@ def test_resume_is_exact(world, tuned):
     killed = Run(world.folder, "train_lora.py", *tuned.flags, "--out_dir", out)
     killed.signal_when(str(out / "train.csv"), lambda rows: len(rows) >= 7, 15)
     code, text = killed.wait()
-    assert code == 0 and "go on with --resume" in text
+    assert code == 0 and "continue with --resume" in text
     text = run(
         world.folder,
         "train_lora.py",
