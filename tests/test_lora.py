@@ -1205,7 +1205,12 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         "--samples 8 --val_clips 16 --num_workers 0",
     )
     assert "written to" in text and "retrieval" in text
-    for flag, said in (("--debug", "fell to"), ("--memory_report", "encoder")):
+    reports = {
+        "--debug": "fell to",
+        "--memory_report": "encoder",
+        "--dry_run": "steps x",
+    }
+    for flag, said in reports.items():
         text = run(
             tmp_path,
             "train_lora.py",

@@ -1280,6 +1280,12 @@ def test_pictures_and_arguments_of_a_run(trained):
     """Bug: a run cannot be read afterwards: no flags, no curves, or a log whose columns moved."""
     args = json.loads((trained.out / "args.json").read_text())
     assert args["pred_dim"] == 48 and args["ipe"] == 25 and args["dtype"] == "float32"
+    state = checkpoint.load_latest(trained.out)[0]
+    settings = state["settings"]
+    assert state["format"] == checkpoint.FORMAT == 2 and settings["stage"] == "ac"
+    for name in settings.keys() & args.keys():
+        assert settings[name] == args[name] == state["args"][name], name
+    assert settings.keys() - args.keys() == {"stage"}
     assert (trained.out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = numbers(
         trained.out,
@@ -1304,3 +1310,30 @@ def test_pictures_and_arguments_of_a_run(trained):
         and rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
     )
     assert numbers(trained.out, "epoch", log="val.csv")[:, 0].tolist() == [1, 2, 3]
+
+
+def test_a_resumed_run_continues_its_wandb_run(world, tmp_path):
+    """Bug: each resume begins another W&B run, so that one training is many curves. wandb itself
+    is not installed here: a module of that name writes down what it is told."""
+    calls = tmp_path / "calls.jsonl"
+    (tmp_path / "wandb.py").write_text(
+        "import json\n"
+        "def tell(**what):\n"
+        f"    open({str(calls)!r}, 'a').write(json.dumps(what) + chr(10))\n"
+        "def init(project, id, resume, config):\n"
+        "    tell(project=project, id=id, resume=resume, lr=config['lr'])\n"
+        "def log(row, step):\n"
+        "    tell(step=step, columns=sorted(row))\n"
+    )
+    flags = [*world.features, PLAN, "--ipe 2 --val_clips 0 --wandb_project play --out_dir"]
+    for more in ("--max_steps 1", "--max_steps 3 --resume"):
+        command = [sys.executable, "train_ac.py", *words([*flags, tmp_path / "run", more])]
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in calls.read_text().splitlines()]
+    first, again = [row for row in told if "id" in row]
+    assert first == again and first["project"] == "play" and first["resume"] == "allow"
+    assert checkpoint.load_latest(tmp_path / "run")[0]["wandb_id"] == first["id"]
+    assert [row["step"] for row in told if "step" in row] == [0, 1, 2]
+    assert "train/jloss" in told[1]["columns"]
