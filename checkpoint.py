@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -24,9 +25,10 @@ import torch
 import torch.distributed as dist
 
 from files.disk import write_atomically
+from files.logs import bytes_text, count_text, list_checkpoints
 
 LATEST = "checkpoint-latest.pth.tar"
-NAME = re.compile(r"checkpoint-epoch(\d+)(?:-itr(\d+))?\.pth\.tar")
+FORMAT = 2  # of the dictionary in a checkpoint: 2 has "settings", which evaluation may read by name
 BROKEN = (
     ValueError,
     RuntimeError,
@@ -117,14 +119,27 @@ def lock(out_dir):
     print(f"process {os.getpid()} on {socket.gethostname()}", file=f, flush=True)
 
 
-def list_checkpoints(out_dir):
-    """{path: (epoch, itr)} of the checkpoints of a run, oldest first."""
-    checkpoints = {}
-    for name in os.listdir(out_dir) if os.path.isdir(out_dir) else []:
-        match = NAME.fullmatch(name)
-        if match:
-            checkpoints[os.path.join(out_dir, name)] = (int(match[1]), int(match[2] or 0))
-    return dict(sorted(checkpoints.items(), key=lambda item: item[1]))
+def check_unused(out_dir):
+    """ValueError if a new run would write among the checkpoints of an earlier one."""
+    if list_checkpoints(out_dir):
+        raise ValueError(
+            f"{out_dir} holds checkpoints of an earlier run: pass --resume to continue it, or"
+            " another --out_dir"
+        )
+
+
+def disk_text(out_dir, count, size):
+    """Whether `count` checkpoints of `size` bytes fit on the disk of out_dir, which need not exist
+    yet: a sentence."""
+    folder = os.path.abspath(out_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    verdict = "enough" if count * size < free else "NOT ENOUGH"
+    return (
+        f"{count_text(count, 'checkpoint')} of {bytes_text(size)}, {bytes_text(free)} of disk free:"
+        f" {verdict}"
+    )
 
 
 def _crc(f, size):

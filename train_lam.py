@@ -1,12 +1,17 @@
 """Learn latent actions without labels: an encoder that names what happened between two steps of
 video-VAE latents by three codes, and a decoder that predicts the next step from them (VQ-LAM).
 
-    python train_lam.py --data_dir latents --embed_dim 48 --encoder_depth 2 --decoder_depth 2 --num_heads 4 --patch_dim 64 --batch_size 8 \\
-        --lr 2e-3 --epochs 3 --ipe 500                                                              # a laptop
-    torchrun --nproc_per_node=8 train_lam.py --data_dir latents                                     # 8 GPUs
+On a laptop:
+
+    python train_lam.py --data_dir latents --embed_dim 48 --encoder_depth 2 --decoder_depth 2 \\
+        --num_heads 4 --patch_dim 64 --batch_size 8 --lr 2e-3 --epochs 3 --ipe 500
+
+On 8 GPUs:
+
+    torchrun --nproc_per_node=8 train_lam.py --data_dir latents
 
 Reads the H5 files that prepare.manifest listed and split. Writes to --out_dir: train.csv, val.csv,
-curves.png, args.json and checkpoints. Stop it whenever you like and go on with --resume.
+curves.png, args.json and checkpoints. You can stop it at any time and continue with --resume.
 --test_mode overfits one batch and exits with 0 (PASS) or 1 (FAIL):
 
     python train_lam.py --data_dir latents --test_mode --num_epochs 1000 --batch_size 4 \\
@@ -15,16 +20,105 @@ curves.png, args.json and checkpoints. Stop it whenever you like and go on with 
 
 import argparse
 import contextlib
-import datetime
 import functools
+import gc
+import importlib.util
 import math
 import os
-import pathlib
-import shutil
+import re
 import signal
 import sys
 import time
 
+
+# --- flags --- (same in every train_*.py)
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, then the flags, with the default of each that has one."""
+
+    def _get_help_string(self, action):
+        unset = action.default in (None, argparse.SUPPRESS) or action.default is False
+        if unset or "(default" in action.help:
+            return action.help
+        return action.help + " (default: %(default)s)"
+
+    def _format_action_invocation(self, action):
+        """The first spelling only: the others are old names, and names in other people's guides."""
+        names = action.option_strings
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{names[0]}, --no-{names[0][2:]}"
+        if len(names) < 2 or "--help" in names:
+            return super()._format_action_invocation(action)
+        return f"{names[0]} {self._format_args(action, names[0][2:].upper())}"
+
+
+parser = argparse.ArgumentParser(
+    description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
+)
+switch = argparse.BooleanOptionalAction
+
+# CPUs that this process may use: a container or SLURM may allow fewer than the machine has
+cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+# --- flags of this stage ---
+flag = parser.add_argument_group("data").add_argument
+flag("--data_dir", default="latents", help="folder of the H5 files")
+flag("--manifest_path", help="split of prepare.manifest (default: manifest.json in --data_dir)")
+flag("--sequence_length", type=int, default=8, help="latent steps of a window")
+flag("--val_clips", type=int, default=256, help="held-out windows to validate on; 0 turns validation off")  # fmt: skip
+flag("--num_workers", type=int, default=min(8, cpus), help="loader processes a rank; at most 8 of the usable CPUs unless given")  # fmt: skip
+
+flag = parser.add_argument_group("model and loss").add_argument
+flag("--embed_dim", type=int, default=512, help="width of encoder and decoder")
+flag("--encoder_depth", type=int, default=3, help="blocks of the encoder")
+flag("--decoder_depth", type=int, default=3, help="blocks of the decoder")
+flag("--num_heads", type=int, default=8, help="attention heads")
+flag("--patch_dim", type=int, default=256, help="channels of a patch of 4x4 latents")
+flag("--num_codes", type=int, default=3, help="codes of an action")
+flag("--num_embeddings", type=int, default=12, help="possible values of each code")
+flag("--codebook_dim", type=int, default=128, help="dims of a code")
+flag("--quantizer", default="vq", choices=["vq", "fsq", "none"], help="none: continuous actions, the upper bound")  # fmt: skip
+flag("--codebook", default="ema", choices=["ema", "loss"], help="how the tables of vq follow the encoder")  # fmt: skip
+flag("--shared_codebook", action=switch, default=False, help="one table for all codes of an action")
+flag("--vq_warmup_steps", type=int, help="steps before vq quantises (default: a twentieth of the run, at least 500 or a third of it)")  # fmt: skip
+flag("--kmeans", action=switch, default=True, help="after that warm-up, start the tables of vq from clusters of encoder outputs")  # fmt: skip
+flag("--revive", action=switch, default=True, help="replace dead codes, until the last tenth of the run")  # fmt: skip
+flag("--encoder_shift", action=switch, default=True, help="move what the encoder sees at random: codes then cannot name places")  # fmt: skip
+flag("--commitment_weight", type=float, default=0.25, help="weight of the commitment loss")
+flag("--rollout_horizon", type=int, default=2, help="steps of the rollout loss; 1 is none")
+flag("--activation_checkpointing", "--use_activation_checkpointing", "--gradient_checkpointing", action=switch, default=False, help="recompute blocks in the backward pass to save memory")  # fmt: skip
+flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the model")
+
+flag = parser.add_argument_group("optimizer").add_argument
+flag("--batch_size", "--per_device_batch_size", type=int, default=32, help="windows per rank and micro-batch")  # fmt: skip
+flag("--grad_accum", "--gradient_accumulation_steps", type=int, default=1, help="micro-batches per step")  # fmt: skip
+flag("--epochs", "--num_epochs", type=int, help="epochs of --ipe steps (default: 100); steps with --test_mode (default: 3000)")  # fmt: skip
+flag("--ipe", type=int, help="steps of an epoch (default: one pass over the windows that do not overlap)")  # fmt: skip
+flag("--max_steps", type=int, help="stop after this many steps; the schedule stays")
+flag("--lr", "--learning_rate", type=float, default=1e-4, help="learning rate after the warm-up; then it falls as a cosine")  # fmt: skip
+flag("--final_lr", type=float, default=0.0, help="learning rate of the last step")
+flag("--warmup", type=int, help="epochs of linear warm-up (default: see --warmup_steps)")
+flag("--warmup_steps", type=int, help="steps of linear warm-up (default: a twentieth of the run, at most 1000)")  # fmt: skip
+flag("--weight_decay", type=float, default=0.01, help="AdamW decay of matrices")
+flag("--grad_clip", "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0 is off")  # fmt: skip
+flag("--dtype", choices=["bfloat16", "float16", "float32"], help="autocast precision (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
+
+flag = parser.add_argument_group("run").add_argument
+flag("--test_mode", action=switch, default=False, help="overfit one batch, print PASS or FAIL, save nothing")  # fmt: skip
+flag("--out_dir", default="out/lam", help="folder of this run")
+flag("--resume", action=switch, default=False, help="continue from the newest good checkpoint in --out_dir, if there is one")  # fmt: skip
+flag("--save_every_freq", type=int, default=25, help="keep the checkpoint of every so many epochs for good")  # fmt: skip
+flag("--keep_last", type=int, default=2, help="other checkpoints to keep (one is written each epoch)")  # fmt: skip
+flag("--val_every", type=int, default=1, help="epochs between validations")
+flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps between log lines")
+flag("--seed", type=int, default=239, help="seed of weights and order of windows")
+flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
+flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+
+# heavy imports come after parsing: --help answers at once
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,194 +136,54 @@ from evaluation.codes import (
     quantises,
     truth_notes,
 )
-from evaluation.held_out import leave_group
 from files.latents import open_manifest
-from files.logs import open_logs
+from files.logs import (
+    StepRow,
+    bytes_text,
+    changed_flags,
+    check_finite,
+    count_text,
+    eta,
+    log_line,
+    mean_over_ranks,
+    open_logs,
+    train_row,
+)
 from model import LatentActionModel, VectorQuantizer
 
-# --- flags ---
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-)
-flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-# data
-flag("--data_dir", default="latents", help="folder of the H5 files")
-flag("--manifest_path", help="split of prepare.manifest (default: manifest.json in --data_dir)")
-flag("--sequence_length", type=int, default=8, help="latent steps of a window")
-flag(
-    "--val_clips",
-    type=int,
-    default=256,
-    help="held-out windows to validate on; 0 turns validation off",
-)
-flag("--num_workers", type=int, default=2, help="loader processes a rank")
-# model, loss
-flag("--embed_dim", type=int, default=512, help="width of encoder and decoder")
-flag("--encoder_depth", type=int, default=3, help="blocks of the encoder")
-flag("--decoder_depth", type=int, default=3, help="blocks of the decoder")
-flag("--num_heads", type=int, default=8, help="attention heads")
-flag("--patch_dim", type=int, default=256, help="channels of a patch of 4x4 latents")
-flag("--num_codes", type=int, default=3, help="codes of an action")
-flag("--num_embeddings", type=int, default=12, help="what each code is chosen from")
-flag("--codebook_dim", type=int, default=128, help="dims of a code")
-flag(
-    "--quantizer",
-    default="vq",
-    choices=["vq", "fsq", "none"],
-    help="none is continuous: the upper bound",
-)
-flag(
-    "--codebook",
-    default="ema",
-    choices=["ema", "loss"],
-    help="how the tables of vq follow the encoder",
-)
-flag("--shared_codebook", action=switch, default=False, help="one table for all codes of an action")
-flag(
-    "--vq_warmup_steps",
-    type=int,
-    help=(
-        "steps before vq quantises (default: a twentieth of the run, at least 500 or a third of it)"
-    ),
-)
-flag(
-    "--kmeans",
-    action=switch,
-    default=True,
-    help="start the tables of vq from clusters of encoder outputs, after the warm-up",
-)
-flag(
-    "--revive",
-    action=switch,
-    default=True,
-    help="replace dead codes, until the last tenth of the run",
-)
-flag(
-    "--encoder_shift",
-    action=switch,
-    default=True,
-    help="move what the encoder sees at random, so that codes cannot name places",
-)
-flag("--commitment_weight", type=float, default=0.25, help="weight of the commitment loss")
-flag("--rollout_horizon", type=int, default=2, help="steps of the rollout loss; 1 is none")
-flag(
-    "--activation_checkpointing",
-    "--use_activation_checkpointing",
-    action=switch,
-    default=False,
-    help="recompute blocks, save memory",
-)
-flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the model")
-# optim
-flag("--batch_size", type=int, default=32, help="windows per rank and micro-batch")
-flag(
-    "--grad_accum",
-    "--gradient_accumulation_steps",
-    type=int,
-    default=1,
-    help="micro-batches per step",
-)
-flag(
-    "--epochs",
-    "--num_epochs",
-    type=int,
-    help="epochs of --ipe steps (default: 100); steps with --test_mode (default: 3000)",
-)
-flag(
-    "--ipe",
-    type=int,
-    help="steps of an epoch (default: one pass over the windows that do not overlap)",
-)
-flag("--max_steps", type=int, help="stop after this many steps, whatever the schedule says")
-flag(
-    "--lr",
-    "--learning_rate",
-    type=float,
-    default=1e-4,
-    help="learning rate after the warm-up; then it falls as a cosine",
-)
-flag("--final_lr", type=float, default=0.0, help="learning rate of the last step")
-flag(
-    "--warmup_steps",
-    type=int,
-    help="steps of linear warm-up (default: a twentieth of the run, at most 1000)",
-)
-flag("--weight_decay", type=float, default=0.01, help="AdamW decay of matrices")
-flag(
-    "--grad_clip",
-    "--gradient_clipping",
-    type=float,
-    default=1.0,
-    help="largest gradient norm; 0 is off",
-)
-flag(
-    "--dtype",
-    choices=["bfloat16", "float16", "float32"],
-    help="autocast precision (default bfloat16 on a GPU, float32 on a CPU)",
-)
-# run
-flag(
-    "--test_mode",
-    action=switch,
-    default=False,
-    help="overfit one batch, print PASS or FAIL, save nothing",
-)
-flag("--out_dir", default="out/lam", help="folder of this run")
-flag(
-    "--resume",
-    action=switch,
-    default=False,
-    help="go on from the newest good checkpoint in --out_dir, if there is one",
-)
-flag(
-    "--save_every_freq",
-    type=int,
-    default=25,
-    help="keep the checkpoint of every so many epochs for good",
-)
-flag(
-    "--keep_last", type=int, default=2, help="other checkpoints to keep (one is written each epoch)"
-)
-flag("--val_every", type=int, default=1, help="epochs between validations")
-flag("--log_every", type=int, default=10, help="steps between log lines")
-flag("--seed", type=int, default=239, help="seed of weights and order of windows")
-flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
-flag(
-    "--dry_run",
-    action=switch,
-    default=False,
-    help="check everything, run three steps, write nothing",
-)
 
-
-def lr_at(k, total, warmup, args):
-    """Learning rate of step k (from 1): linear warm-up, then a cosine that ends at step `total`."""
-    if k < warmup:
-        return k / warmup * args.lr
-    return (
-        args.final_lr
-        + (args.lr - args.final_lr)
-        * (1 + math.cos(math.pi * (k - warmup) / max(total - warmup, 1)))
-        / 2
-    )
+# --- helpers ---
+def lr_at(step, total_steps, warmup, lr, final_lr):
+    """Learning rate of a step (from 1): `warmup` steps of linear warm-up, then a cosine that ends
+    at step `total_steps`."""
+    if step < warmup:
+        return step / warmup * lr
+    angle = math.pi * (step - warmup) / max(total_steps - warmup, 1)
+    return final_lr + (lr - final_lr) * (1 + math.cos(angle)) / 2
 
 
 def noise_floor(z):
     """(MSE, MAE) between steps of standardised latents z (B, T, C, H, W) where nothing happens: no
-    code says what noise does. Read from the tenth of the patches that change least; at most a
-    twentieth of the mean change, so that motion does not pass for noise."""
+    code names what noise does. Measured on the tenth of the patches that change least, and at most
+    a twentieth of the mean change: motion must not pass for noise."""
     change = z[:, 1:] - z[:, :-1]
     patches = F.avg_pool2d(change.square().mean(2).flatten(0, 1).unsqueeze(1), 4)
-    mse = min(patches.flatten().quantile(0.1).item(), 0.05 * change.square().mean().item())
+    quietest = patches.flatten().quantile(0.1).item()
+    mse = min(quietest, 0.05 * change.square().mean().item())
     return mse, math.sqrt(2 * mse / math.pi)  # of Gaussian noise
 
 
 def overfit_verdict(losses, zeroed, noise=(0.0, 0.0), std=1.0):
-    """(passed, what to print) of --test_mode. The guide's bar, MSE 0.01 and MAE 0.05, is of
-    standardised latents and above their noise; codes that are ignored can meet it, but not the
-    last two conditions. std: raw units are so many times larger."""
-    mse, mae, nmse = (losses[k].item() for k in ("mse", "mae", "nmse"))
-    most_mse, most_mae = 0.01 + noise[0], 0.05 + noise[1]
+    """(passed, what to print) of --test_mode.
+
+    The guide's bar, MSE 0.01 and MAE 0.05, is of standardised latents and above their noise; codes
+    that are ignored can meet it, but not the last two conditions. losses: {"mse", "mae", "nmse"};
+    zeroed: MSE with zeroed codes; std: raw units are so many times larger."""
+    mse = losses["mse"].item()
+    mae = losses["mae"].item()
+    nmse = losses["nmse"].item()
+    most_mse = 0.01 + noise[0]
+    most_mae = 0.05 + noise[1]
     above = max(mse - noise[0], 0.0)
     nmse_above = nmse * above / mse
     listens = zeroed - noise[0] >= 10 * above
@@ -244,27 +198,60 @@ def overfit_verdict(losses, zeroed, noise=(0.0, 0.0), std=1.0):
 
 
 if __name__ == "__main__":
-    args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
-    counts = "batch_size", "grad_accum", "num_codes", "rollout_horizon", "log_every", "val_every"
-    if low := [k for k in counts if getattr(args, k) < 1] + ["num_embeddings"] * (
-        args.num_embeddings < 2
+
+    # one check, one message
+    for name in (
+        "batch_size",
+        "grad_accum",
+        "epochs",
+        "ipe",
+        "num_codes",
+        "rollout_horizon",
+        "log_every",
+        "val_every",
     ):
-        parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value} is too small: 1 is the least")
+    if args.num_embeddings < 2:
+        parser.error(f"--num_embeddings {args.num_embeddings} is too small: 2 is the least")
+    if args.warmup is not None and args.warmup_steps is not None:
+        parser.error("--warmup counts epochs and --warmup_steps steps: give one of them")
     if args.test_mode and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("--test_mode overfits one batch: run it in one process")
+    if args.test_mode and args.dry_run:
+        parser.error("--test_mode writes nothing anyway: drop --dry_run")
+    if args.wandb_project and not importlib.util.find_spec("wandb"):
+        parser.error("--wandb_project needs the package wandb: pip install wandb")
 
     # --- distributed --- (same in every train_*.py)
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def print0(*parts, sep=" "):
+        """Print on rank 0, at once."""
+        if rank == 0:
+            print(*parts, sep=sep, flush=True)
+
+    # a GPU if there is one: each rank takes that of its local rank
+    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device {args.device} is none of cpu, cuda and cuda:N")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error(f"--device {args.device}: PyTorch finds no GPU here")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        elif world > 1:
+            parser.error(f"--device {args.device} is one GPU, and this run has {world} processes")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *a, **k: None
+
+    # precision: weights stay in float32, autocast computes in args.dtype
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = functools.partial(
@@ -272,182 +259,195 @@ if __name__ == "__main__":
     )
 
     # --- data ---
+    # what is quick to check comes first: the folder, the names of files
     dry = args.dry_run or args.test_mode
-    if rank == 0 and not dry:
-        checkpoint.lock(args.out_dir)
-    state, path = (
-        checkpoint.load_latest(args.out_dir) if args.resume and not args.test_mode else (None, None)
-    )
+    if not args.resume and not dry:
+        checkpoint.check_unused(args.out_dir)
     manifest = args.manifest_path or os.path.join(args.data_dir, "manifest.json")
     meta, splits = open_manifest(manifest, args.data_dir)
+    if rank == 0 and not dry:
+        checkpoint.lock(args.out_dir)
+    files = ", ".join(f"{count_text(len(v), 'file')} in {k}" for k, v in splits.items())
+    print0(f"reading {manifest}: {files}")
+
+    # windows to train on and to hold out
     train_set = Latents(splits["train"], args.sequence_length, args.seed)
-    val_set = (
-        Latents(splits["validation"], args.sequence_length, args.seed)
-        if args.val_clips and splits["validation"]
-        else None
-    )
+    val_set = None
+    if args.val_clips and splits["validation"]:
+        val_set = Latents(splits["validation"], args.sequence_length, args.seed)
     if args.val_clips and val_set is None:
-        say("WARNING: nothing to validate on: the manifest has no validation files")
+        print0("WARNING: nothing to validate on: the manifest has no validation files")
     if meta["steps_per_chunk"] == 2:
-        say(
+        print0(
             "warning: with 2 steps a chunk, a video VAE that encodes both at once lets the first"
             " know the second: 1 is safer"
         )
+
+    # how long the run is
+    state = None
+    path = None
+    if args.resume and not args.test_mode:
+        state, path = checkpoint.load_latest(args.out_dir)
     if args.ipe is None:
         windows = sum(f.steps // args.sequence_length for f in train_set.files)
-        args.ipe = (
-            1 if args.test_mode else max(windows // (args.batch_size * args.grad_accum * world), 1)
-        )
-    args.epochs = args.epochs or (3000 if args.test_mode else 100)
-    step, total = 0, args.epochs * args.ipe
-    warmup = min(1000, total // 20) if args.warmup_steps is None else args.warmup_steps
+        windows_per_step = args.batch_size * args.grad_accum * world
+        args.ipe = 1 if args.test_mode else max(windows // windows_per_step, 1)
+    if args.epochs is None:
+        args.epochs = 3000 if args.test_mode else 100
+    step = 0
+    total_steps = args.epochs * args.ipe
+
+    # warm-ups: of the learning rate, and of the codes
+    warmup = min(1000, total_steps // 20)
+    if args.warmup is not None:
+        warmup = args.warmup * args.ipe
+    if args.warmup_steps is not None:
+        warmup = args.warmup_steps
     vq_warmup = args.vq_warmup_steps
-    if vq_warmup is None:  # a run that goes on keeps its own, however long it has become
-        vq_warmup = (
-            state["lam"]["vq_warmup_steps"]
-            if state
-            else total // 20
-            if args.test_mode
-            else min(max(500, total // 20), total // 3)
-        )
-    if args.quantizer == "vq" and vq_warmup >= total:
+    if vq_warmup is None:
+        if state is not None:  # a resumed run keeps its own, however long it has become
+            vq_warmup = state["lam"]["vq_warmup_steps"]
+        elif args.test_mode:
+            vq_warmup = total_steps // 20
+        else:
+            vq_warmup = min(max(500, total_steps // 20), total_steps // 3)
+    if args.quantizer == "vq" and vq_warmup >= total_steps:
         raise ValueError(
-            f"the run has {total} steps, and {vq_warmup} of them do not quantise: more --epochs, or"
-            " fewer --vq_warmup_steps"
+            f"the run has {total_steps} steps, and {vq_warmup} of them do not quantise: more"
+            " --epochs, or fewer --vq_warmup_steps"
         )
 
     # --- model ---
     size = {
-        k: getattr(args, k)
-        for k in (
-            "embed_dim",
-            "encoder_depth",
-            "decoder_depth",
-            "num_heads",
-            "patch_dim",
-            "num_codes",
-        )
-    }
-    size |= {
-        k: getattr(args, k)
-        for k in (
-            "num_embeddings",
-            "codebook_dim",
-            "quantizer",
-            "codebook",
-            "shared_codebook",
-            "kmeans",
-            "revive",
-        )
-    }
-    size |= {k: getattr(args, k) for k in ("commitment_weight", "rollout_horizon")} | {
+        "embed_dim": args.embed_dim,
+        "encoder_depth": args.encoder_depth,
+        "decoder_depth": args.decoder_depth,
+        "num_heads": args.num_heads,
+        "patch_dim": args.patch_dim,
+        "num_codes": args.num_codes,
+        "num_embeddings": args.num_embeddings,
+        "codebook_dim": args.codebook_dim,
+        "quantizer": args.quantizer,
+        "codebook": args.codebook,
+        "shared_codebook": args.shared_codebook,
+        "kmeans": args.kmeans,
+        "revive": args.revive,
+        "commitment_weight": args.commitment_weight,
+        "rollout_horizon": args.rollout_horizon,
         "channels": meta["channels"],
         "size": meta["size"],
+        "vq_warmup_steps": vq_warmup,
+        "mean": meta["mean"],
+        "std": meta["std"],
     }
-    size |= {"vq_warmup_steps": vq_warmup, "mean": meta["mean"], "std": meta["std"]}
     model = LatentActionModel(**size).to(device)
     model.activation_checkpointing = args.activation_checkpointing
-    count = sum(p.numel() for p in model.parameters())
     vq = model.quantizer if isinstance(model.quantizer, VectorQuantizer) else None
-    actions = (
-        f"{args.num_embeddings}^{args.num_codes} actions"
-        if model.quantizer
-        else "continuous actions"
-    )
-    say(
-        f"latent action model {count:,} parameters, {actions}; steps of"
+    num_parameters = sum(p.numel() for p in model.parameters())
+    actions = "continuous actions"
+    if model.quantizer:
+        actions = f"{args.num_embeddings}^{args.num_codes} actions"
+    print0(
+        f"latent action model {num_parameters:,} parameters, {actions}; steps of"
         f" {'x'.join(map(str, model.grid))} patches"
     )
 
     # --- optimizer, resume ---
+    # weight decay on matrices and patch embeddings only
     params = [p for p in model.parameters() if p.requires_grad]
-    decays = [
-        {
-            "params": [p for p in params if (p.ndim in (2, 4)) == big],
-            "weight_decay": args.weight_decay * big,
-        }
-        for big in (True, False)
+    matrices = [p for p in params if p.ndim in (2, 4)]
+    others = [p for p in params if p.ndim not in (2, 4)]
+    param_groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(decays, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(param_groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-    belongs = {
+
+    # what a resumed run must have in common with its checkpoint
+    must_match = {
         "lam": size,
         "fingerprint": meta["fingerprint"],
         "sequence_length": args.sequence_length,
         "ipe": args.ipe,
     }
+
+    # resume
     if state is not None:
-        old, new = (x | x.get("lam", {}) for x in (state, belongs))
-        for k in (k for k in new if k != "lam" and old.get(k) != new[k]):
-            raise ValueError(
-                f"{path} was trained with {k} {old.get(k)}, this run has {new[k]}: resume with the"
-                " same, or start anew"
-            )
+        before = state | state["lam"]
+        now = must_match | size
+        for name, value in now.items():
+            if name != "lam" and before.get(name) != value:
+                raise ValueError(
+                    f"{path} was trained with {name} {before.get(name)}, this run has {value}:"
+                    " resume with the same, or start a new run in another --out_dir"
+                )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         loss_scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         step = state["epoch"] * args.ipe + state["itr"]
-        changed = [
-            f"--{k} {v} (was {state['args'].get(k)})"
-            for k, v in vars(args).items()
-            if v != state["args"].get(k)
-        ]
-        say(
-            f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']}; changed flags:",
-            *changed,
+        print0(
+            f"resumed from {path} at epoch {state['epoch']}, itr {state['itr']};",
+            changed_flags(state["args"], vars(args)),
         )
-    elif checkpoint.list_checkpoints(args.out_dir) and not dry:
-        raise ValueError(
-            f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or"
-            " another --out_dir"
-        )
-    if args.compile:
-        model.compile(dynamic=False)
-    last = min(total, args.max_steps or total, step + 3 if args.dry_run else total)
-    if step >= last:
-        say(f"nothing left to do: {step} steps are done")
-        sys.exit(leave_group() if world > 1 else None)
-    ddp = (
-        DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-        if world > 1
-        else model
-    )
 
-    terms = [
-        "loss",
-        "mse_loss",
-        "mae_loss",
-        "vq_loss",
-        "codebook_loss",
-        "commitment_loss",
-        "rollout_loss",
-    ]
-    columns = [
-        "epoch",
-        "itr",
-        *terms,
-        "codebook_usage",
-        "lr",
-        "grad_norm",
-        "clips_per_s",
-        "data_wait",
-        "memory_mib",
-    ]
+    # how far this run goes
+    last_step = min(total_steps, args.max_steps or total_steps)
+    if args.dry_run:
+        last_step = min(last_step, step + 3)
+    next_command = f"python eval_lam.py --checkpoint {args.out_dir}"
+    if step >= last_step:
+        print0(f"nothing left to do: {step} steps are done; judge them with: {next_command}")
+        if world > 1:
+            dist.destroy_process_group()
+        sys.exit()
+
+    if args.compile:
+        model.compile(dynamic=False)  # the shapes of training never change
+    ddp = model
+    if world > 1:
+        # every rank makes the same update to its codebook: nothing to broadcast
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    # logs
+    losses_of_a_row = ["loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss"]
+    losses_of_a_row += ["commitment_loss", "rollout_loss"]
+    train_columns = ["epoch", "itr", *losses_of_a_row, "codebook_usage", "lr", "grad_norm"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib"]
+    val_columns = ["epoch", *losses_of_a_row, *RATIOS, *CODES]
     headers = {
-        "train": (columns, *divmod(step, args.ipe)),
-        "val": (["epoch", *terms, *RATIOS, *CODES], *divmod(step, args.ipe)),
+        "train": (train_columns, *divmod(step, args.ipe)),
+        "val": (val_columns, *divmod(step, args.ipe)),
     }
+    wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not dry
-    log = (
-        open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project)
-        if writes
-        else lambda *row: None
-    )
+    log = None
+    if writes:
+        log = open_logs(
+            args.out_dir, headers, vars(args), state is not None, args.wandb_project, wandb_id
+        )
+
+    # what a judge of the checkpoint must know, by names that stay when a flag is renamed
+    settings = {
+        "stage": "lam",
+        "data_dir": os.path.abspath(args.data_dir),
+        "manifest": os.path.abspath(manifest),
+        "sequence_length": args.sequence_length,
+        "val_clips": args.val_clips,
+        "encoder_shift": args.encoder_shift,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "grad_accum": args.grad_accum,
+        "epochs": args.epochs,
+    }
 
     def save(epoch, itr):
         """Write a checkpoint and the curves (rank 0)."""
         state = {
+            "format": checkpoint.FORMAT,
+            "settings": settings,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": loss_scaler.state_dict(),
@@ -460,47 +460,84 @@ if __name__ == "__main__":
             "data_dir": os.path.abspath(args.data_dir),
             "train_files": [os.path.relpath(f.path, args.data_dir) for f in splits["train"]],
             "rng": torch.get_rng_state(),
+            "wandb_id": wandb_id,
+            **must_match,
         }
         path = checkpoint.save(
-            args.out_dir, state | belongs, epoch, itr, args.keep_last, args.save_every_freq
+            args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq
         )
         plot_curves(args.out_dir)
         return path
 
-    def loss_terms(x):
-        """The losses of forward (dict of tensors) in the order of `terms`."""
-        parts = (
-            x["loss"],
-            x["mse"],
-            x["mae"],
-            x["codebook"] + args.commitment_weight * x["commitment"],
-            x["codebook"],
-            x["commitment"],
-        )
-        return torch.stack([p.detach().float() for p in (*parts, x["rollout"])])
+    def loss_terms(out):
+        """The losses of forward (dict of tensors) in the order of losses_of_a_row: (7,)."""
+        terms = [
+            out["loss"],
+            out["mse"],
+            out["mae"],
+            out["codebook"] + args.commitment_weight * out["commitment"],
+            out["codebook"],
+            out["commitment"],
+            out["rollout"],
+        ]
+        return torch.stack([term.detach().float() for term in terms])
 
     def validate(epoch):
-        """(losses, baselines and what the codes say, what is missing of the truth) on the held-out
-        windows, summed up over all ranks."""
+        """Losses, baselines and what the codes name on the held-out windows of all ranks: (a row
+        of val.csv, what is missing of the truth)."""
         model.eval()
-        found = held_out_codes(
+        held_out = held_out_codes(
             model, val_set, args.batch_size, args.val_clips, args.num_workers, autocast
         )
         model.train()
-        means = loss_terms(
-            {
-                k: torch.tensor(found[k]).mean()
-                for k in ("loss", "mse", "mae", "codebook", "commitment", "rollout")
-            }
+        means = {}
+        for name in ("loss", "mse", "mae", "codebook", "commitment", "rollout"):
+            means[name] = torch.tensor(held_out[name]).mean()
+        row = {"epoch": epoch} | dict(zip(losses_of_a_row, loss_terms(means).tolist()))
+        row |= code_summary(held_out, args.num_embeddings if quantises(model) else None)
+        return row, list(truth_notes(val_set, held_out, "validation"))
+
+    def val_line(row):
+        """A row of val.csv for a person."""
+        if quantises(model):
+            alive = f"{row['joint_codes']:.0f} actions, perplexity {row['joint_perplexity']:.1f}"
+        elif vq:
+            alive = f"warm-up: no codes before step {vq_warmup}"
+        else:
+            alive = "continuous"
+        text = (
+            f"error {row['mse_over_copy']:.3f} of copying, {row['mse_over_zero']:.3f} of zeroed"
+            f" codes, {row['mse_over_marginal']:.3f} of other clips' codes; {alive}"
         )
-        summary = code_summary(found, args.num_embeddings if quantises(model) else None)
-        notes = list(truth_notes(val_set, found, "validation"))
-        return {"epoch": epoch} | dict(zip(terms, means.tolist())) | summary, notes
+        if not math.isnan(row["same_over_own"]):
+            text += f"; same action {row['same_over_own']:.2f} x"
+        if not math.isnan(row["ami"]):
+            text += f", AMI {row['ami']:.3f}"
+        if not math.isnan(row["purity"]):
+            text += (
+                f", purity {row['purity']:.3f} (each code named by its commonest action in the"
+                f" other recordings; one code for all: {row['purity_one_code']:.3f})"
+            )
+        return text
+
+    def overfit(z, losses, noise):
+        """(passed, what to print) of --test_mode, on its batch z."""
+        model.eval()  # the codebook must not count this look at the batch
+        with torch.no_grad(), autocast():
+            steps = model.normalize(z)
+            target = steps[:, 1:]
+            codes = model.encode(z)[2]
+            zeroed = (model.predict(steps[:, :-1], 0 * codes) - target).square().mean().item()
+        model.train()
+        errors = {"mse": losses[1], "mae": losses[2], "nmse": losses[1] / target.var()}
+        return overfit_verdict(errors, zeroed, noise, meta["std"])
 
     # --- train ---
-    stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
-    for name in () if dry else (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *a: stop.fill_(1))
+    stop = torch.zeros(1)  # set by a signal; on the CPU, so reading it never waits for the GPU
+    if not dry:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.fill_(1))
+
     loader = latent_sequences(
         train_set,
         args.batch_size,
@@ -512,103 +549,107 @@ if __name__ == "__main__":
         world=world,
         pin_memory=device.type == "cuda",
     )
-    batches, passed, verdict, pending, waited, began = (
-        prefetch(loader, device),
-        False,
-        "",
-        [],
-        0.0,
-        time.perf_counter(),
-    )
-    used = torch.zeros(
-        args.num_codes, args.num_embeddings, device=device
-    )  # codes chosen since the last log line
-    batch, grid = None, torch.tensor(model.grid, device=device)
+    batches = prefetch(loader, device)
+    batch = None
+    steps_to_log = []  # a StepRow for each step since the last log line
+    data_seconds = 0.0
+    log_started = time.perf_counter()
+
+    grid = torch.tensor(model.grid, device=device)
+    # codes chosen since the last log line
+    used = torch.zeros(args.num_codes, args.num_embeddings, device=device)
     noise = None  # floor of --test_mode
-    noted = False  # what is missing of the truth is said once: files do not change
-    while step < last and not passed:
+    passed = False
+    verdict = "the run ended before the codes were in use"
+    notes_printed = False  # once is enough: files do not change
+
+    while step < last_step and not passed:
         epoch, itr = divmod(step, args.ipe)
-        lr = lr_at(step + 1, total, warmup, args)
+        lr = lr_at(step + 1, total_steps, warmup, args.lr, args.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses, keys = torch.zeros(len(terms), device=device), []
+
+        # forward and backward, over --grad_accum micro-batches
+        losses = torch.zeros(len(losses_of_a_row), device=device)
+        keys = []
         for micro in range(args.grad_accum):
-            wait = time.perf_counter()
-            batch = batch if args.test_mode and batch else next(batches)
-            waited += time.perf_counter() - wait
-            keys = keys + batch["key"]
-            z, shift = batch["z"].to(device, non_blocking=True), None
+            asked = time.perf_counter()
+            if batch is None or not args.test_mode:
+                batch = next(batches)
+            data_seconds += time.perf_counter() - asked
+            keys += batch["key"]
+            z = batch["z"].to(device, non_blocking=True)
+            shift = None
+            if args.encoder_shift and not args.test_mode:
+                shift = (batch["shift"].to(device) * grid).long()
             if args.test_mode and noise is None:
                 noise = noise_floor(model.normalize(z))
-                say(
+                print0(
                     f"overfit test: MSE < {0.01 + noise[0]:.5f} and MAE < {0.05 + noise[1]:.4f} of"
                     f" standardised latents, which is 0.01 and 0.05 above this batch's noise floor"
                     f" ({noise[0]:.5f} and {noise[1]:.4f}, what changes where nothing happens); the"
                     f" latents' std is {meta['std']:.4f}"
                 )
-            if args.encoder_shift and not args.test_mode:
-                shift = (batch["shift"].to(device) * grid).long()
-            with (
-                contextlib.nullcontext()
-                if micro == args.grad_accum - 1 or world == 1
-                else ddp.no_sync()
-            ):
+
+            # DDP averages gradients once a step: on the last micro-batch
+            last_micro = micro == args.grad_accum - 1
+            with contextlib.nullcontext() if last_micro or world == 1 else ddp.no_sync():
                 with autocast():
                     out = ddp(z, shift)
                 loss_scaler.scale(out["loss"] / args.grad_accum).backward()
             losses += loss_terms(out) / args.grad_accum
             if model.quantizer:
                 used.scatter_(1, out["indices"].flatten(0, 1).T, 1.0)
+
+        # clip the gradient, step
         loss_scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        max_norm = args.grad_clip or math.inf  # inf measures the norm and clips nothing
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         loss_scaler.step(optimizer)
         loss_scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        pending.append((epoch, itr, losses, norm, lr, keys))
+        steps_to_log.append(StepRow(epoch, itr, lr, losses, grad_norm, keys))
         step += 1
 
-        halt = (
-            stop.clone()
-        )  # a signal may come at any line: all ranks must decide on the same value
+        # a signal may reach the ranks in different steps: they must agree where to stop
+        halt = stop.clone()
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)
-        at_end = (step % args.ipe == 0 and not args.test_mode) or step == last or bool(halt)
-        # k-means takes no NaN: the losses are looked at before it, whatever --log_every says
+        halt = bool(halt)
+        epochs_done, inside = divmod(step, args.ipe)
+        must_save = inside == 0 or step == last_step or halt
+        if args.test_mode:
+            must_save = step == last_step
+
+        # once in a while: read the losses back, check them, log them. Always before k-means, which
+        # takes no NaN
         clusters = vq is not None and vq.kmeans and int(vq.seen[0]) + 1 == max(vq.warmup, 1)
-        if at_end or step % args.log_every == 0 or clusters:
-            values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
-            if world > 1:
-                values = values.cpu()
-                dist.all_reduce(values)
-                values /= world
-                dist.all_reduce(used, dist.ReduceOp.MAX)
-            seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
+        if must_save or step % args.log_every == 0 or clusters:
+            seconds = (time.perf_counter() - log_started) / len(steps_to_log)
+            wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            if world > 1:
+                dist.all_reduce(used, dist.ReduceOp.MAX)
             usage = used.sum(1).mean().item()
             used.zero_()
-            for (e, i, _, _, rate, clips), (*loss, n) in zip(pending, values.tolist()):
-                if not math.isfinite(
-                    loss[0] + (n if args.dtype != "float16" else 0)
-                ):  # float16 skips those steps
-                    good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
-                    where = (
-                        f"epoch {e}, itr {i}, windows {', '.join(clips)}; last good checkpoint:"
-                        f" {good}; lower --lr"
-                    )
-                    raise ValueError(
-                        f"the loss ({loss[0]:.4g}) or its gradient ({n:.4g}) is not finite at"
-                        f" {where}"
-                    )
-                speed = len(clips) * world / seconds
-                row = e, i, *loss, usage, rate, n, speed, wait / seconds, memory
-                log("train", dict(zip(columns, row)), e * args.ipe + i)
-            say(
-                f"epoch {e:3d} itr {i:4d}  mse {loss[1]:.4f}  rollout {loss[6]:.4f}  vq"
-                f" {loss[3]:.4f}  codes {usage:4.1f}  lr {rate:.2e}  {speed:6.1f} clips/s  ETA"
-                f" {datetime.timedelta(seconds=round((last - step) * seconds))}",
-                flush=True,
+            for row in mean_over_ranks(steps_to_log, world):
+                place = f"epoch {row.epoch}, itr {row.itr}"
+                check_finite(row, row.losses[0], place, args.out_dir, args.dtype)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns["codebook_usage"] = usage
+                if writes:
+                    log("train", columns, row.epoch * args.ipe + row.itr)
+            place = f"epoch {epochs_done:3d} itr {inside:4d}"
+            text = (
+                f"mse {columns['mse_loss']:.4f}  rollout {columns['rollout_loss']:.4f}"
+                f"  vq {columns['vq_loss']:.4f}  codes {usage:4.1f}"
             )
-            pending, waited, began = [], 0.0, time.perf_counter()
+            print0(log_line(place, text, columns, (last_step - step) * seconds))
+            steps_to_log = []
+            data_seconds = 0.0
+            log_started = time.perf_counter()
+
+        # the codebook follows the encoder, once a step
         if clusters:
             outputs = [vq.recent, *(rows for rows, _ in vq.pending)]
             largest = max(float(x.abs().max()) for x in outputs)
@@ -618,96 +659,67 @@ if __name__ == "__main__":
                     f" {epoch}, itr {itr}, where the warm-up ends: the run diverges; lower --lr"
                 )
         if vq:
-            vq.update(settle=step - 1 >= 0.9 * total)
-        if args.test_mode and (step % 25 == 0 or step == last) and (vq is None or vq.active()):
-            model.eval()  # the codebook must not count this look at the batch
-            with torch.no_grad(), autocast():
-                target, codes = model.normalize(z)[:, 1:], model.encode(z)[2]
-                zeroed = (
-                    (model.predict(model.normalize(z)[:, :-1], 0 * codes) - target)
-                    .square()
-                    .mean()
-                    .item()
-                )
-            model.train()
-            passed, verdict = overfit_verdict(
-                {"mse": losses[1], "mae": losses[2], "nmse": losses[1] / target.var()},
-                zeroed,
-                noise,
-                meta["std"],
-            )
-        if at_end and not args.test_mode:
-            done, inside = divmod(step, args.ipe)
-            if (
-                val_set
-                and (args.dry_run or not inside)
-                and (done % args.val_every == 0 or step == last)
-                and not halt
-            ):
-                v, notes = validate(done)
-                log("val", v, step)
-                copy, zero, marginal = (v[f"mse_over_{k}"] for k in ("copy", "zero", "marginal"))
-                known = ""
-                if not math.isnan(v["same_over_own"]):
-                    known += f"; same action {v['same_over_own']:.2f} x"
-                if not math.isnan(v["ami"]):
-                    known += f", AMI {v['ami']:.3f}"
-                if not math.isnan(v["purity"]):
-                    known += (
-                        f", purity {v['purity']:.3f} (each code named by its commonest action in"
-                        f" the other recordings; one code for all: {v['purity_one_code']:.3f})"
-                    )
-                alive = "continuous"
-                if quantises(model):
-                    alive = (
-                        f"{v['joint_codes']:.0f} actions, perplexity {v['joint_perplexity']:.1f}"
-                    )
-                elif vq:
-                    alive = f"warm-up: no codes before step {vq_warmup}"
-                say(
-                    f"held out after epoch {done}: error {copy:.3f} of copying, {zero:.3f} of"
-                    f" zeroed codes, {marginal:.3f} of other clips' codes; {alive}{known}"
-                )
-                for sentence in (
-                    complaints(v, quantises(model)) if vq is None or vq.active() else []
-                ):
-                    say(f"WARNING: {sentence}")
-                for sentence in [] if noted else notes:
-                    say(f"note: {sentence}")
-                noted = True
-            path = save(done, inside) if writes else None
-            began = time.perf_counter()
-            if halt:
-                say(f"stopped after epoch {epoch}, itr {itr}; saved {path}; go on with --resume")
+            vq.update(settle=step - 1 >= 0.9 * total_steps)
+
+        # --test_mode: is the batch learned?
+        codes_are_used = vq is None or vq.active()
+        if args.test_mode and codes_are_used and (step % 25 == 0 or step == last_step):
+            passed, verdict = overfit(z, losses, noise)
+
+        # once an epoch: validate (all ranks), save (rank 0)
+        if must_save and not args.test_mode:
+            due = epochs_done % args.val_every == 0 or step == last_step
+            if val_set and due and (inside == 0 or args.dry_run) and not halt:
+                row, notes = validate(epochs_done)
+                if writes:
+                    log("val", row, step)
+                place = f"{step} steps" if inside else f"epoch {epochs_done}"
+                print0(f"held out after {place}: {val_line(row)}")
+                if codes_are_used:
+                    for sentence in complaints(row, quantises(model)):
+                        print0(f"WARNING: {sentence}")
+                if not notes_printed:
+                    for sentence in notes:
+                        print0(f"note: {sentence}")
+                notes_printed = True
+            if writes:
+                path = save(epochs_done, inside)
+            log_started = time.perf_counter()  # validating and saving are no training time
         if halt:
             break
+
+    # what was done, and what to do next
+    print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     if args.dry_run:
-        kept, saved = (
-            args.keep_last + args.epochs // (args.save_every_freq or total + 1),
-            12 * count / 2**30,
-        )  # with Adam's moments
-        out = pathlib.Path(args.out_dir).absolute()
-        free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free / 2**30
-        counts = ", ".join(f"{len(v)} files in {k}" for k, v in splits.items())
-        say(
-            f"dry run, nothing written; {counts}; a batch: z {tuple(batch['z'].shape)}; {total}"
-            f" steps, {vq_warmup} of them not quantised"
+        kept = args.keep_last
+        if args.save_every_freq:
+            kept += args.epochs // args.save_every_freq
+        print0(
+            f"dry run, nothing written; {files}; a batch: z {tuple(batch['z'].shape)};"
+            f" {total_steps} steps, {vq_warmup} of them not quantised"
         )
-        say(
-            f"{total} steps x {seconds:.2f} s here make {total * seconds / 3600:.1f} h;"
-            f" {memory / 1024:.1f} GiB of memory at the peak"
+        print0(
+            f"{total_steps} steps x {seconds:.2f} s here make {eta(total_steps * seconds)};"
+            f" {bytes_text(memory * 2**20)} of memory at the peak"
         )
-        say(
-            f"{kept} checkpoints x {saved:.2f} GiB, {free:.1f} GiB of disk free:"
-            f" {'enough' if kept * saved < free else 'NOT ENOUGH'}"
+        with_adam = 12 * num_parameters  # bytes: weights and two moments
+        print0(checkpoint.disk_text(args.out_dir, kept, with_adam))
+        print0("to train, run the same command without --dry_run")
+    elif args.test_mode:
+        print0(f"{'PASS' if passed else 'FAIL'} after {step} steps: {verdict}")
+    elif halt:
+        print0(
+            f"stopped at epoch {epochs_done}, itr {inside}; saved {path}; continue with --resume"
         )
-    say(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
+    else:
+        print0(f"{step} of {total_steps} steps done; saved {path}; judge it with: {next_command}")
+
+    # --- end --- (same in every train_*.py)
     if world > 1:
-        del ddp
-        leave_group()
+        del ddp  # its threads must end before Python does (pytorch/pytorch#190489)
+        gc.collect()
+        dist.destroy_process_group()
+
+    # --- verdict ---
     if args.test_mode:
-        say(
-            f"{'PASS' if passed else 'FAIL'} after {step} steps:"
-            f" {verdict or 'the run ended before the codes were in use'}"
-        )
         sys.exit(not passed)

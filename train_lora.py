@@ -1,46 +1,177 @@
-"""Fine-tune an action-conditioned predictor (V-JEPA 2-AC) on robot episodes with LoRA, or train one
-wholly, on a frozen V-JEPA encoder.
+"""Fine-tune an action-conditioned predictor (V-JEPA 2-AC) on robot episodes with LoRA, or train all
+of one, on a frozen V-JEPA encoder.
 
-    python train_lora.py --data robot/b/*.tfrecord* --scaler robot/b.pkl --base robot/base.pt --encoder vit_tiny --crop_size 64  # laptop
-    torchrun --nproc_per_node=8 train_lora.py --data 'gs://gresearch/robotics/droid/1.0.1/*.tfrecord*'   # 8 GPUs, Meta's AC file
+On a laptop, with a small base:
+
+    python train_lora.py --data robot/b/*.tfrecord* --scaler robot/b.pkl --base robot/base.pt \\
+        --encoder vit_tiny --crop_size 64
+
+On 8 GPUs, from Meta's AC file:
+
+    torchrun --nproc_per_node=8 train_lora.py \\
+        --data 'gs://gresearch/robotics/droid/1.0.1/*.tfrecord*'
 
 Reads robot episodes (droid.py), or features of them (encode.py --dataset droid), and the scaler of
 fit_scaler.py. Writes to --out_dir: adapter/ (PEFT's files), train.csv, val.csv, curves.png,
-bad_clips.jsonl, args.json and checkpoints. Go on with --resume."""
+bad_clips.jsonl, args.json and checkpoints. You can stop it at any time and continue with
+--resume."""
 
 import argparse
 import contextlib
-import datetime
 import functools
-import importlib
+import gc
+import importlib.util
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
 
+
+# --- flags --- (same in every train_*.py)
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is, then the flags, with the default of each that has one."""
+
+    def _get_help_string(self, action):
+        unset = action.default in (None, argparse.SUPPRESS) or action.default is False
+        if unset or "(default" in action.help:
+            return action.help
+        return action.help + " (default: %(default)s)"
+
+    def _format_action_invocation(self, action):
+        """The first spelling only: the others are old names, and names in other people's guides."""
+        names = action.option_strings
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"{names[0]}, --no-{names[0][2:]}"
+        if len(names) < 2 or "--help" in names:
+            return super()._format_action_invocation(action)
+        return f"{names[0]} {self._format_args(action, names[0][2:].upper())}"
+
+
+parser = argparse.ArgumentParser(
+    description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
+)
+switch = argparse.BooleanOptionalAction
+
+# CPUs that this process may use: a container or SLURM may allow fewer than the machine has
+cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+# --- flags of this stage ---
+flag = parser.add_argument_group("data").add_argument
+flag("--data", "--data_path", nargs="+", action="extend", required=True, help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs; may be repeated")  # fmt: skip
+flag("--val_data", nargs="+", action="extend", help="held-out episodes; may be repeated (default: --val_fraction of --data)")  # fmt: skip
+flag("--val_fraction", type=float, default=0.1, help="share of the episodes held out")
+flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip
+flag("--scaler", default="droid_action_scaler.pkl", help="action statistics from fit_scaler.py --dataset droid; folded into the base")  # fmt: skip
+flag("--no_scale", action="store_true", help="leave actions unscaled (Meta's setting)")
+flag("--frames_per_clip", type=int, default=8, help="sampled frames of a clip, one a step")
+flag("--fps", type=float, default=4.0, help="sampled frames a second")
+flag("--stride", type=int, help="rows between sampled frames in place of --fps; 15 is Meta's on raw DROID")  # fmt: skip
+flag("--crop_size", type=int, default=256, help="pixels of the square crop")
+flag("--crop", default="reference", choices=["reference", "square"], help="reference: the centre, at most 1.35:1, squeezed to a square as Meta does")  # fmt: skip
+flag("--camera", "--camera_view", nargs="+", action="extend", help="cameras; each clip draws one of them (default: exterior_1)")  # fmt: skip
+flag("--idle_filter", default="light", choices=["off", "openpi", "light"], help="leave out stretches without motion (droid.py)")  # fmt: skip
+flag("--success", default="all", choices=["all", "only"], help="only: leave out failed episodes")
+flag("--state_keys", nargs="+", action="extend", help="fields of the state (default: the 7-D pose); other ones need --action_keys")  # fmt: skip
+flag("--action_keys", nargs="+", action="extend", help="fields of the action (default: differences of the pose)")  # fmt: skip
+flag("--verify", action=switch, help="check all checksums of TFRecords, which reads them once (default: files up to 50 GB)")  # fmt: skip
+flag("--max_bad_fraction", type=float, default=0.01, help="stop if more than this share of clips cannot be read (after 100 clips)")  # fmt: skip
+flag("--num_workers", type=int, default=min(8, cpus), help="loader processes a rank; at most 8 of the usable CPUs unless given")  # fmt: skip
+flag("--prefetch_factor", type=int, default=2, help="batches that each loader process has ready")
+
+flag = parser.add_argument_group("model and loss").add_argument
+flag("--base", "--predictor_path", default="vjepa2_ac_vitg", help="predictor to start from: Meta's file, a run, a checkpoint or an --export; none: random weights")  # fmt: skip
+flag("--encoder", "--encoder_path", "--pretrain_checkpoint", help="weights of the frozen encoder: a path, URL or name, or vit_tiny, random weights (default: the encoder in --base)")  # fmt: skip
+flag("--model_name", help="refused: the encoder's size is read from its weights (--encoder)")
+flag("--full", action=switch, default=False, help="train all of the predictor, without adapters")
+flag("--init_from", help="start from these weights: the folder of a PEFT adapter, which decides --lora_r --alpha --targets; a predictor here is the same as --base")  # fmt: skip
+flag("--targets", "--target_modules", nargs="+", action="extend", help="layers to adapt: any of q_proj k_proj v_proj o_proj mlp.fc1 mlp.fc2 (default: all)")  # fmt: skip
+flag("--lora_r", "--r", dest="r", type=int, default=16, help="rank of the adapters; under torchrun do not shorten it to --r, which torchrun takes for one of its own --rdzv flags")  # fmt: skip
+flag("--alpha", "--lora_alpha", type=float, default=32.0, help="scale of the adapters times sqrt(r), without --rslora times r")  # fmt: skip
+flag("--dropout", "--lora_dropout", type=float, default=0.05, help="dropout before the adapters")
+flag("--rslora", "--use_rslora", action=switch, default=True, help="divide alpha by sqrt(r) rather than r")  # fmt: skip
+flag("--fused_qkv", action=switch, default=False, help="one adapter for q, k and v, as stock PEFT, rather than one each")  # fmt: skip
+flag("--train_condition_encoders", action=switch, default=False, help="also train what encodes action and state (new dimensions: always)")  # fmt: skip
+flag("--feature_norm", default="layer", choices=["layer", "standardize"], help="with --base none; standardize: also give every feature channel mean 0 and std 1, before the layer norm")  # fmt: skip
+flag("--pred_dim", "--pred_embed_dim", type=int, default=1024, help="width of the predictor, with --base none")  # fmt: skip
+flag("--pred_depth", type=int, default=24, help="blocks of the predictor, with --base none")
+flag("--pred_heads", "--pred_num_heads", type=int, help="attention heads of the predictor (default: those of the base, 16 with --base none)")  # fmt: skip
+flag("--predict", choices=["features", "change"], help="change: the output is added to the step's own features (default: as the base, features with --base none)")  # fmt: skip
+flag("--activation_checkpointing", "--use_activation_checkpointing", "--gradient_checkpointing", action=switch, default=False, help="recompute blocks in the backward pass to save memory")  # fmt: skip
+flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor and the encoder")  # fmt: skip
+flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
+
+flag = parser.add_argument_group("optimizer").add_argument
+flag("--batch_size", "--per_device_batch_size", type=int, default=8, help="clips per rank and micro-batch")  # fmt: skip
+flag("--grad_accum", "--gradient_accumulation_steps", type=int, default=16, help="micro-batches per step")  # fmt: skip
+flag("--max_steps", type=int, default=100_000, help="stop after this many steps; the schedule ends there too, unless --schedule_steps says otherwise")  # fmt: skip
+flag("--schedule_steps", type=int, help="steps of the schedule (default: --max_steps)")
+flag("--lr", "--learning_rate", type=float, default=2e-4, help="learning rate between warm-up and anneal")  # fmt: skip
+flag("--warmup_steps", type=int, default=500, help="steps of linear warm-up")
+flag("--anneal_steps", type=int, help="steps of linear anneal at the end (default: a tenth of the schedule)")  # fmt: skip
+flag("--weight_decay", type=float, default=0.01, help="AdamW decay of matrices")
+flag("--grad_clip", "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0 is off")  # fmt: skip
+flag("--optim", default="adamw", choices=["adamw", "adamw8bit"], help="adamw8bit: moments in 8 bits (pip install bitsandbytes)")  # fmt: skip
+flag("--dtype", choices=["bfloat16", "float16", "float32"], help="autocast precision (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
+
+flag = parser.add_argument_group("run").add_argument
+flag("--out_dir", default="out/lora", help="folder of this run")
+flag("--resume", action=switch, default=False, help="continue from the newest good checkpoint in --out_dir (or --sync_to), if there is one")  # fmt: skip
+flag("--save_every_n_steps", type=int, default=1000, help="steps between checkpoints")
+flag("--keep_last", type=int, default=2, help="checkpoints to keep")
+flag("--eval_every_n_steps", type=int, default=500, help="steps between validations")
+flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps between log lines")
+flag("--export", help="at the end write the merged predictor, for unscaled actions, to this file in Meta's layout")  # fmt: skip
+flag("--sync_to", help="copy the run's folder to this fsspec URL in the background, and resume from there")  # fmt: skip
+flag("--sync_minutes", type=float, default=30.0, help="minutes between copies")
+flag("--seed", type=int, default=239, help="seed of weights and clip order")
+flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
+flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
+flag("--debug", action=switch, default=False, help="three steps on one clip with all checks, write nothing")  # fmt: skip
+flag("--memory_report", action=switch, default=False, help="estimate memory by part, measure it over three steps, write nothing")  # fmt: skip
+
+if __name__ == "__main__":
+    args = parser.parse_args()
+
+# heavy imports come after parsing: --help answers at once
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import weights
 from data import ActionScaler, collate, prefetch, windows
-from droid import POSE, DroidClips, DroidReader, compose_poses, droid_clips, open_droid
-from evaluation.held_out import (
-    beside,
-    beside_columns,
-    check_adapters,
-    held_out,
-    hold_state,
-    leave_group,
+from droid import (
+    POSE,
+    DroidClips,
+    DroidReader,
+    compose_poses,
+    droid_clips,
+    find_episodes,
+    open_droid,
 )
-from files.logs import append_jsonl, open_logs, plot_curves
+from evaluation.held_out import beside, beside_columns, check_adapters, held_out, hold_state
+from files.logs import (
+    StepRow,
+    append_jsonl,
+    bytes_text,
+    changed_flags,
+    check_finite,
+    count_text,
+    eta,
+    log_line,
+    mean_over_ranks,
+    open_logs,
+    plot_curves,
+    train_row,
+)
 from files.mirror import Mirror
 from kernels import chosen
 from model import (
-    PREDICTS,
     TARGETS,
     ACModel,
     channel_stats,
@@ -61,294 +192,89 @@ from weights import (
     scale_warnings,
 )
 
-# --- flags ---
-parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-)
-flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-# data
-flag(
-    "--data",
-    "--data_path",
-    nargs="+",
-    action="extend",
-    required=True,
-    help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs; may be repeated",
-)
-flag(
-    "--val_data",
-    nargs="+",
-    action="extend",
-    help="held-out episodes (default: --val_fraction of --data); may be repeated",
-)
-flag("--val_fraction", type=float, default=0.1, help="share of the episodes held out")
-flag(
-    "--val_clips",
-    type=int,
-    default=256,
-    help="held-out clips to validate on; 0 turns validation off",
-)
-flag(
-    "--scaler",
-    default="droid_action_scaler.pkl",
-    help="action statistics from fit_scaler.py --dataset droid; folded into the base",
-)
-flag("--no_scale", action="store_true", help="leave actions unscaled (Meta's setting)")
-flag("--frames_per_clip", type=int, default=8, help="sampled frames of a clip, one a step")
-flag("--fps", type=float, default=4.0, help="sampled frames a second")
-flag(
-    "--stride",
-    type=int,
-    help="rows between sampled frames in place of --fps; 15 is Meta's on raw DROID",
-)
-flag("--crop_size", type=int, default=256, help="pixels of the square crop")
-flag(
-    "--crop",
-    default="reference",
-    choices=["reference", "square"],
-    help="reference: centre of at most 1.35:1, squeezed, as Meta's",
-)
-flag(
-    "--camera",
-    nargs="+",
-    action="extend",
-    help="cameras, of which each clip draws one (default: exterior_1)",
-)
-flag(
-    "--idle_filter",
-    default="light",
-    choices=["off", "openpi", "light"],
-    help="leave out stretches without motion (droid.py)",
-)
-flag("--success", default="all", choices=["all", "only"], help="only leaves out failed episodes")
-flag(
-    "--state_keys",
-    nargs="+",
-    action="extend",
-    help="fields of the state (default: the 7-D pose); other ones need --action_keys",
-)
-flag(
-    "--action_keys",
-    nargs="+",
-    action="extend",
-    help="fields of the action (default: differences of the pose)",
-)
-flag(
-    "--verify",
-    action=switch,
-    help="check all checksums of TFRecords, which reads them once (default: files up to 50 GB)",
-)
-flag(
-    "--max_bad_fraction",
-    type=float,
-    default=0.01,
-    help="stop when more than this share of clips cannot be read (after 100 clips)",
-)
-flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="loader processes a rank")
-flag("--prefetch_factor", type=int, default=2, help="batches that each loader process has ready")
-# model, loss
-flag(
-    "--base",
-    default="vjepa2_ac_vitg",
-    help="predictor to start from: Meta's file, a run, a checkpoint, an --export; none: random",
-)
-flag(
-    "--encoder",
-    help=(
-        "weights of the frozen encoder: a path, URL or name (default: the one in --base), or"
-        " vit_tiny (random)"
-    ),
-)
-flag("--full", action=switch, default=False, help="train all of the predictor, without adapters")
-flag("--init_from", help="start from this PEFT adapter, a folder; it decides --r --alpha --targets")
-flag(
-    "--targets",
-    nargs="+",
-    action="extend",
-    help="layers to adapt: any of q_proj k_proj v_proj o_proj mlp.fc1 mlp.fc2 (default: all)",
-)
-flag("--r", type=int, default=16, help="rank of the adapters")
-flag(
-    "--alpha",
-    type=float,
-    default=32.0,
-    help="scale of the adapters times sqrt(r), without --rslora times r",
-)
-flag("--dropout", type=float, default=0.05, help="dropout before the adapters")
-flag("--rslora", action=switch, default=True, help="divide alpha by sqrt(r) rather than r")
-flag(
-    "--fused_qkv",
-    action=switch,
-    default=False,
-    help="one adapter for q, k and v, PEFT's stock form, rather than one each",
-)
-flag(
-    "--train_condition_encoders",
-    action=switch,
-    default=False,
-    help="also train what encodes action and state (new dimensions: always)",
-)
-flag(
-    "--feature_norm",
-    default="layer",
-    choices=["layer", "standardize"],
-    help="with --base none; standardize: centre and scale channels",
-)
-flag(
-    "--pred_dim",
-    "--pred_embed_dim",
-    type=int,
-    default=1024,
-    help="width of the predictor, with --base none",
-)
-flag("--pred_depth", type=int, default=24, help="blocks of the predictor, with --base none")
-flag(
-    "--predict",
-    choices=PREDICTS,
-    help=(
-        "change: the output is added to the step's own features (default: what the base does,"
-        " features with --base none)"
-    ),
-)
-flag(
-    "--pred_heads",
-    "--pred_num_heads",
-    type=int,
-    help="attention heads (default: what the base has, 16 with --base none)",
-)
-flag(
-    "--activation_checkpointing",
-    "--use_activation_checkpointing",
-    action=switch,
-    default=False,
-    help="recompute blocks, save memory",
-)
-flag(
-    "--compile",
-    "--compile_model",
-    action=switch,
-    default=False,
-    help="torch.compile the predictor and the encoder",
-)
-flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
-# optim
-flag("--batch_size", type=int, default=8, help="clips per rank and micro-batch")
-flag(
-    "--grad_accum",
-    "--gradient_accumulation_steps",
-    type=int,
-    default=16,
-    help="micro-batches per step",
-)
-flag("--max_steps", type=int, default=100_000, help="steps of the schedule")
-flag(
-    "--lr",
-    "--learning_rate",
-    type=float,
-    default=2e-4,
-    help="learning rate between warm-up and anneal",
-)
-flag("--warmup_steps", type=int, default=500, help="steps of linear warm-up")
-flag(
-    "--anneal_steps",
-    type=int,
-    help="steps of linear anneal at the end (default: a tenth of --max_steps)",
-)
-flag("--weight_decay", type=float, default=0.01, help="AdamW decay of matrices")
-flag(
-    "--grad_clip",
-    "--gradient_clipping",
-    type=float,
-    default=1.0,
-    help="largest gradient norm; 0 is off",
-)
-flag(
-    "--optim",
-    default="adamw",
-    choices=["adamw", "adamw8bit"],
-    help="adamw8bit: moments in 8 bits (pip install bitsandbytes)",
-)
-flag(
-    "--dtype",
-    choices=["bfloat16", "float16", "float32"],
-    help="autocast precision (default bfloat16 on a GPU, float32 on a CPU)",
-)
-# run
-flag("--out_dir", default="out/lora", help="folder of this run")
-flag(
-    "--resume",
-    action=switch,
-    default=False,
-    help="go on from the newest good checkpoint in --out_dir (or --sync_to), if there is one",
-)
-flag("--save_every_n_steps", type=int, default=1000, help="steps between checkpoints")
-flag("--keep_last", type=int, default=2, help="checkpoints to keep")
-flag("--eval_every_n_steps", type=int, default=500, help="steps between validations")
-flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps between log lines")
-flag(
-    "--export",
-    help=(
-        "at the end write the merged predictor, for unscaled actions, to this file in Meta's layout"
-    ),
-)
-flag(
-    "--sync_to",
-    help="copy the run's folder to this fsspec URL in the background, and resume from there",
-)
-flag("--sync_minutes", type=float, default=30.0, help="minutes between copies")
-flag("--seed", type=int, default=239, help="seed of weights and clip order")
-flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
-flag(
-    "--debug",
-    action=switch,
-    default=False,
-    help="three steps on one clip with all checks, write nothing",
-)
-flag(
-    "--memory_report",
-    action=switch,
-    default=False,
-    help="estimate memory by part, measure it over three steps, write nothing",
-)
+
+# --- helpers ---
+def lr_at(step, total_steps, warmup, anneal, lr):
+    """Learning rate of a step (from 1): `warmup` steps of linear warm-up, constant, and a linear
+    anneal over the last `anneal` steps, which would reach 0 after step `total_steps`."""
+    return lr * min(1, step / max(warmup, 1), (total_steps - step + 1) / max(anneal, 1))
 
 
-def lr_at(k, total, args):
-    """Learning rate of step k (from 1): linear warm-up, constant, linear anneal to nothing after
-    step `total`."""
-    anneal = total // 10 if args.anneal_steps is None else args.anneal_steps
-    return args.lr * min(1, k / max(args.warmup_steps, 1), (total - k + 1) / max(anneal, 1))
+def is_predictor(path):
+    """Whether --init_from is a file of weights or the folder of a run, and no PEFT adapter."""
+    if os.path.isdir(path):
+        return os.path.exists(os.path.join(path, checkpoint.LATEST))
+    return os.path.isfile(path) and not os.path.basename(path).startswith("adapter_")
 
 
 if __name__ == "__main__":
-    args = parser.parse_args()
     sys.excepthook = checkpoint.one_sentence
-    if low := [
-        k
-        for k in (
-            "batch_size",
-            "grad_accum",
-            "log_every",
-            "save_every_n_steps",
-            "eval_every_n_steps",
+
+    # one check, one message
+    for name in (
+        "batch_size",
+        "grad_accum",
+        "max_steps",
+        "schedule_steps",
+        "r",
+        "log_every",
+        "save_every_n_steps",
+        "eval_every_n_steps",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            name = {"r": "lora_r"}.get(name, name)
+            parser.error(f"--{name} {value} is too small: 1 is the least")
+    if args.schedule_steps and args.schedule_steps < args.max_steps:
+        parser.error(
+            f"--schedule_steps {args.schedule_steps} ends before --max_steps {args.max_steps}"
         )
-        if getattr(args, k) < 1
-    ]:
-        parser.error(f"--{low[0]} {getattr(args, low[0])} is too small")
+    if args.model_name:
+        parser.error("--model_name: the encoder's size is read from its weights, name --encoder")
+    if args.wandb_project and not importlib.util.find_spec("wandb"):
+        parser.error("--wandb_project needs the package wandb: pip install wandb")
+    if args.optim == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+        parser.error("--optim adamw8bit needs the package bitsandbytes: pip install bitsandbytes")
+    if args.init_from and is_predictor(args.init_from):
+        if args.base != parser.get_default("base"):
+            parser.error(f"--init_from {args.init_from} is a predictor, as --base is: give one")
+        args.base = args.init_from
+        args.init_from = None
+
+    # flags that take lists
     args.camera = args.camera or ["exterior_1"]
     args.targets = args.targets or [*TARGETS]
-    args.batch_size, args.grad_accum = (1, 1) if args.debug else (args.batch_size, args.grad_accum)
+    if args.debug:
+        args.batch_size = 1
+        args.grad_accum = 1
 
     # --- distributed --- (same in every train_*.py)
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def print0(*parts, sep=" "):
+        """Print on rank 0, at once."""
+        if rank == 0:
+            print(*parts, sep=sep, flush=True)
+
+    # a GPU if there is one: each rank takes that of its local rank
+    if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        parser.error(f"--device {args.device} is none of cpu, cuda and cuda:N")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error(f"--device {args.device}: PyTorch finds no GPU here")
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        elif world > 1:
+            parser.error(f"--device {args.device} is one GPU, and this run has {world} processes")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *a, **k: None
+
+    # precision: weights stay in float32, autocast computes in args.dtype
     torch.manual_seed(args.seed)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = functools.partial(
@@ -356,6 +282,47 @@ if __name__ == "__main__":
     )
 
     # --- data ---
+    # what is quick to check comes first: the folder, the names of files, the scaler
+    dry = args.dry_run or args.debug or args.memory_report
+    if not args.resume and not dry:
+        checkpoint.check_unused(args.out_dir)
+    val_data = args.val_data if args.val_clips else None
+    val_fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
+    for pattern in [*args.data, *(val_data or [])]:
+        if "://" not in pattern:
+            find_episodes(pattern)  # what matches nothing is an error here
+    known_names = ["none", *weights.RELEASED, *weights.ARCHITECTURES]
+    is_path = args.encoder and "://" not in args.encoder
+    if is_path and args.encoder not in known_names:
+        weights.find_encoder(args.encoder, "")  # a missing file is an error here
+    is_path = "://" not in args.base and args.base not in known_names
+    if is_path and not os.path.exists(args.base):
+        raise FileNotFoundError(
+            f"--base {args.base}: no such file or run folder, and none of the names"
+            f" {', '.join(weights.RELEASED)}"
+        )
+    if args.init_from and not os.path.exists(args.init_from):
+        raise FileNotFoundError(
+            f"--init_from {args.init_from}: no such folder, so no PEFT adapter and no predictor"
+        )
+
+    suggested_flags = (
+        f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g} --val_fraction"
+        f" {val_fraction:g}"
+    )
+    scaler = None if args.no_scale else ActionScaler.load(args.scaler, suggested_flags)
+
+    # one process at a time writes to the folder; what --sync_to holds comes into it first
+    mirror = None
+    if rank == 0 and not dry:
+        checkpoint.lock(args.out_dir)
+        if args.sync_to:
+            mirror = Mirror.open(args.out_dir, args.sync_to, args.sync_minutes, args.resume)
+    if world > 1:
+        dist.barrier()
+    print0(f"reading {' '.join(args.data)}")
+
+    # episodes to train on and to hold out
     reader = DroidReader(
         args.frames_per_clip,
         args.fps,
@@ -366,244 +333,248 @@ if __name__ == "__main__":
         args.state_keys,
         args.action_keys,
     )
-    fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
     train, val, bad = open_droid(
         args.data,
-        args.val_data if args.val_clips else None,
-        fraction,
+        val_data,
+        val_fraction,
         reader,
         idle_filter=args.idle_filter,
         success=args.success,
         max_bad_fraction=args.max_bad_fraction,
         verify=args.verify,
-        log=say,
+        log=print0,
     )
-    names, unscaled = reader.names, np.ones(len(reader.names))
-    how = (
-        f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g} --val_fraction"
-        f" {fraction:g}"
-    )
-    scaler = (
-        ActionScaler(0 * unscaled, unscaled, unscaled, 0, {})
-        if args.no_scale
-        else ActionScaler.load(args.scaler, how)
-    )
-    scaler.check(args.scaler, names, args.fps, 1, args.stride or 0)
-    reader.scaler = scaler
+    action_names = reader.names
     if bad:
-        say(
-            f"{len(bad)} episodes cannot be used, {' '.join(bad[0])} among them; all are listed in"
-            " bad_clips.jsonl"
+        print0(
+            f"{count_text(len(bad), 'episode')} cannot be used, {' '.join(bad[0])} among them; all"
+            " are listed in bad_clips.jsonl"
         )
-    held, known_to_scaler = {r.name for r in val}, scaler.meta.get("recordings")
-    if (
-        held & set(known_to_scaler)
-        if known_to_scaler
-        else val and fraction and fraction != scaler.meta.get("val_fraction", fraction)
-    ):
-        say(
+
+    # how actions are scaled
+    if args.no_scale:
+        ones = np.ones(len(action_names))
+        scaler = ActionScaler(0 * ones, ones, ones, 0, {})
+    scaler.check(args.scaler, action_names, args.fps, 1, args.stride or 0)
+    reader.scaler = scaler
+
+    # validation
+    held_out_names = {record.name for record in val}
+    fitted_on = scaler.meta.get("recordings")
+    if fitted_on:
+        scaler_saw_them = bool(held_out_names & set(fitted_on))
+    else:
+        scaler_fraction = scaler.meta.get("val_fraction", val_fraction)
+        scaler_saw_them = bool(val) and val_fraction not in (0, scaler_fraction)
+    if scaler_saw_them:
+        print0(
             "warning: the scaler was fitted on recordings held out here; fit it on the training"
             " shards only (fit_scaler.py --val_fraction)"
         )
-    clips, val_set = DroidClips(train, reader, args.seed), DroidClips(val, reader, args.seed)
+    clips = DroidClips(train, reader, args.seed)
+    val_set = DroidClips(val, reader, args.seed)
     if args.val_clips and sum(map(len, windows(val_set, 1, 2))) < 2:
         raise ValueError(
             "the held-out episodes hold fewer than two clips: hold out more, pass --val_data, or"
             " --val_clips 0"
         )
-    std = (
-        torch.cat([clips[i]["actions"] for items in windows(clips, 16, 16) for i in items])
-        .std(0)
-        .double()
-        .numpy()
-        * scaler.scale
-    )
+
+    # std of the unscaled actions, to compare with those that the base was trained on
+    sample = [clips[i]["actions"] for items in windows(clips, 16, 16) for i in items]
+    action_std = torch.cat(sample).std(0).double().numpy() * scaler.scale
 
     # --- model ---
-    base, features = (
-        "none" if args.base == "none" else fetch(args.base),
-        train[0].kind == "features",
-    )
-    if base == "none" and not (args.full and (args.encoder or features)):
+    # the frozen encoder; features need none
+    has_features = train[0].kind == "features"
+    base = "none" if args.base == "none" else fetch(args.base)
+    if base == "none" and not (args.full and (args.encoder or has_features)):
         raise ValueError(
             "--base none has nothing to adapt: pass --full to train a predictor from random"
             " weights, and its --encoder"
         )
-    source = {k: getattr(args, k) for k in ("fps", "crop_size", "frames_per_clip")} | {
+    clip_settings = {
         "encode": "frame",
+        "fps": args.fps,
         "frames_per_step": 1,
+        "crop_size": args.crop_size,
+        "frames_per_clip": args.frames_per_clip,
     }
-    encoder, source = open_source(
-        train + val if features else [], args.encoder or (None if features else str(base)), **source
+    if has_features:
+        encoder, feature_source = open_source(train + val, args.encoder, **clip_settings)
+        encoder = None
+    else:
+        encoder, feature_source = open_source([], args.encoder or str(base), **clip_settings)
+        encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
+    grid = feature_source["grid"]
+
+    # the base
+    wanted_size = {
+        "pred_dim": args.pred_dim,
+        "depth": args.pred_depth,
+        "num_heads": args.pred_heads,
+    }
+    predictor, base_scaler, base_facts, reinitialised = open_base(
+        base, feature_source, len(action_names), reader.state_dim, wanted_size, args.predict
     )
-    encoder = (
-        None
-        if features
-        else encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
-    )
-    size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
-    predictor, base_scaler, known, anew = open_base(
-        base, source, len(names), reader.state_dim, size, args.predict
-    )
-    if features and not args.encoder and known and "encoder_hash" not in known:
-        say(
+    if has_features and not args.encoder and base_facts and "encoder_hash" not in base_facts:
+        print0(
             f"{base} does not say which encoder it belongs to: features are of"
-            f" {source['encoder_hash']}; name --encoder to compare"
+            f" {feature_source['encoder_hash']}; name --encoder to compare"
         )
-    size, base_hash, plain = (
-        size_of(predictor),
-        encoder_hash(predictor),
-        sum(p.numel() for p in predictor.parameters()),
-    )
-    [
-        *map(
-            say,
-            scale_warnings(
-                reader, std, bool(known), base_scaler, None if args.no_scale else scaler
-            ),
-        )
-    ]
-    options = (
-        None
-        if args.full
-        else {
-            k: getattr(args, k) for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")
+    size = size_of(predictor)
+    base_hash = encoder_hash(predictor)
+    num_parameters = sum(p.numel() for p in predictor.parameters())
+    new_scaler = None if args.no_scale else scaler
+    for line in scale_warnings(reader, action_std, bool(base_facts), base_scaler, new_scaler):
+        print0(line)
+
+    # adapters in it, or all of it trained
+    lora_options = None
+    if not args.full:
+        lora_options = {
+            "targets": args.targets,
+            "r": args.r,
+            "alpha": args.alpha,
+            "dropout": args.dropout,
+            "rslora": args.rslora,
+            "fused_qkv": args.fused_qkv,
         }
+    saved_modules, file_scaler, starts_as_base = adapt(
+        predictor,
+        base_scaler,
+        reinitialised,
+        scaler,
+        lora_options,
+        args.init_from,
+        args.train_condition_encoders,
     )
-    also, file_scaler, same = adapt(
-        predictor, base_scaler, anew, scaler, options, args.init_from, args.train_condition_encoders
-    )
-    encoder_for = functools.partial(
-        fold_scaler, predictor.action_encoder, scaler
-    )  # of actions scaled otherwise
+    # the action encoder for actions that are scaled otherwise
+    action_encoder_for = functools.partial(fold_scaler, predictor.action_encoder, scaler)
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
-    trained = {n: p for n, p in predictor.named_parameters() if p.requires_grad}
-    count = sum(p.numel() for p in trained.values())
+    model = ACModel(predictor, args.auto_steps)
+    trained = {name: p for name, p in predictor.named_parameters() if p.requires_grad}
+    num_trained = sum(p.numel() for p in trained.values())
+    tokens_per_step = grid**2 + 2
     kernels = chosen(
         device,
         getattr(torch, args.dtype),
         predictor.head_dim,
-        S := source["grid"] ** 2 + 2,
-        (args.frames_per_clip - 1) * S,
+        tokens_per_step,
+        (args.frames_per_clip - 1) * tokens_per_step,
     )
-    say(
-        f"base {base}: {plain:,} parameters on {source['grid']}x{source['grid']} patches, encoder"
-        f" {source['encoder_hash']}; {kernels}"
+    print0(
+        f"base {base}: {num_parameters:,} parameters on {grid}x{grid} patches, encoder"
+        f" {feature_source['encoder_hash']}; {kernels}"
     )
-    file = 4e-6 * sum(
-        m.lora_A.numel() + m.out_features * len(m.lora_A) for m in lora_layers(predictor).values()
-    )
-    say(
-        f"{count:,} of them trained"
-        if args.full
-        else f"adapters: {count:,} parameters, {count / plain:.2%}; their file {file:.1f} MB"
-    )
-    model, loss_scaler = (
-        ACModel(predictor, args.auto_steps),
-        torch.amp.GradScaler(device.type, enabled=args.dtype == "float16"),
-    )
-    stats = {
-        k: v if v is None else v.to(device)
-        for k, v in (known.get("feature_stats") or {"mean": None, "std": None}).items()
-    }
-    inputs = make_inputs(encoder, "frame", 1, stats, device, autocast)
+    if args.full:
+        print0(f"{num_trained:,} of them trained")
+    else:
+        file_size = 0
+        for layer in lora_layers(predictor).values():
+            file_size += 4 * (layer.lora_A.numel() + layer.out_features * len(layer.lora_A))
+        print0(
+            f"adapters: {num_trained:,} parameters, {num_trained / num_parameters:.2%}; their file"
+            f" {bytes_text(file_size)}"
+        )
+
+    # means and stds of the feature channels: the base's, or measured on 256 clips of all ranks
+    feature_stats = {}
+    for name, value in (base_facts.get("feature_stats") or {"mean": None, "std": None}).items():
+        feature_stats[name] = None if value is None else value.to(device)
+    features_of = make_inputs(encoder, "frame", 1, feature_stats, device, autocast)
     if base == "none" and args.feature_norm == "standardize":
         raw = (
-            inputs(collate([clips[i] for i in b]), normalize=False)[0]
-            for b in windows(clips, args.batch_size, 256, rank, world)
+            features_of(collate([clips[i] for i in items]), normalize=False)[0]
+            for items in windows(clips, args.batch_size, 256, rank, world)
         )
-        stats |= channel_stats(raw, source["embed_dim"], device)
+        feature_stats |= channel_stats(raw, feature_source["embed_dim"], device)
 
     # --- optimizer, resume ---
-    decays = [
-        {
-            "params": [p for p in trained.values() if (p.ndim > 1) == d],
-            "weight_decay": args.weight_decay * d,
-        }
-        for d in (True, False)
+    # weight decay on matrices only
+    matrices = [p for p in trained.values() if p.ndim > 1]
+    vectors = [p for p in trained.values() if p.ndim <= 1]
+    param_groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    if args.optim == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
-        raise ValueError("--optim adamw8bit needs bitsandbytes: pip install bitsandbytes")
-    adam = (
-        importlib.import_module("bitsandbytes.optim").AdamW8bit
-        if args.optim == "adamw8bit"
-        else torch.optim.AdamW
-    )
-    optimizer = adam(
-        decays,
-        lr=args.lr,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        **{"fused": True} if args.optim == "adamw" else {},
-    )
-    step, total, dry, pinned = (
-        0,
-        args.max_steps,
-        args.debug or args.memory_report,
-        device.type == "cuda",
-    )
-    ipe = max(
-        int(clips.cumulative[-1])
-        // (args.frames_per_clip * args.batch_size * args.grad_accum * world),
-        1,
-    )  # steps of an epoch
-    belongs = {
-        "action_names": names,
+    if args.optim == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(param_groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8)
+    else:
+        optimizer = torch.optim.AdamW(
+            param_groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
+        )
+    loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    step = 0
+    total_steps = args.schedule_steps or args.max_steps
+    anneal = total_steps // 10 if args.anneal_steps is None else args.anneal_steps
+
+    # steps of an epoch, which only the order of clips knows
+    frames_per_global_step = args.frames_per_clip * args.batch_size * args.grad_accum * world
+    ipe = max(int(clips.cumulative[-1]) // frames_per_global_step, 1)
+
+    # what a resumed run must have in common with its checkpoint
+    must_match = {
+        "action_names": action_names,
         "scaler_hash": scaler.hash,
         "predict": predictor.predict,
         "base_hash": base_hash,
-        "trained_parameters": count,
+        "trained_parameters": num_trained,
         "ipe": ipe,
+        **feature_source,
+        **size,
+        "fps": args.fps,
+        "stride": args.stride,
+        "frames_per_clip": args.frames_per_clip,
+        "crop": args.crop,
+        "targets": args.targets,
+        "alpha": args.alpha,
+        "rslora": args.rslora,
     }
-    belongs |= (
-        source
-        | size
-        | {
-            k: getattr(args, k)
-            for k in ("fps", "stride", "frames_per_clip", "crop", "targets", "alpha", "rslora")
-        }
-    )
-    if rank == 0 and not dry:
-        checkpoint.lock(args.out_dir)
-    mirror = (
-        Mirror.open(args.out_dir, args.sync_to, args.sync_minutes, args.resume)
-        if args.sync_to and rank == 0 and not dry
-        else None
-    )
-    if world > 1:
-        dist.barrier()  # what --sync_to holds is in --out_dir now
-    state, path = checkpoint.load_latest(args.out_dir) if args.resume else (None, None)
+
+    # resume
+    state = None
+    path = None
+    if args.resume:
+        state, path = checkpoint.load_latest(args.out_dir)
     if state is not None:
         state.setdefault("predict", "features")  # the only way before there was --predict
-        for k, v in belongs.items():
-            if state.get(k) != v:
-                keep = " (ranks x --batch_size x --grad_accum must stay)" * (k == "ipe")
+        for name, value in must_match.items():
+            if state.get(name) != value:
+                hint = ""
+                if name == "ipe":
+                    hint = " (ranks x --batch_size x --grad_accum must stay)"
                 raise ValueError(
-                    f"{path} was trained with {k} {state.get(k)}, this run has {v}{keep}: resume"
-                    " with the same, or start anew"
+                    f"{path} was trained with {name} {state.get(name)}, this run has {value}{hint}:"
+                    " resume with the same, or start a new run in another --out_dir"
                 )
         step = state["epoch"] * ipe + state["itr"]
-    elif checkpoint.list_checkpoints(args.out_dir) and not dry:
-        raise ValueError(
-            f"{args.out_dir} holds checkpoints of an earlier run: pass --resume to go on, or"
-            " another --out_dir"
-        )
-    compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
 
-    def note_bad(found):
+    # how far this run goes
+    last_step = args.max_steps
+    if dry:
+        last_step = min(last_step, step + 3)
+    next_command = f"python eval.py --checkpoint {args.out_dir}"
+    if dry and step >= last_step:
+        raise ValueError(f"nothing left to try: {step} steps are done; raise --max_steps")
+
+    # robots whose actions are not differences of the pose: their states are not composed
+    is_pose = (action_names, reader.state_dim) == (POSE, 7)
+    compose = compose_poses if is_pose else hold_state
+
+    def note_bad(clips):
         """Clips that could not be read go into bad_clips.jsonl."""
         if not dry:
-            append_jsonl(
-                f"{args.out_dir}/bad_clips.jsonl",
-                [dict(zip(("file", "key", "reason"), b)) for b in found],
-            )
+            rows = [dict(zip(("file", "key", "reason"), clip)) for clip in clips]
+            append_jsonl(f"{args.out_dir}/bad_clips.jsonl", rows)
 
     def evaluate():
-        """Errors of all held-out clips ({name: (n, K)}) and the episode of each."""
-        *found, failed = held_out(
+        """(errors {name: (n, K)} of all held-out clips, the episode of each)."""
+        errors, recordings, failed = held_out(
             predictor,
             val_set,
-            inputs,
+            features_of,
             args.batch_size,
             args.val_clips,
             args.num_workers,
@@ -613,98 +584,119 @@ if __name__ == "__main__":
             compose,
         )
         note_bad(failed)
-        return found
+        return errors, recordings
 
-    with without_lora(
-        predictor
-    ):  # the base on the same clips, once: before anything is learned or loaded
-        unadapted = evaluate()[0] if val and same and step < total else None
+    # the base on the same clips, once: before anything is learned or loaded
+    base_errors = None
+    if val and starts_as_base and step < last_step:
+        with without_lora(predictor):
+            base_errors, _ = evaluate()
+
     if state is not None:
-        predictor.load_state_dict(
-            predictor.state_dict() | state["predictor" if args.full else "adapter"]
-        )
+        tensors = state["predictor" if args.full else "adapter"]
+        predictor.load_state_dict(predictor.state_dict() | tensors)
         optimizer.load_state_dict(state["optimizer"])
         loss_scaler.load_state_dict(state["scaler"])
-        stats |= {k: v if v is None else v.to(device) for k, v in state["feature_stats"].items()}
-        changed = [
-            f"--{k} {v} (was {state['args'].get(k)})"
-            for k, v in vars(args).items()
-            if v != state["args"].get(k)
-        ]
-        say(f"resumed from {path} at step {step} of {total}; changed flags:", *changed)
-    for module in (m for m in (model, encoder) if args.compile and m is not None):
-        module.compile(dynamic=False)  # the shapes of training never change
+        for name, value in state["feature_stats"].items():
+            feature_stats[name] = None if value is None else value.to(device)
+        print0(
+            f"resumed from {path} at step {step} of {total_steps};",
+            changed_flags(state["args"], vars(args)),
+        )
+    if args.compile:
+        model.compile(dynamic=False)  # the shapes of training never change
+        if encoder is not None:
+            encoder.compile(dynamic=False)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    columns = [
-        "epoch",
-        "itr",
-        "jloss",
-        "sloss",
-        "total_loss",
-        "lr",
-        "grad_norm",
-        "clips_per_s",
-        "data_wait",
-        "memory_mib",
-    ]
+    # logs
+    losses_of_a_row = ["jloss", "sloss"]
+    train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib"]
+    val_columns = ["epoch", "itr", *beside_columns(args.frames_per_clip - 1)]
     headers = {
-        "train": (columns, *divmod(step, ipe)),
-        "val": (
-            ["epoch", "itr", *beside_columns(args.frames_per_clip - 1)],
-            *divmod(step + 1, ipe),
-        ),
+        "train": (train_columns, *divmod(step, ipe)),
+        "val": (val_columns, *divmod(step + 1, ipe)),
     }
+    wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not dry
-    log = (
-        open_logs(args.out_dir, headers, vars(args), state is not None, args.wandb_project)
-        if writes
-        else lambda *row: None
-    )
+    log = None
+    if writes:
+        log = open_logs(
+            args.out_dir, headers, vars(args), state is not None, args.wandb_project, wandb_id
+        )
+
+    # what a judge of the checkpoint must know, by names that stay when a flag is renamed
+    settings = {
+        "stage": "lora",
+        "data": args.data,
+        "val_data": args.val_data,
+        "val_fraction": args.val_fraction,
+        "val_clips": args.val_clips,
+        **clip_settings,
+        "stride": args.stride,
+        "crop": args.crop,
+        "cameras": args.camera,
+        "state_keys": args.state_keys,
+        "action_keys": args.action_keys,
+        "idle_filter": args.idle_filter,
+        "success": args.success,
+        "encoder": args.encoder,
+        "base": args.base,
+        "full": args.full,
+        "init_from": args.init_from,
+        "lora": lora_options,
+        "train_condition_encoders": args.train_condition_encoders,
+        "feature_norm": args.feature_norm,
+        "predict": predictor.predict,
+        "auto_steps": args.auto_steps,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "grad_accum": args.grad_accum,
+    }
 
     def save(epoch, itr):
-        """Write a checkpoint, the adapter in PEFT's form (its encoders for the base's actions) and
-        the curves (rank 0)."""
+        """Write a checkpoint, the adapter in PEFT's form (its encoders are for the base's actions)
+        and the curves (rank 0)."""
+        arrays = ("mean", "var", "scale")
+        action_scaler = scaler._asdict()
+        for name in arrays:
+            action_scaler[name] = torch.tensor(action_scaler[name])
+        if args.full:
+            tensors = {"predictor": predictor.state_dict()}
+        else:
+            tensors = {"adapter": {name: p.detach() for name, p in trained.items()}}
         state = {
-            "predictor" if args.full else "adapter": (
-                predictor.state_dict() if args.full else {k: p.detach() for k, p in trained.items()}
-            ),
+            "format": checkpoint.FORMAT,
+            "settings": settings,
+            **tensors,
             "optimizer": optimizer.state_dict(),
             "scaler": loss_scaler.state_dict(),
             "epoch": epoch,
             "itr": itr,
+            "world_size": world,
             "args": vars(args),
-            "action_scaler": {
-                k: torch.tensor(v) if k in ("mean", "var", "scale") else v
-                for k, v in scaler._asdict().items()
-            },
+            "feature_stats": feature_stats,
+            "action_scaler": action_scaler,
+            "held_out": sorted(held_out_names),
+            "wandb_id": wandb_id,
+            **must_match,
         }
-        path = checkpoint.save(
-            args.out_dir,
-            state
-            | belongs
-            | {"held_out": sorted(held), "feature_stats": stats, "world_size": world},
-            epoch,
-            itr,
-            args.keep_last,
-            0,
-        )
+        path = checkpoint.save(args.out_dir, state, epoch, itr, args.keep_last, keep_every=0)
         if not args.full:
-            save_adapter(
-                predictor,
-                os.path.join(args.out_dir, "adapter"),
-                str(base),
-                also,
-                encoder_for(file_scaler),
-            )
-        plot_curves(args.out_dir)
+            folder = os.path.join(args.out_dir, "adapter")
+            file_encoder = action_encoder_for(file_scaler)
+            save_adapter(predictor, folder, str(base), saved_modules, file_encoder)
+        plot_curves(args.out_dir, ipe)
         return path
 
     # --- train ---
-    last = min(total, step + 3) if dry else total
-    stop = torch.zeros(1)  # on the CPU, so that looking at it costs the GPU nothing
-    for name in () if dry else (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *a: stop.fill_(1))
+    stop = torch.zeros(1)  # set by a signal; on the CPU, so reading it never waits for the GPU
+    if not dry:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.fill_(1))
+
     loader = droid_clips(
         train,
         args.batch_size,
@@ -717,126 +709,163 @@ if __name__ == "__main__":
         world=world,
         num_workers=args.num_workers,
         prefetch_factor=args.prefetch_factor,
-        pin_memory=pinned,
+        pin_memory=device.type == "cuda",
     )
     note_bad(bad if rank == 0 else [])
-    batches, seen, failed, pending, waited, began = (
-        prefetch(loader, device),
-        0,
-        [],
-        [],
-        0.0,
-        time.perf_counter(),
-    )
+    batches = prefetch(loader, device)
+    clips_seen = 0
+    bad_clips = []
+    steps_to_log = []  # a StepRow for each step since the last log line
+    data_seconds = 0.0
+    log_started = time.perf_counter()
+
+    # --debug looks at one clip, again and again
     if args.debug:
-        batches = itertools.repeat({k: v[:1] for k, v in next(batches).items() if k != "bytes"})
-        checks = check_adapters(model, inputs(next(batches)), autocast, trained)
+        one_clip = {k: v[:1] for k, v in next(batches).items() if k != "bytes"}
+        batches = itertools.repeat(one_clip)
+        checks = check_adapters(model, features_of(one_clip), autocast, trained)
         next(checks)
-    while step < last:
+
+    halt = False
+    first_step = step
+    while step < last_step:
         epoch, itr = divmod(step, ipe)
-        lr = args.lr if args.debug else lr_at(step + 1, total, args)
+        lr = lr_at(step + 1, total_steps, args.warmup_steps, anneal, args.lr)
+        if args.debug:
+            lr = args.lr
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses, keys = torch.zeros(2, device=device), []
+
+        # forward and backward, over --grad_accum micro-batches
+        losses = torch.zeros(2, device=device)
+        keys = []
         for micro in range(args.grad_accum):
-            wait = time.perf_counter()
+            asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - wait
+            data_seconds += time.perf_counter() - asked
+
+            # a few clips may be bad, but not many
             note_bad(batch["bad"])
-            torch.manual_seed(
-                hash((args.seed, step, micro, rank))
-            )  # of dropout; so the generator's state need not be saved
-            keys, failed, seen = (
-                keys + batch["key"],
-                failed + batch["bad"],
-                seen + len(batch["key"]) + len(batch["bad"]),
-            )
-            if seen >= 100 and len(failed) > args.max_bad_fraction * seen:
+            keys += batch["key"]
+            bad_clips += batch["bad"]
+            clips_seen += len(batch["key"]) + len(batch["bad"])
+            if clips_seen >= 100 and len(bad_clips) > args.max_bad_fraction * clips_seen:
                 raise ValueError(
-                    f"{len(failed)} of {seen} clips cannot be read, {' '.join(failed[-1])} the"
-                    " last; see bad_clips.jsonl"
+                    f"{len(bad_clips)} of {clips_seen} clips cannot be read, the last one is"
+                    f" {' '.join(bad_clips[-1])}; see bad_clips.jsonl"
                 )
-            with (
-                contextlib.nullcontext()
-                if micro == args.grad_accum - 1 or world == 1
-                else ddp.no_sync()
-            ):
-                z, actions, states = inputs(batch)
+
+            # dropout depends on the step alone: a resumed run needs no state of the generator
+            torch.manual_seed(hash((args.seed, step, micro, rank)))
+
+            # DDP averages gradients once a step: on the last micro-batch
+            last_micro = micro == args.grad_accum - 1
+            with contextlib.nullcontext() if last_micro or world == 1 else ddp.no_sync():
+                z, actions, states = features_of(batch)
                 with autocast():
                     jloss, sloss = ddp(z, actions, states)
-                loss_scaler.scale((jloss + sloss) / args.grad_accum).backward()
+                loss = (jloss + sloss) / args.grad_accum
+                loss_scaler.scale(loss).backward()
             losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
+
+        # clip the gradient, step
         loss_scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        max_norm = args.grad_clip or math.inf  # inf measures the norm and clips nothing
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         loss_scaler.step(optimizer)
         loss_scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        pending.append((epoch, itr, losses, norm, lr, keys))
+        steps_to_log.append(StepRow(epoch, itr, lr, losses, grad_norm, keys))
         step += 1
 
-        halt = (
-            stop.clone()
-        )  # a signal may come at any line: all ranks must decide on the same value
+        # a signal may reach the ranks in different steps: they must agree where to stop
+        halt = stop.clone()
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)
-        at_end = step == last or bool(halt)
-        saves, evaluates = (
-            at_end or step % args.save_every_n_steps == 0,
-            step == last or step % args.eval_every_n_steps == 0,
-        )
-        if saves or evaluates or step % args.log_every == 0:
-            values = torch.stack([torch.cat([p[2], p[3].reshape(1)]) for p in pending])
-            if world > 1:
-                dist.all_reduce(values := values.cpu() / world)
-            seconds, wait = (time.perf_counter() - began) / len(pending), waited / len(pending)
+        halt = bool(halt)
+        must_save = step % args.save_every_n_steps == 0 or step == last_step or halt
+        must_evaluate = step % args.eval_every_n_steps == 0 or step == last_step
+
+        # once in a while: read the losses back, check them, log them
+        if must_save or must_evaluate or step % args.log_every == 0:
+            seconds = (time.perf_counter() - log_started) / len(steps_to_log)
+            wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
-            for (e, i, _, _, rate, keys), (j, s, n) in zip(pending, values.tolist()):
-                if not math.isfinite(
-                    j + s + (n if args.dtype != "float16" else 0)
-                ):  # float16 skips those steps
-                    good = ["none", *checkpoint.list_checkpoints(args.out_dir)][-1]
-                    where = (
-                        f"step {e * ipe + i}, clips {', '.join(keys)}; last good checkpoint:"
-                        f" {good}; lower --lr or set --grad_clip 1"
-                    )
-                    raise ValueError(
-                        f"the loss ({j + s:.4g}) or its gradient ({n:.4g}) is not finite at {where}"
-                    )
-                speed = len(keys) * world / seconds
-                row = e, i, j, s, j + s, rate, n, speed, wait / seconds, memory
-                log("train", dict(zip(columns, row)), e * ipe + i)
-            say(
-                f"step {step:6d}  jloss {j:.4f}  sloss {s:.4f}  lr {rate:.2e}  {speed:6.1f} clips/s"
-                f"  data wait {wait / seconds:4.0%}  ETA"
-                f" {datetime.timedelta(seconds=round((last - step) * seconds))}",
-                flush=True,
-            )
-            pending, waited, began = [], 0.0, time.perf_counter()
-        if val and evaluates and not halt:
-            row, text = beside(*evaluate(), unadapted)
-            log("val", dict(zip(("epoch", "itr"), divmod(step, ipe))) | row, step)
-            say(f"held out at step {step}: {text}")
-        if saves:
-            path = save(*divmod(step, ipe)) if writes else None
-        began = time.perf_counter() if saves or evaluates else began
+            for row in mean_over_ranks(steps_to_log, world):
+                jloss, sloss = row.losses
+                place = f"step {row.epoch * ipe + row.itr}"
+                check_finite(row, jloss + sloss, place, args.out_dir, args.dtype)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns["total_loss"] = jloss + sloss
+                if writes:
+                    log("train", columns, row.epoch * ipe + row.itr)
+            text = f"jloss {jloss:.4f}  sloss {sloss:.4f}"
+            print0(log_line(f"step {step:6d}", text, columns, (last_step - step) * seconds))
+            steps_to_log = []
+            data_seconds = 0.0
+            log_started = time.perf_counter()
+
+        # every so many steps: validate (all ranks), save (rank 0), copy to --sync_to
+        if val and must_evaluate and not halt:
+            row, text = beside(*evaluate(), base_errors)
+            row["epoch"], row["itr"] = divmod(step, ipe)
+            if writes:
+                log("val", row, step)
+            print0(f"held out at step {step}: {text}")
+        if must_save and writes:
+            path = save(*divmod(step, ipe))
+        if must_save or must_evaluate:
+            log_started = time.perf_counter()  # validating and saving are no training time
         if mirror:
             mirror.tick()
         if halt:
-            say(f"stopped at step {step}; saved {path}; go on with --resume")
             break
+
+    # reports of --debug and --memory_report
     if args.debug:
-        say(*checks, sep="\n")
+        print0(*checks, sep="\n")
     if args.memory_report and rank == 0:
-        importlib.import_module("evaluation.memory").compare(
-            encoder, model, optimizer, inputs(batch), options, args.dtype, autocast
-        )
-    if args.export and writes and step >= total:
+        from evaluation.memory import compare
+
+        compare(encoder, model, optimizer, features_of(batch), lora_options, args.dtype, autocast)
+
+    # the last files
+    if args.export and writes and step >= last_step:
         if predictor.predict == "change":
-            say(f"{args.export} predicts changes: --base reads that, Meta's own code refuses it")
-        export(predictor, args.export, encoder_for(None), known, belongs | {"feature_stats": stats})
+            print0(f"{args.export} predicts changes: --base reads that, Meta's own code refuses it")
+        facts = must_match | {"feature_stats": feature_stats}
+        export(predictor, args.export, action_encoder_for(None), base_facts, facts)
     if mirror:
         mirror.close()
-    say(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
+
+    # what was done, and what to do next
+    print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
+    if dry:
+        shapes = [f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)]
+        print0(
+            f"dry run, nothing written; {len(train)} stretches of episodes to train on,"
+            f" {len(val)} held out, {len(bad)} unusable; a batch: {' '.join(shapes)}"
+        )
+        print0(
+            f"{args.max_steps} steps x {seconds:.2f} s here make {eta(args.max_steps * seconds)};"
+            f" {bytes_text(memory * 2**20)} of memory at the peak"
+        )
+        with_adam = 12 * num_trained  # bytes: weights and two moments
+        print0(checkpoint.disk_text(args.out_dir, args.keep_last, with_adam))
+        print0("to train, run the same command without --dry_run, --debug and --memory_report")
+    elif halt:
+        print0(f"stopped at step {step}; saved {path}; continue with --resume")
+    elif step == first_step:
+        print0(f"nothing left to do: {step} steps are done; judge them with: {next_command}")
+    else:
+        exported = f" and {args.export}" if args.export else ""
+        print0(
+            f"{step} of {total_steps} steps done; saved {path}{exported}; judge it with:"
+            f" {next_command}"
+        )
+
+    # --- end --- (same in every train_*.py)
     if world > 1:
-        del ddp
-        leave_group()
+        del ddp  # its threads must end before Python does (pytorch/pytorch#190489)
+        gc.collect()
+        dist.destroy_process_group()

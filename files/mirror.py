@@ -11,8 +11,8 @@ import time
 
 import fsspec
 
-import checkpoint
 from files.disk import write_atomically
+from files.logs import CHECKPOINT, list_checkpoints
 
 ID = "run_id"  # a file that tells runs apart, here and at the URL
 SENT = "sync.json"  # a file of this folder alone: what is at which URL
@@ -31,7 +31,7 @@ LOCAL = fsspec.filesystem("file")
 
 def when(name):
     """(epoch, itr) of a checkpoint's name; () of any other, which is less."""
-    match = checkpoint.NAME.fullmatch(name)
+    match = CHECKPOINT.fullmatch(name)
     return (int(match[1]), int(match[2] or 0)) if match else ()
 
 
@@ -46,8 +46,11 @@ def listing(fs, root):
                 name = part + info["name"].rpartition("/")[2]
                 if name in NAMES or when(name):
                     stamps[name] = [info["size"], info.get("mtime")]
-    in_order = sorted(stamps, key=lambda name: (when(name), name != ID, name))
-    return {name: stamps[name] for name in in_order}
+
+    def place_in_order(name):
+        return (when(name), name != ID, name)
+
+    return {name: stamps[name] for name in sorted(stamps, key=place_in_order)}
 
 
 def read(folder, name):
@@ -77,7 +80,9 @@ class Mirror:
     of it stops training. A copy that does not move for `patience` seconds (and one more for each
     MB) is given up: at the end at once, in training `minutes` later."""
 
-    say, retry, patience = print, 60.0, 60.0
+    say = print
+    retry = 60.0
+    patience = 60.0
 
     def __init__(self, folder, url, minutes):
         try:
@@ -119,7 +124,7 @@ class Mirror:
     def meet(self, resume):
         """Compare the folder with what is at the URL, and fetch from there what is ahead."""
         there = listing(self.fs, self.root)
-        newest_here = max(checkpoint.list_checkpoints(self.folder).values(), default=())
+        newest_here = max(list_checkpoints(self.folder).values(), default=())
         newest_there = max(map(when, there), default=())
         foreign = bool(there) and not self.own(there)
         is_a_run = bool(newest_there) or ID in there

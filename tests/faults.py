@@ -84,7 +84,7 @@ def sigterm_torchrun(world, out, rng):
     p.wait(120)
     text = read(out + ".log")
     left = [c for c in glob.glob("/proc/[0-9]*/cmdline") if out in read_or_nothing(c)]
-    assert text.count("; go on with --resume") == 1 and not left, (left, text)
+    assert text.count("; continue with --resume") == 1 and not left, (left, text)
     path = text.split("saved ")[1].split(";")[0]
     checkpoint.load(path)
     assert world.torchrun(out).wait(120) == 0, read(out + ".log")

@@ -942,7 +942,7 @@ def test_a_signal_saves_and_resumes_exactly(folder, trained, tmp_path):
         tmp_path / "run" / "train.csv", lambda rows: len(rows) >= 12, signal.SIGTERM, True
     )
     code, text = stopped.wait()
-    assert code == 0 and "go on with --resume" in text and "Traceback" not in text, text
+    assert code == 0 and "continue with --resume" in text and "Traceback" not in text, text
     run(tmp_path, "train_lam.py", *flags, "--resume")
     same_run(trained, tmp_path / "run")
 
@@ -1019,7 +1019,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path)
     cases = [
         (
             [*flags, "--out_dir", trained],
-            "holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir",
+            "holds checkpoints of an earlier run: pass --resume to continue it, or another",
         ),
         (
             [*flags, "--out_dir", trained, "--resume --embed_dim 32"],

@@ -34,6 +34,7 @@ from data import ActionScaler
 from droid import POSE, POSE_UNITS, DroidReader, open_droid
 from evaluation.memory import activation_bytes, estimate
 from evaluation.runs import open_run
+from files.logs import CHECKPOINT
 from files.mirror import Mirror
 from model import (
     ACModel,
@@ -804,7 +805,7 @@ def test_resume_is_exact(world, tuned):
     killed = Run(world.folder, "train_lora.py", *tuned.flags, "--out_dir", out)
     killed.signal_when(str(out / "train.csv"), lambda rows: len(rows) >= 7, 15)
     code, text = killed.wait()
-    assert code == 0 and "go on with --resume" in text
+    assert code == 0 and "continue with --resume" in text
     text = run(
         world.folder,
         "train_lora.py",
@@ -1204,7 +1205,12 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         "--samples 8 --val_clips 16 --num_workers 0",
     )
     assert "written to" in text and "retrieval" in text
-    for flag, said in (("--debug", "fell to"), ("--memory_report", "encoder")):
+    reports = {
+        "--debug": "fell to",
+        "--memory_report": "encoder",
+        "--dry_run": "steps x",
+    }
+    for flag, said in reports.items():
         text = run(
             tmp_path,
             "train_lora.py",
@@ -1855,7 +1861,7 @@ def test_resume_from_the_url(world, tuned, tmp_path):
         "--sync_minutes 0.001 --sync_to",
         url,
     )
-    assert checkpoint.NAME.fullmatch(
+    assert CHECKPOINT.fullmatch(
         max(n for n in files(url) if n.startswith("checkpoint"))
     ) and "adapter/adapter_model.safetensors" in files(url)
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]

@@ -283,9 +283,10 @@ def test_the_schedule_is_the_reference(name, ipe, flags):
 
     t = load_file(os.path.join(FIXTURES, "schedules.safetensors"))
     total = flags["epochs"] * ipe
+    warmup, anneal = flags["warmup"] * ipe, flags["anneal"] * ipe
+    rates = flags["start_lr"], flags["lr"], flags["final_lr"]
     mine = [
-        train_ac.lr_at(k + 1, total, ipe, types.SimpleNamespace(**flags))
-        for k in t[f"in/{name}/step"].tolist()
+        train_ac.lr_at(k + 1, total, warmup, anneal, *rates) for k in t[f"in/{name}/step"].tolist()
     ]
     np.testing.assert_allclose(mine, t[f"out/{name}/lr"].numpy(), rtol=1e-12, atol=1e-18)
 
@@ -414,7 +415,7 @@ def test_a_signal_stops_saves_and_resumes_exactly(tmp_path, trained, number, gro
     code, text = stopped.wait()
     latest = os.readlink(tmp_path / "run" / checkpoint.LATEST)
     assert code == 0 and "Traceback" not in text, text
-    assert "-itr" in latest and f"saved {tmp_path / 'run' / latest}; go on with --resume" in text
+    assert "-itr" in latest and f"saved {tmp_path / 'run' / latest}; continue with --resume" in text
     run(tmp_path, "train_ac.py", *flags, "--resume")
     same_run(trained.out, tmp_path / "run")
     assert not [n for n in os.listdir(tmp_path / "run") if n.endswith(".tmp")]
@@ -458,7 +459,7 @@ def test_torchrun_passes_a_signal_on(world, tmp_path):
     p.send_signal(signal.SIGTERM)
     text = p.communicate(timeout=120)[0]
     state, path = checkpoint.load_latest(tmp_path / "run")
-    assert f"saved {path}; go on with --resume" in text and state["itr"] == len(
+    assert f"saved {path}; continue with --resume" in text and state["itr"] == len(
         rows_of(tmp_path / "run" / "train.csv")
     )
 
@@ -484,7 +485,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
     cases = [
         (
             [*plan, "--out_dir", tmp_path / "run"],
-            "run holds checkpoints of an earlier run: pass --resume to go on, or another --out_dir",
+            "run holds checkpoints of an earlier run: pass --resume to continue it, or another",
         ),
         (
             [*features, *new, PLAN, "--scaler", tmp_path / "none.pkl"],
@@ -528,7 +529,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
             [*features, *new, "--epochs 1 --warmup 1 --anneal 1"],
             "--warmup 1 and --anneal 1 do not fit into --epochs 1",
         ),
-        ([*features, *new, "--grad_accum 0"], "or a size is below 1"),
+        ([*features, *new, "--grad_accum 0"], "--grad_accum 0 is too small"),
         ([*features, *new, PLAN, "--horizontal_flip"], "--horizontal_flip needs pixels"),
         ([*features, *new, PLAN, "--save_encoder"], "name the --encoder that made them"),
         ([*features, *new, PLAN, "--init_from", bad], "a web page: fetch it again"),
@@ -948,7 +949,7 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
         "--init_from",
         trained.out / checkpoint.LATEST,
     )
-    assert "made anew: nothing; left over: nothing" in text
+    assert "initialised again: nothing; left over: nothing" in text
     own, old = (checkpoint.load_latest(f)[0]["predictor"] for f in (tmp_path / "own", trained.out))
     assert all(torch.equal(own[k], v) for k, v in old.items())
     meta = Predictor(192, 7, 7, (2, 2), pred_dim=48, depth=2, num_heads=3)
@@ -960,8 +961,8 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
         tmp_path, "train_ac.py", *flags, tmp_path / "meta", "--init_from", tmp_path / "meta.pt"
     )
     assert (
-        "made anew: action_encoder.weight, state_encoder.weight; left over: action_encoder.weight,"
-        " extrinsics_encoder.bias" in text
+        "initialised again: action_encoder.weight, state_encoder.weight; left over:"
+        " action_encoder.weight, extrinsics_encoder.bias" in text
     )
     taken = checkpoint.load_latest(tmp_path / "meta")[0]["predictor"]
     assert all(
@@ -1279,6 +1280,12 @@ def test_pictures_and_arguments_of_a_run(trained):
     """Bug: a run cannot be read afterwards: no flags, no curves, or a log whose columns moved."""
     args = json.loads((trained.out / "args.json").read_text())
     assert args["pred_dim"] == 48 and args["ipe"] == 25 and args["dtype"] == "float32"
+    state = checkpoint.load_latest(trained.out)[0]
+    settings = state["settings"]
+    assert state["format"] == checkpoint.FORMAT == 2 and settings["stage"] == "ac"
+    for name in settings.keys() & args.keys():
+        assert settings[name] == args[name] == state["args"][name], name
+    assert settings.keys() - args.keys() == {"stage"}
     assert (trained.out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = numbers(
         trained.out,
@@ -1303,3 +1310,30 @@ def test_pictures_and_arguments_of_a_run(trained):
         and rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
     )
     assert numbers(trained.out, "epoch", log="val.csv")[:, 0].tolist() == [1, 2, 3]
+
+
+def test_a_resumed_run_continues_its_wandb_run(world, tmp_path):
+    """Bug: each resume begins another W&B run, so that one training is many curves. wandb itself
+    is not installed here: a module of that name writes down what it is told."""
+    calls = tmp_path / "calls.jsonl"
+    (tmp_path / "wandb.py").write_text(
+        "import json\n"
+        "def tell(**what):\n"
+        f"    open({str(calls)!r}, 'a').write(json.dumps(what) + chr(10))\n"
+        "def init(project, id, resume, config):\n"
+        "    tell(project=project, id=id, resume=resume, lr=config['lr'])\n"
+        "def log(row, step):\n"
+        "    tell(step=step, columns=sorted(row))\n"
+    )
+    flags = [*world.features, PLAN, "--ipe 2 --val_clips 0 --wandb_project play --out_dir"]
+    for more in ("--max_steps 1", "--max_steps 3 --resume"):
+        command = [sys.executable, "train_ac.py", *words([*flags, tmp_path / "run", more])]
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in calls.read_text().splitlines()]
+    first, again = [row for row in told if "id" in row]
+    assert first == again and first["project"] == "play" and first["resume"] == "allow"
+    assert checkpoint.load_latest(tmp_path / "run")[0]["wandb_id"] == first["id"]
+    assert [row["step"] for row in told if "step" in row] == [0, 1, 2]
+    assert "train/jloss" in told[1]["columns"]
