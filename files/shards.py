@@ -307,6 +307,11 @@ class Record(NamedTuple):
     frames_per_line: int = 1
 
     @property
+    def is_features(self):
+        """Whether it is features of encode.py, not video and lines."""
+        return "safetensors" in self.members
+
+    @property
     def lines(self):
         """Lines that have a frame of their own."""
         return self.length // self.frames_per_line
