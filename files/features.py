@@ -321,8 +321,8 @@ def plan_episode(source, reader, size):
 
 
 def guarded(r, call, *arguments):
-    """call(*arguments). What is wrong with the episode becomes a ValueError, an error of the disk or
-    of a server an OSError."""
+    """call(*arguments). What is wrong with the episode becomes a ValueError, an error of the disk
+    or of a server an OSError."""
     try:
         return call(*arguments)
     except DAMAGE as e:
