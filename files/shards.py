@@ -56,7 +56,7 @@ def braces(pattern, escape):
     if "{" not in pattern:
         return [pattern]
     try:
-        return list(braceexpand.braceexpand(pattern, escape))
+        return list(braceexpand(pattern, escape))
     except ValueError:  # a brace that is never closed is part of a name
         return [pattern]
 
