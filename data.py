@@ -156,11 +156,12 @@ class ActionScaler(NamedTuple):
         except NOT_A_SCALER as e:
             raise ValueError(
                 f"{path} is not an action scaler ({type(e).__name__}: {e}); fit one with"
-                " fit_scaler.py"
+                " fit_scaler.py, or write a StandardScaler with joblib.dump(scaler, path)"
             ) from e
 
         same_width = scaler.mean.ndim == 1 and scaler.mean.shape == scaler.scale.shape
-        if not same_width or not np.isfinite(scaler.mean).all() or not (scaler.scale > 0).all():
+        is_finite = np.isfinite(scaler.mean).all() and np.isfinite(scaler.scale).all()
+        if not same_width or not is_finite or not (scaler.scale > 0).all():
             raise ValueError(
                 f"{path} is a scaler with broken numbers; fit it again with fit_scaler.py"
             )
@@ -277,8 +278,17 @@ def fitted(scaler):
     return Fitted(mean, var, scale, scaler.n_samples_seen_, meta)
 
 
-# The unpicklers below allow StandardScaler and numpy arrays and nothing else. A file from elsewhere
-# runs no code. BYTEARRAY8 is taken out: it could claim memory that the file does not fill.
+# The unpicklers below allow StandardScaler and numpy arrays and nothing else: a file from elsewhere
+# runs no code and claims no memory that it does not fill.
+
+
+def load_bytearray(unpickler):
+    """Read an array as protocol 5 writes it. pickle itself would allocate as many bytes as the file
+    claims before it looks whether they are there."""
+    size = int.from_bytes(unpickler.read(8), "little")
+    if size > LARGEST:
+        raise pickle.UnpicklingError(f"an array that claims {size:,} bytes")
+    unpickler.append(bytearray(unpickler.read(size)))
 
 
 def safe_class(unpickler, module, name):
@@ -290,7 +300,7 @@ def safe_class(unpickler, module, name):
 
 
 class _NamesUnpickler(pickle._Unpickler):
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray}
     find_class = safe_class
 
 
@@ -308,7 +318,7 @@ class _ScalarsOnly(NumpyArrayWrapper):
 
 
 class _ScalerUnpickler(NumpyUnpickler):
-    dispatch = {k: v for k, v in NumpyUnpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = NumpyUnpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray}
 
     def find_class(self, module, name):
         if f"{module}.{name}" == "sklearn.preprocessing._data.StandardScaler":
@@ -646,6 +656,7 @@ def split_records(records, val_fraction):
     The last shards are held out. Recordings, chosen by a hash of their key, are held out instead
     where there are fewer than ten shards, or where a key of the last shards is in an earlier one
     too (another copy of the same play)."""
+    check_fraction(val_fraction)
     shards = [r.shard for r in records]
     keys = [r.recording for r in records]  # several members of features may be of one recording
 

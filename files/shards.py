@@ -104,20 +104,45 @@ def matches(pattern):
 
 
 def glob_or_raise(folder, pattern):
-    """glob.glob of FOLDER/PATTERN, sorted. All wildcards of FOLDER must be escaped.
+    """Paths below FOLDER that match a pattern, sorted. ** stands for any number of folders, or
+    none.
 
-    glob skips a folder that cannot be listed, and a part of the data would be missing without a
-    message. Here that is an error (see list_folder)."""
+    glob.glob skips a folder that cannot be listed, and a part of the data would be missing without
+    a message. Here that is an error (see list_folder)."""
     head, name = os.path.split(pattern)
     parents = [os.path.join(folder, head)]
     if glob.has_magic(head):
-        parents = [glob.escape(p) for p in glob_or_raise(folder, head)]
-    if glob.has_magic(name):
-        for parent in parents:
-            folders = glob.glob(parent) if parent else [os.curdir]
-            for path in folders:
-                list_folder(path)
-    return sorted(glob.glob(os.path.join(folder, pattern)))
+        parents = glob_or_raise(folder, head)
+    paths = []
+    for parent in parents:
+        path = os.path.join(parent, name)
+        if not glob.has_magic(name):
+            paths += [path] if there(path) else []
+        elif there(parent or os.curdir) and name == "**":
+            paths += folders_below(parent)
+        elif there(parent or os.curdir):
+            list_folder(parent or os.curdir)
+            paths += glob.glob(os.path.join(glob.escape(parent), name))
+    return sorted(paths)
+
+
+def folders_below(folder):
+    """Paths of a folder and all folders below it, without hidden ones. Links are followed, but each
+    folder is given once, since one that is linked into itself has no end."""
+    paths = []
+    waiting = [folder]
+    seen = set()
+    while waiting:
+        path = waiting.pop(0)
+        about = os.stat(path or os.curdir)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        paths.append(path)
+        for entry in list_folder(path or os.curdir):
+            if entry.is_dir() and not entry.name.startswith("."):
+                waiting.append(os.path.join(path, entry.name))
+    return paths
 
 
 def list_folder(path):
@@ -426,7 +451,7 @@ def shard_index(path):
                 continue
 
             members = members_of.setdefault(stem, {})
-            before = members.get(extension[1:])
+            before = members.get(kind)
             if before and member_digest(path, before) != member_digest(path, place):
                 bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
             members[kind] = place
@@ -597,7 +622,7 @@ def read_ticks(record):
     else:
         stat = os.stat(shard)
         name = f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
-    name += f" {tuple(record.members['jsonl'])} v3"
+    name += f" {tuple(record.members['jsonl'])} v4"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     raw = read_cache(path)
     if raw is not None:

@@ -121,8 +121,8 @@ def member_kind(name):
 
 
 def stream_members(source):
-    """(key, extension, bytes) of the members of a tar that belong to recordings. Where several
-    archives follow one another, all are read; tarfile reads the first alone."""
+    """(key, "mp4" or "jsonl", bytes) of the members of a tar that belong to recordings. Where
+    several archives follow one another, all are read; tarfile reads the first alone."""
     tar = tarfile.open(fileobj=source, mode="r|*")
     stream = tar.fileobj
     while True:
@@ -154,9 +154,9 @@ def stream_recordings(url):
     source = Stream(url)
     waiting = {}  # members without their partner
     pairs = 0
-    for stem, extension, data in stream_members(source):
+    for stem, kind, data in stream_members(source):
         members = waiting.setdefault(stem, {})
-        members[extension[1:]] = data
+        members[kind] = data
         if len(members) == 2:
             pairs += 1
             yield stem, waiting.pop(stem)
