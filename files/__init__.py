@@ -1,1 +1,1 @@
-"""How recordings, episodes, latents and shards lie in files, at URLs and in buckets."""
+"""Files: how recordings, episodes, latents and shards lie on disks, at URLs and in buckets."""

@@ -1,5 +1,5 @@
-"""What a disk or a network does: atomic writes, caches, and which errors say nothing about the
-data."""
+"""Disks and networks: atomic writes, caches, which errors say nothing about the data, and when to
+try again."""
 
 import errno
 import hashlib
@@ -14,12 +14,15 @@ import zlib
 import av
 from PIL import Image
 
+# --- atomic writes ---
+
 
 def write_atomically(path, data):
-    """Bytes (or a function that writes to an open file) to a file that is either the old one or the
-    new one, whatever happens."""
+    """Write bytes to a file, which is then either the old one or the new one, whatever happens.
+    data may be a function that writes to an open file."""
     path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
     tmp = f"{path}.{os.getpid()}.tmp"
     try:
         with open(tmp, "w+b") as f:
@@ -30,27 +33,34 @@ def write_atomically(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        os.fsync(folder)  # the rename itself must survive a power cut
-        os.close(folder)
+
+        # the rename itself must survive a power cut
+        folder_fd = os.open(folder, os.O_RDONLY)
+        os.fsync(folder_fd)
+        os.close(folder_fd)
     except OSError as e:
+        # write() does not know the name of its file
         if e.errno and not e.filename:
-            e.filename = path  # which write() does not know
+            e.filename = path
         raise
     finally:
         if os.path.exists(tmp):
             os.unlink(tmp)
 
 
+# --- cache entries with a checksum ---
+
 CACHE = os.path.expanduser(os.environ.get("NANOJEPA_CACHE", "~/.cache/nanojepa"))
+complained = set()
 
 
 def read_cache(path):
-    """What write_cache put there; None where that is missing, damaged or not for this user to read:
-    the recording is the truth, and a cache that cannot be used only costs time."""
+    """What write_cache wrote; None if it is missing or damaged, or if this user may not read it.
+    The recording is the truth, and a cache that cannot be used only costs time."""
     try:
         with open(path, "rb") as f:
-            digest, raw = f.read(32), f.read()
+            digest = f.read(32)
+            raw = f.read()
     except FileNotFoundError:
         return None
     except OSError as e:
@@ -60,6 +70,7 @@ def read_cache(path):
 
 
 def write_cache(path, raw, what):
+    """Bytes and their checksum to a file. An error is printed: "WHAT not cached"."""
     try:
         write_atomically(path, hashlib.sha256(raw).digest() + raw)
     except OSError as e:
@@ -67,24 +78,19 @@ def write_cache(path, raw, what):
 
 
 def complain(path, text):
-    """Says what is wrong with a cache, once a process of each folder and kind of complaint."""
+    """Print what is wrong with a cache, once a process for each folder and kind of complaint."""
     kind = (os.path.dirname(path), text[:12])
     if kind not in complained:
         complained.add(kind)
         print(f"{text} (set NANOJEPA_CACHE to a folder of yours with room)")
 
 
-complained = set()
+# --- errors ---
 
+# what a damaged recording may raise; anything else is our bug
+READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)
 
-READ_ERRORS = (
-    ValueError,
-    OSError,
-    EOFError,
-    av.FFmpegError,
-)  # what a damaged recording may raise; anything else is our bug
-
-
+# the same for formats whose readers raise more (pickle, zip, HDF5, pictures)
 DAMAGE = (
     *READ_ERRORS,
     LookupError,
@@ -96,15 +102,8 @@ DAMAGE = (
     Image.DecompressionBombError,
 )
 
-
-TRIES, WAIT, LONGEST = 5, 1.0, 30.0  # seconds: about 1, 3, 9, 27 between the tries
-
-
-PAUSES = (1.0, 3.0)  # seconds before a disk is asked a second and a third time
-
-
+# errors of the disk that another try cannot fix
 HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
 
 REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -117,7 +116,7 @@ REMEDIES = {
 
 
 class Unreachable(OSError):
-    """What a URL or a disk did not give, after all tries: one sentence."""
+    """A URL or a disk gave nothing after all tries. The message is one sentence."""
 
 
 def memory_is_short():
@@ -129,12 +128,12 @@ def memory_is_short():
 
 
 def disk_failed(error):
-    """Whether an error of reading says something of the disk, of the network or of the limits of
-    this process, and nothing of the recording.
+    """Whether an error of reading is about the disk, the network or the limits of this process, and
+    not about the recording.
 
-    What the system says has an errno. A damaged file has none: HDF5, Pillow and FFmpeg raise their
-    own kinds of OSError. HDF5 only writes the errno into its text, in errors of several kinds.
-    FFmpeg's "out of memory" may also be a length in a damaged file."""
+    Errors of the system have an errno. Errors about a damaged file have none, although HDF5, Pillow
+    and FFmpeg raise their own kinds of OSError. HDF5 writes the errno into its text only, in errors
+    of several kinds. FFmpeg's "out of memory" may also be a wrong length in a damaged file."""
     if isinstance(error, Unreachable):
         return True
     if isinstance(error, MemoryError):
@@ -147,57 +146,85 @@ def disk_failed(error):
 
 
 def disk_sentence(place, error):
-    """What to say of an error of which disk_failed is true; place: the file, and the recording."""
+    """The message for an error for which disk_failed is true. place: the file, and the
+    recording."""
     if isinstance(error, Unreachable):
         return str(error)
-    text = re.search(r"\berrno = (\d+)", str(error))
-    code = getattr(error, "errno", None) or (int(text[1]) if text else None)
+    in_text = re.search(r"\berrno = (\d+)", str(error))
+    code = getattr(error, "errno", None)
+    if not code and in_text:
+        code = int(in_text[1])
     if isinstance(error, MemoryError):
         code = errno.ENOMEM
     remedy = REMEDIES.get(code, "fix the disk or its mount")
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"{place} cannot be read: {said}: {remedy}, then start again (this says nothing about the"
-        " recording, so it is not left out)"
+        f"{place} cannot be read: {message}: {remedy}, then start again (this says nothing about"
+        " the recording, so it is not left out)"
     )
 
 
+# --- tries ---
+
+PAUSES = (1.0, 3.0)  # seconds before a disk is asked a second and a third time
+
+# a URL is asked TRIES times, with about 1, 3, 9 and 27 seconds between the tries
+TRIES = 5
+WAIT = 1.0
+LONGEST = 30.0
+
+
 def persistently(place, call):
-    """call(), again after PAUSES where the disk failed, since a server of files may come back;
-    then Unreachable: to leave the recording out would be another run. Other errors pass."""
+    """call(), again after each of PAUSES if the disk failed, since a file server may come back.
+    Then Unreachable: a run without the recording would be another run. Other errors pass."""
     for pause in (*PAUSES, None):
         try:
             return call()
         except (*DAMAGE, MemoryError) as e:
             if not disk_failed(e):
                 raise
-            again = not isinstance(e, (Unreachable, MemoryError, *HOPELESS))
-            if pause is None or not again:
+            is_final = isinstance(e, (Unreachable, MemoryError, *HOPELESS))
+            if pause is None or is_final:
                 raise Unreachable(disk_sentence(place, e)) from e
         time.sleep(pause)
 
 
 def trying(url, call):
-    """call(), again after a while if it fails, TRIES times at most; Unreachable then. Not again
-    where the server says that it will not."""
+    """call(), again after a while if it fails, at most TRIES times; then Unreachable. Errors that
+    another try cannot fix (404, no permission) are raised at once."""
     for attempt in range(TRIES):
-        time.sleep(
-            random.uniform(0.8, 1.2) * min(WAIT * 3 ** (attempt - 1), LONGEST) if attempt else 0
-        )  # not all nodes at once
+        # a random part, or all nodes would ask at the same moment
+        wait = 0
+        if attempt:
+            wait = random.uniform(0.8, 1.2) * min(WAIT * 3 ** (attempt - 1), LONGEST)
+        time.sleep(wait)
+
         try:
             return call()
         except Unreachable:
             raise
         except Exception as e:  # storage libraries raise what they like; the last is raised again
-            error, cause = e, e.__cause__ or e  # fsspec calls each HTTP error "not found"
-        final = isinstance(error, (FileNotFoundError, PermissionError)) and (
-            cause is error or not url.startswith("http")
-        )
-        if isinstance(status := getattr(cause, "status", None), int):
-            final = 400 <= status < 500 and status not in (408, 429)
-        if final or isinstance(error, ImportError):
+            error = e
+        cause = error.__cause__ or error
+        if is_permanent(url, error, cause):
             break
+
     times = f"{attempt + 1} times" if attempt else "at once, so not tried again"
     raise Unreachable(
         f"{url} cannot be read: {type(cause).__name__}: {str(cause) or 'no reason given'} ({times})"
     ) from error
+
+
+def is_permanent(url, error, cause):
+    """Whether another try would give the same error. cause: the library's own error behind it."""
+    if isinstance(error, ImportError):
+        return True
+
+    # 408 is a timeout, 429 is "too many requests"
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in (408, 429)
+
+    # fsspec raises FileNotFoundError for every HTTP error
+    missing = isinstance(error, (FileNotFoundError, PermissionError))
+    return missing and (cause is error or not url.startswith("http"))

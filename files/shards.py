@@ -1,5 +1,5 @@
-"""Shards of recordings: paths and patterns, tar files, slices of them, the index, and the lines
-of a recording."""
+"""Shards of recordings: paths and patterns, slices of tar files, the index, copies of a recording,
+and the lines of a recording."""
 
 import concurrent.futures
 import errno
@@ -34,9 +34,9 @@ from files.video import mp4_times, video_rate
 from files.vpt import KEY_BIT, ClipReader, Ticks, name_warnings, parse_ticks, peek_rate
 
 ANY_KEY = functools.reduce(operator.or_, KEY_BIT.values())
-
-
 HEAD = 1 << 14  # bytes of lines that an index looks at
+
+# --- paths and patterns ---
 
 
 def is_stream(path):
@@ -45,23 +45,25 @@ def is_stream(path):
 
 
 def stamp(path):
-    """Size and time of a file: when they have changed, an index of it tells nothing."""
-    return (stat := os.stat(path)).st_size, stat.st_mtime_ns
+    """Size and time of a file. When they have changed, an index of the file is out of date."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
 
 
 def braces(pattern, escape):
-    """A pattern -> the patterns that its {a,b} and {0..9} stand for; escape: \\{ is a brace."""
+    """A pattern -> the patterns that its {a,b} and {0..9} stand for. With escape, \\{ is a brace of
+    the name."""
     if "{" not in pattern:
         return [pattern]
     try:
-        return list(braceexpand.braceexpand(pattern, escape))
+        return list(braceexpand(pattern, escape))
     except ValueError:  # a brace that is never closed is part of a name
         return [pattern]
 
 
 def there(path):
-    """os.path.exists, but where the disk fails, or a folder on the way may not be entered, that is
-    an error: such a path is not a pattern that matches nothing."""
+    """os.path.exists, but an error (OSError) where the disk fails or a folder on the way may not be
+    entered: such a path is not a pattern that matches nothing."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -76,8 +78,8 @@ def there(path):
 def matches(pattern):
     """Path, glob or {a..b} range -> [(pattern without braces, [path])].
 
-    What exists under that very name is taken, whatever braces, brackets or backslashes are in it.
-    So is the longest folder that exists: only what follows it is a pattern."""
+    A path that exists is taken as it is, whatever braces, brackets or backslashes are in its name.
+    Likewise the longest folder that exists is taken as it is, and only the rest is a pattern."""
     if there(pattern):
         return [(pattern, [pattern])]
     folder, rest = os.path.split(pattern)
@@ -85,6 +87,7 @@ def matches(pattern):
         folder, name = os.path.split(folder)
         rest = os.path.join(name, rest)
 
+    # backslashes before braces escape them, or are part of the name, or the whole is a pattern
     readings = []
     for start, names, escape in ((folder, rest, True), (folder, rest, False), ("", pattern, True)):
         found = []
@@ -101,46 +104,50 @@ def matches(pattern):
 
 
 def glob_or_raise(folder, pattern):
-    """Paths below FOLDER that match a pattern, sorted; ** stands for any number of folders, none
-    among them. glob passes over a folder that cannot be listed, and a part of the data would be
-    missing without a word: here that is an error."""
+    """Paths below FOLDER that match a pattern, sorted. ** stands for any number of folders, or
+    none.
+
+    glob.glob skips a folder that cannot be listed, and a part of the data would be missing without
+    a message. Here that is an error (see list_folder)."""
     head, name = os.path.split(pattern)
     parents = [os.path.join(folder, head)]
     if glob.has_magic(head):
         parents = glob_or_raise(folder, head)
-    out = []
+    paths = []
     for parent in parents:
         path = os.path.join(parent, name)
         if not glob.has_magic(name):
-            out += [path] if there(path) else []
+            paths += [path] if there(path) else []
         elif there(parent or os.curdir) and name == "**":
-            out += folders_below(parent)
+            paths += folders_below(parent)
         elif there(parent or os.curdir):
             list_folder(parent or os.curdir)
-            out += glob.glob(os.path.join(glob.escape(parent), name))
-    return sorted(out)
+            paths += glob.glob(os.path.join(glob.escape(parent), name))
+    return sorted(paths)
 
 
 def folders_below(folder):
-    """Paths of a folder and all folders below it, hidden ones left out, links followed, every
-    folder once: one that is linked into itself has no end."""
-    out, todo, seen = [], [folder], set()
-    while todo:
-        path = todo.pop(0)
+    """Paths of a folder and all folders below it, without hidden ones. Links are followed, but each
+    folder is given once, since one that is linked into itself has no end."""
+    paths = []
+    waiting = [folder]
+    seen = set()
+    while waiting:
+        path = waiting.pop(0)
         about = os.stat(path or os.curdir)
         if (about.st_dev, about.st_ino) in seen:
             continue
         seen.add((about.st_dev, about.st_ino))
-        out.append(path)
+        paths.append(path)
         for entry in list_folder(path or os.curdir):
             if entry.is_dir() and not entry.name.startswith("."):
-                todo.append(os.path.join(path, entry.name))
-    return out
+                waiting.append(os.path.join(path, entry.name))
+    return paths
 
 
 def list_folder(path):
-    """[os.DirEntry] by name of what may be a folder. One that this user may not list is said
-    (lost+found, another user's); other errors of the disk are raised."""
+    """[os.DirEntry] of a path, by name; [] if it is no folder. A folder that this user may not list
+    (lost+found, another user's) is printed; other errors of the disk are raised."""
     try:
         with os.scandir(path) as entries:
             return sorted(entries, key=operator.attrgetter("name"))
@@ -152,9 +159,12 @@ def list_folder(path):
 
 
 def files_below(folder):
-    """Paths of all files below a folder, links to folders followed, but every folder once: one that
-    is linked into itself has no end. What lies there itself comes before what links lead to."""
-    folders, links, seen = [folder], [], set()
+    """Paths of all files below a folder. Links to folders are followed, but each folder is read
+    once, since one that is linked into itself has no end. Files of the folder itself come before
+    those that links lead to."""
+    folders = [folder]
+    links = []
+    seen = set()
     while folders or links:
         path = folders.pop(0) if folders else links.pop(0)
         about = os.stat(path)
@@ -172,63 +182,74 @@ def files_below(folder):
 
 def without_links(paths):
     """Paths less those that are another name of a file among them (a link, a hard link, ./ before
-    it): its recordings would be held out under one name and trained on under the other. The name
+    it). Its recordings would be held out under one name and trained on under the other. The name
     that is no link stays."""
-    out = {}
+    kept = {}
     for path in paths:
         try:
             about = None if isinstance(path, Shard) or is_stream(path) else os.stat(path)
         except OSError:
             about = None
         if about is None or not about.st_ino:
-            out.setdefault(path, path)
+            kept.setdefault(path, path)
             continue
-        # some network file systems give one number to several files
-        same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-        if same not in out or (os.path.islink(out[same]) and not os.path.islink(path)):
-            out[same] = path
-    return list(out.values())
+
+        # size and time too: some network file systems give one number to several files
+        identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        replaces_link = identity in kept and os.path.islink(kept[identity])
+        if identity not in kept or (replaces_link and not os.path.islink(path)):
+            kept[identity] = path
+    return list(kept.values())
 
 
 def expand(patterns):
     """Paths, globs, {a..b} ranges and URLs (or lists of lists of them) -> files, sorted within each
-    pattern, each once. Raises FileNotFoundError naming what matches nothing."""
+    pattern, each once. Raises FileNotFoundError that names the pattern without a match, and
+    IsADirectoryError."""
     if isinstance(patterns, Shard):
         return [patterns]
     if not isinstance(patterns, str):
         return without_links([path for p in patterns for path in expand(p)])
     if is_stream(patterns):
         return braces(patterns, True)
-    out = []
+    files = []
     for pattern, found in matches(patterns):
         if not found:
             raise FileNotFoundError(
                 f"no shard matches {pattern}; make some with: python -m prepare.demo --out demo (or"
                 " prepare.shards)"
             )
-        if folders := [p for p in found if os.path.isdir(p)]:
+        folders = [p for p in found if os.path.isdir(p)]
+        if folders:
             raise IsADirectoryError(
                 f"{folders[0]} is a folder: name the shards in it, such as"
                 f" {os.path.join(folders[0], '*.tar')}"
             )
-        out += found
-    return without_links(out)
+        files += found
+    return without_links(files)
+
+
+# --- slices of a file ---
 
 
 class Slice(io.RawIOBase):
-    """A seekable read-only view of bytes offset..offset+size of a file or Shard: what a decoder
-    needs of a tar, without the rest.
+    """A seekable read-only view of bytes offset..offset+size of a file or Shard: the member of a
+    tar that a decoder needs, without the rest.
 
-    pieces: of a sparse member, the (first byte, bytes) that lie in the file one after another from
-    `offset` on; between them are zeros. As a context it raises an error of the disk that a decoder
-    kept to itself: FFmpeg takes it for the end of the file."""
+    pieces: for a sparse member, the (first byte, bytes) that lie in the file one after another from
+    `offset` on; between them are zeros. Used as a context it raises the disk error that a decoder
+    hid: FFmpeg takes such an error for the end of the file."""
 
-    total = 0  # bytes that this process has read through all of them
+    total = 0  # bytes that this process has read through all slices
 
     def __init__(self, path, offset, size, pieces=None):
         self.fd = path.open() if isinstance(path, Shard) else os.open(path, os.O_RDONLY)
-        self.offset, self.size, self.at, self.bytes_read = offset, size, 0, 0
-        self.pieces, self.failed = pieces, None
+        self.offset = offset
+        self.size = size
+        self.pieces = pieces
+        self.at = 0
+        self.bytes_read = 0
+        self.failed = None
 
     def readable(self):
         return True
@@ -250,7 +271,7 @@ class Slice(io.RawIOBase):
         return None, left
 
     def readinto(self, buffer):
-        """As much as there is room for: who reads 16 bytes must not get 7 at the end of a piece."""
+        """Fill the buffer: a reader of 16 bytes must not get 7 at the end of a piece."""
         left = memoryview(buffer)[: max(self.size - self.at, 0)]
         done = 0
         while len(left):
@@ -271,8 +292,10 @@ class Slice(io.RawIOBase):
         if place is None:
             buffer[:] = bytes(len(buffer))
             return len(buffer)
-        read = functools.partial(os.preadv, self.fd) if isinstance(self.fd, int) else self.fd.preadv
-        n = read([buffer], place)
+        if isinstance(self.fd, int):
+            n = os.preadv(self.fd, [buffer], place)
+        else:
+            n = self.fd.preadv([buffer], place)
         self.bytes_read += n
         Slice.total += n
         return n
@@ -295,16 +318,24 @@ class Slice(io.RawIOBase):
             raise self.failed
 
 
+# --- records and their members ---
+
+
 class Record(NamedTuple):
-    """A recording in a local shard: member offsets and sizes, its length (frames of video, or steps
-    of features), and the clock of its lines (see clock_of)."""
+    """A recording in a shard: where its members are, its length, and the clock of its lines (see
+    clock_of)."""
 
     shard: str
     key: str
-    members: dict  # extension -> (offset, size)
-    length: int = 0
+    members: dict  # extension -> (offset, size), of a sparse member with its pieces
+    length: int = 0  # frames of video, or steps of features
     rate: float = 20.0  # lines a second
     frames_per_line: int = 1
+
+    @property
+    def is_features(self):
+        """Whether it is features of encode.py, not video and lines."""
+        return "safetensors" in self.members
 
     @property
     def lines(self):
@@ -314,13 +345,13 @@ class Record(NamedTuple):
     @property
     def duration(self):
         """Twentieths of a second of play; steps of features."""
-        return self.length if "safetensors" in self.members else self.lines * 20 / self.rate
+        return self.length if self.is_features else self.lines * 20 / self.rate
 
     @property
     def recording(self):
         """The key without the @TICK that encode.py adds: one recording gives several members of
         features."""
-        return self.key.rpartition("@")[0] if "safetensors" in self.members else self.key
+        return self.key.rpartition("@")[0] if self.is_features else self.key
 
     @property
     def name(self):
@@ -329,9 +360,9 @@ class Record(NamedTuple):
 
 
 def archive_members(path, end):
-    """(TarInfo, offset of its bytes in the file) of each member of a tar of `end` bytes; of all
-    archives where several were put one after another (cat, tar -A), of which tarfile reads the
-    first alone. Raises tarfile.ReadError where it is cut or damaged."""
+    """(TarInfo, offset of its bytes in the file) of each member of a tar of `end` bytes. Where
+    several archives follow one another (cat, tar -A), all are read; tarfile reads the first alone.
+    Raises tarfile.ReadError where the tar is cut or damaged."""
     first = 0
     while first < end:
         with Slice(path, first, end - first) as f:
@@ -355,17 +386,18 @@ def archive_members(path, end):
 
             # zeros fill the last block of a tape; anything else is another archive
             zeros = f.at
-            while part := f.read(1 << 20):
-                text = part.lstrip(b"\0")
-                zeros += len(part) - len(text)
-                if text:
+            while True:
+                part = f.read(1 << 20)
+                rest = part.lstrip(b"\0")
+                zeros += len(part) - len(rest)
+                if rest or not part:
                     break
         first += zeros // 512 * 512 if zeros < end - first else end - first
 
 
 def member_place(m, offset, end):
-    """What Slice takes to read a member: its bytes from `offset` on, and their pieces where it is
-    sparse (tar --sparse), since these do not lie in the file as they do in the member."""
+    """(offset, size) for Slice to read a member, and the pieces of a sparse one (tar --sparse): its
+    bytes do not lie in the file as they do in the member."""
     place = (offset, m.size)
     stored = m.size
     if m.issparse():
@@ -388,15 +420,16 @@ COMPRESSED = {
 
 def read_start(path, place):
     """The first bytes of a member."""
-    offset, size, *pieces = place
-    with Slice(path, offset, size, *pieces) as f:
+    with Slice(path, *place) as f:
         return f.read(8)
 
 
 def shard_index(path):
     """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers
     only: 54 ms for 10 GB."""
-    found, bad, end = {}, [], path.size if isinstance(path, Shard) else os.path.getsize(path)
+    members_of = {}
+    bad = []
+    end = path.size if isinstance(path, Shard) else os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
             stem, kind = member_kind(m.name)
@@ -417,7 +450,7 @@ def shard_index(path):
             if hidden and is_apple_double(m.name, read_start(path, place)):
                 continue
 
-            members = found.setdefault(stem, {})
+            members = members_of.setdefault(stem, {})
             before = members.get(kind)
             if before and member_digest(path, before) != member_digest(path, place):
                 bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
@@ -425,27 +458,34 @@ def shard_index(path):
     except tarfile.TarError as e:
         with Slice(path, 0, end) as f:
             head = f.read(8)
-        packed = [name for magic, name in COMPRESSED.items() if head.startswith(magic)]
         reason = f"truncated or damaged tar: {e}"
-        if packed:
-            reason = f"compressed ({packed[0]}), and a clip must be sought: unpack it to a .tar"
+        for magic, name in COMPRESSED.items():
+            if head.startswith(magic):
+                reason = f"compressed ({name}), and a clip must be sought: unpack it to a .tar"
         bad.append((path, "", reason))
-    lone = {key: m for key, m in found.items() if len(m) == 1 and "safetensors" not in m}
-    bad += [
-        (path, key, "no " + ("mp4" if "jsonl" in m else "jsonl") + " beside it")
-        for key, m in lone.items()
-    ]
-    if not found and not bad:
+
+    # a recording is video and lines, or features
+    records = []
+    for key, members in members_of.items():
+        if len(members) == 1 and "safetensors" not in members:
+            missing = "mp4" if "jsonl" in members else "jsonl"
+            bad.append((path, key, f"no {missing} beside it"))
+        else:
+            records.append(Record(path, key, members))
+    if not members_of and not bad:
         bad.append((path, "", "no recording (KEY.mp4 + KEY.jsonl) in it"))
-    return [Record(path, key, m) for key, m in found.items() if key not in lone], bad
+    return records, bad
+
+
+# --- the same recording twice ---
 
 
 def member_digest(path, place):
-    """What tells a member from any other of its size, without reading it: its first and last 64
-    kB. An mp4's tables of sizes and times are at one of its ends."""
-    offset, size, *pieces = place
+    """What distinguishes a member from others, without reading all of it: its size, and its first
+    and last 64 kB. The tables of sizes and times of an mp4 are at one of its ends."""
+    size = place[1]
     source = path.peek() if isinstance(path, Shard) and path.blocks is None else path
-    with Slice(source, offset, size, *pieces) as f:
+    with Slice(source, *place) as f:
         digest = hashlib.sha256(f.read(1 << 16))
         f.seek(max(size - (1 << 16), 0))
         digest.update(f.read())
@@ -453,9 +493,9 @@ def member_digest(path, place):
 
 
 def find_twins(records):
-    """[Record] -> {number of a record: number of the first one that is the same recording}: the
-    same key and the same bytes, in a copy of its shard. Only members of equal keys and sizes are
-    looked into; keys alone may be 000001 in every shard."""
+    """[Record] -> {number of a record: number of the first one that is the same recording}. These
+    have the same key and the same bytes, in a copy of a shard. Only members of equal keys and sizes
+    are compared; a key alone may be 000001 in every shard."""
     groups = {}
     for number, r in enumerate(records):
         sizes = tuple(sorted((name, place[1]) for name, place in r.members.items()))
@@ -475,8 +515,8 @@ def find_twins(records):
 
 
 def each_once(records):
-    """[Record] less copies of recordings among them, which is said: else one copy is held out and
-    the other trained on."""
+    """[Record] without copies of recordings among them (a message says how many): one copy might be
+    held out and the other trained on."""
     twins = find_twins(records)
     if twins and os.environ.get("RANK", "0") == "0":
         number, first = min(twins.items())
@@ -487,12 +527,15 @@ def each_once(records):
     return [r for number, r in enumerate(records) if number not in twins]
 
 
+# --- the index ---
+
+
 def clock_of(record, frames, frame_rate):
     """(lines a second, frames a line) of a recording: windows, epochs, shares and estimates follow
-    from it. Reads the first lines; all of them only where these do not tell, or where the video
-    runs at another rate. What is wrong with the lines is found when a clip is read."""
-    offset, size = record.members["jsonl"]
-    with Slice(record.shard, offset, size) as f:
+    from it. Reads the first lines, or all of them where these do not tell or where the video runs
+    at another rate. What is wrong with the lines is found when a clip is read."""
+    size = record.members["jsonl"][1]
+    with Slice(record.shard, *record.members["jsonl"]) as f:
         rate = peek_rate(f.read(min(size, HEAD)), size <= HEAD)
     if rate and frame_rate and 2 / 3 < frame_rate / rate < 1.5:
         return rate, 1
@@ -505,76 +548,87 @@ def clock_of(record, frames, frame_rate):
 
 def index_shards(paths, workers=16):
     """Shards -> ([Record] with their lengths, [(file, key, reason)]). Reads tar headers, mp4
-    indices and feature headers only; of those at URLs once, then their notes in the cache."""
-
-    def measure(r):
-        try:
-            if "safetensors" in r.members:
-                header, meta = feature_header(r)
-                if meta.get("dataset") == "droid":
-                    raise ValueError("features of robot episodes: train_lora.py reads them")
-                return r._replace(length=header["z"][1][0])
-            with Slice(r.shard, *r.members["mp4"]) as f:
-                times = mp4_times(f)
-                frame_rate = video_rate(f, times)
-            rate, frames_per_line = clock_of(r, len(times), frame_rate)
-            return r._replace(length=len(times), rate=rate, frames_per_line=frames_per_line)
-        except READ_ERRORS as e:
-            if isinstance(e, Unreachable):
-                raise
-            if disk_failed(e):  # to leave the recording out would be another run
-                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
-            return r.shard, r.key, str(e)
-
-    def sorted_out(found, bad):
-        return [r for r in found if isinstance(r, Record)], bad + [
-            r for r in found if not isinstance(r, Record)
-        ]
-
-    def look(source):
-        records, bad = shard_index(source)
-        return sorted_out([measure(r) for r in records], bad)
-
-    def index(path):
-        if not isinstance(path, Shard):
-            return shard_index(path)
-        rows, bad = path.index(look)
-        return [Record(path, *row[1:]) for row in rows], [(path, *flaw[1:]) for flaw in bad]
-
+    indices and feature headers only; of shards at URLs once, then notes in the cache."""
+    records = []
+    bad = []
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        indexed = list(
-            tqdm(
-                pool.map(index, paths),
-                desc="index",
-                total=len(paths),
-                delay=10,
-                disable=os.environ.get("RANK", "0") != "0",
-            )
-        )
-        found = list(
-            pool.map(
-                lambda r: r if r.length else measure(r),
-                [r for records, _ in indexed for r in records],
-            )
-        )
-    return sorted_out(found, [b for _, bad in indexed for b in bad])
+        not_rank_0 = os.environ.get("RANK", "0") != "0"
+        indexed = pool.map(index_shard, paths)
+        bar = tqdm(indexed, desc="index", total=len(paths), delay=10, disable=not_rank_0)
+        for records_of_shard, flaws in bar:
+            records += records_of_shard
+            bad += flaws
+
+        # shards at URLs are measured already
+        measured = list(pool.map(measure_or_explain, records))
+    return [r for r, _ in measured if r], bad + [flaw for _, flaw in measured if flaw]
+
+
+def index_shard(path):
+    """shard_index; a shard at a URL also with the lengths, from the cache if they are there."""
+    if not isinstance(path, Shard):
+        return shard_index(path)
+    rows, flaws = path.index(measured_index)
+    records = [Record(path, *row[1:]) for row in rows]
+    return records, [(path, *flaw[1:]) for flaw in flaws]
+
+
+def measured_index(path):
+    """shard_index with the lengths of the records, for the cache of a shard at a URL."""
+    records, bad = shard_index(path)
+    measured = [measure_or_explain(r) for r in records]
+    return [r for r, _ in measured if r], bad + [flaw for _, flaw in measured if flaw]
+
+
+def measure_or_explain(record):
+    """(Record with its length and clock, None), or (None, (file, key, reason)) if it is damaged.
+    OSError if the disk fails: to leave the recording out would be another run."""
+    if record.length:
+        return record, None
+    try:
+        return measure(record), None
+    except Unreachable:
+        raise
+    except READ_ERRORS as e:
+        if disk_failed(e):
+            raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
+        return None, (record.shard, record.key, str(e))
+
+
+def measure(record):
+    """A Record with its length and clock. Raises READ_ERRORS for what is wrong with it."""
+    if record.is_features:
+        header, meta = feature_header(record)
+        if meta.get("dataset") == "droid":
+            raise ValueError("features of robot episodes: train_lora.py reads them")
+        steps = header["z"][1][0]
+        return record._replace(length=steps)
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        times = mp4_times(f)
+        frame_rate = video_rate(f, times)
+    rate, frames_per_line = clock_of(record, len(times), frame_rate)
+    return record._replace(length=len(times), rate=rate, frames_per_line=frames_per_line)
+
+
+# --- lines ---
 
 
 def read_ticks(record):
     """Ticks of a recording, parsed once and cached under NANOJEPA_CACHE (default
     ~/.cache/nanojepa): a clip must not read 15 MB of JSON."""
-    shard, stat = record.shard, None if isinstance(record.shard, Shard) else os.stat(record.shard)
-    name = (
-        f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
-        if stat
-        else f"{shard} {shard.size} {shard.version}"
-    )
+    shard = record.shard
+    if isinstance(shard, Shard):
+        name = f"{shard} {shard.size} {shard.version}"
+    else:
+        stat = os.stat(shard)
+        name = f"{os.path.abspath(shard)} {stat.st_size} {stat.st_mtime_ns}"
     name += f" {tuple(record.members['jsonl'])} v4"
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     raw = read_cache(path)
     if raw is not None:
         with np.load(io.BytesIO(raw)) as z:
             return Ticks.of(z)
+
     with Slice(record.shard, *record.members["jsonl"]) as f:
         ticks = parse_ticks(f.read())
     buffer = io.BytesIO()
@@ -584,11 +638,15 @@ def read_ticks(record):
 
 
 def line_warnings(records, limit=32):
-    """What is odd in the lines of recordings though they can be read, a sentence each. Looks at
-    `limit` of them, spread over all; at URLs at none, which would copy them (vpt.parse_ticks
-    says what it meets)."""
+    """What is odd in the lines of recordings though they can be read, a sentence each.
+
+    Looks at `limit` recordings, spread over all. Recordings at URLs are not looked at, since that
+    would copy them (vpt.parse_ticks prints what it finds in them)."""
     local = [r for r in records if "jsonl" in r.members and not isinstance(r.shard, Shard)]
-    looked, held, unknown, other_rate = 0, 0, {}, []
+    looked = 0
+    pressed = 0  # bits of all keys that are ever pressed
+    unknown = {}  # name of a key -> lines
+    other_rate = []  # (key, frames a second) of recordings without a clock of their own
     for record in spread(local, min(limit, len(local))):
         try:
             ticks = read_ticks(record)
@@ -599,35 +657,37 @@ def line_warnings(records, limit=32):
         except READ_ERRORS as e:
             if disk_failed(e):
                 raise
-            continue  # left out, with its reason, when a clip of it is asked for
+            continue  # it is left out, with its reason, when a clip of it is read
         looked += 1
-        held |= int(np.bitwise_or.reduce(ticks.keys))
+        pressed |= int(np.bitwise_or.reduce(ticks.keys))
         for name, lines in ticks.unknown.items():
             unknown[name] = unknown.get(name, 0) + lines
         if frame_rate and not ticks.stamped and abs(frame_rate / ratio / ticks.rate - 1) > 0.2:
             other_rate.append((record.key, frame_rate))
-    out = name_warnings(unknown)
+
+    warnings = name_warnings(unknown)
     if other_rate:
         key, frame_rate = other_rate[0]
-        out.append(
+        warnings.append(
             f"{len(other_rate)} recordings, such as {key}, have a video of {frame_rate:.4g} frames"
             " a second and lines without timestamp, which are taken for 20 a second: add timestamps"
             " if that is wrong"
         )
-    if looked and not held & ANY_KEY:
-        out.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
+    if looked and not pressed & ANY_KEY:
+        warnings.append('no key is held on any line; keys are spelt like "key.keyboard.w"')
     where = f" (in {looked} of {len(records)} recordings)" if looked < len(records) else ""
-    return [line + where for line in out]
+    return [line + where for line in warnings]
 
 
 def spread(items, count):
-    """At most `count` of the items, uniformly over the list."""
-    return (
-        [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
-        if count
-        else items
-    )
+    """At most `count` of the items, uniformly over the list; all of them if count is None or 0."""
+    if not count:
+        return items
+    places = np.linspace(0, len(items) - 1, count).round().astype(int)
+    return [items[i] for i in np.unique(places)]
 
+
+# --- headers of features ---
 
 FEATURE_DTYPES = {
     "BF16": torch.bfloat16,
@@ -640,35 +700,36 @@ FEATURE_DTYPES = {
 
 def feature_header(record):
     """({name: (dtype, shape, file offset)}, metadata and embed_dim) of a feature member: the
-    safetensors format, all sizes checked."""
+    safetensors format, with all sizes checked. ValueError if it is damaged."""
     offset, size = record.members["safetensors"]
     try:
+        # eight bytes with the length of the header, then the header in JSON
         with Slice(record.shard, offset, size) as f:
-            at = 8 + int.from_bytes(f.read(8), "little")
-            header = dict(json.loads(f.read(at - 8) if at <= min(size, 1 << 20) else b""))
-        meta, (S, N, D) = dict(header.pop("__metadata__", {})), map(int, header["z"]["shape"])
-        A, dim = (
-            (len(json.loads(meta["names"])), int(meta["state_dim"]))
-            if meta.get("dataset") == "droid"
-            else (38, 2)
-        )
-        shapes = {"z": (S, N, D), "actions": (S - 1, A), "states": (S, dim)}
-        shapes |= (
-            {"z_scale": (S, N, 1), "z_channels": (2, D)} if header["z"]["dtype"] == "I8" else {}
-        )
-        x = {
-            k: (FEATURE_DTYPES[header[k]["dtype"]], s, *map(int, header[k]["data_offsets"]))
-            for k, s in shapes.items()
-        }
-        bad = [
-            k
-            for k, (dtype, s, a, b) in x.items()
-            if not 0 <= a <= b == a + math.prod(s) * dtype.itemsize <= size - at
-        ]
+            start = 8 + int.from_bytes(f.read(8), "little")
+            header = dict(json.loads(f.read(start - 8) if start <= min(size, 1 << 20) else b""))
+        meta = dict(header.pop("__metadata__", {}))
+        S, N, D = map(int, header["z"]["shape"])
+        action_dim = 38
+        state_dim = 2
+        if meta.get("dataset") == "droid":
+            action_dim = len(json.loads(meta["names"]))
+            state_dim = int(meta["state_dim"])
+        shapes = {"z": (S, N, D), "actions": (S - 1, action_dim), "states": (S, state_dim)}
+        if header["z"]["dtype"] == "I8":
+            shapes |= {"z_scale": (S, N, 1), "z_channels": (2, D)}
+
+        # each tensor must fill its bytes and lie in the file
+        tensors = {}
+        whole = state_dim >= 0
+        for name, shape in shapes.items():
+            dtype = FEATURE_DTYPES[header[name]["dtype"]]
+            first, last = map(int, header[name]["data_offsets"])
+            tensors[name] = (dtype, shape, offset + start + first)
+            size_fits = last == first + math.prod(shape) * dtype.itemsize
+            whole = whole and 0 <= first <= last <= size - start and size_fits
+            whole = whole and header[name].get("shape") == [*shape]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError("not a feature file (its header is damaged)") from e
-    if bad or dim < 0 or any([*s] != header[k].get("shape") for k, s in shapes.items()):
+    if not whole:
         raise ValueError("not a feature file, or cut")
-    return {
-        k: (dtype, shape, offset + at + begin) for k, (dtype, shape, begin, _) in x.items()
-    }, meta | {"embed_dim": D}
+    return tensors, meta | {"embed_dim": D}

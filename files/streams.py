@@ -1,5 +1,5 @@
-"""Shards from front to back: URLs and commands that are read on after a failure, and the clips of
-what cannot be sought."""
+"""Shards read from front to back: URLs and commands that continue after a failure, and the clips of
+shards that cannot be sought."""
 
 import io
 import itertools
@@ -10,36 +10,42 @@ import urllib.request
 import fsspec
 import numpy as np
 import torch
-import webdataset as wds
 
 from files.disk import READ_ERRORS, Unreachable, disk_failed, disk_sentence, trying
 from files.video import WrongDecoder, mp4_times, video_rate
 from files.vpt import parse_ticks
 
+# --- bytes ---
+
 
 class Stream(io.RawIOBase):
-    """A URL or pipe: from front to back. What fails is opened again at the byte that was reached; a
-    pipe: is not."""
+    """A URL or pipe:, read from front to back. After a failure a URL is opened again at the byte
+    that was reached; a pipe: is not."""
 
     def __init__(self, url):
-        self.url, self.at, self.size, self.source = url, 0, None, None
+        self.url = url
+        self.at = 0  # bytes read so far
+        self.size = None
+        self.source = None
 
     def readable(self):
         return True
 
     def start(self):
-        """Opens it at byte `at`."""
+        """Open the URL at byte `at`. Unreachable if its size changed meanwhile."""
         if self.url.startswith("http"):
-            request = urllib.request.Request(
-                self.url, headers={"Range": f"bytes={self.at}-"} if self.at else {}
-            )
+            headers = {"Range": f"bytes={self.at}-"} if self.at else {}
+            request = urllib.request.Request(self.url, headers=headers)
             self.source = urllib.request.urlopen(request, timeout=60)
-            skip = (
-                0 if self.source.status == 206 else self.at
-            )  # a server that ignores ranges begins anew
+
+            # a server that ignores ranges starts at byte 0 again: read up to `at`
+            skip = 0 if self.source.status == 206 else self.at
             length = self.source.headers["Content-Length"]
             size = int(length) + self.at - skip if length else None
-            while skip and (passed := len(self.source.read(min(skip, 1 << 20)))):
+            while skip:
+                passed = len(self.source.read(min(skip, 1 << 20)))
+                if not passed:
+                    break
                 skip -= passed
         else:
             fs, name = fsspec.core.url_to_fs(self.url)
@@ -53,17 +59,23 @@ class Stream(io.RawIOBase):
         self.size = size
 
     def more(self, buffer):
+        """The next bytes, at most as many as the buffer holds. OSError if the transfer breaks."""
         if self.source is None:
             self.start()
-        source, self.source = self.source, None  # stays None if this fails
-        if not (data := source.read(len(buffer))) and self.at < (self.size or 0):
+        source = self.source
+        self.source = None  # stays None if this read fails: the next try opens the URL again
+        data = source.read(len(buffer))
+        if not data and self.at < (self.size or 0):
             raise OSError(f"the transfer ended at byte {self.at} of {self.size}")
         self.source = source
         return data
 
     def readinto(self, buffer):
         if self.url.startswith("pipe:"):
-            self.source = self.source or wds.gopen(self.url)
+            if self.source is None:
+                import webdataset  # needed for commands alone
+
+                self.source = webdataset.gopen(self.url)
             data = self.source.read(len(buffer))
         else:
             data = trying(self.url, lambda: self.more(buffer))
@@ -77,23 +89,29 @@ class Stream(io.RawIOBase):
         super().close()
 
 
+# --- recordings ---
+
+
 class Rest:
-    """What is left of a stream, with the block before it: only as much of a file as tarfile asks
-    for when it reads from front to back."""
+    """The rest of a stream, with the block that was read before it. It has what tarfile needs of a
+    file that it reads from front to back."""
 
     def __init__(self, block, source):
-        self.block, self.source = block, source
+        self.block = block
+        self.source = source
 
     def tell(self):
         return self.source.tell() - len(self.block)
 
     def read(self, size):
-        data, self.block = self.block[:size], self.block[size:]
+        data = self.block[:size]
+        self.block = self.block[size:]
         return data + self.source.read(size - len(data))
 
     def seek(self, place):
-        while self.tell() < place and self.read(min(place - self.tell(), 1 << 20)):
-            pass
+        while self.tell() < place:
+            if not self.read(min(place - self.tell(), 1 << 20)):
+                break
 
 
 def member_kind(name):
@@ -103,8 +121,8 @@ def member_kind(name):
 
 
 def stream_members(source):
-    """(key, "mp4" or "jsonl", bytes) of the members of a tar that belong to recordings; of all
-    archives where several were put one after another, of which tarfile reads the first alone."""
+    """(key, "mp4" or "jsonl", bytes) of the members of a tar that belong to recordings. Where
+    several archives follow one another, all are read; tarfile reads the first alone."""
     tar = tarfile.open(fileobj=source, mode="r|*")
     stream = tar.fileobj
     while True:
@@ -130,70 +148,97 @@ def stream_members(source):
 
 
 def stream_recordings(url):
-    """(key, {extension: bytes}) of each recording of a shard that cannot be sought, then whatever
-    is wrong with the shard is raised (OSError, ValueError, tarfile.TarError). Keys keep their dots;
-    other members are passed over."""
-    source, found, whole = Stream(url), {}, 0
+    """(key, {extension: bytes}) of each recording of a shard that cannot be sought. At the end,
+    whatever is wrong with the shard is raised (OSError, ValueError, tarfile.TarError). Keys keep
+    their dots; other members are skipped."""
+    source = Stream(url)
+    waiting = {}  # members without their partner
+    pairs = 0
     for stem, kind, data in stream_members(source):
-        found.setdefault(stem, {})[kind] = data
-        if len(found[stem]) == 2:
-            whole += 1
-            yield stem, found.pop(stem)
-    while source.read(1 << 20):  # a command that is still writing would fail
+        members = waiting.setdefault(stem, {})
+        members[kind] = data
+        if len(members) == 2:
+            pairs += 1
+            yield stem, waiting.pop(stem)
+
+    # a command that is still writing would fail if its pipe were closed
+    while source.read(1 << 20):
         pass
     source.close()  # raises OSError if the command failed
-    if found or not whole:
-        raise ValueError(
-            "no mp4 and jsonl beside each other "
-            + (f"for {', '.join(found)}" if found else "in it")
-        )
+    if waiting or not pairs:
+        where = f"for {', '.join(waiting)}" if waiting else "in it"
+        raise ValueError(f"no mp4 and jsonl beside each other {where}")
+
+
+def is_apple_double(name, head):
+    """Whether a file is what macOS packs beside NAME as ._NAME: attributes, not a recording. head:
+    its first bytes."""
+    magic = head[:4] in (b"\0\5\x16\7", b"\0\5\x16\0")
+    return os.path.basename(name).startswith("._") and magic
+
+
+# --- clips ---
 
 
 class StreamedClips(torch.utils.data.IterableDataset):
-    """Endless clips from shards that cannot be sought: several clips a recording, a small shuffle
-    buffer. Shards are dealt to ranks x workers; when there are fewer, each of them reads every
-    shard and takes its share of the clips, so nothing is seen twice or waited for. The order
-    depends on ranks and workers, and a resumed run starts a fresh epoch: index local copies for
-    exact resume."""
+    """Endless clips from shards that cannot be sought: several clips of each recording, mixed by a
+    small shuffle buffer.
+
+    Shards are dealt to readers (ranks x workers). Where there are fewer shards than readers, each
+    reader reads every shard and takes its share of the clips, so nothing is seen twice and no
+    reader waits. The order depends on ranks and workers, and a resumed run starts a new epoch: copy
+    the shards to local files for exact resume."""
 
     def __init__(
         self, urls, reader, seed=0, epoch=0, rank=0, world=1, clips_per_recording=8, shuffle=64
     ):
-        self.urls, self.reader, self.seed, self.epoch = urls, reader, seed, epoch
-        self.rank, self.world, self.clips, self.shuffle = rank, world, clips_per_recording, shuffle
+        self.urls = urls
+        self.reader = reader
+        self.seed = seed
+        self.epoch = epoch
+        self.rank = rank
+        self.world = world
+        self.clips = clips_per_recording
+        self.shuffle = shuffle
 
     def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        units, unit = (
-            self.world * (info.num_workers if info else 1),
-            self.rank + self.world * (info.id if info else 0),
-        )
-        bad, buffer, room, size = [], [], self.shuffle, 0
+        # this reader's number among all
+        worker = torch.utils.data.get_worker_info()
+        units = self.world * (worker.num_workers if worker else 1)
+        unit = self.rank + self.world * (worker.id if worker else 0)
+
+        buffer = []
+        room = self.shuffle
+        # of the shards read since the last clip was given
+        bad = []
+        size = 0
         for epoch in itertools.count(self.epoch):
             rng = np.random.default_rng([self.seed, epoch, unit])
-            urls = [
-                self.urls[i]
-                for i in np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))
-            ]
-            shared, seen, dealt, used = len(urls) < units, 0, 0, 0
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.urls))
+            urls = [self.urls[i] for i in order]
+            shared = len(urls) < units
+            seen = 0  # clips of all readers of the shards
+            dealt = 0  # clips of this reader
+            used = 0  # clips of this reader that could be cut
             for url in urls if shared else urls[unit::units]:
                 try:
                     for key, members in stream_recordings(url):
                         size += sum(map(len, members.values()))
-                        mine = [
-                            i for i in range(self.clips) if not shared or (seen + i) % units == unit
-                        ]
-                        seen, dealt = seen + self.clips, dealt + len(mine)
+                        places = []
+                        for i in range(self.clips):
+                            if not shared or (seen + i) % units == unit:
+                                places.append(i)
+                        seen += self.clips
+                        dealt += len(places)
                         try:
-                            for clip in self.cut(key, members, mine, rng):
+                            for clip in self.cut(key, members, places, rng):
                                 used += 1
                                 buffer.append(clip)
                                 if len(buffer) >= room:
-                                    yield buffer.pop(rng.integers(len(buffer))) | {
-                                        "bad": bad,
-                                        "bytes": size,
-                                    }
-                                    bad, size = [], 0
+                                    chosen = buffer.pop(rng.integers(len(buffer)))
+                                    yield chosen | {"bad": bad, "bytes": size}
+                                    bad = []
+                                    size = 0
                         except WrongDecoder:
                             raise
                         except READ_ERRORS as e:
@@ -206,39 +251,31 @@ class StreamedClips(torch.utils.data.IterableDataset):
                     if disk_failed(e):
                         raise ValueError(disk_sentence(url, e)) from e
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
-            if not used:  # never spin
-                if bad or dealt or unit < self.world:
-                    reason = (
-                        bad[-1]
-                        if bad
-                        else (
-                            "--gui drop leaves out everything"
-                            if dealt
-                            else f"{seen} clips for {self.world} ranks"
-                        )
-                    )
-                    raise ValueError(
-                        f"no clip could be read from {urls[0]} and the others: {reason}"
-                    )
-                return  # fewer clips than workers: this one is not needed
-            room = min(
-                room, len(buffer) + 1
-            )  # few clips: do not read everything many times over before the first batch
+
+            # an epoch without a clip would repeat for ever
+            if not used:
+                is_spare = not bad and not dealt and unit >= self.world
+                if is_spare:
+                    return  # fewer clips than workers: this one is not needed
+                if bad:
+                    reason = bad[-1]
+                elif dealt:
+                    reason = "--gui drop leaves out everything"
+                else:
+                    reason = f"{seen} clips for {self.world} ranks"
+                raise ValueError(f"no clip could be read from {urls[0]} and the others: {reason}")
+
+            # with few clips, do not read everything many times over before the first batch
+            room = min(room, len(buffer) + 1)
 
     def cut(self, key, members, places, rng):
+        """The clips of a recording at these places, of self.clips equal parts of its starts."""
         f = io.BytesIO(members["mp4"])
-        times, ticks = mp4_times(f), parse_ticks(members["jsonl"])
+        times = mp4_times(f)
+        ticks = parse_ticks(members["jsonl"])
         starts = self.reader.starts(ticks, len(times), video_rate(f, times))
         for i in places:
-            clip = self.reader(
-                f, times, ticks, int((i + rng.random()) / self.clips * starts), rng, key
-            )
+            start = int((i + rng.random()) / self.clips * starts)
+            clip = self.reader(f, times, ticks, start, rng, key)
             if clip is not None:
                 yield clip
-
-
-def is_apple_double(name, head):
-    """Whether a file is what macOS puts beside NAME as ._NAME: attributes, no recording. head: its
-    first bytes."""
-    magic = head[:4] in (b"\0\5\x16\7", b"\0\5\x16\0")
-    return os.path.basename(name).startswith("._") and magic

@@ -29,7 +29,6 @@ from data import (
     ActionScaler,
     Clips,
     Order,
-    StreamedClips,
     open_lines,
     open_records,
     open_split,
@@ -53,7 +52,7 @@ from files.shards import (
     read_ticks,
     shard_index,
 )
-from files.streams import stream_recordings
+from files.streams import StreamedClips, stream_recordings
 from files.video import read_frames
 from files.vpt import ClipReader
 
