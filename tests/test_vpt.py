@@ -276,7 +276,7 @@ def test_buttons_in_every_spelling_that_can_mean_one_button_only(buttons, held):
 )
 def test_names_that_nobody_knows_are_counted(change, name, closest, capsys):
     """Bug: a misspelt name is no input on every line, and nothing says so."""
-    vpt.SAID.clear()
+    vpt.WARNED_OF.clear()
     ticks = parse_ticks(jsonl(contractor(7, **({"keyboard": {"keys": []}} | change))))
     ((label, lines),) = ticks.unknown.items()
     assert label.startswith(name) and lines == 7 and not names_held(ticks) and not ticks.flaw
