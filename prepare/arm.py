@@ -11,6 +11,7 @@ operator rests at the start and once later."""
 import functools
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -111,8 +112,7 @@ def arm(w):
         return " ".join(f"{x * w['size']:.4f}" for x in point)
 
     body = gripper(w)
-    for i in reversed(range(len(CHAIN))):
-        position, quaternion, limit, end, radius = CHAIN[i]
+    for i, (position, quaternion, limit, end, radius) in reversed(list(enumerate(CHAIN))):
         body = f"""
             <body pos="{scaled(position)}" quat="{quaternion}" gravcomp="1">
                 <joint name="j{i}" range="{-limit} {limit}" damping="2" armature="0.2"/>
@@ -190,9 +190,15 @@ def open_world(world):
 # --- the operator ---
 
 
+class Waypoint(NamedTuple):
+    position: np.ndarray  # xyz in metres
+    angles: np.ndarray
+    grip: int  # 0 open, 1 closed
+    wait: int  # steps
+
+
 def waypoints(rng, block, angle, goal):
-    """The operator's path [(xyz, angles, gripper, steps to wait there)]: move to a block, lift it,
-    carry it, put it down, then wander."""
+    """The operator's path: move to a block, lift it, carry it, put it down, then wander."""
     side = rng.choice([-1, 1])
     misses = rng.random() < 0.3  # some grasps go beside the block
     beside = np.array([0, 0.1, 0]) * side * misses
@@ -207,21 +213,21 @@ def waypoints(rng, block, angle, goal):
         position = rng.uniform((0.3, -0.25, 0.1), (0.6, 0.25, 0.4))
         angles = tilted()
         closed = int(rng.random() < 0.3)
-        return position, angles, closed, 2
+        return Waypoint(position, angles, closed, 2)
 
     up = np.array([0, 0, rng.uniform(0.14, 0.26)])
     take = block + beside
     put = goal + [0, 0, 0.01]
     path = [
-        (take + up, tilted(), 0, 0),
-        (take + [0, 0, 0.06], turn, 0, 0),
-        (take, turn, 0, 1),
-        (take, turn, 1, 6),
-        (block + up, tilted(), 1, 0),
-        (goal + up, tilted(), 1, 0),
-        (put, turn, 1, 1),
-        (put, turn, 0, 4),
-        (goal + up, tilted(), 0, 0),
+        Waypoint(take + up, tilted(), 0, 0),
+        Waypoint(take + [0, 0, 0.06], turn, 0, 0),
+        Waypoint(take, turn, 0, 1),
+        Waypoint(take, turn, 1, 6),
+        Waypoint(block + up, tilted(), 1, 0),
+        Waypoint(goal + up, tilted(), 1, 0),
+        Waypoint(put, turn, 1, 1),
+        Waypoint(put, turn, 0, 4),
+        Waypoint(goal + up, tilted(), 0, 0),
     ]
     detour = somewhere()
     if rng.random() < 0.5:
@@ -257,22 +263,22 @@ class Operator:
 
     def move(self):
         """One step on the way to the next waypoint; there, first move the gripper and wait."""
-        goal, turn, grip, steps_to_wait = self.path[0]
-        away = goal - self.position
+        goal = self.path[0]
+        away = goal.position - self.position
         distance = np.linalg.norm(away)
 
         # speed and turning speed go half of the way to what they should be
         velocity = away / max(distance, 0.06) * self.speed
-        spin = np.clip(4 * (turn - self.angles), -1.5, 1.5)
+        spin = np.clip(4 * (goal.angles - self.angles), -1.5, 1.5)
         self.velocity = self.velocity + 0.5 * (velocity - self.velocity)
         self.spin = self.spin + 0.5 * (spin - self.spin)
         self.position = self.position + self.velocity / RATE
         self.angles = self.angles + self.spin / RATE
 
-        if distance < 0.02 and np.abs(turn - self.angles).max() < 0.1:
-            self.grip = self.grip + np.clip(grip - self.grip, -0.34, 0.34)
+        if distance < 0.02 and np.abs(goal.angles - self.angles).max() < 0.1:
+            self.grip = self.grip + np.clip(goal.grip - self.grip, -0.34, 0.34)
             self.waited += 1
-            ready = self.waited > steps_to_wait and abs(self.grip - grip) < 0.01
+            ready = self.waited > goal.wait and abs(self.grip - goal.grip) < 0.01
             if ready and len(self.path) > 1:
                 self.path = self.path[1:]
                 self.waited = 0
@@ -382,10 +388,10 @@ def cameras(mujoco, rng, w):
     views = {}
     for name, place in w["views"].items():
         camera = mujoco.MjvCamera()
-        azimuth, elevation, distance = place + rng.normal(0, (1.5, 1, 0.02))
-        camera.azimuth = azimuth
-        camera.elevation = elevation
-        camera.distance = distance
+        place = place + rng.normal(0, (1.5, 1, 0.02))
+        camera.azimuth = place[0]
+        camera.elevation = place[1]
+        camera.distance = place[2]
         camera.lookat[:] = np.array([0.4, 0, 0.2]) * w["size"] + rng.normal(0, 0.01, 3)
         views[name] = camera
     views["wrist"] = "wrist"
