@@ -69,13 +69,13 @@ def check(path, shape, sequence_length):
     """Read a file -> Checked. shape: (channels, height, width); sequence_length: steps of a window.
     Raises ValueError or OSError if something is wrong with it."""
     data = open_dataset(path)
-    C, H, W = shape
-    reason = wrong_shape(data.shape, C, H, W)
+    reason = wrong_shape(data.shape, *shape)
     if reason:
         raise ValueError(reason)
     if data.dtype.kind != "f":
         raise ValueError(f"dtype {data.dtype}, not a float")
     chunks = data.shape[0]
+    channels = data.shape[1]
     steps_per_chunk = data.shape[2]
     steps = chunks * steps_per_chunk
     if steps < sequence_length:
@@ -85,7 +85,7 @@ def check(path, shape, sequence_length):
         )
 
     # a few MiB at a time
-    chunk_bytes = C * steps_per_chunk * H * W * data.dtype.itemsize
+    chunk_bytes = int(np.prod(data.shape[1:])) * data.dtype.itemsize
     rows = max(2**22 // chunk_bytes, 1)
     moments = []
     digest = hashlib.sha256()
@@ -98,7 +98,7 @@ def check(path, shape, sequence_length):
             first_step = values[:1, :, :1].copy()
         moves = moves or bool((values != first_step).any())
         digest.update(values)
-        x = values.astype(np.float64).swapaxes(0, 1).reshape(C, -1)
+        x = values.astype(np.float64).swapaxes(0, 1).reshape(channels, -1)
         mean = x.mean(1)
         moments.append((x.shape[1], mean, np.square(x - mean[:, None]).sum(1)))
     if not moves:
@@ -185,9 +185,8 @@ def matching(names, patterns):
 def split_counts(n, ratios):
     """How many of n files each split gets: the ratios rounded, but at least one where the ratio is
     not zero and there are enough files."""
-    train, validation, test = ratios
-    validation = max(round(n * validation), 1) if validation else 0
-    test = max(round(n * test), 1) if test else 0
+    validation = max(round(n * ratios[1]), 1) if ratios[1] else 0
+    test = max(round(n * ratios[2]), 1) if ratios[2] else 0
 
     # training needs a file: take it from the larger one, from the test files if they are equal
     while n - validation - test < 1 and validation + test:
@@ -200,11 +199,12 @@ def split_counts(n, ratios):
 
 def split(names, ratios):
     """Shuffled names -> {"train", "validation", "test": sorted names}."""
-    train, validation, _ = split_counts(len(names), ratios)
+    counts = split_counts(len(names), ratios)
+    ends = np.cumsum(counts)
     return {
-        "train": sorted(names[:train]),
-        "validation": sorted(names[train : train + validation]),
-        "test": sorted(names[train + validation :]),
+        "train": sorted(names[: ends[0]]),
+        "validation": sorted(names[ends[0] : ends[1]]),
+        "test": sorted(names[ends[1] :]),
     }
 
 
