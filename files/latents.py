@@ -53,7 +53,7 @@ def find_files(folder):
                 names.append(name)
             elif ending.lower() in (".h5", ".hdf5", ".hdf"):
                 unused.append(f"{name}: files must be named KEY.h5")
-            elif ending in (".npz", ".npy"):
+            elif ending.lower() in (".npz", ".npy"):
                 key = name[: -len(SUFFIX)] if name.endswith(SUFFIX) else None
                 if key is None or not os.path.exists(os.path.join(folder, key + ".h5")):
                     unused.append(f"{name}: labels are KEY{SUFFIX} beside KEY.h5")
@@ -88,6 +88,11 @@ def open_dataset(path):
     except (RuntimeError, LookupError, TypeError) as e:  # h5py has no exception of its own
         raise OSError(f"{path} is damaged: {str(e) or type(e).__name__}") from e
     if not names:
+        links = [k for k in file if not isinstance(file.get(k, getlink=True), h5py.HardLink)]
+        if links:
+            raise ValueError(
+                f"no dataset, only links ({', '.join(links[:4])}), which are not followed"
+            )
         raise ValueError("no dataset")
     if len(names) > 1:
         raise ValueError(f"{len(names)} datasets ({', '.join(names[:4])})")
@@ -100,6 +105,12 @@ def check_stored(data, path, seen):
     that lead here."""
     if data.shape is None:
         raise ValueError(f"its dataset {data.name} is empty (null): it holds no values")
+    for name, neutral in (("scale_factor", 1), ("add_offset", 0)):
+        if name in data.attrs and not np.all(np.asarray(data.attrs[name]) == neutral):
+            raise ValueError(
+                f"its dataset {data.name} has a {name} of {data.attrs[name]}, which is not applied"
+                " here: write the latents themselves"
+            )
     if 0 in data.shape:
         return  # whoever asks for its shape finds that out
     if data.is_virtual:
@@ -245,6 +256,9 @@ def read_labels(path, steps):
     """{name: (steps - 1,) int64} from KEY.actions.npz beside KEY.h5; {} without one. Raises
     ValueError if that is damaged, of another length, or not whole numbers."""
     labels_path = os.path.splitext(path)[0] + SUFFIX
+    if os.path.islink(labels_path) and not os.path.exists(labels_path):
+        target = os.readlink(labels_path)
+        raise ValueError(f"{labels_path} is a link to {target}, which is not there")
     if not os.path.exists(labels_path):
         return {}
     damage = ValueError, EOFError, LookupError, TypeError, NotImplementedError, RuntimeError
@@ -305,12 +319,22 @@ def open_manifest(manifest_path, data_dir=None):
         raise ValueError(f"{foreign} ({e})") from e
     if not isinstance(manifest, dict) or not {"metadata", "splits"} <= manifest.keys():
         raise ValueError(foreign)
+    reason = wrong_manifest(manifest)
+    if reason:
+        raise ValueError(f"{foreign} ({reason})")
     folder = data_dir or os.path.dirname(os.path.abspath(manifest_path))
     splits = {}
+    split_of = {}  # every file
     for split, entries in manifest["splits"].items():
         splits[split] = []
         for entry in entries:
             path = os.path.join(folder, entry["path"])
+            other = split_of.setdefault(os.path.realpath(path), split)
+            if other != split:
+                raise ValueError(
+                    f"{path} is in {other} and in {split} of {manifest_path}: what is trained on"
+                    " cannot be judged on; run python -m prepare.manifest again"
+                )
             if not os.path.exists(path):
                 raise ValueError(
                     f"{path} of {manifest_path} is gone: name the folder of the latents with"
@@ -321,6 +345,31 @@ def open_manifest(manifest_path, data_dir=None):
             shape = tuple(entry["shape"])
             splits[split].append(LatentFile(path, shape[0] * shape[2], shape))
     return manifest["metadata"], splits
+
+
+def wrong_manifest(manifest):
+    """Why a dictionary with metadata and splits is no manifest by prepare.manifest, or ""."""
+    metadata = manifest["metadata"]
+    splits = manifest["splits"]
+    if not isinstance(metadata, dict) or not isinstance(splits, dict):
+        return "its metadata or its splits have no names"
+    for name in ("mean", "std", "channels", "size", "steps_per_chunk", "fingerprint"):
+        if name not in metadata:
+            return f"no {name} in its metadata"
+    mean = metadata["mean"]
+    std = metadata["std"]
+    finite = all(isinstance(x, (int, float)) and np.isfinite(x) for x in (mean, std))
+    if not finite or std <= 0:
+        return f"mean {mean!r} and std {std!r} standardise nothing"
+    if set(splits) != {"train", "validation", "test"}:
+        return f"its splits are {', '.join(splits) or 'none'}, not train, validation and test"
+    for entries in splits.values():
+        for entry in entries:
+            if not isinstance(entry, dict) or not {"path", "shape", "bytes"} <= entry.keys():
+                return f"an entry of its splits is {str(entry)[:80]}: no path, shape and bytes"
+            if len(entry["shape"]) != 5:
+                return f"{entry['path']} has shape {entry['shape']}, not five numbers"
+    return ""
 
 
 def write_latents(folder, key, z, labels):

@@ -47,6 +47,7 @@ class Checked(NamedTuple):
     moments: tuple  # (n, mean, M2) by channel
     digest: str  # hash of the values
     labels: tuple  # names of what its labels say
+    rounded_digest: str  # hash of the values in 16 bits: the same for a copy in another dtype
 
 
 def wrong_shape(shape, C, H, W):
@@ -89,6 +90,7 @@ def check(path, shape, sequence_length):
     rows = max(2**22 // chunk_bytes, 1)
     moments = []
     digest = hashlib.sha256()
+    rounded_digest = hashlib.sha256()
     first_step = None
     moves = False
     for first in range(0, chunks, rows):
@@ -98,6 +100,8 @@ def check(path, shape, sequence_length):
             first_step = values[:1, :, :1].copy()
         moves = moves or bool((values != first_step).any())
         digest.update(values)
+        with np.errstate(over="ignore"):
+            rounded_digest.update(np.ascontiguousarray(values, dtype="<f2"))
         x = values.astype(np.float64).swapaxes(0, 1).reshape(channels, -1)
         mean = x.mean(1)
         moments.append((x.shape[1], mean, np.square(x - mean[:, None]).sum(1)))
@@ -106,7 +110,13 @@ def check(path, shape, sequence_length):
 
     labels = tuple(read_labels(path, steps))
     entry = {"shape": list(data.shape), "dtype": str(data.dtype), "bytes": os.path.getsize(path)}
-    return Checked(entry, functools.reduce(merge_moments, moments), digest.hexdigest(), labels)
+    return Checked(
+        entry,
+        functools.reduce(merge_moments, moments),
+        digest.hexdigest(),
+        labels,
+        rounded_digest.hexdigest(),
+    )
 
 
 def check_values(values, first):
@@ -126,15 +136,46 @@ def check_values(values, first):
 
 
 def leave_out_copies(good, skipped):
-    """Keep the first of several files with the same values: otherwise a copy could be held out
-    while another is trained on. Moves names from good {name: Checked} to skipped {name: reason}."""
+    """Keep the first of several files with the same values in 16 bits: otherwise a copy could be
+    held out while another is trained on. Moves names from good {name: Checked} to skipped {name:
+    reason}."""
     first = {}
     for name in sorted(good):
-        values = tuple(good[name].entry["shape"]), good[name].digest
+        values = tuple(good[name].entry["shape"]), good[name].rounded_digest
         same = first.setdefault(values, name)
         if same != name:
             skipped[name] = f"the same latents as {same}"
             del good[name]
+
+
+def leave_out_other_scales(good, skipped):
+    """Leave out files whose values are of another order than those of most: one of them would
+    decide the mean and std that the training latents are standardised by. Moves names from good to
+    skipped; returns warnings about files that are only somewhat off."""
+    stds = {}
+    for name, file in good.items():
+        n = file.moments[0]
+        m2 = file.moments[2]
+        stds[name] = float(np.sqrt(m2.mean() / n))
+    usual = sorted(stds.values())[(len(stds) - 1) // 2]
+    somewhat_off = []
+    for name, std in sorted(stds.items()):
+        mean = float(np.abs(good[name].moments[1]).max())
+        if not usual / 100 < std < usual * 100 or mean > usual * 1000:
+            skipped[name] = (
+                f"its values have std {std:.3g} and channel means up to {mean:.3g}, the median std"
+                f" of all files is {usual:.3g}: another VAE, other units, or damage"
+            )
+            del good[name]
+        elif not usual / 3 < std < usual * 3:
+            somewhat_off.append(name)
+    if not somewhat_off:
+        return []
+    example = somewhat_off[0]
+    return [
+        f"WARNING: {len(somewhat_off)} files have a std more than three times off the median"
+        f" {usual:.3g} (another VAE or scaling_factor?): {example} has {stds[example]:.3g}"
+    ]
 
 
 def leave_out_other_rates(good, skipped):
@@ -281,13 +322,18 @@ if __name__ == "__main__":
     if not good and len(set(skipped.values())) == 1:
         raise ValueError(f"{none}, all for one reason: {skipped[every[0]]}")
     steps_per_chunk = None
+    warnings = []
     if good:
         leave_out_copies(good, skipped)
+        warnings = leave_out_other_scales(good, skipped)
+    if good:
         steps_per_chunk = leave_out_other_rates(good, skipped)
     for name, reason in sorted(skipped.items()):
         print(f"left out: {name}: {reason}")
     if not good:
         raise ValueError(f"{none}; the first, {min(skipped)}: {skipped[min(skipped)]}")
+    for warning in warnings:
+        print(warning)
     for note in truth_table({name: file.labels for name, file in good.items()}):
         print(note)
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
 from files.shards import Slice, archive_members, files_below
-from files.streams import is_apple_double
+from files.streams import is_apple_double, member_kind
 from files.video import mp4_times, read_frames, video_rate
 from files.vpt import ClipReader, name_warnings, parse_ticks
 
@@ -170,6 +170,21 @@ def key_of(stem):
     return safe if safe == stem else f"{safe}-{zlib.crc32(stem.encode()):08x}"
 
 
+def path_of(folder, stem, kind):
+    """The file STEM.mp4 of a recording below folder, or STEM.MP4 and the like."""
+    exact = os.path.join(folder, f"{stem}.{kind}")
+    capitals = os.path.join(folder, f"{stem}.{kind.upper()}")
+    for path in (exact, capitals):
+        if os.path.lexists(path):
+            return path
+    parent, name = os.path.split(exact)
+    name = os.path.splitext(name)[0]
+    for other in sorted(os.listdir(parent)):
+        if member_kind(other) == (name, kind):
+            return os.path.join(parent, other)
+    return exact
+
+
 class Check(NamedTuple):
     """What a look at a recording showed."""
 
@@ -185,11 +200,11 @@ def check(folder, stem, extensions):
         if extension not in extensions:
             return Check(f"no .{extension} beside it")
     try:
-        with open(os.path.join(folder, stem + ".jsonl"), "rb") as f:
+        with open(path_of(folder, stem, "jsonl"), "rb") as f:
             ticks = parse_ticks(f.read())
         if ticks.flaw:
             return Check(f"jsonl: {ticks.flaw}")
-        video = os.path.join(folder, stem + ".mp4")
+        video = path_of(folder, stem, "mp4")
         with Slice(video, 0, os.path.getsize(video)) as f:
             times = mp4_times(f)
             if not len(times):
@@ -242,7 +257,8 @@ def find_recordings(folder, packed):
 
     def preference(stem):
         has_lines = "jsonl" in recordings[stem]
-        return key_of(stem) not in packed, not has_lines, os.path.islink(f"{folder}/{stem}.mp4")
+        is_link = os.path.islink(path_of(folder, stem, "mp4"))
+        return key_of(stem) not in packed, not has_lines, is_link
 
     for stems in videos.values():
         stems.sort(key=preference)
@@ -254,19 +270,24 @@ def find_recordings(folder, packed):
 
 def add_file(path, folder, recordings, skipped, videos):
     """Add one file to the dicts and the list of find_recordings."""
-    stem, extension = os.path.splitext(os.path.relpath(path, folder))
-    if extension not in (".mp4", ".jsonl"):
+    name = os.path.relpath(path, folder)
+    stem, kind = member_kind(name)
+    if kind not in ("mp4", "jsonl"):
         return
     if not os.path.exists(path):
-        skipped.append({"file": stem + extension, "reason": "a link to nothing"})
+        skipped.append({"file": name, "reason": "a link to nothing"})
         return
     if os.path.basename(path).startswith("._"):
         with open(path, "rb") as f:
             if is_apple_double(path, f.read(4)):
                 return
+    if os.path.basename(path) != os.path.basename(path_of(folder, stem, kind)):
+        reason = f"{stem}.{kind} is there too, in other capitals"
+        skipped.append({"file": name, "reason": reason})
+        return
     about = os.stat(path)
-    recordings[stem][extension[1:]] = about.st_size
-    if extension == ".mp4" and about.st_ino:
+    recordings[stem][kind] = about.st_size
+    if kind == "mp4" and about.st_ino:
         identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
         videos.setdefault(identity, []).append(stem)
 
@@ -297,7 +318,7 @@ def write_shard(path, folder, stems, bar):
         with tarfile.open(fileobj=f, mode="w") as tar:
             for stem in stems:
                 for extension in ("mp4", "jsonl"):
-                    source = os.path.join(folder, f"{stem}.{extension}")
+                    source = path_of(folder, stem, extension)
                     member = tarfile.TarInfo(f"{key_of(stem)}.{extension}")
                     member.size = os.path.getsize(source)
                     with open(source, "rb") as data:
@@ -336,7 +357,8 @@ def pack(folder, out, shard_size, jobs):
                 unknown.update(checked.unknown)
                 sizes = recordings[stem]
                 if checked.reason:
-                    file = stem + (".mp4" if "mp4" in sizes else ".jsonl")
+                    kind = "mp4" if "mp4" in sizes else "jsonl"
+                    file = os.path.relpath(path_of(folder, stem, kind), folder)
                     skipped.append({"file": file, "reason": checked.reason})
                     bar.update(sum(sizes.values()))
                     continue

@@ -446,7 +446,8 @@ def test_extensions_in_capitals_are_packed(pair, tmp_path):
     """Bug: NAME.MP4, as cameras write it, is left out without a word, or written as another file
     when both spellings are there."""
     mp4, jsonl = pair["mp4"], pair["jsonl"]
-    folder, out = tmp_path / "in", tmp_path / "out"
+    folder = tmp_path / "in"
+    out = tmp_path / "out"
     folder.mkdir()
     names = {"a.MP4": mp4, "a.JSONL": jsonl, "b.Mp4": mp4, "b.jsonl": jsonl}
     names |= {"c.mp4": mp4, "c.MP4": b"other", "c.jsonl": jsonl, "d.MP4": mp4}
