@@ -8,7 +8,8 @@ trains from.
 Reads every value of DIR and its folders once. Each file must contain one dataset (chunks, 16, T,
 64, 64) of finite numbers, T 1 or 2, and enough steps for a window; --size 16 or --size 60 104 is
 for latents of another size. What does not fit is left out and listed. So are files whose steps are
-constant or all the same, parts that were never written, and a second copy of the same latents.
+constant or all the same, parts that were never written, a second copy of the same latents, and
+files whose values are of another scale than most.
 
 Writes DIR/manifest.json: {"metadata": ratios, seed, counts, mean and std of the training latents
 (of all values, and by channel), fingerprint, skipped files with the reason, "splits": {"train",

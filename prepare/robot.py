@@ -224,7 +224,7 @@ if __name__ == "__main__":
         files = args.episodes
         names = [f"episode-{i:05d}.npz" for i in range(files)]
 
-    # a file appears by renaming, so that one which is there is complete
+    # files appear by renaming: one that exists is complete
     todo = {}
     for name, episodes in zip(names, np.array_split(range(args.episodes), files)):
         path = os.path.join(args.out, name)
