@@ -274,7 +274,7 @@ def test_folder_of_another_demo_is_refused(play, tmp_path):
     assert done.returncode != 0 and "'seed': 3" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "thesis.txt").write_text("mine")
     done = demo(tmp_path, *PLAY)
-    assert done.returncode != 0 and "holds something else" in done.stderr
+    assert done.returncode != 0 and "contains something else" in done.stderr
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
