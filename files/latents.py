@@ -1,9 +1,9 @@
 """Video-VAE latents in HDF5 files as windows of steps: what train_lam.py and eval_lam.py read.
 
-KEY.h5 holds one dataset (chunks, C, T, H, W), any name, HDF5 chunking or compression, float16 or
-float32; chunk n holds the latent steps n*T to n*T + T-1 (T = 2: 8 frames, merged 4 in time). Beside
-it may lie KEY.actions.npz, what truly happened: integer arrays of length chunks*T - 1, entry t
-between steps t and t+1, one or more labels by name; training never sees them. `python -m
+KEY.h5 contains one dataset (chunks, C, T, H, W), any name, HDF5 chunking or compression, float16 or
+float32. Chunk n holds the latent steps n*T to n*T + T-1 (T = 2: 8 frames, merged 4 in time). Beside
+it may lie KEY.actions.npz, which says what truly happened: integer arrays of length chunks*T - 1,
+one or more labels by name, entry t between steps t and t+1. Training never sees them. `python -m
 prepare.manifest` checks and splits a folder."""
 
 import errno
@@ -25,16 +25,16 @@ from files.shards import Slice, read_ticks
 from files.video import mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, step_actions
 
-VAE_FRAMES = 4  # that a video VAE merges in time
-NO_LABEL = -(2**63)  # in the place of a label: this file does not say what happened
+VAE_FRAMES = 4  # frames that a video VAE merges in time
+NO_LABEL = -(2**63)  # in place of a label, if a file does not say what happened
 SUFFIX = ".actions.npz"
 DISK_ERRORS = errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENOMEM
 
 
 def find_files(folder):
-    """(names of the *.h5 files in a folder and its folders, names of what looks like H5 files or
-    labels and is not used), relative to it. Hidden files are left alone; a folder that a link leads
-    back to is entered once."""
+    """(names of the *.h5 files below a folder, notes on files that look like H5 files or labels and
+    are not used). Names are relative to the folder. Hidden files are ignored; a folder that a link
+    leads back to is entered once."""
     names, unused = [], []
     entered = set()
     for where, folders, files in os.walk(folder, followlinks=True):
@@ -67,9 +67,11 @@ class LatentFile(NamedTuple):
 
 
 def open_dataset(path):
-    """The one dataset of an H5 file. Raises ValueError if there is none or more than one, or if
-    parts of it were never written or are in other files that are gone (HDF5 reads zeros there);
-    OSError if it is no H5 file, is damaged, or needs a filter that is not installed."""
+    """The one dataset of an H5 file.
+
+    Raises ValueError if there is none or more than one, or if parts of it were never written or are
+    in other files that are gone (HDF5 reads zeros there). Raises OSError if it is no H5 file, is
+    damaged, or needs a filter that is not installed."""
     names = []
 
     def visit(name, item):
@@ -87,17 +89,20 @@ def open_dataset(path):
         raise OSError(f"{path} is damaged: {str(e) or type(e).__name__}") from e
     if not names:
         links = [k for k in file if not isinstance(file.get(k, getlink=True), h5py.HardLink)]
-        only = f", only links ({', '.join(links[:4])}), which are not followed" if links else ""
-        raise ValueError(f"no dataset{only}")
+        if links:
+            raise ValueError(
+                f"no dataset, only links ({', '.join(links[:4])}), which are not followed"
+            )
+        raise ValueError("no dataset")
     if len(names) > 1:
         raise ValueError(f"{len(names)} datasets ({', '.join(names[:4])})")
     return file[names[0]]
 
 
 def check_stored(data, path, seen):
-    """Whether all values of a dataset are there. HDF5 reads what was never written, and what lies
-    in another file that is gone, as zeros, without an error. seen: real paths of the files that
-    lead here."""
+    """Raises ValueError if values of a dataset are missing. HDF5 reads as zeros, without an error,
+    what was never written and what lies in another file that is gone. seen: real paths of the files
+    that lead here."""
     if data.shape is None:
         raise ValueError(f"its dataset {data.name} is empty (null): it holds no values")
     for name, neutral in (("scale_factor", 1), ("add_offset", 0)):
@@ -107,21 +112,22 @@ def check_stored(data, path, seen):
                 " here: write the latents themselves"
             )
     if 0 in data.shape:
-        return  # the shape is looked at elsewhere
+        return  # whoever asks for its shape finds that out
     if data.is_virtual:
         return check_sources(data, path, seen)
     check_filters(data, path)
     for name, offset, size in data.external or ():
-        part = os.path.join(os.path.dirname(path), name)
-        if not os.path.exists(part) and not os.path.exists(name):
+        beside = os.path.join(os.path.dirname(path), name)
+        place = beside if os.path.exists(beside) else name
+        if not os.path.exists(place):
             raise ValueError(f"its values lie in another file, {name}, which is not there")
-        held = os.path.getsize(part if os.path.exists(part) else name)
-        if size < h5py.h5f.UNLIMITED and held < offset + size:
+        if size < h5py.h5f.UNLIMITED and os.path.getsize(place) < offset + size:
             raise ValueError(f"its values lie in another file, {name}, which is cut short")
     if data.chunks is None:
         if not data.external and data.id.get_storage_size() == 0:
             raise ValueError("its values were never written: they would read as zeros")
         return
+
     total = 1
     for length, part in zip(data.shape, data.chunks):
         total *= -(-length // part)
@@ -134,51 +140,60 @@ def check_stored(data, path, seen):
 
 
 def check_sources(data, path, seen):
-    """check_stored of a virtual dataset: each file that its values come from."""
+    """check_stored of a virtual dataset: of each file that its values come from."""
     covered = 0
     for source in data.virtual_sources():
         covered += source.vspace.get_select_npoints()
-        if source.file_name == ".":
-            place = path
-        else:
-            places = [os.path.join(os.path.dirname(path), source.file_name), source.file_name]
-            place = next((p for p in places if os.path.exists(p)), None)
-        if place is None:
-            raise ValueError(f"a virtual dataset whose source {source.file_name} is not there")
-        where = f"a virtual dataset whose source {place}"
+        place = source_file(source, path)
         try:
-            with h5py.File(place, "r") as file:
-                there = file.get(source.dset_name)
-                if not isinstance(there, h5py.Dataset):
-                    raise ValueError(f"has no dataset {source.dset_name}")
-                if there.dtype.kind != data.dtype.kind:
-                    raise ValueError(f"holds {there.dtype}, not {data.dtype}")
-                key = os.path.realpath(place) + ":" + there.name
-                if key in seen:
-                    raise ValueError("is the dataset itself")
-                check_stored(there, place, seen | {key})
-                if not holds_selection(there, source):
-                    raise ValueError(f"has shape {list(there.shape)}, which is less than it needs")
+            check_source(source, place, data.dtype, seen)
         except (ValueError, OSError) as e:
-            raise ValueError(f"{where} {str(e).splitlines()[0]}") from e
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"a virtual dataset whose source {place} {reason}") from e
     if covered < data.size:
         raise ValueError(
-            f"a virtual dataset of which {data.size - covered} of {data.size} values come from"
-            " nowhere: they would read as zeros"
+            f"a virtual dataset: {data.size - covered} of its {data.size} values come from nowhere"
+            " and would read as zeros"
         )
 
 
-def holds_selection(there, source):
-    """Whether a dataset is as large as what a virtual dataset takes from it."""
+def source_file(source, path):
+    """The file that a source of a virtual dataset of `path` lies in."""
+    if source.file_name == ".":
+        return path
+    for place in (os.path.join(os.path.dirname(path), source.file_name), source.file_name):
+        if os.path.exists(place):
+            return place
+    raise ValueError(f"a virtual dataset whose source {source.file_name} is not there")
+
+
+def check_source(source, place, dtype, seen):
+    """Raises ValueError or OSError if a source of a virtual dataset cannot give its values."""
+    with h5py.File(place, "r") as file:
+        data = file.get(source.dset_name)
+        if not isinstance(data, h5py.Dataset):
+            raise ValueError(f"has no dataset {source.dset_name}")
+        if data.dtype.kind != dtype.kind:
+            raise ValueError(f"holds {data.dtype}, not {dtype}")
+        key = os.path.realpath(place) + ":" + data.name
+        if key in seen:
+            raise ValueError("is the dataset itself")
+        check_stored(data, place, seen | {key})
+        if not holds_selection(data, source):
+            raise ValueError(f"has shape {list(data.shape)}, which is less than it needs")
+
+
+def holds_selection(data, source):
+    """Whether a dataset is as large as the part that a virtual dataset takes from it."""
     if source.src_space.shape == ():  # all of it, whatever that is
-        return there.size >= source.vspace.get_select_npoints()
+        return data.size >= source.vspace.get_select_npoints()
     last = source.src_space.get_select_bounds()[1]
-    return len(last) == there.ndim and all(at < n for at, n in zip(last, there.shape))
+    return len(last) == data.ndim and all(i < n for i, n in zip(last, data.shape))
 
 
 def check_filters(data, path):
-    """Whether the filters (gzip, blosc, zstd ...) that stored the values are there. Those that HDF5
-    does not bring along are in hdf5plugin, which registers them when it is imported."""
+    """Raises OSError if a filter (gzip, blosc, zstd ...) that stored the values is missing. Those
+    that HDF5 does not include are in hdf5plugin, which registers them when it is imported."""
     settings = data.id.get_create_plist()
     for i in range(settings.get_nfilters()):
         number, _, _, title = settings.get_filter(i)
@@ -188,9 +203,9 @@ def check_filters(data, path):
             importlib.import_module("hdf5plugin")
         if h5py.h5z.filter_avail(number) or not data.id.get_num_chunks():
             continue
-        if (
-            not data.id.get_chunk_info(0).filter_mask >> i & 1
-        ):  # else a writer without it left it out
+        # a writer that lacks a filter may leave it out, and sets this bit
+        was_left_out = data.id.get_chunk_info(0).filter_mask >> i & 1
+        if not was_left_out:
             name = title.decode(errors="replace").strip() or "no name"
             raise OSError(
                 f"{path} is compressed with filter {number} ({name}), which this HDF5 lacks: pip"
@@ -199,7 +214,7 @@ def check_filters(data, path):
 
 
 def of_the_disk(error):
-    """Whether an error says something of the disk or the system, and nothing of the file."""
+    """Whether an error is the disk's or the system's, and says nothing about the file."""
     return isinstance(error, OSError) and error.errno in DISK_ERRORS
 
 
@@ -218,8 +233,8 @@ def _open(path, process):
 
 
 def read_steps(path, first, stop):
-    """Steps first..stop-1 of a file: (stop - first, C, H, W) float32; reads the chunks they lie in
-    and no others."""
+    """Steps first..stop-1 of a file: (stop - first, C, H, W) float32. Reads only the chunks that
+    contain them."""
     try:
         data = _open(path, os.getpid())
         T = data.shape[2]
@@ -228,67 +243,68 @@ def read_steps(path, first, stop):
     except (ValueError, OSError) as e:
         where = f"{path}, steps {first} to {stop - 1}"
         if of_the_disk(e):
-            raise OSError(f"{where}: {e}: mend the disk, then go on with --resume") from e
+            raise OSError(f"{where}: {e}: fix the disk, then continue with --resume") from e
         raise ValueError(
             f"{where}, cannot be read ({str(e).splitlines()[0]}): run prepare.manifest again, which"
             " leaves it out"
         ) from e
-    return np.ascontiguousarray(x[first % T : first % T + stop - first], dtype=np.float32)
+    start = first % T
+    return np.ascontiguousarray(x[start : start + stop - first], dtype=np.float32)
 
 
 def read_labels(path, steps):
     """{name: (steps - 1,) int64} from KEY.actions.npz beside KEY.h5; {} without one. Raises
-    ValueError for a damaged file, another length, and what are no whole numbers."""
-    truth = os.path.splitext(path)[0] + SUFFIX
-    if not os.path.exists(truth):
-        if os.path.islink(truth):
-            raise ValueError(f"{truth} is a link to {os.readlink(truth)}, which is not there")
+    ValueError if that is damaged, of another length, or not whole numbers."""
+    labels_path = os.path.splitext(path)[0] + SUFFIX
+    if os.path.islink(labels_path) and not os.path.exists(labels_path):
+        target = os.readlink(labels_path)
+        raise ValueError(f"{labels_path} is a link to {target}, which is not there")
+    if not os.path.exists(labels_path):
         return {}
     damage = ValueError, EOFError, LookupError, TypeError, NotImplementedError, RuntimeError
     try:
-        with np.load(truth, allow_pickle=False) as arrays:
+        with np.load(labels_path, allow_pickle=False) as arrays:
             labels = {k: arrays[k] for k in sorted(arrays.files)}
     except AttributeError as e:  # np.load gives the array of a .npy file, which has no names
-        raise ValueError(f"{truth} is no npz file: write it with numpy.savez") from e
+        raise ValueError(f"{labels_path} is no npz file: write it with numpy.savez") from e
     except (*damage, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(
-            f"{truth} is damaged or no npz file of numbers ({str(e) or type(e).__name__}): write it"
-            " again, or remove it"
+            f"{labels_path} is damaged or no npz file of numbers ({str(e) or type(e).__name__}):"
+            " write it again, or remove it"
         ) from e
     for name, values in labels.items():
+        what = f"{labels_path}: {name}"
         if not isinstance(values, np.ndarray):
-            raise ValueError(f"{truth}: {name} is no array: write it again with numpy.savez")
+            raise ValueError(f"{what} is no array: write it again with numpy.savez")
         if values.shape != (steps - 1,):
-            raise ValueError(
-                f"{truth}: {name} has shape {values.shape}, {steps} steps need ({steps - 1},)"
-            )
-        labels[name] = whole_numbers(values, f"{truth}: {name}")
+            raise ValueError(f"{what} has shape {values.shape}, {steps} steps need ({steps - 1},)")
+        labels[name] = whole_numbers(values, what)
     return labels
 
 
 def whole_numbers(values, what):
-    """Labels as int64. ValueError for all that is no class: to cut 0.9 radians to 0 would make one
-    class of all."""
+    """Labels as int64. Raises ValueError for values that are no classes: cutting 0.9 radians to 0
+    would make all of them one class."""
     remedy = "labels are whole numbers, a class each: bin what is continuous"
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{what} holds {values.dtype}: {remedy}")
     if values.dtype.kind == "f":
         numbers = values.astype(np.float64)
-        good = (np.floor(numbers) == numbers) & (np.abs(numbers) <= 2**53)  # not nan either
+        good = (np.floor(numbers) == numbers) & (np.abs(numbers) <= 2**53)  # false for NaN
     elif values.dtype.kind == "b":
         good = np.ones(len(values), bool)
     else:
         good = (values <= 2**63 - 1) & (values > NO_LABEL)
     if not good.all():
-        at = int(np.argmin(good))
-        raise ValueError(f"{what} is {values[at]:.10g} at entry {at}: {remedy}")
+        entry = int(np.argmin(good))
+        raise ValueError(f"{what} is {values[entry]:.10g} at entry {entry}: {remedy}")
     return values.astype(np.int64)
 
 
 def open_manifest(manifest_path, data_dir=None):
-    """(metadata, {"train", "validation", "test": [LatentFile]}) of prepare.manifest; paths are
-    relative to data_dir, by default the manifest's folder. Raises FileNotFoundError or ValueError
-    for files that are gone or no longer as they were."""
+    """(metadata, {"train", "validation", "test": [LatentFile]}) of a manifest by prepare.manifest.
+    Its paths are relative to data_dir, by default the manifest's folder. Raises FileNotFoundError
+    or ValueError if files are gone or have changed."""
     if not os.path.exists(manifest_path):
         raise FileNotFoundError(
             f"no {manifest_path}; make it with: python -m prepare.manifest {data_dir or 'DIR'}"
@@ -303,15 +319,17 @@ def open_manifest(manifest_path, data_dir=None):
         raise ValueError(f"{foreign} ({e})") from e
     if not isinstance(manifest, dict) or not {"metadata", "splits"} <= manifest.keys():
         raise ValueError(foreign)
-    if reason := wrong_manifest(manifest):
+    reason = wrong_manifest(manifest)
+    if reason:
         raise ValueError(f"{foreign} ({reason})")
     folder = data_dir or os.path.dirname(os.path.abspath(manifest_path))
-    splits, listed = {}, {}
+    splits = {}
+    split_of = {}  # every file
     for split, entries in manifest["splits"].items():
         splits[split] = []
-        for e in entries:
-            path = os.path.join(folder, e["path"])
-            other = listed.setdefault(os.path.realpath(path), split)
+        for entry in entries:
+            path = os.path.join(folder, entry["path"])
+            other = split_of.setdefault(os.path.realpath(path), split)
             if other != split:
                 raise ValueError(
                     f"{path} is in {other} and in {split} of {manifest_path}: what is trained on"
@@ -322,57 +340,64 @@ def open_manifest(manifest_path, data_dir=None):
                     f"{path} of {manifest_path} is gone: name the folder of the latents with"
                     " --data_dir, or run python -m prepare.manifest again"
                 )
-            if os.path.getsize(path) != e["bytes"]:
+            if os.path.getsize(path) != entry["bytes"]:
                 raise ValueError(f"{path} is not as it was: run python -m prepare.manifest again")
-            splits[split].append(LatentFile(path, e["shape"][0] * e["shape"][2], tuple(e["shape"])))
+            shape = tuple(entry["shape"])
+            splits[split].append(LatentFile(path, shape[0] * shape[2], shape))
     return manifest["metadata"], splits
 
 
-def write_latents(folder, key, z, labels):
-    """Steps (S, C, H, W), an even number of them used, as KEY.h5 of chunks of two; labels {name: (S
-    - 1,)} as KEY.actions.npz."""
-    S = len(z) // 2 * 2
-    chunks = z[:S].reshape(-1, 2, *z.shape[1:]).swapaxes(1, 2).astype(np.float16)
-
-    def write(f):
-        with h5py.File(f, "w") as file:
-            file.create_dataset("latents", data=chunks, chunks=(1, *chunks.shape[1:]))
-
-    if os.path.isabs(key) or ".." in key.split("/"):
-        raise ValueError(f"the name {key} leads out of {folder}: rename that recording")
-    write_atomically(
-        os.path.join(folder, key + SUFFIX),
-        lambda f: np.savez(f, **{k: v[: S - 1] for k, v in labels.items()}),
-    )
-    write_atomically(os.path.join(folder, f"{key}.h5"), write)
-
-
 def wrong_manifest(manifest):
-    """Why a dictionary with metadata and splits is not one of prepare.manifest, or ''."""
-    metadata, splits = manifest["metadata"], manifest["splits"]
+    """Why a dictionary with metadata and splits is no manifest by prepare.manifest, or ""."""
+    metadata = manifest["metadata"]
+    splits = manifest["splits"]
     if not isinstance(metadata, dict) or not isinstance(splits, dict):
         return "its metadata or its splits have no names"
-    names = ("mean", "std", "channels", "size", "steps_per_chunk", "fingerprint")
-    if missing := [k for k in names if k not in metadata]:
-        return f"no {missing[0]} in its metadata"
-    numbers = [metadata["mean"], metadata["std"]]
-    if not all(isinstance(x, (int, float)) and np.isfinite(x) for x in numbers) or numbers[1] <= 0:
-        return f"mean {numbers[0]!r} and std {numbers[1]!r} standardise nothing"
-    if {*splits} != {"train", "validation", "test"}:
+    for name in ("mean", "std", "channels", "size", "steps_per_chunk", "fingerprint"):
+        if name not in metadata:
+            return f"no {name} in its metadata"
+    mean = metadata["mean"]
+    std = metadata["std"]
+    finite = all(isinstance(x, (int, float)) and np.isfinite(x) for x in (mean, std))
+    if not finite or std <= 0:
+        return f"mean {mean!r} and std {std!r} standardise nothing"
+    if set(splits) != {"train", "validation", "test"}:
         return f"its splits are {', '.join(splits) or 'none'}, not train, validation and test"
     for entries in splits.values():
-        for e in entries:
-            if not isinstance(e, dict) or not {"path", "shape", "bytes"} <= e.keys():
-                return f"an entry of its splits is {str(e)[:80]}: no path, shape and bytes"
-            if len(e["shape"]) != 5:
-                return f"{e['path']} has shape {e['shape']}, not five numbers"
+        for entry in entries:
+            if not isinstance(entry, dict) or not {"path", "shape", "bytes"} <= entry.keys():
+                return f"an entry of its splits is {str(entry)[:80]}: no path, shape and bytes"
+            if len(entry["shape"]) != 5:
+                return f"{entry['path']} has shape {entry['shape']}, not five numbers"
     return ""
 
 
+def write_latents(folder, key, z, labels):
+    """Write steps (S, C, H, W) as KEY.h5 of chunks of two, without the last one if S is odd, and
+    labels {name: (S - 1,)} as KEY.actions.npz."""
+    S = len(z) // 2 * 2
+    chunks = z[:S].reshape(-1, 2, *z.shape[1:]).swapaxes(1, 2).astype(np.float16)
+    labels = {name: values[: S - 1] for name, values in labels.items()}
+
+    def write_h5(f):
+        with h5py.File(f, "w") as file:
+            file.create_dataset("latents", data=chunks, chunks=(1, *chunks.shape[1:]))
+
+    def write_npz(f):
+        np.savez(f, **labels)
+
+    # the labels first: a recording whose KEY.h5 exists is complete
+    if os.path.isabs(key) or ".." in key.split("/"):
+        raise ValueError(f"the name {key} leads out of {folder}: rename that recording")
+    write_atomically(os.path.join(folder, key + SUFFIX), write_npz)
+    write_atomically(os.path.join(folder, f"{key}.h5"), write_h5)
+
+
 def pack_codes(indices, K):
-    """Indices (..., slots) below K -> one number (...) below K^slots, the first slot the most
-    significant."""
-    return sum(indices[..., i] * K ** (indices.shape[-1] - 1 - i) for i in range(indices.shape[-1]))
+    """Indices (..., slots) below K -> one number (...) below K^slots. The first slot is the most
+    significant digit."""
+    slots = indices.shape[-1]
+    return sum(indices[..., i] * K ** (slots - 1 - i) for i in range(slots))
 
 
 def unpack_codes(ids, K, slots):
@@ -384,41 +409,50 @@ def unpack_codes(ids, K, slots):
 
 
 def latent_frames(record, fps, crop_size, part=64):
-    """A recording for a video VAE: (frames, labels), frames a generator of uint8 (n, 4, 3, crop,
-    crop), n latent steps. Labels say what happened between the steps, after the last frame of one
-    up to that of the next: yaw -1 (left), 0 (under 3 degrees), 1 (right), and whether forward was
-    held. Raises like read_frames, and ValueError where lines and frames do not belong together."""
+    """A recording for a video VAE: (frames, labels). frames is a generator of uint8 (n, 4, 3, crop,
+    crop), n <= part latent steps. Labels say what happened between the steps, from the last frame
+    of one to that of the next: yaw -1 (left), 0 (under 3 degrees), 1 (right), and whether forward
+    was pressed. Raises what read_frames raises, and ValueError if lines and frames do not belong
+    together."""
     with Slice(record.shard, *record.members["mp4"]) as f:
-        times, ticks = mp4_times(f), read_ticks(record)
+        times = mp4_times(f)
+        ticks = read_ticks(record)
         frame_rate = video_rate(f, times)
     reader = ClipReader(frames_per_clip=2, fps=ticks.rate, frames_per_step=1)
     reader.starts(ticks, len(times), frame_rate)
     ratio = reader.frames_per_line(ticks, len(times), frame_rate)
+
+    # the ticks that are shown (steps, 4): whole latent steps only
     lines = min(len(ticks.motion), len(times) // ratio)
-    shown = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
-    shown = (
-        np.floor(shown[: len(shown) // VAE_FRAMES * VAE_FRAMES]).astype(int).reshape(-1, VAE_FRAMES)
-    )
-    if len(shown) < 2:
+    sampled = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
+    sampled = sampled[: len(sampled) // VAE_FRAMES * VAE_FRAMES]
+    steps = np.floor(sampled).astype(int).reshape(-1, VAE_FRAMES)
+    if len(steps) < 2:
         raise ValueError(f"{lines} usable lines are less than two latent steps")
-    actions, _ = step_actions(ticks, shown[:, -1], 36)
-    yaw, forward = (actions[:, ACTION_SPACES[36].index(k)] for k in ("yaw_diff", "key.w"))
 
-    def frames():
-        with Slice(record.shard, *record.members["mp4"]) as f:
-            for rows in (shown[i : i + part] for i in range(0, len(shown), part)):
-                x = read_frames(f, times, rows.ravel() * ratio, crop_size)
-                top, left = (x.shape[1] - crop_size) // 2, (x.shape[2] - crop_size) // 2
-                x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
-                yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
-
-    return frames(), {
+    actions, _ = step_actions(ticks, steps[:, -1], 36)
+    yaw = actions[:, ACTION_SPACES[36].index("yaw_diff")]
+    forward = actions[:, ACTION_SPACES[36].index("key.w")]
+    labels = {
         "yaw": (np.sign(yaw) * (np.abs(yaw) > np.radians(3))).astype(int),
         "forward": forward.astype(int),
     }
 
+    def frames():
+        with Slice(record.shard, *record.members["mp4"]) as f:
+            for i in range(0, len(steps), part):
+                x = read_frames(f, times, steps[i : i + part].ravel() * ratio, crop_size)
+                top = (x.shape[1] - crop_size) // 2
+                left = (x.shape[2] - crop_size) // 2
+                x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
+                yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
+
+    return frames(), labels
+
 
 def open_vae(spec, dtype):
+    """The user's video VAE. spec: "diffusers:FOLDER". Raises ValueError if that is none that we
+    know."""
     kind, _, folder = spec.partition(":")
     if kind != "diffusers" or not os.path.exists(os.path.join(folder, "config.json")):
         raise ValueError(
@@ -435,38 +469,40 @@ def open_vae(spec, dtype):
         raise ValueError(
             f"--vae {spec} is a {name}: AutoencoderKLWan and AutoencoderKLCogVideoX are known"
         )
-    return (
-        getattr(diffusers, name)
-        .from_pretrained(folder, local_files_only=True, torch_dtype=dtype)
-        .eval()
-    )
+    vae_class = getattr(diffusers, name)
+    return vae_class.from_pretrained(folder, local_files_only=True, torch_dtype=dtype).eval()
+
+
+def repeat_first(x, vae):
+    """(B, C, T, H, W) with the first step repeated, for Wan: it treats the first frame, or latent,
+    on its own, and the repeated one takes that place. Unchanged for other VAEs."""
+    if type(vae).__name__ != "AutoencoderKLWan":
+        return x
+    return torch.cat([x[:, :, :1], x], dim=2)
 
 
 @torch.inference_mode()
 def vae_latents(vae, frames):
-    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means. Wan gives the first
-    frame a latent of its own, which a repeated frame takes, so that 4 frames go into each."""
+    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means: 4 frames go into
+    each."""
     x = (frames.transpose(1, 2).float() / 127.5 - 1).to(next(vae.parameters()))  # (B, 3, 8, H, W)
-    wan = type(vae).__name__ == "AutoencoderKLWan"
-    z = vae.encode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).latent_dist.mode()
+    z = vae.encode(repeat_first(x, vae)).latent_dist.mode()
     return z[:, :, -2:].transpose(1, 2).float()
 
 
 @torch.inference_mode()
 def vae_frames(vae, z):
-    """The inverse of vae_latents: (B, 2, C, h, w) -> frames (B, 8, 3, H, W) in [0, 1]. Wan's lone
-    first frame, that vae_latents dropped, is stood in for by the first latent. A VAE that makes
-    fewer frames of two latents gives its last ones."""
+    """The inverse of vae_latents: (B, 2, C, h, w) -> frames (B, 8, 3, H, W) in [0, 1]. A VAE that
+    makes fewer frames of two latents gives its last ones."""
     x = z.transpose(1, 2).to(next(vae.parameters()))  # (B, C, 2, h, w)
-    wan = type(vae).__name__ == "AutoencoderKLWan"
-    frames = vae.decode(torch.cat([x[:, :, :1], x], dim=2) if wan else x).sample[
-        :, :, -2 * VAE_FRAMES :
-    ]
+    frames = vae.decode(repeat_first(x, vae)).sample
+    frames = frames[:, :, -2 * VAE_FRAMES :]
     return (frames.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
 
 def check_metrics(metrics):
-    """Raises ValueError, before anything takes time, for what `decoded_scores` needs and lacks."""
+    """Raises ValueError if a package that `decoded_scores` needs is not installed. To be called
+    before anything takes time."""
     if not importlib.util.find_spec("torchmetrics"):
         raise ValueError("--vae needs: pip install torchmetrics")
     if "lpips" in metrics and not importlib.util.find_spec("torchvision"):
@@ -475,38 +511,49 @@ def check_metrics(metrics):
 
 @torch.inference_mode()
 def decoded_scores(model, batches, vae, metrics):
-    """How well the frames of a predicted step match those of the true one, both decoded with the
-    step before it by the user's VAE: {"psnr": (prediction, copy of the step before), ...} means
-    over batches of windows z (B, T, C, H, W). metrics: psnr, ssim, lpips."""
+    """How well the frames of a predicted step match those of the true one: {metric: (of the
+    prediction, of a copy of the step before)}, means over batches of windows z (B, T, C, H, W).
+    Each step is decoded together with the step before it, by the user's VAE. metrics: psnr, ssim,
+    lpips."""
     check_metrics(metrics)
     import torchmetrics.image as tm
 
-    makers = {
-        "psnr": lambda: tm.PeakSignalNoiseRatio(data_range=1.0),
-        "ssim": lambda: tm.StructuralSimilarityIndexMeasure(data_range=1.0),
-        "lpips": lambda: tm.LearnedPerceptualImagePatchSimilarity(normalize=True),
-    }
+    def new_metric(name):
+        if name == "psnr":
+            return tm.PeakSignalNoiseRatio(data_range=1.0)
+        if name == "ssim":
+            return tm.StructuralSimilarityIndexMeasure(data_range=1.0)
+        return tm.LearnedPerceptualImagePatchSimilarity(normalize=True)
+
+    def last_frames(before, step):
+        """Frames (B * 4, 3, H, W) of a step."""
+        frames = vae_frames(vae, torch.stack([before, step], dim=1))
+        return frames[:, -VAE_FRAMES:].flatten(0, 1)
+
     device = model.scale.device
-    found = {name: [makers[name]().to(device) for _ in range(2)] for name in metrics}
+    of_predictions = {name: new_metric(name).to(device) for name in metrics}
+    of_copies = {name: new_metric(name).to(device) for name in metrics}
     for z in batches:
         z = z.float().to(device)
         # vectors, not indices: a continuous model has none, a run in its warm-up does not use them
-        after = model.decode(z[:, :-1], model.encode(z)[-1])
+        predictions = model.decode(z[:, :-1], model.encode(z)[-1])
         for t in range(0, z.shape[1] - 1, 2):  # steps 2i and 2i + 1 were encoded together
-            pairs = [torch.stack([z[:, t], x], dim=1) for x in (z[:, t + 1], after[:, t], z[:, t])]
-            true, predicted, copied = (
-                vae_frames(vae, p)[:, -VAE_FRAMES:].flatten(0, 1) for p in pairs
-            )
-            for own, copy in found.values():
-                own.update(predicted, true)
-                copy.update(copied, true)
-    return {name: tuple(m.compute().item() for m in pair) for name, pair in found.items()}
+            true = last_frames(z[:, t], z[:, t + 1])
+            predicted = last_frames(z[:, t], predictions[:, t])
+            copied = last_frames(z[:, t], z[:, t])
+            for name in metrics:
+                of_predictions[name].update(predicted, true)
+                of_copies[name].update(copied, true)
+    scores = {}
+    for name in metrics:
+        scores[name] = (of_predictions[name].compute().item(), of_copies[name].compute().item())
+    return scores
 
 
 def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
-    """Write KEY.h5 for each recording, batch_size chunks at once; those that are there are kept.
-    Prints what cannot be read, beside bad, [(file, key, reason)]; ValueError if that is
-    everything."""
+    """Write KEY.h5 for each recording, batch_size chunks at once; files that exist are kept. Prints
+    `bad` [(file, key, reason)] and what else cannot be read. Raises ValueError if nothing can be
+    encoded, OSError if the disk fails."""
     done = 0
     for record in tqdm(records, unit="recording", desc="encode"):
         if os.path.exists(os.path.join(out, record.key + ".h5")):
@@ -516,13 +563,10 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
             frames, labels = latent_frames(record, fps, crop_size)
             z = []
             for x in frames:
-                chunks = torch.from_numpy(x[: len(x) // 2 * 2]).reshape(
-                    -1, 2 * VAE_FRAMES, *x.shape[2:]
-                )
-                z += [
-                    vae_latents(vae, c.to(device)).flatten(0, 1).cpu()
-                    for c in chunks.split(batch_size)
-                ]
+                x = x[: len(x) // 2 * 2]
+                chunks = torch.from_numpy(x).reshape(-1, 2 * VAE_FRAMES, *x.shape[2:])
+                for batch in chunks.split(batch_size):
+                    z.append(vae_latents(vae, batch.to(device)).flatten(0, 1).cpu())
             write_latents(out, record.key, torch.cat(z).numpy(), labels)
             done += 1
         except READ_ERRORS as e:

@@ -1,110 +1,180 @@
-"""Videos: frame times from an mp4's index, and frames by number, by PyAV or decord."""
+"""Videos: frame times from an mp4's index, and frames by number, by PyAV or decord.
+
+PyAV is imported by the functions that need it, because much else that imports this file does not:
+actions, states and features are read without a single frame."""
 
 import io
 import os
 import struct
 import zlib
 
-import av
 import numpy as np
-from av.sidedata.sidedata import Type as SideData
+
+# --- frame times ---
 
 
 def mp4_times(f):
-    """A seekable mp4 -> (frames,) int64 presentation times in stream units, in display order: from
-    its index, or from every packet if the index does not tell (fragments, edit lists that cut
-    frames out).
+    """A seekable mp4 -> (frames,) int64 presentation times in stream units, in display order. They
+    come from its index, or from every packet if the index does not tell (fragments, edit lists that
+    cut frames out).
 
-    Also the guard against truncated files: the top-level boxes must hold moov and mdat and end
-    where the file ends (ISO 14496-12)."""
-
-    def boxes(span):
-        at, end, out = *span, {}
-        while at < end:
-            f.seek(at)
-            head = f.read(16)
-            size, kind, wide = struct.unpack(">I4sQ", head.ljust(16, b"\0"))
-            start, size = (16, wide) if size == 1 else (8, size or end - at)
-            if size < start or at + size > end:
-                raise ValueError(
-                    f"the mp4 is truncated or damaged: box {kind} at byte {at} claims {size} bytes"
-                    f" of {end - at}"
-                )
-            out.setdefault(kind, []).append((at + start, at + size))
-            at += size
-        return out
-
-    def child(span, *path):
-        for kind in path:
-            span = boxes(span)[kind][0]
-        return span
-
-    def table(span, v0, v1=None):  # a full box: version, flags, row count, rows
-        f.seek(span[0])
-        version, count = struct.unpack(">B3xI", f.read(8))
-        dtype = np.dtype(v1 if version and v1 else v0)
-        return np.frombuffer(f.read(min(count * dtype.itemsize, span[1] - f.tell())), dtype)
-
-    def spread(rows):  # (count, value) -> a value per frame
-        if rows["f0"].sum() > end:
-            raise ValueError(
-                "the mp4's index is damaged: it claims more frames than the file has bytes"
-            )
-        return np.repeat(rows["f1"], rows["f0"]).astype(np.int64)
-
-    def timescale(span):
-        f.seek(span[0])
-        head = f.read(24)
-        return struct.unpack(">I", head[20:24] if head[0] else head[12:16])[0]
-
-    end = f.seek(0, os.SEEK_END)
-    if not end:
+    Raises ValueError for files that are cut short or damaged: the boxes of the top level must
+    include moov and mdat and end where the file ends (ISO 14496-12)."""
+    size = f.seek(0, os.SEEK_END)
+    if not size:
         raise ValueError("the video has zero bytes")
-    top = boxes((0, end))
+    top = boxes(f, (0, size))
     if not {b"moov", b"mdat"} <= top.keys():
         raise ValueError("not a whole mp4 (no moov and mdat boxes)")
-    moov = boxes(top[b"moov"][0])
+    moov = boxes(f, top[b"moov"][0])
     try:
         for track in moov.get(b"trak", []):
-            f.seek(child(track, b"mdia", b"hdlr")[0] + 8)
-            if f.read(4) != b"vide":
+            if not is_video(f, track):
                 continue
-            stbl = boxes(child(track, b"mdia", b"minf", b"stbl"))
-            steps = spread(table(stbl[b"stts"][0], ">u4,>u4"))
-            times = np.cumsum(steps) - steps
-            if b"ctts" in stbl:  # display minus decode time
-                times += spread(table(stbl[b"ctts"][0], ">u4,>i4"))[: len(times)]
+            times = display_times(f, size, track)
             if b"moof" in top or not len(times):
                 return packet_times(f)
-            if b"edts" in boxes(
-                track
-            ):  # usually takes off the delay that B-frames cause, and nothing else
-                edits = table(child(track, b"edts", b"elst"), ">u4,>i4,>i4", ">u8,>i8,>i4")
-                duration, start, _ = edits[0].tolist()
-                shown = (
-                    duration
-                    * timescale(child(track, b"mdia", b"mdhd"))
-                    / timescale(moov[b"mvhd"][0])
-                )
-                if len(edits) > 1 or times.min() != start or times.max() >= start + shown:
-                    return packet_times(f)
-                times -= start
-            return np.sort(times)
+            start = edit_start(f, moov, track, times)
+            if start is None:
+                return packet_times(f)
+            return np.sort(times - start)
     except (KeyError, struct.error, IndexError, ZeroDivisionError) as e:
         raise ValueError(f"the mp4's index is damaged ({e!r})") from e
     raise ValueError("the mp4 has no video track")
 
 
+def boxes(f, span):
+    """The boxes of an mp4 that lie in a span of bytes (first, end) -> {kind: spans of their
+    contents}."""
+    position, end = span
+    spans = {}
+    while position < end:
+        # a box starts with its size and kind; size 1: a wide size follows, 0: up to the end
+        f.seek(position)
+        head = f.read(16).ljust(16, b"\0")
+        size, kind, wide_size = struct.unpack(">I4sQ", head)
+        head_size = 8
+        if size == 1:
+            head_size = 16
+            size = wide_size
+        elif size == 0:
+            size = end - position
+        if size < head_size or position + size > end:
+            raise ValueError(
+                f"the mp4 is truncated or damaged: box {kind} at byte {position} claims"
+                f" {size} bytes of {end - position}"
+            )
+        spans.setdefault(kind, []).append((position + head_size, position + size))
+        position += size
+    return spans
+
+
+def child(f, span, *path):
+    """The span of the first box at a path of kinds, inside a span."""
+    for kind in path:
+        span = boxes(f, span)[kind][0]
+    return span
+
+
+def table(f, span, dtype, wide_dtype=None):
+    """The rows of a full box: version, flags, number of rows, rows. wide_dtype: of version 1."""
+    f.seek(span[0])
+    version, count = struct.unpack(">B3xI", f.read(8))
+    dtype = np.dtype(wide_dtype if version and wide_dtype else dtype)
+    return np.frombuffer(f.read(min(count * dtype.itemsize, span[1] - f.tell())), dtype)
+
+
+def value_per_frame(rows, size):
+    """Rows (count, value) -> the value of every frame. size: bytes of the file."""
+    if rows["f0"].sum() > size:
+        raise ValueError(
+            "the mp4's index is damaged: it claims more frames than the file has bytes"
+        )
+    return np.repeat(rows["f1"], rows["f0"]).astype(np.int64)
+
+
+def is_video(f, track):
+    f.seek(child(f, track, b"mdia", b"hdlr")[0] + 8)
+    return f.read(4) == b"vide"
+
+
+def display_times(f, size, track):
+    """Times of the frames of a track in the order of decoding, before its edit list applies."""
+    stbl = boxes(f, child(f, track, b"mdia", b"minf", b"stbl"))
+    durations = value_per_frame(table(f, stbl[b"stts"][0], ">u4,>u4"), size)
+    times = np.cumsum(durations) - durations
+    if b"ctts" in stbl:  # display minus decode time
+        delays = value_per_frame(table(f, stbl[b"ctts"][0], ">u4,>i4"), size)
+        times += delays[: len(times)]
+    return times
+
+
+def edit_start(f, moov, track, times):
+    """The time that a track's edit list makes 0. Usually it takes off the delay that B-frames cause
+    and nothing else; None if it does more."""
+    if b"edts" not in boxes(f, track):
+        return 0
+    edits = table(f, child(f, track, b"edts", b"elst"), ">u4,>i4,>i4", ">u8,>i8,>i4")
+    duration, start, _ = edits[0].tolist()
+    ticks_a_second = timescale(f, child(f, track, b"mdia", b"mdhd"))
+    shown = duration * ticks_a_second / timescale(f, moov[b"mvhd"][0])
+    if len(edits) > 1 or times.min() != start or times.max() >= start + shown:
+        return None
+    return start
+
+
+def timescale(f, span):
+    """Ticks a second, of an mvhd or mdhd box."""
+    f.seek(span[0])
+    head = f.read(24)
+    wide = head[0]
+    return struct.unpack(">I", head[20:24] if wide else head[12:16])[0]
+
+
 def packet_times(f):
     """Presentation times of the frames that a decoder will show, by reading every packet."""
+    import av
+
+    f.seek(0)
+    times = []
+    with av.open(f) as container:
+        for packet in container.demux(video=0):
+            if packet.pts is not None and not packet.is_discard:
+                times.append(packet.pts)
+    return np.sort(np.array(times, dtype=np.int64))
+
+
+def video_rate(f, times):
+    """Frames a second of an open video by its own clock; None with fewer than two frames. times:
+    from mp4_times."""
+    import av
+
+    if len(times) < 2:
+        return None
     f.seek(0)
     with av.open(f) as container:
-        return np.sort(
-            np.array(
-                [p.pts for p in container.demux(video=0) if p.pts is not None and not p.is_discard],
-                dtype=np.int64,
-            )
-        )
+        unit = container.streams.video[0].time_base
+    interval = steady_interval(np.arange(len(times)), times)
+    return float(1 / (interval * unit)) if interval and unit else None
+
+
+def steady_interval(numbers, times):
+    """Mean time from one frame or line to the next. numbers: which they are, increasing.
+
+    Pauses do not count: what takes more than 2.5 times as long as most. Clocks that are set back do
+    not count either. Rounding makes a step half or twice as long, no more. 0.0 if time never
+    advances."""
+    steps = np.diff(numbers)
+    seconds = np.diff(times)
+    each = seconds / steps
+    forward = each > 0
+    if not forward.any():
+        return 0.0
+    steady = forward & (each <= 2.5 * np.median(each[forward]))
+    return seconds[steady].sum() / steps[steady].sum()
+
+
+# --- frames, by PyAV ---
 
 
 def fitting(width, height, short_side):
@@ -114,9 +184,9 @@ def fitting(width, height, short_side):
 
 
 def upright(frame, short_side):
-    """A decoded frame as players show it -> (H, W, 3) uint8, resized with antialias: turned and
-    mirrored as the file says (phones, cameras mounted upside down). Pixels that are not square stay
-    as they are stored."""
+    """A decoded frame as players show it -> (H, W, 3) uint8, resized with antialias. It is turned
+    and mirrored as the file asks (phones, cameras mounted upside down). Pixels that are not square
+    stay as they are stored."""
     width, height = fitting(frame.width, frame.height, short_side)
     picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
 
@@ -126,7 +196,7 @@ def upright(frame, short_side):
         picture = picture.transpose(1, 0, 2)
         a, d = c, b
     elif b or c or not (a and d):
-        raise ValueError("it is to be shown at an angle that is no multiple of 90 degrees")
+        raise ValueError("the file asks to be shown at an angle that is no multiple of 90 degrees")
     if a < 0:
         picture = picture[:, ::-1]
     if d < 0:
@@ -135,8 +205,11 @@ def upright(frame, short_side):
 
 
 def display_matrix(frame):
-    """The 2 x 2 part that turns and mirrors; what rounding left of an angle of 90 degrees is 0."""
-    data = frame.side_data.get(SideData.DISPLAYMATRIX)
+    """The 2 x 2 part of a frame's matrix that turns and mirrors. At 90 degrees rounding leaves
+    small numbers in it, which become 0."""
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
     if data is None:
         return np.eye(2)
     matrix = np.frombuffer(bytes(data), dtype=np.int32).reshape(3, 3)[:2, :2] / 65536
@@ -144,8 +217,8 @@ def display_matrix(frame):
 
 
 class WrongDecoder(ValueError):
-    """decord would give other pictures of this recording than PyAV. That says nothing against the
-    recording: to leave it out would be another run."""
+    """decord would give other pictures of this recording than PyAV. The recording is good: leaving
+    it out would change what the run trains on."""
 
 
 def read_frames(f, times, wanted, short_side, decoder="pyav"):
@@ -154,6 +227,8 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
 
     f: seekable file; times: from mp4_times or packet_times; wanted: increasing frame numbers.
     Raises ValueError or av.FFmpegError; WrongDecoder where decord must not be used."""
+    import av
+
     wanted = [int(i) for i in wanted]
     if decoder == "decord":
         return read_with_decord(f, times, wanted, short_side)
@@ -186,11 +261,13 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
 
 
 def frames_from(container, stream, times, first):
-    """(number, frame) from the key frame at or before frame `first` on, whole pictures only.
+    """(number, frame) of the whole pictures from the key frame at or before frame `first` on.
 
     Recovery points of intra refresh are called key frames too. What a decoder shows after one may
-    be torn for a long time, whatever it promises, so that nothing is yielded after them. From frame
-    0 on everything is: there is no earlier place to start at."""
+    be torn for a long time, whatever it promises, and nothing is yielded after them. From frame 0
+    everything is yielded: there is no earlier place to start at."""
+    import av
+
     try:
         container.seek(int(times[first]), stream=stream, backward=True, any_frame=False)
     except av.error.PermissionError:  # no key frame before it
@@ -215,30 +292,37 @@ def frames_from(container, stream, times, first):
                 return
 
 
-proven = {}  # (bytes, CRC-32) of videos that were compared with PyAV -> their places to start at
+# --- frames, by decord ---
+
+# (bytes, CRC-32) of videos that were compared with PyAV -> the frames that decord can start at
+COMPARED = {}
 
 
 def read_with_decord(f, times, wanted, short_side):
-    """read_frames by decord, which counts frames in its own way: WrongDecoder where that is not the
-    index's. The first frames of a video that are read are compared with PyAV's."""
+    """read_frames by decord, which counts frames in its own way: WrongDecoder if that is not the
+    index's. The first frames that are read of a video are compared with PyAV's."""
     try:
         import decord
     except ImportError as e:
         raise RuntimeError("--decoder decord needs: pip install decord2") from e
+    import av
+
     f.seek(0)
     raw = f.read()
     video = len(raw), zlib.crc32(raw)
-    starts = proven.get(video) or decord_starts(raw, times)
+    starts = COMPARED.get(video) or decord_starts(raw, times)
     with av.open(io.BytesIO(raw)) as container:
         stream = container.streams.video[0]
         width, height = fitting(stream.width, stream.height, short_side)
+
+    # read, and see whether decord's frames are those of the index
     try:
         reader = decord.VideoReader(io.BytesIO(raw), width=width, height=height, num_threads=1)
         count = len(reader)
         if count == len(times):
             pictures = decord_frames(reader, wanted, starts)
     except (decord.DECORDError, IndexError, RuntimeError, AssertionError) as e:
-        read_frames(f, times, wanted, short_side)  # raises if the recording is what is damaged
+        read_frames(f, times, wanted, short_side)  # raises if the recording itself is damaged
         text = str(e).partition("\n")[0]
         raise WrongDecoder(f"decord cannot read what PyAV can ({text}): use --decoder pyav") from e
     if count != len(times):
@@ -250,22 +334,24 @@ def read_with_decord(f, times, wanted, short_side):
             f"decord makes pictures of {pictures.shape[1:]} in place of {width} x {height} pixels:"
             " use --decoder pyav"
         )
-    if video not in proven:
+
+    # once a video: see whether its pictures are PyAV's
+    if video not in COMPARED:
         difference = largest_difference(pictures, read_frames(f, times, wanted, short_side))
         if difference > 6:
             raise WrongDecoder(
                 f"decord shows other pictures than PyAV, which differ by {difference:.0f} of 255:"
                 " use --decoder pyav"
             )
-        if len(proven) == 100_000:
-            proven.clear()
-        proven[video] = starts
+        if len(COMPARED) == 100_000:
+            COMPARED.clear()
+        COMPARED[video] = starts
     return pictures
 
 
 def decord_frames(reader, wanted, starts):
-    """Frames by number. decord would seek to any key frame; where decoding cannot start at all of
-    them, it reads on from the last place where it can."""
+    """Frames by number. decord would seek to any key frame. If decoding cannot start at all of
+    them, this reads forward from the last place where it can."""
     if set(reader.get_key_indices()) <= set(starts):
         return reader.get_batch(wanted).asnumpy()
     following = max(s for s in starts if s <= wanted[0])
@@ -280,10 +366,11 @@ def decord_frames(reader, wanted, starts):
 
 
 def largest_difference(pictures, others):
-    """The mean difference of the two pictures that differ most, over blocks of 8 pixels: inside
-    them two ways to resize may differ."""
+    """The mean difference of the two pictures that differ most, over blocks of 8 pixels: inside a
+    block, two ways to resize may differ."""
     size = min(8, *pictures.shape[1:3])
-    rows, columns = (n // size for n in pictures.shape[1:3])
+    rows = pictures.shape[1] // size
+    columns = pictures.shape[2] // size
     means = []
     for x in (pictures, others):
         x = x[:, : rows * size, : columns * size].reshape(-1, rows, size, columns, size, 3)
@@ -293,8 +380,9 @@ def largest_difference(pictures, others):
 
 def decord_starts(raw, times):
     """Numbers of the frames of an mp4 at which decord can start: key frames that depend on nothing
-    before them, with no later packet that is shown earlier. WrongDecoder where it would choose,
-    count or show other frames than the index says."""
+    before them, with no later packet that is shown earlier. WrongDecoder if it would choose, count
+    or show other frames than the index says."""
+    import av
 
     def refused(reason):
         return WrongDecoder(f"decord would show wrong pictures, since {reason}: use --decoder pyav")
@@ -302,30 +390,39 @@ def decord_starts(raw, times):
     with av.open(io.BytesIO(raw)) as container:
         tracks = len(container.streams.video)
         if tracks > 1:
-            raise refused(f"the file has {tracks} video tracks, of which it may choose another")
+            raise refused(f"the file has {tracks} video tracks, and it may choose another")
         stream = container.streams.video[0]
         context = stream.codec_context
         if context is None:
             raise ValueError("its codec is unknown")
+
+        # every packet must be a frame of the index
         packets = [p for p in container.demux(stream) if p.size]
         if any(p.is_discard for p in packets):
             raise refused("the edit list hides frames")
-        unknown = len(times)
-        shown = [unknown if p.pts is None else int(np.searchsorted(times, p.pts)) for p in packets]
-        if sorted(shown) != list(range(len(times))):
+        numbers = []
+        for packet in packets:
+            unknown = packet.pts is None
+            numbers.append(len(times) if unknown else int(np.searchsorted(times, packet.pts)))
+        if sorted(numbers) != list(range(len(times))):
             raise refused("the frames of the file are not those of its index")
 
-        # The packets before a place to start at are those of the frames shown before it.
+        # decoding can start at a packet if exactly the frames shown earlier come before it
         starts = []
-        codec, extra = context.name, bytes(context.extradata or b"")
-        latest = np.maximum.accumulate([-1, *shown])
-        for i, p in enumerate(packets):
-            closed = shown[i] == i and latest[i] < i
-            if p.is_keyframe and closed and (not i or starts_anew(bytes(p), codec, extra)):
+        codec = context.name
+        extra = bytes(context.extradata or b"")
+        latest = -1
+        for i, packet in enumerate(packets):
+            closed = numbers[i] == i and latest < i
+            latest = max(latest, numbers[i])
+            if not packet.is_keyframe or not closed:
+                continue
+            if i == 0 or is_random_access(bytes(packet), codec, extra):
                 starts.append(i)
         if not starts or starts[0]:
             raise refused("its first frame is no key frame")
 
+        # decord turns no pictures
         context.flush_buffers()
         frame = next((x for p in packets for x in p.decode()), None)
         if frame is not None and not np.array_equal(display_matrix(frame), np.eye(2)):
@@ -333,44 +430,22 @@ def decord_starts(raw, times):
     return starts
 
 
-def starts_anew(packet, codec, extra):
-    """Whether decoding can start at a packet: in H.264 only an IDR picture is sure to depend on
-    nothing before it, in HEVC a random access picture (ISO 14496-15: units with their sizes)."""
+def is_random_access(packet, codec, extra):
+    """Whether decoding can start at a packet. In H.264 only an IDR picture is sure to depend on
+    nothing before it, in HEVC a random access picture. A packet is a row of units with their sizes
+    (ISO 14496-15); extra: the stream's header, which says how many bytes a size takes."""
     if codec not in ("h264", "hevc") or not extra.startswith(b"\1"):
         return codec not in ("h264", "hevc")
     width = 1 + (extra[4 if codec == "h264" else 21] & 3)
-    at = 0
-    while at + width < len(packet):
-        size = int.from_bytes(packet[at : at + width], "big")
-        head = packet[at + width]
-        if codec == "h264" and 1 <= head & 31 <= 5:
-            return head & 31 == 5
-        if codec == "hevc" and (head >> 1 & 63) < 32:
-            return 16 <= (head >> 1 & 63) <= 21
-        at += width + size
+    position = 0
+    while position + width < len(packet):
+        size = int.from_bytes(packet[position : position + width], "big")
+        head = packet[position + width]
+        h264_type = head & 31
+        hevc_type = head >> 1 & 63
+        if codec == "h264" and 1 <= h264_type <= 5:
+            return h264_type == 5
+        if codec == "hevc" and hevc_type < 32:
+            return 16 <= hevc_type <= 21
+        position += width + size
     return False
-
-
-def video_rate(f, times):
-    """Frames a second of an open video by its own clock; None of fewer than two frames. times: from
-    mp4_times."""
-    if len(times) < 2:
-        return None
-    f.seek(0)
-    with av.open(f) as container:
-        unit = container.streams.video[0].time_base
-    interval = steady_interval(np.arange(len(times)), times)
-    return float(1 / (interval * unit)) if interval and unit else None
-
-
-def steady_interval(at, times):
-    """Mean time from one number of `at` to the next, without pauses: what takes more than 2.5 times
-    as long as most, and clocks that are set back. Rounding makes a step half or twice as long, no
-    more. 0.0 if time never goes on."""
-    lines, seconds = np.diff(at), np.diff(times)
-    each = seconds / lines
-    forward = each > 0
-    if not forward.any():
-        return 0.0
-    steady = forward & (each <= 2.5 * np.median(each[forward]))
-    return seconds[steady].sum() / lines[steady].sum()

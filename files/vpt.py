@@ -1,5 +1,5 @@
-"""What a VPT recording is: JSONL lines -> ticks -> (action, state) of a step, mp4 -> frames, and
-both -> a clip.
+"""What a VPT recording is. Its JSONL lines become ticks, ticks become the actions and states of
+steps, and together with frames of its mp4 they become a clip.
 
 A *tick* is one line of a recording (1/20 s in VPT). Line t goes with frame t; its effect is visible
 in frame t+1. A *step* is what the predictor sees at once; `ends[t]` is the last frame step t shows.
@@ -27,30 +27,23 @@ HOTBAR = [f"key.{n}" for n in range(1, 10)]
 MOVES = [f"key.{n}" for n in ["w", "a", "s", "d", "space", "q", "f", "e", "escape", "left.shift"]]
 BUTTONS = ["mouse.0", "mouse.1", "mouse.2"]
 SLOTS = [f"slot.{n}" for n in range(1, 10)]
+RIGHT_SHIFT = ["key.right.shift"]
+CONTROL = ["key.left.control"]
 ACTION_SPACES = {
-    13: CONTINUOUS + HOTBAR,  # the guides' reduced space
-    36: (
-        CONTINUOUS + HOTBAR + MOVES + ["key.left.control"] + BUTTONS + SLOTS
-    ),  # VPT's 20 keys, 3 buttons, 9 slots
-    38: (
-        CONTINUOUS
-        + HOTBAR
-        + MOVES
-        + ["key.right.shift", "key.left.control"]
-        + BUTTONS
-        + SLOTS
-        + ["gui_open"]
-    ),  # the guides' table
+    # the guides' reduced space
+    13: CONTINUOUS + HOTBAR,
+    # VPT's 20 keys, 3 buttons, 9 slots
+    36: CONTINUOUS + HOTBAR + MOVES + CONTROL + BUTTONS + SLOTS,
+    # the guides' table
+    38: CONTINUOUS + HOTBAR + MOVES + RIGHT_SHIFT + CONTROL + BUTTONS + SLOTS + ["gui_open"],
 }
-BITS = (
-    HOTBAR + MOVES + ["key.left.control", "key.right.shift"] + BUTTONS + ["gui_open"]
-)  # bit i of Ticks.keys
+
+# Bit i of Ticks.keys. Buttons above 2 occur in real files and are ignored.
+BITS = HOTBAR + MOVES + CONTROL + RIGHT_SHIFT + BUTTONS + ["gui_open"]
 KEY_BIT = {
     "key.keyboard." + name[4:]: 1 << i for i, name in enumerate(BITS) if name.startswith("key.")
 }
-BUTTON_BIT = {
-    n: 1 << BITS.index(f"mouse.{n}") for n in range(3)
-}  # ids above 2 occur in real files and are ignored
+BUTTON_BIT = {n: 1 << BITS.index(f"mouse.{n}") for n in range(3)}
 GUI = 1 << BITS.index("gui_open")
 DEGREES_PER_PIXEL = 0.15  # 360/2400, VPT's CAMERA_SCALER
 SLACK = 5  # lines and frames of a real recording may differ by a few
@@ -63,12 +56,12 @@ def wrap(angle):
 
 def nearest(name, names):
     """The name among `names` that is spelt most like `name`, or ''."""
-    found = difflib.get_close_matches(name, names, 1, 0.5)
-    return found[0] if found else ""
+    matches = difflib.get_close_matches(name, names, 1, 0.5)
+    return matches[0] if matches else ""
 
 
 def check_spaces(spaces):
-    """ValueError if an action space has a dimension that nothing fills, or one twice."""
+    """Raises ValueError if an action space has a dimension that no line fills, or one twice."""
     for number, names in spaces.items():
         if names[:4] != CONTINUOUS:
             raise ValueError(
@@ -92,7 +85,7 @@ check_spaces(ACTION_SPACES)
 
 # --- names of keys and buttons ---
 
-# Minecraft's other key names. A recording may hold them; no action space has them.
+# Minecraft's other key names. A recording may contain them; no action space does.
 OTHER_KEYS = [
     *"bcghijklmnoprtuvxyz0",
     *[f"f{n}" for n in range(1, 26)],
@@ -135,7 +128,7 @@ SIGNS = {
     "]": "right.bracket",
     "\t": "tab",
 }
-# What a name may mean that is another program's word for it: only suggested.
+# Words of other programs and what they may mean. Messages suggest it; nothing is replaced.
 MEANINGS = {
     "forward": "key.keyboard.w",
     "back": "key.keyboard.s",
@@ -158,28 +151,36 @@ MEANINGS = {
 
 
 def key_spellings():
-    """Letters and digits of every spelling that can only mean one key -> that key's name in
-    Minecraft, without "key.keyboard."."""
-    known = [name.removeprefix("key.keyboard.") for name in KEY_BIT] + OTHER_KEYS
-    out = {name.replace(".", ""): name for name in known}
-    out |= {"key" + name: name for name in known if len(name) == 1}  # as browsers write it
-    out |= {"digit" + str(n): str(n) for n in range(10)}
-    out |= {"numpad" + str(n): f"keypad.{n}" for n in range(10)}
+    """{spelling: name} of every spelling that can only mean one key. Spellings are reduced to their
+    letters and digits; names are Minecraft's, without "key.keyboard."."""
+    names = [name.removeprefix("key.keyboard.") for name in KEY_BIT] + OTHER_KEYS
+    spellings = {name.replace(".", ""): name for name in names}
+
+    # as browsers write it: KeyW, Digit1, Numpad1
+    spellings |= {"key" + name: name for name in names if len(name) == 1}
+    spellings |= {"digit" + str(n): str(n) for n in range(10)}
+    spellings |= {"numpad" + str(n): f"keypad.{n}" for n in range(10)}
+
+    # the two keys of a kind: leftshift, shiftleft, lshift, shiftl
     for short, name in SIDED.items():
         for side in ("left", "right"):
             for spelling in (side + short, short + side, side[0] + short, short + side[0]):
-                out[spelling] = f"{side}.{name}"
-    return out | ALIASES
+                spellings[spelling] = f"{side}.{name}"
+    return spellings | ALIASES
 
 
 def button_spellings():
-    """The same for the buttons of the mouse -> their number."""
-    out = {}
+    """{spelling: number} of every spelling that can only mean one button of the mouse."""
+    spellings = {}
     for number, name in enumerate(("left", "right", "middle")):
-        words = ("", "mouse", "button", "mousebutton", "click")
-        out |= {name + word: number for word in words} | {word + name: number for word in words}
-        out[name[0] + "mb"] = number
-    return out | {str(n): n for n in range(8)} | {f"mouse.{n}": n for n in range(8)}
+        for word in ("", "mouse", "button", "mousebutton", "click"):
+            spellings[name + word] = number
+            spellings[word + name] = number
+        spellings[name[0] + "mb"] = number
+    for number in range(8):
+        spellings[str(number)] = number
+        spellings[f"mouse.{number}"] = number
+    return spellings
 
 
 KEY_SPELLINGS = key_spellings()
@@ -189,19 +190,20 @@ BUTTON_SPELLINGS = button_spellings()
 @functools.lru_cache(10_000)
 def key_bit(name):
     """The bit of a key in any unambiguous spelling ("w", "key.w", "KeyW", "left_shift"); 0 for a
-    key that no action space has, None for a name that nobody knows."""
-    if name in SIGNS:
-        name = SIGNS[name]
+    key that no action space has, None for an unknown name."""
+    name = SIGNS.get(name, name)
     words = re.findall(r"[^\W_]+", name.lower())
     while len(words) > 1 and words[0] in ("key", "keyboard", "keys", "glfw", "minecraft", "vk"):
         words = words[1:]
-    known = KEY_SPELLINGS.get("".join(words))
-    return None if known is None else KEY_BIT.get("key.keyboard." + known, 0)
+    minecraft_name = KEY_SPELLINGS.get("".join(words))
+    if minecraft_name is None:
+        return None
+    return KEY_BIT.get("key.keyboard." + minecraft_name, 0)
 
 
 def button_number(name):
-    """The number of a mouse button in any unambiguous spelling, or None. Text such as "button1" is
-    not one: some count from 0, others from 1."""
+    """The number of a mouse button in any unambiguous spelling, or None. "button1" is ambiguous:
+    some programs count from 0, others from 1."""
     if isinstance(name, bool):
         return None
     if isinstance(name, (int, float)):
@@ -213,16 +215,18 @@ def button_number(name):
         name = name[0]
     if name in BUTTON_SPELLINGS:
         return BUTTON_SPELLINGS[name]
+
+    # Minecraft counts the buttons that have no name from 4: key.mouse.4 is number 3
     words = re.findall(r"[^\W_]+", name)
     if words[:2] == ["key", "mouse"] and words[2:] in (["4"], ["5"], ["6"], ["7"], ["8"]):
-        return int(words[2]) - 1  # Minecraft's name for those without a name
+        return int(words[2]) - 1
     if words[:2] == ["key", "mouse"]:
         words = words[1:]
     return BUTTON_SPELLINGS.get("".join(words))
 
 
 def valid_text(text):
-    """Text less the halves of characters that JSON may hold and no file can ("\\ud83d")."""
+    """Text without halves of characters ("\\ud83d"), which JSON may contain and no file can."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -232,28 +236,47 @@ def as_json(value):
 
 
 def unknown_label(kind, name, known):
-    """How a name that nobody knows is reported, with the nearest known one."""
+    """How an unknown name is reported, with the nearest of the known ones."""
     text = valid_text(name) if isinstance(name, str) else as_json(name)
+    label = f'{kind} "{shorten(text, 40)}"'
+    suggested = nearest_name(text, known, isinstance(name, str))
+    if suggested:
+        label += f' (nearest known name: "{suggested}")'
+    return label
+
+
+def nearest_name(text, known, by_spelling):
+    """What an unknown name may mean, or "". by_spelling: compare it with the known names too."""
     plain = "".join(re.findall(r"[^\W_]+", text.lower()))
     short = plain.removeprefix("key").removeprefix("board")
-    closest = MEANINGS.get(plain) or MEANINGS.get(short, "")
-    if not closest and len(known) == 1:
-        closest = known[0]
-    if not closest and isinstance(name, str):
-        spellings = {re.sub(r"[\W_]|key\.keyboard\.", "", x.lower()): x for x in known}
-        closest = spellings.get(nearest(short.removeprefix("keyboard"), list(spellings)), "")
-    shown = text if len(text) <= 40 else text[:37] + "..."
-    return f'{kind} "{shown}"' + (f' (nearest known name: "{closest}")' if closest else "")
+    suggested = MEANINGS.get(plain) or MEANINGS.get(short, "")
+    if suggested:
+        return suggested
+    if len(known) == 1:
+        return known[0]
+    if not by_spelling:
+        return ""
+    spellings = {re.sub(r"[\W_]|key\.keyboard\.", "", x.lower()): x for x in known}
+    return spellings.get(nearest(short.removeprefix("keyboard"), list(spellings)), "")
+
+
+def shorten(text, length):
+    """Text for a message: cut to so many characters."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def name_warnings(unknown):
-    """{label: lines} of Ticks.unknown, of one recording or added up -> a sentence each."""
-    out = [
-        f"{label} on {lines:,} line{'s' if lines > 1 else ''}: nobody knows this name, so it counts"
-        " as no input"
-        for label, lines in sorted(unknown.items(), key=lambda x: (-x[1], x[0]))
-    ]
-    return out[:10] + ([f"{len(out) - 10} more names are not known"] if len(out) > 10 else [])
+    """One sentence for each of the ten most frequent unknown names. unknown: {label: lines}, the
+    Ticks.unknown of one recording or of several added up."""
+    sentences = []
+    for label, lines in sorted(unknown.items(), key=lambda x: (-x[1], x[0])):
+        plural = "s" if lines > 1 else ""
+        sentences.append(
+            f"{label} on {lines:,} line{plural}: an unknown name, so it counts as no input"
+        )
+    if len(sentences) > 10:
+        return sentences[:10] + [f"{len(sentences) - 10} more names are unknown"]
+    return sentences
 
 
 # --- lines to ticks ---
@@ -267,21 +290,28 @@ FIELDS = (
 TRUE = ("true", "1", "1.0", "yes", "y", "on", "t")
 FALSE = ("false", "0", "0.0", "no", "n", "off", "f", "", "none", "null")
 TIMES = ["tick", "milli", "timestamp"]
+# of the table that parse_ticks makes of the lines
 COLUMNS = [
     *"dx dy yaw pitch degrees bits new_attack only_attack hotbar".split(),
     *TIMES,
     "line",
-]  # of the table that parse_ticks makes of the lines
+]
 BOM = b"\xef\xbb\xbf"
-SAID = set()  # names that this process has warned of
+WARNED_OF = set()  # unknown names that this process has warned of
 
 
 class Ticks(NamedTuple):
-    """The lines of one recording: motion (n, 4) float64 = dx, dy in pixels and yaw, pitch in
-    radians (absolute); keys (n,) uint32 bit set in the order of BITS; hotbar (n,) uint8 slot 0..8;
-    rate in Hz, and stamped: whether timestamps say so (else it is VPT's 20); flaw: why the tail was
-    dropped, or ''; line (n,) int64: which line of the file each is (from 0); total: how many lines
-    that are not blank the file has; unknown: {name that nobody knows: lines}."""
+    """The good lines of one recording, n of them.
+
+    motion: (n, 4) float64: dx, dy in pixels; yaw, pitch in radians, absolute.
+    keys: (n,) uint32 set of bits in the order of BITS.
+    hotbar: (n,) uint8 slot 0..8.
+    rate: lines a second.
+    flaw: why the rest of the recording was dropped, or "".
+    stamped: whether timestamps gave the rate (if not, it is VPT's 20).
+    line: (n,) int64: the number of each line in the file, from 0.
+    total: how many lines of the file are not blank.
+    unknown: {unknown name: lines}."""
 
     motion: np.ndarray
     keys: np.ndarray
@@ -307,34 +337,34 @@ class Ticks(NamedTuple):
 
 def shown(value):
     """A value of a line, for a message."""
-    text = as_json(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(as_json(value), 60)
 
 
 def as_list(value, what, separated):
-    """What a line says is held -> a list of names: a list, one name or several in one string, or
-    {name: whether it is held}."""
+    """The names that a line gives as pressed. It may give a list, one or several names in one
+    string, or {name: whether it is pressed}."""
     if not value and not isinstance(value, (int, float)):
         return []
     if isinstance(value, list):
         return value
     if isinstance(value, dict):
-        return [name for name, held in value.items() if truth(held, f"{what} {name}")]
+        return [name for name, pressed in value.items() if truth(pressed, f"{what} {name}")]
     if isinstance(value, str):
         return separated(value)
     raise ValueError(f"{what} is {shown(value)}, not a list")
 
 
-def separated_names(known):
-    """A function that splits a string at blanks, commas, + and the like, if only then all of its
-    parts are names."""
+def separated_names(number_of):
+    """A function that splits a string into names. It splits at commas, + and the like, or also at
+    blanks, but only where every part is then a name. number_of: a name's number, None if the name
+    is unknown."""
 
     def split(text):
-        if known(text) is not None:
+        if number_of(text) is not None:
             return [text]
         for between in (r"\s*[,;|+]\s*", r"[\s,;|+]+"):
             parts = [part for part in re.split(between, text) if part]
-            if parts and None not in map(known, parts):
+            if parts and None not in map(number_of, parts):
                 return parts
         return [text]
 
@@ -346,7 +376,7 @@ separated_buttons = separated_names(button_number)
 
 
 def truth(value, what):
-    """True or False of what a line says; ValueError for what is neither."""
+    """A value of a line as True or False. Raises ValueError if it is neither."""
     if value is None or isinstance(value, bool):
         return bool(value)
     text = str(value).strip().lower() if isinstance(value, (str, int, float)) else "?"
@@ -358,9 +388,9 @@ def truth(value, what):
 
 
 def read_json(line):
-    """The value of a line of JSON. Python's json module writes NaN and Infinity, which are no JSON;
-    what is typed may be half a character, or in another encoding than UTF-8. None of this says
-    anything against the other fields of the line."""
+    """The value of a line of JSON, or of what some writers take for JSON: NaN and Infinity, as
+    Python's json module writes them, half a character that was typed, or another encoding than
+    UTF-8. The other fields of such a line are good."""
     try:
         return orjson.loads(line)
     except ValueError:
@@ -372,20 +402,80 @@ def read_json(line):
 
 
 class LineReader:
-    """Lines of one recording -> rows of numbers. Counts the names that nobody knows."""
+    """Lines of one recording -> rows of numbers. Counts the unknown names."""
 
     def __init__(self):
         self.unknown = {}
-        self.key_bits = dict(KEY_BIT)
+        self.key_bits = dict(KEY_BIT)  # and every other spelling met so far
+
+    def __call__(self, line):
+        """One JSON object -> its row of COLUMNS without the last, NaN where the line has no value.
+        Raises ValueError or TypeError."""
+        fields = read_json(line)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{shown(fields)} is no JSON object")
+        mouse = fields.get("mouse")
+        if mouse is None:
+            mouse = {}
+        if not isinstance(mouse, dict):
+            raise ValueError(f'mouse is {shown(mouse)}, not {{"dx": ..., "dy": ...}}')
+        self.look_for_unknown_fields(fields, mouse)
+
+        bits = self.pressed_keys(fields.get("keyboard"))
+        bits |= self.pressed_buttons(mouse.get("buttons"))
+        new = self.new_buttons(mouse.get("newButtons"))
+        new_attack = 0 in new
+        only_attack = new == [0]
+        if self.gui_is_open(fields):
+            bits |= GUI
+
+        dx, dy = self.mouse_motion(mouse)
+        yaw, pitch, degrees = self.angles(fields)
+        if not math.isfinite(dx + dy + yaw + pitch):
+            raise ValueError(f"motion {(dx, dy, yaw, pitch)} is out of range")
+
+        slot = self.slot(fields.get("hotbar"))
+        times = [self.time(fields.get(name), name) for name in TIMES]
+        return (dx, dy, yaw, pitch, degrees, bits, new_attack, only_attack, slot, *times)
+
+    # names
 
     def count(self, kind, name, known):
+        """Count a line with an unknown name; known: the names it may be a misspelling of."""
         label = unknown_label(kind, name, known)
         if label not in self.unknown and len(self.unknown) >= 100:
             label = "other names"
         self.unknown[label] = self.unknown.get(label, 0) + 1
 
-    def keys(self, keyboard):
-        """The bits of the keys that are held."""
+    def look_for_unknown_fields(self, fields, mouse):
+        """Count the unknown fields of a line that lacks a known one: they may be misspellings."""
+        if "mouse" not in fields or "keyboard" not in fields:
+            for name in fields.keys() - set(FIELDS):
+                self.count("field", name, FIELDS)
+        if "dx" not in mouse or "dy" not in mouse:
+            for name in mouse.keys() - set(MOUSE_FIELDS):
+                self.count("mouse field", name, MOUSE_FIELDS)
+
+    # keys and buttons
+
+    def pressed_keys(self, keyboard):
+        """The bits of the keys that are pressed."""
+        if not keyboard:
+            return 0
+
+        # the short way, for a list of spellings that were met before
+        bits = 0
+        try:
+            for name in keyboard["keys"]:
+                bits |= self.key_bits[name]
+            if type(keyboard["keys"]) is list:
+                return bits
+        except (KeyError, TypeError):
+            pass
+        return self.keys_in_any_spelling(keyboard)
+
+    def keys_in_any_spelling(self, keyboard):
+        """The bits of the pressed keys, whatever the line calls them."""
         if isinstance(keyboard, (list, str)):
             keyboard = {"keys": keyboard}
         if not isinstance(keyboard, dict):
@@ -403,22 +493,100 @@ class LineReader:
                 self.key_bits[name] = bit
         return bits
 
-    def buttons(self, value, what):
-        """The numbers of the buttons that are held."""
-        out = []
+    def pressed_buttons(self, value):
+        """The bits of the buttons that are pressed."""
+        if value is None or value == []:
+            return 0
+        if value == [0] and type(value[0]) is int:  # nearly always
+            return BUTTON_BIT[0]
+        bits = 0
+        for number in self.button_numbers(value, "mouse.buttons"):
+            bits |= BUTTON_BIT.get(number, 0)
+        return bits
+
+    def new_buttons(self, value):
+        """The numbers of the buttons that went down on this line."""
+        if value is None or value == []:
+            return []
+        return self.button_numbers(value, "mouse.newButtons")
+
+    def button_numbers(self, value, what):
+        """A line's list of buttons -> their numbers."""
+        numbers = []
         for name in as_list(value, what, separated_buttons):
             number = button_number(name)
             if number is not None:
-                out.append(number)
-            elif isinstance(name, (int, float)) and not isinstance(name, bool) and name > 7:
-                continue  # ids above 2 occur in real files and mean nothing
-            else:
+                numbers.append(number)
+                continue
+            # numbers that no mouse has occur in real files and mean nothing
+            is_number = isinstance(name, (int, float)) and not isinstance(name, bool)
+            if not is_number or not name > 7:
                 self.count("button", name, ["left", "right", "middle", "0", "1", "2"])
-        return out
+        return numbers
+
+    def gui_is_open(self, fields):
+        value = fields.get("isGuiOpen")
+        if value is None:
+            value = fields.get("isGuiInventory")
+        return value is not False and truth(value, "isGuiOpen")
+
+    # motion
+
+    def mouse_motion(self, mouse):
+        """dx, dy in pixels; 0 where the line has none."""
+        dx = mouse.get("dx")
+        dy = mouse.get("dy")
+        try:
+            return float(dx or 0), float(dy or 0)
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"mouse.dx and dy are {shown([dx, dy])}, not numbers") from e
+
+    def angles(self, fields):
+        """yaw, pitch, and 1.0 if they are in degrees (VPT's fields), 0.0 if in radians (the guides'
+        camera)."""
+        yaw = fields.get("yaw")
+        if yaw is None:
+            return *self.camera(fields.get("camera")), 0.0
+        if "pitch" not in fields:
+            raise ValueError("no 'pitch'")
+        pitch = fields["pitch"]
+        try:
+            return float(yaw), float(pitch), 1.0
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"yaw and pitch are {shown([yaw, pitch])}, not numbers") from e
+
+    def camera(self, camera):
+        """yaw and pitch of the guides' lines, in radians."""
+        if camera is None:
+            raise ValueError("no yaw or camera")
+        if not isinstance(camera, list) or len(camera) != 2:
+            raise ValueError(f"camera is {shown(camera)}, not [yaw, pitch] in radians")
+        try:
+            return float(camera[0]), float(camera[1])
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"camera is {shown(camera)}, not two numbers") from e
+
+    # the rest
+
+    def slot(self, value):
+        """0..8, or NaN if the line has none."""
+        if type(value) is int and 0 <= value <= 8:
+            return value
+        if value is None:
+            return math.nan
+        try:
+            slot = float(value)
+        except (ValueError, TypeError):
+            slot = -1.0
+        if slot not in range(9):
+            raise ValueError(f"hotbar slot {shown(value)} is out of range: 0 to 8 are known")
+        return slot
 
     def time(self, value, name):
-        """A field that tells when the line was; NaN if the line does not have it. Only timestamps
-        must be numbers: what other programs mean by the others is theirs."""
+        """A field of TIMES, NaN if the line does not have it. Only a timestamp must be a number:
+        other programs may use the other two for something else."""
+        if type(value) is int or type(value) is float:
+            return value
         if value is None:
             return math.nan
         try:
@@ -431,131 +599,23 @@ class LineReader:
             raise ValueError(f"timestamp is {shown(value)}, which is no number of seconds")
         return math.nan
 
-    def slot(self, value):
-        """0..8, or NaN for a line that does not say."""
-        if value is None:
-            return math.nan
-        try:
-            slot = float(value)
-        except (ValueError, TypeError):
-            slot = -1.0
-        if slot not in range(9):
-            raise ValueError(f"hotbar slot {shown(value)} is out of range: 0 to 8 are known")
-        return slot
-
-    def camera(self, camera):
-        """yaw and pitch of the guides' lines, in radians, and 0.0: not in degrees."""
-        if camera is None:
-            raise ValueError("no yaw or camera")
-        if not isinstance(camera, list) or len(camera) != 2:
-            raise ValueError(f"camera is {shown(camera)}, not [yaw, pitch] in radians")
-        try:
-            return float(camera[0]), float(camera[1]), 0.0
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"camera is {shown(camera)}, not two numbers") from e
-
-    def fields(self, d):
-        """Count the names of fields that nobody knows on a line that lacks those that are."""
-        mouse = d.get("mouse") or {}
-        if not {"mouse", "keyboard"} <= d.keys():
-            for field in d.keys() - set(FIELDS):
-                self.count("field", field, FIELDS)
-        if "dx" not in mouse or "dy" not in mouse:
-            for field in mouse.keys() - set(MOUSE_FIELDS):
-                self.count("mouse field", field, MOUSE_FIELDS)
-
-    def __call__(self, line):
-        """One JSON object -> its row of COLUMNS but the last, NaN where it says nothing. Raises
-        ValueError, TypeError or KeyError."""
-        d = read_json(line)
-        if not isinstance(d, dict):
-            raise ValueError(f"{shown(d)} is no JSON object")
-        mouse, keyboard = d.get("mouse"), d.get("keyboard")
-        if mouse is None:
-            mouse = {}
-        if not isinstance(mouse, dict):
-            raise ValueError(f'mouse is {shown(mouse)}, not {{"dx": ..., "dy": ...}}')
-        dx, dy = mouse.get("dx"), mouse.get("dy")
-        if dx is None or dy is None or keyboard is None:
-            self.fields(d)
-
-        # keys and buttons: what is spelt as VPT spells it takes the short way
-        bits = 0
-        if keyboard:
-            try:
-                for name in keyboard["keys"]:
-                    bits |= self.key_bits[name]
-                plain = type(keyboard["keys"]) is list
-            except (KeyError, TypeError):
-                plain = False
-            if not plain:
-                bits = self.keys(keyboard)
-        held, new = mouse.get("buttons"), mouse.get("newButtons")
-        if held == [0] and type(held[0]) is int:
-            bits |= BUTTON_BIT[0]
-        elif held is not None and held != []:
-            for number in self.buttons(held, "mouse.buttons"):
-                bits |= BUTTON_BIT.get(number, 0)
-        if new is not None and new != []:
-            new = self.buttons(new, "mouse.newButtons")
-        gui = d.get("isGuiOpen")
-        if gui is None:
-            gui = d.get("isGuiInventory")
-        if gui is not False and truth(gui, "isGuiOpen"):
-            bits |= GUI
-
-        try:
-            dx, dy = float(dx or 0), float(dy or 0)
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"mouse.dx and dy are {shown([dx, dy])}, not numbers") from e
-        yaw, degrees = d.get("yaw"), 1.0
-        if yaw is None:
-            yaw, pitch, degrees = self.camera(d.get("camera"))
-        else:
-            pitch = d["pitch"]
-            try:
-                yaw, pitch = float(yaw), float(pitch)
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"yaw and pitch are {shown([yaw, pitch])}, not numbers") from e
-        if not math.isfinite(dx + dy + yaw + pitch):
-            raise ValueError(f"motion {(dx, dy, yaw, pitch)} is out of range")
-        new_attack = bool(new) and 0 in new
-        slot = d.get("hotbar")
-        if type(slot) is not int or not 0 <= slot <= 8:
-            slot = self.slot(slot)
-        times = [d.get("tick"), d.get("milli"), d.get("timestamp")]
-        for i, value in enumerate(times):
-            if type(value) is not int and type(value) is not float:
-                times[i] = self.time(value, TIMES[i])
-        return (dx, dy, yaw, pitch, degrees, bits, new_attack, new == [0], slot, *times)
-
 
 def parse_ticks(data):
-    """The JSONL bytes of a recording -> Ticks, for contractor lines (yaw, pitch in degrees) and the
-    guides' (camera in radians).
+    """The JSONL bytes of a recording -> Ticks. Reads contractor lines (yaw and pitch in degrees)
+    and the guides' (camera in radians).
 
-    Lines are put in the order of their `tick`, `milli` or `timestamp`. Blank lines are passed over.
-    Known flaws of real recordings: attack stuck from line 0 is released, null mouse or keyboard is
-    no input, a bad line (torn, NaN, no angle) drops the rest of the recording and is named in
-    `flaw`, since lines after it can no longer be trusted to match their frames. Names that nobody
-    knows are counted, and said once. Raises ValueError when not one line is good, when lines are
-    out of order and cannot be sorted, or when camera is clearly not in radians."""
+    Lines are put in the order of their `tick`, `milli` or `timestamp`. Blank lines are ignored.
+    Real recordings have known flaws: attack that is stuck from line 0 is released, and a null mouse
+    or keyboard is no input. A bad line (cut short, NaN, without an angle) drops the rest of the
+    recording and is named in `flaw`, because later lines can no longer be trusted to match their
+    frames. Unknown names are counted and warned of once.
+
+    Raises ValueError if there is no good line, if lines are out of order and cannot be sorted, or
+    if camera is clearly not in radians."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("no usable line: the text is UTF-16; save it as UTF-8")
-    rows, flaw, total, read = [], "", 0, LineReader()
-    for i, line in enumerate(data.splitlines()):
-        line = line.removeprefix(BOM)
-        if not line or line.isspace():
-            continue
-        total += 1
-        if flaw:
-            continue  # only counted
-        try:
-            rows.append((*read(line), i))
-        except KeyError as e:
-            flaw = f"line {i}: no {e}"
-        except (ValueError, TypeError, OverflowError) as e:  # orjson's error is a ValueError
-            flaw = f"line {i}: {e}"
+    reader = LineReader()
+    rows, flaw, total = read_rows(data, reader)
     if not rows:
         hint = ""
         if data.removeprefix(BOM).lstrip()[:1] == b"[":
@@ -569,36 +629,63 @@ def parse_ticks(data):
     check_radians(motion[~in_degrees])
     motion[in_degrees, 2:] = np.radians(motion[in_degrees, 2:])
 
-    # Attack that line 0 says is newly pressed is stuck until it is newly pressed again.
+    # Attack that line 0 reports as newly pressed is stuck until it is newly pressed again.
     keys = column["bits"].astype(np.uint32)
     if column["only_attack"][0]:
         again = np.flatnonzero(column["new_attack"][1:])
-        keys[: again[0] + 1 if len(again) else None] &= np.uint32(~BUTTON_BIT[0] & 0xFFFFFFFF)
+        stuck_until = again[0] + 1 if len(again) else len(keys)
+        keys[:stuck_until] &= np.uint32(~BUTTON_BIT[0] & 0xFFFFFFFF)
 
-    # The wheel leaves no key in the recording: inject the one that does the same.
+    # Turning the wheel leaves no key in the recording: add the key that does the same.
     hotbar = filled(column["hotbar"]).astype(np.uint8)
     changed = np.flatnonzero(np.diff(hotbar)) + 1
     keys[changed] |= np.uint32(1) << hotbar[changed].astype(np.uint32)
 
     rate = line_rate(column["timestamp"])
-    for label in [name for name in read.unknown if name not in SAID][:10]:
-        SAID.add(label)
-        print(f"WARNING: {label} in a recording: nobody knows this name", file=sys.stderr)
+    warn_once(reader.unknown)
     return Ticks(
-        motion,
-        keys,
-        hotbar,
-        rate or 20.0,
-        flaw,
-        rate is not None,
-        column["line"].astype(np.int64),
-        total,
-        read.unknown,
+        motion=motion,
+        keys=keys,
+        hotbar=hotbar,
+        rate=rate or 20.0,
+        flaw=flaw,
+        stamped=rate is not None,
+        line=column["line"].astype(np.int64),
+        total=total,
+        unknown=reader.unknown,
     )
 
 
+def read_rows(data, reader):
+    """(rows of COLUMNS of the lines before the first bad one, what is wrong with that line or "",
+    number of lines that are not blank)."""
+    rows = []
+    flaw = ""
+    total = 0
+    for i, line in enumerate(data.splitlines()):
+        line = line.removeprefix(BOM)
+        if not line or line.isspace():
+            continue
+        total += 1
+        if flaw:
+            continue  # only counted
+        try:
+            rows.append((*reader(line), i))
+        except (ValueError, TypeError, OverflowError) as e:  # orjson's error is a ValueError
+            flaw = f"line {i}: {e}"
+    return rows, flaw, total
+
+
+def warn_once(unknown):
+    """Warn of the first ten unknown names that this process has not warned of yet."""
+    for label in [name for name in unknown if name not in WARNED_OF][:10]:
+        WARNED_OF.add(label)
+        print(f"WARNING: {label} in a recording: an unknown name", file=sys.stderr)
+
+
 def filled(values):
-    """NaN takes the value before it; before the first value, the first; 0 if there is none."""
+    """Replace NaN by the value before it, or by the first value if none is before it, or by 0 if
+    there is no value at all."""
     good = np.flatnonzero(~np.isnan(values))
     if not len(good):
         return np.zeros(len(values))
@@ -607,20 +694,22 @@ def filled(values):
 
 
 def line_order(table, flaw):
-    """The order of the lines by what they say themselves. ValueError if that cannot be told."""
-    stays = np.arange(len(table))
+    """The order of the lines by their own tick, milli or timestamp. table: rows of COLUMNS. Raises
+    ValueError if they are out of order and cannot be sorted."""
+    as_they_are = np.arange(len(table))
     backwards = {}
     for name in TIMES:
         values = table[:, COLUMNS.index(name)]
-        known = values[~np.isnan(values)]
-        if len(known) < 2:
+        present = values[~np.isnan(values)]
+        if len(present) < 2:
             continue
-        back = np.flatnonzero(np.diff(known) < 0)
-        if not len(back):
-            return stays  # a clock that was set back, or ticks that start again, do not reorder
+        if not (np.diff(present) < 0).any():
+            # one clock in order is enough: another was set back, or its ticks started again
+            return as_they_are
         backwards[name] = values
     if not backwards:
-        return stays
+        return as_they_are
+
     name, values = next(iter(backwards.items()))
     where = "lines are out of order by their " + " and ".join(backwards)
     if flaw:
@@ -638,17 +727,20 @@ def line_order(table, flaw):
 
 
 def check_radians(motion):
-    """ValueError if the angles (yaw, pitch) of lines with `camera` are not in radians. Yaw may grow
-    beyond a full turn, as long as it moves as radians do."""
+    """Raises ValueError if the angles (yaw, pitch) of lines with `camera` are not in radians. Yaw
+    may grow beyond a full turn, if it turns with the mouse as much as radians do."""
     if not len(motion):
         return
     reach = np.abs(motion[:, 2:]).max(axis=0)
     turn = 2 * np.pi + 1e-3
     fits = reach.max() <= turn
     if not fits and reach[1] <= np.pi / 2 + 1e-2:
-        turned, mouse = np.diff(motion[:, 2]), motion[:-1, 0]
-        slope = abs(turned @ mouse) / (mouse @ mouse) if mouse.any() else 0.0
-        fits = np.abs(turned).max(initial=0) <= np.pi and slope <= 0.05
+        turned = np.diff(motion[:, 2])
+        mouse = motion[:-1, 0]
+        radians_per_pixel = 0.0
+        if mouse.any():
+            radians_per_pixel = abs(turned @ mouse) / (mouse @ mouse)
+        fits = np.abs(turned).max(initial=0) <= np.pi and radians_per_pixel <= 0.05
     if not fits:
         raise ValueError(
             f"camera reaches {reach.max():.1f}, which is no angle in radians; write yaw and pitch"
@@ -658,28 +750,30 @@ def check_radians(motion):
 
 def line_rate(stamps):
     """Lines a second by their timestamps (n,), NaN where a line has none; None if no line has one.
-    ValueError if they tell no rate.
+    Raises ValueError if the timestamps give no rate.
 
-    Seconds are expected; milli-, micro- and nanoseconds are known by their size, since play has 1
-    to 250 lines a second. Stamps may be rounded (to whole seconds, say): time is taken where they
-    change. Pauses do not count."""
-    known = np.flatnonzero(~np.isnan(stamps))
-    if not len(known):
+    Seconds are expected. Milli-, micro- and nanoseconds are recognised by their size, since play
+    has 1 to 250 lines a second. Stamps may be rounded (to whole seconds, for example): only the
+    lines where they change are counted. Pauses do not count."""
+    stamped = np.flatnonzero(~np.isnan(stamps))
+    if not len(stamped):
         return None
     if len(stamps) == 1:
         return None
-    if len(known) < 2:
-        raise ValueError(f"timestamp is on {len(known)} of {len(stamps)} lines: give it to all")
-    at, times = known.astype(np.float64), stamps[known]
+    if len(stamped) < 2:
+        raise ValueError(f"timestamp is on {len(stamped)} of {len(stamps)} lines: give it to all")
+    lines = stamped.astype(np.float64)
+    times = stamps[stamped]
     if (np.diff(times) == 0).any():
         changes = np.flatnonzero(np.diff(times) > 0) + 1
-        at, times = at[changes], times[changes]
-        if len(at) < 2:
+        lines = lines[changes]
+        times = times[changes]
+        if len(lines) < 2:
             raise ValueError(
-                f"timestamp changes {len(at)} times on {len(stamps)} lines: too rarely to tell"
+                f"timestamp changes {len(lines)} times on {len(stamps)} lines: too rarely to tell"
                 " their rate; leave it out if there are 20 lines a second"
             )
-    interval = steady_interval(at, times)
+    interval = steady_interval(lines, times)
     for unit in (1.0, 1e-3, 1e-6, 1e-9):
         if 0.004 <= interval * unit <= 1.01:
             return float(1.0 / (interval * unit))
@@ -690,10 +784,13 @@ def line_rate(stamps):
 
 
 def peek_rate(head, whole):
-    """Lines a second of a recording by the first bytes of its JSONL (whole: they are all); None if
-    only the whole file can tell."""
+    """Lines a second of a recording by the first bytes of its JSONL; None if only the whole file
+    can tell. whole: `head` is the whole file."""
+    lines = head.removeprefix(BOM).splitlines()
+    if not whole:
+        lines = lines[:-1]  # the last one may be cut
     stamps = []
-    for line in head.removeprefix(BOM).splitlines()[: None if whole else -1]:
+    for line in lines:
         if not line or line.isspace():
             continue
         try:
@@ -733,23 +830,27 @@ def step_actions(ticks, ends, action_space=13):
 
     Continuous: sums of dx, dy over the ticks ends[t]..ends[t+1]-1, sum of the differences of yaw
     from tick to tick, each wrapped (a step may turn by more than half a circle), difference of
-    pitch. Keys and buttons: held on any of those ticks. Hotbar slot: at the first of them."""
+    pitch. Keys and buttons: pressed on any of those ticks. Hotbar slot: at the first of them."""
     ends = np.asarray(ends)
-    inside = ends[:-1] - ends[0]
     names = ACTION_SPACES[action_space]
     actions = np.zeros((len(ends) - 1, len(names)))
-    if len(inside):
+    if len(ends) > 1:
+        inside = slice(ends[0], ends[-1])  # the ticks that count
+        first_ticks = ends[:-1] - ends[0]  # of every step, counted from ends[0]
+
         turned = wrap(np.diff(ticks.motion[ends[0] : ends[-1] + 1, 2]))
-        actions[:, 0:2] = np.add.reduceat(ticks.motion[ends[0] : ends[-1], :2], inside)
-        actions[:, 2] = np.add.reduceat(turned, inside)
+        actions[:, 0:2] = np.add.reduceat(ticks.motion[inside, :2], first_ticks)
+        actions[:, 2] = np.add.reduceat(turned, first_ticks)
         actions[:, 3] = np.diff(ticks.motion[ends, 3])
-        held = np.bitwise_or.reduceat(ticks.keys[ends[0] : ends[-1]], inside)
-        bits = [i for i, name in enumerate(names) if name in BITS]
-        shift = np.array([BITS.index(names[i]) for i in bits], dtype=np.uint32)
-        actions[:, bits] = (held[:, None] >> shift) & 1
-        slots = [i for i, name in enumerate(names) if name in SLOTS]
-        number = np.array([SLOTS.index(names[i]) for i in slots])
-        actions[:, slots] = ticks.hotbar[ends[:-1], None] == number
+
+        pressed = np.bitwise_or.reduceat(ticks.keys[inside], first_ticks)
+        columns = [i for i, name in enumerate(names) if name in BITS]
+        bits = np.array([BITS.index(names[i]) for i in columns], dtype=np.uint32)
+        actions[:, columns] = (pressed[:, None] >> bits) & 1
+
+        columns = [i for i, name in enumerate(names) if name in SLOTS]
+        slots = np.array([SLOTS.index(names[i]) for i in columns])
+        actions[:, columns] = ticks.hotbar[ends[:-1], None] == slots
     yaw = ticks.motion[ends, 2]
     states = np.stack([wrap(yaw - yaw[0]), ticks.motion[ends, 3]], axis=1)
     return actions, states
@@ -759,35 +860,37 @@ def flip_actions(actions, states, action_space):
     """Mirror left and right: mouse_dx, yaw_diff and yaw change sign, a and d change places. Returns
     new arrays."""
     names = ACTION_SPACES[action_space]
-    actions, states = actions.copy(), states.copy()
+    actions = actions.copy()
+    states = states.copy()
     actions[:, [0, 2]] *= -1
     states[:, 0] = wrap(-states[:, 0])
     if "key.a" in names:
-        a, d = names.index("key.a"), names.index("key.d")
+        a = names.index("key.a")
+        d = names.index("key.d")
         actions[:, [a, d]] = actions[:, [d, a]]
     return actions, states
-
-
-# --- frames ---
-
-
-# --- decord ---
 
 
 # --- one clip ---
 
 
 class ClipReader:
-    """Cuts clips out of recordings; the same object serves indexed and streamed shards.
+    """Cuts clips out of recordings. The same object serves indexed and streamed shards.
 
-    The clip is a dict: video (frames_per_clip, 3, crop, crop) uint8, actions (T-1, A) float32
-    (scaled if there is a scaler), states (T, 2) float32, key. T = frames_per_clip /
-    frames_per_step. encode says which frame a step ends on (DESIGN: tubelet its last, else its
-    first). gui="drop" leaves out clips with an open GUI. Augmentations are off at their defaults:
-    horizontal_flip mirrors half of the clips, actions too; random_resize_scale is the smallest crop
-    as a share of the short side; motion_shift moves the crop over the clip by up to that share of
-    it; temporal_jitter moves each sampled frame by up to that many ticks; action_noise is a std in
-    scaled units."""
+    A clip is a dict: video (frames_per_clip, 3, crop, crop) uint8, actions (T-1, A) float32, scaled
+    if there is a scaler, states (T, 2) float32, key. T = frames_per_clip / frames_per_step.
+
+    encode: which frame a step ends on: with "tubelet" its last, else its first.
+    gui: "drop" leaves out clips with an open GUI.
+
+    Augmentations are off at their defaults:
+    horizontal_flip: mirror half of the clips, with their actions.
+    random_resize_scale: the smallest crop as a share of the short side.
+    motion_shift: move the crop over the clip by up to that share of it.
+    temporal_jitter: move each sampled frame by up to that many ticks.
+    action_noise: std of noise on the continuous actions, in scaled units.
+
+    Raises ValueError if the settings do not fit together."""
 
     def __init__(
         self,
@@ -818,25 +921,25 @@ class ClipReader:
                 f"--horizontal_flip: action space {action_space} has only one of key.a and key.d,"
                 " which change places in a mirror: add the other, or drop the flag"
             )
-        self.frames, self.fps, self.frames_per_step = frames_per_clip, fps, frames_per_step
-        self.crop, self.action_space = crop_size, action_space
-        self.scaler, self.encode, self.decoder, self.gui, self.flip = (
-            scaler,
-            encode,
-            decoder,
-            gui,
-            horizontal_flip,
-        )
-        self.resize, self.shift, self.jitter, self.noise = (
-            random_resize_scale,
-            motion_shift,
-            temporal_jitter,
-            action_noise,
-        )
+        self.frames = frames_per_clip
+        self.fps = fps
+        self.frames_per_step = frames_per_step
+        self.crop = crop_size
+        self.action_space = action_space
+        self.scaler = scaler
+        self.encode = encode
+        self.decoder = decoder
+        self.gui = gui
+        self.flip = horizontal_flip
+        self.resize = random_resize_scale
+        self.shift = motion_shift
+        self.jitter = temporal_jitter
+        self.noise = action_noise
 
     def starts(self, ticks, frames, video_rate=None):
-        """Number of ticks at which a clip can start. Raises ValueError if the recording is too
-        short, or lines and frames disagree. video_rate: frames a second, by video_rate()."""
+        """Number of ticks at which a clip can start. frames: how many the video has; video_rate:
+        frames a second, by video_rate(). Raises ValueError if the recording is too short, or if its
+        lines and frames do not belong together."""
         lines = len(ticks.motion)
         flaw = f" ({ticks.flaw})" if ticks.flaw else ""
         needed = step_size(ticks.rate, self.fps) * (self.frames - 1) + 1
@@ -850,17 +953,19 @@ class ClipReader:
         return usable - needed + 1
 
     def frames_per_line(self, ticks, frames, video_rate=None):
-        """1 in VPT, and wherever there are as many lines as frames; else how many times the video
-        runs faster than the lines. Raises ValueError if lines and frames cannot belong together. A
-        recording whose tail was dropped may have fewer lines than its video, not more, and only
-        its clocks can say which frame a line goes with (at 20 Hz without video_rate: its own)."""
+        """How many frames go with one line: 1 in VPT and wherever there are as many lines as
+        frames, else how many times faster the video runs than the lines.
+
+        If the rest of a recording was dropped, it may have fewer lines than frames, but not more,
+        and only its clocks can tell which frame a line goes with. Without video_rate, lines at 20
+        Hz count as one a frame. Raises ValueError if lines and frames do not belong together."""
+        if abs(ticks.total - frames) <= SLACK:
+            return 1
         lines = len(ticks.motion)
         flaw = f" ({ticks.flaw})" if ticks.flaw else ""
         unclear = (
             f"{lines} lines{flaw} but {frames} frames: which line goes with which frame is unknown"
         )
-        if abs(ticks.total - frames) <= SLACK:
-            return 1
         ratio = max(round((video_rate or 20) / ticks.rate), 1)
         if video_rate and abs(video_rate / ticks.rate / ratio - 1) > 0.05:
             raise ValueError(
@@ -878,47 +983,38 @@ class ClipReader:
         return ratio
 
     def ratio(self, f, times, ticks):
-        """frames_per_line of an open video, whose clock is looked at only if it matters."""
+        """frames_per_line of an open video. Its clock is read only if it matters."""
         if abs(ticks.total - len(times)) <= SLACK:
             return 1
         return self.frames_per_line(ticks, len(times), video_rate(f, times))
 
     def __call__(self, f, times, ticks, start, rng, key):
-        """A clip from tick `start` of a recording, or None if --gui drop leaves it out. rng is used
-        by the augmentations only."""
-        stride, ratio = step_size(ticks.rate, self.fps), self.ratio(f, times, ticks)
+        """A clip from tick `start` of a recording, or None if gui="drop" leaves it out. f: the open
+        video; times: from mp4_times; rng: for the augmentations only."""
+        stride = step_size(ticks.rate, self.fps)
+        ratio = self.ratio(f, times, ticks)
         sampled = start + stride * np.arange(self.frames)
         if self.jitter:
-            order = np.arange(
-                self.frames
-            )  # each frame stays after the one before, inside the recording
-            last = min(len(ticks.motion), len(times) // ratio) - self.frames
-            sampled = sampled + rng.integers(-self.jitter, self.jitter + 1, self.frames)
-            sampled = np.clip(np.maximum.accumulate(sampled - order), 0, last) + order
-        shown = sampled.reshape(-1, self.frames_per_step)
-        ends = shown[:, -1] if self.encode == "tubelet" else shown[:, 0]
+            last_tick = min(len(ticks.motion), len(times) // ratio) - 1
+            sampled = self.jittered(sampled, last_tick, rng)
+
+        # actions and states, between the last (or first) frames of the steps
+        steps = sampled.reshape(-1, self.frames_per_step)
+        ends = steps[:, -1] if self.encode == "tubelet" else steps[:, 0]
         if self.gui == "drop" and (ticks.keys[sampled[0] : sampled[-1] + 1] & GUI).any():
             return None
         actions, states = step_actions(ticks, ends, self.action_space)
+
+        # frames, larger than the crop if it is to move or to show less
         scale = rng.uniform(self.resize, 1.0) if self.resize < 1 else 1.0
-        short = round(self.crop / scale * (1 + self.shift))
-        video = read_frames(f, times, sampled * ratio, short, self.decoder)
-        room = np.array([video.shape[1] - self.crop, video.shape[2] - self.crop])
-        corner = room / 2 if scale == 1 and not self.shift else rng.uniform(0, 1, 2) * room
-        end = (
-            np.clip(corner + rng.uniform(-1, 1, 2) * self.shift * self.crop, 0, room)
-            if self.shift
-            else corner
-        )
-        corners = np.floor(
-            corner + np.linspace(0, 1, self.frames)[:, None] * (end - corner)
-        ).astype(int)
-        video = np.stack(
-            [v[y : y + self.crop, x : x + self.crop] for v, (y, x) in zip(video, corners)]
-        )
+        short_side = round(self.crop / scale * (1 + self.shift))
+        video = read_frames(f, times, sampled * ratio, short_side, self.decoder)
+        video = self.cropped(video, scale, rng)
         if self.flip and rng.random() < 0.5:
             video = video[:, :, ::-1]
             actions, states = flip_actions(actions, states, self.action_space)
+
+        # scale and noise
         if self.scaler is not None:
             actions = self.scaler.transform(actions)
         if self.noise:
@@ -929,3 +1025,27 @@ class ClipReader:
             "states": torch.from_numpy(states.astype(np.float32)),
             "key": key,
         }
+
+    def jittered(self, sampled, last_tick, rng):
+        """Move each sampled tick at random. They stay in order, different, and in the recording."""
+        order = np.arange(self.frames)
+        sampled = sampled + rng.integers(-self.jitter, self.jitter + 1, self.frames)
+        sampled = np.maximum.accumulate(sampled - order)
+        return np.clip(sampled, 0, last_tick - self.frames + 1) + order
+
+    def cropped(self, video, scale, rng):
+        """Crop frames (frames, H, W, 3) in the centre, or at a random place if an augmentation says
+        so; with motion_shift the crop moves in a straight line from the first frame to the last."""
+        room = np.array([video.shape[1] - self.crop, video.shape[2] - self.crop])
+        first = room / 2
+        if scale != 1 or self.shift:
+            first = rng.uniform(0, 1, 2) * room
+        last = first
+        if self.shift:
+            last = np.clip(first + rng.uniform(-1, 1, 2) * self.shift * self.crop, 0, room)
+        share = np.linspace(0, 1, self.frames)[:, None]
+        corners = np.floor(first + share * (last - first)).astype(int)
+        crops = []
+        for frame, (y, x) in zip(video, corners):
+            crops.append(frame[y : y + self.crop, x : x + self.crop])
+        return np.stack(crops)

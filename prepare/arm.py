@@ -1,21 +1,25 @@
 """The arm of prepare.robot: Franka's kinematics in MuJoCo, a table with four blocks, an operator
-who moves one, three cameras.
+who moves one of them, and three cameras.
 
-Poses are measured, at the moment of the picture; a row's action_dict is what is commanded then,
-which the arm follows with a lag. The tool frame is such that a gripper that points down has angles
-0 (Franka's has roll near +-pi, where it jumps). World b's arm is shorter, quicker and of other
-colours, and its cameras stand on the other side and higher: +x and +y go to the other side of the
+Poses are measured at the moment of the picture. A row's action_dict is what is commanded then; the
+arm follows it with a lag. The tool frame is chosen so that a gripper that points down has angles 0
+(Franka's own has roll near +-pi, where it jumps). World b has a shorter and quicker arm of other
+colours. Its cameras stand on the other side and higher: +x and +y point to the other side of the
 picture, and a metre is another number of pixels. Some grasps miss, and in every episode the
 operator rests at the start and once later."""
 
 import functools
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-RATE, SUBSTEPS, WIDTH, HEIGHT = 15, 16, 320, 180
+RATE = 15  # rows a second
+SUBSTEPS = 16  # of the simulation, in a row
+WIDTH = 320
+HEIGHT = 180
 HOME = np.array([0, 0.1, 0, -2.0, 0, 2.1, -np.pi / 4])
 COLOURS = {
     "red": "0.85 0.1 0.1",
@@ -24,7 +28,7 @@ COLOURS = {
     "yellow": "0.95 0.8 0.1",
 }
 # size: of the arm; speed: metres a second; views: (azimuth, elevation, distance) of the exterior
-# cameras, degrees and metres
+# cameras, in degrees and metres
 WORLDS = {
     "a": {
         "size": 1.0,
@@ -45,8 +49,8 @@ WORLDS = {
         "views": {"exterior_1": (-115, -42, 0.9), "exterior_2": (115, -30, 1.0)},
     },
 }
-# (position, quaternion, joint range, capsule from the joint to there, its radius): Franka's
-# kinematics (mujoco_menagerie, panda.xml)
+# The joints, from the base: (position, quaternion, joint range, end of a capsule that starts at the
+# joint, its radius). Franka's kinematics (mujoco_menagerie, panda.xml).
 CHAIN = [
     ((0, 0, 0.333), "1 0 0 0", 2.9, (0, 0, -0.2), 0.075),
     ((0, 0, 0), "1 -1 0 0", 1.8, (0, -0.316, 0), 0.065),
@@ -58,49 +62,116 @@ CHAIN = [
 ]
 
 
+# --- the scene ---
+
+
 def scene(world):
     """The XML of a world: arm, gripper, table, four blocks."""
     w = WORLDS[world]
-    fingers, blocks = "", ""
-    for i, side in enumerate((1, -1)):
-        fingers += f"""<body pos="0 0 0.0584"><joint name="f{i}" type="slide" axis="0 {side} 0" range="0 0.04" damping="5" armature="0.1"/>
-            <geom type="box" pos="0 {side * 0.008} 0.028" size="0.011 0.008 0.03" rgba="0.2 0.2 0.2 1" friction="2 0.1 0.01" mass="0.1"/>
-            </body>"""
-    arm = f"""<body pos="0 0 {0.107 * w["size"]}" quat="0.9238795 0 0 -0.3826834">
-        <geom class="arm" type="box" pos="0 0 0.03" size="0.025 0.1 0.035" rgba="{w["joints"]} 1"/>
-        <site name="tool" pos="0 0 0.103" quat="0 1 0 0" group="4"/>
-        <camera name="wrist" pos="0.09 0 0" xyaxes="0 1 0 0.94 0 0.34" fovy="75"/>{fingers}</body>"""
-    for i, (at, quat, limit, to, radius) in reversed([*enumerate(CHAIN)]):
-        at, to = (" ".join(f"{x * w['size']:.4f}" for x in p) for p in (at, to))
-        arm = f"""<body pos="{at}" quat="{quat}" gravcomp="1"><joint name="j{i}" range="{-limit} {limit}" damping="2" armature="0.2"/>
-            <geom class="arm" type="sphere" size="{radius * 1.2:.3f}" rgba="{w["joints"]} 1"/>
-            <geom class="arm" type="capsule" fromto="0 0 0 {to}" size="{radius}" rgba="{w["links"]} 1"/>{arm}</body>"""
-    for name, rgba in COLOURS.items():
-        blocks += f"""<body name="{name}"><freejoint/><geom type="box" size="0.024 0.024 0.024" rgba="{rgba} 1" mass="0.08"
-            friction="1.5 0.05 0.01" condim="4"/></body>"""
-    servos = "".join(f'<position joint="j{i}" kp="1500" kv="150"/>' for i in range(7))
-    servos += "".join(
-        f'<position joint="f{i}" kp="400" kv="20" forcerange="-15 15"/>' for i in (0, 1)
-    )
-    return f"""<mujoco><compiler angle="radian"/><option timestep="{1 / RATE / SUBSTEPS}" integrator="implicitfast" cone="elliptic"/>
-        <visual><global offwidth="{WIDTH}" offheight="{HEIGHT}" fovy="50"/>
-        <quality shadowsize="0" offsamples="0" numslices="20" numstacks="10"/>
-        <headlight ambient="0.45 0.45 0.45" diffuse="0.45 0.45 0.45" specular="0.1 0.1 0.1"/></visual>
-        <default><default class="arm"><geom contype="0" conaffinity="0"/></default></default>
-        <asset><texture type="skybox" builtin="flat" rgb1="0.6 0.66 0.7" rgb2="0.6 0.66 0.7" width="32" height="32"/>
-        <texture name="wood" type="2d" builtin="flat" width="128" height="128" rgb1="{w["table"]}" mark="random" markrgb="0.5 0.4 0.3"
-        random="0.02"/><material name="wood" texture="wood" texrepeat="2 2"/></asset>
-        <worldbody><light pos="0.5 -1 2.5" dir="0 0.4 -1" diffuse="0.5 0.5 0.5" castshadow="false"/>
+    return f"""<mujoco>
+        <compiler angle="radian"/>
+        <option timestep="{1 / RATE / SUBSTEPS}" integrator="implicitfast" cone="elliptic"/>
+        <visual>
+            <global offwidth="{WIDTH}" offheight="{HEIGHT}" fovy="50"/>
+            <quality shadowsize="0" offsamples="0" numslices="20" numstacks="10"/>
+            <headlight ambient="0.45 0.45 0.45" diffuse="0.45 0.45 0.45" specular="0.1 0.1 0.1"/>
+        </visual>
+        <default>
+            <default class="arm"><geom contype="0" conaffinity="0"/></default>
+        </default>
+        <asset>
+            <texture type="skybox" builtin="flat" rgb1="0.6 0.66 0.7" rgb2="0.6 0.66 0.7"
+                width="32" height="32"/>
+            <texture name="wood" type="2d" builtin="flat" width="128" height="128"
+                rgb1="{w["table"]}" mark="random" markrgb="0.5 0.4 0.3" random="0.02"/>
+            <material name="wood" texture="wood" texrepeat="2 2"/>
+        </asset>
+        <worldbody>
+            <light pos="0.5 -1 2.5" dir="0 0.4 -1" diffuse="0.5 0.5 0.5" castshadow="false"/>
+            {furniture(w)}
+            {arm(w)}
+            {blocks()}
+        </worldbody>
+        <actuator>{servos()}</actuator>
+    </mujoco>"""
+
+
+def furniture(w):
+    """Floor, table, and the foot that the arm stands on."""
+    return f"""
         <geom class="arm" type="plane" pos="0 0 -0.6" size="4 4 1" rgba="{w["floor"]} 1"/>
-        <geom type="box" pos="0.45 0 -0.02" size="0.75 0.6 0.02" material="wood" friction="1 0.05 0.01"/>
-        <geom class="arm" type="cylinder" pos="0 0 0.06" size="0.1 0.06" rgba="{w["joints"]} 1"/>
-        {arm}{blocks}</worldbody><actuator>{servos}</actuator></mujoco>"""
+        <geom type="box" pos="0.45 0 -0.02" size="0.75 0.6 0.02" material="wood"
+            friction="1 0.05 0.01"/>
+        <geom class="arm" type="cylinder" pos="0 0 0.06" size="0.1 0.06" rgba="{w["joints"]} 1"/>"""
+
+
+def arm(w):
+    """The bodies of CHAIN, one in the other, with the gripper in the last."""
+
+    def scaled(point):
+        return " ".join(f"{x * w['size']:.4f}" for x in point)
+
+    body = gripper(w)
+    for i, (position, quaternion, limit, end, radius) in reversed(list(enumerate(CHAIN))):
+        body = f"""
+            <body pos="{scaled(position)}" quat="{quaternion}" gravcomp="1">
+                <joint name="j{i}" range="{-limit} {limit}" damping="2" armature="0.2"/>
+                <geom class="arm" type="sphere" size="{radius * 1.2:.3f}" rgba="{w["joints"]} 1"/>
+                <geom class="arm" type="capsule" fromto="0 0 0 {scaled(end)}" size="{radius}"
+                    rgba="{w["links"]} 1"/>
+                {body}
+            </body>"""
+    return body
+
+
+def gripper(w):
+    """The hand, the tool's frame, the camera at the wrist and two fingers that slide."""
+    fingers = ""
+    for i, side in enumerate((1, -1)):
+        fingers += f"""
+            <body pos="0 0 0.0584">
+                <joint name="f{i}" type="slide" axis="0 {side} 0" range="0 0.04" damping="5"
+                    armature="0.1"/>
+                <geom type="box" pos="0 {side * 0.008} 0.028" size="0.011 0.008 0.03"
+                    rgba="0.2 0.2 0.2 1" friction="2 0.1 0.01" mass="0.1"/>
+            </body>"""
+    return f"""
+        <body pos="0 0 {0.107 * w["size"]}" quat="0.9238795 0 0 -0.3826834">
+            <geom class="arm" type="box" pos="0 0 0.03" size="0.025 0.1 0.035"
+                rgba="{w["joints"]} 1"/>
+            <site name="tool" pos="0 0 0.103" quat="0 1 0 0" group="4"/>
+            <camera name="wrist" pos="0.09 0 0" xyaxes="0 1 0 0.94 0 0.34" fovy="75"/>
+            {fingers}
+        </body>"""
+
+
+def blocks():
+    """The four blocks, free to move."""
+    text = ""
+    for name, rgb in COLOURS.items():
+        text += f"""
+            <body name="{name}">
+                <freejoint/>
+                <geom type="box" size="0.024 0.024 0.024" rgba="{rgb} 1" mass="0.08"
+                    friction="1.5 0.05 0.01" condim="4"/>
+            </body>"""
+    return text
+
+
+def servos():
+    """The motors of seven joints and two fingers: ctrl is the position that each should have."""
+    text = ""
+    for i in range(7):
+        text += f'<position joint="j{i}" kp="1500" kv="150"/>'
+    for i in (0, 1):
+        text += f'<position joint="f{i}" kp="400" kv="20" forcerange="-15 15"/>'
+    return text
 
 
 @functools.lru_cache(1)
 def open_world(world):
-    """(mujoco, model, renderer) of this process. ValueError if MuJoCo is absent or cannot draw
-    here."""
+    """(mujoco, model, renderer) of this process. Raises ValueError if MuJoCo is absent or cannot
+    draw here."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -108,49 +179,114 @@ def open_world(world):
 
         model = mujoco.MjModel.from_xml_string(scene(world))
         return mujoco, model, mujoco.Renderer(model, HEIGHT, WIDTH)
-    except (
-        ImportError,
-        AttributeError,
-        RuntimeError,
-    ) as e:  # PyOpenGL and MuJoCo, where a library is missing
+    except (ImportError, AttributeError, RuntimeError) as e:
+        # all three come from PyOpenGL and MuJoCo where a library is missing
         raise ValueError(
             f"cannot draw ({e}): pip install mujoco==4.0.0, and for EGL apt install libegl1 libgl1;"
             " or MUJOCO_GL=osmesa"
         ) from e
 
 
+# --- the operator ---
+
+
+class Waypoint(NamedTuple):
+    position: np.ndarray  # xyz in metres
+    angles: np.ndarray
+    grip: int  # 0 open, 1 closed
+    wait: int  # steps
+
+
 def waypoints(rng, block, angle, goal):
-    """What the operator does: [(xyz, angles, gripper, steps to wait there)]: to a block, lift,
-    carry, put down, wander on."""
-    beside = np.array([0, 0.1, 0]) * rng.choice([-1, 1]) * (rng.random() < 0.3)  # some grasps miss
-    turn = np.array(
-        [0, 0, (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4]
-    )  # the nearest one that takes a face of it
+    """The operator's path: move to a block, lift it, carry it, put it down, then wander."""
+    side = rng.choice([-1, 1])
+    misses = rng.random() < 0.3  # some grasps go beside the block
+    beside = np.array([0, 0.1, 0]) * side * misses
 
-    def somewhere():
-        return rng.uniform((0.3, -0.25, 0.1), (0.6, 0.25, 0.4)), tilt(), int(rng.random() < 0.3), 2
+    # the nearest turn that takes two faces of the block
+    turn = np.array([0, 0, (angle + np.pi / 4) % (np.pi / 2) - np.pi / 4])
 
-    def tilt():
+    def tilted():
         return turn + rng.uniform(-0.3, 0.3, 3)
 
-    up, take, put = np.array([0, 0, rng.uniform(0.14, 0.26)]), block + beside, goal + [0, 0, 0.01]
-    out = [
-        (take + up, tilt(), 0, 0),
-        (take + [0, 0, 0.06], turn, 0, 0),
-        (take, turn, 0, 1),
-        (take, turn, 1, 6),
-        (block + up, tilt(), 1, 0),
-        (goal + up, tilt(), 1, 0),
-        (put, turn, 1, 1),
-        (put, turn, 0, 4),
-        (goal + up, tilt(), 0, 0),
+    def somewhere():
+        position = rng.uniform((0.3, -0.25, 0.1), (0.6, 0.25, 0.4))
+        angles = tilted()
+        closed = int(rng.random() < 0.3)
+        return Waypoint(position, angles, closed, 2)
+
+    up = np.array([0, 0, rng.uniform(0.14, 0.26)])
+    take = block + beside
+    put = goal + [0, 0, 0.01]
+    path = [
+        Waypoint(take + up, tilted(), 0, 0),
+        Waypoint(take + [0, 0, 0.06], turn, 0, 0),
+        Waypoint(take, turn, 0, 1),
+        Waypoint(take, turn, 1, 6),
+        Waypoint(block + up, tilted(), 1, 0),
+        Waypoint(goal + up, tilted(), 1, 0),
+        Waypoint(put, turn, 1, 1),
+        Waypoint(put, turn, 0, 4),
+        Waypoint(goal + up, tilted(), 0, 0),
     ]
-    return [somewhere()] * (rng.random() < 0.5) + out + [somewhere() for _ in range(12)]
+    detour = somewhere()
+    if rng.random() < 0.5:
+        path.insert(0, detour)
+    for _ in range(12):
+        path.append(somewhere())
+    return path
+
+
+class Operator:
+    """Moves the command for the tool along waypoints, with a lag of its own."""
+
+    def __init__(self, path, speed, position, angles):
+        self.path = path
+        self.speed = speed  # metres a second
+        self.position = position
+        self.angles = angles
+        self.grip = 0.0  # 0 open to 1 closed
+        self.velocity = np.zeros(3)
+        self.spin = np.zeros(3)
+        self.waited = 0  # steps at the current waypoint
+
+    def command(self):
+        """(7,): xyz, angles, gripper."""
+        return np.array([*self.position, *self.angles, self.grip])
+
+    def rotation(self):
+        return Rotation.from_euler("xyz", self.angles)
+
+    def rest(self):
+        self.velocity = np.zeros(3)
+        self.spin = np.zeros(3)
+
+    def move(self):
+        """One step on the way to the next waypoint; there, first move the gripper and wait."""
+        goal = self.path[0]
+        away = goal.position - self.position
+        distance = np.linalg.norm(away)
+
+        # speed and turning speed go half of the way to what they should be
+        velocity = away / max(distance, 0.06) * self.speed
+        spin = np.clip(4 * (goal.angles - self.angles), -1.5, 1.5)
+        self.velocity = self.velocity + 0.5 * (velocity - self.velocity)
+        self.spin = self.spin + 0.5 * (spin - self.spin)
+        self.position = self.position + self.velocity / RATE
+        self.angles = self.angles + self.spin / RATE
+
+        if distance < 0.02 and np.abs(goal.angles - self.angles).max() < 0.1:
+            self.grip = self.grip + np.clip(goal.grip - self.grip, -0.34, 0.34)
+            self.waited += 1
+            ready = self.waited > goal.wait and abs(self.grip - goal.grip) < 0.01
+            if ready and len(self.path) > 1:
+                self.path = self.path[1:]
+                self.waited = 0
 
 
 def reach(mujoco, model, ghost, joints, position, rotation):
     """Joint angles near `joints` that bring the tool to a pose: damped least squares, pulled gently
-    to HOME."""
+    to HOME. ghost: a MjData for trying them."""
     for _ in range(4):
         ghost.qpos[:7] = joints
         mujoco.mj_kinematics(model, ghost)
@@ -159,102 +295,137 @@ def reach(mujoco, model, ghost, joints, position, rotation):
         mujoco.mj_jacSite(model, ghost, jacobian[:3], jacobian[3:], 0)
         j = jacobian[:, :7]
         turn = rotation * Rotation.from_matrix(ghost.site_xmat[0].reshape(3, 3)).inv()
-        off = np.concatenate([position - ghost.site_xpos[0], turn.as_rotvec()])
+        error = np.concatenate([position - ghost.site_xpos[0], turn.as_rotvec()])
         inverse = j.T @ np.linalg.inv(j @ j.T + 1e-3 * np.eye(6))
-        joints = joints + inverse @ off + 0.02 * (np.eye(7) - inverse @ j) @ (HOME - joints)
+        joints = joints + inverse @ error + 0.02 * (np.eye(7) - inverse @ j) @ (HOME - joints)
     return joints
 
 
+# --- an episode ---
+
+
 def play(world, seed, number, steps):
-    """One episode -> (rows {field: (T, d)}, pictures {camera: [(180, 320, 3) uint8]}, what was
-    asked, whether it was done)."""
+    """One episode -> (rows {field: (T, d)}, pictures {camera: [(180, 320, 3) uint8]}, the colour of
+    the block that was to be moved, whether it was)."""
     mujoco, model, renderer = open_world(world)
-    rng, w = np.random.default_rng([seed, number, ord(world)]), WORLDS[world]
-    data, ghost = mujoco.MjData(model), mujoco.MjData(model)
-    spots = []
-    while len(spots) < 5:  # four blocks and a goal, apart from each other
-        spot = rng.uniform((0.34, -0.24), (0.62, 0.24))
-        spots += [spot] * all(np.hypot(*(spot - s)) > 0.09 for s in spots)
-    spots = np.column_stack([np.array(spots) * w["size"], np.full(5, 0.02)])
-    wanted, turns = int(rng.integers(4)), rng.uniform(0, np.pi, 4)
+    w = WORLDS[world]
+    rng = np.random.default_rng([seed, number, ord(world)])
+    data = mujoco.MjData(model)
+    ghost = mujoco.MjData(model)
+
+    # what stands where, what the operator does, and when it rests
+    spots = free_spots(rng, w["size"])
+    wanted = int(rng.integers(4))
+    turns = rng.uniform(0, np.pi, 4)
     for i in range(4):
-        data.qpos[9 + 7 * i :][:7] = [*spots[i], np.cos(turns[i] / 2), 0, 0, np.sin(turns[i] / 2)]
-    goal, path = spots[4], waypoints(rng, spots[wanted], turns[wanted], spots[4])
-    views = {}
-    for name, where in w["views"].items():
-        views[name] = mujoco.MjvCamera()
-        views[name].azimuth, views[name].elevation, views[name].distance = where + rng.normal(
-            0, (1.5, 1, 0.02)
-        )
-        views[name].lookat[:] = np.array([0.4, 0, 0.2]) * w["size"] + rng.normal(0, 0.01, 3)
-    views["wrist"] = "wrist"
-    pauses = {
-        0: int(rng.integers(3, 15)),
-        int(rng.integers(steps // 4, steps)): int(rng.integers(8, 26)),
-    }  # step -> steps of rest
-    position, angles = (
-        rng.uniform((0.35, -0.15, 0.2), (0.5, 0.15, 0.38)) * w["size"],
-        rng.uniform(-0.2, 0.2, 3),
-    )
-    joints, velocity, spin = HOME.copy(), np.zeros(3), np.zeros(3)
+        turn = [np.cos(turns[i] / 2), 0, 0, np.sin(turns[i] / 2)]
+        data.qpos[9 + 7 * i :][:7] = [*spots[i], *turn]
+    goal = spots[4]
+    path = waypoints(rng, spots[wanted], turns[wanted], goal)
+    views = cameras(mujoco, rng, w)
+    pauses = rests(rng, steps)
+
+    # the arm starts somewhere above the table, with the gripper open
+    position = rng.uniform((0.35, -0.15, 0.2), (0.5, 0.15, 0.38)) * w["size"]
+    angles = rng.uniform(-0.2, 0.2, 3)
+    operator = Operator(path, w["speed"], position, angles)
+    joints = HOME.copy()
     for _ in range(20):
-        joints = reach(mujoco, model, ghost, joints, position, Rotation.from_euler("xyz", angles))
-    data.qpos[:7] = data.ctrl[:7] = joints
-    data.qpos[7:9] = data.ctrl[7:] = 0.04
-    rows, pictures, idle, wait, grip = {}, {name: [] for name in views}, 0, 0, 0.0
+        joints = reach(mujoco, model, ghost, joints, operator.position, operator.rotation())
+    data.qpos[:7] = joints
+    data.ctrl[:7] = joints
+    data.qpos[7:9] = 0.04
+    data.ctrl[7:] = 0.04
+
+    rows = {}
+    pictures = {name: [] for name in views}
+    steps_to_rest = 0
     for t in range(steps):
+        # what is seen and measured
         mujoco.mj_forward(model, data)
         for name, view in views.items():
             renderer.update_scene(data, view)
             pictures[name].append(renderer.render().copy())
-        pose = np.concatenate(
-            [
-                data.site_xpos[0],
-                Rotation.from_matrix(data.site_xmat[0].reshape(3, 3)).as_euler("xyz"),
-            ]
-        )
-        before, joints_before = np.array([*position, *angles, grip]), joints
-        idle = max(idle - 1, 0, pauses.get(t, 0))
-        if idle:
-            velocity, spin = np.zeros(3), np.zeros(3)
+        measured = measure(data)
+
+        # what the operator commands
+        command_before = operator.command()
+        joints_before = joints
+        steps_to_rest = max(steps_to_rest - 1, 0, pauses.get(t, 0))
+        if steps_to_rest:
+            operator.rest()
         else:
-            to, turn, grip_to, hold = path[0]
-            away = to - position
-            distance = np.linalg.norm(away)
-            velocity = velocity + 0.5 * (away / max(distance, 0.06) * w["speed"] - velocity)
-            spin = spin + 0.5 * (np.clip(4 * (turn - angles), -1.5, 1.5) - spin)
-            position, angles = position + velocity / RATE, angles + spin / RATE
-            if distance < 0.02 and np.abs(turn - angles).max() < 0.1:
-                grip, wait = grip + np.clip(grip_to - grip, -0.34, 0.34), wait + 1
-                if wait > hold and abs(grip - grip_to) < 0.01 and len(path) > 1:
-                    path, wait = path[1:], 0
-            joints = reach(
-                mujoco, model, ghost, joints, position, Rotation.from_euler("xyz", angles)
-            )
-        data.ctrl[:7], data.ctrl[7:] = joints, 0.04 * (1 - grip)
-        command = np.array([*position, *angles, grip])
-        speed = (command - before) * RATE
-        found = {
-            "observation/cartesian_position": pose,
-            "observation/gripper_position": [1 - data.qpos[7:9].sum() / 0.08],
-            "observation/joint_position": data.qpos[:7].copy(),
-            "action_dict/cartesian_position": command[:6],
-            "action_dict/cartesian_velocity": speed[:6],
-            "action_dict/gripper_position": [grip],
-            "action_dict/gripper_velocity": speed[6:],
-            "action_dict/joint_position": joints,
-            "action_dict/joint_velocity": (joints - joints_before) * RATE,
-            "action": [*speed[:6], grip],
-        }
-        for k, x in found.items():
-            rows.setdefault(k, []).append(x)
+            operator.move()
+            joints = reach(mujoco, model, ghost, joints, operator.position, operator.rotation())
+        data.ctrl[:7] = joints
+        data.ctrl[7:] = 0.04 * (1 - operator.grip)
+
+        row = measured | commanded(operator.command(), command_before, joints, joints_before)
+        for name, values in row.items():
+            rows.setdefault(name, []).append(values)
         for _ in range(SUBSTEPS):
             mujoco.mj_step(model, data)
+
+    # moved: near the goal, and not on top of another block
     end = data.qpos[9 + 7 * wanted :][:3]
-    done = bool(np.hypot(*(end - goal)[:2]) < 0.06 and end[2] < 0.05)
-    return (
-        {k: np.array(x, dtype=np.float32) for k, x in rows.items()},
-        pictures,
-        list(COLOURS)[wanted],
-        done,
-    )
+    success = bool(np.hypot(*(end - goal)[:2]) < 0.06 and end[2] < 0.05)
+    arrays = {name: np.array(values, dtype=np.float32) for name, values in rows.items()}
+    return arrays, pictures, list(COLOURS)[wanted], success
+
+
+def free_spots(rng, size):
+    """(5, 3): places of the four blocks and of the goal, apart from each other."""
+    spots = []
+    while len(spots) < 5:
+        spot = rng.uniform((0.34, -0.24), (0.62, 0.24))
+        if all(np.hypot(*(spot - other)) > 0.09 for other in spots):
+            spots.append(spot)
+    return np.column_stack([np.array(spots) * size, np.full(5, 0.02)])
+
+
+def cameras(mujoco, rng, w):
+    """{name: camera}: the exterior ones stand a little differently in every episode."""
+    views = {}
+    for name, place in w["views"].items():
+        camera = mujoco.MjvCamera()
+        place = place + rng.normal(0, (1.5, 1, 0.02))
+        camera.azimuth = place[0]
+        camera.elevation = place[1]
+        camera.distance = place[2]
+        camera.lookat[:] = np.array([0.4, 0, 0.2]) * w["size"] + rng.normal(0, 0.01, 3)
+        views[name] = camera
+    views["wrist"] = "wrist"
+    return views
+
+
+def rests(rng, steps):
+    """{step: steps that the operator rests from there}: at the start, and once later."""
+    at_start = int(rng.integers(3, 15))
+    later = int(rng.integers(steps // 4, steps))
+    return {0: at_start, later: int(rng.integers(8, 26))}
+
+
+def measure(data):
+    """What the arm is doing, in DROID's fields."""
+    rotation = Rotation.from_matrix(data.site_xmat[0].reshape(3, 3))
+    return {
+        "observation/cartesian_position": np.concatenate(
+            [data.site_xpos[0], rotation.as_euler("xyz")]
+        ),
+        "observation/gripper_position": [1 - data.qpos[7:9].sum() / 0.08],
+        "observation/joint_position": data.qpos[:7].copy(),
+    }
+
+
+def commanded(command, command_before, joints, joints_before):
+    """What the arm is told to do, in DROID's fields. Speeds are those from the command before."""
+    speed = (command - command_before) * RATE
+    return {
+        "action_dict/cartesian_position": command[:6],
+        "action_dict/cartesian_velocity": speed[:6],
+        "action_dict/gripper_position": command[6:],
+        "action_dict/gripper_velocity": speed[6:],
+        "action_dict/joint_position": joints,
+        "action_dict/joint_velocity": (joints - joints_before) * RATE,
+        "action": [*speed[:6], command[6]],
+    }

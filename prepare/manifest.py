@@ -1,16 +1,19 @@
-"""Check a folder of video-VAE latents (*.h5) and split it by file at random: what train_lam.py
+"""Check a folder of video-VAE latents (*.h5) and split its files at random: what train_lam.py
 trains from.
 
     python -m prepare.manifest latents --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1 --seed 42
-    python -m prepare.manifest latents-play --size 16 --test_files 'map2[5-9]*' 'map30*'            # hold out maps of the demo's play
+    # hold out maps of the demo's play
+    python -m prepare.manifest latents-play --size 16 --test_files 'map2[5-9]*' 'map30*'
 
-Reads every value of DIR and its folders once. Each file must hold one dataset (chunks, 16, T, 64,
-64) of finite numbers, T 1 or 2, and enough steps for a window; --size 16 or --size 60 104 is for
-latents of another size. What does not fit is left out and listed, and so are constant steps, parts
-that were never written, and a second copy of the same latents. Writes DIR/manifest.json:
-{"metadata": ratios, seed, counts, mean and std of the training latents (of all values, and by
-channel), fingerprint, skipped files with the reason, "splits": {"train", "validation", "test":
-[{path, shape, dtype, bytes}]}}, paths relative to DIR."""
+Reads every value of DIR and its folders once. Each file must contain one dataset (chunks, 16, T,
+64, 64) of finite numbers, T 1 or 2, and enough steps for a window; --size 16 or --size 60 104 is
+for latents of another size. What does not fit is left out and listed. So are files whose steps are
+constant or all the same, parts that were never written, a second copy of the same latents, and
+files whose values are of another scale than most.
+
+Writes DIR/manifest.json: {"metadata": ratios, seed, counts, mean and std of the training latents
+(of all values, and by channel), fingerprint, skipped files with the reason, "splits": {"train",
+"validation", "test": [{path, shape, dtype, bytes}]}}, paths relative to DIR."""
 
 import argparse
 import collections
@@ -20,6 +23,7 @@ import hashlib
 import json
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -37,114 +41,148 @@ from files.latents import (
 from kernels import merge_moments
 
 
+class Checked(NamedTuple):
+    """A file that can be used."""
+
+    entry: dict  # of the manifest: shape, dtype, bytes
+    moments: tuple  # (n, mean, M2) by channel
+    digest: str  # hash of the values
+    labels: tuple  # names of what its labels say
+    rounded_digest: str  # hash of the values in 16 bits: the same for a copy in another dtype
+
+
 def wrong_shape(shape, C, H, W):
     """What is wrong with the shape of a dataset, and which flags would fit it; "" if nothing is."""
-    if len(shape) == 5 and (shape[1], *shape[3:]) == (C, H, W) and shape[2] in (1, 2):
-        return ""
     text = f"shape {list(shape)}, not [chunks, {C}, 1 or 2, {H}, {W}]"
     if len(shape) != 5 or shape[2] not in (1, 2):
         return text
     flags = []
     if shape[1] != C:
         flags.append(f"--channels {shape[1]}")
-    if shape[3] != shape[4]:
-        flags.append(f"--size {shape[3]} {shape[4]}")
-    elif shape[3:] != (H, W):
-        flags.append(f"--size {shape[3]}")
+    if shape[3:] != (H, W):
+        size = shape[3:4] if shape[3] == shape[4] else shape[3:]
+        flags.append(f"--size {' '.join(map(str, size))}")
+    if not flags:
+        return ""
     return f"{text}: for latents of this shape pass {' '.join(flags)}"
 
 
 def check(path, shape, sequence_length):
-    """(entry, (n, mean, M2) by channel, hash of the values, names of the labels, hash of the values
-    in 16 bits) of a file. Raises ValueError or OSError saying what is wrong with it."""
+    """Read a file -> Checked. shape: (channels, height, width); sequence_length: steps of a window.
+    Raises ValueError or OSError if something is wrong with it."""
     data = open_dataset(path)
-    C, H, W = shape
-    if reason := wrong_shape(data.shape, C, H, W):
+    reason = wrong_shape(data.shape, *shape)
+    if reason:
         raise ValueError(reason)
     if data.dtype.kind != "f":
         raise ValueError(f"dtype {data.dtype}, not a float")
-    if data.shape[0] * data.shape[2] < sequence_length:
+    chunks = data.shape[0]
+    channels = data.shape[1]
+    steps_per_chunk = data.shape[2]
+    steps = chunks * steps_per_chunk
+    if steps < sequence_length:
         raise ValueError(
-            f"{data.shape[0]} chunks of {data.shape[2]} steps are fewer than the {sequence_length}"
+            f"{chunks} chunks of {steps_per_chunk} steps are fewer than the {sequence_length}"
             " steps of a window"
         )
-    chunk_bytes = C * data.shape[2] * H * W * data.dtype.itemsize
-    rows = max(2**22 // chunk_bytes, 1)  # at once
-    parts, digest, rounded = [], hashlib.sha256(), hashlib.sha256()
-    first_step, moves = None, False
-    for first in range(0, len(data), rows):
+
+    # a few MiB at a time
+    chunk_bytes = int(np.prod(data.shape[1:])) * data.dtype.itemsize
+    rows = max(2**22 // chunk_bytes, 1)
+    moments = []
+    digest = hashlib.sha256()
+    rounded_digest = hashlib.sha256()
+    first_step = None
+    moves = False
+    for first in range(0, chunks, rows):
         values = np.ascontiguousarray(read_rows(data, first, first + rows))
-        if not np.isfinite(values).all():
-            n = first + int(np.argmax(~np.isfinite(values).all(axis=(1, 2, 3, 4))))
-            raise ValueError(f"chunk {n} holds values that are not finite")
-        # no VAE gives the same number everywhere: a writer that died does, or a wrong array
-        flat = values.max(axis=(1, 3, 4)) == values.min(axis=(1, 3, 4))  # (rows, T)
-        if flat.any():
-            n, t = np.argwhere(flat)[0]
-            raise ValueError(
-                f"all values of chunk {first + n}, step {t} are {values[n, 0, t, 0, 0]:g}: they"
-                " are no latents"
-            )
+        check_values(values, first)
         if first_step is None:
             first_step = values[:1, :, :1].copy()
         moves = moves or bool((values != first_step).any())
         digest.update(values)
         with np.errstate(over="ignore"):
-            rounded.update(np.ascontiguousarray(values, dtype="<f2"))
-        x = values.astype(np.float64).swapaxes(0, 1).reshape(C, -1)
+            rounded_digest.update(np.ascontiguousarray(values, dtype="<f2"))
+        x = values.astype(np.float64).swapaxes(0, 1).reshape(channels, -1)
         mean = x.mean(1)
-        parts.append((x.shape[1], mean, np.square(x - mean[:, None]).sum(1)))
+        moments.append((x.shape[1], mean, np.square(x - mean[:, None]).sum(1)))
     if not moves:
         raise ValueError("all its steps are the same: nothing happens in it")
-    labels = tuple(read_labels(path, data.shape[0] * data.shape[2]))
+
+    labels = tuple(read_labels(path, steps))
     entry = {"shape": list(data.shape), "dtype": str(data.dtype), "bytes": os.path.getsize(path)}
-    moments = functools.reduce(merge_moments, parts)
-    return entry, moments, digest.hexdigest(), labels, rounded.hexdigest()
+    return Checked(
+        entry,
+        functools.reduce(merge_moments, moments),
+        digest.hexdigest(),
+        labels,
+        rounded_digest.hexdigest(),
+    )
+
+
+def check_values(values, first):
+    """Raises ValueError for chunks (rows, C, T, H, W), from number `first` on, that are not finite,
+    or have a step of one number everywhere. No VAE makes such a step: it comes from a writer that
+    died, or is another array."""
+    finite = np.isfinite(values).all(axis=(1, 2, 3, 4))
+    if not finite.all():
+        raise ValueError(f"chunk {first + int(np.argmin(finite))} holds values that are not finite")
+    constant = values.max(axis=(1, 3, 4)) == values.min(axis=(1, 3, 4))  # (rows, T)
+    if constant.any():
+        row, t = np.argwhere(constant)[0]
+        raise ValueError(
+            f"all values of chunk {first + row}, step {t} are {values[row, 0, t, 0, 0]:g}: they"
+            " are no latents"
+        )
 
 
 def leave_out_copies(good, skipped):
-    """Of files with the same values, in 16 bits or more, keep the first: the others could be held
-    out and trained on."""
+    """Keep the first of several files with the same values in 16 bits: otherwise a copy could be
+    held out while another is trained on. Moves names from good {name: Checked} to skipped {name:
+    reason}."""
     first = {}
     for name in sorted(good):
-        entry, digest = good[name][0], good[name][4]
-        same = first.setdefault((tuple(entry["shape"]), digest), name)
+        values = tuple(good[name].entry["shape"]), good[name].rounded_digest
+        same = first.setdefault(values, name)
         if same != name:
             skipped[name] = f"the same latents as {same}"
             del good[name]
 
 
 def leave_out_other_scales(good, skipped):
-    """Leave out files whose values are of another order than those of most: one of them would be
-    all of the mean and std that the training latents are standardised by. Yields a line about
-    those that are only somewhat off."""
-    spread = {}
-    for name, found in good.items():
-        n, _, m2 = found[1]
-        spread[name] = float(np.sqrt(m2.mean() / n))
-    usual = sorted(spread.values())[(len(spread) - 1) // 2]
-    off = []
-    for name in sorted(good):
-        mean = float(np.abs(good[name][1][1]).max())
-        if not usual / 100 < spread[name] < usual * 100 or mean > usual * 1000:
+    """Leave out files whose values are of another order than those of most: one of them would
+    decide the mean and std that the training latents are standardised by. Moves names from good to
+    skipped; returns warnings about files that are only somewhat off."""
+    stds = {}
+    for name, file in good.items():
+        n = file.moments[0]
+        m2 = file.moments[2]
+        stds[name] = float(np.sqrt(m2.mean() / n))
+    usual = sorted(stds.values())[(len(stds) - 1) // 2]
+    somewhat_off = []
+    for name, std in sorted(stds.items()):
+        mean = float(np.abs(good[name].moments[1]).max())
+        if not usual / 100 < std < usual * 100 or mean > usual * 1000:
             skipped[name] = (
-                f"its values have std {spread[name]:.3g} and channel means up to {mean:.3g}, the"
-                f" median std of all files is {usual:.3g}: another VAE, other units, or damage"
+                f"its values have std {std:.3g} and channel means up to {mean:.3g}, the median std"
+                f" of all files is {usual:.3g}: another VAE, other units, or damage"
             )
             del good[name]
-        elif not usual / 3 < spread[name] < usual * 3:
-            off.append(name)
-    if off:
-        yield (
-            f"WARNING: {len(off)} files have a std more than three times off the median {usual:.3g}"
-            f" (another VAE or scaling_factor?): {off[0]} has {spread[off[0]]:.3g}"
-        )
+        elif not usual / 3 < std < usual * 3:
+            somewhat_off.append(name)
+    if not somewhat_off:
+        return []
+    example = somewhat_off[0]
+    return [
+        f"WARNING: {len(somewhat_off)} files have a std more than three times off the median"
+        f" {usual:.3g} (another VAE or scaling_factor?): {example} has {stds[example]:.3g}"
+    ]
 
 
 def leave_out_other_rates(good, skipped):
-    """Keep the files with as many steps a chunk as most have: others are at another rate. Returns
-    that number."""
-    counts = collections.Counter(found[0]["shape"][2] for found in good.values())
+    """Keep the files with as many steps a chunk as most have: others are at another rate. Moves the
+    others' names from good to skipped; returns that number."""
+    counts = collections.Counter(file.entry["shape"][2] for file in good.values())
     steps, most = counts.most_common(1)[0]
     if 2 * most <= len(good) and len(counts) > 1:
         raise ValueError(
@@ -152,7 +190,7 @@ def leave_out_other_rates(good, skipped):
             " in different folders"
         )
     for name in sorted(good):
-        other = good[name][0]["shape"][2]
+        other = good[name].entry["shape"][2]
         if other != steps:
             skipped[name] = (
                 f"steps a chunk: {other}, most files have {steps}; files of another rate belong in"
@@ -163,61 +201,78 @@ def leave_out_other_rates(good, skipped):
 
 
 def truth_table(labels):
-    """Lines about which files say what happened in them. labels: {file: names}."""
+    """Lines that say how many files have which labels. labels: {file: names of its labels}."""
     counts = collections.Counter(labels.values())
-    if list(counts) in ([], [()]):
+    if not any(counts):
         return
     for names, count in counts.most_common():
-        files = [name for name in sorted(labels) if labels[name] == names]
-        which = f", {', '.join(files[:5])}{', ...' if count > 5 else ''}" if len(counts) > 1 else ""
         what = f"labels {', '.join(names)}" if names else f"no labels (KEY{SUFFIX} beside KEY.h5)"
+        which = ""
+        if len(counts) > 1:
+            files = [name for name in sorted(labels) if labels[name] == names]
+            which = f", {', '.join(files[:5])}" + (", ..." if count > 5 else "")
         yield f"{count} of {len(labels)} files have {what}{which}"
 
 
+def matching(names, patterns):
+    """The names that match one of the patterns, with their folders or without."""
+    matches = []
+    for name in sorted(names):
+        spellings = name, os.path.basename(name)
+        if any(fnmatch.fnmatchcase(x, pattern) for x in spellings for pattern in patterns):
+            matches.append(name)
+    return matches
+
+
 def split_counts(n, ratios):
-    """How many of n files each split gets: ratios rounded, but one at least where the ratio is not
-    zero and n allows."""
-    counts = [max(round(n * r), 1) if r else 0 for r in ratios[1:]]
-    while n - sum(counts) < 1 and sum(counts):
-        counts[max((1, 0), key=lambda i: counts[i])] -= (
-            1  # rather the test files than the validation files
-        )
-    return [n - sum(counts), *counts]
+    """How many of n files each split gets: the ratios rounded, but at least one where the ratio is
+    not zero and there are enough files."""
+    validation = max(round(n * ratios[1]), 1) if ratios[1] else 0
+    test = max(round(n * ratios[2]), 1) if ratios[2] else 0
+
+    # training needs a file: take it from the larger one, from the test files if they are equal
+    while n - validation - test < 1 and validation + test:
+        if test >= validation:
+            test -= 1
+        else:
+            validation -= 1
+    return [n - validation - test, validation, test]
+
+
+def split(names, ratios):
+    """Shuffled names -> {"train", "validation", "test": sorted names}."""
+    counts = split_counts(len(names), ratios)
+    ends = np.cumsum(counts)
+    return {
+        "train": sorted(names[: ends[0]]),
+        "validation": sorted(names[ends[0] : ends[1]]),
+        "test": sorted(names[ends[1] :]),
+    }
 
 
 if __name__ == "__main__":
+    # --- flags ---
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("dir", nargs="?", help="folder of the *.h5 files")
-    parser.add_argument(
-        "--train_ratio", type=float, default=0.8, help="share of the files to train on"
+    parser.add_argument("--output", help="where to write the manifest (default DIR/manifest.json)")
+    group = parser.add_argument_group("split")
+    group.add_argument("--train_ratio", type=float, default=0.8, help="share to train on")
+    group.add_argument("--val_ratio", type=float, default=0.1, help="share to validate on")
+    group.add_argument("--test_ratio", type=float, default=0.1, help="share kept for the end")
+    group.add_argument(
+        "--test_files", nargs="+", help="patterns of names of the test files instead"
     )
-    parser.add_argument(
-        "--val_ratio", type=float, default=0.1, help="share of the files to validate on"
+    group.add_argument("--seed", type=int, default=42, help="seed of the split")
+    group = parser.add_argument_group("what a file must contain")
+    group.add_argument("--sequence_length", type=int, default=8, help="steps at least")
+    group.add_argument("--channels", type=int, default=16, help="channels of the latents")
+    group.add_argument(
+        "--size", nargs="+", default=["64"], help="height and width, or one for both"
     )
-    parser.add_argument(
-        "--test_ratio", type=float, default=0.1, help="share of the files left for the end"
-    )
-    parser.add_argument(
-        "--test_files",
-        nargs="+",
-        help="patterns of the names of the test files; the others are split train : val",
-    )
-    parser.add_argument("--seed", type=int, default=42, help="seed of the split")
-    parser.add_argument(
-        "--sequence_length", type=int, default=8, help="steps that a file must have"
-    )
-    parser.add_argument("--channels", type=int, default=16, help="channels of the latents")
-    parser.add_argument(
-        "--size",
-        nargs="+",
-        default=["64"],
-        help="height and width of the latents, or one number for both (default 64)",
-    )
-    parser.add_argument("--output", help="where to write it (default DIR/manifest.json)")
     args = parser.parse_args()
     sys.excepthook = one_sentence
     if args.dir is None and len(args.size) > 1:
@@ -226,105 +281,116 @@ if __name__ == "__main__":
         parser.error("name the folder of the *.h5 files")
     if len(args.size) > 2 or not all(x.isdecimal() and int(x) for x in args.size):
         parser.error(f"--size {' '.join(args.size)}: give one or two whole numbers above 0")
-    if args.channels < 1 or args.sequence_length < 2:
-        parser.error("--channels must be at least 1, --sequence_length at least 2")
-    height, width = int(args.size[0]), int(args.size[-1])
+    if args.channels < 1:
+        parser.error(f"--channels {args.channels}: give 1 or more")
+    if args.sequence_length < 2:
+        parser.error(f"--sequence_length {args.sequence_length}: a window has 2 steps or more")
+    height = int(args.size[0])
+    width = int(args.size[-1])
     ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
-    if abs(sum(ratios) - 1) > 1e-6 or min(ratios) < 0 or not args.train_ratio:
-        given = " + ".join(f"{r:g}" for r in ratios)
+    text = " + ".join(f"{r:g}" for r in ratios)
+    if abs(sum(ratios) - 1) > 1e-6:
         raise ValueError(
-            "--train_ratio, --val_ratio and --test_ratio must be shares that sum to 1, not"
-            f" {given}, the first above 0"
+            f"--train_ratio, --val_ratio and --test_ratio must be shares that sum to 1, not {text}"
         )
+    if min(ratios) < 0:
+        raise ValueError(
+            "--train_ratio, --val_ratio and --test_ratio must be shares that sum to 1, none below"
+            f" 0, not {text}"
+        )
+    if not args.train_ratio:
+        raise ValueError("--train_ratio 0 leaves nothing to train on: give more than 0")
     if not os.path.isdir(args.dir):
         raise ValueError(f"{args.dir} is no folder: name the one that holds the *.h5 files")
+
+    # --- check every file ---
     every, unused = find_files(args.dir)
     for note in unused:
         print(f"not used: {note}")
     if not every:
         raise ValueError(f"no *.h5 file in {args.dir}")
-    good, skipped = {}, {}
+    good = {}  # name: Checked
+    skipped = {}  # name: reason
     for name in tqdm(every, unit="file", desc="check"):
         path = os.path.join(args.dir, name)
         try:
             good[name] = check(path, (args.channels, height, width), args.sequence_length)
         except (ValueError, OSError) as e:
-            if of_the_disk(e):  # to leave the file out would be another split
-                raise OSError(f"{path}: {e}: mend the disk, then run this again") from e
+            if of_the_disk(e):  # leaving the file out would change the split
+                raise OSError(f"{path}: {e}: fix the disk, then run this again") from e
             skipped[name] = str(e).splitlines()[0]
+    none = f"none of the {len(every)} files in {args.dir} can be used"
     if not good and len(set(skipped.values())) == 1:
-        raise ValueError(
-            f"none of the {len(every)} files in {args.dir} can be used, all for one reason:"
-            f" {skipped[every[0]]}"
-        )
-    leave_out_copies(good, skipped)
-    notes = list(leave_out_other_scales(good, skipped)) if good else []
-    steps = leave_out_other_rates(good, skipped) if good else None
+        raise ValueError(f"{none}, all for one reason: {skipped[every[0]]}")
+    steps_per_chunk = None
+    warnings = []
+    if good:
+        leave_out_copies(good, skipped)
+        warnings = leave_out_other_scales(good, skipped)
+    if good:
+        steps_per_chunk = leave_out_other_rates(good, skipped)
     for name, reason in sorted(skipped.items()):
         print(f"left out: {name}: {reason}")
     if not good:
-        raise ValueError(
-            f"none of the {len(every)} files in {args.dir} can be used; the first,"
-            f" {min(skipped)}: {skipped[min(skipped)]}"
-        )
-    for note in notes:
+        raise ValueError(f"{none}; the first, {min(skipped)}: {skipped[min(skipped)]}")
+    for warning in warnings:
+        print(warning)
+    for note in truth_table({name: file.labels for name, file in good.items()}):
         print(note)
-    for note in truth_table({name: found[3] for name, found in good.items()}):
-        print(note)
-    test = []
-    for name in sorted(good):
-        spellings = name, os.path.basename(name)
-        if any(fnmatch.fnmatchcase(x, p) for x in spellings for p in args.test_files or []):
-            test.append(name)
-    names = np.random.default_rng(args.seed).permutation(sorted(good.keys() - test)).tolist()
-    if args.test_files and not (test and names):
+
+    # --- split ---
+    test = matching(good, args.test_files or [])
+    others = sorted(good.keys() - test)
+    if args.test_files and not (test and others):
         raise ValueError(
             f"--test_files {' '.join(args.test_files)} takes {len(test)} of {len(good)} files: give"
             " patterns that take some"
         )
+    if test:  # the others are split in the proportion of train and validation
+        rest = sum(ratios[:2])
+        ratios = (ratios[0] / rest, ratios[1] / rest, 0.0)
+    splits = split(np.random.default_rng(args.seed).permutation(others).tolist(), ratios)
     if test:
-        ratios = (ratios[0] / sum(ratios[:2]), ratios[1] / sum(ratios[:2]), 0.0)
-    counts = dict(zip(("train", "validation", "test"), split_counts(len(names), ratios)))
-    ends = np.cumsum([0, *counts.values()])
-    splits = {k: sorted(names[i:j]) for k, i, j in zip(counts, ends, ends[1:])} | (
-        {"test": test} if test else {}
-    )
-    counts = {k: len(v) for k, v in splits.items()}
-    n, mean, m2 = functools.reduce(merge_moments, (good[name][1] for name in splits["train"]))
-    every = functools.reduce(merge_moments, ((n, m, v) for m, v in zip(mean, m2)))
-    digest = hashlib.sha256(
-        json.dumps(
-            [[name, good[name][0]["shape"], good[name][2]] for name in sorted(good)]
-        ).encode()
-    )
+        splits["test"] = test
+    files = {k: len(names) for k, names in splits.items()}
+    steps = {}
+    for k, names in splits.items():
+        steps[k] = sum(good[name].entry["shape"][0] * steps_per_chunk for name in names)
+
+    # --- statistics of the training latents: by channel, then of all values ---
+    training = (good[name].moments for name in splits["train"])
+    n, mean, m2 = functools.reduce(merge_moments, training)
+    channels = ((n, mean[i], m2[i]) for i in range(len(mean)))
+    all_n, all_mean, all_m2 = functools.reduce(merge_moments, channels)
+    contents = [[name, good[name].entry["shape"], good[name].digest] for name in sorted(good)]
     metadata = {
         "ratios": ratios,
         "seed": args.seed,
-        "files": counts,
-        "steps": {
-            k: sum(good[name][0]["shape"][0] * steps for name in v) for k, v in splits.items()
-        },
-        "steps_per_chunk": steps,
+        "files": files,
+        "steps": steps,
+        "steps_per_chunk": steps_per_chunk,
         "channels": args.channels,
         "size": [height, width],
-        "mean": float(every[1]),
-        "std": float(np.sqrt(every[2] / every[0])),
+        "mean": float(all_mean),
+        "std": float(np.sqrt(all_m2 / all_n)),
         "channel_mean": mean.tolist(),
         "channel_std": np.sqrt(m2 / n).tolist(),
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
         "skipped": skipped,
     }
-    entries = {k: [{"path": name} | good[name][0] for name in v] for k, v in splits.items()}
+
+    # --- write ---
+    entries = {}
+    for k, names in splits.items():
+        entries[k] = [{"path": name} | good[name].entry for name in names]
     out = args.output or os.path.join(args.dir, "manifest.json")
     write_atomically(out, json.dumps({"metadata": metadata, "splits": entries}, indent=1).encode())
+    sizes = ", ".join(f"{files[k]} files of {steps[k]} steps in {k}" for k in splits)
+    print(f"{out}: {sizes}; {len(skipped)} left out")
     print(
-        f"{out}: "
-        + ", ".join(f"{counts[k]} files of {metadata['steps'][k]} steps in {k}" for k in counts)
-        + f"; {len(skipped)} left out"
+        f"training latents: mean {metadata['mean']:.4f}, std {metadata['std']:.4f},"
+        f" {steps_per_chunk} steps a chunk"
     )
-    print(
-        f"training latents: mean {metadata['mean']:.4f}, std {metadata['std']:.4f}, {steps} steps a"
-        " chunk"
-    )
-    if empty := [k for k, v in counts.items() if not v and ratios[list(counts).index(k)]]:
+    empty = [k for k, ratio in zip(splits, ratios) if ratio and not splits[k]]
+    if empty:
         print(f"WARNING: too few files: nothing in {' and '.join(empty)}")

@@ -1,19 +1,25 @@
 """Robot episodes in DROID's form: a simulated arm (MuJoCo) picks up blocks, in TFRecords with every
 field of DROID 1.0.1.
 
-    python -m prepare.robot --episodes 60 --world a --out robot/a              # half a minute on two cores
-    python -m prepare.robot --episodes 30 --world b --seed 1 --out robot/b     # another arm, seen from the other side
+    # half a minute on two cores
+    python -m prepare.robot --episodes 60 --world a --out robot/a
+    # another arm, seen from the other side
+    python -m prepare.robot --episodes 30 --world b --seed 1 --out robot/b
 
 Writes OUT/droid_101-train.tfrecord-00000-of-00008 and so on, one tf.train.Example an episode (15
-Hz, three cameras of 320x180 as JPEG), or with --form npz one's own robot as droid.py reads it:
-NAME.npz and NAME.CAMERA.mp4 (H.264, a frame a row). In the npz, T rows each:
-  cartesian_position (T, 6)  xyz in metres, then extrinsic xyz Euler angles in radians      gripper_position (T,)  0 open to 1 closed
-  joint_velocity (T, 7)      commanded, rad/s; the idle filter needs it      rate, success  one number each (if absent: 15, true)
-and whatever else --state_keys and --action_keys should find. OUT/robot.json holds the arguments;
-finished files are kept on a re-run.
+Hz, three cameras of 320x180 as JPEG).
 
+With --form npz it writes the form in which droid.py reads one's own robot: NAME.npz and
+NAME.CAMERA.mp4 (H.264, a frame a row). The npz contains, in T rows each:
+  cartesian_position (T, 6)  xyz in metres, then extrinsic xyz Euler angles in radians
+  gripper_position (T,)      0 open to 1 closed
+  joint_velocity (T, 7)      commanded, rad/s; the idle filter needs it
+  rate, success              one number each (if absent: 15, true)
+and whatever else --state_keys and --action_keys should find.
+
+OUT/robot.json contains the arguments. Run it again after a kill: finished files are kept.
 prepare/arm.py says what the worlds are. Some episodes fail, and in all of them the operator rests.
-Episode i is a function of --seed, --world and i, on one machine with one driver to the bit."""
+Episode i is a function of --seed, --world and i, to the bit on one machine with one driver."""
 
 import argparse
 import concurrent.futures
@@ -45,7 +51,9 @@ X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}
 def varint(n):
     """Protobuf's integer; a negative one is its 64 bits."""
     n &= 2**64 - 1
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+    if n < 128:
+        return bytes([n])
+    return bytes([n & 127 | 128]) + varint(n >> 7)
 
 
 def example(fields):
@@ -62,93 +70,103 @@ def example(fields):
             return part(2, part(1, values.astype("<f4").tobytes()))
         return part(3, part(1, b"".join(map(varint, values.ravel().tolist()))))
 
-    return part(
-        1,
-        b"".join(
-            part(1, part(1, k.encode()) + part(2, feature(v))) for k, v in sorted(fields.items())
-        ),
-    )
+    entries = b""
+    for name, values in sorted(fields.items()):
+        entries += part(1, part(1, name.encode()) + part(2, feature(values)))
+    return part(1, entries)
 
 
 def record(data):
-    """Bytes as TFRecord has them: length, its checksum, the bytes, theirs."""
-    head = struct.pack("<Q", len(data))
-    return head + struct.pack("<I", masked_crc(head)) + data + struct.pack("<I", masked_crc(data))
+    """Bytes as a TFRecord stores them: length, checksum of the length, the bytes, their
+    checksum."""
+    length = struct.pack("<Q", len(data))
+    length_crc = struct.pack("<I", masked_crc(length))
+    return length + length_crc + data + struct.pack("<I", masked_crc(data))
 
 
 def droid_example(rows, jpegs, folder, file, texts, success):
     """rows {field: (T, d)}, jpegs {camera: [bytes]} -> the Example of an episode with every field
     of DROID 1.0.1."""
     steps = len(rows["action"])
-    last = np.arange(steps) == steps - 1
-    fields = {f"steps/{k}": x for k, x in rows.items()}
-    fields |= {f"steps/observation/{CAMERAS[c]}": x for c, x in jpegs.items()}
-    fields |= {
-        f"steps/language_instruction{n}": [text.encode()] * steps
-        for n, text in zip(("", "_2", "_3"), texts)
-    }
-    fields |= {
-        "steps/is_first": 1 * (np.arange(steps) == 0),
-        "steps/is_last": 1 * last,
-        "steps/is_terminal": 1 * last,
-    }
-    fields |= {
-        "steps/reward": np.float32(last * success),
-        "steps/discount": np.ones(steps, np.float32),
-    }
-    return example(
-        fields
-        | {
-            "episode_metadata/recording_folderpath": [folder.encode()],
-            "episode_metadata/file_path": [file.encode()],
-        }
-    )
+    numbers = np.arange(steps)
+    last = numbers == steps - 1
+    fields = {}
+    for name, values in rows.items():
+        fields[f"steps/{name}"] = values
+    for camera, pictures in jpegs.items():
+        fields[f"steps/observation/{CAMERAS[camera]}"] = pictures
+    for ending, text in zip(("", "_2", "_3"), texts):
+        fields[f"steps/language_instruction{ending}"] = [text.encode()] * steps
+    fields["steps/is_first"] = 1 * (numbers == 0)
+    fields["steps/is_last"] = 1 * last
+    fields["steps/is_terminal"] = 1 * last
+    fields["steps/reward"] = np.float32(last * success)
+    fields["steps/discount"] = np.ones(steps, np.float32)
+    fields["episode_metadata/recording_folderpath"] = [folder.encode()]
+    fields["episode_metadata/file_path"] = [file.encode()]
+    return example(fields)
 
 
-def make_episode(world, seed, number, steps, out):
-    """Plays an episode -> its record for a TFRecord; out: None, or the folder for NAME.npz and its
-    videos."""
+def jpeg(picture):
+    f = io.BytesIO()
+    Image.fromarray(picture).save(f, "JPEG", quality=90)
+    return f.getvalue()
+
+
+def mp4(pictures):
+    f = io.BytesIO()
+    with av.open(f, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=RATE, pix_fmt="yuv420p", options=X264)
+        stream.width = WIDTH
+        stream.height = HEIGHT
+        stream.codec_context.thread_count = 1
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return f.getvalue()
+
+
+# --- an episode ---
+
+
+def make_episode(world, seed, number, steps, folder):
+    """Play an episode. With a folder, write it there as NAME.npz and its videos and return None;
+    with folder=None, return its record for a TFRecord."""
     rows, pictures, colour, success = play(world, seed, number, steps)
-    if out is None:
-        jpegs = {camera: [] for camera in pictures}
-        for camera, x in ((c, x) for c, frames in pictures.items() for x in frames):
-            f = io.BytesIO()
-            Image.fromarray(x).save(f, "JPEG", quality=90)
-            jpegs[camera].append(f.getvalue())
-        name = f"r2d2/{'success' if success else 'failure'}/2023-01-01/world-{world}-seed-{seed}-episode-{number:05d}"
-        texts = (
-            f"pick up the {colour} block and put it elsewhere",
-            f"move the {colour} block",
-            f"Put the {colour} cube in another place.",
-        )
-        return record(
-            droid_example(
-                rows, jpegs, f"{name}/recordings/MP4", f"{name}/trajectory.h5", texts, success
-            )
-        )
-    stem = os.path.join(out, f"episode-{number:05d}")
-    for camera, frames in pictures.items():
-        f = io.BytesIO()
-        with av.open(f, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=RATE, pix_fmt="yuv420p", options=X264)
-            stream.width, stream.height, stream.codec_context.thread_count = WIDTH, HEIGHT, 1
-            for x in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
-            container.mux(stream.encode())
-        write_atomically(f"{stem}.{camera}.mp4", f.getvalue())
-    keys = (
-        "observation/cartesian_position",
-        "observation/gripper_position",
-        "action_dict/joint_velocity",
-        "action",
+    if folder is None:
+        return tfrecord(rows, pictures, colour, success, f"world-{world}-seed-{seed}", number)
+    write_npz(os.path.join(folder, f"episode-{number:05d}"), rows, pictures, success)
+
+
+def tfrecord(rows, pictures, colour, success, name, number):
+    """The record of an episode."""
+    outcome = "success" if success else "failure"
+    place = f"r2d2/{outcome}/2023-01-01/{name}-episode-{number:05d}"
+    texts = (
+        f"pick up the {colour} block and put it elsewhere",
+        f"move the {colour} block",
+        f"Put the {colour} cube in another place.",
     )
-    arrays = {k.rpartition("/")[2]: rows[k] for k in keys} | {
+    jpegs = {camera: [jpeg(x) for x in frames] for camera, frames in pictures.items()}
+    folder = f"{place}/recordings/MP4"
+    return record(droid_example(rows, jpegs, folder, f"{place}/trajectory.h5", texts, success))
+
+
+def write_npz(stem, rows, pictures, success):
+    """Write an episode as stem.CAMERA.mp4 and stem.npz."""
+    for camera, frames in pictures.items():
+        write_atomically(f"{stem}.{camera}.mp4", mp4(frames))
+    arrays = {
+        "cartesian_position": rows["observation/cartesian_position"],
+        "gripper_position": rows["observation/gripper_position"],
+        "joint_velocity": rows["action_dict/joint_velocity"],
+        "action": rows["action"],
         "rate": float(RATE),
         "success": success,
     }
-    write_atomically(
-        stem + ".npz", lambda f: np.savez(f, **arrays)
-    )  # last: where it is, the rest is too
+    # the npz is written last: an episode that has one is complete
+    write_atomically(stem + ".npz", lambda f: np.savez(f, **arrays))
 
 
 if __name__ == "__main__":
@@ -158,99 +176,85 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--out",
-        default="robot",
-        help="folder; its finished files are kept if the arguments are the same",
-    )
+    parser.add_argument("--out", default="robot", help="folder; its finished files are kept")
     parser.add_argument("--episodes", type=int, default=60, help="how many")
     parser.add_argument("--world", choices=WORLDS, default="a", help="which arm and cameras")
+    parser.add_argument("--form", choices=["rlds", "npz"], default="rlds", help="kind of files")
     parser.add_argument(
-        "--form",
-        choices=["rlds", "npz"],
-        default="rlds",
-        help="TFRecords as DROID's, or one's own robot's files",
+        "--steps", type=int, nargs=2, default=[100, 150], help="least and most rows"
     )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs=2,
-        default=[100, 150],
-        help="least and most of an episode, at 15 a second",
-    )
-    parser.add_argument(
-        "--shards", type=int, default=8, help="TFRecords that the episodes are spread over"
-    )
+    parser.add_argument("--shards", type=int, default=8, help="rlds: number of TFRecords")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
     sys.excepthook = one_sentence
-    if args.episodes < 1 or not 2 <= args.steps[0] <= args.steps[1] or args.shards < 1:
-        raise ValueError(
-            f"--episodes {args.episodes} --steps {args.steps} --shards {args.shards} make nothing"
-        )
+    least, most = args.steps
+    if args.episodes < 1:
+        raise ValueError(f"--episodes {args.episodes} makes nothing: give 1 or more")
+    if args.shards < 1:
+        raise ValueError(f"--shards {args.shards} makes nothing: give 1 or more")
+    if least < 2:
+        raise ValueError(f"--steps {least} {most}: an episode has 2 rows or more")
+    if least > most:
+        raise ValueError(f"--steps {least} {most}: give the smaller number first")
 
     # --- resume ---
-    made = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
-    note, found = os.path.join(args.out, "robot.json"), "something else"
+    arguments = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+    note = os.path.join(args.out, "robot.json")
+    arguments_there = "something else"
     if os.path.exists(note):
         with open(note) as f:
-            found = json.load(f)
-    if found != made and os.path.isdir(args.out) and os.listdir(args.out):
+            arguments_there = json.load(f)
+    if arguments_there != arguments and os.path.isdir(args.out) and os.listdir(args.out):
         raise ValueError(
-            f"{args.out} holds {found}, not what is made with {made}: give another --out or remove"
-            " that folder"
+            f"{args.out} holds {arguments_there}, not what is made with {arguments}: give another"
+            " --out or remove that folder"
         )
-    write_atomically(note, json.dumps(made).encode() + b"\n")
-    for rest in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):  # of a run that was killed
-        os.unlink(rest)
+    write_atomically(note, json.dumps(arguments).encode() + b"\n")
+    for path in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):  # of a run that was killed
+        os.unlink(path)
+
+    # --- which episodes go into which file ---
+    rng = np.random.default_rng([args.seed, ord(args.world)])
+    lengths = rng.integers(least, most + 1, args.episodes)
+    if args.form == "rlds":
+        files = min(args.shards, args.episodes)
+        names = [f"droid_101-train.tfrecord-{i:05d}-of-{files:05d}" for i in range(files)]
+    else:
+        files = args.episodes
+        names = [f"episode-{i:05d}.npz" for i in range(files)]
+
+    # files appear by renaming: one that exists is complete
+    todo = {}
+    for name, episodes in zip(names, np.array_split(range(args.episodes), files)):
+        path = os.path.join(args.out, name)
+        if not os.path.exists(path):
+            todo[path] = [int(i) for i in episodes]
 
     # --- play ---
-    lengths = np.random.default_rng([args.seed, ord(args.world)]).integers(
-        args.steps[0], args.steps[1] + 1, args.episodes
+    started = time.time()
+    numbers = [i for episodes in todo.values() for i in episodes]
+    folder = args.out if args.form == "npz" else None
+    make = functools.partial(make_episode, args.world, args.seed, folder=folder)
+    bar = tqdm(
+        total=int(lengths[numbers].sum()),
+        unit=" steps",
+        mininterval=0.1 if sys.stderr.isatty() else 5,
     )
-    n = min(args.shards, args.episodes) if args.form == "rlds" else args.episodes
-    name = (
-        "droid_101-train.tfrecord-{0:05d}-of-{1:05d}"
-        if args.form == "rlds"
-        else "episode-{0:05d}.npz"
-    )
-    parts = {
-        os.path.join(args.out, name.format(i, n)): part
-        for i, part in enumerate(np.array_split(range(args.episodes), n))
-    }
-    todo = {
-        path: part for path, part in parts.items() if not os.path.exists(path)
-    }  # files appear by renaming, whole or not at all
-    jobs, out = (
-        [int(i) for part in todo.values() for i in part],
-        None if args.form == "rlds" else args.out,
-    )
-    pool, began = concurrent.futures.ProcessPoolExecutor(args.workers), time.time()
-    with (
-        pool,
-        tqdm(
-            total=int(lengths[jobs].sum()),
-            unit=" steps",
-            mininterval=0.1 if sys.stderr.isatty() else 5,
-        ) as bar,
-    ):
-        made = pool.map(
-            functools.partial(make_episode, args.world, args.seed, out=out),
-            jobs,
-            map(int, lengths[jobs]),
-        )
-        for path, part in todo.items():
+    with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, bar:
+        results = pool.map(make, numbers, map(int, lengths[numbers]))  # in the order of `numbers`
+        for path, episodes in todo.items():
             records = []
-            for i in part:
-                records.append(next(made))
+            for i in episodes:
+                records.append(next(results))
                 bar.update(int(lengths[i]))
             if args.form == "rlds":
                 write_atomically(path, b"".join(records))
-    size = (
-        sum(os.path.getsize(x) for x in glob.glob(os.path.join(glob.escape(args.out), "*"))) / 2**20
-    )
+
+    paths = glob.glob(os.path.join(glob.escape(args.out), "*"))
+    size = sum(map(os.path.getsize, paths)) / 2**20
     print(
-        f"{args.out}: {args.episodes} episodes of world {args.world} in {n} files, {n - len(todo)}"
-        f" there already; {int(lengths.sum())} steps, {size:.0f} MiB, {time.time() - began:.0f} s"
+        f"{args.out}: {args.episodes} episodes of world {args.world} in {files} files,"
+        f" {files - len(todo)} there already; {int(lengths.sum())} steps, {size:.0f} MiB,"
+        f" {time.time() - started:.0f} s"
     )

@@ -1,14 +1,16 @@
 """Pack downloaded VPT recordings (NAME.mp4 + NAME.jsonl, in any folders) into WebDataset shards;
 with --index, download them first.
 
-    python -m prepare.shards recordings --out VPT                                            # what is in the folder
-    python -m prepare.shards recordings --out VPT --index all_7xx_Apr_6.json --max_files 100 # first what OpenAI's index lists
+    # pack what is in the folder
+    python -m prepare.shards recordings --out VPT
+    # first download what OpenAI's index lists
+    python -m prepare.shards recordings --out VPT --index all_7xx_Apr_6.json --max_files 100
 
 Writes OUT/shard-%06d.tar of at most --shard_size bytes and OUT/skipped.jsonl (file and reason of
-what was left out). A recording is packed if its video is a whole mp4 whose first frame decodes, its
-lines are good by the loader's rules (files/vpt.py), and there are as many of them as frames, give
-or take five. Run it again after a kill or when more recordings have arrived: what is in OUT already
-stays."""
+what was left out). A recording is packed if its video is a whole mp4 whose first frame decodes, if
+its lines are good by the loader's rules (files/vpt.py), and if it has as many lines as frames, up
+to a difference of five. Run it again after a kill or when more recordings have arrived: finished
+shards stay as they are."""
 
 import argparse
 import collections
@@ -26,6 +28,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -39,33 +42,24 @@ from files.vpt import ClipReader, name_warnings, parse_ticks
 
 
 def fetch(url, path, retries, wait):
-    """Download url to path by way of path.part, going on where a broken transfer stopped. Returns
-    the bytes that came, None for a 404.
+    """Download url to path, by way of path.part: a transfer that broke off continues where it
+    stopped. Returns the number of bytes that were transferred, None for a 404.
 
-    Retries what may pass (no connection, a transfer cut short, 429, 5xx) after wait, 2 wait, 4
-    wait... seconds; then raises OSError."""
-    part, came = path + ".part", 0
+    Failures that may pass (no connection, a transfer cut short, 429, 5xx) are tried again after
+    wait, 2 wait, 4 wait... seconds; then raises OSError."""
+    part = path + ".part"
+    transferred = 0
     for attempt in range(retries + 1):
-        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
+        if attempt:
+            time.sleep(wait * 2 ** (attempt - 1))
         have = os.path.getsize(part) if os.path.exists(part) else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(
-                    f"bytes {have}-"
-                )
-                have = have if resumed else 0
-                length = reply.headers.get("Content-Length")
-                with open(part, "ab" if resumed else "wb") as f:
-                    shutil.copyfileobj(reply, f, 1 << 20)
-                    f.flush()
-                    os.fsync(f.fileno())
-                    got = f.tell()
-            came += got - have
-            if length is None or got == have + int(length):
+            before, size, expected = fetch_once(url, part, have)
+            transferred += size - before
+            if expected is None or size == expected:
                 os.replace(part, path)
-                return came
-            problem = f"{got} of {have + int(length)} bytes arrived"
+                return transferred
+            problem = f"{size} of {expected} bytes arrived"
         except urllib.error.HTTPError as e:
             problem = f"HTTP {e.code} {e.reason}"
             if e.code in (404, 410):
@@ -79,64 +73,87 @@ def fetch(url, path, retries, wait):
     raise OSError(f"{url}: {problem} ({attempt + 1} attempts)")
 
 
-def download(index, folder, jobs, max_files, retries, wait):
-    """Fetch the recordings of an index file ({"basedir": url, "relpaths": ["data/6.13/NAME.mp4",
-    ...]}) into folder. Returns a Counter."""
+def fetch_once(url, part, have):
+    """One transfer to the file `part`, which has so many bytes. Returns (bytes that were kept,
+    bytes that it has now, bytes of the whole file or None)."""
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        content_range = reply.headers.get("Content-Range", "")
+        resumed = reply.status == 206 and content_range.startswith(f"bytes {have}-")
+        kept = have if resumed else 0
+        length = reply.headers.get("Content-Length")
+        with open(part, "ab" if resumed else "wb") as f:
+            shutil.copyfileobj(reply, f, 1 << 20)
+            f.flush()
+            os.fsync(f.fileno())
+            size = f.tell()
+    return kept, size, None if length is None else kept + int(length)
+
+
+def read_index(index):
+    """An index file {"basedir": url, "relpaths": ["data/6.13/NAME.mp4", ...]} -> (basedir,
+    relpaths)."""
     with open(index) as f:
         listing = json.load(f)
     if not isinstance(listing, dict) or not {"basedir", "relpaths"} <= listing.keys():
-        raise ValueError(f"{index} is no index file: it should hold basedir and relpaths")
+        raise ValueError(f"{index} is no index file: it should contain basedir and relpaths")
+    return listing["basedir"], listing["relpaths"]
 
-    def one(relpath):
+
+def download(index, folder, jobs, max_files, retries, wait):
+    """Download the recordings of an index file into folder. Returns a Counter of new, there,
+    missing and broken ones, and of bytes. Raises OSError if downloads broke off."""
+    base_url, relpaths = read_index(index)
+    relpaths = relpaths[:max_files]
+
+    def download_one(relpath):
+        """(outcome, bytes transferred) of one recording."""
         stem = os.path.normpath(os.path.splitext(relpath)[0])
         if stem.startswith(("..", "/")):
             raise ValueError(f"{index} lists {relpath}, which lies outside its folder")
         os.makedirs(os.path.dirname(os.path.join(folder, stem)), exist_ok=True)
-        came = 0
-        for extension in (
-            ".jsonl",
-            ".mp4",
-        ):  # the small one first: without it the video is of no use
+        transferred = 0
+        # the lines first, which are small: without them the video is useless
+        for extension in (".jsonl", ".mp4"):
             path = os.path.join(folder, stem) + extension
-            if not os.path.exists(path):
-                new = fetch(
-                    listing["basedir"].rstrip("/") + "/" + urllib.parse.quote(stem + extension),
-                    path,
-                    retries,
-                    wait,
-                )
-                if new is None:
-                    return "missing", 0
-                came += new
-        return ("new" if came else "there"), came
+            if os.path.exists(path):
+                continue
+            url = base_url.rstrip("/") + "/" + urllib.parse.quote(stem + extension)
+            size = fetch(url, path, retries, wait)
+            if size is None:
+                return "missing", 0
+            transferred += size
+        return ("new" if transferred else "there"), transferred
 
-    counts, broken = collections.Counter(), []
+    counts = collections.Counter()
+    errors = []
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        tasks = [pool.submit(one, relpath) for relpath in listing["relpaths"][:max_files]]
+        tasks = [pool.submit(download_one, relpath) for relpath in relpaths]
         with tqdm(total=len(tasks), unit="recording", desc="download") as bar:
             for task in concurrent.futures.as_completed(tasks):
                 try:
-                    outcome, came = task.result()
+                    outcome, size = task.result()
                 except OSError as e:
-                    outcome, came = "broken", 0
-                    broken.append(str(e))
-                counts.update({outcome: 1, "bytes": came})
-                bar.set_postfix_str(
-                    f"{counts['bytes'] / 2**20:.0f} MiB, {counts['missing']} missing"
-                )
+                    outcome, size = "broken", 0
+                    errors.append(str(e))
+                counts.update({outcome: 1, "bytes": size})
+                mebibytes = counts["bytes"] / 2**20
+                bar.set_postfix_str(f"{mebibytes:.0f} MiB, {counts['missing']} missing")
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    recordings = len(listing["relpaths"][:max_files])
     print(
-        f"index       {recordings:7d} recordings: {counts['new']} fetched"
+        f"index       {len(relpaths):7d} recordings: {counts['new']} fetched"
         f" ({counts['bytes'] / 2**20:.1f} MiB), {counts['there']} were there, {counts['missing']}"
         " missing on the server (404)"
     )
-    if broken:
-        more = "run again to go on, or without --index to pack what has come"
-        raise OSError(f"{len(broken)} downloads broke off, such as {broken[0]}; {more}")
+    if errors:
+        raise OSError(
+            f"{len(errors)} downloads broke off, such as {errors[0]}; run again to continue, or"
+            " without --index to pack what has arrived"
+        )
     return counts
 
 
@@ -144,131 +161,165 @@ def download(index, folder, jobs, max_files, retries, wait):
 
 
 def key_of(stem):
-    """The WebDataset key of a recording: a function of its path below IN_DIR alone, so that it
-    stays when others are added.
+    """The WebDataset key of a recording. It depends only on the recording's path below IN_DIR, and
+    so stays the same when others are added.
 
-    A key ends at its first dot, so `6.10_a` and `6.13_b` would be one; what is not safe becomes _,
-    and a checksum keeps the keys apart."""
+    A key ends at its first dot: `6.10_a` and `6.13_b` would become one. Characters that are not
+    safe become _, and a checksum keeps the keys apart."""
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", stem.replace("/", "-"))
     return safe if safe == stem else f"{safe}-{zlib.crc32(stem.encode()):08x}"
 
 
 def path_of(folder, stem, kind):
-    """The file of a recording below folder, STEM.mp4 or STEM.MP4."""
+    """The file STEM.mp4 of a recording below folder, or STEM.MP4 and the like."""
     exact = os.path.join(folder, f"{stem}.{kind}")
     capitals = os.path.join(folder, f"{stem}.{kind.upper()}")
     for path in (exact, capitals):
         if os.path.lexists(path):
             return path
     parent, name = os.path.split(exact)
-    before = os.path.splitext(name)[0]
+    name = os.path.splitext(name)[0]
     for other in sorted(os.listdir(parent)):
-        if member_kind(other) == (before, kind):
+        if member_kind(other) == (name, kind):
             return os.path.join(parent, other)
     return exact
 
 
+class Check(NamedTuple):
+    """What a look at a recording showed."""
+
+    reason: str  # why it cannot be packed, or ""
+    seconds: float = 0
+    unknown: dict = {}  # {unknown name: lines}
+
+
 def check(folder, stem, extensions):
-    """Why a recording cannot be packed, or "" if it can; its seconds; {name that nobody knows:
-    lines}."""
+    """Read a recording -> Check. Raises OSError if the disk fails, which says nothing about the
+    recording."""
     for extension in ("mp4", "jsonl"):
         if extension not in extensions:
-            return f"no .{extension} beside it", 0, {}
+            return Check(f"no .{extension} beside it")
     try:
         with open(path_of(folder, stem, "jsonl"), "rb") as f:
             ticks = parse_ticks(f.read())
         if ticks.flaw:
-            return f"jsonl: {ticks.flaw}", 0, {}
+            return Check(f"jsonl: {ticks.flaw}")
         video = path_of(folder, stem, "mp4")
         with Slice(video, 0, os.path.getsize(video)) as f:
             times = mp4_times(f)
             if not len(times):
-                return "the video has no frames", 0, {}
+                return Check("the video has no frames")
             read_frames(f, times, [0], 64)
             ClipReader().frames_per_line(ticks, len(times), video_rate(f, times))
     except READ_ERRORS as e:
-        if disk_failed(e):  # says nothing about the recording
+        if disk_failed(e):
             raise OSError(disk_sentence(os.path.join(folder, stem), e)) from e
-        return " ".join(str(e).split()), 0, {}
-    return "", len(ticks.motion) / ticks.rate, ticks.unknown
+        return Check(" ".join(str(e).split()))
+    return Check("", len(ticks.motion) / ticks.rate, ticks.unknown)
 
 
 def packed_already(out):
-    """{key: {extension: size}} of the finished shards, and the number of the next shard. ValueError
-    for a shard that this program did not write: what is in it has other keys, and would be packed a
-    second time."""
-    found, following = collections.defaultdict(dict), 0
+    """({key: {extension: size}} of the finished shards, number of the next shard). Raises
+    ValueError for a shard that this program did not write: its recordings have other keys, and
+    would be packed a second time."""
+    packed = collections.defaultdict(dict)
+    next_number = 0
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "shard-*.tar"))):
         foreign = f"{path} was not written by prepare.shards"
         remedy = "give another --out, or move it away"
         number = re.fullmatch(r"shard-(\d+)\.tar", os.path.basename(path))
         if number is None:
             raise ValueError(f"{foreign}, which numbers its shards: {remedy}")
-        following = int(number[1]) + 1
+        next_number = int(number[1]) + 1
         try:
             for member, _ in archive_members(path, os.path.getsize(path)):
                 name = re.fullmatch(r"([A-Za-z0-9_-]+)\.(mp4|jsonl)", member.name)
                 if name is None or not member.isreg() or member.issparse():
                     raise ValueError(f"{foreign} (it holds {member.name}): {remedy}")
-                found[name[1]][name[2]] = member.size
+                key, extension = name.groups()
+                packed[key][extension] = member.size
         except tarfile.TarError as e:
             raise ValueError(f"{path} is damaged ({e}): {remedy}") from e
-    return found, following
+    return packed, next_number
 
 
-def find_recordings(folder, known):
-    """{path below folder without extension: {extension: size}} of the recordings, and [{"file",
-    "reason"}] of files that cannot be looked at. Links are followed, but every folder and every
-    video is taken once, under its own name rather than a link's; under one whose key is `known` if
-    there is one."""
-    found, odd, videos = collections.defaultdict(dict), [], {}
+def find_recordings(folder, packed):
+    """({path below folder without extension: {extension: size}} of the recordings, [{"file",
+    "reason"}] of files that cannot be looked at).
+
+    Links are followed, but every folder and every video is taken once. If a video has several
+    names, the one whose key is in `packed` is taken, else its own name rather than a link's."""
+    recordings = collections.defaultdict(dict)
+    skipped = []
+    videos = {}  # what identifies a file: the recordings that it is in
     for path in files_below(folder):
-        add_file(path, folder, found, odd, videos)
+        add_file(path, folder, recordings, skipped, videos)
 
     def preference(stem):
-        whole = "jsonl" in found[stem]
-        return key_of(stem) not in known, not whole, os.path.islink(path_of(folder, stem, "mp4"))
+        has_lines = "jsonl" in recordings[stem]
+        is_link = os.path.islink(path_of(folder, stem, "mp4"))
+        return key_of(stem) not in packed, not has_lines, is_link
 
     for stems in videos.values():
         stems.sort(key=preference)
         for stem in stems[1:]:
-            del found[stem]
-            odd.append({"file": stem + ".mp4", "reason": f"the same file as {stems[0]}.mp4"})
-    return found, odd
+            del recordings[stem]
+            skipped.append({"file": stem + ".mp4", "reason": f"the same file as {stems[0]}.mp4"})
+    return recordings, skipped
 
 
-def add_file(path, folder, found, odd, videos):
-    """One file of find_recordings; videos: {what identifies a file: [the recordings it is in]}."""
+def add_file(path, folder, recordings, skipped, videos):
+    """Add one file to the dicts and the list of find_recordings."""
     name = os.path.relpath(path, folder)
     stem, kind = member_kind(name)
     if kind not in ("mp4", "jsonl"):
         return
     if not os.path.exists(path):
-        odd.append({"file": name, "reason": "a link to nothing"})
+        skipped.append({"file": name, "reason": "a link to nothing"})
         return
     if os.path.basename(path).startswith("._"):
         with open(path, "rb") as f:
             if is_apple_double(path, f.read(4)):
                 return
     if os.path.basename(path) != os.path.basename(path_of(folder, stem, kind)):
-        odd.append({"file": name, "reason": f"{stem}.{kind} is there too, in other capitals"})
+        reason = f"{stem}.{kind} is there too, in other capitals"
+        skipped.append({"file": name, "reason": reason})
         return
     about = os.stat(path)
-    found[stem][kind] = about.st_size
+    recordings[stem][kind] = about.st_size
     if kind == "mp4" and about.st_ino:
-        same = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-        videos.setdefault(same, []).append(stem)
+        identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        videos.setdefault(identity, []).append(stem)
 
 
-def write_shard(path, folder, recordings, bar):
-    """Write recordings [(key, stem, sizes)] as one tar; the same recordings give the same bytes."""
+def unpacked_recordings(recordings, packed, folder, out):
+    """The recordings that no shard holds yet, sorted. Raises ValueError if two have one key, or if
+    a shard holds another recording under the same key."""
+    stems = {}
+    unpacked = []
+    for stem in sorted(recordings):
+        key = key_of(stem)
+        if stems.setdefault(key, stem) != stem:
+            raise ValueError(f"{stems[key]} and {stem} both give the key {key}: rename one")
+        if key not in packed:
+            unpacked.append(stem)
+        elif packed[key] != recordings[stem]:
+            raise ValueError(
+                f"{out} holds another recording as {key} than {os.path.join(folder, stem)}: give"
+                " another --out"
+            )
+    return unpacked
+
+
+def write_shard(path, folder, stems, bar):
+    """Write recordings as one tar. The same recordings give the same bytes."""
 
     def write(f):
         with tarfile.open(fileobj=f, mode="w") as tar:
-            for key, stem, _ in recordings:
+            for stem in stems:
                 for extension in ("mp4", "jsonl"):
                     source = path_of(folder, stem, extension)
-                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member = tarfile.TarInfo(f"{key_of(stem)}.{extension}")
                     member.size = os.path.getsize(source)
                     with open(source, "rb") as data:
                         tar.addfile(member, data)
@@ -278,78 +329,77 @@ def write_shard(path, folder, recordings, bar):
 
 
 def pack(folder, out, shard_size, jobs):
-    """Pack every good recording below folder that no shard of out holds. Returns the number packed,
-    [{"file", "reason"}, ...] left out."""
-    done, number = packed_already(out)
-    found, odd = find_recordings(folder, done)
-    if not found:
+    """Pack every good recording below folder that no shard of out holds yet. Returns (number
+    packed, [{"file", "reason"}, ...] left out)."""
+    in_shards, first_number = packed_already(out)
+    recordings, skipped = find_recordings(folder, in_shards)
+    if not recordings:
         raise FileNotFoundError(f"no .mp4 or .jsonl below {folder}; --index downloads some")
     os.makedirs(out, exist_ok=True)
-    for rest in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of a run that was killed
-        os.unlink(rest)
-    keys, todo, before = {}, [], 0
-    for stem in sorted(found):
-        key = key_of(stem)
-        if keys.setdefault(key, stem) != stem:
-            raise ValueError(f"{keys[key]} and {stem} both give the key {key}: rename one")
-        if key not in done:
-            todo.append(stem)
-        elif done[key] == found[stem]:
-            before += 1
-        else:
-            raise ValueError(
-                f"{out} holds another recording as {key} than {os.path.join(folder, stem)}: give"
-                " another --out"
-            )
+    for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of a run that was killed
+        os.unlink(path)
+    stems = unpacked_recordings(recordings, in_shards, folder, out)
 
-    skipped, batch, filled, packed, seconds, first = odd, [], 0, 0, 0, number
+    packed = 0
+    seconds = 0
     unknown = collections.Counter()
+    number = first_number  # of the shard that is being filled
+    batch = []  # its recordings
+    batch_size = 0
+    total = sum(sum(recordings[stem].values()) for stem in stems)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="pack")
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    total = sum(sum(found[stem].values()) for stem in todo)
     try:
-        checks = [pool.submit(check, folder, stem, found[stem]) for stem in todo]
-        with tqdm(total=total, unit="B", unit_scale=True, desc="pack") as bar:
-            for i, stem in enumerate(todo):
-                reason, length, names = checks[i].result()
-                unknown.update(names)
-                size = sum(
-                    1024 + s for s in found[stem].values()
-                )  # a header and padding for each member
-                if reason:
-                    kind = "mp4" if "mp4" in found[stem] else "jsonl"
+        checks = [pool.submit(check, folder, stem, recordings[stem]) for stem in stems]
+        with bar:
+            for task, stem in zip(checks, stems):
+                checked = task.result()
+                unknown.update(checked.unknown)
+                sizes = recordings[stem]
+                if checked.reason:
+                    kind = "mp4" if "mp4" in sizes else "jsonl"
                     file = os.path.relpath(path_of(folder, stem, kind), folder)
-                    skipped.append({"file": file, "reason": reason})
-                    bar.update(sum(found[stem].values()))
+                    skipped.append({"file": file, "reason": checked.reason})
+                    bar.update(sum(sizes.values()))
                     continue
-                if batch and filled + size > shard_size:
-                    write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
-                    number, batch, filled = number + 1, [], 0
-                batch.append((key_of(stem), stem, found[stem]))
-                packed, seconds, filled = packed + 1, seconds + length, filled + size
+
+                # a shard is written when the next recording would make it too large
+                size = sum(1024 + s for s in sizes.values())  # with a header and padding for each
+                if batch and batch_size + size > shard_size:
+                    write_shard(shard_path(out, number), folder, batch, bar)
+                    number += 1
+                    batch = []
+                    batch_size = 0
+                batch.append(stem)
+                batch_size += size
+                packed += 1
+                seconds += checked.seconds
             if batch:
-                write_shard(os.path.join(out, f"shard-{number:06d}.tar"), folder, batch, bar)
+                write_shard(shard_path(out, number), folder, batch, bar)
                 number += 1
     finally:
         pool.shutdown(cancel_futures=True)
-    write_atomically(
-        os.path.join(out, "skipped.jsonl"), "".join(json.dumps(s) + "\n" for s in skipped).encode()
-    )
 
-    kinds = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)
-    print(f"found       {len(found):7d} recordings below {folder}")
+    # the summary
+    skipped_path = os.path.join(out, "skipped.jsonl")
+    write_atomically(skipped_path, "".join(json.dumps(s) + "\n" for s in skipped).encode())
+    print(f"found       {len(recordings):7d} recordings below {folder}")
     print(
-        f"packed      {packed:7d} now ({seconds / 3600:.2f} hours), in {number - first} shards;"
-        f" {before} were packed before"
+        f"packed      {packed:7d} now ({seconds / 3600:.2f} hours), in {number - first_number}"
+        f" shards; {len(recordings) - len(stems)} were packed before"
     )
-    print(
-        f"left out    {len(skipped):7d}"
-        + (f", see {os.path.join(out, 'skipped.jsonl')}" if skipped else "")
-    )
-    for kind, n in kinds.most_common(8):
-        print(f"            {n:7d} {kind}")
+    see = f", see {skipped_path}" if skipped else ""
+    print(f"left out    {len(skipped):7d}{see}")
+    reasons = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)
+    for reason, count in reasons.most_common(8):
+        print(f"            {count:7d} {reason}")
     for line in name_warnings(unknown):
         print(f"WARNING: {line}")
     return packed, skipped
+
+
+def shard_path(out, number):
+    return os.path.join(out, f"shard-{number:06d}.tar")
 
 
 if __name__ == "__main__":
@@ -359,40 +409,22 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "in_dir",
-        metavar="IN_DIR",
-        help="folder of recordings, searched recursively; --index downloads into it",
-    )
+    parser.add_argument("in_dir", metavar="IN_DIR", help="folder of recordings, with its folders")
     parser.add_argument("--out", default="VPT", help="folder of the shards")
-    parser.add_argument(
-        "--shard_size",
-        type=float,
-        default=1e9,
-        help="bytes a shard may hold (one recording at least)",
-    )
+    parser.add_argument("--shard_size", type=float, default=1e9, help="bytes of a shard at most")
     parser.add_argument("--jobs", type=int, default=8, help="downloads, and checks, at a time")
-    parser.add_argument(
-        "--index", help='file {"basedir": url, "relpaths": [...]} that says what to download'
-    )
-    parser.add_argument("--max_files", type=int, help="take only that many recordings of the index")
-    parser.add_argument(
-        "--retries", type=int, default=5, help="further attempts at a download that broke off"
-    )
-    parser.add_argument(
-        "--retry_wait",
-        type=float,
-        default=1.0,
-        help="seconds before the first of them; doubled each time",
-    )
+    group = parser.add_argument_group("download into IN_DIR first")
+    group.add_argument("--index", help='file {"basedir": url, "relpaths": [...]} of what to fetch')
+    group.add_argument("--max_files", type=int, help="only that many recordings of the index")
+    group.add_argument("--retries", type=int, default=5, help="further attempts of a download")
+    group.add_argument("--retry_wait", type=float, default=1.0, help="seconds, doubled each time")
     args = parser.parse_args()
 
     # --- run ---
     try:
         if args.index:
-            download(
-                args.index, args.in_dir, args.jobs, args.max_files, args.retries, args.retry_wait
-            )
+            attempts = args.retries, args.retry_wait
+            download(args.index, args.in_dir, args.jobs, args.max_files, *attempts)
         pack(args.in_dir, args.out, args.shard_size, args.jobs)
     except (OSError, ValueError) as e:
         sys.exit(str(e))

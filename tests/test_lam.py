@@ -875,7 +875,7 @@ def test_a_failing_disk_does_not_make_another_split(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        with pytest.raises(OSError, match="mend the disk, then go on with --resume"):
+        with pytest.raises(OSError, match="fix the disk, then continue with --resume"):
             latents.read_steps(str(tmp_path / "a.h5"), 0, 4)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

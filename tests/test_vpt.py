@@ -1,10 +1,13 @@
-"""files/vpt.py: lines to ticks to steps, frames by number, clips. Every recording here is a real
-mp4 and real JSONL (tests/conftest.py)."""
+"""files/vpt.py and files/video.py: lines to ticks to steps, frames by number, clips. Every
+recording here is a real mp4 and real JSONL (tests/conftest.py)."""
 
 import io
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -19,6 +22,8 @@ from files.shards import index_shards
 from files.streams import StreamedClips
 from files.video import WrongDecoder, largest_difference, mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions, step_size, wrap
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
 TABLE = (
@@ -54,7 +59,8 @@ def sequential(mp4):
 
 def cut_clip(mp4, lines, start=0, rng=None, **options):
     f = io.BytesIO(mp4)
-    times, ticks = mp4_times(f), parse_ticks(jsonl(lines))
+    times = mp4_times(f)
+    ticks = parse_ticks(jsonl(lines))
     reader = ClipReader(**{"crop_size": HEIGHT, "action_space": 38} | options)
     reader.starts(ticks, len(times))
     return reader(f, times, ticks, start, rng or np.random.default_rng(0), "k")
@@ -89,9 +95,9 @@ def test_same_play_in_both_formats_gives_the_same_actions():
             {k: line[k] for k in ("mouse", "keyboard", "hotbar")}
             | {"timestamp": i / 20, "camera": camera}
         )
-    one, two = (
-        step_actions(parse_ticks(jsonl(x)), np.arange(4, 60, 8), 38) for x in (lines, other)
-    )
+    ends = np.arange(4, 60, 8)
+    one = step_actions(parse_ticks(jsonl(lines)), ends, 38)
+    two = step_actions(parse_ticks(jsonl(other)), ends, 38)
     for x, y in zip(one, two):
         np.testing.assert_allclose(x, y, atol=1e-12)
 
@@ -130,12 +136,8 @@ def test_null_mouse_and_keyboard_are_no_input():
         del line["hotbar"]
     lines[4] |= {"mouse": None, "keyboard": None}
     ticks = parse_ticks(jsonl(lines))
-    assert (
-        len(ticks.motion) == 10
-        and not ticks.flaw
-        and (ticks.motion[4, :2] == 0).all()
-        and ticks.keys[4] == 0
-    )
+    assert len(ticks.motion) == 10 and not ticks.flaw
+    assert (ticks.motion[4, :2] == 0).all() and ticks.keys[4] == 0
     assert (ticks.hotbar == 0).all()
     assert ticks.motion[4, 2] == pytest.approx(np.radians(lines[4]["yaw"]))
 
@@ -145,16 +147,8 @@ def test_wheel_injects_the_hotbar_key_once_and_never_on_line_0():
     starts on another slot."""
     slots = [4, 4, 4, 7, 7, 0, 0, 8]
     keys = parse_ticks(jsonl(contractor(8, keyboard=None, hotbar=lambda i: slots[i]))).keys
-    assert [[n for n in range(1, 10) if k & vpt.KEY_BIT[f"key.keyboard.{n}"]] for k in keys] == [
-        [],
-        [],
-        [],
-        [8],
-        [],
-        [1],
-        [],
-        [9],
-    ]
+    pressed = [[n for n in range(1, 10) if k & vpt.KEY_BIT[f"key.keyboard.{n}"]] for k in keys]
+    assert pressed == [[], [], [], [8], [], [1], [], [9]]
 
 
 def test_fields_in_any_order():
@@ -169,11 +163,8 @@ def test_fields_in_any_order():
     late = jsonl([{"inventory": []} | line for line in lines])  # all the others come after it
     for data in (rewritten, tricky, late, jsonl(lines).replace(b"\n", b"\r\n")):
         ticks = parse_ticks(data)
-        assert (
-            not ticks.flaw
-            and (ticks.motion == expected.motion).all()
-            and (ticks.keys == expected.keys).all()
-        )
+        assert not ticks.flaw
+        assert (ticks.motion == expected.motion).all() and (ticks.keys == expected.keys).all()
 
 
 @pytest.mark.parametrize(
@@ -199,11 +190,8 @@ def test_a_bad_line_drops_the_tail_and_says_which(what, reason):
     lines = jsonl(contractor(200)).splitlines()
     ticks = parse_ticks(b"\n".join(lines[:100] + [what] + lines[101:]))
     assert len(ticks.motion) == len(ticks.keys) == len(ticks.hotbar) == 100
-    assert (
-        ticks.flaw.startswith("line 100")
-        and reason in ticks.flaw
-        and np.isfinite(ticks.motion).all()
-    )
+    assert ticks.flaw.startswith("line 100") and reason in ticks.flaw
+    assert np.isfinite(ticks.motion).all()
     with pytest.raises(ValueError, match="no usable line"):
         parse_ticks(what)
 
@@ -276,7 +264,7 @@ def test_buttons_in_every_spelling_that_can_mean_one_button_only(buttons, held):
 )
 def test_names_that_nobody_knows_are_counted(change, name, closest, capsys):
     """Bug: a misspelt name is no input on every line, and nothing says so."""
-    vpt.SAID.clear()
+    vpt.WARNED_OF.clear()
     ticks = parse_ticks(jsonl(contractor(7, **({"keyboard": {"keys": []}} | change))))
     ((label, lines),) = ticks.unknown.items()
     assert label.startswith(name) and lines == 7 and not names_held(ticks) and not ticks.flaw
@@ -464,15 +452,10 @@ def test_yaw_difference_wraps_and_pitch_does_not():
     """Bug: Minecraft's yaw is unbounded in some files and wrapped in others; a turn through south
     must not be a full turn back."""
     for yaws in ([170, 190], [170, -170], [890, 910], [-190, -170]):
-        actions, states = step_actions(
-            parse_ticks(
-                jsonl(contractor(2, yaw=lambda i, y=yaws: y[i], pitch=lambda i: (-80, 80)[i]))
-            ),
-            [0, 1],
-        )
-        assert actions[0, 2] == pytest.approx(np.radians(20)) and actions[0, 3] == pytest.approx(
-            np.radians(160)
-        )
+        lines = contractor(2, yaw=lambda i, y=yaws: y[i], pitch=lambda i: (-80, 80)[i])
+        actions, states = step_actions(parse_ticks(jsonl(lines)), [0, 1])
+        assert actions[0, 2] == pytest.approx(np.radians(20))
+        assert actions[0, 3] == pytest.approx(np.radians(160))
         np.testing.assert_allclose(states, np.radians([[0, -80], [20, 80]]), atol=1e-9)
 
 
@@ -562,10 +545,8 @@ def test_a_key_held_for_one_tick_counts_and_the_slot_is_that_of_the_steps_start(
     at = {n: i for i, n in enumerate(TABLE)}
     assert actions[:, at["key.space"]].tolist() == [1, 0]  # tick 11 is the last of 4..11
     assert actions[:, at["key.6"]].tolist() == [1, 0]
-    assert actions[:, at["slot.1"]].tolist() == [1, 0] and actions[:, at["slot.6"]].tolist() == [
-        0,
-        1,
-    ]
+    assert actions[:, at["slot.1"]].tolist() == [1, 0]
+    assert actions[:, at["slot.6"]].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("encode, first", [("tubelet", 4), ("frame", 0), ("clip", 0)])
@@ -581,39 +562,27 @@ def test_action_t_is_what_happens_after_the_last_frame_of_step_t(mp4, encode, fi
     clip = cut_clip(mp4, lines, start, encode=encode)
     assert [read_number(f) for f in clip["video"]] == list(range(start, start + 61, 4))
     for t in range(7):
-        ticks = range(
-            start + 8 * t + first, start + 8 * t + first + 8
-        )  # lines 8t+4 to 8t+11, or 8t to 8t+7
-        assert clip["actions"][t, 0] == sum(
-            2.0**i for i in ticks
-        )  # powers of two: no other set of lines gives this sum
-        assert clip["actions"][t, 2] == pytest.approx(
-            math.radians((ticks[-1] + 1) ** 2 / 1e4 - ticks[0] ** 2 / 1e4), abs=1e-7
-        )
+        # lines 8t+4 to 8t+11, or 8t to 8t+7
+        ticks = range(start + 8 * t + first, start + 8 * t + first + 8)
+        # powers of two: no other set of lines gives this sum
+        assert clip["actions"][t, 0] == sum(2.0**i for i in ticks)
+        turned = (ticks[-1] + 1) ** 2 / 1e4 - ticks[0] ** 2 / 1e4
+        assert clip["actions"][t, 2] == pytest.approx(math.radians(turned), abs=1e-7)
     ends = start + first + 8 * np.arange(8)
-    np.testing.assert_allclose(
-        clip["states"],
-        np.radians(np.stack([(ends**2 - ends[0] ** 2) / 1e4, ends / 10], 1)),
-        atol=1e-6,
-    )
+    degrees = np.stack([(ends**2 - ends[0] ** 2) / 1e4, ends / 10], 1)
+    np.testing.assert_allclose(clip["states"], np.radians(degrees), atol=1e-6)
 
 
 @pytest.mark.parametrize("frames_per_step, fps", [(1, 5.0), (2, 10.0), (4, 20.0)])
 def test_other_step_lengths(mp4, frames_per_step, fps):
     """Bug: 8 ticks a step taken for granted."""
-    clip = cut_clip(
-        mp4,
-        contractor(mouse=lambda i: {"dx": 2.0**i if i < 80 else 0, "dy": 0}),
-        3,
-        fps=fps,
-        frames_per_step=frames_per_step,
-    )
+    lines = contractor(mouse=lambda i: {"dx": 2.0**i if i < 80 else 0, "dy": 0})
+    clip = cut_clip(mp4, lines, 3, fps=fps, frames_per_step=frames_per_step)
     stride = int(20 / fps)
     ends = 3 + stride * np.arange(16).reshape(-1, frames_per_step)[:, -1]
     assert [read_number(f) for f in clip["video"]] == list(range(3, 4 + stride * 15, stride))
-    assert clip["actions"][:, 0].tolist() == [
-        sum(2.0**i for i in range(a, b)) for a, b in zip(ends, ends[1:])
-    ]
+    sums = [sum(2.0**i for i in range(a, b)) for a, b in zip(ends, ends[1:])]
+    assert clip["actions"][:, 0].tolist() == sums
 
 
 def test_rates_that_do_not_divide_are_refused():
@@ -629,9 +598,8 @@ def test_guide_lines_at_5_hz_go_with_every_fourth_frame(mp4):
     whole."""
     clip = cut_clip(mp4, guide(), 3)
     assert [read_number(f) for f in clip["video"]] == [4 * i for i in range(3, 19)]
-    assert clip["actions"][:, 0].tolist() == [
-        4 + 2 * t + 5 + 2 * t for t in range(7)
-    ]  # lines 4+2t and 5+2t
+    # lines 4+2t and 5+2t
+    assert clip["actions"][:, 0].tolist() == [4 + 2 * t + 5 + 2 * t for t in range(7)]
     clip = cut_clip(film(75), guide(), 3)  # a video that runs at the line rate itself
     assert [read_number(f) for f in clip["video"]] == list(range(3, 19))
 
@@ -653,7 +621,8 @@ def test_guide_lines_that_stop_early_are_not_stretched_over_the_video(mp4, lines
 def test_lines_against_frames(mp4):
     """Bug: 3 lines short is normal and must be used up to the end; 30 short means that lines and
     frames are not aligned."""
-    reader, f = ClipReader(crop_size=HEIGHT), io.BytesIO(mp4)
+    reader = ClipReader(crop_size=HEIGHT)
+    f = io.BytesIO(mp4)
     starts = {n: reader.starts(parse_ticks(jsonl(contractor(n))), 300) for n in (297, 300, 303)}
     assert starts == {297: 237, 300: 240, 303: 240}
     last = reader(f, mp4_times(f), parse_ticks(jsonl(contractor(297))), 236, None, "k")
@@ -661,9 +630,8 @@ def test_lines_against_frames(mp4):
     for n in (270, 330):
         with pytest.raises(ValueError, match=f"{n} lines but 300 frames"):
             reader.starts(parse_ticks(jsonl(contractor(n))), 300)
-    torn = parse_ticks(
-        jsonl(contractor(200)) + b'{"mouse"'
-    )  # torn is not misaligned: its head can be used
+    # torn is not misaligned: its head can be used
+    torn = parse_ticks(jsonl(contractor(200)) + b'{"mouse"')
     assert reader.starts(torn, 300) == 140
     with pytest.raises(ValueError, match="too short.*line 60"):
         reader.starts(parse_ticks(jsonl(contractor(60)) + b"{"), 300)
@@ -679,9 +647,8 @@ def test_frames_a_line_by_the_clocks_of_both(bad):
         times = np.arange(75 * frames_per_line) * 1000 // fps
         clip = cut_clock(film(len(times), times=times), lines, good)
         if good >= 61:
-            assert [read_number(f) for f in clip["video"]] == list(
-                range(0, 61 * frames_per_line, 4 * frames_per_line)
-            )
+            numbers = range(0, 61 * frames_per_line, 4 * frames_per_line)
+            assert [read_number(f) for f in clip["video"]] == list(numbers)
     if bad:
         times = np.arange(300) * 1000 // 37
         with pytest.raises(ValueError, match="unknown"):
@@ -693,7 +660,8 @@ def test_frames_a_line_by_the_clocks_of_both(bad):
 def cut_clock(mp4, lines, good):
     """The clip at tick 0 by way of the video's own clock, None if the good lines are too few."""
     f = io.BytesIO(mp4)
-    times, ticks = mp4_times(f), parse_ticks(jsonl(lines))
+    times = mp4_times(f)
+    ticks = parse_ticks(jsonl(lines))
     reader = ClipReader(crop_size=HEIGHT)
     if good < 61:
         return None
@@ -705,7 +673,8 @@ def test_guide_lines_torn_at_the_end_keep_their_frames(mp4):
     """Bug: lines at 5 Hz beside a video at 20 are refused for one bad line, though both clocks are
     known."""
     f = io.BytesIO(mp4)
-    times, ticks = mp4_times(f), parse_ticks(jsonl(guide(60) + [{}]))
+    times = mp4_times(f)
+    ticks = parse_ticks(jsonl(guide(60) + [{}]))
     reader = ClipReader(crop_size=HEIGHT)
     assert reader.starts(ticks, len(times), video_rate(f, times)) == 45
     clip = reader(f, times, ticks, 2, None, "k")
@@ -721,11 +690,8 @@ def edit(mp4, skip=0, drop=0):
     """Patch the edit list: start `skip` frames later, end `drop` frames earlier."""
     at = mp4.index(b"elst") + 12
     duration, start = struct.unpack(">Ii", mp4[at : at + 8])
-    return (
-        mp4[:at]
-        + struct.pack(">Ii", duration - 50 * (skip + drop), start + skip * 800)
-        + mp4[at + 8 :]
-    )
+    patch = struct.pack(">Ii", duration - 50 * (skip + drop), start + skip * 800)
+    return mp4[:at] + patch + mp4[at + 8 :]
 
 
 VIDEOS = {
@@ -735,9 +701,8 @@ VIDEOS = {
     "no_b": lambda: film(bframes=0, gop=12),
     "intra": lambda: film(gop=1, bframes=0),
     "fragmented": lambda: film(container={"movflags": "frag_keyframe+empty_moov"}),
-    "half_fragmented": lambda: film(
-        container={"movflags": "frag_keyframe"}
-    ),  # the first fragment lies in moov
+    # the first fragment lies in moov
+    "half_fragmented": lambda: film(container={"movflags": "frag_keyframe"}),
     "faststart": lambda: film(container={"movflags": "faststart"}),
     "negative_cts": lambda: film(container={"movflags": "negative_cts_offsets"}),
     "no_edits": lambda: film(container={"use_editlist": "0"}),
@@ -755,21 +720,20 @@ def test_frames_are_exact_by_number(kind):
     mp4 = VIDEOS[kind]()
     times, numbers = sequential(mp4)
     f = io.BytesIO(mp4)
-    found = mp4_times(f)
-    assert found.tolist() == times and -1 not in numbers
-    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and (
-        len(numbers) == 300 or kind == "trimmed"
-    )
+    indexed = mp4_times(f)
+    assert indexed.tolist() == times and -1 not in numbers
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert len(numbers) == 300 or kind == "trimmed"
+
+    picks = []
+    for start in (0, 1, 28, 29, 30, 57, 59, 60, 61, 119, len(times) - 61):
+        picks.append(np.arange(start, min(start + 61, len(times)), 4))
     rng = np.random.default_rng(0)
-    picks = [
-        np.arange(s, min(s + 61, len(times)), 4)
-        for s in (0, 1, 28, 29, 30, 57, 59, 60, 61, 119, len(times) - 61)
-    ]
-    picks += [np.sort(rng.choice(len(times), 5, replace=False)) for _ in range(4)]
+    for _ in range(4):
+        picks.append(np.sort(rng.choice(len(times), 5, replace=False)))
     for wanted in picks:
-        assert [read_number(x) for x in read_frames(f, found, wanted, HEIGHT)] == [
-            numbers[i] for i in wanted
-        ]
+        pictures = read_frames(f, indexed, wanted, HEIGHT)
+        assert [read_number(x) for x in pictures] == [numbers[i] for i in wanted]
 
 
 @pytest.mark.parametrize("kind", ["closed", "one_gop", "no_b", "vfr", "vfr_no_b", "faststart"])
@@ -780,7 +744,8 @@ def test_decord_gives_the_same_frames(kind):
     times = mp4_times(f)
     for start in (0, 59, 100, 239):
         wanted = np.arange(start, start + 61, 4)
-        one, two = (read_frames(f, times, wanted, HEIGHT, d) for d in ("pyav", "decord"))
+        one = read_frames(f, times, wanted, HEIGHT, "pyav")
+        two = read_frames(f, times, wanted, HEIGHT, "decord")
         assert [read_number(x) for x in two] == wanted.tolist()
         assert np.abs(one.astype(int) - two).mean() < 3 and one.shape == two.shape
 
@@ -792,11 +757,15 @@ def moving(frames=90, codec="libx264", params="", cover=False, tracks=1, **optio
     with av.open(out, "w", format="mp4") as c:
         streams = [c.add_stream(codec, rate=20) for _ in range(tracks)]
         for s in streams:
-            s.width, s.height, s.pix_fmt = 128, 64, "yuv420p"
+            s.width = 128
+            s.height = 64
+            s.pix_fmt = "yuv420p"
             s.options = {"threads": "1", "x264-params": params} | options
         if cover:
             art = c.add_stream("mjpeg", rate=1)
-            art.width, art.height, art.pix_fmt = 640, 480, "yuvj420p"
+            art.width = 640
+            art.height = 480
+            art.pix_fmt = "yuvj420p"
             art.disposition = av.stream.Disposition.attached_pic
         for i in range(frames):
             u = (x + 3 * i) % 128
@@ -981,11 +950,12 @@ def test_resize_has_antialias():
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as c:
         s = c.add_stream("libx264", rate=20, options={"crf": "1"})
-        s.width, s.height, s.pix_fmt = 256, 256, "yuv420p"
-        stripes = np.repeat(
-            np.tile(np.array([0, 255], np.uint8), 128)[None, :, None], 256, 0
-        ).repeat(3, 2)
-        c.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(stripes))))
+        s.width = 256
+        s.height = 256
+        s.pix_fmt = "yuv420p"
+        row = np.tile(np.array([0, 255], np.uint8), 128)
+        stripes = np.ascontiguousarray(np.broadcast_to(row[None, :, None], (256, 256, 3)))
+        c.mux(s.encode(av.VideoFrame.from_ndarray(stripes)))
         c.mux(s.encode())
     small = read_frames(out, mp4_times(out), [0], 64)[0]
     assert small[8:-8, 8:-8].min() > 90 and small[8:-8, 8:-8].max() < 165
@@ -1027,7 +997,8 @@ def test_truncated_mp4_never_reaches_a_decoder(mp4, percent, front):
 
 def test_damaged_index_raises_what_the_loader_catches(mp4):
     """Bug: a flipped byte in moov ends in MemoryError, TypeError or a hang, and the run with it."""
-    moov, rng = mp4.index(b"moov"), np.random.default_rng(0)
+    moov = mp4.index(b"moov")
+    rng = np.random.default_rng(0)
     good = mp4_times(io.BytesIO(mp4))
     outcomes = []
     for i in range(400):
@@ -1080,73 +1051,59 @@ def test_flip_mirrors_pixels_yaw_mouse_and_a_d_together(mp4):
         assert (clip["video"] == plain["video"].flip(-1)).all()
         sign = np.ones(38)
         sign[[0, 2]] = -1
+        a = TABLE.index("key.a")
+        d = TABLE.index("key.d")
         order = np.arange(38)
-        order[[TABLE.index("key.a"), TABLE.index("key.d")]] = (
-            TABLE.index("key.d"),
-            TABLE.index("key.a"),
-        )
+        order[[a, d]] = (d, a)
         np.testing.assert_array_equal(clip["actions"], plain["actions"].numpy()[:, order] * sign)
         np.testing.assert_array_equal(clip["states"], plain["states"].numpy() * [-1, 1])
-        assert (
-            plain["actions"][:, TABLE.index("key.a")].sum()
-            != plain["actions"][:, TABLE.index("key.d")].sum()
-        )
+        assert plain["actions"][:, a].sum() != plain["actions"][:, d].sum()
     assert seen == {True, False}
 
 
 def test_flip_comes_before_the_scaler(mp4):
     """Bug: the sign turned after the mean was taken off, which shifts every mirrored action by
     twice the mean."""
-    scaler = ActionScaler.from_moments(
-        10, np.array([5.0, 1, 0.1, 0.2]), np.array([90.0, 40, 1, 2]), {}
-    )
-    raw = [
-        cut_clip(mp4, contractor(), 5, np.random.default_rng(s), horizontal_flip=True)
-        for s in range(8)
-    ]
-    scaled = [
-        cut_clip(
-            mp4, contractor(), 5, np.random.default_rng(s), horizontal_flip=True, scaler=scaler
-        )
-        for s in range(8)
-    ]
-    for x, y in zip(raw, scaled):
-        np.testing.assert_allclose(
-            y["actions"][:, :4],
-            (x["actions"][:, :4].numpy() - scaler.mean) / scaler.scale,
-            atol=1e-5,
-        )
-        assert (x["actions"][:, 4:] == y["actions"][:, 4:]).all()
+    mean = np.array([5.0, 1, 0.1, 0.2])
+    scaler = ActionScaler.from_moments(10, mean, np.array([90.0, 40, 1, 2]), {})
+
+    def clip(seed, **options):
+        rng = np.random.default_rng(seed)
+        return cut_clip(mp4, contractor(), 5, rng, horizontal_flip=True, **options)
+
+    for seed in range(8):
+        raw = clip(seed)["actions"]
+        scaled = clip(seed, scaler=scaler)["actions"]
+        expected = (raw[:, :4].numpy() - scaler.mean) / scaler.scale
+        np.testing.assert_allclose(scaled[:, :4], expected, atol=1e-5)
+        assert (raw[:, 4:] == scaled[:, 4:]).all()
 
 
 def offsets(frames, larger):
     """Where each frame (64, 64, 3) lies in its larger picture: the one place with an exact
     match."""
-    out = []
+    places = []
     for small, big in zip(frames, larger):
-        room = np.subtract(big.shape, small.shape)[:2] + 1
-        match = [
-            (y, x)
-            for y, x in np.ndindex(*room)
-            if (big[y : y + HEIGHT, x : x + HEIGHT] == small).all()
-        ]
-        assert len(match) == 1, "not a crop of the resized frame"
-        out.append(match[0])
-    return np.array(out)
+        matches = []
+        for y, x in np.ndindex(*np.subtract(big.shape, small.shape)[:2] + 1):
+            if (big[y : y + HEIGHT, x : x + HEIGHT] == small).all():
+                matches.append((y, x))
+        assert len(matches) == 1, "not a crop of the resized frame"
+        places += matches
+    return np.array(places)
 
 
 def test_random_resize_scale_crops_one_smaller_window(mp4):
     """Bug: a crop that moves from frame to frame (motion that no action explains), or the scale
     used upside down."""
-    plain, shorts = cut_clip(mp4, contractor(), 5), set()
+    plain = cut_clip(mp4, contractor(), 5)
+    shorts = set()
     for seed in range(6):
         clip = cut_clip(mp4, contractor(), 5, np.random.default_rng(seed), random_resize_scale=0.8)
         short = round(HEIGHT / np.random.default_rng(seed).uniform(0.8, 1))
         f = io.BytesIO(mp4)
-        at = offsets(
-            clip["video"].numpy().transpose(0, 2, 3, 1),
-            read_frames(f, mp4_times(f), np.arange(5, 66, 4), short),
-        )
+        larger = read_frames(f, mp4_times(f), np.arange(5, 66, 4), short)
+        at = offsets(clip["video"].numpy().transpose(0, 2, 3, 1), larger)
         assert (at == at[0]).all() and HEIGHT <= short <= HEIGHT / 0.8 + 1
         assert all((clip[k] == plain[k]).all() for k in ("actions", "states"))
         shorts.add((short, *at[0]))
@@ -1155,7 +1112,8 @@ def test_random_resize_scale_crops_one_smaller_window(mp4):
 
 def test_motion_shift_slides_the_window_steadily(mp4):
     """Bug: a jump instead of a slide, a slide beyond what was asked for, or actions touched."""
-    plain, slides = cut_clip(mp4, contractor(), 5), []
+    plain = cut_clip(mp4, contractor(), 5)
+    slides = []
     f = io.BytesIO(mp4)
     larger = read_frames(f, mp4_times(f), np.arange(5, 66, 4), round(HEIGHT * 1.25))
     for seed in range(6):
@@ -1175,8 +1133,9 @@ def test_motion_shift_slides_the_window_steadily(mp4):
 def test_temporal_jitter_keeps_pictures_and_actions_together(mp4, jitter, lines, start):
     """Bug: two steps end on the same tick or run backwards (reduceat then sums rubbish), frames
     past the end, actions of the old frames."""
-    play, moved = contractor(lines, mouse=lambda i: {"dx": float(i * i), "dy": 0}), 0
+    play = contractor(lines, mouse=lambda i: {"dx": float(i * i), "dy": 0})
     ticks = parse_ticks(jsonl(play))
+    moved = 0
     for seed in range(8):
         clip = cut_clip(mp4, play, start, np.random.default_rng(seed), temporal_jitter=jitter)
         shown = np.array([read_number(f) for f in clip["video"]])
@@ -1196,31 +1155,28 @@ def test_action_noise_is_on_scaled_continuous_actions_only(mp4):
     keys."""
     scaler = ActionScaler.from_moments(10, np.zeros(4), 10 * np.array([1e4, 100, 1e-2, 1e-4]), {})
     plain = cut_clip(mp4, contractor(), 5, scaler=scaler)
-    diff = np.stack(
-        [
-            cut_clip(
-                mp4, contractor(), 5, np.random.default_rng(s), scaler=scaler, action_noise=0.1
-            )["actions"]
-            - plain["actions"]
-            for s in range(30)
-        ]
-    )
-    np.testing.assert_allclose(diff[..., :4].std((0, 1)), 0.1, rtol=0.25)
-    assert (diff[..., 4:] == 0).all()
+    differences = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        clip = cut_clip(mp4, contractor(), 5, rng, scaler=scaler, action_noise=0.1)
+        differences.append(clip["actions"] - plain["actions"])
+    noise = np.stack(differences)
+    np.testing.assert_allclose(noise[..., :4].std((0, 1)), 0.1, rtol=0.25)
+    assert (noise[..., 4:] == 0).all()
 
 
 def test_gui_drop_leaves_out_clips_with_an_open_gui(mp4):
     """Bug: the GUI flag looked at on sampled ticks only, or clips beside it dropped too."""
     lines = contractor(isGuiOpen=lambda i: i == 130)
     f = io.BytesIO(mp4)
-    times, ticks = mp4_times(f), parse_ticks(jsonl(lines))
-    drop, keep = ClipReader(crop_size=HEIGHT, gui="drop"), ClipReader(crop_size=HEIGHT)
+    times = mp4_times(f)
+    ticks = parse_ticks(jsonl(lines))
+    drop = ClipReader(crop_size=HEIGHT, gui="drop")
+    keep = ClipReader(crop_size=HEIGHT)
     for start in (68, 69, 70, 100, 130, 131):
         dropped = drop(f, times, ticks, start, None, "k") is None
-        assert (
-            dropped == (start <= 130 <= start + 60)
-            and keep(f, times, ticks, start, None, "k") is not None
-        )
+        assert dropped == (start <= 130 <= start + 60)
+        assert keep(f, times, ticks, start, None, "k") is not None
 
 
 def test_unusable_settings_are_refused():
@@ -1232,3 +1188,10 @@ def test_unusable_settings_are_refused():
     ):
         with pytest.raises(ValueError, match=flag):
             ClipReader(**options)
+
+
+def test_lines_and_actions_need_no_video_library():
+    """Bug: fitting a scaler, or any script that only wants names of keys, loads PyAV and FFmpeg."""
+    code = "import sys, files.vpt; assert 'av' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
