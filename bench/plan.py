@@ -15,13 +15,33 @@ import torch
 from bench import medians, report
 from evaluation.search import energy, search, vpt_space
 from files.vpt import ACTION_SPACES
-from model import Predictor, compose_states, normalize_features
+from model import Predictor, compose_states, normalize_features, predict
 
 
 class NoScaler:
     """Actions are in units of the data already."""
 
     mean, scale = torch.zeros(4), torch.ones(4)
+
+
+def energy_from_scratch(predictor, z, actions, states, goal, compose):
+    """evaluation.search.energy as the reference computes it: for every step of a candidate the whole
+    sequence runs again, and nothing is shared."""
+
+    @torch.no_grad()
+    def cost(candidates):
+        n = len(candidates)
+        states_ahead = compose(states[:, -1].expand(n, -1), candidates)
+        all_actions = torch.cat([actions.expand(n, -1, -1), candidates], dim=1)
+        all_states = torch.cat([states[:, :-1].expand(n, -1, -1), states_ahead], dim=1)
+        steps = z.expand(n, -1, -1, -1)
+        while steps.shape[1] <= all_actions.shape[1]:
+            past = steps.shape[1]
+            last = predict(predictor, steps, all_actions[:, :past], all_states[:, :past])[:, -1:]
+            steps = torch.cat([steps, last], dim=1)
+        return (steps[:, -1] - goal).abs().mean((1, 2))
+
+    return cost
 
 
 if __name__ == "__main__":
@@ -62,10 +82,9 @@ if __name__ == "__main__":
     for horizon in args.horizons:
 
         def plan(cached, horizon=horizon):
+            past = (predictor, z[:, :-1], actions, states, z[0, -1], compose)
             with torch.no_grad():
-                cost = energy(
-                    predictor, z[:, :-1], actions, states, z[0, -1], compose, cached=cached
-                )
+                cost = energy(*past) if cached else energy_from_scratch(*past)
             generator = torch.Generator().manual_seed(0)
             return search(
                 cost,

@@ -103,7 +103,6 @@ def energy(
     goal,
     compose,
     chunk=512,
-    cached=True,
     autocast=contextlib.nullcontext,
 ):
     """A function from candidates (n, H, A) to their energies (n,): mean |difference| between the
@@ -111,10 +110,9 @@ def energy(
 
     z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S), goal
     (N, E). compose(state0, actions) gives the states before each action. The past is computed once,
-    and its keys and values serve all candidates, which run `chunk` at a time. cached=False computes
-    everything again for every step, as the reference does."""
-    cache = None if cached else False
-    if cached and z.shape[1] > 1:
+    and its keys and values serve all candidates, which run `chunk` at a time."""
+    cache = None
+    if z.shape[1] > 1:
         with autocast(), torch.no_grad():
             _, cache = predict_on(predictor, z[:, :-1], actions, states)
 
