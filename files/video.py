@@ -3,6 +3,7 @@
 PyAV is imported by the functions that need it, because much else that imports this file does not:
 actions, states and features are read without a single frame."""
 
+import functools
 import io
 import os
 import struct
@@ -183,15 +184,31 @@ def fitting(width, height, short_side):
     return max(round(width * scale), short_side), max(round(height * scale), short_side)
 
 
-def upright(frame, short_side):
+@functools.cache
+def one_thread():
+    """The option that keeps PyAV's resizer to one thread. Before version 17 it has no other."""
+    from av.video.reformatter import VideoReformatter
+
+    return {"threads": 1} if "threads" in VideoReformatter.reformat.__doc__ else {}
+
+
+def upright(frame, short_side, matrix=None):
     """A decoded frame as players show it -> (H, W, 3) uint8, resized with antialias. It is turned
     and mirrored as the file asks (phones, cameras mounted upside down). Pixels that are not square
-    stay as they are stored."""
+    stay as they are stored. matrix: display_matrix of a frame of the same file, or None."""
     width, height = fitting(frame.width, frame.height, short_side)
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
+
+    # One thread: a frame with its side data is a reference cycle, so it is freed some time later,
+    # perhaps in a loader process that was forked meanwhile. There threads of the resizer are gone,
+    # and freeing it would wait for them for ever.
+    picture = frame.to_ndarray(
+        format="rgb24", width=width, height=height, interpolation="BILINEAR", **one_thread()
+    )
 
     # x, y of a stored pixel are shown at (a x + c y, b x + d y)
-    (a, b), (c, d) = display_matrix(frame)
+    if matrix is None:
+        matrix = display_matrix(frame)
+    (a, b), (c, d) = matrix
     if not (a or d) and b and c:
         picture = picture.transpose(1, 0, 2)
         a, d = c, b
@@ -234,6 +251,7 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
         return read_with_decord(f, times, wanted, short_side)
     pictures = {}
     missing = set(wanted)
+    matrix = None
     back = 0
     f.seek(0)
     with av.open(f) as container:
@@ -248,7 +266,9 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
             first = max(min(missing) - back, 0)
             for number, frame in frames_from(container, stream, times, first):
                 if number in missing:
-                    pictures[number] = upright(frame, short_side)
+                    if matrix is None:
+                        matrix = display_matrix(frame)
+                    pictures[number] = upright(frame, short_side, matrix)
                     missing.remove(number)
                 if not missing or number > max(missing):
                     break
