@@ -7,7 +7,7 @@ TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --n
 
 # the demo's training; what it depends on: make demo-spread
 DEMO = --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl $(TRAIN) \
-	--epochs 8 --ipe 150 --anneal 3 --val_every 2
+	--epochs 8 --ipe 150 --anneal 3 --val_every 2 --predict change
 
 .PHONY: demo demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora test test-all lint clean
 
@@ -79,7 +79,7 @@ demo-lora: .venv/installed  # a predictor of one robot arm, adapted to another a
 		--pred_dim 128 --pred_depth 4 --pred_heads 4 --max_steps 600 --warmup_steps 50 --anneal_steps 200 --lr 2e-3 \
 		--out_dir out/robot/base --export robot/base.pt
 	$(PY) $(ADAPT) --full --lr 1e-3 --out_dir out/robot/full
-	for r in 4 8 16 32; do $(PY) $(ADAPT) --r $$r --dropout 0 --lr 3e-3 --out_dir out/robot/r$$r || exit 1; done
+	for r in 4 8 16 32; do $(PY) $(ADAPT) --lora_r $$r --dropout 0 --lr 3e-3 --out_dir out/robot/r$$r || exit 1; done
 	$(PY) -m bench.adapters out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
 
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import

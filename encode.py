@@ -121,11 +121,14 @@ from droid import DroidReader, find_episodes, index_episodes
 from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
 from files.episodes import index_file
 from files.features import (
+    PLAY,
+    ROBOTS,
+    estimate,
     index_play,
     pack_features,
     plan_episode,
     plan_recording,
-    segments,
+    play_runs,
     settings,
     sources,
     tar_names,
@@ -135,16 +138,13 @@ from files.logs import append_jsonl
 from files.remote import Shard, cached
 from files.shards import expand, is_stream, line_warnings, shard_index
 from files.video import WrongDecoder
-from files.vpt import ClipReader, step_size
+from files.vpt import ClipReader
 from kernels import chosen
 from model import encode_steps
 from weights import encoder_hash, open_encoder
 
 SETTINGS = "encode.json"  # what the files of an output folder were made with
 LEFT_OUT = "left_out.jsonl"  # what is not in them, and why
-# float32 numbers of actions and states a step, and bytes that a segment takes beside its steps
-PLAY = {"motion": 38 + 2, "header": 1500}
-ROBOTS = {"motion": 7 + 7, "header": 3500}
 
 
 class Job(NamedTuple):
@@ -231,39 +231,12 @@ def robot_keys(path):
 # --- room on the disk ---
 
 
-def play_runs(records, *, fps, encode, frames_per_clip, frames_per_step, phases):
-    """Steps of each segment that recordings will give: by the clock of each, and as if no line were
-    bad."""
-    runs = []
-    for r in records:
-        try:
-            stride = step_size(r.rate, fps)
-        except ValueError:
-            continue  # it is left out, with the reason, when its turn comes
-        cut = segments(r.lines, stride, encode, frames_per_clip, frames_per_step, phases)
-        runs += [steps for _, steps in cut if steps >= 2]
-    return runs
-
-
 def robot_runs(records):
     """Steps of each segment that episodes (Sources) will give."""
     runs = []
     for r in records:
         runs += [steps for _, _, steps in r.runs if steps >= 2]
     return runs
-
-
-def estimate(runs, tokens, width, store, *, motion, header):
-    """(steps, bytes) of features of segments of these steps, within a percent. motion, header: of
-    PLAY or ROBOTS."""
-    steps = sum(runs)
-    row = 4 * motion
-    if store == "bf16":
-        row += tokens * 2 * width
-    else:
-        row += tokens * (width + 2)  # a scale a token
-        header += 8 * width  # and one a channel
-    return steps, steps * row + len(runs) * header
 
 
 def check_room(records, what, steps, size, tokens, width, store, phases, out):

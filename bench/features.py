@@ -9,7 +9,7 @@ speed: train_ac.py as a process, in turns on video and on features of the same r
 demo's sizes (T = 8, 32 pixels, batch 32, a predictor of 4 layers, 192 wide); clips/s and data wait
 are train.csv's, after the first --log_every steps. encode: encode.py in turns with no thread that
 decodes ahead and with --num_workers. storage: bytes of the shards just written, beside
-encode.estimate's, and an hour of play at 256 pixels, 5 frames a second, 2 a step. flops: 2 a weight
+estimate's, and an hour of play at 256 pixels, 5 frames a second, 2 a step. flops: 2 a weight
 and token forward, 4 backward, attention by what its mask lets through; clips/s at 40 % of the data
 sheet's dense bf16 peak, an assumption; a clip on video decodes the 64 frames it spans, and what
 lies between it and the keyframe before. int8: the same training, seed by seed, on bf16 and on int8.
@@ -27,9 +27,9 @@ import time
 import torch
 from tqdm import tqdm
 
-import encode
 from bench import report
 from bench.step import useful_flops
+from files.features import PLAY, estimate, play_runs
 from files.logs import read_csv
 from files.shards import expand, index_shards
 from model import Predictor
@@ -144,12 +144,12 @@ def encode_rows(args, scratch):
     ]
 
 
-def estimate(records, tokens, width, flags):
-    """(steps, bytes) that encode.py with these flags expects of play."""
-    args = encode.parser.parse_args(["--data", "x", "--out", "x", *flags])
-    names = ("fps", "encode", "frames_per_clip", "frames_per_step", "phases")
-    runs = encode.play_runs(records, **{k: getattr(args, k) for k in names})
-    return encode.estimate(runs, tokens, width, args.store, **encode.PLAY)
+def expected(records, tokens, width, store, fps=5.0, phases=1):
+    """(steps, bytes) that encode.py expects of play."""
+    runs = play_runs(
+        records, fps=fps, encode="tubelet", frames_per_clip=16, frames_per_step=2, phases=phases
+    )
+    return estimate(runs, tokens, width, store, **PLAY)
 
 
 def storage_rows(args, folders):
@@ -158,8 +158,7 @@ def storage_rows(args, folders):
     rows = []
     records, _ = index_shards(expand(f"{args.data}/train/*.tar"))
     for store, folder in folders.items():
-        flags = [*SIZES, "--phases", "4", "--store", store]
-        steps, size = estimate(records, 4, 192, flags)
+        steps, size = expected(records, 4, 192, store, fps=10.0, phases=4)
         written = sum(os.path.getsize(p) for p in glob.glob(f"{folder}/*.tar"))
         made = sum(r.length for r in index_shards(expand(f"{folder}/*.tar"))[0])
         row = {
@@ -170,7 +169,7 @@ def storage_rows(args, folders):
         }
         hour = [records[0]._replace(length=20 * 300)] * 12  # VPT's recordings are of 5 minutes
         for name, width in (("ViT-L", 1024), ("ViT-g", 1408)):
-            row[f"{name} GB an hour"] = estimate(hour, 256, width, ["--store", store])[1] / 1e9
+            row[f"{name} GB an hour"] = expected(hour, 256, width, store)[1] / 1e9
         rows.append(row)
     return rows
 

@@ -435,3 +435,37 @@ def check_features(records, reader):
     reader.names = json.loads(made_with["names"])
     reader.units = json.loads(made_with["units"])
     reader.state_dim = int(made_with["state_dim"])
+
+
+# float32 numbers of actions and states a step, and bytes that a segment takes beside its steps
+PLAY = {"motion": 38 + 2, "header": 1500}
+
+
+ROBOTS = {"motion": 7 + 7, "header": 3500}
+
+
+def play_runs(records, *, fps, encode, frames_per_clip, frames_per_step, phases):
+    """Steps of each segment that recordings will give: by the clock of each, and as if no line were
+    bad."""
+    runs = []
+    for r in records:
+        try:
+            stride = step_size(r.rate, fps)
+        except ValueError:
+            continue  # it is left out, with the reason, when its turn comes
+        cut = segments(r.lines, stride, encode, frames_per_clip, frames_per_step, phases)
+        runs += [steps for _, steps in cut if steps >= 2]
+    return runs
+
+
+def estimate(runs, tokens, width, store, *, motion, header):
+    """(steps, bytes) of features of segments of these steps, within a percent. motion, header: of
+    PLAY or ROBOTS."""
+    steps = sum(runs)
+    row = 4 * motion
+    if store == "bf16":
+        row += tokens * 2 * width
+    else:
+        row += tokens * (width + 2)  # a scale a token
+        header += 8 * width  # and one a channel
+    return steps, steps * row + len(runs) * header
