@@ -11,9 +11,13 @@ DEMO = --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' -
 
 .PHONY: demo demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora test test-all lint clean
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 demo: .venv/installed
@@ -70,7 +74,7 @@ ROBOT = --encoder vit_tiny --crop_size 64 --crop square --frames_per_clip 6 --nu
 ADAPT = train_lora.py --data 'robot/b/*.tfrecord*' --scaler robot/b.pkl --base robot/base.pt $(ROBOT) --max_steps 200 --warmup_steps 20 \
 	--anneal_steps 60
 
-demo-lora: .venv/installed  # a predictor of one robot arm, adapted to another arm and camera: LoRA of four ranks beside full fine-tuning
+demo-lora: .venv/installed-dev  # a predictor of one robot arm, adapted to another arm and camera: LoRA of four ranks beside full fine-tuning
 	$(PY) -m prepare.robot --episodes 60 --world a --out robot/a
 	$(PY) -m prepare.robot --episodes 40 --world b --seed 1 --out robot/b
 	$(PY) fit_scaler.py --dataset droid --data 'robot/a/*.tfrecord*' --val_fraction 0.1 --output robot/a.pkl
@@ -90,17 +94,17 @@ BITS = tests/test_checkpoint.py tests/test_compile.py tests/test_data.py tests/t
 	tests/test_kernels.py tests/test_lam.py tests/test_lora.py tests/test_model.py tests/test_plan.py tests/test_probe.py \
 	tests/test_stats.py tests/test_train.py tests/test_weights.py
 
-test: .venv/installed lint
+test: .venv/installed-dev lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile $(KERNELS)
 
-test-all: .venv/installed lint
+test-all: .venv/installed-dev lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m ""
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile -m "" $(KERNELS)
 	OMP_NUM_THREADS=2 $(AVX2) $(PY) -m pytest -n 2 --dist loadfile -m "" $(BITS)
 	OMP_NUM_THREADS=2 $(AVX2) TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile -m "" $(KERNELS)
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
