@@ -121,6 +121,10 @@ class Episode(NamedTuple):
     identity: str = ""
 
     @property
+    def is_features(self):
+        return "safetensors" in self.members
+
+    @property
     def recording(self):
         """Name of the episode; several members of features are of one."""
         return self.key.rpartition("@")[0] if self.kind == "features" else self.key

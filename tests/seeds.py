@@ -168,10 +168,11 @@ def saved(value):
 
 
 def h5_of(shape, dtype, compression=None):
+    values = np.random.default_rng(0).normal(size=shape).astype(dtype)
     f = io.BytesIO()
     with h5py.File(f, "w") as file:
         data = file.create_dataset(
-            "latents", data=np.ones(shape, dtype), chunks=(1, *shape[1:]), compression=compression
+            "latents", data=values, chunks=(1, *shape[1:]), compression=compression
         )
         data.attrs["fps"], data.attrs["vae"] = 8, "wan"
     return f.getvalue()

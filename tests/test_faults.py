@@ -131,9 +131,10 @@ def test_a_changed_shard_is_not_a_bad_clip(world, tmp_path):
     with pytest.raises(ValueError, match="shard-000000.tar has changed since this run opened it"):
         clips[0, 0, 0, 0.5]
     os.unlink(path)
-    with pytest.raises(
-        ValueError, match="20 clips in a row cannot be used.*FileNotFoundError"
-    ):  # gone: the others go on
+
+    # gone: that says nothing about the recording, so no other clip is drawn
+    gone = "shard-000000.tar.*cannot be read.*No such file"
+    with pytest.raises((ValueError, OSError), match=gone):
         clips[0, 0, 0, 0.5]
 
 

@@ -1727,7 +1727,7 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
     assert files(url) == names(5)
     step(tmp_path / "one", 3)  # a machine that was thought dead
     settle(first)
-    assert "gone on with this one" in said[-1] and files(url) == names(5)
+    assert "continued this one" in said[-1] and files(url) == names(5)
     capsys.readouterr()
     opened(tmp_path / "one", url, resume=True)
     assert (

@@ -541,7 +541,7 @@ def test_ranks_times_micro_batches_can_change_between_runs(world, tmp_path):
     )
     text = run(tmp_path, "train_ac.py", *flags, tmp_path / "changed", "--resume --max_steps 11")
     assert (
-        "a step now takes 2 clips, not 4: other clips from here on; of epoch 2, some clips come"
+        "a step now takes 2 clips, not 4: other clips from here on; in epoch 2 some clips come"
         " twice and others not at all" in text
     )
     other = numbers(tmp_path / "changed", "jloss", "sloss")
