@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_train import PLAN, ROOT, TINY, words
+from test_train import PLAN, ROOT, TINY
 
 SCRIPT = os.path.join(ROOT, "docs", "slurm.sh")
 
@@ -45,7 +45,9 @@ def test_two_agents_started_by_the_script_train_together(tmp_path, shards):
 
     # srun starts its command once on every node
     program(
-        tools, "srun", f'args=("${{@//:29500/:{port}}}")\n"${{args[@]}}" & "${{args[@]}}" & wait'
+        tools,
+        "srun",
+        f'args=("${{@//:29500/:{port}}}")\n"${{args[@]}}" & "${{args[@]}}" && wait $!',
     )
     os.symlink(shards, tmp_path / "VPT")
     os.symlink(os.path.join(ROOT, "train_ac.py"), tmp_path / "train_ac.py")
@@ -54,7 +56,7 @@ def test_two_agents_started_by_the_script_train_together(tmp_path, shards):
     env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     env["SLURM_JOB_NODELIST"] = "a[1-2]"
-    flags = words(f"{TINY} {PLAN} --ipe 2 --encoder vit_tiny --scaler scaler.pkl --out_dir out")
+    flags = (f"{TINY} {PLAN} --ipe 2 --encoder vit_tiny --scaler scaler.pkl --out_dir out").split()
     done = subprocess.run(
         ["bash", SCRIPT, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
