@@ -1,4 +1,4 @@
-# make demo: play, fit, encode, train, evaluate (under 8 minutes on two cores); make test: lint and tests. Both set the environment up.
+# make demo: play, fit, encode, train, evaluate (about ten minutes on two cores); make test: lint and tests. Both set the environment up.
 PYTHON ?= python3
 PY = .venv/bin/python
 FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
