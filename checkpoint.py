@@ -42,7 +42,7 @@ BROKEN = (
 open_locks = []  # open files of `lock`: a lock lives as long as its file is open
 
 
-def one_sentence(kind, error, trace):
+def short_excepthook(kind, error, trace):
     """For sys.excepthook: errors that the user can fix are printed as one line; everything else, or
     everything with NANOJEPA_DEBUG=1, as a traceback."""
     text = str(error).rpartition("\nValueError: ")[2]

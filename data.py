@@ -34,8 +34,8 @@ from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from checkpoint import one_sentence
-from files.disk import DAMAGE, READ_ERRORS, Unreachable, persistently, write_atomically
+from checkpoint import short_excepthook
+from files.disk import DAMAGE, READ_ERRORS, Unreachable, with_storage_retries, write_atomically
 from files.features import feature_rows
 from files.latents import NO_LABEL, read_labels, read_steps
 from files.remote import cached
@@ -469,7 +469,7 @@ class Clips(torch.utils.data.Dataset):
 
             read = functools.partial(self.read_seeded, number, place, seed, attempt > 0)
             try:
-                clip = persistently(f"{record.shard} {record.key}", read)
+                clip = with_storage_retries(f"{record.shard} {record.key}", read)
             except Unreachable as e:
                 raise ValueError(str(e)) from e
             except WrongDecoder as e:
@@ -831,7 +831,7 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
 # --- loaders ---
 
 
-def leave_signals(worker):
+def ignore_signals_in_worker(worker):
     """Worker init function: a loader process ignores a Ctrl-C or SIGTERM that everybody gets (from
     scancel, timeout or a terminal), since the run needs its clips to finish the step and save. It
     obeys a SIGTERM of its parent, which is how loader processes are ended."""
@@ -902,7 +902,7 @@ def vpt_loader(
         "pin_memory": pin_memory,
         "collate_fn": collate,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": leave_signals,
+        "worker_init_fn": ignore_signals_in_worker,
     }
 
     is_opened = isinstance(data, tuple)
@@ -965,7 +965,7 @@ def latent_sequences(
         num_workers=num_workers,
         collate_fn=collate,
         persistent_workers=num_workers > 0 and items is None,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals_in_worker,
         pin_memory=pin_memory,
     )
 
@@ -1020,7 +1020,7 @@ if __name__ == "__main__":
     parser.add_argument("--action_space", type=int, default=13, choices=spaces, help="what to show")
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
     args = parser.parse_args()
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
 
     reader = ClipReader(action_space=args.action_space)
     loader = vpt_loader(args.inspect, args.batch_size, num_workers=0, reader=reader)

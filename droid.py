@@ -29,9 +29,9 @@ import torch
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from checkpoint import one_sentence
-from data import Clips, Order, check_fraction, collate, leave_signals
-from files.disk import DAMAGE, disk_failed, disk_sentence, trying
+from checkpoint import short_excepthook
+from data import Clips, Order, check_fraction, collate, ignore_signals_in_worker
+from files.disk import DAMAGE, is_storage_error, storage_sentence, with_retries
 from files.episodes import (
     STATES,
     Episode,
@@ -86,7 +86,7 @@ def episodes_at_url(url):
     fs, name = filesystem(url)
     if "*" not in name and "?" not in name:
         return [url]
-    found = trying(url, lambda: fs.glob(name))
+    found = with_retries(url, lambda: fs.glob(name))
     if not found:
         raise no_episode(url)
     return sorted(map(fs.unstrip_protocol, found))
@@ -374,8 +374,8 @@ def learn_dimensions(records, reader, tries=20):
             reader.motion(r, np.array([r.first, r.last - 1]))
             return
         except (*DAMAGE, MemoryError) as e:
-            if disk_failed(e):
-                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
+            if is_storage_error(e):
+                raise OSError(storage_sentence(f"{r.shard} {r.key}", e)) from e
             failed = r
             error = e
     if records:
@@ -481,7 +481,6 @@ class DroidReader:
     state_keys, action_keys: fields instead of the pose and its differences; actions given by key
     are means over the rows between two frames.
     scaler: ActionScaler or None.
-    extrinsics: also give the camera's (T, 6).
 
     After open_droid it knows names (of the actions), units and state_dim."""
 
@@ -498,7 +497,6 @@ class DroidReader:
         state_keys=None,
         action_keys=None,
         scaler=None,
-        extrinsics=False,
     ):
         if frames_per_clip < 2 or fps <= 0 or (stride or 1) < 1:
             raise ValueError(
@@ -515,7 +513,6 @@ class DroidReader:
         self.state_keys = state_keys
         self.action_keys = action_keys
         self.scaler = scaler
-        self.extrinsics = extrinsics
         self.names = POSE
         self.units = POSE_UNITS
         self.state_dim = 7
@@ -552,10 +549,6 @@ class DroidReader:
             named = [] if r.kind == "rlds" else sorted(r.members)
             has = f", but {', '.join(named)}" if named else ""
             return f"no camera {' or '.join(self.camera)} in it{has} (--camera)"
-        if self.extrinsics:
-            without = r.kind in ("rlds", "features")
-            if without or any(r.members[c][1] is None for c in self.views(r)):
-                return "no camera extrinsics in it (raw DROID has them)"
         return ""
 
     def motion(self, r, sampled):
@@ -615,8 +608,6 @@ class DroidReader:
         if self.scaler is not None:
             actions = self.scaler.transform(actions)
         clip = {"actions": actions, "states": states}
-        if self.extrinsics:
-            clip["extrinsics"] = read_fields(r, [r.members[camera][1]])[0][sampled]
         clip = {k: torch.from_numpy(np.float32(x)) for k, x in clip.items()}
         return clip | seen | {"key": r.key}
 
@@ -663,8 +654,8 @@ class DroidSteps:
         try:
             actions, _ = self.reader.motion(r, rows)
         except (*DAMAGE, MemoryError) as e:
-            if disk_failed(e):
-                raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
+            if is_storage_error(e):
+                raise OSError(storage_sentence(f"{r.shard} {r.key}", e)) from e
             return [(r.shard, r.key, 0, None, f"{type(e).__name__}: {e}")]
         return [(r.source, r.recording, actions.nbytes, actions, "")]
 
@@ -698,7 +689,7 @@ class DroidClips(Clips):
         try:
             return self.reader(r, r.first + start, rng)
         except DAMAGE as e:
-            if disk_failed(e):  # says nothing about the episode
+            if is_storage_error(e):  # says nothing about the episode
                 raise
             raise ValueError(
                 f"damaged or changed since it was indexed ({type(e).__name__}: {e})"
@@ -721,7 +712,7 @@ def droid_clips(
     pin_memory=False,
 ):
     """Endless DataLoader: batches {"video" (B, T, 3, H, W) uint8, "actions" (B, T-1, A) scaled,
-    "states" (B, T, S), "key", "bad", and "extrinsics" (B, T, 6) if the reader is asked for them}.
+    "states" (B, T, S), "key", "bad"}.
 
     data: patterns, or [Episode] of open_droid. Order and resume are those of data.vpt_loader;
     without batches_per_epoch an epoch is one pass of clips that do not overlap. loader.bad lists
@@ -744,7 +735,7 @@ def droid_clips(
         prefetch_factor=prefetch_factor if num_workers else None,
         collate_fn=collate,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals_in_worker,
         pin_memory=pin_memory,
     )
     loader.bad = bad
@@ -785,7 +776,7 @@ if __name__ == "__main__":
     switch = argparse.BooleanOptionalAction
     flag("--verify", action=switch, help="check all checksums, reading all (files up to 50 GB)")
     args = parser.parse_args()
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
 
     camera = args.camera or ["exterior_1"]
     keys = {"state_keys": args.state_keys, "action_keys": args.action_keys}

@@ -116,21 +116,21 @@ import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
-from checkpoint import lock, one_sentence, peak_memory
+from checkpoint import lock, peak_memory, short_excepthook
 from droid import DroidReader, find_episodes, index_episodes
-from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
+from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
 from files.episodes import index_file
 from files.features import (
     PLAY,
     ROBOTS,
+    encodable_episodes,
     estimate,
     index_play,
     pack_features,
     plan_episode,
     plan_recording,
     play_runs,
-    settings,
-    sources,
+    reader_settings,
     tar_names,
 )
 from files.latents import encode_latents, find_files, open_vae
@@ -139,7 +139,7 @@ from files.remote import Shard, cached
 from files.shards import expand, is_stream, line_warnings, shard_index
 from files.video import WrongDecoder
 from files.vpt import ClipReader
-from kernels import chosen
+from kernels import describe_kernels
 from model import encode_steps
 from weights import encoder_hash, open_encoder
 
@@ -304,8 +304,8 @@ def encode_recording(parts, how, device):
         except WrongDecoder as e:
             raise ValueError(f"{record.shard} {record.key}: {e}") from e
         except READ_ERRORS as e:
-            if disk_failed(e):
-                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
+            if is_storage_error(e):
+                raise OSError(storage_sentence(f"{record.shard} {record.key}", e)) from e
             return [], f"{type(e).__name__}: {e}"
         for i, video in videos:
             video = video[None].to(device)
@@ -443,7 +443,7 @@ def encode_robots(job, how, meta, made_with, reader, phases, verify):
 
     todo = [p for p in job.share if not os.path.exists(targets[p])]
     episodes, bad = index_episodes(todo, reader, verify, print)
-    records, bad = sources(episodes, bad, reader, phases)
+    records, bad = encodable_episodes(episodes, bad, reader, phases)
     runs = robot_runs(records)
     announce(job, how, records, runs, "hours of episodes", ROBOTS, meta, phases)
     if job.rank == 0:
@@ -467,7 +467,7 @@ def announce(job, how, records, runs, what, kind, meta, phases):
         for line in line_warnings(records):
             print(f"WARNING: {line}")
     name = str(how.dtype).removeprefix("torch.")
-    print(f"encoder in {name} on {job.device}; {chosen(job.device, how.dtype)}")
+    print(f"encoder in {name} on {job.device}; {describe_kernels(job.device, how.dtype)}")
     print(f"to encode: {room}")
 
 
@@ -508,7 +508,7 @@ def silent(text):
 
 
 if __name__ == "__main__":
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
     signal.signal(signal.SIGTERM, stop)  # the half-written shard is removed
     robots = args.dataset == "droid"
 
@@ -539,8 +539,8 @@ if __name__ == "__main__":
                 f"{urls[0]}: encode.py needs to seek: name a --cache_dir that shards are copied to,"
                 " or copy them yourself"
             )
-        say = print if rank == 0 else silent
-        [share] = cached([share], args.cache_dir, args.cache_size, say)
+        print0 = print if rank == 0 else silent
+        [share] = cached([share], args.cache_dir, args.cache_size, print0)
     job = Job(paths, share, args.out, rank, world, device)
     dtype = getattr(torch, args.dtype)
 
@@ -579,7 +579,7 @@ if __name__ == "__main__":
         camera = args.camera or ["exterior_1"]
         keys = (args.state_keys, args.action_keys)
         reader = DroidReader(2, args.fps, args.crop_size, args.crop, camera, args.stride, *keys)
-        meta |= {"dataset": "droid"} | settings(reader)
+        meta |= {"dataset": "droid"} | reader_settings(reader)
         encode_robots(job, how, meta, made_with, reader, args.phases, args.verify)
     else:
         reader = ClipReader(

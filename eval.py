@@ -401,8 +401,8 @@ class KeptClips:
     """Every clip that the meter has seen, as it was read, for what comes after it. keep and load
     return (z, actions, states) on the device."""
 
-    def __init__(self, inputs):
-        self.inputs = inputs
+    def __init__(self, features_of):
+        self.features_of = features_of
         self.clips = []
         self.sizes = []  # of the meter's batches
 
@@ -417,14 +417,14 @@ class KeptClips:
                 # a copy, because loader processes use their memory again
                 clip[name] = values[i].clone() if torch.is_tensor(values) else values[i]
             self.clips.append(clip)
-        return self.inputs(batch)
+        return self.features_of(batch)
 
     def load(self, numbers):
         batch = {}
         for name, value in self.clips[0].items():
             if torch.is_tensor(value):
                 batch[name] = torch.stack([self.clips[i][name] for i in numbers])
-        return self.inputs(batch)
+        return self.features_of(batch)
 
 
 def one_clip(kept, i):
@@ -464,7 +464,7 @@ def verdict_of(summary, recordings):
 
 if __name__ == "__main__":
     args = parse_flags()
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
 
     # --- run ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -485,7 +485,7 @@ if __name__ == "__main__":
         print(line)
         warnings.append(line)
 
-    dataset, inputs, compose, bad = open_held_out(
+    dataset, features_of, compose, bad = open_held_out(
         state, scaler, args.data, args.encoder, device, dtype, args.decoder, warn
     )
     has_pixels = "safetensors" not in dataset.records[0].members
@@ -498,7 +498,7 @@ if __name__ == "__main__":
     )
 
     # --- action meter ---
-    kept = KeptClips(inputs)
+    kept = KeptClips(features_of)
     errors, recordings, also_bad = held_out(
         predictor,
         dataset,

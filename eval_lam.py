@@ -348,7 +348,7 @@ def most_used(ids):
 
 if __name__ == "__main__":
     args = parse_flags()
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
 
     # what is missing for the frames shows before anything takes time
     vae = None

@@ -86,10 +86,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import one_sentence, peak_memory
+from checkpoint import peak_memory, short_excepthook
 from data import STD_RANGE, ActionScaler, open_lines
 from droid import DroidSteps
-from files.disk import READ_ERRORS, disk_failed, disk_sentence
+from files.disk import READ_ERRORS, is_storage_error, storage_sentence
 from files.shards import Slice, is_stream
 from files.streams import stream_recordings
 from files.vpt import (
@@ -153,8 +153,8 @@ def read_stream(url, fps, frames_per_step, limit):
             if steps >= limit:
                 break
     except (*READ_ERRORS, tarfile.TarError) as e:
-        if disk_failed(e):
-            raise OSError(disk_sentence(url, e)) from e
+        if is_storage_error(e):
+            raise OSError(storage_sentence(url, e)) from e
         rows.append((url, "", 0, None, f"{type(e).__name__}: {e}"))
     return rows
 
@@ -173,8 +173,8 @@ def read_row(file, key, size, read, fps, frames_per_step):
     try:
         steps, flaw, unknown = read_steps(read(), fps, frames_per_step)
     except READ_ERRORS as e:
-        if disk_failed(e):  # says nothing about the recording
-            raise OSError(disk_sentence(f"{file} {key}", e)) from e
+        if is_storage_error(e):  # says nothing about the recording
+            raise OSError(storage_sentence(f"{file} {key}", e)) from e
         return file, key, size, None, f"{type(e).__name__}: {e}"
     row = (file, key, size, steps, flaw)
     return (*row, unknown) if unknown else row
@@ -289,7 +289,7 @@ def print_statistics(scaler, mean, parts, digits):
 
 
 if __name__ == "__main__":
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
     if args.action_space not in ACTION_SPACES:
         spaces = ", ".join(map(str, ACTION_SPACES))
         parser.error(f"--action_space {args.action_space} is unknown, choose from: {spaces}")
@@ -309,8 +309,8 @@ if __name__ == "__main__":
     if args.dataset == "droid":
         robots = DroidSteps(args.fps, args.stride, args.state_keys, args.action_keys)
         patterns = [p for group in data for p in group]
-        say = print if rank == 0 else str
-        jobs, bad, names, units = robots.open(patterns, args.max_shards, args.val_fraction, say)
+        print0 = print if rank == 0 else str
+        jobs, bad, names, units = robots.open(patterns, args.max_shards, args.val_fraction, print0)
     else:
         jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
     jobs = [jobs[i] for i in np.random.default_rng(args.seed).permutation(len(jobs))]

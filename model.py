@@ -406,7 +406,7 @@ class Predictor(nn.Module):
             x = x + z
         return x, present
 
-    def rollout(self, z, actions, states, extrinsics=None, cache=None):
+    def rollout(self, z, actions, states, cache=None):
         """Predict K steps, each from all before it and the model's own predictions.
 
         z (B, c, N, E) is the context, layer-normed; actions (B, c-1+K, A) and states (at least as
@@ -425,7 +425,7 @@ class Predictor(nn.Module):
 
         steps = []
         for end in range(context, actions.shape[1] + 1):
-            predictions, past = predict_on(self, z, actions, states, extrinsics, past, start)
+            predictions, past = predict_on(self, z, actions, states, past, start)
             z = predictions[:, -1:]
             start = end
             steps.append(z)
@@ -530,12 +530,14 @@ def channel_stats(batches, width, device):
     return {"mean": mean.float(), "std": (m2 / n).sqrt().clamp_min(1e-6).float()}
 
 
-def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contextlib.nullcontext):
+def make_features_of(
+    encoder, encode, frames_per_step, feature_stats, device, autocast=contextlib.nullcontext
+):
     """A function from a batch of data.py to what the predictor takes: (z, actions, states) on the
-    device. `stats` {"mean", "std"} of the channels may be filled in later."""
+    device. `feature_stats` {"mean", "std"} of the channels may be filled in later."""
 
     @torch.no_grad()
-    def inputs(batch, normalize=True):
+    def features_of(batch, normalize=True):
         is_encoded = "z" in batch
         h = batch["z" if is_encoded else "video"].to(device, non_blocking=True)
         actions = batch["actions"].to(device, non_blocking=True)
@@ -543,23 +545,23 @@ def make_inputs(encoder, encode, frames_per_step, stats, device, autocast=contex
 
         if not is_encoded:
             # weights in bf16 need no autocast, it would only cast back and forth
-            is_fp32 = encoder.patch_embed.proj.weight.dtype == torch.float32
+            is_fp32 = next(encoder.parameters()).dtype == torch.float32
             cast = autocast if is_fp32 else contextlib.nullcontext
             with torch.inference_mode(), cast():
                 h = encode_steps(encoder, h, encode, frames_per_step)
 
         if not normalize:
             return h.float(), actions, states
-        return normalize_features(h, **stats), actions, states
+        return normalize_features(h, **feature_stats), actions, states
 
-    return inputs
+    return features_of
 
 
 @torch.no_grad()
-def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
+def picture_features(pictures, encoder, crop_size, encode="frame", feature_stats=None):
     """Features (N, D) of one step, float32 and layer-normed, from its pictures: av.VideoFrames, or
-    arrays (H, W, 3) uint8. They are resized and cut to the centre as recordings are. `stats` are
-    those of a run with --feature_norm standardize."""
+    arrays (H, W, 3) uint8. They are resized and cut to the centre as recordings are.
+    `feature_stats` are those of a run with --feature_norm standardize."""
     # here, because most programs that import model.py decode no pictures
     import av
 
@@ -576,9 +578,9 @@ def picture_features(pictures, encoder, crop_size, encode="frame", stats=None):
         frames.append(pixels[top : top + crop_size, left : left + crop_size])
 
     video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[None]  # (1, frames, 3, H, W)
-    video = video.to(encoder.patch_embed.proj.weight.device)
+    video = video.to(next(encoder.parameters()).device)
     h = encode_steps(encoder, video, encode, len(frames))
-    return normalize_features(h, **(stats or {}))[0, 0]
+    return normalize_features(h, **(feature_stats or {}))[0, 0]
 
 
 # --- losses ---
@@ -590,20 +592,17 @@ def predict(predictor, z, actions, states):
     return predict_on(predictor, z, actions, states)[0]
 
 
-def predict_on(predictor, z, actions, states, extrinsics=None, past=None, start=0):
+def predict_on(predictor, z, actions, states, past=None, start=0):
     """`predict`, and the keys and values to continue from. z holds the steps from `start` on;
-    `past` are the keys and values of the steps before. Actions, states and extrinsics are given
-    from step 0 on."""
+    `past` are the keys and values of the steps before. Actions and states are given from step 0
+    on."""
     steps = slice(start, start + z.shape[1])
-    if extrinsics is not None:
-        extrinsics = extrinsics[:, steps]
-    out, present = predictor.extend(
-        z.flatten(1, 2), actions[:, steps], states[:, steps], extrinsics, past
-    )
+    tokens = z.flatten(1, 2)
+    out, present = predictor.extend(tokens, actions[:, steps], states[:, steps], past=past)
     return normalize_features(out).view(z.shape), present
 
 
-def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss_exp=1.0):
+def ac_losses(predictor, z, actions, states, auto_steps=2, loss_exp=1.0):
     """Teacher forcing and rollout losses (jloss, sloss) of V-JEPA 2-AC: arXiv 2506.09985 section 3,
     vjepa2 app/vjepa_droid/train.py.
 
@@ -621,7 +620,7 @@ def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss
 
     # teacher forcing
     z = z.float()
-    z_tf, present = predict_on(predictor, z[:, :-1], actions, states, extrinsics)
+    z_tf, present = predict_on(predictor, z[:, :-1], actions, states)
 
     # rollout: continue from the keys and values of step 0, copied, because a view would keep those
     # of all steps in memory until the backward pass
@@ -632,7 +631,7 @@ def ac_losses(predictor, z, actions, states, extrinsics=None, auto_steps=2, loss
             S = k.shape[2] // (T - 1)
             cache.append((k[:, :, :S].clone(), v[:, :, :S].clone()))
         context = torch.cat([z[:, :1], z_ar], dim=1)
-        later = predictor.rollout(context, actions[:, :auto_steps], states, extrinsics, cache)
+        later = predictor.rollout(context, actions[:, :auto_steps], states, cache)
         z_ar = torch.cat([z_ar, later], dim=1)
 
     jloss = error(z_tf, z[:, 1:])
@@ -650,10 +649,8 @@ class ACModel(nn.Module):
         self.auto_steps = auto_steps
         self.loss_exp = loss_exp
 
-    def forward(self, z, actions, states, extrinsics=None):
-        return ac_losses(
-            self.predictor, z, actions, states, extrinsics, self.auto_steps, self.loss_exp
-        )
+    def forward(self, z, actions, states):
+        return ac_losses(self.predictor, z, actions, states, self.auto_steps, self.loss_exp)
 
 
 def compose_states(state0, actions, mean, scale):
@@ -1141,7 +1138,7 @@ class LoRALinear(Linear):
     merged = False
     off = False
 
-    def __init__(self, base, r, alpha, dropout=0.0, rslora=True, thirds=None):
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=True, qkv_parts=None):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight = base.weight.requires_grad_(False)
         self.bias = base.bias.requires_grad_(False)
@@ -1149,15 +1146,15 @@ class LoRALinear(Linear):
         self.alpha = alpha
         self.dropout = dropout
         self.rslora = rslora
-        self.thirds = thirds
+        self.qkv_parts = qkv_parts
         self.scale = alpha / (math.sqrt(r) if rslora else r)
 
         device = base.weight.device
         A_shape = (r, base.in_features)
         B_shape = (base.out_features, r)
-        if thirds:
-            A_shape = (len(thirds) * r, base.in_features)
-            B_shape = (len(thirds), base.out_features // 3, r)
+        if qkv_parts:
+            A_shape = (len(qkv_parts) * r, base.in_features)
+            B_shape = (len(qkv_parts), base.out_features // 3, r)
         self.lora_A = nn.Parameter(torch.empty(A_shape, device=device))
         self.lora_B = nn.Parameter(torch.zeros(B_shape, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -1165,10 +1162,10 @@ class LoRALinear(Linear):
     def full_B(self):
         """B as one matrix (out, rows of A). With thirds it is block-diagonal, and the parts without
         an update are zero."""
-        if not self.thirds:
+        if not self.qkv_parts:
             return self.lora_B
-        full = self.lora_B.new_zeros(3, self.out_features // 3, len(self.thirds), self.r)
-        full[list(self.thirds), :, list(range(len(self.thirds)))] = self.lora_B
+        full = self.lora_B.new_zeros(3, self.out_features // 3, len(self.qkv_parts), self.r)
+        full[list(self.qkv_parts), :, list(range(len(self.qkv_parts)))] = self.lora_B
         return full.view(self.out_features, -1)
 
     def full_update(self):
@@ -1212,10 +1209,10 @@ def without_lora(model):
         m.off = False
 
 
-def put_lora(model, name, r, alpha, dropout, rslora=True, thirds=None):
+def wrap_with_lora(model, name, r, alpha, dropout, rslora=True, qkv_parts=None):
     """Replace the layer `name` of a model by a LoRALinear around it, and return that."""
     parent, _, last = name.rpartition(".")
-    layer = LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora, thirds)
+    layer = LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora, qkv_parts)
     setattr(model.get_submodule(parent), last, layer)
     return layer
 
@@ -1238,8 +1235,8 @@ def add_lora(
     if lora_layers(model):
         raise ValueError("this model has LoRA adapters already: adapt a model once")
 
-    thirds = tuple(sorted(TARGETS[t][1] for t in targets if TARGETS[t][1] is not None))
-    if fused_qkv and len(thirds) in (1, 2):
+    qkv_parts = tuple(sorted(TARGETS[t][1] for t in targets if TARGETS[t][1] is not None))
+    if fused_qkv and len(qkv_parts) in (1, 2):
         raise ValueError(
             "--fused_qkv is one adapter for q, k and v: name all three as targets, or none"
         )
@@ -1249,9 +1246,9 @@ def add_lora(
     model.requires_grad_(False)
     for i in range(len(model.predictor_blocks)):
         for layer in layers:
-            separate = thirds if layer == "attn.qkv" and not fused_qkv else None
+            separate = qkv_parts if layer == "attn.qkv" and not fused_qkv else None
             name = f"predictor_blocks.{i}.{layer}"
-            put_lora(model, name, r, alpha, dropout, rslora, separate)
+            wrap_with_lora(model, name, r, alpha, dropout, rslora, separate)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -1264,27 +1261,6 @@ def merge_lora(model):
     for m in layers:
         m.weight.copy_(m.full_weight())
         m.merged = True
-
-
-@torch.no_grad()
-def unmerge_lora(model):
-    """Take merged adapters out of fp32 weights again. The base comes back to 1e-7."""
-    layers = lora_layers(model).values()
-    if not layers or not all(m.merged for m in layers):
-        raise ValueError("no adapters to unmerge: there are none, or they are not merged")
-    if any(m.weight.dtype != torch.float32 for m in layers):
-        raise ValueError(
-            "unmerging in 16 bits does not give the base back (a sixth of its weights change): load"
-            " the base again"
-        )
-    for m in layers:
-        m.weight.copy_(m.weight.double() - m.full_update())
-        m.merged = False
-
-
-def lora_state_dict(model):
-    """{name: tensor} of the adapters alone."""
-    return {k: v for k, v in model.state_dict().items() if "lora_" in k.rpartition(".")[2]}
 
 
 @torch.no_grad()

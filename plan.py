@@ -26,7 +26,6 @@ import os
 import sys
 import tempfile
 
-import av
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -46,6 +45,7 @@ from evaluation.runs import open_held_out, open_run, stats_on
 from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
 from files.disk import write_atomically
 from files.logs import to_json
+from files.video import open_video
 from files.vpt import SLOTS, wrap
 from model import compose_states, picture_features
 from weights import encoder_hash, open_encoder
@@ -341,9 +341,9 @@ def read_pictures(paths):
     frames = []
     for path in paths:
         try:
-            with av.open(path) as container:
+            with open_video(path) as container:
                 frames.append(next(container.decode(video=0)))
-        except (av.FFmpegError, StopIteration) as e:
+        except (ValueError, StopIteration) as e:
             raise ValueError(f"{path} cannot be read as an image: {e}") from e
     sizes = {(f.width, f.height) for f in frames}
     if len(sizes) > 1:
@@ -370,9 +370,9 @@ def features_of_pictures(state, name, device, dtype, autocast):
         )
     weights_dtype = encoder_dtype(dtype, run)
     encoder.to(weights_dtype)
-    stats = stats_on(state, device)
+    feature_stats = stats_on(state, device)
 
-    # weights in bf16 need no autocast, as in make_inputs
+    # weights in bf16 need no autocast, as in make_features_of
     precision = autocast if weights_dtype == torch.float32 else contextlib.nullcontext
 
     def features(frames):
@@ -382,7 +382,7 @@ def features_of_pictures(state, name, device, dtype, autocast):
                 encoder=encoder,
                 encode=state["encode"],
                 crop_size=run["crop_size"],
-                stats=stats,
+                feature_stats=feature_stats,
             )
 
     return features
@@ -524,7 +524,7 @@ def print_trials(distances, task):
 
 if __name__ == "__main__":
     args = parse_flags()
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
 
     # --- run ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,6 @@ import os
 import sys
 import tarfile
 
-import av
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -42,14 +41,14 @@ from evaluation.heads import (
 )
 from evaluation.held_out import encoder_dtype, precision_of, precision_text
 from evaluation.runs import open_run, stats_on
-from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
+from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
 from files.logs import to_json
 from files.shards import Slice, archive_members, member_place, read_start, read_ticks
 from files.streams import is_apple_double, member_kind
-from files.video import WrongDecoder, mp4_times, read_frames
+from files.video import WrongDecoder, mp4_times, open_video, read_frames
 from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, ClipReader, step_size, wrap
-from kernels import chosen
-from model import make_inputs
+from kernels import describe_kernels
+from model import make_features_of
 from weights import open_source
 
 TASKS = ["inverse", "anticipation", "classify"]
@@ -273,7 +272,7 @@ def guide_lines(actions, names, ends, frames, rate):
 def steps_of_video(file, times, reader):
     """Frames that the steps of a video show (S, frames a step), and its frames a second. times: of
     all frames. ValueError with fewer than two steps."""
-    with av.open(file) as container:
+    with open_video(file) as container:
         rate = 1 / float(np.median(np.diff(times)) * container.streams.video[0].time_base)
     each = reader.frames_per_step
     shown = step_size(rate, reader.fps) * np.arange(len(times))
@@ -295,7 +294,7 @@ def cropped(file, times, frames, reader):
 
 
 @torch.no_grad()
-def label_video(data, head, names, columns, reader, inputs, side):
+def label_video(data, head, names, columns, reader, features_of, side):
     """Bytes of an mp4 -> (lines, actions (S-1, A), ends (S,)): what a fitted head says about its
     steps."""
     f = io.BytesIO(data)
@@ -312,7 +311,7 @@ def label_video(data, head, names, columns, reader, inputs, side):
         part = shown[start : start + T]
         video = cropped(f, times, part.ravel(), reader)
         batch = {"video": video, "actions": torch.zeros(0), "states": torch.zeros(0)}
-        z = pool(inputs(batch)[0], side)[0]
+        z = pool(features_of(batch)[0], side)[0]
         scores[start : start + len(part) - 1] = head.predict(z[:-1], z[1:])
 
     # motion and slots as they are, keys by their threshold
@@ -364,8 +363,8 @@ def label_shard(source, out, label):
                 except WrongDecoder as e:
                     raise ValueError(f"--label {source} {name}: {e}") from e
                 except READ_ERRORS as e:
-                    if disk_failed(e):
-                        raise OSError(disk_sentence(f"{source} {name}", e)) from e
+                    if is_storage_error(e):
+                        raise OSError(storage_sentence(f"{source} {name}", e)) from e
                     bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue
                 add_member(packed, name, data)
@@ -397,7 +396,7 @@ def dev_clips(train, records):
 
 if __name__ == "__main__":
     args = parse_flags()
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
     tasks = args.task
     if not tasks:
         tasks = ["inverse", "anticipation"]
@@ -416,7 +415,7 @@ if __name__ == "__main__":
                 f"{path} has actions {state['action_names'][:4]}..., gameplay shards none such:"
                 " probe a run of train_ac.py"
             )
-        stats = stats_on(state, device)
+        feature_stats = stats_on(state, device)
         predictor.to(device)
     else:
         predictor, state = None, None
@@ -431,13 +430,14 @@ if __name__ == "__main__":
             "action_space": args.action_space,
         }
         folder = "."
-        stats = {}
+        feature_stats = {}
     dtype, autocast = precision_of(args.dtype, state, device)
     steps = run["frames_per_clip"] // run["frames_per_step"]
     if predictor is not None:
         print(precision_text(dtype, device, predictor, steps - 1))
     else:
-        print(f"{dtype} on {device.type}; {chosen(device, getattr(torch, dtype))}")
+        kernels = describe_kernels(device, getattr(torch, dtype))
+        print(f"{dtype} on {device.type}; {kernels}")
     if "anticipation" in tasks and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
@@ -500,13 +500,15 @@ if __name__ == "__main__":
         decoder=run.get("decoder", "pyav"),
         gui=run.get("gui", "keep"),
     )
-    inputs = make_inputs(encoder, run["encode"], run["frames_per_step"], stats, device, autocast)
+    features_of = make_features_of(
+        encoder, run["encode"], run["frames_per_step"], feature_stats, device, autocast
+    )
 
     def load_clips(of_records, limit):
         return load(
             of_records,
             reader,
-            inputs,
+            features_of,
             predictor,
             scaler,
             limit,
@@ -577,7 +579,7 @@ if __name__ == "__main__":
         head = heads["attentive"]
 
         def label(data):
-            return label_video(data, head, names, columns, reader, inputs, args.side)[0]
+            return label_video(data, head, names, columns, reader, features_of, args.side)[0]
 
         done, bad = label_shard(args.label, args.out, label)
         for file, key, reason in bad:

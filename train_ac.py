@@ -137,7 +137,6 @@ import checkpoint
 import weights
 from data import ActionScaler, Clips, collate, open_split, prefetch, vpt_loader, windows
 from evaluation.held_out import METERS, blank, gap_text, held_out, meter_summary
-from evaluation.runs import own_predictor
 from files.logs import (
     StepRow,
     append_jsonl,
@@ -155,8 +154,8 @@ from files.logs import (
 from files.remote import cached
 from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
-from kernels import chosen
-from model import ACModel, Predictor, channel_stats, copy_fitting, make_inputs
+from kernels import describe_kernels
+from model import ACModel, Predictor, channel_stats, copy_fitting, make_features_of
 from weights import decoder_of, open_source
 
 
@@ -173,7 +172,7 @@ def lr_at(step, total_steps, warmup, anneal, start_lr, lr, final_lr):
 
 
 if __name__ == "__main__":
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
 
     # one check, one message
     for name in ("batch_size", "grad_accum", "epochs", "ipe", "log_every", "val_every"):
@@ -364,7 +363,7 @@ if __name__ == "__main__":
     num_parameters = sum(p.numel() for p in predictor.parameters())
     tokens_per_step = grid**2 + 2
     predicted_steps = args.frames_per_clip // args.frames_per_step - 1
-    kernels = chosen(
+    kernels = describe_kernels(
         device,
         getattr(torch, args.dtype),
         predictor.head_dim,
@@ -378,7 +377,7 @@ if __name__ == "__main__":
 
     # means and stds of the feature channels, for --feature_norm standardize
     feature_stats = {"mean": None, "std": None}
-    features_of = make_inputs(
+    features_of = make_features_of(
         encoder, args.encode, args.frames_per_step, feature_stats, device, autocast
     )
 
@@ -428,7 +427,7 @@ if __name__ == "__main__":
                     f"{path} was trained with {name} {state.get(name)}, this run has {value}:"
                     " resume with the same, or start a new run in another --out_dir"
                 )
-        predictor.load_state_dict(own_predictor(state))
+        predictor.load_state_dict(weights.predictor_weights(state))
         optimizer.load_state_dict(state["optimizer"])
         loss_scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
@@ -466,7 +465,7 @@ if __name__ == "__main__":
         taken, reinitialised, left_over = copy_fitting(predictor, tensors)
         print0(
             f"--init_from: {len(taken)} tensors taken; initialised again:"
-            f" {weights.some(reinitialised)}; left over: {weights.some(left_over)}"
+            f" {weights.shorten_list(reinitialised)}; left over: {weights.shorten_list(left_over)}"
         )
 
     # a new run measures the channels on 256 clips of all ranks

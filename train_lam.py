@@ -198,7 +198,7 @@ def overfit_verdict(losses, zeroed, noise=(0.0, 0.0), std=1.0):
 
 
 if __name__ == "__main__":
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
 
     # one check, one message
     for name in (

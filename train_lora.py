@@ -154,7 +154,13 @@ from droid import (
     find_episodes,
     open_droid,
 )
-from evaluation.held_out import beside, beside_columns, check_adapters, held_out, hold_state
+from evaluation.held_out import (
+    base_columns,
+    check_adapters,
+    compare_with_base,
+    held_out,
+    hold_state,
+)
 from files.logs import (
     StepRow,
     append_jsonl,
@@ -170,13 +176,13 @@ from files.logs import (
     train_row,
 )
 from files.mirror import Mirror
-from kernels import chosen
+from kernels import describe_kernels
 from model import (
     TARGETS,
     ACModel,
     channel_stats,
     lora_layers,
-    make_inputs,
+    make_features_of,
     size_of,
     without_lora,
 )
@@ -208,7 +214,7 @@ def is_predictor(path):
 
 
 if __name__ == "__main__":
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
 
     # one check, one message
     for name in (
@@ -455,7 +461,7 @@ if __name__ == "__main__":
     trained = {name: p for name, p in predictor.named_parameters() if p.requires_grad}
     num_trained = sum(p.numel() for p in trained.values())
     tokens_per_step = grid**2 + 2
-    kernels = chosen(
+    kernels = describe_kernels(
         device,
         getattr(torch, args.dtype),
         predictor.head_dim,
@@ -481,7 +487,7 @@ if __name__ == "__main__":
     feature_stats = {}
     for name, value in (base_facts.get("feature_stats") or {"mean": None, "std": None}).items():
         feature_stats[name] = None if value is None else value.to(device)
-    features_of = make_inputs(encoder, "frame", 1, feature_stats, device, autocast)
+    features_of = make_features_of(encoder, "frame", 1, feature_stats, device, autocast)
     if base == "none" and args.feature_norm == "standardize":
         raw = (
             features_of(collate([clips[i] for i in items]), normalize=False)[0]
@@ -613,7 +619,7 @@ if __name__ == "__main__":
     losses_of_a_row = ["jloss", "sloss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
     train_columns += ["clips_per_s", "data_wait", "memory_mib"]
-    val_columns = ["epoch", "itr", *beside_columns(args.frames_per_clip - 1)]
+    val_columns = ["epoch", "itr", *base_columns(args.frames_per_clip - 1)]
     headers = {
         "train": (train_columns, *divmod(step, ipe)),
         "val": (val_columns, *divmod(step + 1, ipe)),
@@ -807,7 +813,7 @@ if __name__ == "__main__":
 
         # every so many steps: validate (all ranks), save (rank 0), copy to --sync_to
         if val and must_evaluate and not halt:
-            row, text = beside(*evaluate(), base_errors)
+            row, text = compare_with_base(*evaluate(), base_errors)
             row["epoch"], row["itr"] = divmod(step, ipe)
             if writes:
                 log("val", row, step)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import checkpoint
 from data import STD_RANGE, ActionScaler
-from files.disk import CACHE, disk_failed, disk_sentence, write_atomically
+from files.disk import CACHE, is_storage_error, storage_sentence, write_atomically
 from files.features import feature_settings
 from model import (
     CONDITION,
@@ -44,7 +44,7 @@ from model import (
     lora_layers,
     merged_state,
     predict_of,
-    put_lora,
+    wrap_with_lora,
 )
 
 # --- names and downloads ---
@@ -248,6 +248,16 @@ def load_predictor(path, num_heads=None, grid=(16, 16), use_extrinsics=False):
     return predictor
 
 
+def predictor_weights(state):
+    """The predictor's weights in a checkpoint; --save_encoder writes them in Meta's layout, with a
+    prefix and an unused layer."""
+    return {
+        k.removeprefix("module."): v
+        for k, v in state["predictor"].items()
+        if "extrinsics_encoder" not in k
+    }
+
+
 def meta_state(encoder, predictor):
     """`encoder`, `target_encoder`, `predictor` as in Meta's released AC file: their hub code loads
     it (the predictor where A = S = 7)."""
@@ -283,8 +293,8 @@ def read_file(path):
         else:
             loaded = torch.load(path, "cpu", weights_only=True, mmap=is_zip)
     except Exception as e:  # the two readers raise half a dozen types
-        if disk_failed(e):  # which says nothing about the file
-            raise OSError(disk_sentence(path, e)) from e
+        if is_storage_error(e):  # which says nothing about the file
+            raise OSError(storage_sentence(path, e)) from e
         raise unreadable(path, head, is_zip, e) from e
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of weights")
@@ -330,7 +340,7 @@ def part_of(path, which, *landmarks):
     if len(prefixes) != 1:
         raise ValueError(
             f"{path}: {which!r} needs one key that ends in {landmarks[0]}, {len(prefixes)} found;"
-            f" it has {some(state)}"
+            f" it has {shorten_list(state)}"
         )
     prefix = prefixes[0]
     part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -381,7 +391,7 @@ def sizes_of(path, state, prefix, width, num_heads):
     num_heads (None) they are those of the known architecture of these sizes."""
     first = f"{prefix}0.mlp.fc1.weight"
     if first not in state:
-        raise ValueError(f"{path}: no {first} in it; it has {some(state)}")
+        raise ValueError(f"{path}: no {first} in it; it has {shorten_list(state)}")
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith(prefix))
     mlp_dim = state[first].shape[0]
     if not num_heads:
@@ -411,7 +421,7 @@ def load_strict(model, state, path):
     lists = {"missing": missing, "unmatched": unmatched, "misshapen": misshapen}
     for kind, keys in lists.items():
         if keys:
-            problems.append(f"{len(keys)} {kind} keys: {some(keys)}")
+            problems.append(f"{len(keys)} {kind} keys: {shorten_list(keys)}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
 
@@ -419,7 +429,7 @@ def load_strict(model, state, path):
     return model
 
 
-def some(names, most=20):
+def shorten_list(names, most=20):
     """Names as one line, shortened."""
     names = [*names]
     if not names:
@@ -607,16 +617,16 @@ def save_adapter(model, folder, base="", also=(), action_encoder=None):
 
     layers = lora_layers(model)
     sizes = {}  # what target_modules calls a layer: (rank, alpha)
-    thirds = {}
+    qkv_parts = {}
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.full_B()
         # to PEFT the adapters of k parts of a fused qkv are one, of k times the rank
-        k = len(layer.thirds or [0])
+        k = len(layer.qkv_parts or [0])
         alpha = layer.alpha * (math.sqrt(k) if layer.rslora else k)
         sizes[peft_name(model, layers, name)] = (k * layer.r, alpha)
-        if layer.thirds:
-            thirds[name] = layer.thirds
+        if layer.qkv_parts:
+            qkv_parts[name] = layer.qkv_parts
 
     pairs = [*sizes.values()]
     usual_rank, usual_alpha = max(pairs, key=pairs.count)
@@ -638,7 +648,7 @@ def save_adapter(model, folder, base="", also=(), action_encoder=None):
     config_file = os.path.join(folder, "adapter_config.json")
     write_atomically(config_file, json.dumps(config, indent=1).encode())
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    data = safetensors_bytes(tensors, {"format": "pt", "thirds": json.dumps(thirds)})
+    data = safetensors_bytes(tensors, {"format": "pt", "thirds": json.dumps(qkv_parts)})
     write_atomically(os.path.join(folder, "adapter_model.safetensors"), data)
 
 
@@ -731,7 +741,9 @@ def read_adapter(folder):
         if not os.path.exists(path):
             there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
             weight_files = [x for x in there if x.endswith((".safetensors", ".bin", ".pt"))]
-            seen = f"; {some(weight_files)} is not read in its place" if weight_files else ""
+            seen = (
+                f"; {shorten_list(weight_files)} is not read in its place" if weight_files else ""
+            )
             raise FileNotFoundError(f"{folder} is no PEFT adapter: {path} is not there{seen}")
 
     try:
@@ -914,7 +926,7 @@ def split_adapter(file, tensors):
     if kohya or any(k.startswith(("lora_unet_", "lora_te")) for k in tensors):
         raise ValueError(
             f"{file} has names as kohya's or diffusers' scripts write them"
-            f" ({some(kohya or tensors, 2)}): convert it to PEFT's form first"
+            f" ({shorten_list(kohya or tensors, 2)}): convert it to PEFT's form first"
         )
     pairs = {}
     whole = {}
@@ -940,24 +952,24 @@ def split_adapter(file, tensors):
             has, lacks = ("A", "B") if "A" in pair else ("B", "A")
             raise ValueError(f"{file}: {layer} has a lora_{has}, but no lora_{lacks}")
     if not pairs:
-        raise ValueError(f"{file} holds no lora_A and lora_B: it has {some(tensors, 4)}")
+        raise ValueError(f"{file} holds no lora_A and lora_B: it has {shorten_list(tensors, 4)}")
     return pairs, whole
 
 
-def thirds_of(file, meta, pairs):
+def qkv_parts_of(file, meta, pairs):
     """Which parts of a fused qkv the adapters of our own files are of -> {layer: (third, ...)}."""
     try:
-        thirds = json.loads(meta.get("thirds", "{}"))
-        thirds = {name: tuple(part) for name, part in thirds.items()}
-        good = all({*part} <= {0, 1, 2} and part for part in thirds.values())
+        qkv_parts = json.loads(meta.get("thirds", "{}"))
+        qkv_parts = {name: tuple(part) for name, part in qkv_parts.items()}
+        good = all({*part} <= {0, 1, 2} and part for part in qkv_parts.values())
     except (ValueError, TypeError, AttributeError):
         good = False
     if not good:
         raise ValueError(f"{file}: its metadata 'thirds' is damaged: {meta['thirds'][:80]}")
-    unknown = sorted({*thirds} - {*pairs})
+    unknown = sorted({*qkv_parts} - {*pairs})
     if unknown:
-        raise ValueError(f"{file}: its metadata names {some(unknown, 4)}, which it lacks")
-    return thirds
+        raise ValueError(f"{file}: its metadata names {shorten_list(unknown, 4)}, which it lacks")
+    return qkv_parts
 
 
 def load_adapter(model, folder):
@@ -972,7 +984,7 @@ def load_adapter(model, folder):
     file = os.path.join(folder, "adapter_model.safetensors")
     check_adapter_config(config_file, config)
     pairs, whole = split_adapter(file, tensors)
-    thirds = thirds_of(file, meta, pairs)
+    qkv_parts = qkv_parts_of(file, meta, pairs)
 
     # all is checked before the first layer is changed
     check_targets(model, file, config_file, config, pairs)
@@ -985,13 +997,13 @@ def load_adapter(model, folder):
     dropout = config.get("lora_dropout", 0.0)
     rslora = bool(config.get("use_rslora"))
     for name, (A, B, rank, alpha) in sorted(layers.items()):
-        part = thirds.get(name)
-        blocks = part and split_thirds(B, part)
+        part = qkv_parts.get(name)
+        blocks = part and split_qkv_parts(B, part)
         # whoever trains our file further in PEFT fills what was zero: then it is one adapter
         k = 1 if blocks is None else len(part)
         alpha = alpha / (math.sqrt(k) if rslora else k)
         part = None if blocks is None else part
-        layer = put_lora(model, name, rank // k, alpha, dropout, rslora, part)
+        layer = wrap_with_lora(model, name, rank // k, alpha, dropout, rslora, part)
         layer.lora_A.data.copy_(A)
         layer.lora_B.data.copy_(B if blocks is None else blocks)
 
@@ -1009,24 +1021,26 @@ def check_targets(model, file, config_file, config, pairs):
     conditions = sorted({*pairs} & {*CONDITION})
     if conditions:
         raise ValueError(
-            f"{file} does not fit: no such layers to adapt here: {some(conditions)} (they take part"
-            " in the scaling of actions and states, so they are only read whole: name them in"
-            " modules_to_save, not in target_modules)"
+            f"{file} does not fit: no such layers to adapt here: {shorten_list(conditions)} (they"
+            " take part in the scaling of actions and states, so they are only read whole: name"
+            " them in modules_to_save, not in target_modules)"
         )
     unknown = sorted({*pairs} - linear)
     if unknown:
-        raise ValueError(f"{file} does not fit: no such layers to adapt here: {some(unknown, 4)}")
+        raise ValueError(
+            f"{file} does not fit: no such layers to adapt here: {shorten_list(unknown, 4)}"
+        )
     named = {n for n in linear if is_target(config_file, config, n)}
     missing = sorted(named - {*pairs})
     if missing:
         raise ValueError(
-            f"{file} is not whole: {config_file} adapts {some(missing, 4)} too, and it holds"
-            " nothing for them"
+            f"{file} is not whole: {config_file} adapts {shorten_list(missing, 4)} too, and it"
+            " holds nothing for them"
         )
     extra = sorted({*pairs} - named)
     if extra:
         raise ValueError(
-            f"{file} holds adapters of {some(extra, 4)}, which the target_modules of"
+            f"{file} holds adapters of {shorten_list(extra, 4)}, which the target_modules of"
             f" {config_file} do not name"
         )
 
@@ -1042,13 +1056,13 @@ def check_whole_modules(model, file, config_file, config, whole):
     missing = sorted(expected - {*whole})
     if missing:
         raise ValueError(
-            f"{file} is not whole: modules_to_save of {config_file} names {some(missing, 4)},"
-            " which it lacks"
+            f"{file} is not whole: modules_to_save of {config_file} names"
+            f" {shorten_list(missing, 4)}, which it lacks"
         )
     extra = sorted({*whole} - expected)
     if extra:
         raise ValueError(
-            f"{file} holds {some(extra, 4)}, which are no modules here that modules_to_save"
+            f"{file} holds {shorten_list(extra, 4)}, which are no modules here that modules_to_save"
             f" of {config_file} names"
         )
     for name, x in whole.items():
@@ -1082,7 +1096,7 @@ def check_layer(model, file, config_file, config, name, pair):
     return A, B, len(A), alpha
 
 
-def split_thirds(B, part):
+def split_qkv_parts(B, part):
     """A block-diagonal B (out, k r) of thirds -> (k, out / 3, r); None if it has anything outside
     of its blocks."""
     k = len(part)

@@ -53,7 +53,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
     (full, *_, whole, size), table = read(args.runs[0]), []
     if size:
         raise ValueError(f"{args.runs[0]} is a LoRA run: name the run with --full first")

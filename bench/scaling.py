@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import bench
 from files.disk import write_atomically
-from model import ACModel, Predictor, make_inputs
+from model import ACModel, Predictor, make_features_of
 from weights import ARCHITECTURES, build_encoder
 
 SWEEPS = {
@@ -53,7 +53,7 @@ def measure(encoder_name, crop_size, repeats, T, batch, width, depth):
         "actions": torch.randn(batch, T - 1, 13),
         "states": torch.randn(batch, T, 2),
     }
-    inputs = make_inputs(encoder, "tubelet", 2, {"mean": None, "std": None}, device)
+    inputs = make_features_of(encoder, "tubelet", 2, {"mean": None, "std": None}, device)
     model.auto_steps = min(2, T - 1)
 
     def step():

@@ -61,7 +61,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
     parser.add_argument("flags", nargs="+", help="flags of train_ac.py, after --")
     args = parser.parse_args()
-    sys.excepthook = checkpoint.one_sentence
+    sys.excepthook = checkpoint.short_excepthook
     for own in ("--seed", "--out_dir", "--max_steps"):
         if own in args.flags:
             raise ValueError(f"{own} cannot stand after --: bench.spread decides it")

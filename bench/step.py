@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import bench
-from model import IMAGENET_MEAN, IMAGENET_STD, ACModel, Predictor, make_inputs
+from model import IMAGENET_MEAN, IMAGENET_STD, ACModel, Predictor, make_features_of
 from weights import ARCHITECTURES, build_encoder
 
 
@@ -242,7 +242,9 @@ if __name__ == "__main__":
         if compiled:
             model.compile(dynamic=False)
             frozen.compile(dynamic=False)
-        inputs = make_inputs(frozen, "tubelet", 2, {"mean": None, "std": None}, device, autocast)
+        inputs = make_features_of(
+            frozen, "tubelet", 2, {"mean": None, "std": None}, device, autocast
+        )
         return model.predictor, step
 
     calls, wanted = {}, None

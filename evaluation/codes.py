@@ -7,8 +7,6 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from data import latent_sequences
 from files.disk import write_atomically
@@ -291,6 +289,9 @@ def code_summary(found, K):
         if len(np.unique(actions)) > 1:
             out["purity"] = purity(ids, actions, recordings)
             out["purity_one_code"] = purity(0 * ids, actions, recordings)
+            # here, because sklearn takes a second to import and training does not need it
+            from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
             out["nmi"] = float(normalized_mutual_info_score(actions, ids))
             out["ami"] = float(adjusted_mutual_info_score(actions, ids))
     return out
@@ -351,6 +352,8 @@ def complaints(summary, quantised):
 
 def plot_curves(out_dir):
     """curves.png of a run, from train.csv and val.csv."""
+    from matplotlib.figure import Figure  # takes a second to import
+
     train = read_csv(os.path.join(out_dir, "train.csv"))
     val = read_csv(os.path.join(out_dir, "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")

@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Clips, collate, leave_signals, windows
-from files.disk import READ_ERRORS, Unreachable, persistently
+from data import Clips, collate, ignore_signals_in_worker, windows
+from files.disk import READ_ERRORS, Unreachable, with_storage_retries
 from files.video import WrongDecoder
 from files.vpt import CONTINUOUS
 from model import Block, predict
@@ -47,7 +47,7 @@ class Windows(Clips):
         r = self.records[item[2]]
         read_again = functools.partial(self.read_seeded, *item[2:], 0, False)
         try:
-            return item, persistently(f"{r.shard} {r.key}", read_again), None
+            return item, with_storage_retries(f"{r.shard} {r.key}", read_again), None
         except Unreachable as e:  # a fault of the network, not of the recording
             raise ValueError(str(e)) from e
         except WrongDecoder as e:
@@ -69,7 +69,7 @@ def pool(z, side):
 def load(
     records,
     reader,
-    inputs,
+    features_of,
     predictor,
     scaler,
     limit,
@@ -88,7 +88,7 @@ def load(
         batch_sampler=windows(dataset, batch_size, limit),
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals_in_worker,
     )
     steps, ahead = [], []  # tokens, of all clips of a batch
     recorded, places = [], []
@@ -99,7 +99,7 @@ def load(
         if not good:
             continue
         batch = collate([clip | {"bad": []} for _, clip in good])
-        z, actions, states = inputs(batch)
+        z, actions, states = features_of(batch)
         steps.append(pool(z, side))
         if predictor is not None:
             scaled = np.float32(scaler.transform(batch["actions"].numpy()))

@@ -3,7 +3,6 @@ over recordings, and the errors of the base beside those of an adapted model."""
 
 import contextlib
 import functools
-import gc
 import math
 import zlib
 
@@ -13,8 +12,8 @@ import torch.distributed as dist
 from scipy.special import stdtrit
 from torch.utils.data import DataLoader
 
-from data import collate, leave_signals, windows
-from kernels import chosen
+from data import collate, ignore_signals_in_worker, windows
+from kernels import describe_kernels
 from model import ac_losses, compose_states, lora_layers, merge_lora, predict, without_lora
 
 # --- precision ---
@@ -50,7 +49,7 @@ def precision_text(dtype, device, predictor, steps):
     C = 1 + (predictor.state_encoder is not None)
     S = C + predictor.grid[0] * predictor.grid[1]
     tf32 = " (matrices in TF32)" if dtype == "float32" and device.type == "cuda" else ""
-    kernels = chosen(device, getattr(torch, dtype), predictor.head_dim, S, steps * S)
+    kernels = describe_kernels(device, getattr(torch, dtype), predictor.head_dim, S, steps * S)
     return f"{dtype}{tf32} on {device.type}; {kernels}"
 
 
@@ -255,7 +254,7 @@ def from_other_recordings(dataset, items):
 def held_out(
     predictor,
     dataset,
-    inputs,
+    features_of,
     batch_size,
     clips,
     num_workers,
@@ -285,13 +284,13 @@ def held_out(
         batch_sampler=items[rank::world],
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals_in_worker,
     )
     scaler = dataset.reader.scaler
     rows, bad = [], []
     for batch in loader:
         bad += batch["bad"]
-        z, actions, states = inputs(batch)
+        z, actions, states = features_of(batch)
         states_of = functools.partial(
             compose,
             mean=torch.tensor(scaler.mean, device=z.device).float(),
@@ -300,7 +299,7 @@ def held_out(
         recordings = [recording_of(key, batch) for key in batch["key"]]
         shuffled = others(recordings, actions)
         with autocast():
-            jloss, sloss = ac_losses(predictor, z, actions, states, None, auto_steps, loss_exp)
+            jloss, sloss = ac_losses(predictor, z, actions, states, auto_steps, loss_exp)
             errors = action_meter(predictor, z, actions, states, shuffled, states_of)
         errors["jloss"] = jloss.expand(len(z), 1)
         errors["sloss"] = sloss.expand(len(z), 1)
@@ -317,14 +316,6 @@ def held_out(
     return errors, recordings, bad
 
 
-def leave_group():
-    """Collective: ends the process group after the last reference to a DistributedDataParallel. Its
-    threads must end before Python does, or the process aborts with "terminate called without an
-    active exception", one run in five (pytorch/pytorch#190489)."""
-    gc.collect()
-    dist.destroy_process_group()
-
-
 # --- the base beside an adapted model ---
 
 
@@ -332,7 +323,7 @@ def leave_group():
 HELP = ["base_tf", "base_ro", "help", "help_low", "help_high"]
 
 
-def beside_columns(K):
+def base_columns(K):
     """Columns of val.csv that `beside` fills, for clips that predict K steps."""
     by_horizon = [f"{name}_{k + 1}" for name in ("error", "base") for k in range(K)]
     return ["jloss", "sloss", *METERS, *HELP, *by_horizon]
@@ -349,7 +340,7 @@ def blank(row):
     return out
 
 
-def beside(errors, recordings, base):
+def compare_with_base(errors, recordings, base):
     """Held-out errors of a fine-tuned model, with those of the base on the same clips or None ->
     (row of val.csv, two lines for a person). The row has METERS, HELP, and error_k and base_k
     rolled out k steps; what could not be given is None.

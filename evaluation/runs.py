@@ -9,8 +9,16 @@ from evaluation.held_out import encoder_dtype, hold_state, precision_of
 from files.remote import cached
 from files.shards import expand
 from files.vpt import CONTINUOUS, ClipReader
-from model import Predictor, compose_states, make_inputs, predict_of
-from weights import adapt, decoder_of, encoder_hash, fetch, open_base, open_source
+from model import Predictor, compose_states, make_features_of, predict_of
+from weights import (
+    adapt,
+    decoder_of,
+    encoder_hash,
+    fetch,
+    open_base,
+    open_source,
+    predictor_weights,
+)
 
 # --- the model ---
 
@@ -21,19 +29,9 @@ def scaler_of(state):
     return ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"])
 
 
-def own_predictor(state):
-    """The predictor's weights in a checkpoint; --save_encoder writes them in Meta's layout, with a
-    prefix and an unused layer."""
-    return {
-        k.removeprefix("module."): v
-        for k, v in state["predictor"].items()
-        if "extrinsics_encoder" not in k
-    }
-
-
 def whole_predictor(state):
     """The Predictor of a run whose checkpoint has all of its weights."""
-    weights = own_predictor(state)
+    weights = predictor_weights(state)
     state_dim = 0
     if "state_encoder.weight" in weights:
         state_dim = weights["state_encoder.weight"].shape[1]
@@ -172,7 +170,7 @@ def open_episodes(state, scaler, data):
     return DroidClips(records, reader, run["seed"]), compose, records, bad
 
 
-def open_play(state, scaler, data, decoder, say):
+def open_play(state, scaler, data, decoder, print0):
     """VPT shards for a run of train_ac.py -> (Clips, [Record], [bad]). data: patterns, or None:
     what the run held out. decoder: of video, None: the run's."""
     run = state["args"]
@@ -199,7 +197,7 @@ def open_play(state, scaler, data, decoder, say):
     if not decoder and records and "mp4" in records[0].members:
         judged_with = trained_with
     if judged_with != trained_with:
-        say(
+        print0(
             f"WARNING: the run was trained on pictures of --decoder {trained_with}, these are of"
             f" {judged_with}, whose pixels differ"
         )
@@ -218,7 +216,7 @@ def open_play(state, scaler, data, decoder, say):
     return Clips(records, [1.0] * len(records), reader, run["seed"]), records, bad
 
 
-def warn_of_training_data(records, state, scaler, say):
+def warn_of_training_data(records, state, scaler, print0):
     """Say a warning if recordings to judge a run on may be among those it was trained on."""
     names = {r.name for r in records}
     held_out_names = set(state["held_out"])
@@ -229,7 +227,7 @@ def warn_of_training_data(records, state, scaler, say):
         doubtful = names & set(scaler.meta.get("recordings", []))
         reason = "among those its scaler was fitted on"
     if doubtful:
-        say(
+        print0(
             f"WARNING: {len(doubtful)} of {len(names)} recordings are {reason}: was it trained on"
             " them?"
         )
@@ -251,21 +249,24 @@ def encoder_name(records, encoder, state):
     return name
 
 
-def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder=None, say=print):
-    """Data for a run of open_run, read as its training read them -> (Clips or DroidClips, inputs of
-    make_inputs, compose of action_meter: computes states from actions, [bad]).
+def open_held_out(
+    state, scaler, data, encoder, device, dtype="float32", decoder=None, print0=print
+):
+    """Data for a run of open_run, read as its training read them -> (Clips or DroidClips,
+    features_of from make_features_of, compose of action_meter: computes states from actions,
+    [bad]).
 
     data: VPT shards, video or features, or robot episodes; None: what the run held out. encoder:
     weights, for video; None: what the run used. dtype: as `precision_of` names it. decoder: of
-    video; None: what the run used, and a warning for another one. say: called with each warning.
+    video; None: what the run used, and a warning for another one. print0: called with each warning.
     ValueError for what belongs to another encoder, fps or action space, and for fewer than two
     clips."""
     if state["dataset"] == "droid":
         dataset, compose, records, bad = open_episodes(state, scaler, data)
     else:
-        dataset, records, bad = open_play(state, scaler, data, decoder, say)
+        dataset, records, bad = open_play(state, scaler, data, decoder, print0)
         compose = compose_states
-    warn_of_training_data(records, state, scaler, say)
+    warn_of_training_data(records, state, scaler, print0)
 
     if sum(map(len, windows(dataset, 1, 2))) < 2:
         span = f"{state['frames_per_clip']} frames at {state['fps']:g} fps"
@@ -294,9 +295,11 @@ def open_held_out(state, scaler, data, encoder, device, dtype="float32", decoder
         model.to(device, encoder_dtype(dtype, run))
 
     autocast = precision_of(dtype, state, device)[1]
-    stats = stats_on(state, device)
-    inputs = make_inputs(model, state["encode"], state["frames_per_step"], stats, device, autocast)
-    return dataset, inputs, compose, bad
+    feature_stats = stats_on(state, device)
+    features_of = make_features_of(
+        model, state["encode"], state["frames_per_step"], feature_stats, device, autocast
+    )
+    return dataset, features_of, compose, bad
 
 
 def stats_on(state, device):

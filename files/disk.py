@@ -11,9 +11,6 @@ import time
 import zipfile
 import zlib
 
-import av
-from PIL import Image
-
 # --- atomic writes ---
 
 
@@ -88,9 +85,9 @@ def complain(path, text):
 # --- errors ---
 
 # what a damaged recording may raise; anything else is our bug
-READ_ERRORS = (ValueError, OSError, EOFError, av.FFmpegError)
+READ_ERRORS = (ValueError, OSError, EOFError)
 
-# the same for formats whose readers raise more (pickle, zip, HDF5, pictures)
+# the same for formats whose readers raise more (pickle, zip, HDF5)
 DAMAGE = (
     *READ_ERRORS,
     LookupError,
@@ -99,7 +96,6 @@ DAMAGE = (
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 # errors of the disk that another try cannot fix
@@ -119,34 +115,22 @@ class Unreachable(OSError):
     """A URL or a disk gave nothing after all tries. The message is one sentence."""
 
 
-def memory_is_short():
-    """Whether this process cannot have another 256 MB."""
-    try:
-        return not bytearray(1 << 28)
-    except MemoryError:
-        return True
-
-
-def disk_failed(error):
+def is_storage_error(error):
     """Whether an error of reading is about the disk, the network or the limits of this process, and
     not about the recording.
 
-    Errors of the system have an errno. Errors about a damaged file have none, although HDF5, Pillow
-    and FFmpeg raise their own kinds of OSError. HDF5 writes the errno into its text only, in errors
-    of several kinds. FFmpeg's "out of memory" may also be a wrong length in a damaged file."""
-    if isinstance(error, Unreachable):
+    Errors of the system have an errno. Errors about a damaged file have none, although HDF5 and
+    Pillow raise OSError too. HDF5 writes the errno into its text only, in errors of several
+    kinds."""
+    if isinstance(error, (Unreachable, MemoryError)):
         return True
-    if isinstance(error, MemoryError):
-        return not isinstance(error, av.FFmpegError) or memory_is_short()
-    if isinstance(error, av.FFmpegError):
-        return False
     if isinstance(error, OSError) and error.errno is not None:
         return True
     return re.search(r"\berrno = [1-9]", str(error)) is not None
 
 
-def disk_sentence(place, error):
-    """The message for an error for which disk_failed is true. place: the file, and the
+def storage_sentence(place, error):
+    """The message for an error for which is_storage_error is true. place: the file, and the
     recording."""
     if isinstance(error, Unreachable):
         return str(error)
@@ -174,22 +158,22 @@ WAIT = 1.0
 LONGEST = 30.0
 
 
-def persistently(place, call):
+def with_storage_retries(place, call):
     """call(), again after each of PAUSES if the disk failed, since a file server may come back.
     Then Unreachable: a run without the recording would be another run. Other errors pass."""
     for pause in (*PAUSES, None):
         try:
             return call()
         except (*DAMAGE, MemoryError) as e:
-            if not disk_failed(e):
+            if not is_storage_error(e):
                 raise
             is_final = isinstance(e, (Unreachable, MemoryError, *HOPELESS))
             if pause is None or is_final:
-                raise Unreachable(disk_sentence(place, e)) from e
+                raise Unreachable(storage_sentence(place, e)) from e
         time.sleep(pause)
 
 
-def trying(url, call):
+def with_retries(url, call):
     """call(), again after a while if it fails, at most TRIES times; then Unreachable. Errors that
     another try cannot fix (404, no permission) are raised at once."""
     for attempt in range(TRIES):

@@ -18,7 +18,6 @@ import struct
 import zipfile
 from typing import NamedTuple
 
-import av
 import fsspec
 import h5py
 import numpy as np
@@ -30,16 +29,16 @@ from files.disk import (
     CACHE,
     DAMAGE,
     Unreachable,
-    disk_failed,
-    disk_sentence,
+    is_storage_error,
     read_cache,
-    trying,
+    storage_sentence,
+    with_retries,
     write_cache,
 )
 from files.features import index_tar
 from files.latents import check_stored
 from files.shards import Slice, files_below, list_folder
-from files.video import mp4_times, read_frames
+from files.video import mp4_times, open_video, read_frames
 
 CAMERAS = {
     "exterior_1": "exterior_image_1_left",
@@ -108,7 +107,7 @@ class Episode(NamedTuple):
     key: str
     kind: str  # rlds, raw, robot or features
     # RLDS: camera -> (offset, size, sizes of its JPEGs or None), other feature -> (offset, size,
-    # one of KINDS); features: of a Record; else camera -> (file, extrinsics)
+    # one of KINDS); features: of a Record; else camera -> file
     members: dict
     steps: int  # of the whole episode
     rate: float  # steps a second
@@ -190,7 +189,7 @@ def fetch_url(url, ranges):
                 raise OSError(f"only {len(part)} of the {size} bytes at {at} came")
         return parts
 
-    return trying(url, ask)
+    return with_retries(url, ask)
 
 
 def read_range(f, at, size):
@@ -694,7 +693,7 @@ def assumed_rate(f, videos):
         if name.lower() in ("rate", "fps", "hz", "freq", "frequency", "control_frequency"):
             raise ValueError(f"no rate in it, but {name}: `rate` is its rows a second")
     for video in videos:
-        with av.open(video) as container:
+        with open_video(video) as container:
             shown = float(container.streams.video[0].average_rate or 15)
         if not 0.9 < shown / 15 < 1.1:
             name = os.path.basename(video)
@@ -745,7 +744,7 @@ def index_files(path, files, kind):
     with h5py.File(path) if kind == "raw" else open_npz(path) as f:
         entry = raw_entry(f, path, files) if kind == "raw" else robot_entry(f, path, files)
         frames = []
-        for video, _ in entry["members"].values():
+        for video in entry["members"].values():
             with Slice(video, 0, os.path.getsize(video)) as v:
                 frames.append(len(mp4_times(v)))
         steps = len(f[STATES["raw"][0]]) if kind == "raw" else npz_rows(f, frames)
@@ -795,17 +794,12 @@ def raw_entry(f, path, files):
 
     # the metadata names the video of each camera, by its serial number
     videos = {os.path.basename(x)[:-4]: x for x in files if x.endswith(".mp4")}
-    with_extrinsics = f.get("observation/camera_extrinsics", ())
     members = {}
     for camera, name in RAW_CAMERAS.items():
         recorded = str(meta.get(f"{name}_mp4_path") or "")
         serial = os.path.basename(recorded.replace("\\", "/"))[:-4]
-        if serial not in videos:
-            continue
-        extrinsics = None
-        if f"{serial}_left" in with_extrinsics:
-            extrinsics = f"observation/camera_extrinsics/{serial}_left"
-        members[camera] = (videos[serial], extrinsics)
+        if serial in videos:
+            members[camera] = videos[serial]
 
     stored = meta.get("success")
     return {
@@ -827,11 +821,10 @@ def robot_entry(f, path, files):
     if not rate:
         rate, note = assumed_rate(f, videos)
     success = truth(f["success"], "success") if "success" in f else True
-    extrinsics = "extrinsics" if "extrinsics" in f else None
     members = {}
     for video in videos:
         camera = video[len(stem) + 1 : -len(".mp4")] or "video"
-        members[camera] = (video, extrinsics)
+        members[camera] = video
     return {
         "key": "/".join(os.path.abspath(stem).split("/")[-2:]),
         "members": members,
@@ -893,8 +886,8 @@ def index_file(path, verify):
         else:
             found = index_files(path, files, kind)
     except (*DAMAGE, MemoryError) as e:
-        if disk_failed(e):
-            raise OSError(disk_sentence(path, e)) from e
+        if is_storage_error(e):
+            raise OSError(storage_sentence(path, e)) from e
         if remote and isinstance(e, OSError):
             raise OSError(f"{path} cannot be read: {e or 'not found'}") from e
         return kind, [], [(path, "", str(e) or type(e).__name__)]
@@ -906,7 +899,7 @@ def index_file(path, verify):
 def url_stamp(url, kind):
     """(bytes of a TFRecord on a server, what changes when it does)."""
     fs, _ = filesystem(url)
-    info = trying(url, lambda: fs.info(url))
+    info = with_retries(url, lambda: fs.info(url))
     if kind != "rlds" or info.get("size") is None:
         raise OSError(
             "only TFRecords on a server that says how long they are can be read from a URL;"
@@ -947,9 +940,9 @@ def read_pictures(r, camera, wanted):
     """Pictures by increasing number -> [(H, W, 3) uint8]. Other JPEGs are not touched (at a URL: if
     the index knows their sizes)."""
     if r.kind != "rlds":
-        video = r.members[camera][0]
+        video = r.members[camera]
         with Slice(video, 0, os.path.getsize(video)) as f:
-            with av.open(f) as container:
+            with open_video(f) as container:
                 stream = container.streams.video[0]
                 short_side = min(stream.width, stream.height)
             return read_frames(f, mp4_times(f), wanted, short_side)
@@ -959,7 +952,10 @@ def read_pictures(r, camera, wanted):
     if wanted[-1] >= len(table):
         raise ValueError(f"it has {len(table)} pictures, and step {wanted[-1]} is asked for")
     jpegs = fetch(r.shard, [(at + table[i][0], table[i][1]) for i in wanted])
-    return [rgb(Image.open(io.BytesIO(x))) for x in jpegs]
+    try:
+        return [rgb(Image.open(io.BytesIO(x))) for x in jpegs]
+    except Image.DecompressionBombError as e:
+        raise ValueError(f"a picture of {camera}: {e}") from e
 
 
 def rgb(image):

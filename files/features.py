@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from files.disk import DAMAGE, disk_failed, disk_sentence
+from files.disk import DAMAGE, is_storage_error, storage_sentence
 from files.remote import Shard
 from files.shards import Slice, feature_header, index_shards, read_ticks, shard_index
 from files.video import mp4_times, read_frames, video_rate
@@ -231,7 +231,7 @@ def tar_names(paths):
     return names, os.path.basename(top)
 
 
-def settings(reader):
+def reader_settings(reader):
     """What a DroidReader takes from an episode, as text. Features must have been made with the same
     settings. Without a camera (actions alone) there are none of pictures."""
     texts = {"fps": str(float(reader.fps)), "stride": str(reader.stride or 0)}
@@ -244,7 +244,7 @@ def settings(reader):
     return texts
 
 
-def sources(found, bad, reader, phases):
+def encodable_episodes(found, bad, reader, phases):
     """What droid.index_episodes gives -> ([Source], [bad]). Each camera is cut `phases` times, from
     first rows that are spread over the stride."""
     out = []
@@ -326,8 +326,8 @@ def guarded(r, call, *arguments):
     try:
         return call(*arguments)
     except DAMAGE as e:
-        if disk_failed(e):
-            raise OSError(disk_sentence(f"{r.shard} {r.key}", e)) from e
+        if is_storage_error(e):
+            raise OSError(storage_sentence(f"{r.shard} {r.key}", e)) from e
         raise ValueError(f"{type(e).__name__}: {e}") from e
 
 
@@ -426,7 +426,7 @@ def check_features(records, reader):
     """Refuse features that were made with other settings than a DroidReader has (ValueError). Tell
     the reader what their actions and states are."""
     made_with = feature_settings(records)
-    for name, value in settings(reader).items():
+    for name, value in reader_settings(reader).items():
         if made_with.get(name) != value:
             raise ValueError(
                 f"{records[0].shard} was made with --{name} {made_with.get(name)}, this run has"

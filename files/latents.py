@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
+from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
 from files.shards import Slice, read_ticks
 from files.video import mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, step_actions
@@ -570,8 +570,8 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
             write_latents(out, record.key, torch.cat(z).numpy(), labels)
             done += 1
         except READ_ERRORS as e:
-            if disk_failed(e):
-                raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
+            if is_storage_error(e):
+                raise OSError(storage_sentence(f"{record.shard} {record.key}", e)) from e
             bad.append((record.shard, record.key, f"{type(e).__name__}: {e}"))
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")

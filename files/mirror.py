@@ -80,7 +80,7 @@ class Mirror:
     of it stops training. A copy that does not move for `patience` seconds (and one more for each
     MB) is given up: at the end at once, in training `minutes` later."""
 
-    say = print
+    print0 = print
     retry = 60.0
     patience = 60.0
 
@@ -149,7 +149,7 @@ class Mirror:
         if ahead:
             self.fetch(there)
             which = f", which is ahead of {self.folder}" if newest_here else ""
-            self.say(f"fetched {len(there)} files from {self.url}{which}")
+            self.print0(f"fetched {len(there)} files from {self.url}{which}")
 
     def fetch(self, there):
         """Files whole or not at all, the newest checkpoint last: until then the next start comes
@@ -242,7 +242,7 @@ class Mirror:
                 wait = self.retry * self.fails
                 self.due = min(self.due, time.monotonic() + wait)
                 reasons = "; ".join({as_sentence(e) for e in errors.values()})
-                self.say(
+                self.print0(
                     f"WARNING: not copied to {self.url}: {', '.join(errors)} ({reasons}); again in"
                     f" {wait:.0f} s"
                 )
@@ -272,6 +272,6 @@ class Mirror:
         here = listing(LOCAL, self.folder)
         left = [name for name, stamp in here.items() if self.sent.get(name) != stamp]
         if left:
-            self.say(f"WARNING: not at {self.url}: {', '.join(left)}; copy them by hand")
+            self.print0(f"WARNING: not at {self.url}: {', '.join(left)}; copy them by hand")
         else:
-            self.say(f"all of this run is at {self.url}")
+            self.print0(f"all of this run is at {self.url}")

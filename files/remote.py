@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 
-from files.disk import Unreachable, trying, write_atomically
+from files.disk import Unreachable, with_retries, write_atomically
 from files.streams import Stream
 
 BLOCK = 1 << 18  # what an index asks for at once
@@ -27,7 +27,7 @@ VERSIONS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime",
 
 
 @contextlib.contextmanager
-def held(path):
+def locked(path):
     """A lock among processes and threads, on a file that stays. Unreachable if this user may not
     write it: that says nothing about the shard."""
     try:
@@ -85,7 +85,7 @@ class Shard(str):
             fs.invalidate_cache()
             return fs.info(name)
 
-        about = trying(self, info)
+        about = with_retries(self, info)
         for name in VERSIONS:
             if about.get(name):
                 return about["size"], str(about[name])
@@ -104,7 +104,7 @@ class Shard(str):
         notes = self.read_notes()
         if notes is not None:
             return notes
-        with held(self.notes + ".index"):
+        with locked(self.notes + ".index"):
             # another process may have been faster
             notes = self.read_notes()
             if notes is not None:
@@ -112,7 +112,7 @@ class Shard(str):
 
             fd = None  # open: a copy in use is not deleted
             source = self.peek()
-            if self.startswith("http") and not trying(self, self.serves_ranges):
+            if self.startswith("http") and not with_retries(self, self.serves_ranges):
                 fd = self.open()
                 source = self.copy
             notes = json.dumps(read(source))
@@ -142,7 +142,7 @@ class Shard(str):
             fs, name = fsspec.core.url_to_fs(self)
             start = number * BLOCK
             end = min(start + BLOCK, self.size)
-            data = trying(self, lambda: fs.cat_file(name, start=start, end=end))
+            data = with_retries(self, lambda: fs.cat_file(name, start=start, end=end))
             if len(data) != end - start:
                 raise Unreachable(
                     f"{self} gave {len(data)} of the {end - start} bytes at {start}: has it"
@@ -176,7 +176,7 @@ class Shard(str):
 
     def fetch(self):
         """Copy the shard, once however many processes ask -> file descriptor."""
-        with held(self.notes + ".copy"):
+        with locked(self.notes + ".copy"):
             # the process that had the lock before may have copied it
             with contextlib.suppress(FileNotFoundError):
                 return os.open(self.copy, os.O_RDONLY)
@@ -185,7 +185,7 @@ class Shard(str):
             began = time.monotonic()
             fd = self.reserve(part)
             try:
-                trying(self, lambda: self.transfer(fd))
+                with_retries(self, lambda: self.transfer(fd))
                 os.fsync(fd)
                 os.replace(part, self.copy)
                 seconds = time.monotonic() - began
@@ -221,7 +221,7 @@ class Shard(str):
         while time.monotonic() < end:
             # FileNotFoundError: a .part was renamed while the folder was listed
             with (
-                held(os.path.join(self.folder, "lock")),
+                locked(os.path.join(self.folder, "lock")),
                 contextlib.suppress(FileNotFoundError),
             ):
                 if self.make_room(part) >= self.size:
@@ -268,7 +268,7 @@ class Shard(str):
         return fd
 
 
-def cached(groups, folder, gigabytes, say=print):
+def cached(groups, folder, gigabytes, print0=print):
     """[[path or URL]] -> the same with a Shard for each URL. Prints how much will be copied, and
     warns if it does not fit into the cache."""
     for kind in ("shards", "notes"):
@@ -282,14 +282,14 @@ def cached(groups, folder, gigabytes, say=print):
 
     total = sum(shard.size for shard in shards) / 1e9
     copied = sum(shard.size for shard in shards if os.path.exists(shard.copy)) / 1e9
-    say(
+    print0(
         f"{len(shards)} shards at URLs, {total:.3g} GB, {copied:.3g} GB in {folder}; the others are"
         " copied when a clip first needs them"
     )
     if total > gigabytes:
         share = 1 - gigabytes / total
         megabytes = 1e3 * total / len(shards)
-        say(
+        print0(
             f"WARNING: only {gigabytes:.3g} GB may stay: about {share:.0%} of the clips will each"
             f" copy a shard of {megabytes:.3g} MB; raise --cache_size, take fewer shards, or stream"
             " them (no --cache_dir)"

@@ -23,9 +23,9 @@ from files.disk import (
     CACHE,
     READ_ERRORS,
     Unreachable,
-    disk_failed,
-    disk_sentence,
+    is_storage_error,
     read_cache,
+    storage_sentence,
     write_cache,
 )
 from files.remote import Shard
@@ -61,7 +61,7 @@ def braces(pattern, escape):
         return [pattern]
 
 
-def there(path):
+def exists(path):
     """os.path.exists, but an error (OSError) where the disk fails or a folder on the way may not be
     entered: such a path is not a pattern that matches nothing."""
     try:
@@ -80,7 +80,7 @@ def matches(pattern):
 
     A path that exists is taken as it is, whatever braces, brackets or backslashes are in its name.
     Likewise the longest folder that exists is taken as it is, and only the rest is a pattern."""
-    if there(pattern):
+    if exists(pattern):
         return [(pattern, [pattern])]
     folder, rest = os.path.split(pattern)
     while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
@@ -93,7 +93,7 @@ def matches(pattern):
         found = []
         for name in braces(names, escape):
             path = os.path.join(start, name)
-            if there(path):
+            if exists(path):
                 found.append((path, [path]))
             else:
                 found.append((path, glob_or_raise(start, name)))
@@ -117,10 +117,10 @@ def glob_or_raise(folder, pattern):
     for parent in parents:
         path = os.path.join(parent, name)
         if not glob.has_magic(name):
-            paths += [path] if there(path) else []
-        elif there(parent or os.curdir) and name == "**":
+            paths += [path] if exists(path) else []
+        elif exists(parent or os.curdir) and name == "**":
             paths += folders_below(parent)
-        elif there(parent or os.curdir):
+        elif exists(parent or os.curdir):
             list_folder(parent or os.curdir)
             paths += glob.glob(os.path.join(glob.escape(parent), name))
     return sorted(paths)
@@ -590,8 +590,8 @@ def measure_or_explain(record):
     except Unreachable:
         raise
     except READ_ERRORS as e:
-        if disk_failed(e):
-            raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
+        if is_storage_error(e):
+            raise OSError(storage_sentence(f"{record.shard} {record.key}", e)) from e
         return None, (record.shard, record.key, str(e))
 
 
@@ -655,7 +655,7 @@ def line_warnings(records, limit=32):
                 frame_rate = video_rate(f, times)
             ratio = ClipReader().frames_per_line(ticks, len(times), frame_rate)
         except READ_ERRORS as e:
-            if disk_failed(e):
+            if is_storage_error(e):
                 raise
             continue  # it is left out, with its reason, when a clip of it is read
         looked += 1

@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import torch
 
-from files.disk import READ_ERRORS, Unreachable, disk_failed, disk_sentence, trying
+from files.disk import READ_ERRORS, Unreachable, is_storage_error, storage_sentence, with_retries
 from files.video import WrongDecoder, mp4_times, video_rate
 from files.vpt import parse_ticks
 
@@ -78,7 +78,7 @@ class Stream(io.RawIOBase):
                 self.source = webdataset.gopen(self.url)
             data = self.source.read(len(buffer))
         else:
-            data = trying(self.url, lambda: self.more(buffer))
+            data = with_retries(self.url, lambda: self.more(buffer))
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
@@ -242,14 +242,14 @@ class StreamedClips(torch.utils.data.IterableDataset):
                         except WrongDecoder:
                             raise
                         except READ_ERRORS as e:
-                            if disk_failed(e):
+                            if is_storage_error(e):
                                 raise
                             bad.append((url, key, f"{type(e).__name__}: {e}"))
                 except WrongDecoder as e:
                     raise ValueError(f"{url} {key}: {e}") from e
                 except (*READ_ERRORS, tarfile.TarError) as e:
-                    if disk_failed(e):
-                        raise ValueError(disk_sentence(url, e)) from e
+                    if is_storage_error(e):
+                        raise ValueError(storage_sentence(url, e)) from e
                     bad.append((url, "", f"{type(e).__name__}: {e}"))
 
             # an epoch without a clip would repeat for ever

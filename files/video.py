@@ -3,6 +3,7 @@
 PyAV is imported by the functions that need it, because much else that imports this file does not:
 actions, states and features are read without a single frame."""
 
+import contextlib
 import functools
 import io
 import os
@@ -132,13 +133,35 @@ def timescale(f, span):
     return struct.unpack(">I", head[20:24] if wide else head[12:16])[0]
 
 
-def packet_times(f):
-    """Presentation times of the frames that a decoder will show, by reading every packet."""
+def memory_is_short():
+    """Whether this process cannot have another 256 MB."""
+    try:
+        return not bytearray(1 << 28)
+    except MemoryError:
+        return True
+
+
+@contextlib.contextmanager
+def open_video(file):
+    """av.open for reading. What FFmpeg finds wrong with the file is a ValueError, whatever kind of
+    error PyAV makes of it, so callers need not know PyAV. Errors of the disk pass as they are."""
     import av
 
+    try:
+        with av.open(file) as container:
+            yield container
+    except av.FFmpegError as e:
+        # "out of memory" may also be a wrong length in a damaged file
+        if isinstance(e, MemoryError) and memory_is_short():
+            raise MemoryError(str(e)) from e
+        raise ValueError(f"FFmpeg says: {e}") from e
+
+
+def packet_times(f):
+    """Presentation times of the frames that a decoder will show, by reading every packet."""
     f.seek(0)
     times = []
-    with av.open(f) as container:
+    with open_video(f) as container:
         for packet in container.demux(video=0):
             if packet.pts is not None and not packet.is_discard:
                 times.append(packet.pts)
@@ -148,12 +171,10 @@ def packet_times(f):
 def video_rate(f, times):
     """Frames a second of an open video by its own clock; None with fewer than two frames. times:
     from mp4_times."""
-    import av
-
     if len(times) < 2:
         return None
     f.seek(0)
-    with av.open(f) as container:
+    with open_video(f) as container:
         unit = container.streams.video[0].time_base
     interval = steady_interval(np.arange(len(times)), times)
     return float(1 / (interval * unit)) if interval and unit else None
@@ -243,9 +264,7 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
     short side resized with antialias.
 
     f: seekable file; times: from mp4_times or packet_times; wanted: increasing frame numbers.
-    Raises ValueError or av.FFmpegError; WrongDecoder where decord must not be used."""
-    import av
-
+    Raises ValueError; WrongDecoder where decord must not be used."""
     wanted = [int(i) for i in wanted]
     if decoder == "decord":
         return read_with_decord(f, times, wanted, short_side)
@@ -254,7 +273,7 @@ def read_frames(f, times, wanted, short_side, decoder="pyav"):
     matrix = None
     back = 0
     f.seek(0)
-    with av.open(f) as container:
+    with open_video(f) as container:
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
@@ -325,13 +344,12 @@ def read_with_decord(f, times, wanted, short_side):
         import decord
     except ImportError as e:
         raise RuntimeError("--decoder decord needs: pip install decord2") from e
-    import av
 
     f.seek(0)
     raw = f.read()
     video = len(raw), zlib.crc32(raw)
     starts = COMPARED.get(video) or decord_starts(raw, times)
-    with av.open(io.BytesIO(raw)) as container:
+    with open_video(io.BytesIO(raw)) as container:
         stream = container.streams.video[0]
         width, height = fitting(stream.width, stream.height, short_side)
 
@@ -402,12 +420,11 @@ def decord_starts(raw, times):
     """Numbers of the frames of an mp4 at which decord can start: key frames that depend on nothing
     before them, with no later packet that is shown earlier. WrongDecoder if it would choose, count
     or show other frames than the index says."""
-    import av
 
     def refused(reason):
         return WrongDecoder(f"decord would show wrong pictures, since {reason}: use --decoder pyav")
 
-    with av.open(io.BytesIO(raw)) as container:
+    with open_video(io.BytesIO(raw)) as container:
         tracks = len(container.streams.video)
         if tracks > 1:
             raise refused(f"the file has {tracks} video tracks, and it may choose another")

@@ -25,7 +25,7 @@ __all__ = [
     "apply_rope",
     "attention_impl",
     "block_causal_attention",
-    "chosen",
+    "describe_kernels",
     "linear",
     "low_rank",
     "merge_moments",
@@ -42,7 +42,7 @@ LOW_RANK = {"plain": low_rank_plain, "fused": low_rank_fused}
 
 # there is no Triton on macOS
 if importlib.util.find_spec("triton"):
-    from .attention import attention_triton, runs_triton, served
+    from .attention import attention_triton, runs_triton, supports
     from .rope import TYPES, rope_triton
     from .stats import moments_triton
 
@@ -56,7 +56,7 @@ def attention_impl(device, dtype, head_dim, block, length):
     # fp32 is multiplied without tensor cores, so it is left to PyTorch's kernels until a
     # measurement on a GPU shows that ours are faster
     has_triton = device.type == "cuda" and "triton" in ATTENTION
-    if has_triton and dtype != torch.float32 and served(device, dtype, head_dim):
+    if has_triton and dtype != torch.float32 and supports(device, dtype, head_dim):
         return "triton"
 
     # time of reference over prefix, forward + backward on one CPU thread: 0.95 at 7 x 18 tokens
@@ -78,7 +78,7 @@ def rope_impl(device, dtype):
     return "triton" if has_triton and dtype in TYPES else "plain"
 
 
-def chosen(device, dtype, head_dim=0, block=0, length=0):
+def describe_kernels(device, dtype, head_dim=0, block=0, length=0):
     """A line for scripts to print: what "auto" means for them. Attention is included if its sizes
     are given, as to `attention_impl`."""
     impls = {}

@@ -74,7 +74,7 @@ def runs_triton(device):
     )
 
 
-def served(device, dtype, head_dim):
+def supports(device, dtype, head_dim):
     """Whether attention_triton runs on these inputs: such a GPU, or anything in Triton's
     interpreter."""
     return (runs_triton(device) or INTERPRET) and dtype in DTYPES and head_dim in HEAD_DIMS
@@ -403,7 +403,7 @@ def attention_triton(q, k, v, block):
             f"head dim {q.shape[-1]} is not one of {HEAD_DIMS}: change the number of heads, or use"
             " impl='prefix'"
         )
-    if not q.device == k.device == v.device or not served(q.device, torch.float32, q.shape[-1]):
+    if not q.device == k.device == v.device or not supports(q.device, torch.float32, q.shape[-1]):
         where = ", ".join(str(x.device) for x in (q, k, v))
         raise ValueError(
             f"q, k, v on {where}: needs one NVIDIA GPU of compute capability 8.0 or more; elsewhere"

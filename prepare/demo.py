@@ -71,7 +71,7 @@ class Explorer:
         self.rng = rng
         self.slot = 1
         self.trail = []  # the last positions, to notice that it is stuck
-        self.held = {}  # key, mouse button or "rest" -> ticks it stays held
+        self.pressed = {}  # key, mouse button or "rest" -> ticks it stays held
 
         # camera: a goal for the turning speed and for the pitch, and ticks that each goal lasts
         self.turn = 0.0  # degrees a tick
@@ -82,17 +82,17 @@ class Explorer:
         self.look_left = 0
 
     def hold(self, name, chance, low, high):
-        if name not in self.held and self.rng.random() < chance:
-            self.held[name] = int(self.rng.integers(low, high))
+        if name not in self.pressed and self.rng.random() < chance:
+            self.pressed[name] = int(self.rng.integers(low, high))
 
     def act(self, depth, pitch, position):
         """Depth (H, W) of the picture, pitch in degrees, position (x, y) -> dx, dy in pixels, keys,
         mouse buttons, wheel; sets slot."""
-        self.held = {name: left - 1 for name, left in self.held.items() if left > 0}
+        self.pressed = {name: left - 1 for name, left in self.pressed.items() if left > 0}
         left, ahead, right = self.distances(depth, pitch)
         stuck = self.is_stuck(position)
         if stuck:
-            self.held = {}
+            self.pressed = {}
             self.trail = []
         avoid = stuck or ahead < 1.5 * NEAR
         if stuck or self.turn_left <= 0 or (avoid and abs(self.turn_goal) < 2):
@@ -102,9 +102,9 @@ class Explorer:
 
         # now and then it rests: no keys, no camera
         self.hold("rest", 0.01, 4, 16)
-        resting = "rest" in self.held
+        resting = "rest" in self.pressed
         if resting:
-            self.held = {"rest": self.held["rest"]}
+            self.pressed = {"rest": self.pressed["rest"]}
             self.turn_goal = 0.0
             self.look_goal = pitch
         dx, dy = self.move_camera(pitch)
@@ -112,8 +112,8 @@ class Explorer:
             return dx, dy, [], [], 0
 
         self.press(ahead)
-        keys = sorted(self.held.keys() - set(MOUSE))
-        buttons = [number for number, name in enumerate(MOUSE) if name in self.held]
+        keys = sorted(self.pressed.keys() - set(MOUSE))
+        buttons = [number for number, name in enumerate(MOUSE) if name in self.pressed]
         wheel = 0
         if self.rng.random() < 0.01:
             wheel = int(self.rng.choice([-1, 1]))
@@ -137,7 +137,7 @@ class Explorer:
     def is_stuck(self, position):
         """Whether it has walked for 12 ticks and come nowhere."""
         self.trail = self.trail[-11:] + [position]
-        if "w" not in self.held or len(self.trail) < 12:
+        if "w" not in self.pressed or len(self.trail) < 12:
             return False
         return np.hypot(*np.subtract(self.trail[0], position)) < 24
 
@@ -188,7 +188,7 @@ class Explorer:
     def press(self, ahead):
         """Keys and buttons: each with its chance a tick and the ticks that it is held."""
         if ahead < NEAR:
-            self.held.pop("w", None)
+            self.pressed.pop("w", None)
             self.hold("use", 0.15, 1, 3)  # it may be a door
         chords = {
             "s": (0.05 if ahead < NEAR else 0.01, 4, 12),
@@ -202,7 +202,7 @@ class Explorer:
             "use": (0.005, 1, 3),
         }
         for name, (chance, low, high) in chords.items():
-            if OPPOSITE.get(name) not in self.held:
+            if OPPOSITE.get(name) not in self.pressed:
                 self.hold(name, chance, low, high)
 
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import one_sentence
-from files.disk import READ_ERRORS, disk_failed
+from checkpoint import short_excepthook
+from files.disk import READ_ERRORS, is_storage_error
 from files.latents import VAE_FRAMES, find_files, latent_frames, write_latents
 from files.shards import expand, index_shards
 
@@ -150,7 +150,7 @@ def read_play(data, fps, size):
             frames, labels = latent_frames(r, fps, size)
             steps = np.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in frames])
         except READ_ERRORS as e:
-            if disk_failed(e):
+            if is_storage_error(e):
                 raise
             print(f"left out: {r.shard} {r.key}: {type(e).__name__}: {e}")
             continue
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     group.add_argument("--ae_steps", type=int, default=1500, help="autoencoder: training steps")
     group.add_argument("--ae_batch", type=int, default=16, help="autoencoder: steps in a batch")
     args = parser.parse_args()
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
     if args.size % 16 or args.size < 16:
         raise ValueError(f"--size {args.size} is no multiple of 16")
     for name in ("files", "chunks", "fps", "ae_steps", "ae_batch"):

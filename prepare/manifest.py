@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import one_sentence
+from checkpoint import short_excepthook
 from files.disk import write_atomically
 from files.latents import (
     SUFFIX,
@@ -274,7 +274,7 @@ if __name__ == "__main__":
         "--size", nargs="+", default=["64"], help="height and width, or one for both"
     )
     args = parser.parse_args()
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
     if args.dir is None and len(args.size) > 1:
         args.dir = args.size.pop()  # --size 16 DIR
     if args.dir is None:

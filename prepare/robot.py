@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import one_sentence
+from checkpoint import short_excepthook
 from files.disk import write_atomically
 from files.episodes import CAMERAS, masked_crc
 from prepare.arm import HEIGHT, RATE, WIDTH, WORLDS, play
@@ -187,7 +187,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    sys.excepthook = one_sentence
+    sys.excepthook = short_excepthook
     least, most = args.steps
     if args.episodes < 1:
         raise ValueError(f"--episodes {args.episodes} makes nothing: give 1 or more")

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from files.disk import READ_ERRORS, disk_failed, disk_sentence, write_atomically
+from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
 from files.shards import Slice, archive_members, files_below
 from files.streams import is_apple_double, member_kind
 from files.video import mp4_times, read_frames, video_rate
@@ -212,8 +212,8 @@ def check(folder, stem, extensions):
             read_frames(f, times, [0], 64)
             ClipReader().frames_per_line(ticks, len(times), video_rate(f, times))
     except READ_ERRORS as e:
-        if disk_failed(e):
-            raise OSError(disk_sentence(os.path.join(folder, stem), e)) from e
+        if is_storage_error(e):
+            raise OSError(storage_sentence(os.path.join(folder, stem), e)) from e
         return Check(" ".join(str(e).split()))
     return Check("", len(ticks.motion) / ticks.rate, ticks.unknown)
 

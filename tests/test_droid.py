@@ -987,11 +987,11 @@ def raw_droid(folder, seed=1, steps=60, frames=None, metadata=True, uuid="lab+1"
 
 def test_raw_droid_as_metas_loader_reads_it(tmp_path):
     """Bug: rows and frames drift apart; Meta's setting (left camera, every 15th row) cannot be
-    repeated; the wrong camera's extrinsics."""
+    repeated."""
     r = raw_droid(tmp_path / "a")
     raw_droid(tmp_path / "b", seed=2, uuid="lab+2")
     (tmp_path / "list.csv").write_text(f"{tmp_path / 'a'} 0\n{tmp_path / 'b'} 0\n")
-    reader = DroidReader(4, stride=15, **SMALL, camera="left", extrinsics=True)
+    reader = DroidReader(4, stride=15, **SMALL, camera="left")
     train, val, bad = opened(str(tmp_path / "list.csv"), reader, val_fraction=0.5)
     assert {x.key for x in train + val} == {"lab+1", "lab+2"} and not bad
     train = opened(str(tmp_path / "a"), reader)[0]
@@ -999,19 +999,10 @@ def test_raw_droid_as_metas_loader_reads_it(tmp_path):
     assert [read_number(f) for f in clip["video"]] == [14, 29, 44, 59]
     pose = r["observation/cartesian_position"][[14, 29, 44, 59]]
     np.testing.assert_allclose(clip["states"][:, :6], pose, atol=1e-6)
-    np.testing.assert_allclose(clip["extrinsics"], pose + 1, atol=1e-6)
     np.testing.assert_allclose(
         clip["actions"],
         expected_actions(np.column_stack([pose, [0.014, 0.029, 0.044, 0.059]])),
         atol=1e-6,
-    )
-    assert "no camera extrinsics" in str(
-        pytest.raises(
-            ValueError,
-            opened,
-            str(tmp_path / "a"),
-            DroidReader(4, 5, camera="right", extrinsics=True),
-        ).value
     )
     raw_droid(tmp_path / "c", metadata=False)
     raw_droid(tmp_path / "d", frames=40)

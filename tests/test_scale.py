@@ -145,7 +145,7 @@ def test_shards_in_the_cache_are_local_shards(shards, server, tmp_path, monkeypa
             [p]
             for p in cached(
                 [[remote_data.replace("{000000..000002}", f"00000{i}") for i in range(3)]],
-                **{"folder": str(tmp_path / "cache"), "gigabytes": 1.0, "say": str},
+                **{"folder": str(tmp_path / "cache"), "gigabytes": 1.0, "print0": str},
             )[0]
         ]
     )
@@ -237,11 +237,11 @@ def test_the_waits_grow_and_are_bounded(monkeypatch):
     monkeypatch.setattr(disk, "WAIT", 1.0)
     monkeypatch.setattr(disk.time, "sleep", waits.append)
     with pytest.raises(Unreachable, match=r"x cannot be read: KeyError: 'a' \(5 times\)"):
-        disk.trying("x", lambda: calls.append(1) or {}["a"])
+        disk.with_retries("x", lambda: calls.append(1) or {}["a"])
     assert len(calls) == 5 and waits[0] == 0 and np.allclose(waits[1:], [1, 3, 9, 27], rtol=0.2)
     monkeypatch.setattr(disk, "WAIT", 20.0)
     with pytest.raises(Unreachable):
-        disk.trying("x", lambda: {}["a"])
+        disk.with_retries("x", lambda: {}["a"])
     assert max(waits[5:]) <= 36
 
 

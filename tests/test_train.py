@@ -37,7 +37,7 @@ from files import vpt
 from files.features import feature_rows
 from files.shards import Slice, index_shards
 from files.video import mp4_times, read_frames
-from model import Predictor, encode_steps, make_inputs
+from model import Predictor, encode_steps, make_features_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIXTURES = os.path.join(ROOT, "tests", "fixtures")
@@ -831,7 +831,7 @@ def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path
     dataset = Clips(
         index_shards([held])[0], [1.0] * 20, vpt.ClipReader(scaler=scaler, crop_size=32)
     )
-    inputs = make_inputs(None, "tubelet", 2, {"mean": None, "std": None}, "cpu")
+    inputs = make_features_of(None, "tubelet", 2, {"mean": None, "std": None}, "cpu")
     with torch.no_grad():
         for layer in (
             predictor.action_encoder,
