@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
 from checkpoint import short_excepthook
 from data import Clips, Order, check_fraction, collate, ignore_signals_in_worker
@@ -41,6 +40,7 @@ from files.episodes import (
     read_pictures,
 )
 from files.features import check_features, feature_rows, feature_settings, keep_ranges, to_steps
+from files.progress import tqdm
 from files.shards import braces, files_below, matches, spread, without_links
 
 # of a state, and of the action to the next one

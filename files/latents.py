@@ -18,9 +18,9 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
+from files.progress import tqdm
 from files.shards import Slice, read_ticks
 from files.video import mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, step_actions

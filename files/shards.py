@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from files.disk import (
     CACHE,
@@ -28,6 +27,7 @@ from files.disk import (
     storage_sentence,
     write_cache,
 )
+from files.progress import tqdm
 from files.remote import Shard
 from files.streams import is_apple_double, member_kind
 from files.video import mp4_times, video_rate

@@ -165,3 +165,23 @@ def test_workers_are_the_cpus_that_may_be_used(script):
     code += "; print(s.parser.get_default('num_workers'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "1", done.stderr
+
+
+def test_a_log_gets_lines_not_bars():
+    """Bug: where the output is no terminal, a log fills with hundreds of bars, or the last line of
+    a bar is lost."""
+    code = """
+import time
+from files.progress import tqdm
+for _ in tqdm(range(40), "reads", unit="file"):
+    time.sleep(0.02)
+for _ in tqdm(range(3), "too short to be shown", delay=10):
+    pass
+print("done")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = ran.stderr.splitlines()
+    assert len(lines) == 1 and "\r" not in ran.stderr, ran.stderr
+    assert lines[0].startswith("reads: 100%") and "40/40" in lines[0]
