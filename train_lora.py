@@ -35,6 +35,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """The docstring as it is, then the flags, with the default of each that has one."""
 
     def _get_help_string(self, action):
+        # no default to show: there is none, or it is just "off", or the text names it already
         unset = action.default in (None, argparse.SUPPRESS) or action.default is False
         if unset or "(default" in action.help:
             return action.help
@@ -42,17 +43,24 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action):
         """The first spelling only: the others are old names, and names in other people's guides."""
+        # a switch can also be turned off: --compile, --no-compile
         names = action.option_strings
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"{names[0]}, --no-{names[0][2:]}"
+        # one spelling, or -h with --help: argparse's own line will do
         if len(names) < 2 or "--help" in names:
             return super()._format_action_invocation(action)
+
+        # many spellings: argparse would repeat the placeholder after each of them
         return f"{names[0]} {self._format_args(action, names[0][2:].upper())}"
 
 
+# no abbreviations: --val must not mean --val_data today and another flag next year
 parser = argparse.ArgumentParser(
     description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
 )
+
+# a flag that can be given as --NAME or --no-NAME
 switch = argparse.BooleanOptionalAction
 
 # CPUs that this process may use: a container or SLURM may allow fewer than the machine has
@@ -60,80 +68,104 @@ cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 
 # --- flags of this stage ---
 flag = parser.add_argument_group("data").add_argument
+# what to train on, and what to hold out
 flag("--data", "--data_path", nargs="+", action="extend", required=True, help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs; may be repeated")  # fmt: skip
 flag("--val_data", nargs="+", action="extend", help="held-out episodes; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the episodes held out")
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip
+# actions are given to the predictor with mean 0 and std 1
 flag("--scaler", default="droid_action_scaler.pkl", help="action statistics from fit_scaler.py --dataset droid; folded into the base")  # fmt: skip
 flag("--no_scale", action="store_true", help="leave actions unscaled (Meta's setting)")
+# a clip: by default 8 frames in 2 s, a step each
 flag("--frames_per_clip", type=int, default=8, help="sampled frames of a clip, one a step")
 flag("--fps", type=float, default=4.0, help="sampled frames a second")
 flag("--stride", type=int, help="rows between sampled frames in place of --fps; 15 is Meta's on raw DROID")  # fmt: skip
 flag("--crop_size", type=int, default=256, help="pixels of the square crop")
 flag("--crop", default="reference", choices=["reference", "square"], help="reference: the centre, at most 1.35:1, squeezed to a square as Meta does")  # fmt: skip
+# which parts of an episode are used, and seen by which camera
 flag("--camera", "--camera_view", nargs="+", action="extend", help="cameras; each clip draws one of them (default: exterior_1)")  # fmt: skip
 flag("--idle_filter", default="light", choices=["off", "openpi", "light"], help="leave out stretches without motion (droid.py)")  # fmt: skip
 flag("--success", default="all", choices=["all", "only"], help="only: leave out failed episodes")
+# a robot whose actions are no poses of a gripper
 flag("--state_keys", nargs="+", action="extend", help="fields of the state (default: the 7-D pose); other ones need --action_keys")  # fmt: skip
 flag("--action_keys", nargs="+", action="extend", help="fields of the action (default: differences of the pose)")  # fmt: skip
-flag("--verify", action=switch, help="check all checksums of TFRecords, which reads them once (default: files up to 50 GB)")  # fmt: skip
+# reading
+flag("--verify", action=switch, help="first read all TFRecords once to check their checksums (default: for files up to 50 GB)")  # fmt: skip
 flag("--max_bad_fraction", type=float, default=0.01, help="stop if more than this share of clips cannot be read (after 100 clips)")  # fmt: skip
-flag("--num_workers", type=int, default=min(8, cpus), help="loader processes a rank; at most 8 of the usable CPUs unless given")  # fmt: skip
+flag("--num_workers", type=int, default=min(8, cpus), help="loader processes of each rank; the default is the usable CPUs, at most 8")  # fmt: skip
 flag("--prefetch_factor", type=int, default=2, help="batches that each loader process has ready")
 
 flag = parser.add_argument_group("model and loss").add_argument
+# what to start from; the encoder stays frozen
 flag("--base", "--predictor_path", default="vjepa2_ac_vitg", help="predictor to start from: Meta's file, a run, a checkpoint or an --export; none: random weights")  # fmt: skip
 flag("--encoder", "--encoder_path", "--pretrain_checkpoint", help="weights of the frozen encoder: a path, URL or name, or vit_tiny, random weights (default: the encoder in --base)")  # fmt: skip
 flag("--model_name", help="refused: the encoder's size is read from its weights (--encoder)")
+# what is trained: adapters, or all of the predictor
 flag("--full", action=switch, default=False, help="train all of the predictor, without adapters")
 flag("--init_from", help="start from these weights: the folder of a PEFT adapter, which decides --lora_r --alpha --targets; a predictor here is the same as --base")  # fmt: skip
+# LoRA, as in PEFT: a layer W becomes W + scale * B A
 flag("--targets", "--target_modules", nargs="+", action="extend", help="layers to adapt: any of q_proj k_proj v_proj o_proj mlp.fc1 mlp.fc2 (default: all)")  # fmt: skip
-flag("--lora_r", "--r", dest="r", type=int, default=16, help="rank of the adapters; under torchrun do not shorten it to --r, which torchrun takes for one of its own --rdzv flags")  # fmt: skip
-flag("--alpha", "--lora_alpha", type=float, default=32.0, help="scale of the adapters times sqrt(r), without --rslora times r")  # fmt: skip
+flag("--lora_r", "--r", dest="r", type=int, default=16, help="rank of the adapters; do not write --r under torchrun, which takes it for one of its own --rdzv flags")  # fmt: skip
+flag("--alpha", "--lora_alpha", type=float, default=32.0, help="adapters are multiplied by alpha / sqrt(r), without --rslora by alpha / r")  # fmt: skip
 flag("--dropout", "--lora_dropout", type=float, default=0.05, help="dropout before the adapters")
 flag("--rslora", "--use_rslora", action=switch, default=True, help="divide alpha by sqrt(r) rather than r")  # fmt: skip
 flag("--fused_qkv", action=switch, default=False, help="one adapter for q, k and v, as stock PEFT, rather than one each")  # fmt: skip
+# layers that are trained whole, beside the adapters
 flag("--train_condition_encoders", action=switch, default=False, help="also train what encodes action and state (new dimensions: always)")  # fmt: skip
+# a predictor from random weights (--base none)
 flag("--feature_norm", default="layer", choices=["layer", "standardize"], help="with --base none; standardize: also give every feature channel mean 0 and std 1, before the layer norm")  # fmt: skip
 flag("--pred_dim", "--pred_embed_dim", type=int, default=1024, help="width of the predictor, with --base none")  # fmt: skip
 flag("--pred_depth", type=int, default=24, help="blocks of the predictor, with --base none")
 flag("--pred_heads", "--pred_num_heads", type=int, help="attention heads of the predictor (default: those of the base, 16 with --base none)")  # fmt: skip
 flag("--predict", choices=["features", "change"], help="change: the output is added to the step's own features (default: as the base, features with --base none)")  # fmt: skip
+# less memory, more speed
 flag("--activation_checkpointing", "--use_activation_checkpointing", "--gradient_checkpointing", action=switch, default=False, help="recompute blocks in the backward pass to save memory")  # fmt: skip
 flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the predictor and the encoder")  # fmt: skip
+# the loss: one step ahead, and further ahead on its own predictions
 flag("--auto_steps", type=int, default=2, help="steps of the rollout loss")
 
 flag = parser.add_argument_group("optimizer").add_argument
+# a step takes --batch_size x --grad_accum x ranks clips
 flag("--batch_size", "--per_device_batch_size", type=int, default=8, help="clips per rank and micro-batch")  # fmt: skip
 flag("--grad_accum", "--gradient_accumulation_steps", type=int, default=16, help="micro-batches per step")  # fmt: skip
+# length of the run
 flag("--max_steps", type=int, default=100_000, help="stop after this many steps; the schedule ends there too, unless --schedule_steps says otherwise")  # fmt: skip
 flag("--schedule_steps", type=int, help="steps of the schedule (default: --max_steps)")
+# learning rate: warm-up, constant --lr, anneal to 0
 flag("--lr", "--learning_rate", type=float, default=2e-4, help="learning rate between warm-up and anneal")  # fmt: skip
 flag("--warmup_steps", type=int, default=500, help="steps of linear warm-up")
 flag("--anneal_steps", type=int, help="steps of linear anneal at the end (default: a tenth of the schedule)")  # fmt: skip
+# AdamW
 flag("--weight_decay", type=float, default=0.01, help="AdamW decay of matrices")
-flag("--grad_clip", "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0 is off")  # fmt: skip
+flag("--grad_clip", "--gradient_clipping", type=float, default=1.0, help="largest gradient norm; 0 turns clipping off")  # fmt: skip
 flag("--optim", default="adamw", choices=["adamw", "adamw8bit"], help="adamw8bit: moments in 8 bits (pip install bitsandbytes)")  # fmt: skip
 flag("--dtype", choices=["bfloat16", "float16", "float32"], help="autocast precision (default: bfloat16 on a GPU, float32 on a CPU)")  # fmt: skip
 
 flag = parser.add_argument_group("run").add_argument
+# checkpoints, and how to continue from them
 flag("--out_dir", default="out/lora", help="folder of this run")
 flag("--resume", action=switch, default=False, help="continue from the newest good checkpoint in --out_dir (or --sync_to), if there is one")  # fmt: skip
 flag("--save_every_n_steps", type=int, default=1000, help="steps between checkpoints")
 flag("--keep_last", type=int, default=2, help="checkpoints to keep")
+# what it reports, and how often
 flag("--eval_every_n_steps", type=int, default=500, help="steps between validations")
 flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps between log lines")
+# copies for others, and in another place
 flag("--export", help="at the end write the merged predictor, for unscaled actions, to this file in Meta's layout")  # fmt: skip
 flag("--sync_to", help="copy the run's folder to this fsspec URL in the background, and resume from there")  # fmt: skip
 flag("--sync_minutes", type=float, default=30.0, help="minutes between copies")
+# the same seed gives the same weights and the same order of clips
 flag("--seed", type=int, default=239, help="seed of weights and clip order")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+# extras
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
+# trying it out
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
 flag("--debug", action=switch, default=False, help="three steps on one clip with all checks, write nothing")  # fmt: skip
 flag("--memory_report", action=switch, default=False, help="estimate memory by part, measure it over three steps, write nothing")  # fmt: skip
 
 if __name__ == "__main__":
+    # tests and loader processes import this file without our flags
     args = parser.parse_args()
 
 # heavy imports come after parsing: --help answers at once
@@ -142,6 +174,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+# ours: model.py has the predictor, the LoRA layers and the losses, droid.py makes batches of
+# episodes, weights.py opens bases and writes adapters, checkpoint.py saves this run
 import checkpoint
 import weights
 from data import ActionScaler, collate, prefetch, windows
@@ -203,20 +237,23 @@ from weights import (
 def lr_at(step, total_steps, warmup, anneal, lr):
     """Learning rate of a step (from 1): `warmup` steps of linear warm-up, constant, and a linear
     anneal over the last `anneal` steps, which would reach 0 after step `total_steps`."""
+    # a trapezoid is the lowest of three lines: rising, flat, falling
     return lr * min(1, step / max(warmup, 1), (total_steps - step + 1) / max(anneal, 1))
 
 
 def is_predictor(path):
     """Whether --init_from is a file of weights or the folder of a run, and no PEFT adapter."""
+    # a run folder has a newest checkpoint; a PEFT folder has none
     if os.path.isdir(path):
         return os.path.exists(os.path.join(path, checkpoint.LATEST))
     return os.path.isfile(path) and not os.path.basename(path).startswith("adapter_")
 
 
 if __name__ == "__main__":
+    # what the user can fix is printed as one line, everything else as a traceback
     sys.excepthook = checkpoint.short_excepthook
 
-    # one check, one message
+    # wrong flags end the run here, before anything is read or written
     for name in (
         "batch_size",
         "grad_accum",
@@ -229,32 +266,47 @@ if __name__ == "__main__":
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
+            # the name that users give
             name = {"r": "lora_r"}.get(name, name)
-            parser.error(f"--{name} {value} is too small: 1 is the least")
+            parser.error(f"--{name} {value} is too small: use 1 or more")
+
+    # a schedule that ends early would leave a learning rate of 0 for the rest
     if args.schedule_steps and args.schedule_steps < args.max_steps:
         parser.error(
             f"--schedule_steps {args.schedule_steps} ends before --max_steps {args.max_steps}"
         )
+
+    # a guide has this flag; to ignore it could give another encoder than the one asked for
     if args.model_name:
-        parser.error("--model_name: the encoder's size is read from its weights, name --encoder")
+        parser.error(
+            "--model_name is not used: the encoder's size is read from its weights (--encoder)"
+        )
+
+    # both are optional: say now what is missing, not after minutes of reading
     if args.wandb_project and not importlib.util.find_spec("wandb"):
         parser.error("--wandb_project needs the package wandb: pip install wandb")
     if args.optim == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
         parser.error("--optim adamw8bit needs the package bitsandbytes: pip install bitsandbytes")
+
+    # in train_ac.py --init_from names a predictor; here that is --base, and --init_from names
+    # adapters
     if args.init_from and is_predictor(args.init_from):
         if args.base != parser.get_default("base"):
             parser.error(f"--init_from {args.init_from} is a predictor, as --base is: give one")
         args.base = args.init_from
         args.init_from = None
 
-    # flags that take lists
+    # argparse would add what is given to a default list, so the defaults of lists are set here
     args.camera = args.camera or ["exterior_1"]
     args.targets = args.targets or [*TARGETS]
+
+    # --debug learns one clip by heart
     if args.debug:
         args.batch_size = 1
         args.grad_accum = 1
 
     # --- distributed --- (same in every train_*.py)
+    # torchrun sets these three; without it the run is one process, rank 0 of 1
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -264,43 +316,56 @@ if __name__ == "__main__":
         if rank == 0:
             print(*parts, sep=sep, flush=True)
 
-    # a GPU if there is one: each rank takes that of its local rank
+    # a GPU if there is one, otherwise the CPU
     if args.device and not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         parser.error(f"--device {args.device} is none of cpu, cuda and cuda:N")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             parser.error(f"--device {args.device}: PyTorch finds no GPU here")
+
+        # the ranks of a node share its GPUs: each takes that of its local rank
         if device.index is None:
             device = torch.device("cuda", local_rank)
         elif world > 1:
             parser.error(f"--device {args.device} is one GPU, and this run has {world} processes")
+
+        # TF32 is much faster, and bfloat16 autocast has fewer bits still
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
+
+    # gradients go through NCCL between GPUs; the stop signal and log values are on the CPU: gloo
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
-    # precision: weights stay in float32, autocast computes in args.dtype
+    # every rank initialises the same weights
     torch.manual_seed(args.seed)
+
+    # weights stay in float32, autocast computes in args.dtype
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = functools.partial(
         torch.autocast, device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32"
     )
 
     # --- data ---
-    # what is quick to check comes first: the folder, the names of files, the scaler
+    # what is quick to check comes first. A new run must not write over an earlier one
     dry = args.dry_run or args.debug or args.memory_report
     if not args.resume and not dry:
         checkpoint.check_unused(args.out_dir)
+
+    # --val_data takes the place of a split of --data; --val_clips 0 turns both off
     val_data = args.val_data if args.val_clips else None
     val_fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
+
+    # a pattern or a path without a file is an error now, not after the base is loaded. URLs are
+    # looked at later: asking a server takes time
     for pattern in [*args.data, *(val_data or [])]:
         if "://" not in pattern:
-            find_episodes(pattern)  # what matches nothing is an error here
+            find_episodes(pattern)
     known_names = ["none", *weights.RELEASED, *weights.ARCHITECTURES]
     is_path = args.encoder and "://" not in args.encoder
     if is_path and args.encoder not in known_names:
-        weights.find_encoder(args.encoder, "")  # a missing file is an error here
+        weights.find_encoder(args.encoder, "")
     is_path = "://" not in args.base and args.base not in known_names
     if is_path and not os.path.exists(args.base):
         raise FileNotFoundError(
@@ -312,13 +377,15 @@ if __name__ == "__main__":
             f"--init_from {args.init_from}: no such folder, so no PEFT adapter and no predictor"
         )
 
+    # if there is no scaler yet, the error shows the command that fits one
     suggested_flags = (
         f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g} --val_fraction"
         f" {val_fraction:g}"
     )
     scaler = None if args.no_scale else ActionScaler.load(args.scaler, suggested_flags)
 
-    # one process at a time writes to the folder; what --sync_to holds comes into it first
+    # one process at a time may write to the folder. On a new machine it is filled from --sync_to
+    # first, and the other ranks wait for that
     mirror = None
     if rank == 0 and not dry:
         checkpoint.lock(args.out_dir)
@@ -328,7 +395,8 @@ if __name__ == "__main__":
         dist.barrier()
     print0(f"reading {' '.join(args.data)}")
 
-    # episodes to train on and to hold out
+    # episodes to train on and to hold out; they are held out whole, because clips of one episode
+    # resemble each other
     reader = DroidReader(
         args.frames_per_clip,
         args.fps,
@@ -350,6 +418,8 @@ if __name__ == "__main__":
         verify=args.verify,
         log=print0,
     )
+
+    # what the files call the dims of an action
     action_names = reader.names
     if bad:
         print0(
@@ -357,14 +427,17 @@ if __name__ == "__main__":
             " are listed in bad_clips.jsonl"
         )
 
-    # how actions are scaled
+    # without a scaler nothing is scaled: mean 0 and std 1 for every dim
     if args.no_scale:
         ones = np.ones(len(action_names))
         scaler = ActionScaler(0 * ones, ones, ones, 0, {})
+
+    # it must be of these actions and this frame rate
     scaler.check(args.scaler, action_names, args.fps, 1, args.stride or 0)
     reader.scaler = scaler
 
-    # validation
+    # the scaler must not have seen the held-out episodes. It lists its episodes if they are at
+    # most 1000; otherwise it only knows which share was held out when it was fitted
     held_out_names = {record.name for record in val}
     fitted_on = scaler.meta.get("recordings")
     if fitted_on:
@@ -377,20 +450,23 @@ if __name__ == "__main__":
             "warning: the scaler was fitted on recordings held out here; fit it on the training"
             " shards only (fit_scaler.py --val_fraction)"
         )
+
+    # validation sees each clip once, in the same order whatever the number of ranks. Its action gap
+    # gives a clip the actions of another one, so two clips are the least
     clips = DroidClips(train, reader, args.seed)
     val_set = DroidClips(val, reader, args.seed)
     if args.val_clips and sum(map(len, windows(val_set, 1, 2))) < 2:
         raise ValueError(
-            "the held-out episodes hold fewer than two clips: hold out more, pass --val_data, or"
+            "the held-out episodes contain fewer than two clips: hold out more, pass --val_data, or"
             " --val_clips 0"
         )
 
-    # std of the unscaled actions, to compare with those that the base was trained on
+    # std of the unscaled actions, on 16 clips: scale_warnings compares it with that of the base
     sample = [clips[i]["actions"] for items in windows(clips, 16, 16) for i in items]
     action_std = torch.cat(sample).std(0).double().numpy() * scaler.scale
 
     # --- model ---
-    # the frozen encoder; features need none
+    # the base is a path, a URL or a name; names and URLs are downloaded here
     has_features = train[0].kind == "features"
     base = "none" if args.base == "none" else fetch(args.base)
     if base == "none" and not (args.full and (args.encoder or has_features)):
@@ -398,6 +474,8 @@ if __name__ == "__main__":
             "--base none has nothing to adapt: pass --full to train a predictor from random"
             " weights, and its --encoder"
         )
+
+    # features must have been made with these settings
     clip_settings = {
         "encode": "frame",
         "fps": args.fps,
@@ -405,6 +483,8 @@ if __name__ == "__main__":
         "crop_size": args.crop_size,
         "frames_per_clip": args.frames_per_clip,
     }
+
+    # the frozen encoder: by default the one in the base's file. Features need none
     if has_features:
         encoder, feature_source = open_source(train + val, args.encoder, **clip_settings)
         encoder = None
@@ -413,7 +493,8 @@ if __name__ == "__main__":
         encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
     grid = feature_source["grid"]
 
-    # the base
+    # the predictor to start from. For a robot with other dims the layers of action and state are
+    # initialised again
     wanted_size = {
         "pred_dim": args.pred_dim,
         "depth": args.pred_depth,
@@ -422,19 +503,26 @@ if __name__ == "__main__":
     predictor, base_scaler, base_facts, reinitialised = open_base(
         base, feature_source, len(action_names), reader.state_dim, wanted_size, args.predict
     )
+
+    # features of another encoder would give a bad start that looks like a bad base
     if has_features and not args.encoder and base_facts and "encoder_hash" not in base_facts:
         print0(
             f"{base} does not say which encoder it belongs to: features are of"
             f" {feature_source['encoder_hash']}; name --encoder to compare"
         )
+
+    # the hash tells a resumed run that its base is still the same
     size = size_of(predictor)
     base_hash = encoder_hash(predictor)
     num_parameters = sum(p.numel() for p in predictor.parameters())
+
+    # actions in other units than the base knows: the commonest mistake with a new robot
     new_scaler = None if args.no_scale else scaler
     for line in scale_warnings(reader, action_std, bool(base_facts), base_scaler, new_scaler):
         print0(line)
 
-    # adapters in it, or all of it trained
+    # put adapters into it, or train all of it. The scaler is folded into the action encoder, so
+    # training starts with the predictions of the base
     lora_options = None
     if not args.full:
         lora_options = {
@@ -445,6 +533,8 @@ if __name__ == "__main__":
             "rslora": args.rslora,
             "fused_qkv": args.fused_qkv,
         }
+
+    # what a PEFT folder must hold, for which actions, and whether this starts as the base
     saved_modules, file_scaler, starts_as_base = adapt(
         predictor,
         base_scaler,
@@ -454,12 +544,17 @@ if __name__ == "__main__":
         args.init_from,
         args.train_condition_encoders,
     )
-    # the action encoder for actions that are scaled otherwise
+
+    # adapter files and exports are for the actions of their base: this unfolds the scaler again
     action_encoder_for = functools.partial(fold_scaler, predictor.action_encoder, scaler)
     predictor.to(device).activation_checkpointing = args.activation_checkpointing
+
+    # one forward gives both losses: DDP synchronises the gradients of a single forward
     model = ACModel(predictor, args.auto_steps)
     trained = {name: p for name, p in predictor.named_parameters() if p.requires_grad}
     num_trained = sum(p.numel() for p in trained.values())
+
+    # which kernels will run depends on dtype, GPU and these sizes
     tokens_per_step = grid**2 + 2
     kernels = describe_kernels(
         device,
@@ -472,6 +567,8 @@ if __name__ == "__main__":
         f"base {base}: {num_parameters:,} parameters on {grid}x{grid} patches, encoder"
         f" {feature_source['encoder_hash']}; {kernels}"
     )
+
+    # how little is trained, and how small the file is that one shares
     if args.full:
         print0(f"{num_trained:,} of them trained")
     else:
@@ -483,11 +580,14 @@ if __name__ == "__main__":
             f" {bytes_text(file_size)}"
         )
 
-    # means and stds of the feature channels: the base's, or measured on 256 clips of all ranks
+    # batch -> what the predictor takes, on the device. A base keeps the means and stds of the
+    # feature channels that it was trained with
     feature_stats = {}
     for name, value in (base_facts.get("feature_stats") or {"mean": None, "std": None}).items():
         feature_stats[name] = None if value is None else value.to(device)
     features_of = make_features_of(encoder, "frame", 1, feature_stats, device, autocast)
+
+    # a new predictor measures them on 256 clips, shared among the ranks
     if base == "none" and args.feature_norm == "standardize":
         raw = (
             features_of(collate([clips[i] for i in items]), normalize=False)[0]
@@ -496,13 +596,15 @@ if __name__ == "__main__":
         feature_stats |= channel_stats(raw, feature_source["embed_dim"], device)
 
     # --- optimizer, resume ---
-    # weight decay on matrices only
+    # weight decay on matrices only: biases and norms should not shrink
     matrices = [p for p in trained.values() if p.ndim > 1]
     vectors = [p for p in trained.values() if p.ndim <= 1]
     param_groups = [
         {"params": matrices, "weight_decay": args.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+    # 8-bit moments save three quarters of their memory; with adapters there is little to save
     if args.optim == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -511,16 +613,21 @@ if __name__ == "__main__":
         optimizer = torch.optim.AdamW(
             param_groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True
         )
+
+    # float16 would lose small gradients: the loss is scaled up for them; otherwise a no-op
     loss_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+
+    # steps done so far, those before a restart included
     step = 0
     total_steps = args.schedule_steps or args.max_steps
     anneal = total_steps // 10 if args.anneal_steps is None else args.anneal_steps
 
-    # steps of an epoch, which only the order of clips knows
+    # steps of an epoch: one pass over all frames. Only the order of clips depends on it
     frames_per_global_step = args.frames_per_clip * args.batch_size * args.grad_accum * world
     ipe = max(int(clips.cumulative[-1]) // frames_per_global_step, 1)
 
-    # what a resumed run must have in common with its checkpoint
+    # what a resumed run must have in common with its checkpoint: otherwise the weights load and
+    # mean something else
     must_match = {
         "action_names": action_names,
         "scaler_hash": scaler.hash,
@@ -539,13 +646,15 @@ if __name__ == "__main__":
         "rslora": args.rslora,
     }
 
-    # resume
+    # resume from the newest checkpoint that is whole; without any, --resume starts a new run
     state = None
     path = None
     if args.resume:
         state, path = checkpoint.load_latest(args.out_dir)
     if state is not None:
-        state.setdefault("predict", "features")  # the only way before there was --predict
+        # files of older versions lack it
+        state.setdefault("predict", "features")
+
         for name, value in must_match.items():
             if state.get(name) != value:
                 hint = ""
@@ -557,7 +666,7 @@ if __name__ == "__main__":
                 )
         step = state["epoch"] * ipe + state["itr"]
 
-    # how far this run goes
+    # how far this run goes: --max_steps, or three steps to try it
     last_step = args.max_steps
     if dry:
         last_step = min(last_step, step + 3)
@@ -565,7 +674,8 @@ if __name__ == "__main__":
     if dry and step >= last_step:
         raise ValueError(f"nothing left to try: {step} steps are done; raise --max_steps")
 
-    # robots whose actions are not differences of the pose: their states are not composed
+    # a rollout needs the state after each action. For poses it is computed; what the actions of
+    # another robot do to its state is unknown, so the state stays
     is_pose = (action_names, reader.state_dim) == (POSE, 7)
     compose = compose_poses if is_pose else hold_state
 
@@ -577,6 +687,7 @@ if __name__ == "__main__":
 
     def evaluate():
         """(errors {name: (n, K)} of all held-out clips, the episode of each)."""
+        # each rank evaluates a share of the clips and gets the results of all
         errors, recordings, failed = held_out(
             predictor,
             val_set,
@@ -592,12 +703,14 @@ if __name__ == "__main__":
         note_bad(failed)
         return errors, recordings
 
-    # the base on the same clips, once: before anything is learned or loaded
+    # does fine-tuning help? The base is judged once on the same clips, before the checkpoint is
+    # loaded
     base_errors = None
     if val and starts_as_base and step < last_step:
         with without_lora(predictor):
             base_errors, _ = evaluate()
 
+    # the checkpoint contains what is trained; all other weights are the base's
     if state is not None:
         tensors = state["predictor" if args.full else "adapter"]
         predictor.load_state_dict(predictor.state_dict() | tensors)
@@ -609,13 +722,17 @@ if __name__ == "__main__":
             f"resumed from {path} at step {step} of {total_steps};",
             changed_flags(state["args"], vars(args)),
         )
+
+    # the shapes of training never change: compile for these alone
     if args.compile:
-        model.compile(dynamic=False)  # the shapes of training never change
+        model.compile(dynamic=False)
         if encoder is not None:
             encoder.compile(dynamic=False)
+
+    # DDP averages gradients over the ranks; as views of its buckets they need no second copy
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
-    # logs
+    # columns of train.csv and val.csv; a resumed run drops rows after its checkpoint
     losses_of_a_row = ["jloss", "sloss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
     train_columns += ["clips_per_s", "data_wait", "memory_mib"]
@@ -624,6 +741,8 @@ if __name__ == "__main__":
         "train": (train_columns, *divmod(step, ipe)),
         "val": (val_columns, *divmod(step + 1, ipe)),
     }
+
+    # rank 0 writes; the id in the checkpoint continues the same W&B run
     wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not dry
     log = None
@@ -665,14 +784,19 @@ if __name__ == "__main__":
     def save(epoch, itr):
         """Write a checkpoint, the adapter in PEFT's form (its encoders are for the base's actions)
         and the curves (rank 0)."""
+        # as tensors, because torch.load(weights_only=True) refuses numpy arrays
         arrays = ("mean", "var", "scale")
         action_scaler = scaler._asdict()
         for name in arrays:
             action_scaler[name] = torch.tensor(action_scaler[name])
+
+        # a base of many GB need not be in every checkpoint: adapters are enough
         if args.full:
             tensors = {"predictor": predictor.state_dict()}
         else:
             tensors = {"adapter": {name: p.detach() for name, p in trained.items()}}
+
+        # all that --resume and eval.py need
         state = {
             "format": checkpoint.FORMAT,
             "settings": settings,
@@ -689,7 +813,11 @@ if __name__ == "__main__":
             "wandb_id": wandb_id,
             **must_match,
         }
+
+        # the write is atomic: a run that is killed here keeps its previous checkpoint
         path = checkpoint.save(args.out_dir, state, epoch, itr, args.keep_last, keep_every=0)
+
+        # PEFT's files, which other programs read too
         if not args.full:
             folder = os.path.join(args.out_dir, "adapter")
             file_encoder = action_encoder_for(file_scaler)
@@ -698,11 +826,14 @@ if __name__ == "__main__":
         return path
 
     # --- train ---
-    stop = torch.zeros(1)  # set by a signal; on the CPU, so reading it never waits for the GPU
+    # SLURM's SIGTERM and Ctrl-C set this: the loop ends its step and saves. It is on the CPU, where
+    # reading it never waits for the GPU
+    stop = torch.zeros(1)
     if not dry:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.fill_(1))
 
+    # the loader starts where the checkpoint stopped: the order of clips depends on the seed alone
     loader = droid_clips(
         train,
         args.batch_size,
@@ -718,24 +849,34 @@ if __name__ == "__main__":
         pin_memory=device.type == "cuda",
     )
     note_bad(bad if rank == 0 else [])
+
+    # the next batch is copied to the GPU while this one is computed on
     batches = prefetch(loader, device)
+
+    # how many clips were read, and which of them could not be
     clips_seen = 0
     bad_clips = []
+
+    # what the next log line is about
     steps_to_log = []  # a StepRow for each step since the last log line
     data_seconds = 0.0
     log_started = time.perf_counter()
 
-    # --debug looks at one clip, again and again
+    # --debug trains on one clip again and again: its loss must fall, and only adapters may change
     if args.debug:
         one_clip = {k: v[:1] for k, v in next(batches).items() if k != "bytes"}
         batches = itertools.repeat(one_clip)
         checks = check_adapters(model, features_of(one_clip), autocast, trained)
         next(checks)
 
+    # a run with nothing left to do says so at the end
     halt = False
     first_step = step
     while step < last_step:
         epoch, itr = divmod(step, ipe)
+
+        # the rate depends on the step alone, so a resumed run follows the same curve. For the three
+        # steps of --debug the warm-up would be too slow
         lr = lr_at(step + 1, total_steps, args.warmup_steps, anneal, args.lr)
         if args.debug:
             lr = args.lr
@@ -746,6 +887,7 @@ if __name__ == "__main__":
         losses = torch.zeros(2, device=device)
         keys = []
         for micro in range(args.grad_accum):
+            # how long the GPU waits for data is a column of train.csv: data_wait
             asked = time.perf_counter()
             batch = next(batches)
             data_seconds += time.perf_counter() - asked
@@ -772,15 +914,21 @@ if __name__ == "__main__":
                     jloss, sloss = ddp(z, actions, states)
                 loss = (jloss + sloss) / args.grad_accum
                 loss_scaler.scale(loss).backward()
+
+            # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
 
-        # clip the gradient, step
+        # clip the gradient; with inf its norm is only measured, for the log
         loss_scaler.unscale_(optimizer)
-        max_norm = args.grad_clip or math.inf  # inf measures the norm and clips nothing
+        max_norm = args.grad_clip or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+        # step; in float16 a step with overflowed gradients is skipped
         loss_scaler.step(optimizer)
         loss_scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+        # tensors go into the row as they are; the next log line reads them
         steps_to_log.append(StepRow(epoch, itr, lr, losses, grad_norm, keys))
         step += 1
 
@@ -789,10 +937,13 @@ if __name__ == "__main__":
         if world > 1:
             dist.all_reduce(halt, dist.ReduceOp.MAX)
         halt = bool(halt)
+
+        # save every so many steps and wherever the run ends
         must_save = step % args.save_every_n_steps == 0 or step == last_step or halt
         must_evaluate = step % args.eval_every_n_steps == 0 or step == last_step
 
         # once in a while: read the losses back, check them, log them
+        # (a row for every step since the last time)
         if must_save or must_evaluate or step % args.log_every == 0:
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
@@ -805,29 +956,41 @@ if __name__ == "__main__":
                 columns["total_loss"] = jloss + sloss
                 if writes:
                     log("train", columns, row.epoch * ipe + row.itr)
+
+            # the terminal shows the last of these steps
             text = f"jloss {jloss:.4f}  sloss {sloss:.4f}"
             print0(log_line(f"step {step:6d}", text, columns, (last_step - step) * seconds))
+
+            # start the next stretch
             steps_to_log = []
             data_seconds = 0.0
             log_started = time.perf_counter()
 
-        # every so many steps: validate (all ranks), save (rank 0), copy to --sync_to
+        # every so many steps: validate (all ranks); after a signal there is no time for it
         if val and must_evaluate and not halt:
             row, text = compare_with_base(*evaluate(), base_errors)
             row["epoch"], row["itr"] = divmod(step, ipe)
             if writes:
                 log("val", row, step)
             print0(f"held out at step {step}: {text}")
+
+        # save (rank 0)
         if must_save and writes:
             path = save(*divmod(step, ipe))
+
+        # validating and saving do not count as training time
         if must_save or must_evaluate:
-            log_started = time.perf_counter()  # validating and saving are no training time
+            log_started = time.perf_counter()
+
+        # a copy to --sync_to begins here when it is due, and runs in the background
         if mirror:
             mirror.tick()
+
+        # stopped by a signal: all is saved
         if halt:
             break
 
-    # reports of --debug and --memory_report
+    # the checks of --debug, and measured memory beside the estimate
     if args.debug:
         print0(*checks, sep="\n")
     if args.memory_report and rank == 0:
@@ -835,18 +998,21 @@ if __name__ == "__main__":
 
         compare(encoder, model, optimizer, features_of(batch), lora_options, args.dtype, autocast)
 
-    # the last files
+    # one file without adapters, for programs that know only Meta's layout
     if args.export and writes and step >= last_step:
         if predictor.predict == "change":
-            print0(f"{args.export} predicts changes: --base reads that, Meta's own code refuses it")
+            print0(f"{args.export} predicts changes: our --base reads it, Meta's own code does not")
         facts = must_match | {"feature_stats": feature_stats}
         export(predictor, args.export, action_encoder_for(None), base_facts, facts)
+
+    # the run is complete when its last files are at --sync_to too
     if mirror:
         mirror.close()
 
     # what was done, and what to do next
     print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     if dry:
+        # what to know before renting GPUs: hours, memory, disk
         shapes = [f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)]
         print0(
             f"dry run, nothing written; {len(train)} stretches of episodes to train on,"
@@ -856,8 +1022,12 @@ if __name__ == "__main__":
             f"{args.max_steps} steps x {seconds:.2f} s here make {eta(args.max_steps * seconds)};"
             f" {bytes_text(memory * 2**20)} of memory at the peak"
         )
-        with_adam = 12 * num_trained  # bytes: weights and two moments
+
+        # bytes: weights and two moments of Adam, 4 each
+        with_adam = 12 * num_trained
         print0(checkpoint.disk_text(args.out_dir, args.keep_last, with_adam))
+
+        # the next command
         print0("to train, run the same command without --dry_run, --debug and --memory_report")
     elif halt:
         print0(f"stopped at step {step}; saved {path}; continue with --resume")
@@ -871,6 +1041,7 @@ if __name__ == "__main__":
         )
 
     # --- end --- (same in every train_*.py)
+    # all ranks leave together; a process that just exits can hang the others
     if world > 1:
         del ddp  # its threads must end before Python does (pytorch/pytorch#190489)
         gc.collect()

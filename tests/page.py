@@ -5,11 +5,13 @@
 
 A code line is a line that is neither blank nor only a comment; docstrings count. Tokens are
 Python's own, without line ends and indentation. Prints characters and tokens a code line, and the
-share of lines over 100 columns, of blank lines and of lines with a comment.
+share of lines over 100 columns, of blank lines and of lines with a comment. A mark for a tool, such
+as `# fmt: skip` or `# noqa`, explains nothing and does not count as a comment.
 """
 
 import io
 import pathlib
+import re
 import sys
 import tokenize
 
@@ -22,6 +24,9 @@ LAYOUT = {
     tokenize.ENDMARKER,
 }
 
+# comments that only tools read
+MARK = re.compile(r"#\s*(fmt|ruff|type|mypy|pragma|isort|pylint):|#\s*noqa\b", re.IGNORECASE)
+
 
 def measure(text):
     """Source -> (characters and tokens a code line, share of lines over 100 columns, blank, with a
@@ -30,7 +35,8 @@ def measure(text):
     code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
     tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     words = [t for t in tokens if t.type not in LAYOUT]
-    commented = {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
+    comments = [t for t in tokens if t.type == tokenize.COMMENT]
+    commented = {t.start[0] for t in comments if not MARK.match(t.string)}
     return (
         sum(len(line) for line in code) / len(code),
         len(words) / len(code),
