@@ -534,7 +534,8 @@ if __name__ == "__main__":
             "fused_qkv": args.fused_qkv,
         }
 
-    # what a PEFT folder must hold, for which actions, and whether this starts as the base
+    # saved_modules: layers that adapter files contain whole; file_scaler: of the actions they take
+    # (the base's own); starts_as_base: whether the first step predicts what the base predicts
     saved_modules, file_scaler, starts_as_base = adapt(
         predictor,
         base_scaler,
