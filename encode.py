@@ -274,7 +274,7 @@ def robot_runs(records):
 def check_room(records, what, steps, size, tokens, width, store, phases, out):
     """What all ranks together will write, as a sentence. what: "hours of play"; steps, size: this
     rank's, of `estimate`. OSError if the disk has no room for it. Collective."""
-    # each rank knows its share; the disk must hold all of them. 72,000 ticks are an hour
+    # each rank knows its share; the disk must hold all of them. An hour is 72,000 ticks
     hours = sum(r.duration for r in records) / 72000
     total = torch.tensor([hours, steps, size]).double()
     if dist.is_initialized():
