@@ -96,8 +96,10 @@ def read_flags():
     args = parser.parse_args()
     robots = args.dataset == "droid"
     if robots:
+        # as Meta trained its AC predictor, whose file also contains the encoder
         parser.set_defaults(fps=4.0, encode="frame", frames_per_step=1, encoder="vjepa2_ac_vitg")
     elif args.vae:
+        # a VAE gets larger pictures, and more of them a second, than an encoder
         parser.set_defaults(fps=8.0, crop_size=512)
     args = parser.parse_args()
 
@@ -720,5 +722,7 @@ if __name__ == "__main__":
         print(
             f"next: python {script} --data {args.out}/*.tar, with the --fps and sizes of this run"
         )
+
+    # all ranks leave together; a process that just exits can hang the others
     if world > 1:
         dist.destroy_process_group()
