@@ -135,7 +135,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
-from tqdm import tqdm
 
 from checkpoint import lock, peak_memory, short_excepthook
 from droid import DroidReader, find_episodes, index_episodes
@@ -156,6 +155,7 @@ from files.features import (
 )
 from files.latents import encode_latents, find_files, open_vae
 from files.logs import append_jsonl
+from files.progress import tqdm
 from files.remote import Shard, cached
 from files.shards import expand, is_stream, line_warnings, shard_index
 from files.video import WrongDecoder

@@ -96,12 +96,12 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from checkpoint import peak_memory, short_excepthook
 from data import STD_RANGE, ActionScaler, open_lines
 from droid import DroidSteps
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence
+from files.progress import tqdm
 from files.shards import Slice, is_stream
 from files.streams import stream_recordings
 from files.vpt import (
@@ -415,10 +415,7 @@ if __name__ == "__main__":
         pool = concurrent.futures.ProcessPoolExecutor(args.num_workers, context)
 
     # in a log file a bar every 10 seconds is enough
-    seconds = 0.1 if sys.stderr.isatty() else 10
-    progress = tqdm(
-        total=args.max_samples, unit=" samples", desc="fit", disable=rank > 0, mininterval=seconds
-    )
+    progress = tqdm(total=args.max_samples, unit=" samples", desc="fit", disable=rank > 0)
     with pool or contextlib.nullcontext(), progress:
         while position < len(jobs) and not done:
             # A round reads little more than what will be used. What is used follows from the order
