@@ -13,8 +13,7 @@ import torch
 
 import checkpoint
 from files import disk, logs
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
 
 
 def state(step=0):

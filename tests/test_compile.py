@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
+
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 

@@ -21,7 +21,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 from safetensors.torch import save as safetensors_bytes
 
 from data import (
@@ -54,6 +53,7 @@ from files.shards import (
 from files.streams import StreamedClips, stream_recordings
 from files.video import read_frames
 from files.vpt import ClipReader
+from tests.harness import HEIGHT, contractor, film, jsonl, read_number, write_tar
 
 READER = ClipReader(crop_size=HEIGHT)
 

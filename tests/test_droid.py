@@ -23,7 +23,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import film, picture, read_number
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
@@ -44,69 +43,23 @@ from droid import (
 )
 from files import episodes
 from prepare.robot import droid_example, example, record, varint
+from tests.harness import (
+    CAMERAS,
+    FIXTURES,
+    ROOT,
+    film,
+    jpeg,
+    read_number,
+    tfrecord,
+    tfrecord_rows,
+    tfrecord_without_names,
+    write_file,
+)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FIXTURES = os.path.join(ROOT, "tests", "fixtures")
 SMALL = {"crop_size": 64, "crop": "square"}  # the pictures are 80x64: the crop shows their numbers
-CAMERAS = {
-    "exterior_1": 0,
-    "exterior_2": 300,
-    "wrist": 600,
-}  # what is added to the number of a picture
 
 
 pytestmark = pytest.mark.usefixtures("deadline")
-
-
-@functools.lru_cache(None)
-def jpeg(number):
-    f = io.BytesIO()
-    Image.fromarray(picture(number)).save(f, "JPEG", quality=75)
-    return f.getvalue()
-
-
-def rows(seed, steps):
-    """Fields of an episode: a smooth wander; the gripper tells the row: row / 1000."""
-    rng = np.random.default_rng(seed)
-    pose = np.cumsum(rng.normal(0, 0.02, (steps, 6)), axis=0) + [
-        0.4,
-        0,
-        0.3,
-        3.1,
-        0,
-        0,
-    ]  # roll about pi, as Franka's: it wraps
-    pose[:, 3:] = (pose[:, 3:] + np.pi) % (2 * np.pi) - np.pi
-    return {
-        "observation/cartesian_position": pose,
-        "observation/gripper_position": np.arange(steps)[:, None] / 1000,
-        "action_dict/joint_velocity": rng.normal(0, 0.3, (steps, 7)),
-        "action": rng.normal(0, 1, (steps, 7)),
-    }
-
-
-def episode(seed, steps=60, success=True, cameras=CAMERAS, **change):
-    """A record: the Example of an episode, framed; change: field -> array, or None to leave it
-    out."""
-    fields = {k: x for k, x in (rows(seed, steps) | change).items() if x is not None}
-    pictures = {c: [jpeg(CAMERAS[c] + i) for i in range(steps)] for c in cameras}
-    name = f"lab/{'success' if success else 'failure'}/{seed}"
-    return record(
-        droid_example(
-            {k: np.float32(x) for k, x in fields.items()},
-            pictures,
-            f"{name}/MP4",
-            f"{name}/trajectory.h5",
-            "abc",
-            success,
-        )
-    )
-
-
-def write(path, *records):
-    with open(path, "wb") as f:
-        f.write(b"".join(records))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +67,9 @@ def shards(tmp_path_factory):
     """Three TFRecords of three episodes of 60 to 100 rows."""
     folder = tmp_path_factory.mktemp("droid")
     for s in range(3):
-        write(
+        write_file(
             folder / f"d.tfrecord-{s:05d}-of-00003",
-            *(episode(3 * s + k, 60 + 20 * k) for k in range(3)),
+            *(tfrecord(3 * s + k, 60 + 20 * k) for k in range(3)),
         )
     return folder
 
@@ -132,8 +85,8 @@ def opened(data, reader=None, **options):
 def test_checksums_of_very_much_data_are_not_read_first(tmp_path, monkeypatch):
     """Bug: a start on all of DROID reads 1.7 TB before its first step, or leaves checksums out
     without a word."""
-    data, said = episode(3), []
-    path = write(tmp_path / "a", episode(4), data[:-1] + bytes([data[-1] ^ 1]))
+    data, said = tfrecord(3), []
+    path = write_file(tmp_path / "a", tfrecord(4), data[:-1] + bytes([data[-1] ^ 1]))
     assert "checksum" in opened(path)[2][0][2]
     monkeypatch.setattr(droid, "VERIFY", os.path.getsize(path) - 1)
     train, _, bad = open_droid(path, reader=DroidReader(4, 5, **SMALL), log=said.append)
@@ -290,7 +243,9 @@ def test_frames_states_and_actions_are_of_the_same_rows(shards):
             and numbers == (1000 * states[:, 6]).round().int().tolist()
         )
         seed = int(key.split("/")[2])
-        true = np.float32(np.hstack([*rows(seed, 60 + 20 * (seed % 3)).values()][:2]))[numbers]
+        true = np.float32(np.hstack([*tfrecord_rows(seed, 60 + 20 * (seed % 3)).values()][:2]))[
+            numbers
+        ]
         np.testing.assert_allclose(states, true, atol=1e-6)
         np.testing.assert_allclose(actions, expected_actions(true), atol=1e-5)
         assert actions[:, 3:6].abs().max() < 1  # though roll wraps
@@ -374,15 +329,15 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
     stretch."""
     velocity = np.random.default_rng(0).normal(0, 0.3, (120, 7))
     velocity[40:70] = 0.1
-    pose = rows(1, 120)["observation/cartesian_position"]
+    pose = tfrecord_rows(1, 120)["observation/cartesian_position"]
     pose[40:70] = pose[40]
     change = {"action_dict/joint_velocity": velocity, "observation/cartesian_position": pose}
-    path = write(
+    path = write_file(
         tmp_path / "a.tfrecord",
-        episode(1, 120, **change),
-        episode(2, 120, success=False),
-        episode(3, 8),
-        episode(4, 120, **{"action_dict/joint_velocity": None}),
+        tfrecord(1, 120, **change),
+        tfrecord(2, 120, success=False),
+        tfrecord(3, 8),
+        tfrecord(4, 120, **{"action_dict/joint_velocity": None}),
     )
     reader, lines = DroidReader(4, 5, **SMALL), []
     assert episodes.idle_runs(velocity) == [[41, 70]]
@@ -415,7 +370,7 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         ValueError,
         match="no usable episode in .*b.tfrecord: the filters leave nothing .--idle_filter off",
     ):
-        opened(write(tmp_path / "b.tfrecord", episode(1, 120, **change)))
+        opened(write_file(tmp_path / "b.tfrecord", tfrecord(1, 120, **change)))
 
 
 def test_the_split_goes_by_episode_wherever_it_lies(shards, tmp_path):
@@ -424,13 +379,13 @@ def test_the_split_goes_by_episode_wherever_it_lies(shards, tmp_path):
     train, val, _ = opened(str(shards / "*"), val_fraction=0.3)
     keys = [{r.key for r in side} for side in (train, val)]
     assert len(keys[0]) == 6 and len(keys[1]) == 3 and not keys[0] & keys[1]
-    merged = write(
-        tmp_path / "all.tfrecord", *(episode(s, 60 + 20 * (s % 3)) for s in reversed(range(9)))
+    merged = write_file(
+        tmp_path / "all.tfrecord", *(tfrecord(s, 60 + 20 * (s % 3)) for s in reversed(range(9)))
     )
     assert {r.key for r in opened(merged, val_fraction=0.3)[1]} == keys[1]
     with pytest.raises(ValueError, match="--val_data and --data share 9 episodes"):
         opened(str(shards), val_data=merged)
-    alone = write(tmp_path / "one.tfrecord", episode(1))
+    alone = write_file(tmp_path / "one.tfrecord", tfrecord(1))
     assert (
         len(opened(alone, val_fraction=0.5)[0]) == 1 and opened(alone, val_fraction=0.5)[1] == []
     )  # nothing to hold out
@@ -515,9 +470,9 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
             )
         )
 
-    plain = episode(7)
+    plain = tfrecord(7)
     a, b = (
-        opened(write(tmp_path / name, data))[0][0]
+        opened(write_file(tmp_path / name, data))[0][0]
         for name, data in (("a", plain), ("b", unpack(plain)))
     )
     assert unpack(plain) != plain and (a.steps, a.key) == (b.steps, b.key)
@@ -531,32 +486,38 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
     }
     records = [plain]
     for change in cases.values():
-        data = episode(len(records), **{k: v for k, v in change.items() if k != "gone"})
+        data = tfrecord(len(records), **{k: v for k, v in change.items() if k != "gone"})
         records.append(
             data.replace(b"steps/is_first", b"steps/no_first") if "gone" in change else data
         )
-    train, _, bad = opened(write(tmp_path / "c", *records), verify=False)
+    train, _, bad = opened(write_file(tmp_path / "c", *records), verify=False)
     assert [r.key for r in train] == [a.key] and len(bad) == 4
     for reason, (_, _, found) in zip(cases, bad):
         assert reason in found
-    lost = episode(5).replace(
+    lost = tfrecord(5).replace(
         b"\x0a" + varint(len(jpeg(659))) + jpeg(659), b"\x12" + varint(len(jpeg(659))) + jpeg(659)
     )
     assert (
         "a list of bytes is damaged"
-        in opened(write(tmp_path / "f", record(lost[12:-4]), plain))[2][0][2]
+        in opened(write_file(tmp_path / "f", record(lost[12:-4]), plain))[2][0][2]
     )
     pictures = {c: [jpeg(i) for i in range(60 - (c == "wrist"))] for c in CAMERAS}
     fewer = record(
         droid_example(
-            {k: np.float32(x) for k, x in rows(1, 60).items()}, pictures, "a", "b", "abc", True
+            {k: np.float32(x) for k, x in tfrecord_rows(1, 60).items()},
+            pictures,
+            "a",
+            "b",
+            "abc",
+            True,
         )
     )
     assert (
-        opened(write(tmp_path / "g", fewer, plain))[2][0][2] == "60 steps, but pictures of wrist 59"
+        opened(write_file(tmp_path / "g", fewer, plain))[2][0][2]
+        == "60 steps, but pictures of wrist 59"
     )
     only_wrist = opened(
-        write(tmp_path / "d", episode(1, cameras=["wrist"])),
+        write_file(tmp_path / "d", tfrecord(1, cameras=["wrist"])),
         DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist")),
     )[0]
     assert (
@@ -565,7 +526,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         )[0][0][1]
         >= 600
     )
-    few = write(
+    few = write_file(
         tmp_path / "e",
         record(example({"steps/is_first": np.ones(3, int)})),
         record(b""),
@@ -594,7 +555,7 @@ def test_places_of_pictures_follow_from_their_sizes():
 def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
     """Bug: a truncated download or a flipped bit gives other numbers or a traceback, or silently
     ends the data."""
-    whole = [episode(s) for s in range(3)]
+    whole = [tfrecord(s) for s in range(3)]
     raw, at = b"".join(whole), len(whole[0])
     flip = lambda i: raw[:i] + bytes([raw[i] ^ 16]) + raw[i + 1 :]  # noqa: E731
     damaged = {
@@ -609,7 +570,7 @@ def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
         "empty": b"",
         "huge": b"\xff" * 4096,
     }[how]
-    path = write(tmp_path / "x.tfrecord", damaged)
+    path = write_file(tmp_path / "x.tfrecord", damaged)
     kept = {
         "data": "02",
         "crc": "02",
@@ -642,13 +603,13 @@ def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
 def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
     """Bug: some flipped byte of the protobuf gives an exception that nobody catches, an endless
     loop, or gigabytes of memory."""
-    raw, rng = episode(1, 30), np.random.default_rng(0)
+    raw, rng = tfrecord(1, 30), np.random.default_rng(0)
     start = raw.index(b"steps/observation/cartesian_position") - 40
     places = [*range(12, 60), *range(start, start + 90), *rng.integers(12, len(raw) - 4, 100)]
     reader, ends = DroidReader(4, 5, **SMALL), collections.Counter()
     for i, at in enumerate(places):
         data = raw[:at] + bytes([raw[at] ^ 1 << i % 8]) + raw[at + 1 :]
-        found, bad = episodes.index_rlds(write(tmp_path / f"{i}", data), len(data), False)
+        found, bad = episodes.index_rlds(write_file(tmp_path / f"{i}", data), len(data), False)
         assert len(found) + len(bad) == 1
         for e in found:
             r = episodes.Episode(
@@ -675,15 +636,15 @@ def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
 
 def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     """Bug: one bad JPEG or NaN in a thousand hours ends the training, or is trained on."""
-    nan = rows(2, 60)["observation/cartesian_position"]
+    nan = tfrecord_rows(2, 60)["observation/cartesian_position"]
     nan[30:] = np.nan
-    broken = episode(3)
+    broken = tfrecord(3)
     for i in range(60):
         broken = broken.replace(jpeg(i), b"\xff\xd8" + bytes(len(jpeg(i)) - 2))
-    path = write(
+    path = write_file(
         tmp_path / "a.tfrecord",
-        episode(2, **{"observation/cartesian_position": nan}),
-        episode(1),
+        tfrecord(2, **{"observation/cartesian_position": nan}),
+        tfrecord(1),
         broken,
     )
     train, _, bad = opened(path, verify=False)
@@ -707,8 +668,8 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
 
 def test_bad_episodes_are_bounded(tmp_path):
     """Bug: half of a download is damaged, and the run goes on with the other half."""
-    good, wrong = [episode(s, 30) for s in range(95)], [record(b"nonsense")] * 6
-    path = write(tmp_path / "a.tfrecord", *good, *wrong)
+    good, wrong = [tfrecord(s, 30) for s in range(95)], [record(b"nonsense")] * 6
+    path = write_file(tmp_path / "a.tfrecord", *good, *wrong)
     assert len(opened(path, max_bad_fraction=0.1)[2]) == 6
     with pytest.raises(
         ValueError, match="6 of 101 episodes cannot be read, .*a.tfrecord.*raise --max_bad_fraction"
@@ -727,7 +688,7 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
     monkeypatch.setattr(episodes, "CACHE", str(tmp_path / "cache"))
     calls, index = [], episodes.index_rlds
     monkeypatch.setattr(episodes, "index_rlds", lambda *a: calls.append(a) or index(*a))
-    path = write(tmp_path / "a.tfrecord", episode(1), episode(2))
+    path = write_file(tmp_path / "a.tfrecord", tfrecord(1), tfrecord(2))
     first = opened(path)[0]
 
     def places(members):
@@ -748,7 +709,7 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
             and len(calls) == 2 + i
             and cache.read_bytes() == raw
         )
-    write(path, episode(3), episode(4))
+    write_file(path, tfrecord(3), tfrecord(4))
     os.utime(path, ns=(1, 1))
     assert [r.key.split("/")[2] for r in opened(path)[0]] == ["3", "4"]
     (tmp_path / "file").touch()
@@ -833,8 +794,8 @@ def test_http_reads_ranges_only(tmp_path, server):
     the run."""
     url, handler = server
     big = [jpeg(0) + bytes(60000)] * 60  # what follows a JPEG's end mark is not looked at
-    r = {k: np.float32(x) for k, x in rows(1, 60).items()}
-    path = write(
+    r = {k: np.float32(x) for k, x in tfrecord_rows(1, 60).items()}
+    path = write_file(
         tmp_path / "a.tfrecord",
         *(
             record(droid_example(r, dict.fromkeys(CAMERAS, big), f"e{i}", "success", "abc", True))
@@ -854,7 +815,7 @@ def test_http_reads_ranges_only(tmp_path, server):
     )  # in processes that inherited the connection
     assert batch["video"].shape[0] == 2 and handler.fail == 0 and not batch["bad"]
     handler.serve_ranges = False
-    write(tmp_path / "b.tfrecord", episode(1))
+    write_file(tmp_path / "b.tfrecord", tfrecord(1))
     with pytest.raises(OSError, match="b.tfrecord cannot be read"):
         opened(url + "/b.tfrecord")
     with pytest.raises(OSError, match="none.tfrecord"):
@@ -866,7 +827,7 @@ def test_an_outage_replaces_no_clip(tmp_path, server, fail):
     """Bug: while a server does not answer for some seconds, its episodes are called damaged, and
     clips of others are trained on."""
     url, handler = server
-    write(tmp_path / "a.tfrecord", *(episode(i) for i in range(3)))
+    write_file(tmp_path / "a.tfrecord", *(tfrecord(i) for i in range(3)))
     train = opened(url + "/a.tfrecord")[0]
     clips = DroidClips(train, DroidReader(4, 5, **SMALL))
     want = clips[0, 0, 0, 0.5]
@@ -889,14 +850,14 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(tmp_path, monkeypatch, kind
     """Bug: an error of the disk, or too many open files, makes good episodes damaged ones."""
     reader = DroidReader(4, 5, **SMALL)
     if kind == "rlds":
-        path = write(tmp_path / "a.tfrecord", *(episode(i) for i in range(3)))
+        path = write_file(tmp_path / "a.tfrecord", *(tfrecord(i) for i in range(3)))
     elif kind == "raw":
         raw_droid(tmp_path / "a")
         path = tmp_path / "a" / "trajectory.h5"
     else:
-        pose = rows(1, 60)["observation/cartesian_position"]
+        pose = tfrecord_rows(1, 60)["observation/cartesian_position"]
         np.savez(tmp_path / "a.npz", cartesian_position=pose, gripper_position=pose[:, :1])
-        write(tmp_path / "a.mp4", film(60))
+        write_file(tmp_path / "a.mp4", film(60))
         path = tmp_path / "a.npz"
     train = opened(str(path), reader)[0]
     clips = DroidClips(train, reader)
@@ -946,8 +907,8 @@ def test_an_episode_is_found_once_and_by_its_own_name(tmp_path):
     trained on twice; ._NAME of macOS is an episode; braces and brackets are patterns."""
     folder = tmp_path / "run{a,b}[1]"
     (folder / "in").mkdir(parents=True)
-    path = write(folder / "in" / "a.tfrecord", episode(0))
-    write(folder / "in" / "._b.npz", b"\0\5\x16\7")
+    path = write_file(folder / "in" / "a.tfrecord", tfrecord(0))
+    write_file(folder / "in" / "._b.npz", b"\0\5\x16\7")
     os.symlink(folder, folder / "in" / "self")
     os.symlink("a.tfrecord", folder / "in" / "0.tfrecord")
     os.link(path, folder / "in" / "z.tfrecord")
@@ -963,14 +924,14 @@ def raw_droid(folder, seed=1, steps=60, frames=None, metadata=True, uuid="lab+1"
     """trajectory.h5, two mp4s of numbered frames and metadata, as DROID's raw release lays them
     out."""
     os.makedirs(folder / "recordings" / "MP4")
-    r = rows(seed, steps)
+    r = tfrecord_rows(seed, steps)
     with h5py.File(folder / "trajectory.h5", "w") as f:
         f["observation/robot_state/cartesian_position"] = r["observation/cartesian_position"]
         f["observation/robot_state/gripper_position"] = r["observation/gripper_position"][:, 0]
         f["action/joint_velocity"] = r["action_dict/joint_velocity"]
         f["observation/camera_extrinsics/111_left"] = r["observation/cartesian_position"] + 1
     for serial in ("111", "222"):
-        write(folder / "recordings" / "MP4" / f"{serial}.mp4", film(frames or steps))
+        write_file(folder / "recordings" / "MP4" / f"{serial}.mp4", film(frames or steps))
     meta = {
         "uuid": uuid,
         "success": True,
@@ -1007,7 +968,7 @@ def test_raw_droid_as_metas_loader_reads_it(tmp_path):
     raw_droid(tmp_path / "c", metadata=False)
     raw_droid(tmp_path / "d", frames=40)
     (tmp_path / "e").mkdir()
-    write(tmp_path / "e" / "trajectory.h5", b"no HDF5")
+    write_file(tmp_path / "e" / "trajectory.h5", b"no HDF5")
     reasons = {
         os.path.basename(os.path.dirname(file)): reason
         for file, _, reason in opened(str(tmp_path), reader)[2]
@@ -1036,7 +997,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         }
         np.savez(tmp_path / f"{name}.npz", rate=10.0, success=name != "demo-10", **fields)
         for c in cameras:
-            write(tmp_path / f"{name}{c and '.' + c}.mp4", film(steps))
+            write_file(tmp_path / f"{name}{c and '.' + c}.mp4", film(steps))
     reader = DroidReader(
         4, 5, **SMALL, camera=("front",), state_keys=["joints", "grip"], action_keys=["torque"]
     )
@@ -1080,7 +1041,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
 
 def of_fields(seed=0, steps=60, **fields):
     """A record of an episode of 60 steps with these fields too, of any type."""
-    r = {k: np.float32(x) for k, x in rows(seed, steps).items()}
+    r = {k: np.float32(x) for k, x in tfrecord_rows(seed, steps).items()}
     pictures = {"exterior_1": [jpeg(i) for i in range(steps)]}
     return record(droid_example(r | fields, pictures, f"e{seed}", "success/t.h5", "abc", True))
 
@@ -1106,7 +1067,7 @@ def test_fields_are_read_by_their_type_or_refused_by_name(tmp_path):
     """Bug: an integer field is reinterpreted, a text field is read as numbers, a field with another
     number of values is cut into other rows."""
     buttons = np.tile([[1, 0, -3, 300]], (60, 1))
-    path = write(
+    path = write_file(
         tmp_path / "a.tfrecord",
         of_fields(
             **{
@@ -1134,7 +1095,7 @@ def test_only_a_pose_is_taken_for_a_pose(tmp_path):
     """Bug: seven joints are taken for xyz, Euler angles and a gripper; so is a pose of quaternions,
     or one in degrees."""
     joints = np.float32(np.random.default_rng(0).normal(1, 0.3, (60, 7)))
-    path = write(tmp_path / "a.tfrecord", of_fields(**{"observation/joint_position": joints}))
+    path = write_file(tmp_path / "a.tfrecord", of_fields(**{"observation/joint_position": joints}))
     wrong = {
         "observation/joint_position": "is not taken for a pose.*name --action_keys too",
         "observation/gripper_position observation/cartesian_position": "is not taken for a pose",
@@ -1150,15 +1111,15 @@ def test_only_a_pose_is_taken_for_a_pose(tmp_path):
     )
     train = opened(path, with_actions)[0]
     assert np.array_equal(with_actions.motion(train[0], np.arange(9))[1], joints[:9])
-    pose = rows(0, 60)["observation/cartesian_position"]
+    pose = tfrecord_rows(0, 60)["observation/cartesian_position"]
     pose[:, 3:] *= 180 / np.pi
     for change, message in (
         (pose, "degrees"),
         (np.zeros((60, 7)), "are 7 and 1 numbers"),
         (np.zeros((60, 3)), "are 3 and 1 numbers"),
     ):
-        other = write(
-            tmp_path / "b.tfrecord", episode(0, **{"observation/cartesian_position": change})
+        other = write_file(
+            tmp_path / "b.tfrecord", tfrecord(0, **{"observation/cartesian_position": change})
         )
         with pytest.raises(ValueError, match=message):
             opened(other)
@@ -1170,7 +1131,7 @@ def own(path, steps=50, frames=None, **fields):
     usual = {"cartesian_position": np.zeros((steps, 6)), "gripper_position": np.zeros(steps)}
     fields = {k: x for k, x in (usual | {"rate": 15.0} | fields).items() if x is not None}
     np.savez(f"{path}.npz", **fields)
-    write(f"{path}.mp4", film(frames or steps))
+    write_file(f"{path}.mp4", film(frames or steps))
     return f"{path}.npz"
 
 
@@ -1293,14 +1254,14 @@ def test_what_moves_is_not_idle():
 
 def test_compressed_tfrecords_are_named(tmp_path):
     """Bug: a TFRecord of GZIP or ZLIB, as TensorFlow writes on request, is called damaged."""
-    raw = episode(1)
+    raw = tfrecord(1)
     for name, data in (
         ("GZIP", gzip.compress(raw)),
         ("ZLIB", zlib.compress(raw)),
         ("xz", lzma.compress(raw)),
     ):
         with pytest.raises(ValueError, match=f"compressed with {name}.*unpack it first"):
-            opened(write(tmp_path / name, data))
+            opened(write_file(tmp_path / name, data))
 
 
 def test_pictures_of_16_bits_are_scaled(tmp_path):
@@ -1318,7 +1279,7 @@ def test_pictures_of_16_bits_are_scaled(tmp_path):
 def test_what_unchecked_checksums_let_through_is_said(tmp_path, monkeypatch, server):
     """Bug: the log promises that damaged pictures are left out when they are decoded; most of them
     are decoded to something else."""
-    path, lines = write(tmp_path / "a.tfrecord", episode(1)), []
+    path, lines = write_file(tmp_path / "a.tfrecord", tfrecord(1)), []
     monkeypatch.setattr(droid, "VERIFY", 0)
     open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append)
     assert "noticed only where they cannot be decoded (--verify checks" in lines[0]
@@ -1327,8 +1288,8 @@ def test_what_unchecked_checksums_let_through_is_said(tmp_path, monkeypatch, ser
     url, lines = server[0] + "/a.tfrecord", []
     open_droid(url, reader=DroidReader(4, 5, **SMALL), log=lines.append)
     assert "URLs: checksums are not checked" in lines[0]
-    data = episode(1)
-    write(tmp_path / "b.tfrecord", data[:-1] + bytes([data[-1] ^ 1]), episode(2))
+    data = tfrecord(1)
+    write_file(tmp_path / "b.tfrecord", data[:-1] + bytes([data[-1] ^ 1]), tfrecord(2))
     bad = opened(server[0] + "/b.tfrecord", verify=True)[2]
     assert len(bad) == 1 and "wrong checksum" in bad[0][2]
 
@@ -1338,7 +1299,9 @@ def test_equal_names_are_not_equal_episodes(tmp_path):
     shared; or a copy of a file under another folder is not."""
     for side, seed in (("train", 0), ("val", 10)):
         (tmp_path / side / "x").mkdir(parents=True)
-        write(tmp_path / side / "x.tfrecord", *(nameless(seed + i) for i in range(2)))
+        write_file(
+            tmp_path / side / "x.tfrecord", *(tfrecord_without_names(seed + i) for i in range(2))
+        )
         pose = np.random.default_rng(seed).normal(0, 0.1, (50, 6))
         own(tmp_path / side / "x" / "e0", cartesian_position=pose)
     for name in ("x.tfrecord", "x/e0.npz"):
@@ -1352,15 +1315,6 @@ def test_equal_names_are_not_equal_episodes(tmp_path):
     for name in ("x.tfrecord", "x/e0.npz"):
         with pytest.raises(ValueError, match="share [12] episodes"):
             opened(str(tmp_path / "train" / name), val_data=str(copy / name))
-
-
-def nameless(seed):
-    """A record without episode_metadata, as one's own robot may have it."""
-    fields = {f"steps/{k}": np.float32(x) for k, x in rows(seed, 60).items()}
-    fields |= {"steps/is_first": 1 * (np.arange(60) == 0)}
-    return record(
-        example(fields | {"steps/observation/exterior_image_1_left": [jpeg(i) for i in range(60)]})
-    )
 
 
 # --- the scaler ---
@@ -1388,7 +1342,7 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
     as motion; a picture is decoded."""
     records, every = [], []
     for s in range(6):
-        r, data = rows(s, 60 + s), episode(s, 60 + s)
+        r, data = tfrecord_rows(s, 60 + s), tfrecord(s, 60 + s)
         for i in range(60 + s):
             data = data.replace(jpeg(i), bytes(len(jpeg(i))))  # no picture can be decoded
         states = np.float32(
@@ -1396,7 +1350,7 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
         ).astype(float)
         records.append(data)
         every.append(expected_actions(states[::4]))
-    path = write(tmp_path / "a.tfrecord", *records)
+    path = write_file(tmp_path / "a.tfrecord", *records)
     x = np.concatenate(every)
     scaler, out = fit(tmp_path, "--data", path)
     assert scaler.n == len(x) and f"Total samples: {len(x):,}" in out and "gripper" in out
@@ -1458,9 +1412,9 @@ def test_inspect_prints_what_is_in_a_file(tmp_path):
     """Bug: the first thing a user tries prints a traceback or nothing of use."""
     velocity = np.random.default_rng(0).normal(0, 0.3, (90, 7))
     velocity[20:70] = 0.1
-    path = write(
+    path = write_file(
         tmp_path / "a.tfrecord",
-        episode(1, 90, **{"action_dict/joint_velocity": velocity}),
+        tfrecord(1, 90, **{"action_dict/joint_velocity": velocity}),
         record(b"nonsense"),
     )
     run = lambda *flags: subprocess.run(  # noqa: E731
@@ -1608,14 +1562,14 @@ def test_many_episodes_of_one_named_file_are_episodes_each(tmp_path):
     for name, folder in (("libero/demo.hdf5", None), ("", "")):
         records = []
         for seed in range(6):
-            fields = {f"steps/{k}": np.float32(x) for k, x in rows(seed, 60).items()}
+            fields = {f"steps/{k}": np.float32(x) for k, x in tfrecord_rows(seed, 60).items()}
             fields |= {"steps/is_first": 1 * (np.arange(60) == 0)}
             fields |= {"steps/observation/exterior_image_1_left": [jpeg(i) for i in range(60)]}
             fields |= {"episode_metadata/file_path": [name.encode()]}
             if folder is not None:
                 fields |= {"episode_metadata/recording_folderpath": [folder.encode()]}
             records.append(record(example(fields)))
-        path = write(tmp_path / "x.tfrecord", *records)
+        path = write_file(tmp_path / "x.tfrecord", *records)
         train, val, bad = opened(path, val_fraction=0.34)
         assert not bad and len({r.recording for r in train}) == 4
         assert len({r.recording for r in val}) == 2
@@ -1623,14 +1577,14 @@ def test_many_episodes_of_one_named_file_are_episodes_each(tmp_path):
 
 def test_copies_under_other_names_are_taken_once(tmp_path):
     """Bug: a copy of a file under another name is held out and trained on."""
-    records = [nameless(seed) for seed in range(3)]
-    write(tmp_path / "a.tfrecord", *records)
-    write(tmp_path / "b.tfrecord", *records[1:])
+    records = [tfrecord_without_names(seed) for seed in range(3)]
+    write_file(tmp_path / "a.tfrecord", *records)
+    write_file(tmp_path / "b.tfrecord", *records[1:])
     own(tmp_path / "c", pose=np.arange(50.0))
     for ending in ("npz", "mp4"):
         shutil.copy(tmp_path / f"c.{ending}", tmp_path / f"d.{ending}")
     own(tmp_path / "e", pose=np.arange(50.0))  # the same motion in another picture
-    write(tmp_path / "e.mp4", film(50, gop=5))
+    write_file(tmp_path / "e.mp4", film(50, gop=5))
     lines = []
     train, _, bad = open_droid(
         str(tmp_path), reader=DroidReader(4, 5, **SMALL), idle_filter="off", log=lines.append
@@ -1681,7 +1635,7 @@ def test_own_files_beside_each_other_and_odd_ones_are_said_for_what_they_are(tmp
         | {f"steps/{k}": [b"0.5"] * 60 for k in episodes.STATES["rlds"]}
         | {"steps/observation/exterior_image_1_left": [jpeg(i) for i in range(60)]}
     )
-    bad = opened(write(tmp_path / "t.tfrecord", record(text), episode(1)))[2]
+    bad = opened(write_file(tmp_path / "t.tfrecord", record(text), tfrecord(1)))[2]
     sentence = "steps/observation/cartesian_position holds bytes (text or pictures), not numbers"
     assert [b[2] for b in bad] == [sentence]
 
@@ -1690,10 +1644,10 @@ def raw_episode(folder, seed=0, steps=50, metadata=None, **change):
     """A folder as raw DROID has them; metadata: the bytes of its json; change: field -> array."""
     videos = folder / "recordings" / "MP4"
     videos.mkdir(parents=True)
-    write(videos / "111.mp4", film(steps))
+    write_file(videos / "111.mp4", film(steps))
     usual = {"uuid": f"lab+{folder.name}", "ext1_mp4_path": "x/MP4/111.mp4", "success": True}
     (folder / "metadata_x.json").write_bytes(metadata or json.dumps(usual).encode())
-    found = rows(seed, steps)
+    found = tfrecord_rows(seed, steps)
     with h5py.File(folder / "trajectory.h5", "w") as f:
         for name in ("cartesian_position", "gripper_position"):
             f[f"observation/robot_state/{name}"] = found[f"observation/{name}"]

@@ -16,10 +16,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import contractor, film, jsonl, write_shards, write_tar
 from safetensors.torch import save as safetensors_bytes
-from test_droid import episode, write
-from test_train import ROOT, TINY, TORCHRUN, Run, fails, numbers, run, start_ranks, words
 
 import checkpoint
 import encode
@@ -29,6 +26,24 @@ from files.features import feature_rows, feature_settings, index_tar, pack_featu
 from files.shards import index_shards, shard_index
 from model import normalize_features
 from prepare.robot import record
+from tests.harness import (
+    ROOT,
+    TINY,
+    TORCHRUN,
+    Run,
+    contractor,
+    fails,
+    film,
+    jsonl,
+    numbers,
+    run,
+    start_ranks,
+    tfrecord,
+    words,
+    write_file,
+    write_shards,
+    write_tar,
+)
 
 HOW = "--encoder vit_tiny --crop_size 32"
 
@@ -614,9 +629,9 @@ def robots(tmp_path_factory):
     run of one process."""
     folder = tmp_path_factory.mktemp("robots")
     for s in range(4):
-        write(
+        write_file(
             folder / f"d.tfrecord-{s:05d}-of-00004",
-            *(episode(3 * s + k, 60 + 20 * k) for k in range(3)),
+            *(tfrecord(3 * s + k, 60 + 20 * k) for k in range(3)),
         )
     flags = [
         "--dataset droid --data",
@@ -673,7 +688,7 @@ def test_other_ways_to_encode_robots_are_refused(robots, tmp_path):
     assert "--crop is for --dataset droid" in fails(
         tmp_path, "encode.py", "--data", done, "--out", tmp_path, "--crop square"
     )
-    write(tmp_path / "d.tfrecord-00000-of-00004", episode(77))
+    write_file(tmp_path / "d.tfrecord-00000-of-00004", tfrecord(77))
     other = ["--dataset droid --data", tmp_path / "d.*", *robots.flags[2:], done]
     assert "d.tfrecord-00000-of-00004 of other recordings (lab/success/0" in fails(
         tmp_path, "encode.py", *other
@@ -683,16 +698,16 @@ def test_other_ways_to_encode_robots_are_refused(robots, tmp_path):
 def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
     """Bug: an episode that is damaged, too short, there twice or has no such camera ends the run,
     or takes its neighbour's frames."""
-    broken = episode(5)[12:-4].replace(b"\xff\xd8\xff", bytes(3))  # the heads of its JPEGs
+    broken = tfrecord(5)[12:-4].replace(b"\xff\xd8\xff", bytes(3))  # the heads of its JPEGs
     records = [
-        episode(1),
+        tfrecord(1),
         record(broken),
-        episode(2, 4),
-        episode(1),
-        episode(3, cameras=["wrist"]),
-        episode(4, cameras=["exterior_1"]),
+        tfrecord(2, 4),
+        tfrecord(1),
+        tfrecord(3, cameras=["wrist"]),
+        tfrecord(4, cameras=["exterior_1"]),
     ]
-    path, out = write(tmp_path / "d.tfrecord", *records), tmp_path / "out"
+    path, out = write_file(tmp_path / "d.tfrecord", *records), tmp_path / "out"
     flags = ["--dataset droid --data", path, HOW, "--camera exterior_1 exterior_2 wrist --out", out]
     text = run(tmp_path, "encode.py", *flags)
     left = [line for line in text.splitlines() if line.startswith("left out: ")]

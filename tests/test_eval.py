@@ -14,20 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import contractor, jsonl, read_number, write_tar
 from scipy.stats import t as student
-from test_lora import episode
-from test_train import fails, numbers, run
 
 import checkpoint
 import eval as report
 from bench import intervals
 from data import ActionScaler, windows
-from droid import DroidReader, open_droid
 from evaluation import pictures
 from evaluation.held_out import (
     another_recording,
-    beside,
+    compare_with_base,
     encoder_dtype,
     from_other_recordings,
     gap_text,
@@ -43,117 +39,21 @@ from files import logs
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, ClipReader
 from model import Predictor, add_lora, lora_layers, predict
+from tests.harness import (
+    Moved,
+    Pushed,
+    contractor,
+    fails,
+    jsonl,
+    numbers,
+    read_number,
+    run,
+    write_tar,
+)
 
 VPT = "--encoder vit_tiny --crop_size 32"
 SIZE = "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"
 pytestmark = pytest.mark.usefixtures("forkserver")
-
-
-@pytest.fixture(scope="module")
-def game(tmp_path_factory, shards):
-    """A run of train_ac.py on features with 36-D actions, .out; .held are features it held out,
-    .video the shard they are of."""
-    folder, video = tmp_path_factory.mktemp("game"), shards / "shard-000000.tar"
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        shards / "shard-000001.tar",
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0",
-    )
-    for name, shard in (("train", shards / "shard-000001.tar"), ("held", video)):
-        run(folder, "encode.py", "--data", shard, "--out", folder / name, VPT)
-    held = folder / "held" / "*.tar"
-    run(
-        folder,
-        "train_ac.py",
-        "--data",
-        folder / "train" / "*.tar",
-        "--val_data",
-        held,
-        "--scaler",
-        folder / "scaler.pkl",
-        SIZE,
-        "--crop_size 32 --action_space 36 --epochs 1 --warmup 0 --anneal 0 --ipe 30 --lr 3e-3"
-        " --out_dir",
-        folder / "run",
-    )
-    text = run(
-        folder,
-        "eval.py",
-        "--checkpoint",
-        folder / "run",
-        "--video",
-        video,
-        "--samples 8 --batch_size 4 --num_workers 0 --out",
-        folder / "report",
-    )
-    found = json.loads((folder / "report" / "report.json").read_text())
-    page = (folder / "report" / "report.html").read_text()
-    return types.SimpleNamespace(
-        folder=folder,
-        out=folder / "run",
-        held=held,
-        video=video,
-        text=text,
-        report=found,
-        page=page,
-    )
-
-
-@pytest.fixture(scope="module")
-def arm(tmp_path_factory):
-    """Runs on robot episodes: .base (--full), .lora on it, .command (LoRA, actions of another
-    size)."""
-    folder = tmp_path_factory.mktemp("arm")
-    (folder / "a").mkdir()
-    for i in range(5):
-        episode(folder / "a" / f"e{i}", i, 1.0, action_dim=3)
-    for name, keys, wider in (("pose", None, 1), ("wide", None, 4), ("command", ["command"], 1)):
-        reader = DroidReader(5, action_keys=keys)
-        records, _, _ = open_droid([str(folder / "a")], reader=reader, log=lambda *a: None)
-        actions = np.concatenate(
-            [reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records]
-        )
-        meta = {"names": reader.names, "units": reader.units, "fps": 4.0, "frames_per_step": 1}
-        m2 = wider * ((actions - actions.mean(0)) ** 2).sum(0)
-        ActionScaler.from_moments(len(actions), actions.mean(0), m2, meta).save(
-            folder / f"{name}.safetensors"
-        )
-    size = "--pred_dim 48 --pred_depth 2 --pred_heads 3"
-    short = "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4"
-    flags = [
-        "--data",
-        folder / "a",
-        "--val_fraction 0.4 --grad_accum 1 --frames_per_clip 5 --warmup_steps 1",
-        short,
-    ]
-    pose = ["--scaler", folder / "pose.safetensors"]
-    run(
-        folder,
-        "train_lora.py",
-        *flags,
-        *pose,
-        "--base none --full --max_steps 12 --lr 3e-3 --out_dir",
-        folder / "base",
-        size,
-    )
-    adapt = ["--base", folder / "base", "--max_steps 6 --lr 1e-2"]
-    wide = ["--scaler", folder / "wide.safetensors"]  # not the base's: it must be folded in
-    run(folder, "train_lora.py", *flags, *wide, *adapt, "--out_dir", folder / "lora")
-    command = ["--scaler", folder / "command.safetensors", "--action_keys command"]
-    run(
-        folder,
-        "train_lora.py",
-        *flags,
-        *command,
-        *adapt,
-        "--train_condition_encoders --out_dir",
-        folder / "command",
-    )
-    return folder
 
 
 def clips_of(path, data=None, batch_size=4):
@@ -177,33 +77,6 @@ def names_of(path, batch_size=4):
         [dataset.records[item[2]].recording for item in items]
         for items in windows(dataset, batch_size, 512)
     ]
-
-
-class Moved(torch.nn.Module):
-    """A predictor whose channels move on by as many places as the first action says (rounded), or
-    by nothing if it is deaf."""
-
-    rollout, predictor_embed = Predictor.rollout, types.SimpleNamespace(out_features=1)
-
-    def __init__(self, deaf=False):
-        super().__init__()
-        self.deaf = deaf
-
-    def extend(self, z, actions, states, extrinsics=None, past=None):
-        B, T = actions.shape[:2]
-        z, by = z.view(B, T, -1, z.shape[-1]), actions[..., 0].round().long() * (not self.deaf)
-        at = (torch.arange(z.shape[-1]) - by[..., None, None]) % z.shape[-1]
-        return z.gather(-1, at.expand_as(z)).flatten(1, 2), [(z, z)]
-
-
-class Pushed(Moved):
-    """A predictor that adds the first two actions times two fixed directions: the error is least at
-    the true ones alone."""
-
-    def extend(self, z, actions, states, extrinsics=None, past=None):
-        u = torch.randn(2, z.shape[-1], generator=torch.Generator().manual_seed(3))
-        out = z.view(*actions.shape[:2], -1, z.shape[-1]) + (actions[..., :2] @ u)[:, :, None]
-        return out.flatten(1, 2), [(z, z)]
 
 
 # --- opening ---
@@ -396,7 +269,7 @@ def test_too_few_recordings_give_no_interval(tmp_path):
         assert all(
             math.isnan(x) for low_high in report.bands_of(errors, names)["gap"] for x in low_high
         )
-    row, text = beside(
+    row, text = compare_with_base(
         errors | {"jloss": torch.ones(6, 1), "sloss": torch.ones(6, 1)},
         ["a", "b"] * 3,
         {k: 1.1 * x for k, x in errors.items()},

@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import film
 from safetensors.torch import save as safetensors_bytes
 
 import checkpoint
@@ -22,8 +21,7 @@ from data import ActionScaler
 from files.latents import open_dataset
 from files.shards import Record, feature_header, index_shards
 from files.video import mp4_times, read_frames
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT, film
 
 
 def fuzz(folder, *flags):

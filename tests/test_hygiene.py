@@ -11,7 +11,8 @@ import subprocess
 
 import pytest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
+
 FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
 SOURCES = sorted(
     os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py"))

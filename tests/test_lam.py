@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 import checkpoint
 import evaluation.codes as code_measures
@@ -19,6 +18,7 @@ from files import latents
 from files.latents import open_manifest, pack_codes, unpack_codes
 from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
 from prepare.manifest import split_counts
+from tests.harness import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 TINY = {
     "embed_dim": 16,

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 import checkpoint
 from files import logs
+from tests.harness import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("train_ac.py", "train_lam.py", "train_lora.py")
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 import types
 
-import av
 import fsspec
 import numpy as np
 import peft
@@ -20,11 +19,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bench import bench
-from test_droid import episode as tfrecord
-from test_droid import nameless, write
-from test_droid import rows as tfrecord_rows
-from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
 import kernels
@@ -46,6 +40,23 @@ from model import (
     lora_layers,
     merge_lora,
     merged_state,
+)
+from tests.harness import (
+    ROOT,
+    Run,
+    column,
+    fails,
+    fit_robot_scaler,
+    moments_of,
+    numbers,
+    run,
+    run_bench,
+    start_ranks,
+    tfrecord,
+    tfrecord_rows,
+    tfrecord_without_names,
+    write_episode,
+    write_file,
 )
 from weights import load_adapter, save_adapter
 
@@ -595,34 +606,6 @@ def test_folding_a_scaler_is_exact():
 # --- runs ---
 
 
-def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
-    """One's own robot: a disc moved by what the pose says; `gain` is how far the picture
-    follows."""
-    rng = np.random.default_rng(seed)
-    velocity = np.zeros((T, 2))
-    for t in range(1, T):
-        velocity[t] = 0.9 * velocity[t - 1] + rng.normal(0, 0.015, 2)
-    place = np.clip(0.5 + np.cumsum(velocity, 0), 0, 1)
-    pose, grip = np.zeros((T, 6)), (np.sin(np.arange(T) / 7 + seed) > 0).astype(float)[:, None]
-    pose[:, :2], pose[:, 5] = place, 0.3 * np.sin(np.arange(T) / 9 + seed)
-    yy, xx = np.mgrid[:size, :size] / size
-    with av.open(f"{path}.mp4", "w") as c:
-        stream = c.add_stream("libx264", rate=15)
-        stream.width = stream.height = size
-        for t in range(T):
-            x, y = 0.5 + gain * (place[t] - 0.5)
-            frame = np.full((size, size, 3), 60, np.uint8)
-            frame[(xx - x) ** 2 + (yy - y) ** 2 < 0.03] = (
-                (255, 80, 40) if grip[t] else (40, 200, 255)
-            )
-            c.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        c.mux(stream.encode())
-    fields = {"cartesian_position": pose, "gripper_position": grip, "rate": 15.0}
-    if action_dim:
-        fields["command"] = np.concatenate([velocity, np.zeros((T, action_dim - 2))], 1)
-    np.savez(f"{path}.npz", **fields)
-
-
 FLAGS = (
     "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4 --grad_accum 1 --log_every 1"
     " --frames_per_clip 5 --warmup_steps 2"
@@ -636,42 +619,26 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 def world(tmp_path_factory):
     """Two worlds of six episodes, their scalers, and a base trained on the first; .a and .b are
     flags to train on them."""
-    folder, out = tmp_path_factory.mktemp("robots"), types.SimpleNamespace()
+    folder = tmp_path_factory.mktemp("robots")
+    flags = {}
     for name, gain, seed in (("a", 1.0, 0), ("b", -1.0, 100)):
         (folder / name).mkdir()
         for i in range(6):
-            episode(folder / name / f"e{i}", seed + i, gain)
-        reader = DroidReader(5)
-        records, _, _ = open_droid([str(folder / name)], reader=reader, log=lambda *a: None)
-        actions = np.concatenate(
-            [reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records]
-        )
-        mean = actions.mean(0)
-        meta = {"names": reader.names, "fps": 4.0, "frames_per_step": 1}
-        scaler = ActionScaler.from_moments(len(actions), mean, ((actions - mean) ** 2).sum(0), meta)
-        scaler.save(folder / f"{name}.safetensors")
-        setattr(
-            out, name, ["--data", folder / name, "--scaler", folder / f"{name}.safetensors", FLAGS]
-        )
-    size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 30 --lr 3e-3"
-    run(
-        folder,
-        "train_lora.py",
-        *out.a,
-        size,
-        "--out_dir",
-        folder / "base",
-        "--export",
-        folder / "base.pt",
+            write_episode(folder / name / f"e{i}", seed + i, gain)
+        scaler = folder / f"{name}.safetensors"
+        fit_robot_scaler(folder / name, scaler)
+        flags[name] = ["--data", folder / name, "--scaler", scaler, FLAGS]
+
+    base = folder / "base.pt"
+    whole = (
+        "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 30 --lr 3e-3"
     )
-    out.folder, out.base = folder, folder / "base.pt"
-    out.lora = [
-        *out.b,
-        "--base",
-        out.base,
-        "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9",
-    ]
-    return out
+    out_dir = ["--out_dir", folder / "base", "--export", base]
+    run(folder, "train_lora.py", *flags["a"], whole, *out_dir)
+
+    plan = "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9"
+    lora = [*flags["b"], "--base", base, plan]
+    return types.SimpleNamespace(folder=folder, a=flags["a"], b=flags["b"], base=base, lora=lora)
 
 
 @pytest.fixture(scope="module")
@@ -686,22 +653,14 @@ def tuned(world):
 
 def same(a, b):
     """Two finished runs are bitwise one."""
-    for log in ("train.csv", "val.csv"):
-        names = [
-            "epoch",
-            "itr",
-            "jloss",
-            "sloss",
-            *(["grad_norm", "lr"] if log == "train.csv" else ["tf_true", "ro_true", "base_tf"]),
-        ]
-        assert column(a, *names, log=log) == column(b, *names, log=log)
+    names = ["epoch", "itr", "jloss", "sloss"]
+    assert column(a, *names, "grad_norm", "lr") == column(b, *names, "grad_norm", "lr")
+    errors = ["tf_true", "ro_true", "base_tf"]
+    assert column(a, *names, *errors, log="val.csv") == column(b, *names, *errors, log="val.csv")
+
     one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
     assert all(torch.equal(one["adapter"][k], v) for k, v in two["adapter"].items())
-    moments = [
-        [s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")]
-        for x in (one, two)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(*moments))
+    assert all(torch.equal(x, y) for x, y in zip(moments_of(one), moments_of(two)))
 
 
 def test_what_a_run_leaves(world, tuned):
@@ -1008,7 +967,7 @@ def test_a_robot_of_other_dimension(world, tmp_path):
     """Bug: another robot's actions cannot be used, or its new encoders are frozen, or not in the
     adapter's files."""
     for i in range(4):
-        episode(tmp_path / f"e{i}", 50 + i, action_dim=3)
+        write_episode(tmp_path / f"e{i}", 50 + i, action_dim=3)
     reader = DroidReader(5, action_keys=["command"])
     records, _, _ = open_droid([str(tmp_path)], reader=reader, log=lambda *a: None)
     reader.motion(records[0], np.arange(0, 20, 4))
@@ -1273,7 +1232,7 @@ def idle(tmp_path_factory):
                     **change | ({"action_dict/joint_velocity": None} if k == 2 else {}),
                 )
             )
-        write(folder / f"d.tfrecord-{s}", *records)
+        write_file(folder / f"d.tfrecord-{s}", *records)
     how = "--encoder vit_tiny --crop_size 32 --fps 5 --camera exterior_1 wrist --phases 3"
     run(folder, "encode.py", "--dataset droid --data", folder / "d.*", "--out", folder / "f", how)
     return folder
@@ -1363,7 +1322,7 @@ def test_features_of_equal_names_are_not_equal_episodes(tmp_path):
     flags = "--phases 2 --encoder vit_tiny --crop_size 32"
     for side, seed in (("a", 0), ("b", 9)):
         (tmp_path / side).mkdir()
-        write(tmp_path / side / "arm.tfrecord", nameless(seed))
+        write_file(tmp_path / side / "arm.tfrecord", tfrecord_without_names(seed))
         given = ["--data", tmp_path / side, "--out", tmp_path / f"f{side}", flags]
         run(tmp_path, "encode.py", "--dataset droid", *given)
     shutil.copytree(tmp_path / "fa", tmp_path / "copy")
@@ -1869,18 +1828,18 @@ def test_resume_from_the_url(world, tuned, tmp_path):
 def test_tables(world, tuned):
     """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another
     base."""
-    rows, text = bench(
+    rows, text = run_bench(
         "lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1"
     )
     assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2 and text.count("off by") == 4
     assert (
         rows[3]["memory / PEFT's"] <= 1
     )  # split, so small a model keeps more: q, k and v's B as one matrix
-    rows, _ = bench("memory", "--batch_size 1")
+    rows, _ = run_bench("memory", "--batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
-    rows, _ = bench("adapters", f"{out} {tuned.out}")
+    rows, _ = run_bench("adapters", f"{out} {tuned.out}")
     assert (
         rows[0]["recovered, one step"] == 1
         and rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]

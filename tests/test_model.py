@@ -27,16 +27,22 @@ from model import (
     predict_on,
     rope_tables,
 )
+from tests.harness import (
+    A,
+    B,
+    E,
+    N,
+    S,
+    T,
+    close,
+    rollout_from_scratch,
+    small_batch,
+    small_predictor,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 # sizes of the small predictor below, on 2 x 3 patches
-B = 2
-T = 4
-N = 6
-E = 24
-A = 5
-S = 3
 
 
 def load(name):
@@ -47,35 +53,6 @@ def load(name):
 
 def under(tensors, prefix):
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-def small_predictor(seed=0, **options):
-    """A tiny predictor whose weights are large enough for every path to matter."""
-    torch.manual_seed(seed)
-    predictor = Predictor(E, A, S, (2, 3), pred_dim=24, depth=2, num_heads=2, **options)
-    for p in predictor.parameters():
-        nn.init.normal_(p, std=0.3)
-    return predictor
-
-
-def small_batch(seed=1):
-    torch.manual_seed(seed)
-    z = normalize_features(torch.randn(B, T, N, E))
-    return z, torch.randn(B, T - 1, A), torch.randn(B, T, S)
-
-
-def rollout_from_scratch(predictor, z, actions, states):
-    """`Predictor.rollout` by its definition: every step runs the whole sequence again, as the
-    reference code does."""
-    context = z.shape[1]
-    while z.shape[1] <= actions.shape[1]:
-        step = predict(predictor, z, actions, states)[:, -1:]
-        z = torch.cat([z, step], dim=1)
-    return z[:, context:]
 
 
 # --- parity ---

@@ -12,12 +12,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
-from test_eval import Moved, Pushed, arm, game  # noqa: F401 (fixtures)
-from test_model import B, T, close, rollout_from_scratch, small_batch, small_predictor
-from test_train import FIXTURES, fails, run
 
 from droid import compose_poses
 from evaluation import game as doom
@@ -25,6 +21,20 @@ from evaluation.search import Space, draw, droid_space, energy, rest, search, vp
 from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
 from plan import agent, chooser, compared, readable, recorded
+from tests.harness import (
+    FIXTURES,
+    B,
+    Moved,
+    Pushed,
+    T,
+    close,
+    fails,
+    picture,
+    rollout_from_scratch,
+    run,
+    small_batch,
+    small_predictor,
+)
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 PLAIN = types.SimpleNamespace(mean=np.zeros(7), scale=np.ones(7))

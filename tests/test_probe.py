@@ -12,9 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import contractor, jsonl, write_tar
 from sklearn.metrics import r2_score
-from test_train import ROOT, fails, run
 
 import checkpoint
 import probe
@@ -24,6 +22,7 @@ from files.features import feature_rows
 from files.shards import read_ticks
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 from model import encode_steps, normalize_features
+from tests.harness import ROOT, contractor, fails, jsonl, run, write_tar
 from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")

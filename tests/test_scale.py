@@ -18,8 +18,16 @@ import types
 import fsspec
 import numpy as np
 import pytest
-from conftest import HEIGHT
-from test_train import (
+
+from data import Clips, Order, open_split, vpt_loader
+from files import disk, remote
+from files.disk import Unreachable
+from files.remote import cached
+from files.shards import Slice, index_shards, read_ticks
+from files.streams import Stream, StreamedClips, stream_recordings
+from files.vpt import ClipReader
+from tests.harness import (
+    HEIGHT,
     PLAN,
     ROOT,
     TINY,
@@ -32,14 +40,6 @@ from test_train import (
     start_ranks,
     words,
 )
-
-from data import Clips, Order, open_split, vpt_loader
-from files import disk, remote
-from files.disk import Unreachable
-from files.remote import cached
-from files.shards import Slice, index_shards, read_ticks
-from files.streams import Stream, StreamedClips, stream_recordings
-from files.vpt import ClipReader
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 READER = ClipReader(crop_size=HEIGHT)

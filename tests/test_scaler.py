@@ -23,8 +23,7 @@ import fit_scaler
 from data import ActionScaler
 from files.shards import Record
 from files.vpt import CONTINUOUS
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
 
 
 def play(seed, lines, offset=0.0, spread=10.0):

@@ -5,16 +5,11 @@ Every run is a process of its own, forked from a server that has imported torch 
 (multiprocessing's forkserver), since importing it takes longer than these runs; one run each goes
 through torchrun and through the interpreter."""
 
-import csv
 import json
 import math
-import multiprocessing.forkserver
 import os
-import resource
-import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -24,7 +19,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import contractor, jsonl, write_tar
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
@@ -38,142 +32,27 @@ from files.features import feature_rows
 from files.shards import Slice, index_shards
 from files.video import mp4_times, read_frames
 from model import Predictor, encode_steps, make_features_of
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FIXTURES = os.path.join(ROOT, "tests", "fixtures")
-TINY = (
-    "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0 --crop_size 32"
-    " --log_every 1 --start_lr 1e-4 --lr 2e-3"
+from tests.harness import (
+    FIXTURES,
+    PLAN,
+    ROOT,
+    TINY,
+    TORCHRUN,
+    Run,
+    column,
+    contractor,
+    fails,
+    jsonl,
+    numbers,
+    rows_of,
+    run,
+    same_run,
+    start_ranks,
+    words,
+    write_tar,
 )
-PLAN = "--epochs 3 --warmup 1 --anneal 1"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-FORK = multiprocessing.get_context("forkserver")
-
 
 # --- running ---
-
-
-def child(script, flags, log, env, file_limit):
-    """In the forked process: become `python SCRIPT FLAGS > LOG 2>&1`."""
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # for its loader, as where it is started by hand
-    os.setsid()
-    os.chdir(ROOT)
-    for fd in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    os.environ.update(env)
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.argv = [script, *flags]
-    try:
-        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-def words(flags):
-    return [w for f in flags for w in ([str(f)] if os.sep in str(f) else str(f).split())]
-
-
-class Run:
-    """A script started with flags (strings are split at blanks, paths are not)."""
-
-    count = 0
-
-    def __init__(self, folder, script, *flags, env=None, file_limit=None):
-        Run.count += 1
-        self.log = str(folder / f"log-{Run.count}.txt")
-        self.process = FORK.Process(
-            target=child, args=(script, words(flags), self.log, env or {}, file_limit)
-        )
-        self.process.start()
-
-    def wait(self, timeout=120):
-        """(exit code, everything printed)."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail(f"hangs: {timeout} s without an end\n{self.text()}")
-        return self.process.exitcode, self.text()
-
-    def text(self):
-        return open(self.log).read() if os.path.exists(self.log) else ""
-
-    def signal_when(self, path, ready, number, group=False):
-        """Send a signal as soon as ready(rows of the csv at path)."""
-        end = time.monotonic() + 120
-        while not (os.path.exists(path) and ready(rows_of(path))):
-            assert self.process.is_alive() and time.monotonic() < end, self.text()
-            time.sleep(0.002)
-        (os.killpg if group else os.kill)(self.process.pid, number)
-
-
-def run(folder, script, *flags, **options):
-    """Run to the end, which must be a good one; what it printed."""
-    code, text = Run(folder, script, *flags, **options).wait()
-    assert code == 0, text
-    return text
-
-
-def fails(folder, script, *flags, **options):
-    """Run to the end, which must be an error of one line; that line."""
-    code, text = Run(folder, script, *flags, **options).wait()
-    errors = [line for line in text.splitlines() if "error: " in line]
-    assert code not in (0, None) and len(errors) == 1 and "Traceback" not in text, text
-    return errors[0]
-
-
-def start_ranks(folder, script, *flags):
-    """Two processes as torchrun would start them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        Run(folder, script, *flags, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-
-
-def rows_of(path):
-    """Rows of a csv as lists of numbers; a line that is being written is left out."""
-    with open(path) as f:
-        lines = f.read().split("\n")[1:-1]
-    return [[float(x or "nan") for x in line.split(",")] for line in lines]
-
-
-def column(folder, *names, log="train.csv"):
-    """Columns of a log as the strings that are in it: equal strings are equal numbers."""
-    with open(folder / log) as f:
-        return [[row[n] for n in names] for row in csv.DictReader(f)]
-
-
-def numbers(folder, *names, log="train.csv"):
-    """(rows, names) of a log; an empty cell is nan."""
-    rows = column(folder, *names, log=log)
-    return np.array([[cell or "nan" for cell in row] for row in rows], dtype=float)
-
-
-def same_run(a, b):
-    """Two finished runs are bitwise one: losses, gradient norms, validation, weights, Adam's
-    moments."""
-    assert column(a, "epoch", "itr", "jloss", "sloss", "grad_norm", "lr") == column(
-        b, "epoch", "itr", "jloss", "sloss", "grad_norm", "lr"
-    )
-    assert (a / "val.csv").read_text() == (b / "val.csv").read_text()
-    one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
-    assert (one["epoch"], one["itr"]) == (two["epoch"], two["itr"])
-    assert all(torch.equal(one["predictor"][k], v) for k, v in two["predictor"].items())
-    moments = [
-        [s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")]
-        for x in (one, two)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(*moments))
 
 
 pytestmark = pytest.mark.usefixtures("forkserver")

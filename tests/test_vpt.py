@@ -4,7 +4,6 @@ recording here is a real mp4 and real JSONL (tests/conftest.py)."""
 import io
 import json
 import math
-import os
 import struct
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import sys
 import av
 import numpy as np
 import pytest
-from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 
 from data import ActionScaler, Clips
 from evaluation.heads import Windows
@@ -22,8 +20,7 @@ from files.shards import index_shards
 from files.streams import StreamedClips
 from files.video import WrongDecoder, largest_difference, mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions, step_size, wrap
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import HEIGHT, ROOT, contractor, film, jsonl, read_number, write_tar
 
 # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
 TABLE = (
