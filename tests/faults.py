@@ -146,7 +146,7 @@ def damaged(world, out, rng):
     p.until(lambda: rows(out) > 2 * IPE)
     time.sleep(rng.uniform(0, world.seconds / 4))
     p.kill()
-    newest = [*checkpoint.list_checkpoints(out)][-1]
+    newest = list(checkpoint.list_checkpoints(out))[-1]
     with open(newest, "r+b") as f:
         size = os.path.getsize(newest)
         kind = rng.choice(("cut", "flip", "zeros"))

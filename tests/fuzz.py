@@ -93,7 +93,8 @@ def read_robot_features(path):
             e["steps"],
             e["steps"],
         )
-        keep_ranges(e["idle"], e["rows"][2], "light", 5) if e["idle"] else None
+        if e["idle"]:
+            keep_ranges(e["idle"], e["rows"][2], "light", 5)
         feature_rows(r, 1, e["steps"])
     if bad:
         raise ValueError(bad[0][2])
@@ -186,11 +187,12 @@ def case(target, number, seed, good):
 
 def attempt(target, data, folder):
     """Read the bytes -> (outcome, what was said)."""
-    reader, name, allowed = TARGETS[target]
+    reader, name, allowed = tuple(TARGETS[target])
     path = os.path.join(folder, name)
     with open(path, "wb") as f:
         f.write(data)
-    outcome, said = "accepted", ""
+    outcome = "accepted"
+    said = ""
     try:
         reader(path)
     except MemoryError as e:
@@ -198,18 +200,18 @@ def attempt(target, data, folder):
         said = f"MemoryError {e} {traceback.format_exc(limit=-2)}"
     except allowed as e:
         said = f"{type(e).__name__}: {e}"
-        outcome = (
-            "memory"
-            if re.search("allocate|MemoryError", said)
-            else "refused"
-            if str(e)
-            else "crash"
-        )
+        outcome = "refused" if str(e) else "crash"
+        if re.search("allocate|MemoryError", said):
+            outcome = "memory"
     except Exception as e:  # what no reader documents is what is looked for
-        outcome, said = "crash", f"{type(e).__name__}: {e} {traceback.format_exc(limit=-3)}"
+        outcome = "crash"
+        said = f"{type(e).__name__}: {e} {traceback.format_exc(limit=-3)}"
     if os.path.exists(BOMB):
-        shutil.rmtree(BOMB, ignore_errors=True) if os.path.isdir(BOMB) else os.unlink(BOMB)
         outcome = "code ran"
+        if os.path.isdir(BOMB):
+            shutil.rmtree(BOMB, ignore_errors=True)
+        else:
+            os.unlink(BOMB)
     return outcome, said
 
 

@@ -66,7 +66,7 @@ def leak(world, reads, steps, workers):
                 progress.update(done - progress.n)
             time.sleep(0.2)
     assert p.returncode == 0, read(out + ".log")[-2000:]
-    steps_done, processes, memory = np.array(found).T
+    steps_done, processes, memory = tuple(np.array(found).T)
 
     # validation has loaders of its own for a while; caches fill in the first fifth
     usual = processes == np.bincount(processes.astype(int)).argmax()
@@ -97,9 +97,9 @@ def shared(pids):
         with open(f"/proc/{pid}/maps") as f:
             for line in f:
                 if "/torch_" in line:
-                    addresses, _, _, _, inode = line.split()[:5]
-                    first, last = (int(x, 16) for x in addresses.split("-"))
-                    held.setdefault(int(inode), last - first)
+                    fields = line.split()
+                    first, last = (int(x, 16) for x in fields[0].split("-"))
+                    held.setdefault(int(fields[4]), last - first)
     return sum(held.values()) / 1e6
 
 

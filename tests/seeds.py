@@ -88,13 +88,12 @@ def film(folder, frames, container=None):
         stream = c.add_stream(
             "libx264", rate=20, options={"g": "8", "bf": "2", "threads": "1", "preset": "ultrafast"}
         )
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.width = 48
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
         for i in range(frames):
-            c.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(np.full((32, 48, 3), 9 * i % 256, np.uint8))
-                )
-            )
+            image = np.full((32, 48, 3), 9 * i % 256, np.uint8)
+            c.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
         c.mux(stream.encode())
     with open(path, "rb") as f:
         return f.read()

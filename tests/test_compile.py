@@ -115,11 +115,14 @@ def test_gate_compiles_what_the_launcher_would(dtype, monkeypatch):
         )
         _, special, _ = bind(*args, **options, debug=False)
         row = next(row for row in rows if row[1] is kernel)
-        _, _, types, constants, divisible, warps, stages, _ = row
-        expected = [
-            (types[a], "D" if a in divisible else "") if a in types else ("constexpr", constants[a])
-            for a in kernel.arg_names
-        ]
+        types, constants, divisible = tuple(row[2:5])
+        warps, stages = row[5:7]
+        expected = []
+        for name in kernel.arg_names:
+            if name in types:
+                expected.append((types[name], "D" if name in divisible else ""))
+            else:
+                expected.append(("constexpr", constants[name]))
         assert [(kind, value or "") for kind, value in special] == expected
         assert (options["num_warps"], options.get("num_stages", stages)) == (warps, stages)
 

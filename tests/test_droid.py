@@ -238,14 +238,13 @@ def test_frames_states_and_actions_are_of_the_same_rows(shards):
         batch["video"], batch["states"], batch["actions"], batch["key"]
     ):
         numbers = [read_number(f) for f in video]
-        assert (
-            np.diff(numbers).tolist() == [3, 3, 3]
-            and numbers == (1000 * states[:, 6]).round().int().tolist()
-        )
+        assert np.diff(numbers).tolist() == [3, 3, 3]
+        assert numbers == (1000 * states[:, 6]).round().int().tolist()
         seed = int(key.split("/")[2])
-        true = np.float32(np.hstack([*tfrecord_rows(seed, 60 + 20 * (seed % 3)).values()][:2]))[
-            numbers
-        ]
+        fields = tfrecord_rows(seed, 60 + 20 * (seed % 3))
+        pose = fields["observation/cartesian_position"]
+        grip = fields["observation/gripper_position"]
+        true = np.float32(np.hstack([pose, grip]))[numbers]
         np.testing.assert_allclose(states, true, atol=1e-6)
         np.testing.assert_allclose(actions, expected_actions(true), atol=1e-5)
         assert actions[:, 3:6].abs().max() < 1  # though roll wraps
@@ -733,7 +732,10 @@ class Ranges(http.server.BaseHTTPRequestHandler):
     """Files of `folder`, parts of them if asked; `fail` answers of 503 first; counts what it
     sends."""
 
-    folder, sent, fail, serve_ranges = "", 0, 0, True
+    folder = ""
+    sent = 0
+    fail = 0
+    serve_ranges = True
 
     def do_GET(self, body=True):
         path = os.path.join(self.folder, os.path.basename(self.path))
@@ -1230,7 +1232,9 @@ def test_success_of_a_path_and_of_metadata():
 def test_what_moves_is_not_idle():
     """Bug: steady motion, a constant commanded velocity, is left out as idle, and so is a gripper
     that closes while the arm rests."""
-    v, pose, grip = np.full((60, 7), 0.4), np.zeros((60, 6)), np.zeros((60, 1))
+    v = np.full((60, 7), 0.4)
+    pose = np.zeros((60, 6))
+    grip = np.zeros((60, 1))
     places = [(pose, episodes.POSE_UNITS), (grip, ["closed"])]
     assert episodes.idle_runs(v) == episodes.still_runs(v, places) == [[1, 60]]
     pose[:, 3] = np.pi * np.where(np.arange(60) % 2, 1, -1)  # one angle, that wraps

@@ -232,14 +232,16 @@ def test_a_feature_header_is_checked_before_it_is_used(tmp_path):
     n = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + n])
 
-    def member(change):
-        new = json.loads(json.dumps(header))
-        changed = json.dumps(change(new) or new).encode()
-        return len(changed).to_bytes(8, "little") + changed + data[8 + n :]
+    def with_header(new):
+        text = json.dumps(new).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + n :]
 
-    cases = {
-        "list": lambda h: [1],
-        "number": lambda h: 7,
+    def changed(change):
+        new = json.loads(json.dumps(header))
+        change(new)
+        return with_header(new)
+
+    changes = {
         "lone": lambda h: h.pop("z_scale"),
         "offsets": lambda h: h["z"].pop("data_offsets"),
         "three": lambda h: h["z"].update(data_offsets=[0, 1, 2]),
@@ -254,20 +256,14 @@ def test_a_feature_header_is_checked_before_it_is_used(tmp_path):
         "dtype": lambda h: h["z"].update(dtype="I64"),
         "meta": lambda h: h.update(__metadata__=[1, 2]),
     }
-    members = {
-        f"{k}@00000.safetensors": member(
-            lambda h, c=c: out if isinstance(out := c(h), list | int) else None
-        )
-        for k, c in cases.items()
-    }
+    cases = {name: changed(change) for name, change in changes.items()}
+    cases |= {"list": with_header([1]), "number": with_header(7)}
+    members = {f"{name}@00000.safetensors": member for name, member in cases.items()}
     members["nested@00000.safetensors"] = (10**5).to_bytes(8, "little") + b"[" * 10**5
-    records, bad = index_shards(
-        [write_tar(tmp_path / "a.tar", members | {"ok@00000.safetensors": member(lambda h: None)})]
-    )
-    assert [r.key for r in records] == ["ok@00000"] and {b[1].partition("@")[0] for b in bad} == {
-        *cases,
-        "nested",
-    }
+    members["ok@00000.safetensors"] = with_header(header)
+    records, bad = index_shards([write_tar(tmp_path / "a.tar", members)])
+    assert [r.key for r in records] == ["ok@00000"]
+    assert {b[1].partition("@")[0] for b in bad} == {*cases, "nested"}
     assert feature_rows(records[0], 2, 5)[0].shape == (3, 2, 8)
 
 
@@ -558,8 +554,11 @@ def kill_at_random(many, out, rng, start):
 def test_encode_killed_at_random_moments_under_two_ranks(many, tmp_path):
     """Bug: a shard written twice, cut, or left out after a kill -9; one that is half written keeps
     its place on the disk for good; a rerun with another number of ranks deals shards otherwise."""
-    rng, out, torn, ranks = random.Random(7), tmp_path / "f", 0, []
+    rng = random.Random(7)
+    out = tmp_path / "f"
     out.mkdir()
+    torn = 0
+    ranks = []
 
     def start():
         ranks[:] = start_ranks(tmp_path, "encode.py", *many.flags, out)
@@ -580,7 +579,9 @@ def test_encode_killed_at_random_moments_under_two_ranks(many, tmp_path):
 def test_encode_killed_under_torchrun(many, tmp_path):
     """Bug: the same under the real launcher, from an empty folder each time, and a run by it that
     finishes what was begun."""
-    rng, torn, started = random.Random(8), 0, []
+    rng = random.Random(8)
+    torn = 0
+    started = []
     command = [*TORCHRUN, "encode.py", *words(many.flags)]
 
     def start():
@@ -654,8 +655,11 @@ def test_robots_killed_at_random_moments(robots, tmp_path):
         f"0.02 hours of episodes, {steps:,} steps x 4 tokens x 192 channels in bf16, take"
         f" 0.00{size / 1e6:.0f} GB" in robots.text
     )
-    rng, out, torn, ranks = random.Random(3), tmp_path / "f", 0, []
+    rng = random.Random(3)
+    out = tmp_path / "f"
     out.mkdir()
+    torn = 0
+    ranks = []
 
     def start():
         ranks[:] = start_ranks(tmp_path, "encode.py", *robots.flags, out)
@@ -715,10 +719,9 @@ def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
         any(why in line for line in left)
         for why in ("copies of others", "no two steps", "UnidentifiedImageError")
     )
-    found, bad, _ = (
-        shard_index(str(out / "d.tfrecord.tar"))[0],
-        *index_tar(str(out / "d.tfrecord.tar"))[::-1],
-    )
+    shard = str(out / "d.tfrecord.tar")
+    found = shard_index(shard)[0]
+    bad = index_tar(shard)[1]
     keys = {r.key.partition("@")[2] + r.key.partition("/")[2].partition("/")[2][:1] for r in found}
     assert not bad and keys == {
         *(f"{c}-000001" for c in ("exterior_1", "exterior_2", "wrist")),

@@ -269,10 +269,32 @@ def folded(tree):
     return sorted(set(found))
 
 
-@pytest.mark.parametrize("path", SOURCES)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS])
 def test_no_folding(path):
     """Bug: statements folded together to save lines, until nobody reads them."""
     assert folded(ast.parse(read(path))) == []
+
+
+def imported(path):
+    """Names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(read(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_tests_import_no_tests(path):
+    """Bug: a test that is moved or deleted takes others along; the fixtures of one file act in
+    another. What several tests need is in tests/harness.py and tests/conftest.py."""
+    for name in imported(path):
+        last = name.rpartition(".")[2] if name.startswith("tests.") else name.partition(".")[0]
+        assert not last.startswith("test_"), f"{path} imports the test {name}"
+        assert last != "conftest", (
+            f"{path} imports conftest; tests/harness.py has what is no fixture"
+        )
 
 
 # what a file may import, by its folder or name: imports point down

@@ -87,20 +87,19 @@ def test_warmup_then_kmeans_then_codes():
     true = 10 * torch.randn(3, 4, 8)
     for step in range(5):
         names = torch.randint(4, (64, 3))
-        z = (
-            true[torch.arange(3), names] + 0.01 * torch.randn(64, 3, 8)
-            if step
-            else 1000 * torch.randn(64, 3, 8)
-        )
+        noise = torch.randn(64, 3, 8)
+        first = step == 0
+        z = 1000 * noise if first else true[torch.arange(3), names] + 0.01 * noise
         z_q, _, codebook, commitment = feed(vq, z)
-        assert (
-            torch.equal(z_q, z) and codebook == 0 and commitment == 0 and vq.active() == (step == 4)
-        )
-        if not step:
-            (
-                vq.recent.zero_(),
-                vq.seen[1].zero_(),
-            )  # the first batch is forgotten when 1024 newer ones have come
+        assert torch.equal(z_q, z)
+        assert codebook == 0 and commitment == 0
+        assert vq.active() == (step == 4)
+
+        # the first batch is forgotten when 1024 newer ones have come
+        if first:
+            vq.recent.zero_()
+            vq.seen[1].zero_()
+
     z_q, indices, codebook, _ = vq.eval()(true[torch.arange(3), names])
     assert (z_q - true[torch.arange(3), names]).abs().max() < 0.02 and codebook < 1e-3
     for slot in range(3):
@@ -1185,7 +1184,9 @@ def test_every_metric_of_the_guide_is_logged(trained):
             assert np.isfinite(values).all() and len(np.unique(values)) > 1, (name, log)
     for name in ("lr", "grad_norm", "rollout_loss"):
         assert len(np.unique(numbers(trained, name))) > 3
-    vq, codebook, commitment = numbers(trained, "vq_loss", "codebook_loss", "commitment_loss").T
+    vq = numbers(trained, "vq_loss")
+    codebook = numbers(trained, "codebook_loss")
+    commitment = numbers(trained, "commitment_loss")
     np.testing.assert_allclose(vq, codebook + 0.25 * commitment, rtol=1e-5)
     assert (trained / "curves.png").stat().st_size > 10_000
 

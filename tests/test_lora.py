@@ -93,7 +93,7 @@ def losses(model, inputs):
 
 def predictions(model, inputs):
     """Of the next steps, from slices of the clips, as `ac_losses` takes them."""
-    z, actions, states = inputs
+    z, actions, states = tuple(inputs)
     return model(z[:, :-1].flatten(1, 2), actions, states[:, :-1])
 
 
@@ -168,18 +168,20 @@ def test_the_fused_node_is_the_definition(dtype, dropped, frozen_input):
     """Bug: a gradient of A, B or the input that is wrong, unscaled, or misses dropout's path;
     rounding worse than the plain version's."""
     torch.manual_seed(0)
-    x, W, b, A, B = (torch.randn(*s) / 4 for s in ((37, 48), (96, 48), (96,), (4, 48), (96, 4)))
-    mask, up = (torch.rand(37, 48) > 0.3) / 0.7, torch.randn(37, 96)
+    x = torch.randn(37, 48) / 4
+    W = torch.randn(96, 48) / 4
+    b = torch.randn(96) / 4
+    A = torch.randn(4, 48) / 4
+    B = torch.randn(96, 4) / 4
+    mask = (torch.rand(37, 48) > 0.3) / 0.7
+    up = torch.randn(37, 96)
 
     def outputs(impl, dtype):
-        leaf, a, c = (
-            x.to(dtype).requires_grad_(not frozen_input),
-            A.clone().requires_grad_(),
-            B.clone().requires_grad_(),
-        )
-        y = kernels.low_rank(
-            leaf, leaf * mask.to(dtype) if dropped else None, W, b, a, c, 8.0, impl
-        )
+        leaf = x.to(dtype).requires_grad_(not frozen_input)
+        a = A.clone().requires_grad_()
+        c = B.clone().requires_grad_()
+        thinned = leaf * mask.to(dtype) if dropped else None
+        y = kernels.low_rank(leaf, thinned, W, b, a, c, 8.0, impl)
         wanted = [a, c] if frozen_input else [leaf, a, c]
         return [y, *torch.autograd.grad(y, wanted, up.to(dtype))]
 
@@ -496,8 +498,11 @@ def test_adapter_files_of_others_are_named(tmp_path):
     model = make()
     add_lora(model, r=4, fused_qkv=True)
     save_adapter(random_B(model), tmp_path)
-    file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    tensors, data, config = load_file(file), file.read_bytes(), config_file.read_bytes()
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    data = file.read_bytes()
+    config_file = tmp_path / "adapter_config.json"
+    config = config_file.read_bytes()
 
     def refused(message):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
@@ -540,12 +545,15 @@ def test_adapter_files_of_others_are_named(tmp_path):
 def test_our_file_trained_on_by_others_is_read_as_it_is(tmp_path):
     """Bug: our files say that B is block-diagonal; where it is no longer, what lies outside of the
     blocks is dropped without a word."""
-    base, inputs, model = make(), batch(), make()
+    base = make()
+    model = make()
+    inputs = batch()
     add_lora(model, r=4)
     save_adapter(random_B(model), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
     with safe_open(file, "pt") as f:
-        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        meta = f.metadata()
     key = "base_model.model.predictor_blocks.0.attn.qkv.lora_B.weight"
     tensors[key] = torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0)) / 20
     save_file(tensors, file, meta)
@@ -826,7 +834,9 @@ def test_estimated_activations_are_those_that_are_kept():
     size = {"pred_dim": 96, "depth": 3, "num_heads": 3}
     model = ACModel(Predictor(192, 7, 7, (8, 8), **size))
     add_lora(model.predictor, r=4, dropout=0.1)
-    z, a, s = (torch.randn(2, *x) for x in ((8, 64, 192), (7, 7), (8, 7)))
+    z = torch.randn(2, 8, 64, 192)
+    a = torch.randn(2, 7, 7)
+    s = torch.randn(2, 8, 7)
     for checkpointing, name in ((False, "activations"), (True, "activations, checkpointed")):
         model.predictor.activation_checkpointing = checkpointing
         found = estimate(0, 192, 8, size, {"r": 4, "dropout": 0.1}, 2, 8, torch.float32)[name]
@@ -1245,9 +1255,10 @@ def starts_of(records, reader):
     """{(episode, camera, row)} that clips start at, each once."""
     out = []
     for r in records:
-        camera, _, first = (
-            r.key.rpartition("@")[2].rpartition("-") if r.kind == "features" else ("", "", 0)
-        )
+        camera = ""
+        first = 0
+        if r.kind == "features":
+            camera, _, first = r.key.rpartition("@")[2].rpartition("-")
         stride = 3 if r.kind == "features" else 1
         rows = [int(first) + stride * (r.first + i) for i in range(reader.starts(r))]
         out += [
@@ -1453,7 +1464,9 @@ def names(*itrs, epoch=0):
 def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
     """Bug: what others put there is deleted, what rotation removed piles up, half-written files are
     copied, unchanged ones sent again."""
-    url, folder, memory = "memory://bucket/run", tmp_path / "run", fsspec.filesystem("memory")
+    url = "memory://bucket/run"
+    folder = tmp_path / "run"
+    memory = fsspec.filesystem("memory")
     others = {"checkpoint-best.pth.tar", "notes.csv", "adapter/README.md", "papers/results.csv"}
     for i in (2, 3):
         step(folder, i)
@@ -1469,15 +1482,18 @@ def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
         opened(tmp_path / "new", url)
     opened(tmp_path / "new", url, resume=True).close()
     assert checkpoint.load_latest(tmp_path / "new")[0]["x"].tolist() == [3, 3, 3]
-    assert (
-        files(url) == names(3) | others and not (tmp_path / "new" / "notes.csv").exists()
-    )  # not fetched, so never deleted either
+    assert files(url) == names(3) | others
+
+    # not fetched, so never deleted either
+    assert not (tmp_path / "new" / "notes.csv").exists()
 
 
 def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
     """Bug: an error of the storage library ends training, goes unsaid, or the file is taken for
     sent."""
-    folder, said, calls = tmp_path / "run", [], []
+    folder = tmp_path / "run"
+    said = []
+    calls = []
     step(folder, 4)
     mirror = opened(folder, "memory://flaky/run", said)
     put = mirror.fs.put_file
@@ -1559,7 +1575,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
     was rotated away meanwhile."""
     url = "memory://rotation/run"
     step(tmp_path, 1)
-    settle(mirror := opened(tmp_path, url))
+    mirror = opened(tmp_path, url)
+    settle(mirror)
     step(tmp_path, 2)
     with monkeypatch.context() as patch:
 
@@ -1575,7 +1592,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         step(tmp_path / "lost", 1, keep=2)
         step(tmp_path / "lost", 2, keep=2)
         patch.undo()
-        settle(lost := opened(tmp_path / "lost", "memory://lost"))
+        lost = opened(tmp_path / "lost", "memory://lost")
+        settle(lost)
         lost.fs.rm_file("/lost/checkpoint-epoch000-itr00002.pth.tar")  # by somebody else
         os.unlink(tmp_path / "lost" / "checkpoint-epoch000-itr00001.pth.tar")
         patch.setattr(mirror.fs, "put_file", quota)
@@ -1662,8 +1680,10 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
     overtaken overwrites what is newer."""
     url, said = "memory://ahead/run", []
     step(tmp_path / "one", 1)
-    settle(first := opened(tmp_path / "one", url, said))
-    settle(second := opened(tmp_path / "two", url, resume=True))
+    first = opened(tmp_path / "one", url, said)
+    settle(first)
+    second = opened(tmp_path / "two", url, resume=True)
+    settle(second)
     step(tmp_path / "two", 5)
     settle(second)
     assert files(url) == names(5)

@@ -49,7 +49,12 @@ class Ranged(http.server.BaseHTTPRequestHandler):
     """Files of `folder`, parts of them if asked and if `ranges`; faults: {name: what the next GETs
     of it meet}; counts what it sends."""
 
-    folder, ranges, faults, sent, gets, slow = "", True, {}, {}, {}, 0.0
+    folder = ""
+    ranges = True
+    faults = {}
+    sent = {}
+    gets = {}
+    slow = 0.0
 
     def do_GET(self, body=True):
         name = os.path.basename(self.path.split("?")[0])
@@ -285,7 +290,8 @@ def test_the_oldest_copy_goes_and_none_in_use(server, shards, tmp_path, monkeypa
     size = max(os.path.getsize(p) for p in shards.glob("*.tar"))
     names = [f"{server.url}/shard-00000{i}.tar" for i in range(3)]
     said = []
-    a, b, c = cached([names], str(tmp_path), 2.2e-9 * size, said.append)[0]
+    paths = cached([names], str(tmp_path), 2.2e-9 * size, said.append)[0]
+    a, b, c = tuple(paths)
     assert "3 shards at URLs" in said[0] and re.search(
         r"WARNING: only .* about 2\d% of the clips", said[1]
     )

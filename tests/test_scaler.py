@@ -64,10 +64,14 @@ def write_shard(path, recordings, video=b"never read"):
     with open(path, "wb") as f:
         for key, jsonl in recordings.items():
             for extension, content in (("mp4", video), ("jsonl", jsonl)):
+                hole = isinstance(content, int)
                 member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = content if isinstance(content, int) else len(content)
+                member.size = content if hole else len(content)
                 f.write(member.tobuf())
-                f.seek(member.size, 1) if isinstance(content, int) else f.write(content)
+                if hole:
+                    f.seek(member.size, 1)
+                else:
+                    f.write(content)
                 f.seek(-member.size % 512, 1)
         f.truncate(f.tell() + 1024)
     return str(path)
@@ -281,7 +285,9 @@ def test_standard_errors_see_that_steps_of_a_recording_are_alike():
     """Bug: 1/sqrt(n) over steps claims ten times the precision that recordings with different means
     and spreads allow."""
     rng = np.random.default_rng(0)
-    errors, means, stds = [], [], []
+    errors = []
+    means = []
+    stds = []
     for _ in range(400):
         level, spread = rng.normal(0, 1, (40, 1, 4)), rng.uniform(0.5, 1.5, (40, 1, 4))
         x = level + spread * rng.normal(size=(40, 100, 4))
@@ -304,7 +310,9 @@ def test_joblib_and_the_guides_comparison(shards, tmp_path):
     for name, samples in (("10k", 200), ("100k", 800), ("1m", 100_000)):
         size = ["--max_samples", samples, "--num_workers", 0]
         run("--data_path", data, *size, "--output", tmp_path / f"scaler_{name}.pkl")
-    s10k, s100k, s1m = (joblib.load(tmp_path / f"scaler_{n}.pkl") for n in ("10k", "100k", "1m"))
+    s10k = joblib.load(tmp_path / "scaler_10k.pkl")
+    s100k = joblib.load(tmp_path / "scaler_100k.pkl")
+    s1m = joblib.load(tmp_path / "scaler_1m.pkl")
     for a, b in ((s10k, s100k), (s100k, s1m)):
         assert (abs(a.mean_ - b.mean_) > 0).all() and (abs(a.scale_ - b.scale_) > 0).all()
     assert (abs(s100k.scale_ - s1m.scale_) / s1m.scale_ < 0.2).all()
@@ -457,7 +465,9 @@ def test_guide_lines_and_step_flags(tmp_path):
     """Bug: camera radians taken for degrees; 5 Hz lines summed as if at 20; --frames_per_step or
     --fps not read."""
     rng = np.random.default_rng(0)
-    dx, dy, yaw = rng.integers(-60, 60, 900), rng.integers(-9, 9, 900), rng.uniform(-3, 3, 900)
+    dx = rng.integers(-60, 60, 900)
+    dy = rng.integers(-9, 9, 900)
+    yaw = rng.uniform(-3, 3, 900)
     lines = [
         {
             "timestamp": 0.2 * i,

@@ -299,7 +299,9 @@ def test_rope_plain_takes_masked_tables():
 
 def test_rope_keeps_nothing_but_the_tables():
     """Catches an activation of (B, nh, L, hd) kept for backward by every layer."""
-    qk, (cos, sin), kept = normal(2, 1, 2, 50, 32).float().requires_grad_(), tables(50, 32), []
+    qk = normal(2, 1, 2, 50, 32).float().requires_grad_()
+    cos, sin = tables(50, 32)
+    kept = []
     for apply in ROPES.values():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             apply(qk, cos, sin)
@@ -309,8 +311,9 @@ def test_rope_keeps_nothing_but_the_tables():
 def test_rope_is_a_proper_custom_op():
     """Catches a fake kernel whose shapes or strides differ from the real one's, and outputs that
     alias inputs."""
-    q, k, _ = (x.transpose(1, 2) for x in fused(1, 2, 9, 16).detach().unbind(2))
-    torch.library.opcheck(rope_op, (q.requires_grad_(), k.requires_grad_(), *tables(9, 16), False))
+    q, k, _ = fused(1, 2, 9, 16).detach().transpose(1, 3).unbind(2)
+    cos, sin = tables(9, 16)
+    torch.library.opcheck(rope_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, False))
 
 
 @pytest.mark.parametrize("impl", ROPES)

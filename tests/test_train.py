@@ -702,10 +702,13 @@ def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path
         "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100 --out_dir",
         tmp_path / "run",
     )
-    gap, low, rolled, skill = numbers(
-        tmp_path / "run", "tf_gap", "tf_gap_low", "ro_gap", "tf_skill", log="val.csv"
-    )[-1]
-    assert gap > 0.3 and 0.2 < low < gap and rolled > 0.2 and skill < 0.7
+    names = ("tf_gap", "tf_gap_low", "ro_gap", "tf_skill")
+    last = numbers(tmp_path / "run", *names, log="val.csv")[-1]
+    gap, low, rolled, skill = tuple(last)
+    assert gap > 0.3
+    assert 0.2 < low < gap
+    assert rolled > 0.2
+    assert skill < 0.7
     predictor, state, scaler, _ = open_run(str(tmp_path / "run"))
     dataset = Clips(
         index_shards([held])[0], [1.0] * 20, vpt.ClipReader(scaler=scaler, crop_size=32)

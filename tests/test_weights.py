@@ -237,7 +237,10 @@ def test_build_encoder_is_seeded():
 class Foreign(nn.Module):
     """Somebody's encoder: it keeps the contract."""
 
-    patch_size, tubelet_size, embed_dim, lost = 8, 2, 12, 0
+    patch_size = 8
+    tubelet_size = 2
+    embed_dim = 12
+    lost = 0
 
     def __init__(self):
         super().__init__()
@@ -471,7 +474,10 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, data, broken=0, ranges=True):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.broken, self.ranges, self.seen = data, broken, ranges, []
+        self.data = data
+        self.broken = broken
+        self.ranges = ranges
+        self.seen = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
