@@ -50,6 +50,12 @@ def forkserver():
         patch.chdir(ROOT)  # it finds what it imports from here
         multiprocessing.get_context("forkserver").set_forkserver_preload(
             [
+                "tests.harness",
+                "torch._dynamo",  # which every optimizer imports, in a second and a half
+                "matplotlib.backends.backend_agg",
+                "av",
+                "probe",
+                "plan",
                 "train_ac",
                 "encode",
                 "eval",
@@ -58,7 +64,6 @@ def forkserver():
                 "eval_lam",
                 "prepare.manifest",
                 "train_lora",
-                "tests.harness",
             ]
         )
         multiprocessing.forkserver.ensure_running()

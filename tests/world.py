@@ -29,7 +29,9 @@ LIMIT = 600
 def start_server():
     """Processes start from a server that has imported our scripts."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    FORK.set_forkserver_preload(["train_ac", "encode", "fit_scaler", "tests.harness"])
+    FORK.set_forkserver_preload(
+        ["tests.harness", "torch._dynamo", "train_ac", "encode", "fit_scaler"]
+    )
 
 
 class Run(harness.Run):
