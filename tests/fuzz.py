@@ -33,9 +33,8 @@ SCRATCH = tempfile.mkdtemp(
     prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
 )
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # not of cases, which end with os._exit
-os.environ["NANOJEPA_CACHE"] = os.path.join(
-    SCRATCH, "cache"
-)  # read by data.py once, when it is imported
+# read by data.py once, when it is imported
+os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")
 
 import numpy as np
 import torch
@@ -258,7 +257,8 @@ def keep(out, target, number, seed, data, said):
 def fuzz(target, cases, seed, good, seconds, out, progress=None):
     """Run the cases of a target -> a row of the table."""
     context = multiprocessing.get_context("fork")
-    board, first = context.RawArray("q", 2 + len(OUTCOMES)), 0
+    board = context.RawArray("q", 2 + len(OUTCOMES))
+    first = 0
     while first < cases:
         board[0] = first
         p = context.Process(
@@ -308,7 +308,8 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found, rows = seeds(SCRATCH, BOMB), []
+    found = seeds(SCRATCH, BOMB)
+    rows = []
     progress = tqdm(total=args.cases, unit=" cases", mininterval=0.5 if sys.stderr.isatty() else 30)
     for i, target in enumerate(args.targets):
         count = args.cases * (i + 1) // len(args.targets) - args.cases * i // len(args.targets)

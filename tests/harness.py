@@ -83,6 +83,7 @@ def read_number(image):
 def film(frames=300, gop=60, bframes=3, times=None, container=None, x264="", size=None):
     """Bytes of an mp4 of numbered frames at 20 fps, or at `times` in milliseconds; size: (width,
     height) of plain noise instead."""
+
     # a file, since faststart reads back what it wrote
     path = os.path.join(tempfile.mkdtemp(), "film.mp4")
     width, height = size or (WIDTH, HEIGHT)
@@ -296,6 +297,7 @@ PLAN = "--epochs 3 --warmup 1 --anneal 1"
 def child(script, flags, log, env, file_limit):
     """In the forked process: become `python SCRIPT FLAGS > LOG 2>&1`; file_limit: bytes of the
     largest file that it may write."""
+
     # for its loader, as where it is started by hand
     multiprocessing.set_start_method("fork", force=True)
     os.setsid()

@@ -149,13 +149,7 @@ if __name__ == "__main__":
         choices=["features", "video"],
         help="what training reads; video takes 25 minutes",
     )
-    flag(
-        "--workers",
-        type=int,
-        nargs="+",
-        default=[0, 2],
-        help="loader processes of the runs",
-    )
+    flag("--workers", type=int, nargs="+", default=[0, 2], help="loader processes of the runs")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     folder = tempfile.mkdtemp(prefix="nanojepa-memory-")

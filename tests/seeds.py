@@ -274,7 +274,8 @@ def mutate(data, others, rng):
     b = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         end = max(min(len(b), 600) if rng.random() < 0.5 else len(b), 1)
-        at, kind = rng.randrange(end), rng.randrange(9)
+        at = rng.randrange(end)
+        kind = rng.randrange(9)
         if kind == 0:
             b[at : at + 1] = bytes([(b[at] if b else 0) ^ 1 << rng.randrange(8)])
         elif kind == 1:
@@ -294,7 +295,8 @@ def mutate(data, others, rng):
         elif kind == 6:
             b[at:at] = rng.randbytes(rng.choice((1, 4, 16)))
         elif kind == 7:
-            other, n = rng.choice(others), rng.choice((8, 64, 512))
+            other = rng.choice(others)
+            n = rng.choice((8, 64, 512))
             start = rng.randrange(max(len(other) - n, 1))
             b[at : at + n] = other[start : start + n]
         else:  # a value of JSON, or a name

@@ -129,14 +129,14 @@ def test_any_strides():
     assert torch.equal(attention_triton(columns, wide[..., 80:160], v, 24), plain)
     assert torch.equal(attention_triton(q, k, repeated, 24)[:, 0], plain[:, 0])
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    of_sum = torch.autograd.grad(
-        attention_triton(*inputs, 24).sum(), inputs
-    )  # a gradient of stride 0
+
+    # a gradient of stride 0
+    of_sum = torch.autograd.grad(attention_triton(*inputs, 24).sum(), inputs)
     of_ones = torch.autograd.grad(attention_triton(*inputs, 24), inputs, torch.ones_like(q))
     assert all(torch.equal(a, b) for a, b in zip(of_sum, of_ones))
-    assert (
-        plain.transpose(1, 2).flatten(2).data_ptr() == plain.data_ptr()
-    )  # no copy before the projection
+
+    # no copy before the projection
+    assert plain.transpose(1, 2).flatten(2).data_ptr() == plain.data_ptr()
 
 
 @pytest.mark.skipif(not INTERPRET, reason="9 GB of a sparse file")
@@ -166,7 +166,8 @@ def test_later_steps_cannot_be_seen(dtype):
         (o1, d1), (o2, d2) = (
             run(attention_triton, x.requires_grad_(), block) for x in (before, after)
         )
-        assert torch.equal(o1[:, :, : t * block], o2[:, :, : t * block]) and not torch.equal(o1, o2)
+        assert torch.equal(o1[:, :, : t * block], o2[:, :, : t * block])
+        assert not torch.equal(o1, o2)
         assert torch.equal(d1[:, : t * block, 0], d2[:, : t * block, 0])
 
 
@@ -251,10 +252,10 @@ def test_autocast_computes_in_its_dtype():
         automatic = run(attention_triton, qkv, 10)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = attention_triton(q.bfloat16(), k, v.bfloat16(), 10)
-    assert automatic[0].dtype == torch.bfloat16 and automatic[1].dtype == torch.float32
-    assert torch.equal(mixed, automatic[0]) and all(
-        torch.equal(a, b) for a, b in zip(by_hand, automatic)
-    )
+    assert automatic[0].dtype == torch.bfloat16
+    assert automatic[1].dtype == torch.float32
+    assert torch.equal(mixed, automatic[0])
+    assert all(torch.equal(a, b) for a, b in zip(by_hand, automatic))
 
 
 def test_activation_checkpointing():
@@ -409,6 +410,5 @@ def test_served_is_what_runs():
     assert all(
         attention.supports(DEVICE, dtype, hd) for dtype in attention.DTYPES for hd in HEAD_DIMS
     )
-    assert not attention.supports(DEVICE, torch.float64, 64) and not attention.supports(
-        DEVICE, torch.float32, 48
-    )
+    assert not attention.supports(DEVICE, torch.float64, 64)
+    assert not attention.supports(DEVICE, torch.float32, 48)

@@ -54,17 +54,12 @@ def test_training_tiles_pass_and_a_spilling_one_does_not():
         row["kernel"]: row["ctas_per_sm"]
         for row in rows
         if row["kernel"] in ("attention._forward", "attention._dq")
-    } == {
-        "attention._forward": 2,
-        "attention._dq": 2,
-    }
+    } == {"attention._forward": 2, "attention._dq": 2}
     refused = [line for line in done.stderr.splitlines() if line.startswith("REFUSED")]
     assert done.returncode == 1 and [row["ok"] for row in control] == [False]
-    assert (
-        len(refused) == 1
-        and "control attention._dkdv" in refused[0]
-        and "bytes of stack" in refused[0]
-    )
+    assert len(refused) == 1
+    assert "control attention._dkdv" in refused[0]
+    assert "bytes of stack" in refused[0]
 
 
 def test_a_filter_that_finds_nothing_is_an_error():

@@ -85,12 +85,15 @@ def opened(data, reader=None, **options):
 def test_checksums_of_very_much_data_are_not_read_first(tmp_path, monkeypatch):
     """Bug: a start on all of DROID reads 1.7 TB before its first step, or leaves checksums out
     without a word."""
-    data, said = tfrecord(3), []
+    data = tfrecord(3)
+    said = []
     path = write_file(tmp_path / "a", tfrecord(4), data[:-1] + bytes([data[-1] ^ 1]))
     assert "checksum" in opened(path)[2][0][2]
     monkeypatch.setattr(droid, "VERIFY", os.path.getsize(path) - 1)
     train, _, bad = open_droid(path, reader=DroidReader(4, 5, **SMALL), log=said.append)
-    assert len({r.key for r in train}) == 2 and not bad and "checksums are not checked" in said[0]
+    assert len({r.key for r in train}) == 2
+    assert not bad
+    assert "checksums are not checked" in said[0]
 
 
 def loader_of(data, batch_size=4, reader=None, **options):
@@ -138,7 +141,8 @@ def test_poses_are_those_of_the_reference():
     states = t["in/poses/states"][None].clone()
     states[..., 6] = states[..., 6].clamp(0, 1)
     moves = torch.from_numpy(pose_actions(states[0].numpy()))[None]
-    mean, scale = torch.randn(7).double(), torch.rand(7).double() + 0.5
+    mean = torch.randn(7).double()
+    scale = torch.rand(7).double() + 0.5
     again = compose_poses(states[:, 0], (moves - mean) / scale, mean, scale)
     torch.testing.assert_close(again[..., :3], states[:, :-1, :3])
     turns = [Rotation.from_euler("xyz", x[0, :, 3:6].numpy()) for x in (again, states[:, :-1])]
@@ -153,13 +157,8 @@ def test_strides_are_those_of_the_reference():
         r = episodes.Episode("", "", "raw", {}, 900, float(rate), 0, 900, 0)
         assert DroidReader(fps=float(fps)).stride_of(r) == found[name].diff().unique().item(), name
     r = episodes.Episode("", "", "raw", {}, 900, 15.0, 0, 900, 0)
-    assert [DroidReader(fps=f).stride_of(r) for f in (4, 5, 15, 30, 7.5)] == [
-        4,
-        3,
-        1,
-        1,
-        2,
-    ] and DroidReader(stride=15).stride_of(r) == 15
+    assert [DroidReader(fps=f).stride_of(r) for f in (4, 5, 15, 30, 7.5)] == [4, 3, 1, 1, 2]
+    assert DroidReader(stride=15).stride_of(r) == 15
 
 
 def test_crop_is_that_of_the_reference():
@@ -178,8 +177,10 @@ def test_crop_is_that_of_the_reference():
     ):
         ours = crop_resize(list(t[f"in/{name}/frames"].numpy()), 64, *aspect).transpose(0, 1)
         theirs = t[f"out/{name}/clip"] * std + mean
-        assert ours.dtype == torch.uint8 and (ours - theirs).abs().max() < 0.51, name
-    assert DroidReader().aspect == (0.75, 1.35) and DroidReader(crop="square").aspect == (1.0, 1.0)
+        assert ours.dtype == torch.uint8, name
+        assert (ours - theirs).abs().max() < 0.51, name
+    assert DroidReader().aspect == (0.75, 1.35)
+    assert DroidReader(crop="square").aspect == (1.0, 1.0)
 
 
 def test_a_file_that_tensorflow_wrote():
@@ -187,7 +188,8 @@ def test_a_file_that_tensorflow_wrote():
     TensorFlow 2.21 wrote: two episodes of 40 steps; field k is sin(t / 10 + column + k + episode),
     picture n of camera c of episode e shows 100 (3 e + c) + n."""
     path = f"{FIXTURES}/droid_tf.tfrecord"
-    lines, t = [], np.arange(40)
+    lines = []
+    t = np.arange(40)
     reader = DroidReader(
         8, 4, **SMALL, camera=("wrist",), action_keys=["action_dict/joint_velocity", "action"]
     )
@@ -196,12 +198,10 @@ def test_a_file_that_tensorflow_wrote():
         f"gs://x/{e}/recordings/MP4--gs://x/{s}/{e}/trajectory.h5"
         for e, s in enumerate(("success", "failure"))
     ]
-    assert (
-        not val
-        and not bad
-        and lines[0].startswith("2 episodes, 0.0% of their rows idle: 0 without")
-        and reader.names[7] == "action.0"
-    )
+    assert not val
+    assert not bad
+    assert lines[0].startswith("2 episodes, 0.0% of their rows idle: 0 without")
+    assert reader.names[7] == "action.0"
     for e, r in enumerate(train):
         assert r.steps == 40
         names = {
@@ -219,9 +219,8 @@ def test_a_file_that_tensorflow_wrote():
         ]
         mean = np.sin(0.1 * t[5:33, None] + np.arange(7) + 40 + e).reshape(7, 4, 7).mean(1)
         np.testing.assert_allclose(clip["actions"][:, 7:], mean, atol=1e-6)
-    assert [r.key[:6] for r in opened(path, success="only")[0]] == ["gs://x"] and len(
-        opened(path, success="only")[0]
-    ) == 1
+    assert [r.key[:6] for r in opened(path, success="only")[0]] == ["gs://x"]
+    assert len(opened(path, success="only")[0]) == 1
 
 
 def test_frames_states_and_actions_are_of_the_same_rows(shards):
@@ -229,11 +228,9 @@ def test_frames_states_and_actions_are_of_the_same_rows(shards):
     ones."""
     train, _, _ = opened([str(shards)])
     batch = next(iter(loader_of(train, 16)))
-    assert (
-        batch["video"].shape == (16, 4, 3, 64, 64)
-        and batch["actions"].shape == (16, 3, 7)
-        and not batch["bad"]
-    )
+    assert batch["video"].shape == (16, 4, 3, 64, 64)
+    assert batch["actions"].shape == (16, 3, 7)
+    assert not batch["bad"]
     for video, states, actions, key in zip(
         batch["video"], batch["states"], batch["actions"], batch["key"]
     ):
@@ -261,7 +258,8 @@ def openpi_ranges(velocity):
         and all(abs(velocity[t][j] - velocity[t - 1][j]) < 1e-3 for j in range(len(velocity[t])))
         for t in range(n)
     ]
-    keep, t = [True] * n, 0
+    keep = [True] * n
+    t = 0
     while t < n:
         end = t
         while end < n and idle[end]:
@@ -269,7 +267,8 @@ def openpi_ranges(velocity):
         if end - t >= 7:
             keep[t:end] = [False] * (end - t)
         t = max(end, t + 1)
-    out, t = [], 0
+    out = []
+    t = 0
     while t < n:
         end = t
         while end < n and keep[end]:
@@ -284,7 +283,8 @@ def random_velocity(rng):
     """Motion, with stretches where the command stays."""
     v = rng.normal(0, 0.3, (int(rng.integers(1, 120)), 7))
     for _ in range(rng.integers(0, 5)):
-        a, n = rng.integers(0, len(v)), int(rng.integers(2, 40))
+        a = rng.integers(0, len(v))
+        n = int(rng.integers(2, 40))
         v[a : a + n] = v[a]
     return v
 
@@ -292,7 +292,8 @@ def random_velocity(rng):
 def test_idle_filter_is_openpis_rule():
     """Bug: off by one at the ends of an idle run; idle from small commands rather than from
     commands that stay the same."""
-    rng, kept = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    kept = 0
     for _ in range(400):
         v = random_velocity(rng)
         found = keep_ranges(episodes.idle_runs(v), len(v), "openpi", 29)
@@ -300,9 +301,8 @@ def test_idle_filter_is_openpis_rule():
         kept += len(found)
     assert kept > 300
     edge = np.zeros((40, 7)) + 0.0005 * np.arange(40)[:, None]
-    assert keep_ranges(episodes.idle_runs(edge), 40, "openpi", 29) == [] and keep_ranges(
-        episodes.idle_runs(3 * edge), 40, "openpi", 29
-    ) == [(0, 30)]
+    assert keep_ranges(episodes.idle_runs(edge), 40, "openpi", 29) == []
+    assert keep_ranges(episodes.idle_runs(3 * edge), 40, "openpi", 29) == [(0, 30)]
 
 
 def test_light_filter_leaves_out_exactly_the_clips_in_which_nothing_moves():
@@ -310,7 +310,8 @@ def test_light_filter_leaves_out_exactly_the_clips_in_which_nothing_moves():
     is in two ranges and drawn twice."""
     rng = np.random.default_rng(1)
     for _ in range(300):
-        v, span = random_velocity(rng), int(rng.integers(2, 20))
+        v = random_velocity(rng)
+        span = int(rng.integers(2, 20))
         still = [
             all(np.abs(np.diff(v[s : s + span], axis=0)).max(1) < 1e-3)
             for s in range(len(v) - span + 1)
@@ -338,12 +339,14 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         tfrecord(3, 8),
         tfrecord(4, 120, **{"action_dict/joint_velocity": None}),
     )
-    reader, lines = DroidReader(4, 5, **SMALL), []
+    reader = DroidReader(4, 5, **SMALL)
+    lines = []
     assert episodes.idle_runs(velocity) == [[41, 70]]
     train, _, bad = open_droid(
         path, reader=reader, idle_filter="openpi", success="only", log=lines.append
     )
-    assert [(r.first, r.last) for r in train] == [(0, 31), (70, 110), (0, 120)] and not bad
+    assert [(r.first, r.last) for r in train] == [(0, 31), (70, 110), (0, 120)]
+    assert not bad
     share = (31 - 9 + 40 - 9 + 111) / 222
     left = (
         "1 without success left out, 1 shorter than a clip, of the others --idle_filter openpi"
@@ -359,9 +362,8 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         for b in itertools.islice(loader_of(train[:2], 16), 3)
         for v in b["video"]
     ]
-    assert {n for clip in numbers for n in clip} >= {0, 30, 70, 109} and all(
-        max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers
-    )
+    assert {n for clip in numbers for n in clip} >= {0, 30, 70, 109}
+    assert all(max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers)
     assert [len(opened(path, idle_filter=f)[0]) for f in ("off", "light")] == [3, 4]
     velocity[:], pose[:] = 0, 0
     change["observation/gripper_position"] = np.zeros((120, 1))
@@ -385,9 +387,10 @@ def test_the_split_goes_by_episode_wherever_it_lies(shards, tmp_path):
     with pytest.raises(ValueError, match="--val_data and --data share 9 episodes"):
         opened(str(shards), val_data=merged)
     alone = write_file(tmp_path / "one.tfrecord", tfrecord(1))
-    assert (
-        len(opened(alone, val_fraction=0.5)[0]) == 1 and opened(alone, val_fraction=0.5)[1] == []
-    )  # nothing to hold out
+
+    # nothing to hold out
+    assert len(opened(alone, val_fraction=0.5)[0]) == 1
+    assert opened(alone, val_fraction=0.5)[1] == []
 
 
 # --- order ---
@@ -399,7 +402,8 @@ def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
     reader = DroidReader(4, 5, **SMALL, camera=tuple(CAMERAS))
     train, _, _ = opened(str(shards), reader)
     plain = take(loader_of(train, reader=reader), 7)
-    assert plain[:3] != plain[3:6] and take(loader_of(train, reader=reader), 7) == plain
+    assert plain[:3] != plain[3:6]
+    assert take(loader_of(train, reader=reader), 7) == plain
     for workers in (1, 3):
         assert take(loader_of(train, reader=reader, num_workers=workers), 5) == plain[:5]
     assert take(loader_of(train, reader=reader, epoch=1, itr=2), 2) == plain[5:7]
@@ -423,9 +427,11 @@ def test_validation_windows_can_all_be_read_and_cover_the_episodes(shards):
         assert not any(c["bad"] for c in got)
         stride = reader.stride_of(train[0])
         assert len(items) == sum(((r.last - r.first - 1) // stride + 1) // frames for r in train)
+
+        # no frame twice
         assert len({(c["key"], read_number(f)) for c in got for f in c["video"]}) == frames * len(
             items
-        )  # no frame twice
+        )
 
 
 def test_an_epoch_spreads_over_all_starts(shards):
@@ -533,11 +539,9 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         plain,
     )
     reasons = [reason for *_, reason in opened(few)[2]]
-    assert (
-        len(reasons) == 3
-        and all("not a tf.train.Example" in r for r in reasons[:2])
-        and "no steps/observation/c" in reasons[2]
-    )
+    assert len(reasons) == 3
+    assert all("not a tf.train.Example" in r for r in reasons[:2])
+    assert "no steps/observation/c" in reasons[2]
 
 
 def test_places_of_pictures_follow_from_their_sizes():
@@ -545,7 +549,8 @@ def test_places_of_pictures_follow_from_their_sizes():
     neighbour's bytes."""
     sizes = [0, 1, 127, 128, 129, 16383, 16384, 20000, (1 << 21) - 1, 1 << 21, 5]
     raw = b"".join(b"\x0a" + varint(n) + bytes(n) for n in sizes)
-    assert episodes.places(sizes) == episodes.values(raw) and episodes.places([]) == []
+    assert episodes.places(sizes) == episodes.values(raw)
+    assert episodes.places([]) == []
 
 
 @pytest.mark.parametrize(
@@ -555,7 +560,8 @@ def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
     """Bug: a truncated download or a flipped bit gives other numbers or a traceback, or silently
     ends the data."""
     whole = [tfrecord(s) for s in range(3)]
-    raw, at = b"".join(whole), len(whole[0])
+    raw = b"".join(whole)
+    at = len(whole[0])
     flip = lambda i: raw[:i] + bytes([raw[i] ^ 16]) + raw[i + 1 :]  # noqa: E731
     damaged = {
         "cut": raw[: at + 5000],
@@ -591,21 +597,21 @@ def test_damaged_files_keep_what_is_whole_and_say_so(tmp_path, how):
             opened(path)
         return
     train, _, bad = opened(path)
-    assert (
-        [r.key.split("/")[2] for r in train] == [*kept]
-        and len(bad) == 1
-        and bad[0][0] == path
-        and reason in bad[0][2]
-    )
+    assert [r.key.split("/")[2] for r in train] == [*kept]
+    assert len(bad) == 1
+    assert bad[0][0] == path
+    assert reason in bad[0][2]
 
 
 def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
     """Bug: some flipped byte of the protobuf gives an exception that nobody catches, an endless
     loop, or gigabytes of memory."""
-    raw, rng = tfrecord(1, 30), np.random.default_rng(0)
+    raw = tfrecord(1, 30)
+    rng = np.random.default_rng(0)
     start = raw.index(b"steps/observation/cartesian_position") - 40
     places = [*range(12, 60), *range(start, start + 90), *rng.integers(12, len(raw) - 4, 100)]
-    reader, ends = DroidReader(4, 5, **SMALL), collections.Counter()
+    reader = DroidReader(4, 5, **SMALL)
+    ends = collections.Counter()
     for i, at in enumerate(places):
         data = raw[:at] + bytes([raw[at] ^ 1 << i % 8]) + raw[at + 1 :]
         found, bad = episodes.index_rlds(write_file(tmp_path / f"{i}", data), len(data), False)
@@ -652,11 +658,9 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     reasons = collections.Counter(
         (key.split("/")[2], reason) for b in batches for _, key, reason in b["bad"]
     )
-    assert (
-        {k for k, _ in reasons} == {"2", "3"}
-        and any("not finite" in r for _, r in reasons)
-        and all(len(b["video"]) == 8 for b in batches)
-    )
+    assert {k for k, _ in reasons} == {"2", "3"}
+    assert any("not finite" in r for _, r in reasons)
+    assert all(len(b["video"]) == 8 for b in batches)
     assert all(torch.isfinite(b["states"]).all() for b in batches)
     os.truncate(path, 4000)  # while the run goes on
     with pytest.raises(
@@ -667,7 +671,8 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
 
 def test_bad_episodes_are_bounded(tmp_path):
     """Bug: half of a download is damaged, and the run goes on with the other half."""
-    good, wrong = [tfrecord(s, 30) for s in range(95)], [record(b"nonsense")] * 6
+    good = [tfrecord(s, 30) for s in range(95)]
+    wrong = [record(b"nonsense")] * 6
     path = write_file(tmp_path / "a.tfrecord", *good, *wrong)
     assert len(opened(path, max_bad_fraction=0.1)[2]) == 6
     with pytest.raises(
@@ -685,7 +690,8 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
     """Bug: every start reads every shard again; a half-written or old index gives pictures of other
     episodes."""
     monkeypatch.setattr(episodes, "CACHE", str(tmp_path / "cache"))
-    calls, index = [], episodes.index_rlds
+    calls = []
+    index = episodes.index_rlds
     monkeypatch.setattr(episodes, "index_rlds", lambda *a: calls.append(a) or index(*a))
     path = write_file(tmp_path / "a.tfrecord", tfrecord(1), tfrecord(2))
     first = opened(path)[0]
@@ -703,23 +709,23 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
         [b"", raw[:20], raw[:-1], raw + b"x", raw[:100] + b"9" + raw[101:], b"{}" * 50]
     ):
         cache.write_bytes(damage)
-        assert (
-            show(opened(path)[0]) == show(first)
-            and len(calls) == 2 + i
-            and cache.read_bytes() == raw
-        )
+        assert show(opened(path)[0]) == show(first)
+        assert len(calls) == 2 + i
+        assert cache.read_bytes() == raw
     write_file(path, tfrecord(3), tfrecord(4))
     os.utime(path, ns=(1, 1))
     assert [r.key.split("/")[2] for r in opened(path)[0]] == ["3", "4"]
     (tmp_path / "file").touch()
     monkeypatch.setattr(episodes, "CACHE", str(tmp_path / "file"))
-    assert len(opened(path)[0]) == 2 and "NANOJEPA_CACHE" in capsys.readouterr().out
+    assert len(opened(path)[0]) == 2
+    assert "NANOJEPA_CACHE" in capsys.readouterr().out
 
 
 def test_only_sampled_pictures_are_decoded(shards, monkeypatch):
     """Bug: a clip decodes all of an episode's 300 JPEGs."""
     train, _, _ = opened(str(shards))
-    calls, read = [], Image.open
+    calls = []
+    read = Image.open
     monkeypatch.setattr(episodes.Image, "open", lambda f: calls.append(1) or read(f))
     next(iter(loader_of(train, 8)))
     assert len(calls) == 8 * 4
@@ -744,13 +750,15 @@ class Ranges(http.server.BaseHTTPRequestHandler):
             return self.send_error(503)
         if not os.path.exists(path):
             return self.send_error(404)
-        data, code = open(path, "rb").read(), 200
+        data = open(path, "rb").read()
+        code = 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         self.send_response_only(206 if wanted and self.serve_ranges else code)
         if self.serve_ranges:
             self.send_header("Accept-Ranges", "bytes")
         if wanted and self.serve_ranges:
-            a, b = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+            a = int(wanted[1])
+            b = min(int(wanted[2]), len(data) - 1)
             self.send_header("Content-Range", f"bytes {a}-{b}/{len(data)}")
             data = data[a : b + 1]
         self.send_header("Content-Length", str(len(data)))
@@ -805,16 +813,18 @@ def test_http_reads_ranges_only(tmp_path, server):
         ),
     )
     train, _, bad = opened(url + "/a.tfrecord")
-    assert len(train) == 3 and not bad and handler.sent < 0.2 * os.path.getsize(path)
+    assert len(train) == 3
+    assert not bad
+    assert handler.sent < 0.2 * os.path.getsize(path)
     opened(url + "/a.tfrecord", verify=True)
     assert handler.sent > os.path.getsize(path)
     train = opened(url + "/a.tfrecord", verify=True)[0]  # which knows where each picture is
     handler.sent, handler.fail = 0, 2
     batch = next(iter(loader_of(train, 2)))
     assert handler.sent < 2 * (4 * 66000 + 20000)
-    assert take(loader_of(train, 2, num_workers=2), 2) == take(
-        loader_of(train, 2), 2
-    )  # in processes that inherited the connection
+
+    # in processes that inherited the connection
+    assert take(loader_of(train, 2, num_workers=2), 2) == take(loader_of(train, 2), 2)
     assert batch["video"].shape[0] == 2 and handler.fail == 0 and not batch["bad"]
     handler.serve_ranges = False
     write_file(tmp_path / "b.tfrecord", tfrecord(1))
@@ -881,7 +891,8 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(tmp_path, monkeypatch, kind
                 continue
             with pytest.raises(ValueError, match=f"{path} .* cannot be read: .*then start") as e:
                 clips[0, 0, 0, 0.5]
-            assert os.strerror(code) in str(e.value) and "damaged" not in str(e.value)
+            assert os.strerror(code) in str(e.value)
+            assert "damaged" not in str(e.value)
             if kind == "rlds":
                 sampled = DroidSteps(5, None, None, None)
                 with pytest.raises(OSError, match="says nothing about the recording"):
@@ -975,12 +986,10 @@ def test_raw_droid_as_metas_loader_reads_it(tmp_path):
         os.path.basename(os.path.dirname(file)): reason
         for file, _, reason in opened(str(tmp_path), reader)[2]
     }
-    assert (
-        "no metadata_*.json" in reasons["c"]
-        and "60 rows, and [40, 40" in reasons["d"]
-        and reasons["e"]
-        and set(reasons) == {"c", "d", "e"}
-    )
+    assert "no metadata_*.json" in reasons["c"]
+    assert "60 rows, and [40, 40" in reasons["d"]
+    assert reasons["e"]
+    assert set(reasons) == {"c", "d", "e"}
 
 
 def test_ones_own_episodes_of_any_dimension(tmp_path):
@@ -1004,11 +1013,9 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         4, 5, **SMALL, camera=("front",), state_keys=["joints", "grip"], action_keys=["torque"]
     )
     train, _, bad = opened(str(tmp_path), reader)
-    assert (
-        [r.key.split("/")[1] for r in train] == ["demo-1", "demo-10"]
-        and not bad
-        and list(train[0].members) == ["front", "side"]
-    )
+    assert [r.key.split("/")[1] for r in train] == ["demo-1", "demo-10"]
+    assert not bad
+    assert list(train[0].members) == ["front", "side"]
     assert (reader.names, reader.state_dim, reader.stride_of(train[0])) == (
         ["torque.0", "torque.1"],
         6,
@@ -1059,7 +1066,8 @@ def test_integers_are_read_as_integers(tmp_path, tagged):
         raw = packed
     else:
         raw = b"\x0a" + varint(len(packed)) + packed
-    assert (episodes.integers(raw) == values).all() and episodes.integers(raw).dtype == np.int64
+    assert (episodes.integers(raw) == values).all()
+    assert episodes.integers(raw).dtype == np.int64
     for damaged in (raw + b"\x80", raw[:-1] + b"\xff", b"\x0a" + raw):
         with pytest.raises(ValueError, match="damaged"):
             episodes.integers(damaged)
@@ -1175,7 +1183,8 @@ def test_a_robot_slower_than_fps_is_said(tmp_path):
     3.75 is Meta's own, and no reason to warn."""
 
     def said(rates, **options):
-        lines, paths = [], []
+        lines = []
+        paths = []
         for rate in rates:
             paths.append(own(tmp_path / f"r{rate}", rate=rate))
         options = {"fps": 4.0} | options
@@ -1183,7 +1192,8 @@ def test_a_robot_slower_than_fps_is_said(tmp_path):
         return [line for line in lines if line.startswith("WARNING")]
 
     (line,) = said([2.0])
-    assert "1 of 1 episodes give 2 frames a second, not --fps 4" in line and "r2.0.npz" in line
+    assert "1 of 1 episodes give 2 frames a second, not --fps 4" in line
+    assert "r2.0.npz" in line
     assert "2 of 3 episodes give 2.5 to 3 frames" in said([5.0, 6.0, 8.0])[0]
     assert not said([15.0]) and not said([4.0, 30.0])
     assert "--stride 3 gives 2 to 5 frames a second" in said([6.0, 15.0], stride=3)[0]
@@ -1211,7 +1221,8 @@ def test_success_in_all_spellings(tmp_path, value, expected):
     path = own(tmp_path / "a", success=value)
     entry = episodes.index_file(path, None)
     if expected is None:
-        assert not entry[1] and "true or false, 1 or 0 is expected" in entry[2][0][2]
+        assert not entry[1]
+        assert "true or false, 1 or 0 is expected" in entry[2][0][2]
     else:
         assert entry[1][0]["success"] is expected
 
@@ -1252,8 +1263,10 @@ def test_what_moves_is_not_idle():
     assert keep_ranges(runs, 60, "light", 29) == [(0, 60)]
     pose[10] = np.nan
     assert all(b <= 10 or a > 11 for a, b in episodes.still_runs(v, places))
+
     # without any position the command must be zero
-    assert episodes.still_runs(v, []) == [] and episodes.still_runs(0 * v, []) == [[1, 60]]
+    assert episodes.still_runs(v, []) == []
+    assert episodes.still_runs(0 * v, []) == [[1, 60]]
 
 
 def test_compressed_tfrecords_are_named(tmp_path):
@@ -1283,13 +1296,15 @@ def test_pictures_of_16_bits_are_scaled(tmp_path):
 def test_what_unchecked_checksums_let_through_is_said(tmp_path, monkeypatch, server):
     """Bug: the log promises that damaged pictures are left out when they are decoded; most of them
     are decoded to something else."""
-    path, lines = write_file(tmp_path / "a.tfrecord", tfrecord(1)), []
+    path = write_file(tmp_path / "a.tfrecord", tfrecord(1))
+    lines = []
     monkeypatch.setattr(droid, "VERIFY", 0)
     open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append)
     assert "noticed only where they cannot be decoded (--verify checks" in lines[0]
     open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append, verify=True)
     assert not [x for x in lines[1:] if "checksums" in x]
-    url, lines = server[0] + "/a.tfrecord", []
+    url = server[0] + "/a.tfrecord"
+    lines = []
     open_droid(url, reader=DroidReader(4, 5, **SMALL), log=lines.append)
     assert "URLs: checksums are not checked" in lines[0]
     data = tfrecord(1)
@@ -1309,7 +1324,8 @@ def test_equal_names_are_not_equal_episodes(tmp_path):
         pose = np.random.default_rng(seed).normal(0, 0.1, (50, 6))
         own(tmp_path / side / "x" / "e0", cartesian_position=pose)
     for name in ("x.tfrecord", "x/e0.npz"):
-        a, b = str(tmp_path / "train" / name), str(tmp_path / "val" / name)
+        a = str(tmp_path / "train" / name)
+        b = str(tmp_path / "val" / name)
         train, val, _ = opened(a, val_data=b)
         assert train and val
         with pytest.raises(ValueError, match="share [12] episodes"):
@@ -1344,9 +1360,11 @@ def fit(folder, *flags, output="s.safetensors"):
 def test_statistics_of_poses_without_a_picture(tmp_path):
     """Bug: actions go in unscaled (they are some 55 times too small); rows between episodes count
     as motion; a picture is decoded."""
-    records, every = [], []
+    records = []
+    every = []
     for s in range(6):
-        r, data = tfrecord_rows(s, 60 + s), tfrecord(s, 60 + s)
+        r = tfrecord_rows(s, 60 + s)
+        data = tfrecord(s, 60 + s)
         for i in range(60 + s):
             data = data.replace(jpeg(i), bytes(len(jpeg(i))))  # no picture can be decoded
         states = np.float32(
@@ -1357,7 +1375,9 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
     path = write_file(tmp_path / "a.tfrecord", *records)
     x = np.concatenate(every)
     scaler, out = fit(tmp_path, "--data", path)
-    assert scaler.n == len(x) and f"Total samples: {len(x):,}" in out and "gripper" in out
+    assert scaler.n == len(x)
+    assert f"Total samples: {len(x):,}" in out
+    assert "gripper" in out
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(scaler.var, x.var(0), rtol=1e-9)
     np.testing.assert_allclose(scaler.scale, x.std(0), rtol=1e-9)
@@ -1367,7 +1387,8 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
         4.0,
         1,
         0,
-    ) and "action_space" not in meta
+    )
+    assert "action_space" not in meta
     scaler.check(path, droid.POSE, 4.0, 1)
     with pytest.raises(ValueError, match="--fps 4, this run has 5"):
         scaler.check(path, droid.POSE, 5.0, 1)
@@ -1387,17 +1408,16 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
         output="p.pkl",
     )
     used = {name.partition(" ")[2] for name in part.meta["recordings"]}
-    assert (
-        len(held) == 2
-        and len(used) == 4
-        and not held & used
-        and part.meta["names"] == [f"action.{i}" for i in range(7)]
-    )
+    assert len(held) == 2
+    assert len(used) == 4
+    assert not held & used
+    assert part.meta["names"] == [f"action.{i}" for i in range(7)]
 
 
 def test_scaled_actions_come_out_of_the_reader(shards):
     """Bug: the scaler is fitted, loaded and never applied."""
-    mean, scale = np.arange(7.0), np.arange(1.0, 8.0)
+    mean = np.arange(7.0)
+    scale = np.arange(1.0, 8.0)
     scaler = ActionScaler(mean, scale**2, scale, 1, {})
     train = opened(str(shards))[0]
     plain, scaled = (
@@ -1426,21 +1446,15 @@ def test_inspect_prints_what_is_in_a_file(tmp_path):
     )
     done = run("--inspect", path, "--batch_size", "4")
     assert done.returncode == 0, done.stderr
-    assert (
-        "video    (4, 8, 3, 256, 256)" in done.stdout
-        and "54.4% of their rows idle" in done.stdout
-        and "left out:" in done.stdout
-    )
-    assert (
-        re.search(r"gripper +-?[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+\n", done.stdout)
-        and max(map(len, done.stdout.splitlines())) < 200
-    )
+    assert "video    (4, 8, 3, 256, 256)" in done.stdout
+    assert "54.4% of their rows idle" in done.stdout
+    assert "left out:" in done.stdout
+    assert re.search(r"gripper +-?[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+\n", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) < 200
     wrong = run("--inspect", str(tmp_path / "none*"))
-    assert (
-        wrong.returncode == 1
-        and wrong.stderr.startswith("error: no episode at")
-        and len(wrong.stderr.splitlines()) == 1
-    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: no episode at")
+    assert len(wrong.stderr.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
@@ -1503,13 +1517,12 @@ def test_the_simulated_arm_writes_droids_schema(robot):
     fields = episodes.read_fields(
         train[0], ["observation/cartesian_position", "observation/gripper_position"]
     )
-    assert (
-        40 <= train[0].steps <= 60
-        and fields[0].shape == (train[0].steps, 6)
-        and np.ptp(fields[0][:, :3], axis=0).max() > 0.05
-    )
+    assert 40 <= train[0].steps <= 60
+    assert fields[0].shape == (train[0].steps, 6)
+    assert np.ptp(fields[0][:, :3], axis=0).max() > 0.05
     frames = episodes.read_pictures(train[0], "exterior_1", [0, train[0].steps - 1])
-    assert frames[0].shape == (180, 320, 3) and np.abs(frames[0].astype(int) - frames[1]).mean() > 2
+    assert frames[0].shape == (180, 320, 3)
+    assert np.abs(frames[0].astype(int) - frames[1]).mean() > 2
     assert any(
         b - a >= 3
         for a, b in json.loads(json.dumps(episodes.index_file(train[0].shard, None)[1]))[0]["idle"]
@@ -1520,17 +1533,13 @@ def test_the_own_robot_form_of_the_simulated_arm_is_read(robot):
     """Bug: the documented npz form is not what the reader takes."""
     reader = DroidReader(4, 5, 64, camera=("exterior_1", "wrist"))
     train, _, bad = opened(str(robot / "b"), reader)
-    assert (
-        len({r.key for r in train}) == 2
-        and not bad
-        and sorted(train[0].members) == ["exterior_1", "exterior_2", "wrist"]
-    )
+    assert len({r.key for r in train}) == 2
+    assert not bad
+    assert sorted(train[0].members) == ["exterior_1", "exterior_2", "wrist"]
     batch = next(iter(loader_of(train, 4, reader)))
-    assert (
-        batch["video"].shape == (4, 4, 3, 64, 64)
-        and batch["states"].shape == (4, 4, 7)
-        and not batch["bad"]
-    )
+    assert batch["video"].shape == (4, 4, 3, 64, 64)
+    assert batch["states"].shape == (4, 4, 7)
+    assert not batch["bad"]
 
 
 @pytest.mark.slow
@@ -1608,9 +1617,11 @@ def test_an_npz_without_rate_is_asked_for_it(tmp_path):
     second without a word."""
     bad = opened([own(tmp_path / "a", rate=None, fps=30.0), own(tmp_path / "b")], idle_filter="off")
     assert [b[2] for b in bad[2]] == ["no rate in it, but fps: `rate` is its rows a second"]
-    lines, path = [], own(tmp_path / "c", rate=None)
+    lines = []
+    path = own(tmp_path / "c", rate=None)
     open_droid(path, reader=DroidReader(4, 5, **SMALL), idle_filter="off", log=lines.append)
-    assert "c.npz" in lines[0] and "c.mp4 has 20 frames a second: write `rate`" in lines[0]
+    assert "c.npz" in lines[0]
+    assert "c.mp4 has 20 frames a second: write `rate`" in lines[0]
 
 
 def test_own_files_beside_each_other_and_odd_ones_are_said_for_what_they_are(tmp_path):

@@ -67,7 +67,8 @@ def left_over(folder):
 def encoded(tmp_path_factory, shards):
     """Folders {bf16, int8} x {train, held} of the same three shards; .log is what encode.py
     printed."""
-    folder, log = tmp_path_factory.mktemp("encoded"), {}
+    folder = tmp_path_factory.mktemp("encoded")
+    log = {}
     for store in ("bf16", "int8"):
         for part, names in (("train", "shard-{000000..000001}.tar"), ("held", "shard-000002.tar")):
             out = folder / store / part
@@ -136,9 +137,9 @@ def test_int8_rounds_little_more_than_bf16(tmp_path, largest):
         off[store, "size"] = len(data) - 4 * (149 * 38 + 300)
         assert torch.allclose(read[:, :, :3], z[:, :, :3], rtol=1e-2 if store == "bf16" else 1e-6)
     assert max(off["int8", n] for n in ("layer", "standardize")) < 0.01
-    assert (
-        off["int8", "size"] < 0.58 * off["bf16", "size"]
-    )  # 48 channels and 2 bytes a token; 1024 channels come to 0.501
+
+    # 48 channels and 2 bytes a token; 1024 channels come to 0.501
+    assert off["int8", "size"] < 0.58 * off["bf16", "size"]
 
 
 def test_features_that_are_not_finite_are_not_stored():
@@ -191,13 +192,14 @@ def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path
         run(tmp_path, "train_ac.py", *base, plans[plan], *flags, "--out_dir", out)
         return numbers(out, "jloss", "sloss", *METERS[:4] if log == "val.csv" else (), log=log)
 
-    live, still = (
-        losses("still", video, "val.csv"),
-        losses("still", data["int8"], "val.csv"),
-    )  # on video clips start between steps too
+    # on video clips start between steps too
+    live = losses("still", video, "val.csv")
+    still = losses("still", data["int8"], "val.csv")
     np.testing.assert_allclose(still, live, rtol=4e-3)
     bf16, int8 = (losses("moves", d, "train.csv") for d in data.values())
-    assert len(bf16) == 6 and (int8 != bf16).any() and bf16[-1, 0] < 0.95 * bf16[0, 0]
+    assert len(bf16) == 6
+    assert (int8 != bf16).any()
+    assert bf16[-1, 0] < 0.95 * bf16[0, 0]
     np.testing.assert_allclose(int8, bf16, rtol=4e-3)  # the same clips in the same order
     refused = [*base, plans["still"], "--out_dir", tmp_path / "refused"]
     for flag in (
@@ -224,10 +226,7 @@ def test_a_feature_header_is_checked_before_it_is_used(tmp_path):
     beside the member."""
     data = safetensors_bytes(
         pack_features(torch.randn(6, 2, 8), "int8")
-        | {
-            "actions": torch.zeros(5, 38),
-            "states": torch.zeros(6, 2),
-        }
+        | {"actions": torch.zeros(5, 38), "states": torch.zeros(6, 2)}
     )
     n = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + n])
@@ -305,9 +304,9 @@ def test_decoding_ahead_changes_nothing(tmp_path, mp4):
     records, _ = index_shards([str(tmp_path / "w3" / "a.tar")])
     assert [r.key for r in records] == [f"p{k}@0000{s}" for k in (0, 1, 3, 4) for s in (0, 4)]
     ours = {r.key: feature_rows(r, 0, r.length) for r in records}
-    assert all(
-        torch.equal(ours[f"p{k}@00004"][0], ours["p0@00004"][0]) for k in (1, 3, 4)
-    )  # the same film
+
+    # the same film
+    assert all(torch.equal(ours[f"p{k}@00004"][0], ours["p0@00004"][0]) for k in (1, 3, 4))
     assert not torch.equal(ours["p3@00004"][1], ours["p4@00004"][1])  # other actions
 
 
@@ -330,9 +329,9 @@ def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
         made = tars(encoded.folder / store / "train")
         flags = ["--data", "x", "--out", "x", *HOW.split(), "--store", store]
         steps, size = estimate(records, 4, 192, flags)
-        assert size == pytest.approx(
-            sum(map(len, made.values())), rel=0.1
-        )  # a tar is filled up to 10 KiB
+
+        # a tar is filled up to 10 KiB
+        assert size == pytest.approx(sum(map(len, made.values())), rel=0.1)
         features, _ = index_shards([str(encoded.folder / store / "train" / n) for n in made])
         assert steps == sum(r.length for r in features)
         text = (
@@ -356,10 +355,8 @@ def test_a_disk_that_is_too_small_is_refused(small_disk, shards, tmp_path):
     out = small_disk(600_000) / "features"
     flags = ["--data", shards / "*.tar", HOW, "--phases 2 --out", out]
     error = fails(tmp_path, "encode.py", *flags)
-    assert (
-        "0.03 hours of play, 444 steps x 4 tokens x 192 channels in bf16, take 0.001 GB" in error
-        and f"and {out} has 0.001 GB free" in error
-    )
+    assert "0.03 hours of play, 444 steps x 4 tokens x 192 channels in bf16, take 0.001 GB" in error
+    assert f"and {out} has 0.001 GB free" in error
     assert (
         error.count(
             "make room, --store int8 for half of it, fewer --phases, or put --out on a larger disk"
@@ -383,7 +380,8 @@ def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_
     shard keeps the disk full."""
     flags = ["--data", shards / "*.tar", HOW, "--phases 2 --out"]
     run(tmp_path, "encode.py", *flags, tmp_path / "whole")
-    whole, disk = tars(tmp_path / "whole"), small_disk(2_000_000)
+    whole = tars(tmp_path / "whole")
+    disk = small_disk(2_000_000)
     going = Run(tmp_path, "encode.py", *flags, disk / "f", "--batch_size 1")
     end = time.monotonic() + 60
     while not (disk / "f" / "shard-000000.tar").exists():
@@ -398,13 +396,12 @@ def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_
     code, text = going.wait()
     errors = [line for line in text.splitlines() if "error: " in line]
     assert code == 1 and len(errors) == 1 and "Traceback" not in text
-    assert (
-        "No space left on device" in errors[0]
-        and "the shards that are finished stay; fix this and run the same command again"
-        in errors[0]
-    )
+    assert "No space left on device" in errors[0]
+    assert "the shards that are finished stay; fix this and run the same command again" in errors[0]
     done = tars(disk / "f")
-    assert 1 <= len(done) < 3 and done == {k: whole[k] for k in done} and not left_over(disk / "f")
+    assert 1 <= len(done) < 3
+    assert done == {k: whole[k] for k in done}
+    assert not left_over(disk / "f")
     os.unlink(disk / "ballast")
     run(tmp_path, "encode.py", *flags, disk / "f")
     assert tars(disk / "f") == whole
@@ -424,7 +421,8 @@ def test_a_file_that_may_not_grow_is_one_sentence(shards, tmp_path):
 def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_path):
     """Bug: wrong flags, features for video, URLs or another run in the folder make empty shards
     that count as finished, or a traceback."""
-    play, out = shards / "shard-000000.tar", ["--out", tmp_path / "f", "--encoder vit_tiny"]
+    play = shards / "shard-000000.tar"
+    out = ["--out", tmp_path / "f", "--encoder vit_tiny"]
     assert "tubelet needs the encoder's 2 frames" in fails(
         tmp_path, "encode.py", "--data", play, *out, "--crop_size 32 --frames_per_step 4"
     )
@@ -444,17 +442,14 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     for flag in ("--batch_size 0", "--phases 0"):
         assert f"{flag} is too small" in fails(tmp_path, "encode.py", "--data", play, *out, flag)
     same = fails(tmp_path, "encode.py", "--data", play, HOW, "--out", shards)
-    assert f"--out {shards} is where the recordings are" in same and "lock" not in os.listdir(
-        shards
-    )
+    assert f"--out {shards} is where the recordings are" in same
+    assert "lock" not in os.listdir(shards)
     (tmp_path / "torn.tar").write_bytes(play.read_bytes()[:3000])
     nothing = fails(
         tmp_path, "encode.py", "--data", tmp_path / "torn.tar", HOW, "--out", tmp_path / "n"
     )
-    assert (
-        "nothing could be encoded, see above (robot episodes need --dataset droid)" in nothing
-        and not tars(tmp_path / "n")
-    )
+    assert "nothing could be encoded, see above (robot episodes need --dataset droid)" in nothing
+    assert not tars(tmp_path / "n")
     url = fails(tmp_path, "encode.py", "--data", "http://localhost:1/a.tar", *out)
     assert "http://localhost:1/a.tar: encode.py needs to seek: name a --cache_dir" in url
     checkpoint.lock(tmp_path / "mine")
@@ -493,18 +488,15 @@ def test_the_decoder_is_part_of_features(shards, tmp_path):
 def test_what_is_left_out_is_listed_once(mp4, tmp_path):
     """Bug: a recording that could not be read is forgotten when the command has ended, or listed
     again when it goes on."""
-    good, torn = (
-        {"good.mp4": mp4, "good.jsonl": jsonl(contractor())},
-        {"torn.mp4": mp4, "torn.jsonl": b"{not json\n"},
-    )
+    good = {"good.mp4": mp4, "good.jsonl": jsonl(contractor())}
+    torn = {"torn.mp4": mp4, "torn.jsonl": b"{not json\n"}
     write_tar(tmp_path / "a.tar", good | torn)
     for _ in range(2):
         run(tmp_path, "encode.py", "--data", tmp_path / "a.tar", "--out", tmp_path / "f", HOW)
     with open(tmp_path / "f" / "left_out.jsonl") as f:
         rows = [json.loads(line) for line in f]
-    assert [(r["file"], r["key"]) for r in rows] == [
-        (str(tmp_path / "a.tar"), "torn")
-    ] and "no usable line" in rows[0]["reason"]
+    assert [(r["file"], r["key"]) for r in rows] == [(str(tmp_path / "a.tar"), "torn")]
+    assert "no usable line" in rows[0]["reason"]
     assert {r.recording for r in shard_index(tmp_path / "f" / "a.tar")[0]} == {"good"}
 
 
@@ -538,7 +530,8 @@ def written(out):
 def kill_at_random(many, out, rng, start):
     """start() -> process ids; they get a SIGKILL when a random share of the bytes is there. What is
     finished by then must be right. How many shards were under way."""
-    goal, end = rng.uniform(0.01, 0.9) * sum(map(len, many.whole.values())), time.monotonic() + 90
+    goal = rng.uniform(0.01, 0.9) * sum(map(len, many.whole.values()))
+    end = time.monotonic() + 90
     pids = start()
     while written(out) <= goal:
         assert time.monotonic() < end
@@ -586,11 +579,9 @@ def test_encode_killed_under_torchrun(many, tmp_path):
 
     def start():
         started.append(subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.DEVNULL))
-        below = [
-            "pgrep",
-            "-P",
-            str(started[-1].pid),
-        ]  # the ranks, which torchrun puts into sessions of their own
+
+        # the ranks, which torchrun puts into sessions of their own
+        below = ["pgrep", "-P", str(started[-1].pid)]
         return lambda: [
             started[-1].pid,
             *map(int, subprocess.run(below, capture_output=True, text=True).stdout.split()),
@@ -673,7 +664,9 @@ def test_robots_killed_at_random_moments(robots, tmp_path):
             assert r.wait()[0] == -signal.SIGKILL
     assert torn
     run(tmp_path, "encode.py", *robots.flags, out)
-    assert tars(out) == robots.whole and not left_over(out) and len(robots.whole) == 4
+    assert tars(out) == robots.whole
+    assert not left_over(out)
+    assert len(robots.whole) == 4
 
 
 def test_other_ways_to_encode_robots_are_refused(robots, tmp_path):
@@ -711,11 +704,13 @@ def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
         tfrecord(3, cameras=["wrist"]),
         tfrecord(4, cameras=["exterior_1"]),
     ]
-    path, out = write_file(tmp_path / "d.tfrecord", *records), tmp_path / "out"
+    path = write_file(tmp_path / "d.tfrecord", *records)
+    out = tmp_path / "out"
     flags = ["--dataset droid --data", path, HOW, "--camera exterior_1 exterior_2 wrist --out", out]
     text = run(tmp_path, "encode.py", *flags)
     left = [line for line in text.splitlines() if line.startswith("left out: ")]
-    assert len(left) == 3 and all(
+    assert len(left) == 3
+    assert all(
         any(why in line for line in left)
         for why in ("copies of others", "no two steps", "UnidentifiedImageError")
     )
@@ -723,7 +718,8 @@ def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
     found = shard_index(shard)[0]
     bad = index_tar(shard)[1]
     keys = {r.key.partition("@")[2] + r.key.partition("/")[2].partition("/")[2][:1] for r in found}
-    assert not bad and keys == {
+    assert not bad
+    assert keys == {
         *(f"{c}-000001" for c in ("exterior_1", "exterior_2", "wrist")),
         "wrist-000003",
         "exterior_1-000004",
@@ -742,7 +738,8 @@ def test_a_robots_feature_header_is_checked(robots):
 
     def told(change):
         header = json.loads(data[8:end])
-        meta, about = header["__metadata__"], json.loads(header["__metadata__"]["episode"])
+        meta = header["__metadata__"]
+        about = json.loads(header["__metadata__"]["episode"])
         change(meta, about)
         if meta.get("episode") == json.loads(data[8:end])["__metadata__"]["episode"]:
             meta["episode"] = json.dumps(about)

@@ -74,7 +74,8 @@ SCRIPTS = [p for p in SOURCES if flags_of(p)]
 def test_every_flag_is_read_and_explained(path):
     """Bug: a flag that nothing reads (upstream has YAML keys like that), or one that --help does
     not explain."""
-    tree, declared = ast.parse(read(path)), flags_of(path)
+    tree = ast.parse(read(path))
+    declared = flags_of(path)
     inside = {id(n) for _, call in declared.values() for n in ast.walk(call)}
     read_here = {
         n.attr
@@ -118,7 +119,8 @@ def test_no_abbreviated_flags(path):
         for n in ast.walk(ast.parse(read(path)))
         if isinstance(n, ast.Call) and ast.unparse(n.func) == "argparse.ArgumentParser"
     ]
-    assert parsers and all(
+    assert parsers
+    assert all(
         any(k.arg == "allow_abbrev" and k.value.value is False for k in n.keywords) for n in parsers
     )
 
@@ -348,13 +350,15 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", SOURCES)
 def test_no_blind_excepts_and_no_kwargs(path):
     """Bug: an exception that hides what went wrong; a misspelt option that **kwargs swallow."""
-    tree, lines = ast.parse(read(path)), read(path).splitlines()
+    tree = ast.parse(read(path))
+    lines = read(path).splitlines()
     handlers = [n for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)]
     blind = [
         n.lineno
         for n in handlers
         if n.type is None or re.search(r"\b(Base)?Exception\b", ast.unparse(n.type))
     ]
+
     # two readers raise half a dozen types, and it raises again; a fuzzer looks for all of them;
     # storage libraries raise what they like
     if path in ("weights.py", "tests/fuzz.py", "files/disk.py", "files/mirror.py"):

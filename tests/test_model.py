@@ -222,6 +222,7 @@ def test_six_training_steps_match_the_reference():
 
     for key, expected in under(tensors, "out/predictor.").items():
         difference = (predictor.state_dict()[key] - expected).abs()
+
         # key biases of dims without rotation have zero gradient; Adam amplifies its rounding
         if key.endswith("attn.qkv.bias"):
             difference[spec["ignore_qkv_bias"]] = 0
@@ -404,6 +405,7 @@ def test_bf16_autocast_end_to_end():
     with torch.autocast("cpu", torch.bfloat16):
         losses = ac_losses(predictor, z, actions, states)
         prediction = predict(predictor, z[:, :-1], actions, states)
+
     # the layer norm is not rounded to bf16
     assert prediction.dtype == torch.float32
     assert (prediction != prediction.bfloat16()).any()
@@ -441,7 +443,8 @@ def test_training_after_inference_mode():
 def test_activation_checkpointing_changes_no_gradient():
     """Catches recomputation that differs from the forward, and a flag that is never read."""
     z, actions, states = small_batch()
-    grads, calls = [], []
+    grads = []
+    calls = []
     for flag in (False, True):
         predictor = small_predictor()
         predictor.activation_checkpointing = flag
@@ -538,7 +541,8 @@ def test_encode_steps_refuses_what_does_not_fit():
 def test_normalize_features():
     """Catches eps 1e-6 (upstream: 1e-5), a norm over patches, and statistics applied after it."""
     h = torch.randn(2, 3, 4, 8) * 1e-3
-    mean, std = torch.randn(8), torch.rand(8) + 0.5
+    mean = torch.randn(8)
+    std = torch.rand(8) + 0.5
     spread = (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     close(normalize_features(h), (h - h.mean(-1, keepdim=True)) / spread)
     close(normalize_features(h, mean, std), F.layer_norm((h - mean) / std, (8,)))
@@ -667,7 +671,8 @@ def test_continuing_from_keys_and_values_is_exact(checkpointing):
         return predictor.extend(z.flatten(1, 2), *conditions, past)
 
     whole, _ = extend(0, T - 1)
-    steps, past = [], None
+    steps = []
+    past = None
     for t in range(T - 1):
         out, past = extend(t, t + 1, past)
         steps.append(out)
@@ -736,7 +741,8 @@ def test_action_meter():
 def test_a_meter_without_another_recording_has_no_shuffled_error():
     """Bug: the actions of nobody are composed into poses, which ends a robot run with one held-out
     episode in scipy's "zero norm quaternions"."""
-    predictor, (z, actions, states) = small_predictor(), small_batch()
+    predictor = small_predictor()
+    (z, actions, states) = small_batch()
 
     def compose(state0, a):
         assert torch.isfinite(a).all()

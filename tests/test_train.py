@@ -63,7 +63,8 @@ def world(tmp_path_factory, shards):
     """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features and
     .video are flags to train on them."""
     folder = tmp_path_factory.mktemp("world")
-    video, video_held = shards / "shard-{000000..000001}.tar", shards / "shard-000002.tar"
+    video = shards / "shard-{000000..000001}.tar"
+    video_held = shards / "shard-000002.tar"
     run(
         folder,
         "fit_scaler.py",
@@ -241,15 +242,11 @@ def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
     killed = Run(tmp_path, "train_ac.py", *flags, cut)
     killed.signal_when(cut / "train.csv", lambda rows: len(rows) >= 29, signal.SIGKILL)
     assert killed.wait()[0] == -signal.SIGKILL
-    assert (
-        os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar"
-        and 29 <= len(rows_of(cut / "train.csv")) < 50
-    )
+    assert os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar"
+    assert 29 <= len(rows_of(cut / "train.csv")) < 50
     text = run(tmp_path, "train_ac.py", *flags, cut, "--resume --num_workers 2")
-    assert (
-        f"resumed from {cut}/checkpoint-epoch001.pth.tar at epoch 1, itr 0" in text
-        and "--num_workers 2 (was 0)" in text
-    )
+    assert f"resumed from {cut}/checkpoint-epoch001.pth.tar at epoch 1, itr 0" in text
+    assert "--num_workers 2 (was 0)" in text
     same_run(whole, cut)
 
 
@@ -295,7 +292,8 @@ def test_a_signal_stops_saves_and_resumes_exactly(tmp_path, trained, number, gro
     code, text = stopped.wait()
     latest = os.readlink(tmp_path / "run" / checkpoint.LATEST)
     assert code == 0 and "Traceback" not in text, text
-    assert "-itr" in latest and f"saved {tmp_path / 'run' / latest}; continue with --resume" in text
+    assert "-itr" in latest
+    assert f"saved {tmp_path / 'run' / latest}; continue with --resume" in text
     run(tmp_path, "train_ac.py", *flags, "--resume")
     same_run(trained.out, tmp_path / "run")
     assert not [n for n in os.listdir(tmp_path / "run") if n.endswith(".tmp")]
@@ -339,9 +337,8 @@ def test_torchrun_passes_a_signal_on(world, tmp_path):
     p.send_signal(signal.SIGTERM)
     text = p.communicate(timeout=120)[0]
     state, path = checkpoint.load_latest(tmp_path / "run")
-    assert f"saved {path}; continue with --resume" in text and state["itr"] == len(
-        rows_of(tmp_path / "run" / "train.csv")
-    )
+    assert f"saved {path}; continue with --resume" in text
+    assert state["itr"] == len(rows_of(tmp_path / "run" / "train.csv"))
 
 
 # --- refusals ---
@@ -350,7 +347,8 @@ def test_torchrun_passes_a_signal_on(world, tmp_path):
 def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
     """Bug: a run goes on with another scaler, size, action space or encode mode than it began with,
     or the refusal is a traceback."""
-    mean, var = np.zeros(4), np.ones(4)
+    mean = np.zeros(4)
+    var = np.ones(4)
     meta = {"names": vpt.CONTINUOUS, "fps": 10.0, "frames_per_step": 2}
     ActionScaler(mean, var, var, 9, meta).save(tmp_path / "fps.pkl")
     ActionScaler(mean[:3], var[:3], var[:3], 9, {}).save(tmp_path / "dims.pkl")
@@ -358,7 +356,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
     shutil.copytree(trained.out, tmp_path / "run", symlinks=True)
     bad = tmp_path / "bad.pth.tar"
     bad.write_bytes(b"<html>not found</html>")
-    new, resume = ["--out_dir", tmp_path / "new"], ["--out_dir", tmp_path / "run", "--resume"]
+    new = ["--out_dir", tmp_path / "new"]
+    resume = ["--out_dir", tmp_path / "run", "--resume"]
     features, plan = world.features, trained.flags
     features_only = world.folder / "features" / "*.tar"
     video = [w for w in world.video if w != "--encoder vit_tiny"]
@@ -453,10 +452,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(trained, tmp_path,
             text = run(
                 tmp_path, "train_ac.py", *trained.flags, "--out_dir", tmp_path / "run", "--resume"
             )
-            assert (
-                f"{paths[2]} is damaged" in text
-                and f"resumed from {paths[1]} at epoch 2, itr 0" in text
-            )
+            assert f"{paths[2]} is damaged" in text
+            assert f"resumed from {paths[1]} at epoch 2, itr 0" in text
             same_run(trained.out, tmp_path / "run")
             with open(path, "wb") as f:
                 f.write(raw[: len(raw) // 2])
@@ -486,13 +483,10 @@ def test_a_full_disk_spares_the_checkpoint_before(trained, tmp_path, how):
             (out / "other").write_bytes(bytes(700_000))
         limit = 500_000 if how == "limit" else None
         error = fails(tmp_path, "train_ac.py", *flags, "--resume", file_limit=limit)
-        assert (
-            f"could not write {out}/checkpoint-epoch002.pth.tar" in error
-            and "checkpoint-epoch001.pth.tar" in error
-        )
-        assert checkpoint.load_latest(out)[0]["epoch"] == 1 and not [
-            n for n in os.listdir(out) if n.endswith(".tmp")
-        ]
+        assert f"could not write {out}/checkpoint-epoch002.pth.tar" in error
+        assert "checkpoint-epoch001.pth.tar" in error
+        assert checkpoint.load_latest(out)[0]["epoch"] == 1
+        assert not [n for n in os.listdir(out) if n.endswith(".tmp")]
         if how == "disk":
             (out / "other").unlink()
         if how == "limit":
@@ -525,14 +519,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):
         out,
         "--resume --log_every 50",
     )
-    assert (
-        "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error
-        and "6.11_player-1@00000" in error
-    )
+    assert "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error
+    assert "6.11_player-1@00000" in error
     assert f"last good checkpoint: {out}/checkpoint-epoch001.pth.tar" in error
     itr = int(error.split("itr ")[1].split(",")[0])
     bad = [r for r in rows_of(out / "train.csv") if not np.isfinite(r[2])]
-    assert not bad and rows_of(out / "train.csv")[-1][:2] == ([1, itr - 1] if itr else [0, 24])
+    assert not bad
+    assert rows_of(out / "train.csv")[-1][:2] == ([1, itr - 1] if itr else [0, 24])
     (kept,) = checkpoint.list_checkpoints(out)
     assert all(torch.isfinite(v).all() for v in checkpoint.load(kept)["predictor"].values())
 
@@ -551,25 +544,21 @@ def test_bad_clips_are_skipped_listed_and_limited(world, tmp_path):
     flags = [*world.features, PLAN, "--ipe 20 --data", shard, "--out_dir"]
     run(tmp_path, "train_ac.py", *flags, tmp_path / "some", "--max_bad_fraction 0.3")
     listed = [json.loads(line) for line in open(tmp_path / "some" / "bad_clips.jsonl")]
-    assert 2 <= len(listed) <= 40 and {(b["file"], b["key"]) for b in listed} == {
-        (shard, "short-6.10_player-0@00000")
-    }
-    assert (
-        "too short: 4 steps" in listed[0]["reason"]
-        and len(rows_of(tmp_path / "some" / "train.csv")) == 60
-    )
+    assert 2 <= len(listed) <= 40
+    assert {(b["file"], b["key"]) for b in listed} == {(shard, "short-6.10_player-0@00000")}
+    assert "too short: 4 steps" in listed[0]["reason"]
+    assert len(rows_of(tmp_path / "some" / "train.csv")) == 60
     error = fails(tmp_path, "train_ac.py", *flags, tmp_path / "many", "--max_bad_fraction 0.005")
-    assert (
-        "clips cannot be read" in error
-        and f"{shard} short-6.10_player-0@00000" in error
-        and "bad_clips.jsonl" in error
-    )
+    assert "clips cannot be read" in error
+    assert f"{shard} short-6.10_player-0@00000" in error
+    assert "bad_clips.jsonl" in error
     assert 25 <= len(rows_of(tmp_path / "many" / "train.csv")) + 1 < 60  # judged after 100 clips
 
 
 def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
     """Bug: a truncated video or an empty JSONL is left out without a word."""
-    ok, lines = {"ok.mp4": mp4, "ok.jsonl": jsonl(contractor())}, jsonl(contractor(seed=7))
+    ok = {"ok.mp4": mp4, "ok.jsonl": jsonl(contractor())}
+    lines = jsonl(contractor(seed=7))
     bad = {
         "cut.mp4": mp4[: len(mp4) // 2],
         "cut.jsonl": lines,
@@ -589,11 +578,9 @@ def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
     reasons = {
         b["key"]: b["reason"] for b in map(json.loads, open(tmp_path / "run" / "bad_clips.jsonl"))
     }
-    assert (
-        reasons.keys() >= {"cut", "lone", "empty"}
-        and "truncated" in reasons["cut"]
-        and "the file is empty" in reasons["empty"]
-    )
+    assert reasons.keys() >= {"cut", "lone", "empty"}
+    assert "truncated" in reasons["cut"]
+    assert "the file is empty" in reasons["empty"]
     assert len([1 for line in open(tmp_path / "run" / "bad_clips.jsonl") if '"cut"' in line]) == 1
 
 
@@ -623,10 +610,8 @@ def test_validation_shares_no_recording_with_training(world, tmp_path):
         tmp_path / "run",
     ]
     text = run(tmp_path, "train_ac.py", *flags)
-    assert (
-        np.isfinite(numbers(tmp_path / "run", "jloss")).all()
-        and len(numbers(tmp_path / "run", "jloss")) == 60
-    )
+    assert np.isfinite(numbers(tmp_path / "run", "jloss")).all()
+    assert len(numbers(tmp_path / "run", "jloss")) == 60
     assert np.isnan(numbers(tmp_path / "run", "jloss", log="val.csv")).all()
     assert "the scaler was fitted on recordings held out here" in text  # as it was: on all of these
 
@@ -715,16 +700,15 @@ def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path
     )
     inputs = make_features_of(None, "tubelet", 2, {"mean": None, "std": None}, "cpu")
     with torch.no_grad():
-        for layer in (
-            predictor.action_encoder,
-            predictor.state_encoder,
-        ):  # rolled out, states are composed from the actions
+        # rolled out, states are composed from the actions
+        for layer in (predictor.action_encoder, predictor.state_encoder):
             layer.weight.zero_()
     errors, recordings, bad = held_out(predictor, dataset, inputs, 8, 99, 0, 2, 1.0)
     blind = meter_summary({k: v for k, v in errors.items() if k[2] == "_"}, recordings)
     assert len(set(recordings)) == 20 and not bad
     assert blind["tf_true"] == blind["tf_zero"]
     assert [blind["tf_gap"], blind["ro_gap"]] == [0.0, 0.0]
+
     # all recordings give exactly the same, which says nothing of others
     assert all(math.isnan(blind[k]) for k in METERS if k.endswith(("_low", "_high")))
 
@@ -775,11 +759,9 @@ def test_streams_train_with_local_validation(world, tmp_path):
         f"pipe:cat {shard}",
     )
     code, text = process.wait()
-    assert (
-        code == 0
-        and len(rows_of(tmp_path / "run" / "train.csv")) == 3
-        and len(rows_of(tmp_path / "run" / "val.csv")) == 1
-    ), text
+    assert code == 0, text
+    assert len(rows_of(tmp_path / "run" / "train.csv")) == 3, text
+    assert len(rows_of(tmp_path / "run" / "val.csv")) == 1, text
     text = run(
         tmp_path,
         "train_ac.py",
@@ -789,7 +771,8 @@ def test_streams_train_with_local_validation(world, tmp_path):
         "--data",
         f"pipe:cat {shard}",
     )
-    assert "WARNING: nothing to validate on" in text and not rows_of(tmp_path / "blind" / "val.csv")
+    assert "WARNING: nothing to validate on" in text
+    assert not rows_of(tmp_path / "blind" / "val.csv")
 
 
 # --- starting, dry runs, weights ---
@@ -805,11 +788,11 @@ def test_a_dry_run_checks_everything_and_writes_nothing(world, tmp_path):
         "--dry_run",
     ]
     text = run(tmp_path, "train_ac.py", *flags)
-    assert (
-        "4 recordings to train on, 2 held out, 0 unusable" in text
-        and "video (4, 16, 3, 32, 32)" in text
-    )
-    assert "450 steps x" in text and "GiB of disk free: enough" in text and "held out after" in text
+    assert "4 recordings to train on, 2 held out, 0 unusable" in text
+    assert "video (4, 16, 3, 32, 32)" in text
+    assert "450 steps x" in text
+    assert "GiB of disk free: enough" in text
+    assert "held out after" in text
     assert not (tmp_path / "new").exists()
 
 
@@ -867,7 +850,8 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
     run(tmp_path, "train_ac.py", *flags, out, "--resume")
     same_run(tmp_path / "whole", out)
     state = checkpoint.load_latest(out)[0]
-    assert state["predict"] == "change" and open_run(str(out))[0].predict == "change"
+    assert state["predict"] == "change"
+    assert open_run(str(out))[0].predict == "change"
     assert "predict" in checkpoint.load_latest(trained.out)[0]
     assert open_run(str(trained.out))[0].predict == "features"
 
@@ -944,11 +928,12 @@ def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
     ]
     run(tmp_path, "train_ac.py", *flags, "--max_steps 2 --save_encoder")
     path = str(tmp_path / "run" / checkpoint.LATEST)
-    encoder, expected = weights.load_encoder(path), weights.build_encoder("vit_tiny").state_dict()
-    assert encoder.num_heads == 3 and all(
-        torch.equal(v, expected[k]) for k, v in encoder.state_dict().items()
-    )
-    predictor, mine = weights.load_predictor(path, num_heads=3, grid=(2, 2)), open_run(path)[0]
+    encoder = weights.load_encoder(path)
+    expected = weights.build_encoder("vit_tiny").state_dict()
+    assert encoder.num_heads == 3
+    assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
+    predictor = weights.load_predictor(path, num_heads=3, grid=(2, 2))
+    mine = open_run(path)[0]
     assert all(torch.equal(v, predictor.state_dict()[k]) for k, v in mine.state_dict().items())
     run(tmp_path, "train_ac.py", *flags, "--resume")
     assert len(rows_of(tmp_path / "run" / "train.csv")) == 4
@@ -961,16 +946,15 @@ def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
 def test_features_are_what_training_on_video_sees(world, trained, tmp_path):
     """Bug: encode.py resizes, crops, pairs frames or aligns actions otherwise than the loader;
     encode modes are mixed up."""
+
     # the same predictor on the same windows
     flags = "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --lr 0 --start_lr 0 --out_dir"
     for encode in ("tubelet", "frame"):
         out = tmp_path / encode
         where = [world.folder / "features", world.folder / "held"]
         if encode != "tubelet":
-            where, how = (
-                [tmp_path / "f", tmp_path / "h"],
-                ["--encoder vit_tiny --crop_size 32 --encode", encode],
-            )
+            where = [tmp_path / "f", tmp_path / "h"]
+            how = ["--encoder vit_tiny --crop_size 32 --encode", encode]
             for shards, folder in zip(("shard-{000000..000001}.tar", "shard-000002.tar"), where):
                 run(tmp_path, "encode.py", "--data", world.shards / shards, "--out", folder, *how)
         data = ["--data", where[0] / "*.tar", "--val_data", where[1] / "*.tar"]
@@ -1004,9 +988,9 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
     )
     features = {r.key: r for r in index_shards([str(tmp_path / "f" / "shard-000000.tar")])[0]}
     video = {r.key: r for r in index_shards([str(shard)])[0]}
-    assert sorted(features) == [
-        f"6.10_player-{k}@0000{s}" for k in (0, 1) for s in (0, 2, 5)
-    ]  # 8 ticks a step
+
+    # 8 ticks a step
+    assert sorted(features) == [f"6.10_player-{k}@0000{s}" for k in (0, 1) for s in (0, 2, 5)]
     encoder = weights.build_encoder("vit_tiny", 32)
     for key, first in (("6.10_player-1", 2), ("6.10_player-0", 5)):
         r, source = features[f"{key}@0000{first}"], video[key]
@@ -1110,15 +1094,11 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
     np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
-    assert (
-        report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
-        and report["recordings"] == 2
-        and report["clips"] == 8
-    )
-    assert (
-        f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout
-        and f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in done.stdout
-    )
+    assert report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
+    assert report["recordings"] == 2
+    assert report["clips"] == 8
+    assert f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout
+    assert f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in done.stdout
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
     assert all(f"{x:9.4f}" in done.stdout for x in report["by_horizon"]["ro_shuffled"])
     run(
@@ -1165,7 +1145,9 @@ def test_eval_refuses_what_does_not_belong(world, trained, tmp_path):
 def test_pictures_and_arguments_of_a_run(trained):
     """Bug: a run cannot be read afterwards: no flags, no curves, or a log whose columns moved."""
     args = json.loads((trained.out / "args.json").read_text())
-    assert args["pred_dim"] == 48 and args["ipe"] == 25 and args["dtype"] == "float32"
+    assert args["pred_dim"] == 48
+    assert args["ipe"] == 25
+    assert args["dtype"] == "float32"
     state = checkpoint.load_latest(trained.out)[0]
     settings = state["settings"]
     assert state["format"] == checkpoint.FORMAT == 2 and settings["stage"] == "ac"
@@ -1184,17 +1166,13 @@ def test_pictures_and_arguments_of_a_run(trained):
         "data_wait",
         "memory_mib",
     )
-    assert (
-        (rows[:, 0] * 25 + rows[:, 1] == np.arange(75)).all()
-        and (rows[:, 5] > 0).all()
-        and (rows[:, 7] > 50).all()
-    )
+    assert (rows[:, 0] * 25 + rows[:, 1] == np.arange(75)).all()
+    assert (rows[:, 5] > 0).all()
+    assert (rows[:, 7] > 50).all()
     np.testing.assert_allclose(rows[:, 4], rows[:, 2] + rows[:, 3], rtol=1e-6)
-    assert (
-        (rows[:, 6] >= 0).all()
-        and (rows[:, 6] <= 1).all()
-        and rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
-    )
+    assert (rows[:, 6] >= 0).all()
+    assert (rows[:, 6] <= 1).all()
+    assert rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
     assert numbers(trained.out, "epoch", log="val.csv")[:, 0].tolist() == [1, 2, 3]
 
 
@@ -1219,7 +1197,9 @@ def test_a_resumed_run_continues_its_wandb_run(world, tmp_path):
         assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in calls.read_text().splitlines()]
     first, again = [row for row in told if "id" in row]
-    assert first == again and first["project"] == "play" and first["resume"] == "allow"
+    assert first == again
+    assert first["project"] == "play"
+    assert first["resume"] == "allow"
     assert checkpoint.load_latest(tmp_path / "run")[0]["wandb_id"] == first["id"]
     assert [row["step"] for row in told if "step" in row] == [0, 1, 2]
     assert "train/jloss" in told[1]["columns"]
