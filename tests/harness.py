@@ -22,7 +22,6 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -305,6 +304,8 @@ def child(script, flags, log, env, file_limit):
     for fd in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     os.environ.update(env)
+    if "PYTHONPATH" in env:
+        sys.path.insert(0, env["PYTHONPATH"])
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
@@ -409,14 +410,12 @@ def start_ranks(folder, script, *flags):
     return [Run(folder, script, *flags, env=env) for env in ranks]
 
 
-def run_bench(name, flags):
+def run_bench(folder, name, *flags):
     """(JSON rows, everything printed) of `python -m bench.NAME --json FLAGS`."""
-    command = [sys.executable, "-m", f"bench.{name}", "--json", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    text = run(folder, f"bench/{name}.py", "--json", *flags)
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert rows and all(row["torch"] and row["device"] for row in rows)
-    return rows, done.stdout
+    return rows, text
 
 
 # --- logs ---

@@ -5,26 +5,24 @@ import pytest
 
 from tests.harness import run_bench
 
+pytestmark = pytest.mark.usefixtures("forkserver")
 
-def test_the_baseline_step_has_our_losses():
+
+def test_the_baseline_step_has_our_losses(tmp_path):
     """Bug: the step that ours is timed against drifts from it, so that the ratio compares two
     models."""
-    rows, text = run_bench(
-        "step",
-        "--no-compile --crop_size 32 --pred_dim 48 --pred_depth 2 --pred_heads 2 --steps 4"
-        " --batch_size 2 --repeats 1",
-    )
+    size = "--crop_size 32 --pred_dim 48 --pred_depth 2 --pred_heads 2 --steps 4 --batch_size 2"
+    rows, text = run_bench(tmp_path, "step", size, "--no-compile --repeats 1")
     assert [row["step"] for row in rows] == ["reference", "ours"]
     assert text.count("off by") == 2  # both were compared, and a difference above 1e-5 ends the run
 
 
 @pytest.mark.slow
-def test_attention_rows_say_what_auto_takes():
+def test_attention_rows_say_what_auto_takes(tmp_path):
     """Bug: the row marked as what impl="auto" takes is another one; FlexAttention left out without
     a word."""
-    rows, text = run_bench(
-        "attention", "--heads 2 --head_dim 32 --block 70 --steps 1 4 --no-flex --repeats 1"
-    )
+    size = "--heads 2 --head_dim 32 --block 70 --steps 1 4"
+    rows, text = run_bench(tmp_path, "attention", size, "--no-flex --repeats 1")
     assert [(r["T"], r["impl"]) for r in rows if r["auto"]] == [(1, "prefix"), (4, "prefix")]
     assert {r["impl"] for r in rows} == {"reference", "prefix"}
     assert "triton: needs a GPU" in text
@@ -33,9 +31,8 @@ def test_attention_rows_say_what_auto_takes():
 @pytest.mark.slow
 def test_scaling_measures_each_row_by_itself(tmp_path):
     """Bug: memory of a row holds what earlier rows left behind, so that it never falls."""
-    rows, _ = run_bench(
-        "scaling", f"--sweeps depth width --crop_size 32 --repeats 1 --out {tmp_path / 'plot.png'}"
-    )
+    sweeps = "--sweeps depth width --crop_size 32 --repeats 1 --out"
+    rows, _ = run_bench(tmp_path, "scaling", sweeps, tmp_path / "plot.png")
     assert [r["size"] for r in rows] == [3, 6, 12, 24, 128, 256, 512, 1024]
     assert rows[4]["MiB"] < rows[3]["MiB"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

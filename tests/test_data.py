@@ -13,7 +13,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import threading
 import types
@@ -53,7 +52,7 @@ from files.shards import (
 from files.streams import StreamedClips, stream_recordings
 from files.video import read_frames
 from files.vpt import ClipReader
-from tests.harness import HEIGHT, contractor, film, jsonl, read_number, write_tar
+from tests.harness import HEIGHT, contractor, film, jsonl, read_number, run, write_tar
 
 READER = ClipReader(crop_size=HEIGHT)
 
@@ -988,14 +987,13 @@ def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     assert line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
 
 
-def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4):
+def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4, forkserver):
     """Bug: the first look at own data shows a column of zeros and no reason for it."""
     lines = guide_lines(75, 5, keyboard={"keys": ["w", "space_bar2"]})
     path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(lines)})
-    command = [sys.executable, "-m", "data", "--inspect", path, "--batch_size", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 'WARNING: key "space_bar2" (nearest known name: "key.keyboard.space")' in done.stdout
-    assert "1 recording of 5 lines a second, 4 frames a line" in done.stdout
+    text = run(tmp_path, "data.py", "--inspect", path, "--batch_size 1")
+    assert 'WARNING: key "space_bar2" (nearest known name: "key.keyboard.space")' in text
+    assert "1 recording of 5 lines a second, 4 frames a line" in text
 
 
 # --- streams ---

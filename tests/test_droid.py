@@ -47,9 +47,11 @@ from tests.harness import (
     CAMERAS,
     FIXTURES,
     ROOT,
+    Run,
     film,
     jpeg,
     read_number,
+    run,
     tfrecord,
     tfrecord_rows,
     tfrecord_without_names,
@@ -59,7 +61,7 @@ from tests.harness import (
 SMALL = {"crop_size": 64, "crop": "square"}  # the pictures are 80x64: the crop shows their numbers
 
 
-pytestmark = pytest.mark.usefixtures("deadline")
+pytestmark = pytest.mark.usefixtures("deadline", "forkserver")
 
 
 @pytest.fixture(scope="module")
@@ -1341,20 +1343,9 @@ def test_equal_names_are_not_equal_episodes(tmp_path):
 
 
 def fit(folder, *flags, output="s.safetensors"):
-    command = [
-        sys.executable,
-        "fit_scaler.py",
-        "--dataset",
-        "droid",
-        "--num_workers",
-        "0",
-        "--output",
-        str(folder / output),
-        *map(str, flags),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ActionScaler.load(folder / output), done.stdout
+    dataset = "--dataset droid --num_workers 0 --output"
+    text = run(folder, "fit_scaler.py", dataset, folder / output, *flags)
+    return ActionScaler.load(folder / output), text
 
 
 def test_statistics_of_poses_without_a_picture(tmp_path):
@@ -1441,24 +1432,21 @@ def test_inspect_prints_what_is_in_a_file(tmp_path):
         tfrecord(1, 90, **{"action_dict/joint_velocity": velocity}),
         record(b"nonsense"),
     )
-    run = lambda *flags: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "droid", *flags], cwd=ROOT, capture_output=True, text=True
-    )
-    done = run("--inspect", path, "--batch_size", "4")
-    assert done.returncode == 0, done.stderr
-    assert "video    (4, 8, 3, 256, 256)" in done.stdout
-    assert "54.4% of their rows idle" in done.stdout
-    assert "left out:" in done.stdout
-    assert re.search(r"gripper +-?[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+\n", done.stdout)
-    assert max(map(len, done.stdout.splitlines())) < 200
-    wrong = run("--inspect", str(tmp_path / "none*"))
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith("error: no episode at")
-    assert len(wrong.stderr.splitlines()) == 1
+    text = run(tmp_path, "droid.py", "--inspect", path, "--batch_size 4")
+    assert "video    (4, 8, 3, 256, 256)" in text
+    assert "54.4% of their rows idle" in text
+    assert "left out:" in text
+    assert re.search(r"gripper +-?[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+\n", text)
+    assert max(map(len, text.splitlines())) < 200
+
+    code, text = Run(tmp_path, "droid.py", "--inspect", tmp_path / "none*").wait()
+    assert code == 1
+    assert text.startswith("error: no episode at")
+    assert len(text.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
-def robot(tmp_path_factory):
+def robot(tmp_path_factory, forkserver):
     """Two episodes of the simulated arm in each form, and the same again by another number of
     processes."""
     pytest.importorskip("mujoco")
@@ -1468,19 +1456,11 @@ def robot(tmp_path_factory):
         ("again", "--workers 1 --shards 1"),
         ("b", "--world b --form npz"),
     ):
-        command = [
-            sys.executable,
-            "-m",
-            "prepare.robot",
-            *"--episodes 2 --steps 40 60 --shards 2 --workers 2 --out".split(),
-            folder / name,
-        ]
-        done = subprocess.run(
-            [*map(str, command), *flags.split()], cwd=ROOT, capture_output=True, text=True
-        )
-        if "cannot draw" in done.stderr:
-            pytest.skip(done.stderr)
-        assert done.returncode == 0, done.stderr
+        size = "--episodes 2 --steps 40 60 --shards 2 --workers 2 --out"
+        code, text = Run(folder, "prepare/robot.py", size, folder / name, flags).wait()
+        if "cannot draw" in text:
+            pytest.skip(text)
+        assert code == 0, text
     return folder
 
 

@@ -1851,22 +1851,21 @@ def test_resume_from_the_url(world, tuned, tmp_path):
 
 
 @pytest.mark.slow
-def test_tables(world, tuned):
+def test_tables(world, tuned, tmp_path):
     """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another
     base."""
-    rows, text = run_bench(
-        "lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1"
-    )
+    size = "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1"
+    rows, text = run_bench(tmp_path, "lora", size)
     assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2
     assert text.count("off by") == 4
 
     # split, so small a model keeps more: q, k and v's B as one matrix
     assert rows[3]["memory / PEFT's"] <= 1
-    rows, _ = run_bench("memory", "--batch_size 1")
+    rows, _ = run_bench(tmp_path, "memory", "--batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
-    rows, _ = run_bench("adapters", f"{out} {tuned.out}")
+    rows, _ = run_bench(tmp_path, "adapters", out, tuned.out)
     assert rows[0]["recovered, one step"] == 1
     assert rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
     v = numbers(tuned.out, "tf_true", "base_tf", log="val.csv")[-1]

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import runpy
-import subprocess
 import sys
 import tarfile
 import threading
@@ -23,7 +22,7 @@ import fit_scaler
 from data import ActionScaler
 from files.shards import Record
 from files.vpt import CONTINUOUS
-from tests.harness import ROOT
+from tests.harness import ROOT, start_ranks
 
 
 def play(seed, lines, offset=0.0, spread=10.0):
@@ -155,39 +154,18 @@ def test_budget_seed_and_workers(shards, tmp_path):
     assert ActionScaler.load(tmp_path / "4.pkl").meta["fingerprint"] != scaler.meta["fingerprint"]
 
 
-def test_two_ranks_are_one_process(shards, tmp_path):
+def test_two_ranks_are_one_process(shards, tmp_path, forkserver):
     """Bug: ranks merge in the order they finish, a rank counts a recording twice, every rank
     writes, the budget is per rank."""
     folder, _ = shards
-    flags = [
-        "--data",
-        str(folder / "*.tar"),
-        "--max_samples",
-        "1500",
-        "--num_workers",
-        "0",
-        "--output",
-    ]
+    flags = ["--data", folder / "*.tar", "--max_samples", 1500, "--num_workers", 0, "--output"]
     run(*flags, tmp_path / "one.safetensors")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "fit_scaler.py",
-        *flags,
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.safetensors")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (ActionScaler.load(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
-    assert done.stdout.count("SCALER FITTING COMPLETE") == 1
+    ranks = start_ranks(tmp_path, "fit_scaler.py", *flags, tmp_path / "two.safetensors")
+    for rank in ranks:
+        assert rank.wait()[0] == 0, rank.text()
+    one = ActionScaler.load(tmp_path / "one.safetensors")
+    two = ActionScaler.load(tmp_path / "two.safetensors")
+    assert sum(rank.text().count("SCALER FITTING COMPLETE") for rank in ranks) == 1
     assert two.n == one.n == 1500 and two.meta == one.meta
     for a, b in ((one.mean, two.mean), (one.var, two.var), (one.scale, two.scale)):
         np.testing.assert_allclose(a, b, rtol=1e-12)

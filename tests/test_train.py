@@ -2,8 +2,8 @@
 refuse.
 
 Every run is a process of its own, forked from a server that has imported torch already
-(multiprocessing's forkserver), since importing it takes longer than these runs; one run each goes
-through torchrun and through the interpreter."""
+(multiprocessing's forkserver), since importing it takes longer than these runs. bench.spread starts
+train_ac.py through the interpreter, and tests/test_scale.py through torchrun."""
 
 import json
 import math
@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 import types
@@ -185,30 +184,20 @@ def test_the_learning_rate_of_a_run_is_the_schedule(trained):
 
 
 def test_ranks_and_micro_batches_are_one_batch(world):
-    """Bug: the gradient depends on how a global batch is dealt to ranks or micro-batches;
-    torchrun's environment is not understood."""
+    """Bug: the gradient depends on how a global batch is dealt to ranks or micro-batches. (The
+    environment of torchrun itself: tests/test_scale.py.)"""
     flags = [*world.features, "--epochs 2 --warmup 1 --anneal 1 --ipe 4"]
     out = world.folder
     run(out, "train_ac.py", *flags, "--out_dir", out / "one")
     run(out, "train_ac.py", *flags, "--batch_size 2 --grad_accum 2 --out_dir", out / "accumulated")
-    ranks = start_ranks(
-        out, "train_ac.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "both"
-    )
-    command = [
-        *TORCHRUN,
-        "train_ac.py",
-        *words(flags),
-        "--batch_size",
-        "2",
-        "--out_dir",
-        str(out / "two"),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("held out after epoch 2") == 1  # rank 0 alone speaks
+    two = start_ranks(out, "train_ac.py", *flags, "--batch_size 2 --out_dir", out / "two")
+    both = "--batch_size 1 --grad_accum 2 --out_dir"
+    ranks = two + start_ranks(out, "train_ac.py", *flags, both, out / "both")
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
+
+    # rank 0 alone speaks
+    assert [rank.text().count("held out after epoch 2") for rank in ranks] == [1, 0, 1, 0]
     one = numbers(out / "one", "jloss", "sloss", "grad_norm")
     assert len(one) == 8 and one[:, 0].std() > 1e-3
     held = numbers(out / "one", "jloss", "sloss", "tf_true", "ro_copy", log="val.csv")
@@ -892,27 +881,29 @@ def test_the_spread_is_that_of_the_runs(world, tmp_path):
     """Bug: bench.spread trains every run with one seed or one number of threads, reports another
     row than the last, counts a failed run, or trains finished runs again."""
     flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
-    command = [sys.executable, "-m", "bench.spread", "--json", "--out", str(tmp_path / "runs")]
-    command += ["--seeds", "3", "4", "--threads", "1", "2"]
-    for _ in range(2):
-        done = subprocess.run([*command, "--", *flags], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    command = ["bench/spread.py", "--json --out", tmp_path / "runs"]
+    text = run(tmp_path, *command, "--seeds 3 4 --threads 1 2 --", *flags)
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]
     for row in rows:
         folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
         last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
         assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
         assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
-        assert (folder / "log.txt").read_text().count("nothing left to do") == 1
     assert rows[0]["tf_skill"] != rows[2]["tf_skill"]
     skills = [row["tf_skill"] for row in rows]
-    assert f"from {min(skills):.4f} to {max(skills):.4f}" in done.stdout
+    assert f"from {min(skills):.4f} to {max(skills):.4f}" in text
 
-    done = subprocess.run(
-        [*command, "--", *flags, "--pred_dim", "96"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "read its log.txt" in done.stderr
+    # a finished run is taken as it is
+    text = run(tmp_path, *command, "--seeds 4 --threads 2 --", *flags)
+    (row,) = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert row == rows[3]
+    log = tmp_path / "runs" / "4-2" / "log.txt"
+    assert log.read_text().count("nothing left to do") == 1
+
+    # a run that fails is not counted
+    failed = [*command, "--seeds 3 --threads 1 --", *flags, "--pred_dim 96"]
+    assert "read its log.txt" in fails(tmp_path, *failed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -1077,30 +1068,18 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     shutil.copytree(trained.out, tmp_path / "run", symlinks=True)
     said = dict(zip(METERS, numbers(trained.out, *METERS, log="val.csv")[-1]))
     data = {"features": world.folder / "held" / "*.tar", "video": world.shards / "shard-000002.tar"}
-    command = [
-        sys.executable,
-        "eval.py",
-        "--checkpoint",
-        str(tmp_path / "run"),
-        "--data",
-        str(data["features"]),
-        "--batch_size",
-        "4",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    judged = ["--checkpoint", tmp_path / "run", "--data", data["features"], "--batch_size 4"]
+    text = run(tmp_path, "eval.py", *judged)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
     np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
     assert report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
     assert report["recordings"] == 2
     assert report["clips"] == 8
-    assert f"copying the last step)  {said['tf_skill']:.3f}" in done.stdout
-    assert f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in done.stdout
+    assert f"copying the last step)  {said['tf_skill']:.3f}" in text
+    assert f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in text
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
-    assert all(f"{x:9.4f}" in done.stdout for x in report["by_horizon"]["ro_shuffled"])
+    assert all(f"{x:9.4f}" in text for x in report["by_horizon"]["ro_shuffled"])
     run(
         tmp_path,
         "eval.py",
@@ -1189,12 +1168,11 @@ def test_a_resumed_run_continues_its_wandb_run(world, tmp_path):
         "def log(row, step):\n"
         "    tell(step=step, columns=sorted(row))\n"
     )
-    flags = [*world.features, PLAN, "--ipe 2 --val_clips 0 --wandb_project play --out_dir"]
+    flags = [*world.features, PLAN, "--ipe 2 --val_clips 0 --wandb_project play"]
+    flags += ["--out_dir", tmp_path / "run"]
+    env = {"PYTHONPATH": str(tmp_path)}
     for more in ("--max_steps 1", "--max_steps 3 --resume"):
-        command = [sys.executable, "train_ac.py", *words([*flags, tmp_path / "run", more])]
-        env = os.environ | {"PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run(tmp_path, "train_ac.py", *flags, more, env=env)
     told = [json.loads(line) for line in calls.read_text().splitlines()]
     first, again = [row for row in told if "id" in row]
     assert first == again
