@@ -64,10 +64,8 @@ def kill_training(world, out, rng):
 
 def kill_saving(world, out, rng):
     """kill -9 while a checkpoint's temporary file is there."""
-    p, number = (
-        Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out),
-        rng.randint(1, 3),
-    )
+    p = Run(out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out)
+    number = rng.randint(1, 3)
     found = p.until(lambda: glob.glob(f"{out}/checkpoint-epoch{number:03d}*.tmp"))
     time.sleep(rng.uniform(0, 0.004))
     p.kill()
@@ -76,7 +74,8 @@ def kill_saving(world, out, rng):
 
 def sigterm_torchrun(world, out, rng):
     """SIGTERM to torchrun: one checkpoint, no process left."""
-    p, enough = world.torchrun(out), rng.randint(1, 2 * IPE)
+    p = world.torchrun(out)
+    enough = rng.randint(1, 2 * IPE)
     while rows(out) < enough:
         assert p.poll() is None, read(out + ".log")
         time.sleep(0.002)
@@ -92,10 +91,10 @@ def sigterm_torchrun(world, out, rng):
 
 
 def mounted(out, *how):
-    return (
-        os.getuid() == 0
-        and subprocess.run(["mount", *how, out], capture_output=True).returncode == 0
-    )
+    """Mount something on the folder; False where we may not."""
+    if os.getuid() != 0:
+        return False
+    return subprocess.run(["mount", *how, out], capture_output=True).returncode == 0
 
 
 def disk_full(world, out, rng):
@@ -104,18 +103,9 @@ def disk_full(world, out, rng):
     disk = rng.random() < 0.5 and mounted(out, "-t", "tmpfs", "-o", f"size={6 * size}", "tmpfs")
     limit = None if disk else rng.randint(size // 8, size - 1)
     try:
-        p, enough = (
-            Run(
-                world.folder,
-                "train_ac.py",
-                *world.flags,
-                *world.data(),
-                "--out_dir",
-                out,
-                limit=limit,
-            ),
-            rng.randint(1, 2 * IPE),
-        )
+        flags = [*world.flags, *world.data(), "--out_dir", out]
+        p = Run(world.folder, "train_ac.py", *flags, file_limit=limit)
+        enough = rng.randint(1, 2 * IPE)
         if disk and p.until(lambda: rows(out) >= enough):
             with contextlib.suppress(OSError), open(f"{out}/filler", "wb", buffering=0) as f:
                 while True:
@@ -136,25 +126,17 @@ def read_only(world, out, rng):
     """A killed run is resumed while its folder is read-only (without root: while a file stands in
     its place)."""
     kill_training(world, out, rng)
+    flags = [*world.flags, *world.data()]
     if mounted(out, "--bind", out):
         subprocess.run(["mount", "-o", "remount,ro,bind", out], check=True)
         try:
-            sentence(
-                *Run(
-                    world.folder, "train_ac.py", *world.flags, *world.data(), "--out_dir", out
-                ).wait(),
-                "Read-only",
-                out,
-            )
+            p = Run(world.folder, "train_ac.py", *flags, "--out_dir", out)
+            sentence(*p.wait(), "Read-only", out)
         finally:
             subprocess.run(["umount", out], check=True)
     with open(out + "-file", "w"):
-        sentence(
-            *Run(
-                out, "train_ac.py", *world.flags, *world.data(), "--out_dir", out + "-file"
-            ).wait(),
-            out + "-file",
-        )
+        p = Run(out, "train_ac.py", *flags, "--out_dir", out + "-file")
+        sentence(*p.wait(), out + "-file")
     return world.data(), ()
 
 
@@ -164,21 +146,27 @@ def damaged(world, out, rng):
     p.until(lambda: rows(out) > 2 * IPE)
     time.sleep(rng.uniform(0, world.seconds / 4))
     p.kill()
-    newest = [*checkpoint.list_checkpoints(out)][-1]
+    newest = list(checkpoint.list_checkpoints(out))[-1]
     with open(newest, "r+b") as f:
         size = os.path.getsize(newest)
         kind = rng.choice(("cut", "flip", "zeros"))
-        f.truncate(rng.randrange(size)) if kind == "cut" else f.seek(rng.randrange(size - 64))
-        if kind != "cut":
-            raw = f.read(1 if kind == "flip" else 64)
-            f.seek(-len(raw), 1)
-            f.write(bytes([raw[0] ^ 1 << rng.randrange(8)]) if kind == "flip" else bytes(64))
+        if kind == "cut":
+            f.truncate(rng.randrange(size))
+        else:
+            place = rng.randrange(size - 64)
+            f.seek(place)
+            changed = bytes(64)
+            if kind == "flip":
+                changed = bytes([f.read(1)[0] ^ 1 << rng.randrange(8)])
+            f.seek(place)
+            f.write(changed)
     return world.data(), (newest,)
 
 
 def shard_replaced(world, out, rng):
     """A shard is replaced, overwritten or cut while it is trained on."""
-    folder, enough = shutil.copytree(world.features, out + "-data"), rng.randint(1, 2 * IPE)
+    folder = shutil.copytree(world.features, out + "-data")
+    enough = rng.randint(1, 2 * IPE)
     one, other = rng.sample(sorted(glob.glob(f"{folder}/*.tar"))[:-1], 2)
     p = Run(out, "train_ac.py", *world.flags, *world.data(folder), "--out_dir", out)
     found = p.until(lambda: rows(out) >= enough)
@@ -187,11 +175,10 @@ def shard_replaced(world, out, rng):
         os.replace(shutil.copy(other, one + ".new"), one)
     else:
         with open(one, "r+b") as f:
-            (
+            if how == "cut":
                 f.truncate(rng.randrange(os.path.getsize(one)))
-                if how == "cut"
-                else f.write(read_bytes(other))
-            )
+            else:
+                f.write(read_bytes(other))
     code, text = p.wait()
     if found and code:
         sentence(code, text, "has changed since this run opened it")
@@ -200,10 +187,9 @@ def shard_replaced(world, out, rng):
 
 def worker_killed(world, out, rng):
     """kill -9 of a loader process, as by the kernel when memory runs out."""
-    p, enough = (
-        Run(out, "train_ac.py", *world.flags, *world.data(), "--num_workers", 2, "--out_dir", out),
-        rng.randint(1, 2 * IPE),
-    )
+    flags = [*world.flags, *world.data(), "--num_workers 2 --out_dir", out]
+    p = Run(out, "train_ac.py", *flags)
+    enough = rng.randint(1, 2 * IPE)
     if not p.until(lambda: rows(out) >= enough):
         return None
     workers = read(f"/proc/{p.process.pid}/task/{p.process.pid}/children").split()
@@ -229,9 +215,8 @@ def nan_clip(world, out, rng):
         f.write(tar_of(members | {name: safetensors_bytes(tensors, metadata=meta)}))
     code, text = Run(out, "train_ac.py", *world.flags, *world.data(folder), "--out_dir", out).wait()
     if code:
-        sentence(
-            code, text, "is not finite", name.removesuffix(".safetensors"), "last good checkpoint"
-        )
+        key = name.removesuffix(".safetensors")
+        sentence(code, text, "is not finite", key, "last good checkpoint")
     for path in checkpoint.list_checkpoints(out):
         assert all(torch.isfinite(v).all() for v in checkpoint.load(path)["predictor"].values())
     return (world.data(), ()) if code else None
@@ -241,10 +226,13 @@ def two_runs(world, out, rng):
     """A second run in the same folder is refused; the first is killed -9, and the third starts at
     once."""
     command = ["train_ac.py", *world.flags, *world.data(), "--out_dir", out]
-    first, enough = Run(out, *command, "--num_workers", rng.choice((0, 2))), rng.randint(1, 2 * IPE)
+    first = Run(out, *command, "--num_workers", rng.choice((0, 2)))
+    enough = rng.randint(1, 2 * IPE)
     if not first.until(lambda: rows(out) >= enough):
         return None
-    os.kill(first.process.pid, signal.SIGSTOP)  # or it may be done before the second looks
+
+    # stopped, or it may be done before the second looks
+    os.kill(first.process.pid, signal.SIGSTOP)
     sentence(*Run(out, *command).wait(), f"{out} is in use by process {first.process.pid} ")
     os.kill(first.process.pid, signal.SIGCONT)
     time.sleep(rng.uniform(0, 0.3))
@@ -264,24 +252,22 @@ def kill_encode(world, out, rng):
 
 def kill_shards(world, out, rng):
     """prepare.shards is killed -9 at any moment, twice; every recording is then in one shard."""
+
+    def writing():
+        if rng.random() < 0.01:
+            return glob.glob(f"{out}/shards/*.tmp")
+        return os.path.exists(f"{out}/shards/shard-000001.tar")
+
     for _ in range(2):
         p = Run(out, "prepare/shards.py", *world.pack, f"{out}/shards")
-        p.until(
-            lambda: (
-                glob.glob(f"{out}/shards/*.tmp")
-                if rng.random() < 0.01
-                else os.path.exists(f"{out}/shards/shard-000001.tar")
-            )
-        )
+        p.until(writing)
         time.sleep(rng.uniform(0, 0.01))
         p.kill()
     run(out, "prepare/shards.py", *world.pack, f"{out}/shards")
     found = [m.name for path in glob.glob(f"{out}/shards/*.tar") for m in tarfile.open(path)]
-    return (
-        None
-        if sorted(found) == sorted(os.listdir(world.loose))
-        else f"other members: {sorted(found)}"
-    )
+    if sorted(found) == sorted(os.listdir(world.loose)):
+        return None
+    return f"other members: {sorted(found)}"
 
 
 TRAINING = {
@@ -305,10 +291,8 @@ WRITING = {f.__name__: f for f in (kill_encode, kill_shards)}
 def one_round(world, kind, rng):
     """{"lost", "diverging", "wrong"}: sentences about what went wrong in a round, '' where nothing
     did."""
-    out, found = (
-        tempfile.mkdtemp(prefix=kind + "-", dir=world.folder),
-        dict.fromkeys(("late", "lost", "diverging", "wrong"), ""),
-    )
+    out = tempfile.mkdtemp(prefix=kind + "-", dir=world.folder)
+    found = dict.fromkeys(("late", "lost", "diverging", "wrong"), "")
     try:
         if kind in WRITING:
             return found | {"wrong": WRITING[kind](world, out, rng) or ""}
@@ -322,10 +306,10 @@ def one_round(world, kind, rng):
             whole = world.pair()
         else:
             had = [*checkpoint.list_checkpoints(out)]
-            code, text = Run(
-                world.folder, "train_ac.py", *world.flags, *flags, "--out_dir", out
-            ).wait()
-            assert code == 0 and (not had or "resumed from" in text or "nothing left" in text), text
+            flags = [*world.flags, *flags, "--out_dir", out]
+            code, text = Run(world.folder, "train_ac.py", *flags).wait()
+            assert code == 0, text
+            assert not had or "resumed from" in text or "nothing left" in text, text
             assert all(f"{path} is damaged" in text for path in spared), text
         left = glob.glob(f"{out}/*.tmp")
         assert not left, left
@@ -336,73 +320,67 @@ def one_round(world, kind, rng):
         return found | {"wrong": str(e)[-2000:] or "assertion"}
 
 
+def round_in_time(world, kind, rng, counts):
+    """A round; a fault that came after the end of the run is no fault, and is tried again."""
+    for _ in range(5):
+        found = one_round(world, kind, rng)
+        if not found["late"]:
+            return found
+        counts["late"] += 1
+    wrong = "five faults in a row went unnoticed, or came after the end of the run"
+    return found | {"wrong": wrong}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--rounds", type=int, default=50, help="how many faults, dealt evenly to the kinds"
-    )
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        default=[*TRAINING, *WRITING],
-        choices=[*TRAINING, *WRITING],
-        help="which faults",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of moments and choices")
-    parser.add_argument("--json", action="store_true", help="rows as JSON lines")
+    flag = parser.add_argument
+    kinds = [*TRAINING, *WRITING]
+    flag("--rounds", type=int, default=50, help="how many faults, dealt evenly to the kinds")
+    flag("--kinds", nargs="+", default=kinds, choices=kinds, help="which faults")
+    flag("--seed", type=int, default=0, help="of moments and choices")
+    flag("--json", action="store_true", help="rows as JSON lines")
     args = parser.parse_args()
-    rng, folder, began = (
-        random.Random(args.seed),
-        tempfile.mkdtemp(prefix="nanojepa-faults-"),
-        time.monotonic(),
-    )
+
+    # an undisturbed run, to compare with
+    rng = random.Random(args.seed)
+    folder = tempfile.mkdtemp(prefix="nanojepa-faults-")
+    began = time.monotonic()
     os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
     start_server()
-    world, counts = (
-        World(folder),
-        {
-            kind: {"rounds": 0, "late": 0, "lost": 0, "diverging": 0, "wrong": 0}
-            for kind in args.kinds
-        },
-    )
-    with tqdm(
-        total=args.rounds, unit="round", mininterval=0.5 if sys.stderr.isatty() else 30
-    ) as progress:
+    world = World(folder)
+
+    # the rounds
+    findings = ("lost", "diverging", "wrong")
+    counts = {kind: dict.fromkeys(("rounds", "late", *findings), 0) for kind in args.kinds}
+    every = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=args.rounds, unit="round", mininterval=every) as progress:
         for number in range(args.rounds):
             kind = args.kinds[number % len(args.kinds)]
             progress.set_description(kind)
-            for _ in range(5):  # a fault that came after the end of the run is no fault
-                found = one_round(world, kind, rng)
-                if not found["late"]:
-                    break
-                counts[kind]["late"] += 1
-            else:
-                found["wrong"] = (
-                    "five faults in a row went unnoticed, or came after the end of the run"
-                )
+            found = round_in_time(world, kind, rng, counts[kind])
             counts[kind]["rounds"] += 1
-            for what in ("lost", "diverging", "wrong"):
-                counts[kind][what] += bool(found[what])
+            for what in findings:
                 if found[what]:
+                    counts[kind][what] += 1
                     tqdm.write(f"round {number}, {kind}, {what}: {found[what]}")
             progress.update()
-    table = [{"fault": kind} | n for kind, n in counts.items() if n["rounds"]]
-    total = {"fault": "all"} | {
-        k: sum(n[k] for n in counts.values())
-        for k in ("rounds", "late", "lost", "diverging", "wrong")
-    }
+
+    # the table
+    table = [{"fault": kind} | row for kind, row in counts.items() if row["rounds"]]
+    total = {"fault": "all"}
+    for what in ("rounds", "late", *findings):
+        total[what] = sum(row[what] for row in counts.values())
     bench.report([*table, total], args.json, torch.device("cpu"))
-    bad = sum(total[k] for k in ("lost", "diverging", "wrong"))
+    bad = sum(total[what] for what in findings)
     print(
         f"rounds {total['rounds']}, lost checkpoints {total['lost']}, diverging losses"
         f" {total['diverging']}, wrong {total['wrong']}; {time.monotonic() - began:.0f} s"
-        + f"; folders kept in {folder}"
-        * (bad > 0)
     )
-    if not bad:
-        shutil.rmtree(folder)
-    sys.exit(bad > 0)
+    if bad:
+        print(f"folders kept in {folder}")
+        sys.exit(1)
+    shutil.rmtree(folder)

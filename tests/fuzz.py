@@ -33,9 +33,8 @@ SCRATCH = tempfile.mkdtemp(
     prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
 )
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # not of cases, which end with os._exit
-os.environ["NANOJEPA_CACHE"] = os.path.join(
-    SCRATCH, "cache"
-)  # read by data.py once, when it is imported
+# read by data.py once, when it is imported
+os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")
 
 import numpy as np
 import torch
@@ -93,7 +92,8 @@ def read_robot_features(path):
             e["steps"],
             e["steps"],
         )
-        keep_ranges(e["idle"], e["rows"][2], "light", 5) if e["idle"] else None
+        if e["idle"]:
+            keep_ranges(e["idle"], e["rows"][2], "light", 5)
         feature_rows(r, 1, e["steps"])
     if bad:
         raise ValueError(bad[0][2])
@@ -186,11 +186,12 @@ def case(target, number, seed, good):
 
 def attempt(target, data, folder):
     """Read the bytes -> (outcome, what was said)."""
-    reader, name, allowed = TARGETS[target]
+    reader, name, allowed = tuple(TARGETS[target])
     path = os.path.join(folder, name)
     with open(path, "wb") as f:
         f.write(data)
-    outcome, said = "accepted", ""
+    outcome = "accepted"
+    said = ""
     try:
         reader(path)
     except MemoryError as e:
@@ -198,18 +199,18 @@ def attempt(target, data, folder):
         said = f"MemoryError {e} {traceback.format_exc(limit=-2)}"
     except allowed as e:
         said = f"{type(e).__name__}: {e}"
-        outcome = (
-            "memory"
-            if re.search("allocate|MemoryError", said)
-            else "refused"
-            if str(e)
-            else "crash"
-        )
+        outcome = "refused" if str(e) else "crash"
+        if re.search("allocate|MemoryError", said):
+            outcome = "memory"
     except Exception as e:  # what no reader documents is what is looked for
-        outcome, said = "crash", f"{type(e).__name__}: {e} {traceback.format_exc(limit=-3)}"
+        outcome = "crash"
+        said = f"{type(e).__name__}: {e} {traceback.format_exc(limit=-3)}"
     if os.path.exists(BOMB):
-        shutil.rmtree(BOMB, ignore_errors=True) if os.path.isdir(BOMB) else os.unlink(BOMB)
         outcome = "code ran"
+        if os.path.isdir(BOMB):
+            shutil.rmtree(BOMB, ignore_errors=True)
+        else:
+            os.unlink(BOMB)
     return outcome, said
 
 
@@ -256,7 +257,8 @@ def keep(out, target, number, seed, data, said):
 def fuzz(target, cases, seed, good, seconds, out, progress=None):
     """Run the cases of a target -> a row of the table."""
     context = multiprocessing.get_context("fork")
-    board, first = context.RawArray("q", 2 + len(OUTCOMES)), 0
+    board = context.RawArray("q", 2 + len(OUTCOMES))
+    first = 0
     while first < cases:
         board[0] = first
         p = context.Process(
@@ -306,7 +308,8 @@ if __name__ == "__main__":
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found, rows = seeds(SCRATCH, BOMB), []
+    found = seeds(SCRATCH, BOMB)
+    rows = []
     progress = tqdm(total=args.cases, unit=" cases", mininterval=0.5 if sys.stderr.isatty() else 30)
     for i, target in enumerate(args.targets):
         count = args.cases * (i + 1) // len(args.targets) - args.cases * i // len(args.targets)

@@ -21,19 +21,19 @@ from tqdm import tqdm
 import bench
 from data import vpt_loader
 from files.vpt import ClipReader
+from tests.harness import ROOT, words
 from tests.seeds import features, tar_of
-from tests.world import ROOT, World, rows, start_server
+from tests.world import World, read, rows, start_server
 
 
 def resident(pid):
     """(processes, MB of memory that they hold now) of a process and those it has started; what they
     share counts for each."""
     try:
-        with open(f"/proc/{pid}/statm") as f, open(f"/proc/{pid}/task/{pid}/children") as g:
-            own, children = (
-                int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6,
-                [resident(child) for child in g.read().split()],
-            )
+        with open(f"/proc/{pid}/statm") as f:
+            own = int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            children = [resident(child) for child in f.read().split()]
     except FileNotFoundError:  # it has just ended
         return 0, 0.0
     return 1 + sum(n for n, _ in children), own + sum(size for _, size in children)
@@ -43,62 +43,43 @@ def leak(world, reads, steps, workers):
     """Train for `steps` steps in a process of its own, with logs, checkpoints, curves and
     validation -> a row: memory over steps. reads: "features", or "video", decoded and encoded on
     the fly."""
-    out, ipe = f"{world.folder}/leak-{reads}-{workers}", max(steps // 20, 1)
-    data = (
-        world.data()
-        if reads == "features"
-        else [*world.data(world.shards), "--encoder", "vit_tiny"]
-    )
-    command = [
-        sys.executable,
-        "train_ac.py",
-        *world.flags,
-        *data,
-        "--out_dir",
-        out,
-        "--num_workers",
-        workers,
-        "--epochs",
-        20,
-        "--ipe",
-        ipe,
-        "--val_every",
-        2,
-        "--keep_last",
-        2,
-    ]
+    out = f"{world.folder}/leak-{reads}-{workers}"
+    ipe = max(steps // 20, 1)
+    data = world.data()
+    if reads == "video":
+        data = [*world.data(world.shards), "--encoder vit_tiny"]
+    plan = f"--num_workers {workers} --epochs 20 --ipe {ipe} --val_every 2 --keep_last 2"
+    command = ["train_ac.py", *words([*world.flags, *data, plan, "--out_dir", out])]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out + ".log", "w") as log:
-        p = subprocess.Popen(
-            [*map(str, command)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    found, every = [], 0.5 if sys.stderr.isatty() else 30
-    with tqdm(
-        total=20 * ipe, unit="step", desc=f"{reads}, {workers} workers", mininterval=every
-    ) as progress:
+        p = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=env)
+
+    # how much it holds, five times a second
+    found = []
+    every = 0.5 if sys.stderr.isatty() else 30
+    title = f"{reads}, {workers} workers"
+    with tqdm(total=20 * ipe, unit="step", desc=title, mininterval=every) as progress:
         while p.poll() is None:
             if os.path.exists(f"{out}/train.csv"):
                 done = rows(out)
                 found.append((done, *resident(p.pid)))
                 progress.update(done - progress.n)
             time.sleep(0.2)
-    assert p.returncode == 0, open(out + ".log").read()[-2000:]
-    at, processes, memory = np.array(found).T
-    usual = (
-        processes == np.bincount(processes.astype(int)).argmax()
-    )  # validation has loaders of its own for a while
-    late = usual & (at > 0.2 * at.max())  # caches fill first
-    slope = np.polyfit(at[late] / 1000, memory[late], 1)[0]
-    row = {
+    assert p.returncode == 0, read(out + ".log")[-2000:]
+    steps_done, processes, memory = tuple(np.array(found).T)
+
+    # validation has loaders of its own for a while; caches fill in the first fifth
+    usual = processes == np.bincount(processes.astype(int)).argmax()
+    late = usual & (steps_done > 0.2 * steps_done.max())
+    slope = np.polyfit(steps_done[late] / 1000, memory[late], 1)[0]
+    return {
         "reads": reads,
-        "steps": int(at.max()),
+        "steps": int(steps_done.max()),
         "workers": workers,
         "MB after a fifth": np.median(memory[late][:10]),
+        "MB at the end": np.median(memory[late][-10:]),
+        "MB per 1000 steps": slope,
     }
-    return row | {"MB at the end": np.median(memory[late][-10:]), "MB per 1000 steps": slope}
 
 
 def shared(pids):
@@ -114,37 +95,42 @@ def shared(pids):
             except FileNotFoundError:  # closed meanwhile
                 pass
         with open(f"/proc/{pid}/maps") as f:
-            for line in (x.split() for x in f if "/torch_" in x):
-                first, last = (int(x, 16) for x in line[0].split("-"))
-                held.setdefault(int(line[4]), last - first)
+            for line in f:
+                if "/torch_" in line:
+                    fields = line.split()
+                    first, last = (int(x, 16) for x in fields[0].split("-"))
+                    held.setdefault(int(fields[4]), last - first)
     return sum(held.values()) / 1e6
 
 
 def loader_rows(folder, batch_size=8):
     """What loader processes hold at most while the model is busy, on features of ViT-L at 256 px:
     rows by number of workers."""
-    path, out = os.path.join(folder, "wide.tar"), []
+    path = os.path.join(folder, "wide.tar")
     with open(path, "wb") as f:
         f.write(tar_of({"a@00000.safetensors": features(40, 256, 1024)}))
+
+    out = []
     for workers in (1, 2, 4):
-        batches = iter(
-            vpt_loader(
-                path, batch_size, reader=ClipReader(), batches_per_epoch=100, num_workers=workers
-            )
+        loader = vpt_loader(
+            path, batch_size, reader=ClipReader(), batches_per_epoch=100, num_workers=workers
         )
+        batches = iter(loader)
         batch = next(batches)
-        clip = (
-            sum(v.nbytes for v in batch.values() if isinstance(v, torch.Tensor)) / batch_size / 1e6
-        )
-        pids, most = [os.getpid(), *(w.pid for w in batches._workers)], 0
+        size = sum(v.nbytes for v in batch.values() if isinstance(v, torch.Tensor))
+        clip = size / batch_size / 1e6
+        pids = [os.getpid(), *(w.pid for w in batches._workers)]
+        most = 0
         for _ in range(20):  # a slow model: the loader fills up
             time.sleep(0.3)
             most = max(most, shared(pids))
             batch = next(batches)
-        bound = (workers * 2 + 1) * batch_size * clip  # and the batch that the model has
-        out.append({"workers": workers, "prefetch": 2, "clips": batch_size, "MB a clip": clip})
-        out[-1] |= {"(workers x prefetch + 1) x clips, MB": bound, "held MB": most}
-        del batches, batch
+
+        # one more batch: that which the model has
+        bound = (workers * 2 + 1) * batch_size * clip
+        row = {"workers": workers, "prefetch": 2, "clips": batch_size, "MB a clip": clip}
+        out.append(row | {"(workers x prefetch + 1) x clips, MB": bound, "held MB": most})
+        del loader, batches, batch
     return out
 
 
@@ -163,26 +149,22 @@ if __name__ == "__main__":
         choices=["features", "video"],
         help="what training reads; video takes 25 minutes",
     )
-    flag(
-        "--workers",
-        type=int,
-        nargs="+",
-        default=[0, 2],
-        help="loader processes of the runs",
-    )
+    flag("--workers", type=int, nargs="+", default=[0, 2], help="loader processes of the runs")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     folder = tempfile.mkdtemp(prefix="nanojepa-memory-")
     os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
     start_server()
     world = World(folder)
-    table = [
-        leak(world, reads, args.steps, workers) for reads in args.reads for workers in args.workers
-    ]
+    table = []
+    for reads in args.reads:
+        table += [leak(world, reads, args.steps, workers) for workers in args.workers]
     bench.report(table, args.json, torch.device("cpu"))
-    bench.report(loaders := loader_rows(folder), args.json, torch.device("cpu"))
+    loaders = loader_rows(folder)
+    bench.report(loaders, args.json, torch.device("cpu"))
     shutil.rmtree(folder)
-    full = any(
-        row["held MB"] > 1.02 * row["(workers x prefetch + 1) x clips, MB"] for row in loaders
-    )
-    sys.exit(full or any(row["MB per 1000 steps"] >= 1 for row in table))
+
+    bound = "(workers x prefetch + 1) x clips, MB"
+    full = any(row["held MB"] > 1.02 * row[bound] for row in loaders)
+    growing = any(row["MB per 1000 steps"] >= 1 for row in table)
+    sys.exit(full or growing)

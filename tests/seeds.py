@@ -88,13 +88,12 @@ def film(folder, frames, container=None):
         stream = c.add_stream(
             "libx264", rate=20, options={"g": "8", "bf": "2", "threads": "1", "preset": "ultrafast"}
         )
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.width = 48
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
         for i in range(frames):
-            c.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(np.full((32, 48, 3), 9 * i % 256, np.uint8))
-                )
-            )
+            image = np.full((32, 48, 3), 9 * i % 256, np.uint8)
+            c.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
         c.mux(stream.encode())
     with open(path, "rb") as f:
         return f.read()
@@ -275,7 +274,8 @@ def mutate(data, others, rng):
     b = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         end = max(min(len(b), 600) if rng.random() < 0.5 else len(b), 1)
-        at, kind = rng.randrange(end), rng.randrange(9)
+        at = rng.randrange(end)
+        kind = rng.randrange(9)
         if kind == 0:
             b[at : at + 1] = bytes([(b[at] if b else 0) ^ 1 << rng.randrange(8)])
         elif kind == 1:
@@ -295,7 +295,8 @@ def mutate(data, others, rng):
         elif kind == 6:
             b[at:at] = rng.randbytes(rng.choice((1, 4, 16)))
         elif kind == 7:
-            other, n = rng.choice(others), rng.choice((8, 64, 512))
+            other = rng.choice(others)
+            n = rng.choice((8, 64, 512))
             start = rng.randrange(max(len(other) - n, 1))
             b[at : at + n] = other[start : start + n]
         else:  # a value of JSON, or a name

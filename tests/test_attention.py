@@ -116,25 +116,27 @@ def test_more_heads_than_a_group():
 def test_any_strides():
     """Catches kernels that assume contiguous rows, batch-major heads, or that the output gradient
     has the output's layout."""
-    q, k, v = (torch.randn(2, 3, 72, 80, device=DEVICE) for _ in range(3))
+    q = torch.randn(2, 3, 72, 80, device=DEVICE)
+    k = torch.randn(2, 3, 72, 80, device=DEVICE)
+    v = torch.randn(2, 3, 72, 80, device=DEVICE)
     plain = attention_triton(q, k, v, 24)
     columns = q.mT.contiguous().mT  # last stride 72
-    wide = torch.full(
-        (2, 3, 72, 240), float("nan"), device=DEVICE
-    )  # hd = 80 is computed as 128: what lies behind must not be read
+
+    # hd = 80 is computed as 128: what lies behind must not be read
+    wide = torch.full((2, 3, 72, 240), float("nan"), device=DEVICE)
     wide[..., 80:160] = k
     repeated = v[:, :1].expand(2, 3, 72, 80)  # stride 0 over heads
     assert torch.equal(attention_triton(columns, wide[..., 80:160], v, 24), plain)
     assert torch.equal(attention_triton(q, k, repeated, 24)[:, 0], plain[:, 0])
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    of_sum = torch.autograd.grad(
-        attention_triton(*inputs, 24).sum(), inputs
-    )  # a gradient of stride 0
+
+    # a gradient of stride 0
+    of_sum = torch.autograd.grad(attention_triton(*inputs, 24).sum(), inputs)
     of_ones = torch.autograd.grad(attention_triton(*inputs, 24), inputs, torch.ones_like(q))
     assert all(torch.equal(a, b) for a, b in zip(of_sum, of_ones))
-    assert (
-        plain.transpose(1, 2).flatten(2).data_ptr() == plain.data_ptr()
-    )  # no copy before the projection
+
+    # no copy before the projection
+    assert plain.transpose(1, 2).flatten(2).data_ptr() == plain.data_ptr()
 
 
 @pytest.mark.skipif(not INTERPRET, reason="9 GB of a sparse file")
@@ -164,19 +166,25 @@ def test_later_steps_cannot_be_seen(dtype):
         (o1, d1), (o2, d2) = (
             run(attention_triton, x.requires_grad_(), block) for x in (before, after)
         )
-        assert torch.equal(o1[:, :, : t * block], o2[:, :, : t * block]) and not torch.equal(o1, o2)
+        assert torch.equal(o1[:, :, : t * block], o2[:, :, : t * block])
+        assert not torch.equal(o1, o2)
         assert torch.equal(d1[:, : t * block, 0], d2[:, : t * block, 0])
 
 
 def test_later_rows_give_no_gradient_upwards():
     """Catches dK/dV that sum over rows which cannot see the key: an output gradient of step t
     reaches the keys of steps <= t only."""
-    q, k, v = (x.detach().requires_grad_() for x in fused(1, 1, 150, 32).permute(2, 0, 3, 1, 4))
+    q, k, v = fused(1, 1, 150, 32).detach().permute(2, 0, 3, 1, 4).unbind()
+    k.requires_grad_()
+    v.requires_grad_()
     out = attention_triton(q, k, v, 30)
+
+    # of step 2 alone
     grad = torch.zeros_like(out)
     grad[:, :, 60:90] = 1
     for d in torch.autograd.grad(out, (k, v), grad):
-        assert torch.count_nonzero(d[:, :, 90:]) == 0 and bool((d[:, :, :90] != 0).any(-1).all())
+        assert torch.count_nonzero(d[:, :, 90:]) == 0
+        assert bool((d[:, :, :90] != 0).any(-1).all())
 
 
 def test_two_runs_are_equal_bit_by_bit():
@@ -200,7 +208,9 @@ def test_outputs_are_written_everywhere(monkeypatch):
 def test_opcheck():
     """Catches a fake tensor of another layout than the real one, a mutated input, and gradients
     that differ under AOTAutograd."""
-    q, k, v = (torch.randn(1, 2, 20, 32, device=DEVICE, requires_grad=True) for _ in range(3))
+    q = torch.randn(1, 2, 20, 32, device=DEVICE, requires_grad=True)
+    k = torch.randn(1, 2, 20, 32, device=DEVICE, requires_grad=True)
+    v = torch.randn(1, 2, 20, 32, device=DEVICE, requires_grad=True)
     torch.library.opcheck(torch.ops.nanojepa.attention, (q, k, v, 6))
     o, lse = torch.ops.nanojepa.attention(q.detach(), k.detach(), v.detach(), 6)
     torch.library.opcheck(
@@ -242,10 +252,10 @@ def test_autocast_computes_in_its_dtype():
         automatic = run(attention_triton, qkv, 10)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = attention_triton(q.bfloat16(), k, v.bfloat16(), 10)
-    assert automatic[0].dtype == torch.bfloat16 and automatic[1].dtype == torch.float32
-    assert torch.equal(mixed, automatic[0]) and all(
-        torch.equal(a, b) for a, b in zip(by_hand, automatic)
-    )
+    assert automatic[0].dtype == torch.bfloat16
+    assert automatic[1].dtype == torch.float32
+    assert torch.equal(mixed, automatic[0])
+    assert all(torch.equal(a, b) for a, b in zip(by_hand, automatic))
 
 
 def test_activation_checkpointing():
@@ -336,7 +346,9 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "device_of", lambda x: entered.append(x.shape) or contextlib.nullcontext()
     )
-    q, k, v = (torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True) for _ in range(3))
+    q = torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True)
+    k = torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True)
+    v = torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True)
     kernels.block_causal_attention(q, k, v, 4, impl="triton").sum().backward()
     assert len(entered) == 2
     sum(
@@ -379,12 +391,11 @@ def test_gradients_of_gradients_are_refused():
 )
 def test_wrong_inputs_say_what_to_do(change, message):
     """Catches shapes and dtypes that would read out of bounds, or be cast in silence."""
-    q, k, v = (
-        torch.zeros(
-            change.get(n, (1, 2, 12, 32)), dtype=change.get("dtype", torch.float32), device=DEVICE
-        )
-        for n in "qkv"
-    )
+    dtype = change.get("dtype", torch.float32)
+    shape = (1, 2, 12, 32)
+    q = torch.zeros(change.get("q", shape), dtype=dtype, device=DEVICE)
+    k = torch.zeros(change.get("k", shape), dtype=dtype, device=DEVICE)
+    v = torch.zeros(change.get("v", shape), dtype=dtype, device=DEVICE)
     with pytest.raises(ValueError, match=message):
         attention_triton(
             q.to(change.get("device", DEVICE)),
@@ -399,6 +410,5 @@ def test_served_is_what_runs():
     assert all(
         attention.supports(DEVICE, dtype, hd) for dtype in attention.DTYPES for hd in HEAD_DIMS
     )
-    assert not attention.supports(DEVICE, torch.float64, 64) and not attention.supports(
-        DEVICE, torch.float32, 48
-    )
+    assert not attention.supports(DEVICE, torch.float64, 64)
+    assert not attention.supports(DEVICE, torch.float32, 48)

@@ -13,8 +13,7 @@ import torch
 
 import checkpoint
 from files import disk, logs
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
 
 
 def state(step=0):
@@ -48,9 +47,8 @@ def test_what_is_saved_is_what_is_loaded_and_torch_can_read_it(tmp_path):
     users call."""
     path = checkpoint.save(tmp_path, state(3), 3)
     assert equal(checkpoint.load(path), state(3))
-    assert equal(torch.load(path, weights_only=True), state(3)) and equal(
-        torch.load(path, weights_only=True, mmap=True), state(3)
-    )
+    assert equal(torch.load(path, weights_only=True), state(3))
+    assert equal(torch.load(path, weights_only=True, mmap=True), state(3))
     assert os.readlink(tmp_path / checkpoint.LATEST) == "checkpoint-epoch003.pth.tar"
 
 
@@ -69,13 +67,13 @@ def test_rotation_keeps_the_last_and_every_nth(tmp_path):
         "checkpoint-epoch1000.pth.tar",
     ]
     for epoch in (1001, 1002):
-        checkpoint.save(
-            tmp_path, {}, epoch, keep_last=0, keep_every=0
-        )  # 0: none is kept for good, and the new one must survive
+        # 0: none is kept for good, and the new one must survive
+        checkpoint.save(tmp_path, {}, epoch, keep_last=0, keep_every=0)
     assert names(tmp_path) == ["checkpoint-epoch1002.pth.tar"]
     (tmp_path / "checkpoint-epoch001-copy.pth.tar").write_bytes(b"a user's own")
     checkpoint.save(tmp_path, {}, 1003, keep_last=1)
-    assert (tmp_path / "checkpoint-epoch001-copy.pth.tar").exists() and len(names(tmp_path)) == 1
+    assert (tmp_path / "checkpoint-epoch001-copy.pth.tar").exists()
+    assert len(names(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,9 +85,9 @@ def test_a_flipped_bit_is_known_wherever_it_is(tmp_path, where):
     torch.load return uninitialised memory."""
     path = checkpoint.save(tmp_path, state(), 1)
     raw = bytearray(open(path, "rb").read())
-    entry = raw.index(
-        b"PK\x01\x02", raw.index(b"PK\x01\x02") + 200
-    )  # a record of the central directory
+
+    # a record of the central directory
+    entry = raw.index(b"PK\x01\x02", raw.index(b"PK\x01\x02") + 200)
     tensor = raw.index(state()["predictor"]["blocks.2.weight"].numpy().tobytes())
     place = {
         "start": 5,
@@ -191,15 +189,14 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         p.send_signal(signal.SIGKILL)
         done = [int(x) for x in p.communicate()[0].split()]
         loaded, path = checkpoint.load_latest(tmp_path)
-        assert loaded["epoch"] >= max(done, default=3) and torch.equal(
-            loaded["predictor"]["w"], torch.arange(3_000_000.0)
-        )
+        assert loaded["epoch"] >= max(done, default=3)
+        assert torch.equal(loaded["predictor"]["w"], torch.arange(3_000_000.0))
         assert os.path.exists(tmp_path / checkpoint.LATEST)
         assert len(names(tmp_path)) <= 3
     (tmp_path / "checkpoint-epoch900.pth.tar.77.tmp").write_bytes(b"x")
-    (tmp_path / (checkpoint.LATEST + ".tmp")).symlink_to(
-        "gone"
-    )  # killed between the two lines that move the link
+
+    # killed between the two lines that move the link
+    (tmp_path / (checkpoint.LATEST + ".tmp")).symlink_to("gone")
     checkpoint.save(tmp_path, {"epoch": 10**6}, 10**6)
     assert not [n for n in os.listdir(tmp_path) if n.endswith(".tmp")]
     assert checkpoint.load_latest(tmp_path)[0] == {"epoch": 10**6}
@@ -215,15 +212,15 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         disk.write_atomically(tmp_path / "new" / "a.json", half)
-    assert (tmp_path / "new" / "a.json").read_bytes() == b"old" and os.listdir(
-        tmp_path / "new"
-    ) == ["a.json"]
+    assert (tmp_path / "new" / "a.json").read_bytes() == b"old"
+    assert os.listdir(tmp_path / "new") == ["a.json"]
 
 
 def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     """Bug: on resume a log repeats its header, keeps rows that are computed again, loses good ones,
     or chokes on a torn last line."""
-    path, header = tmp_path / "train.csv", ["epoch", "itr", "jloss"]
+    path = tmp_path / "train.csv"
+    header = ["epoch", "itr", "jloss"]
     log = logs.open_csv(path, header, 0, 0, keep=False)
     for i in range(25):
         log({"epoch": i // 10, "itr": i % 10, "jloss": 1 / (i + 3)})
@@ -236,9 +233,9 @@ def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     log = logs.open_csv(val, ["epoch", "skill"], 0, 0, keep=False)
     for epoch in (1, 2, 3):
         log({"epoch": epoch, "skill": epoch / 10})
-    logs.open_csv(
-        val, ["epoch", "skill"], 2, 0, keep=True
-    )  # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
+
+    # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
+    logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=True)
     assert open(val).read().split() == ["epoch,skill", "1,0.1", "2,0.2"]
     logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=False)
     assert open(val).read() == "epoch,skill\n"
@@ -254,7 +251,8 @@ def test_a_log_of_fewer_columns_goes_on(tmp_path):
     new = logs.open_csv(path, ["epoch", "itr", "loss", "bytes"], 0, 2, True)
     new({"epoch": 0, "itr": 2, "loss": 9, "bytes": 5})
     found = logs.read_csv(path)
-    assert found["loss"].tolist() == [0, 0.25, 9] and found["itr"].tolist() == [0, 1, 2]
+    assert found["loss"].tolist() == [0, 0.25, 9]
+    assert found["itr"].tolist() == [0, 1, 2]
     assert np.isnan(found["bytes"][:2]).all() and found["bytes"][2] == 5
     empty = logs.open_csv(str(tmp_path / "val.csv"), ["epoch", "x"], 0, 0, False)
     assert len(logs.read_csv(str(tmp_path / "val.csv"))["x"]) == 0 and empty

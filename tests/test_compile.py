@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
+
 ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
@@ -53,17 +54,12 @@ def test_training_tiles_pass_and_a_spilling_one_does_not():
         row["kernel"]: row["ctas_per_sm"]
         for row in rows
         if row["kernel"] in ("attention._forward", "attention._dq")
-    } == {
-        "attention._forward": 2,
-        "attention._dq": 2,
-    }
+    } == {"attention._forward": 2, "attention._dq": 2}
     refused = [line for line in done.stderr.splitlines() if line.startswith("REFUSED")]
     assert done.returncode == 1 and [row["ok"] for row in control] == [False]
-    assert (
-        len(refused) == 1
-        and "control attention._dkdv" in refused[0]
-        and "bytes of stack" in refused[0]
-    )
+    assert len(refused) == 1
+    assert "control attention._dkdv" in refused[0]
+    assert "bytes of stack" in refused[0]
 
 
 def test_a_filter_that_finds_nothing_is_an_error():
@@ -114,11 +110,14 @@ def test_gate_compiles_what_the_launcher_would(dtype, monkeypatch):
         )
         _, special, _ = bind(*args, **options, debug=False)
         row = next(row for row in rows if row[1] is kernel)
-        _, _, types, constants, divisible, warps, stages, _ = row
-        expected = [
-            (types[a], "D" if a in divisible else "") if a in types else ("constexpr", constants[a])
-            for a in kernel.arg_names
-        ]
+        types, constants, divisible = tuple(row[2:5])
+        warps, stages = row[5:7]
+        expected = []
+        for name in kernel.arg_names:
+            if name in types:
+                expected.append((types[name], "D" if name in divisible else ""))
+            else:
+                expected.append(("constexpr", constants[name]))
         assert [(kind, value or "") for kind, value in special] == expected
         assert (options["num_warps"], options.get("num_stages", stages)) == (warps, stages)
 

@@ -13,7 +13,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import threading
 import types
@@ -21,7 +20,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 from safetensors.torch import save as safetensors_bytes
 
 from data import (
@@ -54,6 +52,7 @@ from files.shards import (
 from files.streams import StreamedClips, stream_recordings
 from files.video import read_frames
 from files.vpt import ClipReader
+from tests.harness import HEIGHT, contractor, film, jsonl, read_number, run, write_tar
 
 READER = ClipReader(crop_size=HEIGHT)
 
@@ -93,10 +92,9 @@ def test_expand_globs_ranges_and_lists(tmp_path):
         == expand([[every[0], d + "/s-*.tar"], [every[2]]])
         == every
     )
-    assert expand([d + "/t.tar", d + "/s-*1.tar"]) == [
-        d + "/t.tar",
-        every[1],
-    ]  # the user's order between patterns
+
+    # the user's order between patterns
+    assert expand([d + "/t.tar", d + "/s-*1.tar"]) == [d + "/t.tar", every[1]]
     for pattern, named in (
         ("/s-{000001..000004}.tar", "/s-000003.tar"),
         ("/none*.tar", "/none*.tar"),
@@ -105,11 +103,9 @@ def test_expand_globs_ranges_and_lists(tmp_path):
         with pytest.raises(FileNotFoundError) as e:
             expand([d + "/t.tar", d + pattern])
         assert d + named in str(e.value) and "prepare" in str(e.value)
-    assert (
-        expand("pipe:cat a{0..1}.tar") == ["pipe:cat a0.tar", "pipe:cat a1.tar"]
-        and is_stream("pipe:x")
-        and not is_stream(d)
-    )
+    assert expand("pipe:cat a{0..1}.tar") == ["pipe:cat a0.tar", "pipe:cat a1.tar"]
+    assert is_stream("pipe:x")
+    assert not is_stream(d)
 
 
 ODD_NAMES = ["run{a,b}", "run{", "back\\slash", "seed[1]", "a*", "what?", "{0..2}", "d{a,b}/e[2]"]
@@ -174,8 +170,11 @@ def test_slice_is_the_member_and_nothing_else(tmp_path):
     )
     members = shard_index(path)[0][0].members
     with Slice(path, *members["jsonl"]) as f:
-        assert f.read() == bytes(range(256)) * 4 and f.read(10) == b"" and f.bytes_read == 1024
-        assert f.seek(-4, os.SEEK_END) == 1020 and f.read(99) == bytes([252, 253, 254, 255])
+        assert f.read() == bytes(range(256)) * 4
+        assert f.read(10) == b""
+        assert f.bytes_read == 1024
+        assert f.seek(-4, os.SEEK_END) == 1020
+        assert f.read(99) == bytes([252, 253, 254, 255])
         f.seek(2000)
         assert f.read(5) == b"" and f.tell() == 2000
         buffered = io.BufferedReader(Slice(path, *members["mp4"]))
@@ -190,7 +189,9 @@ def test_keys_keep_their_dots_and_folders(tmp_path, mp4):
     members = {f"{n}.{e}": d for n in names for e, d in (("mp4", mp4), ("jsonl", lines))}
     path = write_tar(tmp_path / "a.tar", members | {"6-options.json": b"{}", "notes.txt": b"x"})
     records, bad = records_of(path)
-    assert [r.key for r in records] == names and not bad and {r.length for r in records} == {300}
+    assert [r.key for r in records] == names
+    assert not bad
+    assert {r.length for r in records} == {300}
     assert [k for k, _ in stream_recordings("pipe:cat " + path)] == names
 
 
@@ -210,7 +211,8 @@ def test_cut_and_empty_tars_keep_what_is_whole_and_say_so(tmp_path, mp4, how):
             "b.jsonl": jsonl(contractor()),
         },
     )
-    raw, records = open(whole, "rb").read(), shard_index(whole)[0]
+    raw = open(whole, "rb").read()
+    records = shard_index(whole)[0]
     header = records[1].members["mp4"][0] - 512
     cut = {
         "inside_video": raw[: header + 5000],
@@ -240,7 +242,8 @@ def apple_double(name):
 def test_what_macos_packs_beside_recordings_is_none(tmp_path, mp4):
     """Bug: ._KEY.mp4 and ._KEY.jsonl count as a damaged recording each: half of all are bad, and
     training refuses data in which nothing is wrong. A recording may have such a name, though."""
-    lines, members = jsonl(contractor()), {}
+    lines = jsonl(contractor())
+    members = {}
     for key in ("a", "folder/b", "._own"):
         for name, content in ((f"{key}.mp4", mp4), (f"{key}.jsonl", lines)):
             members |= dict([apple_double(name), (name, content)])
@@ -289,7 +292,8 @@ def test_a_key_that_is_twice_in_a_tar_is_said(shards, tmp_path, mp4):
     with open(other, "rb") as f:
         path.write_bytes(one + f.read())
     bad = records_of(path)[1]
-    assert (str(path), key) in {b[:2] for b in bad} and "twice in the tar" in bad[0][2]
+    assert (str(path), key) in {b[:2] for b in bad}
+    assert "twice in the tar" in bad[0][2]
 
 
 def test_links_in_a_tar_and_compressed_tars_are_named(tmp_path, mp4):
@@ -299,11 +303,13 @@ def test_links_in_a_tar_and_compressed_tars_are_named(tmp_path, mp4):
     with tarfile.open(path, "a") as tar:
         for name in ("b.mp4", "b.jsonl"):
             link = tarfile.TarInfo(name)
-            link.type, link.linkname = tarfile.LNKTYPE, "a" + name[1:]
+            link.type = tarfile.LNKTYPE
+            link.linkname = "a" + name[1:]
             tar.addfile(link)
     records, bad = records_of(path)
     assert [r.key for r in records] == ["a"]
-    assert [b[1] for b in bad] == ["b", "b"] and "b.mp4 is a link in the tar, to a.mp4" in bad[0][2]
+    assert [b[1] for b in bad] == ["b", "b"]
+    assert "b.mp4 is a link in the tar, to a.mp4" in bad[0][2]
     packed = tmp_path / "packed.tar"
     packed.write_bytes(gzip.compress(open(path, "rb").read()))
     assert "compressed (gzip)" in records_of(packed)[1][0][2]
@@ -336,7 +342,9 @@ def test_sparse_members_are_read_as_they_were(tmp_path, mp4, version):
             f.seek(place)
             assert f.read(70_000) == whole[place : place + 70_000]
     clip = Clips([record], [1.0], READER)[0, 0, 0, 0.5]
-    assert clip["key"] == "a" and not clip["bad"] and read_number(clip["video"][0]) > 0
+    assert clip["key"] == "a"
+    assert not clip["bad"]
+    assert read_number(clip["video"][0]) > 0
     ((key, members),) = stream_recordings(f"pipe:cat {path}")
     assert members["mp4"] == whole
 
@@ -368,7 +376,8 @@ def test_missing_partner_and_bad_videos_are_listed_by_reason(tmp_path, mp4):
         "cut50": "",
         "cut95": "",
     }
-    assert reasons.keys() == expected.keys() and all(v in reasons[k] for k, v in expected.items())
+    assert reasons.keys() == expected.keys()
+    assert all(v in reasons[k] for k, v in expected.items())
 
 
 # --- the tick cache ---
@@ -383,10 +392,8 @@ def test_ticks_are_read_once_then_from_the_cache(shards, monkeypatch):
     )
     monkeypatch.setattr(shard_files, "Slice", lambda *a: pytest.fail("the shard was opened"))
     second = read_ticks(record)
-    assert (
-        all(np.array_equal(x, y) for x, y in zip(first, second))
-        and first.motion.dtype == second.motion.dtype
-    )
+    assert all(np.array_equal(x, y) for x, y in zip(first, second))
+    assert first.motion.dtype == second.motion.dtype
     assert type(second.rate) is float and type(second.flaw) is str
 
 
@@ -398,7 +405,8 @@ def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4
     monkeypatch.setattr(shard_files, "CACHE", str(tmp_path / "cache"))
     good = read_ticks(record)
     (cache,) = (tmp_path / "cache" / "ticks").iterdir()
-    raw, rng = open(cache, "rb").read(), np.random.default_rng(0)
+    raw = open(cache, "rb").read()
+    rng = np.random.default_rng(0)
     damages = [b"", raw[:20], raw[:-1], raw[: len(raw) // 2], raw + b"x", b"x" * len(raw)]
     damages += [
         raw[:i] + bytes([raw[i] ^ 64]) + raw[i + 1 :] for i in rng.integers(0, len(raw), 60)
@@ -408,20 +416,19 @@ def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4
         with open(cache, "wb") as f:
             f.write(damage)
         ticks = read_ticks(record)
-        assert (
-            np.array_equal(ticks.motion, good.motion)
-            and np.array_equal(ticks.keys, good.keys)
-            and ticks.flaw == ""
-        )
+        assert np.array_equal(ticks.motion, good.motion)
+        assert np.array_equal(ticks.keys, good.keys)
+        assert ticks.flaw == ""
     assert open(cache, "rb").read() == raw
     size = os.path.getsize(path)
+
+    # byte for byte as long
     write_tar(
         path, {"a.mp4": mp4, "a.jsonl": jsonl(contractor(seed=1)).replace(b'"yaw": -', b'"yaw": 1')}
-    )  # byte for byte as long
-    os.utime(path, ns=(1, 1))
-    assert os.path.getsize(path) == size and not np.array_equal(
-        read_ticks(records_of(path)[0][0]).motion, good.motion
     )
+    os.utime(path, ns=(1, 1))
+    assert os.path.getsize(path) == size
+    assert not np.array_equal(read_ticks(records_of(path)[0][0]).motion, good.motion)
 
 
 def test_an_unwritable_cache_only_costs_time(shards, monkeypatch, capsys, tmp_path):
@@ -445,7 +452,8 @@ def test_a_cache_of_another_user_only_costs_time(shards, monkeypatch, capsys, tm
     assert clip["key"] == records[0].key and not clip["bad"]
     assert np.array_equal(read_ticks(records[0]).motion, good.motion)
     said = capsys.readouterr().out
-    assert said.count("a cache entry cannot be read") == 1 and "NANOJEPA_CACHE" in said
+    assert said.count("a cache entry cannot be read") == 1
+    assert "NANOJEPA_CACHE" in said
 
 
 # --- order ---
@@ -486,16 +494,15 @@ def test_augmentations_follow_the_clip_not_the_worker(shards):
         for o in ({}, {"num_workers": 2}, {"itr": 1})
     ]
     for x, y in ((runs[0][0], runs[1][0]), (runs[0][1], runs[1][1]), (runs[0][1], runs[2][0])):
-        assert (
-            all(torch.equal(x[k], y[k]) for k in ("video", "actions", "states"))
-            and x["key"] == y["key"]
-        )
+        assert all(torch.equal(x[k], y[k]) for k in ("video", "actions", "states"))
+        assert x["key"] == y["key"]
     assert not torch.equal(runs[0][0]["video"], runs[0][1]["video"])
 
 
 def test_resuming_decodes_nothing_that_was_seen(shards, monkeypatch):
     """Bug: the first half of an epoch is decoded again to be thrown away."""
-    calls, read = [], read_frames
+    calls = []
+    read = read_frames
     monkeypatch.setattr(vpt, "read_frames", lambda *a: calls.append(a) or read(*a))
     take(loader_of(shards, batches_per_epoch=1000, itr=998), 1)
     assert len(calls) == 4
@@ -516,7 +523,8 @@ def test_an_epoch_is_spread_evenly_over_the_timeline(shards):
     dataset = Clips(records, [r.length for r in records], READER)
     batches = list(itertools.islice(Order(dataset, 10, 24, epoch=3), 24))
     items = [i for b in batches for i in b]
-    assert sorted(i[1] for i in items) == list(range(240)) and {i[0] for i in items} == {3}
+    assert sorted(i[1] for i in items) == list(range(240))
+    assert {i[0] for i in items} == {3}
     at = np.array([(i[2] + i[3]) * 300 for i in items])  # tick on the timeline of 1800
     assert (np.histogram(at, np.linspace(0, 1800, 241))[0] == 1).all()
     assert np.abs(np.corrcoef(at[1:], at[:-1])[0, 1]) < 0.2  # and in random order
@@ -555,9 +563,9 @@ def test_data_weights_are_shares_of_clips(shards, tmp_path, mp4):
         keys = [
             records[i[2]].key for i in next(iter(Order(Clips(records, shares, READER), 400, 1)))
         ]
-        assert keys.count("b") / 400 == pytest.approx(
-            share * 0.75, abs=0.006
-        )  # inside a dataset by length: 300 and 100 frames
+
+        # inside a dataset by length: 300 and 100 frames
+        assert keys.count("b") / 400 == pytest.approx(share * 0.75, abs=0.006)
         assert keys.count("c") / 400 == pytest.approx(share * 0.25, abs=0.006)
     with pytest.raises(ValueError, match="--data_weights has 1 numbers for 2 --data"):
         open_split(groups, [1.0])
@@ -574,10 +582,11 @@ def test_each_data_is_split_and_weighed_by_itself(shards, tmp_path, mp4):
         [[str(shards / "*.tar")], [str(path)]], [0.7, 0.3], val_fraction=0.25
     )
     mine = [r.shard == str(path) for r in train]
-    assert sum(mine) == 3 and sum(r.shard == str(path) for r in val) == 1 and len(val) > 1
-    assert sum(s for s, m in zip(shares, mine) if m) == pytest.approx(0.3) and sum(
-        shares
-    ) == pytest.approx(1.0)
+    assert sum(mine) == 3
+    assert sum(r.shard == str(path) for r in val) == 1
+    assert len(val) > 1
+    assert sum(s for s, m in zip(shares, mine) if m) == pytest.approx(0.3)
+    assert sum(shares) == pytest.approx(1.0)
 
 
 def test_clips_can_be_sent_to_workers_by_pickling(shards):
@@ -636,21 +645,19 @@ def test_a_bad_clip_is_replaced_by_the_same_one_everywhere(partly_bad):
     bad = [x for b in runs[0] for x in b["bad"]]
     assert bad == [x for b in runs[1] for x in b["bad"]]
     reasons = {key: reason for _, key, reason in bad}
-    assert reasons.keys() == {"hole", "short", "none", "nan"} and {x[0] for x in bad} == {
-        partly_bad
-    }
-    assert (
-        "270 lines but 300 frames" in reasons["short"]
-        and "empty" in reasons["none"]
-        and "line 0" in reasons["nan"]
-    )
+    assert reasons.keys() == {"hole", "short", "none", "nan"}
+    assert {x[0] for x in bad} == {partly_bad}
+    assert "270 lines but 300 frames" in reasons["short"]
+    assert "empty" in reasons["none"]
+    assert "line 0" in reasons["nan"]
     first = [fingerprint(b) for b in runs[0]]
     assert len({c for b in first for c in b}) == 32  # the replacements are no copies of other clips
 
 
 def faulty(monkeypatch, code, count, first=1):
     """os.preadv that fails `count` times from its call number `first` on."""
-    real, calls = os.preadv, itertools.count(1)
+    real = os.preadv
+    calls = itertools.count(1)
 
     def preadv(fd, buffers, place):
         if first <= next(calls) < first + count:
@@ -673,13 +680,15 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(shards, monkeypatch, kind, 
         faulty(patch, code, 1, first)
         got = kind(records, [1.0] * len(records), READER)[item]
         clip = got[1] if kind is Windows else got
-        assert torch.equal(clip["video"], want["video"]) and clip["key"] == records[1].key
+        assert torch.equal(clip["video"], want["video"])
+        assert clip["key"] == records[1].key
         assert not clip.get("bad") and (kind is Clips or got[2] is None)
     faulty(monkeypatch, code, 10**9, first)
     with pytest.raises(ValueError) as e:
         kind(records, [1.0] * len(records), READER)[item]
     assert f"{records[1].shard} {records[1].key} cannot be read" in str(e.value)
-    assert os.strerror(code) in str(e.value) and "says nothing about the recording" in str(e.value)
+    assert os.strerror(code) in str(e.value)
+    assert "says nothing about the recording" in str(e.value)
 
 
 def test_a_shard_that_is_gone_ends_the_run(shards, tmp_path):
@@ -709,7 +718,8 @@ def test_only_what_the_system_says_is_the_disk():
         ValueError("the mp4 is truncated"),
         EOFError(),
     ]
-    assert all(map(disk.is_storage_error, failed)) and not any(map(disk.is_storage_error, damaged))
+    assert all(map(disk.is_storage_error, failed))
+    assert not any(map(disk.is_storage_error, damaged))
 
 
 def test_nothing_but_bad_clips_is_an_error_that_names_the_file(tmp_path, mp4):
@@ -742,11 +752,9 @@ def test_gui_drop_replaces_clips(tmp_path, mp4):
     batch = next(
         iter(vpt_loader(path, 12, reader=ClipReader(crop_size=HEIGHT, gui="drop"), num_workers=0))
     )
-    assert (
-        min(read_number(v[0]) for v in batch["video"]) >= 150
-        and not batch["bad"]
-        and len(batch["video"]) == 12
-    )
+    assert min(read_number(v[0]) for v in batch["video"]) >= 150
+    assert not batch["bad"]
+    assert len(batch["video"]) == 12
 
 
 # --- splits and windows ---
@@ -770,20 +778,15 @@ def test_split_holds_out_whole_shards_or_recordings(shards, recordings, fraction
     """Bug: windows of one recording on both sides: validation measures memory."""
     records = many_records(shards, recordings)
     train, val = split_records(records, fraction)
-    assert (
-        len(val) == held
-        and sorted(train + val) == sorted(records)
-        and not {r.key for r in train} & {r.key for r in val}
-    )
+    assert len(val) == held
+    assert sorted(train + val) == sorted(records)
+    assert not {r.key for r in train} & {r.key for r in val}
     if shards >= 10:
-        assert not {r.shard for r in train} & {r.shard for r in val} and max(
-            r.shard for r in train
-        ) < min(r.shard for r in val)
+        assert not {r.shard for r in train} & {r.shard for r in val}
+        assert max(r.shard for r in train) < min(r.shard for r in val)
     assert split_records(records[::-1], fraction)[1] == val[::-1]
-    assert split_records(records, 0) == (records, []) and split_records(records[:1], 0.5) == (
-        records[:1],
-        [],
-    )
+    assert split_records(records, 0) == (records, [])
+    assert split_records(records[:1], 0.5) == (records[:1], [])
 
 
 def test_split_keeps_the_phases_of_a_recording_together_and_agrees_with_its_video():
@@ -793,16 +796,16 @@ def test_split_keeps_the_phases_of_a_recording_together_and_agrees_with_its_vide
         _, videos = split_records(many_records(shards, recordings), 0.2)
         train, val = split_records(many_records(shards, recordings, ("@00000", "@00004")), 0.2)
         name = lambda r: r.key.partition("@")[0]  # noqa: E731
-        assert not {name(r) for r in train} & {name(r) for r in val} and {name(r) for r in val} == {
-            r.key for r in videos
-        }
+        assert not {name(r) for r in train} & {name(r) for r in val}
+        assert {name(r) for r in val} == {r.key for r in videos}
 
 
 def test_open_split_refuses_a_recording_on_both_sides(shards):
     """Bug: --val_data inside --data is trained on, and the validation curve shows nothing."""
     train, shares, val, bad = open_split([[str(shards / "*.tar")]], val_fraction=0.34)
     assert len(train) == len(shares) == 4 and len(val) == 2 and not bad
-    every, last = str(shards / "*.tar"), str(shards / "shard-000002.tar")
+    every = str(shards / "*.tar")
+    last = str(shards / "shard-000002.tar")
     with pytest.raises(ValueError, match="share 2 recordings"):
         open_split([[every]], val_data=[[last]])
     train, _, val, _ = open_split([[str(shards / "shard-00000[01].tar")]], val_data=[[last]])
@@ -842,14 +845,15 @@ def test_the_same_recording_twice_is_taken_once(tmp_path, mp4, again, name, coun
     for held_out in (0.1, 0.4):
         train, shares, val, bad = open_split([[f"{tmp_path}/*.tar"]], val_fraction=held_out)
         keys = sorted(os.path.normpath(r.key) for r in train + val)
-        assert keys == [f"rec{n}" for n in range(count)] and len(shares) == len(train) and not bad
+        assert keys == [f"rec{n}" for n in range(count)]
+        assert len(shares) == len(train)
+        assert not bad
         assert val and {r.shard for r in train}.isdisjoint({r.shard for r in val})
         fitted = open_lines([[f"{tmp_path}/*.tar"]], None, held_out)[0]
         assert {r.key for r in fitted} == {r.key for r in train}
     if again is symlink:
-        assert paths[2] in expand(f"{tmp_path}/*.tar") and str(other) not in expand(
-            str(tmp_path / "*")
-        )
+        assert paths[2] in expand(f"{tmp_path}/*.tar")
+        assert str(other) not in expand(str(tmp_path / "*"))
     if again is not with_dot:
         with pytest.raises(ValueError, match="share 1 recordings, .* rec2 among them"):
             open_split([[str(paths[2])]], val_data=[[str(other)]])
@@ -883,9 +887,11 @@ def test_windows_do_not_overlap_and_do_not_depend_on_the_world(shards):
     dataset = Clips(records_of(*sorted(shards.glob("*.tar")))[0], [1] * 6, READER)
     every = windows(dataset, 4, 1000)
     items = [i for b in every for i in b]
-    assert (
-        len(items) == 6 * 4 and len({i[2:] for i in items}) == 24 and {len(b) for b in every} == {4}
-    )  # 300 ticks hold 4 of 64
+
+    # 300 ticks hold 4 of 64
+    assert len(items) == 6 * 4
+    assert len({i[2:] for i in items}) == 24
+    assert {len(b) for b in every} == {4}
     for world in (2, 3, 5):
         parts = [windows(dataset, 4, 1000, r, world) for r in range(world)]
         assert [b for group in itertools.zip_longest(*parts) for b in group if b] == every
@@ -893,9 +899,9 @@ def test_windows_do_not_overlap_and_do_not_depend_on_the_world(shards):
     assert all(
         not c["bad"] and read_number(c["video"][0]) == 64 * place for (_, place), c in clips.items()
     )
-    assert (
-        len({i[2] for b in windows(dataset, 4, 12) for i in b}) >= 4
-    )  # a few windows come from many recordings
+
+    # a few windows come from many recordings
+    assert len({i[2] for b in windows(dataset, 4, 12) for i in b}) >= 4
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 8])
@@ -918,7 +924,8 @@ def guide_lines(lines, rate, **change):
 def rates(tmp_path_factory):
     """40 seconds of play at 20, 10 and 30 lines and frames a second, and at 5 lines beside 20
     frames, a shard each."""
-    folder, out = tmp_path_factory.mktemp("rates"), {}
+    folder = tmp_path_factory.mktemp("rates")
+    out = {}
     for rate, fps in ((20, 20), (10, 10), (30, 30), (5, 20)):
         video = film(40 * fps, times=np.arange(40 * fps) * 1000 // fps)
         members = {"a.mp4": video, "a.jsonl": jsonl(guide_lines(40 * rate, rate))}
@@ -980,14 +987,13 @@ def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     assert line_warnings(records + good, 2)[0].endswith("(in 2 of 6 recordings)")
 
 
-def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4):
+def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4, forkserver):
     """Bug: the first look at own data shows a column of zeros and no reason for it."""
     lines = guide_lines(75, 5, keyboard={"keys": ["w", "space_bar2"]})
     path = write_tar(tmp_path / "a.tar", {"a.mp4": mp4, "a.jsonl": jsonl(lines)})
-    command = [sys.executable, "-m", "data", "--inspect", path, "--batch_size", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 'WARNING: key "space_bar2" (nearest known name: "key.keyboard.space")' in done.stdout
-    assert "1 recording of 5 lines a second, 4 frames a line" in done.stdout
+    text = run(tmp_path, "data.py", "--inspect", path, "--batch_size 1")
+    assert 'WARNING: key "space_bar2" (nearest known name: "key.keyboard.space")' in text
+    assert "1 recording of 5 lines a second, 4 frames a line" in text
 
 
 # --- streams ---
@@ -1059,10 +1065,11 @@ def test_streamed_clips_are_the_indexed_clips(shards):
 def test_fewer_shards_than_readers_neither_repeat_nor_drop(shards, world, workers, monkeypatch):
     """Bug: readers without a shard hang or end early (ranks then wait for each other), or every
     reader gives every clip."""
-    urls = [
-        f"pipe:cat {p}" for p in sorted(shards.glob("*.tar"))
-    ]  # 3 shards of 2 recordings, 8 clips each: 48 clips a pass
-    units, parts = world * workers, []
+
+    # 3 shards of 2 recordings, 8 clips each: 48 clips a pass
+    urls = [f"pipe:cat {p}" for p in sorted(shards.glob("*.tar"))]
+    units = world * workers
+    parts = []
     for rank, worker in itertools.product(range(world), range(workers)):
         monkeypatch.setattr(
             torch.utils.data,
@@ -1090,9 +1097,9 @@ def test_one_shard_serves_two_ranks_with_two_workers_for_ever(shards):
         loader = vpt_loader(url, 3, reader=READER, num_workers=2, rank=rank, world=2)
         batches = list(itertools.islice(loader, 8))
         assert all(len(b["video"]) == 3 and not b["bad"] for b in batches)
-        assert (
-            len({c for b in batches for c in fingerprint(b)}) > 8
-        )  # 16 clips a pass, 4 readers, 24 clips each rank
+
+        # 16 clips a pass, 4 readers, 24 clips each rank
+        assert len({c for b in batches for c in fingerprint(b)}) > 8
 
 
 def test_streams_change_with_the_epoch_and_follow_the_seed(shards):
@@ -1104,12 +1111,10 @@ def test_streams_change_with_the_epoch_and_follow_the_seed(shards):
         return [c["key"] + str(read_number(c["video"][0])) for c in clips]
 
     one = run(seed=1)
-    assert (
-        one == run(seed=1)
-        and one[48:] == run(seed=1, epoch=1)[:48]
-        and one[:48] != one[48:]
-        and one != run(seed=2)
-    )
+    assert one == run(seed=1)
+    assert one[48:] == run(seed=1, epoch=1)[:48]
+    assert one[:48] != one[48:]
+    assert one != run(seed=2)
 
 
 def test_shuffle_buffer_loses_nothing(shards):
@@ -1141,7 +1146,9 @@ def test_a_broken_stream_is_reported_not_looped(shards, url, broken):
     stream = StreamedClips([source, f"{url}/shard-000000.tar"], READER, shuffle=1, seed=1)
     clips = list(itertools.islice(stream, 40))
     bad = [x for c in clips for x in c["bad"]]
-    assert {x[0] for x in bad} == {source} and 1 <= len(bad) <= 3 and all(x[2] for x in bad)
+    assert {x[0] for x in bad} == {source}
+    assert 1 <= len(bad) <= 3
+    assert all(x[2] for x in bad)
 
 
 @pytest.mark.parametrize("broken", ["/cut/shard-000001.tar", "/gone.tar", "/fail.tar"])
@@ -1157,7 +1164,8 @@ def test_a_stream_whose_server_fails_ends(shards, url, broken, monkeypatch):
 def test_a_disk_that_fails_ends_indexing(shards, monkeypatch):
     """Bug: an I/O error while mp4 indices are read counts as a damaged recording: encode.py leaves
     it out for good, training changes."""
-    real, path = os.preadv, str(shards / "shard-000001.tar")
+    real = os.preadv
+    path = str(shards / "shard-000001.tar")
     first = shard_index(path)[0][0].members["mp4"][0]
 
     def failing(fd, buffers, at):
@@ -1318,20 +1326,13 @@ def test_feature_clips_are_the_right_rows(features, space):
     columns = [vpt.ACTION_SPACES[38].index(n) for n in vpt.ACTION_SPACES[space]]
     for number, record in enumerate(records):
         t = tensors[record.key]
-        for place, start in (
-            (0, 0),
-            (2, 16),
-            (4, 32),
-            (0.0, 0),
-            (0.5, 16),
-            (1 - 1e-12, 32),
-        ):  # a window, or a share of 33 starts
+
+        # a window, or a share of 33 starts
+        for place, start in ((0, 0), (2, 16), (4, 32), (0.0, 0), (0.5, 16), (1 - 1e-12, 32)):
             clip = dataset[(0, 0, number, place)]
-            assert (
-                clip["key"] == record.key
-                and torch.equal(clip["z"], t["z"][start : start + 8])
-                and clip["z"].dtype == torch.bfloat16
-            )
+            assert clip["key"] == record.key
+            assert torch.equal(clip["z"], t["z"][start : start + 8])
+            assert clip["z"].dtype == torch.bfloat16
             expected = t["actions"][start : start + 7].double().numpy()[:, columns]
             expected[:, :4] = (expected[:, :4] - scaler.mean) / scaler.scale
             np.testing.assert_allclose(clip["actions"], expected, rtol=1e-6)
@@ -1366,14 +1367,13 @@ def test_noise_and_gui_drop_work_on_features_too(features):
         vpt_loader(str(folder / "*.tar"), 16, reader=ClipReader(action_noise=n), num_workers=0)
         for n in (0.0, 0.5)
     )
-    a, b = next(iter(plain)), next(iter(noisy))
+    a = next(iter(plain))
+    b = next(iter(noisy))
     diff = (b["actions"] - a["actions"]).numpy()
-    assert (
-        a["key"] == b["key"]
-        and 0.3 < diff[..., :4].std() < 0.7
-        and not diff[..., 4:].any()
-        and torch.equal(a["z"], b["z"])
-    )
+    assert a["key"] == b["key"]
+    assert 0.3 < diff[..., :4].std() < 0.7
+    assert not diff[..., 4:].any()
+    assert torch.equal(a["z"], b["z"])
     reader = ClipReader(gui="drop", action_space=38)
     batch = next(iter(vpt_loader(str(folder / "*.tar"), 40, reader=reader, num_workers=0)))
     assert not batch["actions"][..., 37].any() and not batch["bad"]
@@ -1396,9 +1396,8 @@ def test_damaged_features_are_reported(features, tmp_path):
         {f"{k}@00000.safetensors": v for k, v in cases.items()} | {"ok@00000.safetensors": raw},
     )
     records, bad = records_of(path)
-    assert [r.key for r in records] == ["ok@00000"] and {
-        b[1].partition("@")[0] for b in bad
-    } == set(cases)
+    assert [r.key for r in records] == ["ok@00000"]
+    assert {b[1].partition("@")[0] for b in bad} == set(cases)
 
 
 def test_feature_shards_that_disagree_are_refused(features, shards, tmp_path):

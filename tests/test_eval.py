@@ -14,20 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import contractor, jsonl, read_number, write_tar
 from scipy.stats import t as student
-from test_lora import episode
-from test_train import fails, numbers, run
 
 import checkpoint
 import eval as report
 from bench import intervals
 from data import ActionScaler, windows
-from droid import DroidReader, open_droid
 from evaluation import pictures
 from evaluation.held_out import (
     another_recording,
-    beside,
+    compare_with_base,
     encoder_dtype,
     from_other_recordings,
     gap_text,
@@ -43,117 +39,21 @@ from files import logs
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, ClipReader
 from model import Predictor, add_lora, lora_layers, predict
+from tests.harness import (
+    Moved,
+    Pushed,
+    contractor,
+    fails,
+    jsonl,
+    numbers,
+    read_number,
+    run,
+    write_tar,
+)
 
 VPT = "--encoder vit_tiny --crop_size 32"
 SIZE = "--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"
 pytestmark = pytest.mark.usefixtures("forkserver")
-
-
-@pytest.fixture(scope="module")
-def game(tmp_path_factory, shards):
-    """A run of train_ac.py on features with 36-D actions, .out; .held are features it held out,
-    .video the shard they are of."""
-    folder, video = tmp_path_factory.mktemp("game"), shards / "shard-000000.tar"
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        shards / "shard-000001.tar",
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0",
-    )
-    for name, shard in (("train", shards / "shard-000001.tar"), ("held", video)):
-        run(folder, "encode.py", "--data", shard, "--out", folder / name, VPT)
-    held = folder / "held" / "*.tar"
-    run(
-        folder,
-        "train_ac.py",
-        "--data",
-        folder / "train" / "*.tar",
-        "--val_data",
-        held,
-        "--scaler",
-        folder / "scaler.pkl",
-        SIZE,
-        "--crop_size 32 --action_space 36 --epochs 1 --warmup 0 --anneal 0 --ipe 30 --lr 3e-3"
-        " --out_dir",
-        folder / "run",
-    )
-    text = run(
-        folder,
-        "eval.py",
-        "--checkpoint",
-        folder / "run",
-        "--video",
-        video,
-        "--samples 8 --batch_size 4 --num_workers 0 --out",
-        folder / "report",
-    )
-    found = json.loads((folder / "report" / "report.json").read_text())
-    page = (folder / "report" / "report.html").read_text()
-    return types.SimpleNamespace(
-        folder=folder,
-        out=folder / "run",
-        held=held,
-        video=video,
-        text=text,
-        report=found,
-        page=page,
-    )
-
-
-@pytest.fixture(scope="module")
-def arm(tmp_path_factory):
-    """Runs on robot episodes: .base (--full), .lora on it, .command (LoRA, actions of another
-    size)."""
-    folder = tmp_path_factory.mktemp("arm")
-    (folder / "a").mkdir()
-    for i in range(5):
-        episode(folder / "a" / f"e{i}", i, 1.0, action_dim=3)
-    for name, keys, wider in (("pose", None, 1), ("wide", None, 4), ("command", ["command"], 1)):
-        reader = DroidReader(5, action_keys=keys)
-        records, _, _ = open_droid([str(folder / "a")], reader=reader, log=lambda *a: None)
-        actions = np.concatenate(
-            [reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records]
-        )
-        meta = {"names": reader.names, "units": reader.units, "fps": 4.0, "frames_per_step": 1}
-        m2 = wider * ((actions - actions.mean(0)) ** 2).sum(0)
-        ActionScaler.from_moments(len(actions), actions.mean(0), m2, meta).save(
-            folder / f"{name}.safetensors"
-        )
-    size = "--pred_dim 48 --pred_depth 2 --pred_heads 3"
-    short = "--encoder vit_tiny --crop_size 32 --num_workers 0 --batch_size 4"
-    flags = [
-        "--data",
-        folder / "a",
-        "--val_fraction 0.4 --grad_accum 1 --frames_per_clip 5 --warmup_steps 1",
-        short,
-    ]
-    pose = ["--scaler", folder / "pose.safetensors"]
-    run(
-        folder,
-        "train_lora.py",
-        *flags,
-        *pose,
-        "--base none --full --max_steps 12 --lr 3e-3 --out_dir",
-        folder / "base",
-        size,
-    )
-    adapt = ["--base", folder / "base", "--max_steps 6 --lr 1e-2"]
-    wide = ["--scaler", folder / "wide.safetensors"]  # not the base's: it must be folded in
-    run(folder, "train_lora.py", *flags, *wide, *adapt, "--out_dir", folder / "lora")
-    command = ["--scaler", folder / "command.safetensors", "--action_keys command"]
-    run(
-        folder,
-        "train_lora.py",
-        *flags,
-        *command,
-        *adapt,
-        "--train_condition_encoders --out_dir",
-        folder / "command",
-    )
-    return folder
 
 
 def clips_of(path, data=None, batch_size=4):
@@ -179,33 +79,6 @@ def names_of(path, batch_size=4):
     ]
 
 
-class Moved(torch.nn.Module):
-    """A predictor whose channels move on by as many places as the first action says (rounded), or
-    by nothing if it is deaf."""
-
-    rollout, predictor_embed = Predictor.rollout, types.SimpleNamespace(out_features=1)
-
-    def __init__(self, deaf=False):
-        super().__init__()
-        self.deaf = deaf
-
-    def extend(self, z, actions, states, extrinsics=None, past=None):
-        B, T = actions.shape[:2]
-        z, by = z.view(B, T, -1, z.shape[-1]), actions[..., 0].round().long() * (not self.deaf)
-        at = (torch.arange(z.shape[-1]) - by[..., None, None]) % z.shape[-1]
-        return z.gather(-1, at.expand_as(z)).flatten(1, 2), [(z, z)]
-
-
-class Pushed(Moved):
-    """A predictor that adds the first two actions times two fixed directions: the error is least at
-    the true ones alone."""
-
-    def extend(self, z, actions, states, extrinsics=None, past=None):
-        u = torch.randn(2, z.shape[-1], generator=torch.Generator().manual_seed(3))
-        out = z.view(*actions.shape[:2], -1, z.shape[-1]) + (actions[..., :2] @ u)[:, :, None]
-        return out.flatten(1, 2), [(z, z)]
-
-
 # --- opening ---
 
 
@@ -215,13 +88,13 @@ def test_a_robot_run_opens_as_it_was_trained(arm, name):
     another scaler; states of other actions; other held-out clips: any of them, and the errors are
     not those that validation logged."""
     predictor, state, scaler, _ = open_run(str(arm / name))
-    assert (
-        bool(lora_layers(predictor)) == (name != "base")
-        and not predictor.training
-        and state["dataset"] == "droid"
-    )
+    assert bool(lora_layers(predictor)) == (name != "base")
+    assert not predictor.training
+    assert state["dataset"] == "droid"
     dataset, inputs, compose, bad = open_held_out(state, scaler, None, None, torch.device("cpu"))
-    assert (compose is hold_state) == (name == "command") and state["state_dim"] == 7 and not bad
+    assert (compose is hold_state) == (name == "command")
+    assert state["state_dim"] == 7
+    assert not bad
     errors, recordings, _ = held_out(predictor, dataset, inputs, 4, 256, 0, 2, 1.0, compose=compose)
     logged = numbers(arm / name, "tf_true", "tf_shuffled", "ro_true", "ro_shuffled", log="val.csv")[
         -1
@@ -376,7 +249,8 @@ def test_recordings_that_all_give_the_same_have_no_interval():
     text = gap_text(0.0, summary["tf_gap_low"], summary["tf_gap_high"], names)
     assert "no interval: all recordings give exactly the same" in text
     bands = report.bands_of(errors, names)
-    assert math.isnan(bands["gap"][0][0]) and bands["skill"][0][0] < bands["skill"][1][0]
+    assert math.isnan(bands["gap"][0][0])
+    assert bands["skill"][0][0] < bands["skill"][1][0]
 
 
 def test_too_few_recordings_give_no_interval(tmp_path):
@@ -390,13 +264,14 @@ def test_too_few_recordings_give_no_interval(tmp_path):
     }
     for names in (["a"] * 6, ["a", "b"] * 3):
         summary = meter_summary(errors, names)
-        assert math.isnan(summary["tf_gap_low"]) and math.isnan(summary["ro_gap_high"])
+        assert math.isnan(summary["tf_gap_low"])
+        assert math.isnan(summary["ro_gap_high"])
         text = gap_text(summary["tf_gap"], summary["tf_gap_low"], math.nan, names)
         assert text.endswith(f"needs at least 3 recordings, here {len(set(names))})")
         assert all(
             math.isnan(x) for low_high in report.bands_of(errors, names)["gap"] for x in low_high
         )
-    row, text = beside(
+    row, text = compare_with_base(
         errors | {"jloss": torch.ones(6, 1), "sloss": torch.ones(6, 1)},
         ["a", "b"] * 3,
         {k: 1.1 * x for k, x in errors.items()},
@@ -406,7 +281,8 @@ def test_too_few_recordings_give_no_interval(tmp_path):
     header = [k for k in row if not k.endswith(("_1", "_2", "_3", "_4"))]
     logs.open_csv(str(tmp_path / "val.csv"), header, 0, 0, False)(row)
     cells = dict(zip(header, open(tmp_path / "val.csv").read().split("\n")[1].split(",")))
-    assert cells["help_high"] == cells["tf_gap_low"] == "" and cells["tf_gap"] != ""
+    assert cells["help_high"] == cells["tf_gap_low"] == ""
+    assert cells["tf_gap"] != ""
     assert np.isnan(logs.read_csv(str(tmp_path / "val.csv"))["help_low"]).all()
     assert json.loads(logs.to_json({"x": [1.0, math.nan, (math.nan,)]})) == {"x": [1, None, [None]]}
     three = meter_summary(errors, ["a", "b", "c"] * 2)
@@ -445,9 +321,13 @@ def test_shuffled_actions_are_of_another_recording():
     items = [(0, 0, 0, 1), (0, 1, 0, 2), (0, 2, 1, 7)]
     others = from_other_recordings(Two("ab"), items)
     given = torch.zeros(2, 3, 2)
-    assert (others(["a", "a"], given) == 7).all() and (others(["b", "b"], given) < 3).all()
+    assert (others(["a", "a"], given) == 7).all()
+    assert (others(["b", "b"], given) < 3).all()
     few = from_other_recordings(Two("ab"), items[:2])(["a", "a"], given)
-    assert few.isfinite().all() and few.shape == given.shape  # --val_clips 2, both of one recording
+
+    # --val_clips 2, both of one recording
+    assert few.isfinite().all()
+    assert few.shape == given.shape
     alone = from_other_recordings(Two("aa"), items[:2])(["a", "a"], given)
     assert alone.isnan().all() and alone.shape == given.shape
     text = gap_text(math.nan, math.nan, math.nan, ["a", "a"])
@@ -462,7 +342,8 @@ def test_a_run_is_judged_in_its_own_precision():
     predictor = Predictor(24, 5, 2, (2, 2), pred_dim=48, depth=1, num_heads=3)
     with autocast():
         assert predictor.predictor_embed(torch.zeros(1, 24)).dtype == torch.bfloat16
-    assert dtype == "bfloat16" and precision_of("float32", state, cpu)[0] == "float32"
+    assert dtype == "bfloat16"
+    assert precision_of("float32", state, cpu)[0] == "float32"
     assert precision_of(None, None, cpu)[0] == precision_of(None, {"args": {}}, cpu)[0] == "float32"
     assert encoder_dtype("bfloat16", {}) == torch.bfloat16
     assert encoder_dtype("bfloat16", {"save_encoder": True}) == torch.float32
@@ -486,7 +367,8 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
     }
     for group, members in groups.items():
         columns = sorted({names.index(n) for n in members})
-        true, wrong = {"tf": [], "ro": []}, {"tf": [], "ro": []}
+        true = {"tf": [], "ro": []}
+        wrong = {"tf": [], "ro": []}
         for (z, actions, states), recordings in zip(batches, names_of(game.out)):
             B, T = z.shape[:2]
             for b, other in enumerate(another_recording(recordings)):
@@ -572,7 +454,8 @@ def test_energies_are_those_of_whole_passes(steps, state_dim):
 def test_the_minimum_and_the_rank_of_a_predictor_that_is_known():
     """Bug: axes in the wrong order or units, ties not shared, the true action ranked from the wrong
     end."""
-    g, names = torch.Generator().manual_seed(0), ["x", "y", "grip"]
+    g = torch.Generator().manual_seed(0)
+    names = ["x", "y", "grip"]
     scaler = ActionScaler(np.array([0.1, -0.2]), np.array([4.0, 9.0]), np.array([2.0, 3.0]), 9, {})
     axes = [np.linspace(-1, 1, 5), np.linspace(-4, 4, 9)]
     z = F.layer_norm(torch.randn(3, 4, 24, generator=g), (24,))
@@ -581,16 +464,13 @@ def test_the_minimum_and_the_rank_of_a_predictor_that_is_known():
     z[2] = predict(Pushed(), z[None, :2], actions[None], torch.zeros(1, 3, 2))[0, -1]
     land = report.swept(actions[-1], names, scaler, [0, 1], axes)
     e = report.energies(Pushed(), z, actions, torch.zeros(3, 2), land).view(5, 9)
-    assert (
-        np.unravel_index(int(e.argmin()), e.shape) == (3, 1)
-        and e.min() < 1e-6 < e.sort().values.flatten()[1]
-    )
+    assert np.unravel_index(int(e.argmin()), e.shape) == (3, 1)
+    assert e.min() < 1e-6 < e.sort().values.flatten()[1]
     assert torch.equal(land[:, 2], actions[-1:, 2].expand(45))
     others = torch.randn(50, 3, generator=g)
     e = report.energies(Pushed(), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others]))
-    assert report.rank_of(e[0], e[1:]) == 0 and report.rank_of(e[1:].max(), e[1:]) == pytest.approx(
-        0.99
-    )
+    assert report.rank_of(e[0], e[1:]) == 0
+    assert report.rank_of(e[1:].max(), e[1:]) == pytest.approx(0.99)
     e = report.energies(
         Moved(deaf=True), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others])
     )
@@ -603,7 +483,8 @@ def test_mouse_and_camera_turn_together():
     scaler = ActionScaler(
         np.array([5.0, 0.0, 0.1, 0.0]), np.ones(4), np.array([50.0, 20.0, 0.2, 0.1]), 9, {}
     )
-    names, true = ACTION_SPACES[36], torch.zeros(36)
+    names = ACTION_SPACES[36]
+    true = torch.zeros(36)
     true[[0, 3, 13]] = torch.tensor([0.3, 0.7, 1.0])
     by_mouse = report.to_units(
         report.swept(true, names, scaler, [0, 1], [np.array([-100.0, 100.0]), np.array([40.0])]),
@@ -656,7 +537,8 @@ def test_rank_and_landscape_in_the_report(game):
         for m in np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
     ]
     generator = torch.Generator().manual_seed(0)
-    ranks, misses = [], []
+    ranks = []
+    misses = []
     for i in range(len(z)):
         others = report.drawn_from_others(actions, i, recordings, 8, generator)
         e = report.energies(
@@ -666,17 +548,13 @@ def test_rank_and_landscape_in_the_report(game):
         tried = report.swept(actions[i, -1], ACTION_SPACES[36], scaler, [0, 1], axes)
         at = report.energies(predictor, z[i], actions[i], states[i], tried).argmin().item()
         misses.append(abs(axes[0][at // report.GRID] - plain[i, -1, 0]))
-    assert (
-        game.report["rank"] == pytest.approx(np.mean(ranks), abs=1e-6)
-        and game.report["ranked_clips"] == len(z) == 8
-    )
+    assert game.report["rank"] == pytest.approx(np.mean(ranks), abs=1e-6)
+    assert game.report["ranked_clips"] == len(z) == 8
     assert game.report["landscape"]["mouse_dx"]["argmin"] == pytest.approx(
         np.mean(misses), rel=1e-6
     )
-    assert (
-        game.report["landscape"]["mouse_dy"]["unit"] == "pixels"
-        and f"among 8 of other recordings: {np.mean(ranks):.3f}" in game.text
-    )
+    assert game.report["landscape"]["mouse_dy"]["unit"] == "pixels"
+    assert f"among 8 of other recordings: {np.mean(ranks):.3f}" in game.text
 
 
 def one_hots(first, T):
@@ -707,7 +585,8 @@ def test_retrieval_of_a_predictor_that_is_known():
     np.testing.assert_allclose(rows["hit"], [0.5, 0.5, 0.5])
     np.testing.assert_allclose(rows["copy_hit"], [0, 0, 0])
     np.testing.assert_allclose(rows["copy_offset"], [1, 2, 3])
-    assert rows["offset"][0] == 0 and rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
+    assert rows["offset"][0] == 0
+    assert rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
 
     # from one window into the other
     actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)
@@ -736,7 +615,8 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
         add_lora(predictor, r=4)
         for m in lora_layers(predictor).values():
             m.lora_B.data.normal_(std=0.1)
-    T, C = 4, 1 + bool(state_dim)
+    T = 4
+    C = 1 + bool(state_dim)
     z = torch.randn(T, 6, 24)
     actions = torch.randn(T, 5)
     states = torch.randn(T, state_dim)
@@ -747,13 +627,15 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
     maps = pictures.attention_maps(predictor, z, actions, states, heads)
     rope = pictures.rope_tables(predictor.positions(T, C), predictor.head_dim)
     for (b, h), m in zip(heads, maps):
-        attn, (x, out) = predictor.predictor_blocks[b].attn, caught[b]
+        attn = predictor.predictor_blocks[b].attn
+        (x, out) = caught[b]
         weights, v = pictures.attention_of(attn, attn.qkv(x), rope, C + 6)
         torch.testing.assert_close(
             attn.proj((weights @ v).transpose(1, 2).flatten(2)), out, rtol=0, atol=1e-5
         )
         torch.testing.assert_close(m.flatten(1), weights[0, h, -(C + 6) :], rtol=0, atol=1e-6)
-        assert m.shape == (C + 6, T, C + 6) and weights[0, :, 0, C + 6 :].abs().max() == 0
+        assert m.shape == (C + 6, T, C + 6)
+        assert weights[0, :, 0, C + 6 :].abs().max() == 0
 
 
 def test_frames_are_those_of_the_features(game):
@@ -790,18 +672,16 @@ def test_the_page_is_whole_and_offline(game, arm, tmp_path):
     """Bug: a figure that is missing, empty or a link; scripts or fonts from the net; a strip
     promised without pixels."""
     images = re.findall(r'<img alt="" src="data:image/png;base64,([^"]+)">', game.page)
-    assert len(images) == 10 and all(
-        base64.b64decode(x)[:8] == b"\x89PNG\r\n\x1a\n" and len(x) > 4000 for x in images
-    )
+    assert len(images) == 10
+    assert all(base64.b64decode(x)[:8] == b"\x89PNG\r\n\x1a\n" and len(x) > 4000 for x in images)
     rest = re.sub(r"base64,[^\"]+", "", game.page)
-    assert not re.search(r"https?:|<script|<link|url\(|@import", rest) and rest.count("src=") == 10
+    assert not re.search(r"https?:|<script|<link|url\(|@import", rest)
+    assert rest.count("src=") == 10
     headings = re.findall(r"<h2>(.*?)</h2>", game.page)
     assert headings == [*pictures.CAPTIONS] and pictures.NO_PIXELS not in game.page
     shown = re.search(r"<pre>(.*?)</pre>", game.page, re.S)[1]
-    assert (
-        all(f"  {g} " in shown and f"  {g} " in game.text for g in ("camera", "keys", "hotbar"))
-        and "median steps off" in shown
-    )
+    assert all(f"  {g} " in shown and f"  {g} " in game.text for g in ("camera", "keys", "hotbar"))
+    assert "median steps off" in shown
     run(
         tmp_path,
         "eval.py",
@@ -811,7 +691,8 @@ def test_the_page_is_whole_and_offline(game, arm, tmp_path):
         tmp_path,
     )
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<img") == 7 and "Left out: these data are features without pixels" in page
+    assert page.count("<img") == 7
+    assert "Left out: these data are features without pixels" in page
     assert list(json.loads((tmp_path / "report.json").read_text())["landscape"]) == [
         "mouse_dy",
         "key.w",
@@ -823,7 +704,9 @@ def test_the_page_begins_with_a_verdict(game):
     not."""
     head = game.page.partition("<pre>")[0]
     verdict = re.findall(r'<p class="verdict">(.*?)</p>', head)
-    assert len(verdict) == 2 and "uses the action" in verdict[0] and "last step" in verdict[1]
+    assert len(verdict) == 2
+    assert "uses the action" in verdict[0]
+    assert "last step" in verdict[1]
     printed = re.findall(r"^WARNING: .*$", game.text, re.M)
     assert [html.unescape(x) for x in re.findall(r'class="warning">(.*?)</p>', head)] == printed
     assert printed
@@ -836,7 +719,8 @@ def test_verdicts():
     meter = {"tf_gap": 0.3, "tf_gap_low": 0.2, "tf_gap_high": 0.4, "tf_skill": 0.7}
     verdict, warnings = report.verdict_of(meter, names)
     assert verdict[0].startswith("The model uses the action: shuffled actions cost +30.00%")
-    assert "better than repeating the last step: skill 0.700" in verdict[1] and not warnings
+    assert "better than repeating the last step: skill 0.700" in verdict[1]
+    assert not warnings
     doubts = [
         ({"tf_gap": 0.01}, "The model hardly uses the action", "cost less than 2 %"),
         ({"tf_gap_low": -0.1}, "It is not shown", "no interval above 0"),
@@ -883,11 +767,10 @@ def test_a_lora_run_is_reported_on(arm, tmp_path):
         numbers(arm / "lora", "tf_true", "ro_gap", log="val.csv")[-1],
         rtol=1e-4,
     )
-    assert (
-        list(found["groups"]) == ["position", "rotation", "gripper"]
-        and found["landscape"]["y"]["unit"] == "m"
-    )
-    assert (tmp_path / "report.html").read_text().count("<img") == 10 and "rotation" in text
+    assert list(found["groups"]) == ["position", "rotation", "gripper"]
+    assert found["landscape"]["y"]["unit"] == "m"
+    assert (tmp_path / "report.html").read_text().count("<img") == 10
+    assert "rotation" in text
     data = [
         "--data",
         arm / "a",
@@ -898,8 +781,6 @@ def test_a_lora_run_is_reported_on(arm, tmp_path):
     ]
     run(tmp_path, "eval.py", *data)
     found = json.loads((tmp_path / "c" / "report.json").read_text())
-    assert (
-        list(found["groups"]) == ["command"]
-        and list(found["landscape"]) == ["command.0", "command.1"]
-        and found["recordings"] == 5
-    )
+    assert list(found["groups"]) == ["command"]
+    assert list(found["landscape"]) == ["command.0", "command.1"]
+    assert found["recordings"] == 5

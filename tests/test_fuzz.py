@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import film
 from safetensors.torch import save as safetensors_bytes
 
 import checkpoint
@@ -22,8 +21,7 @@ from data import ActionScaler
 from files.latents import open_dataset
 from files.shards import Record, feature_header, index_shards
 from files.video import mp4_times, read_frames
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT, film
 
 
 def fuzz(folder, *flags):
@@ -80,12 +78,12 @@ def test_the_fuzzer_finds_what_it_looks_for(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     row = eval(done.stdout)
-    assert row["cases"] == 30 and all(
-        row[k] > 0 for k in ("accepted", "crash", "hang", "memory", "code ran")
-    ), row
+    assert row["cases"] == 30, row
+    assert all(row[k] > 0 for k in ("accepted", "crash", "hang", "memory", "code ran")), row
     kept = [p.read_text() for p in tmp_path.glob("*.txt")]
     assert len(kept) == row["crash"] + row["hang"] + row["memory"] + row["code ran"]
-    assert any("KeyError" in t for t in kept) and any("exit code -11" in t for t in kept)
+    assert any("KeyError" in t for t in kept)
+    assert any("exit code -11" in t for t in kept)
 
 
 # --- what was found ---
@@ -103,9 +101,9 @@ def test_a_damaged_h5_file_is_an_oserror(tmp_path):
         path.write_bytes(raw.replace(mark, b"XXXX"))
         with pytest.raises(OSError, match="."):
             open_dataset(str(path))
-    tag = raw.index(
-        bytes([0x11, 0x20, 0x0F, 0])
-    )  # the float type: its exponent and mantissa overlap
+
+    # the float type: its exponent and mantissa overlap
+    tag = raw.index(bytes([0x11, 0x20, 0x0F, 0]))
     for at, bad in ((12, bytes([3])), (16, bytes(4))):  # and an exponent without a bias
         path.write_bytes(raw[: tag + at] + bad + raw[tag + at + len(bad) :])
         with pytest.raises(OSError, match="a.h5 is damaged"):

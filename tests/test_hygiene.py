@@ -11,12 +11,14 @@ import subprocess
 
 import pytest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT
+
 FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
 SOURCES = sorted(
     os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py"))
 )
 
+TESTS = sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "tests", "*.py")))
 DOCS = sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))
 
 
@@ -72,7 +74,8 @@ SCRIPTS = [p for p in SOURCES if flags_of(p)]
 def test_every_flag_is_read_and_explained(path):
     """Bug: a flag that nothing reads (upstream has YAML keys like that), or one that --help does
     not explain."""
-    tree, declared = ast.parse(read(path)), flags_of(path)
+    tree = ast.parse(read(path))
+    declared = flags_of(path)
     inside = {id(n) for _, call in declared.values() for n in ast.walk(call)}
     read_here = {
         n.attr
@@ -116,7 +119,8 @@ def test_no_abbreviated_flags(path):
         for n in ast.walk(ast.parse(read(path)))
         if isinstance(n, ast.Call) and ast.unparse(n.func) == "argparse.ArgumentParser"
     ]
-    assert parsers and all(
+    assert parsers
+    assert all(
         any(k.arg == "allow_abbrev" and k.value.value is False for k in n.keywords) for n in parsers
     )
 
@@ -268,10 +272,32 @@ def folded(tree):
     return sorted(set(found))
 
 
-@pytest.mark.parametrize("path", SOURCES)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS])
 def test_no_folding(path):
     """Bug: statements folded together to save lines, until nobody reads them."""
     assert folded(ast.parse(read(path))) == []
+
+
+def imported(path):
+    """Names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(read(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_tests_import_no_tests(path):
+    """Bug: a test that is moved or deleted takes others along; the fixtures of one file act in
+    another. What several tests need is in tests/harness.py and tests/conftest.py."""
+    for name in imported(path):
+        last = name.rpartition(".")[2] if name.startswith("tests.") else name.partition(".")[0]
+        assert not last.startswith("test_"), f"{path} imports the test {name}"
+        assert last != "conftest", (
+            f"{path} imports conftest; tests/harness.py has what is no fixture"
+        )
 
 
 # what a file may import, by its folder or name: imports point down
@@ -324,13 +350,15 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", SOURCES)
 def test_no_blind_excepts_and_no_kwargs(path):
     """Bug: an exception that hides what went wrong; a misspelt option that **kwargs swallow."""
-    tree, lines = ast.parse(read(path)), read(path).splitlines()
+    tree = ast.parse(read(path))
+    lines = read(path).splitlines()
     handlers = [n for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler)]
     blind = [
         n.lineno
         for n in handlers
         if n.type is None or re.search(r"\b(Base)?Exception\b", ast.unparse(n.type))
     ]
+
     # two readers raise half a dozen types, and it raises again; a fuzzer looks for all of them;
     # storage libraries raise what they like
     if path in ("weights.py", "tests/fuzz.py", "files/disk.py", "files/mirror.py"):

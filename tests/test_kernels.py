@@ -93,6 +93,7 @@ def test_auto_attention_on_a_cpu():
     cpu = torch.device("cpu")
     assert attention_impl(cpu, torch.float32, 64, 6, 42) == "reference"
     assert attention_impl(cpu, torch.float32, 64, 258, 7 * 258) == "prefix"
+
     # a single step needs no mask
     assert attention_impl(cpu, torch.bfloat16, 64, 258, 258) == "prefix"
 
@@ -140,7 +141,8 @@ def test_linear_does_not_ask_whether_the_weight_is_trained(B, T, K, N, dtype):
 
 def test_linear_of_no_rows_and_of_one():
     """Bug: an empty batch or a plain vector breaks the reshape to rows."""
-    weight, bias = torch.randn(6, 5), torch.randn(6)
+    weight = torch.randn(6, 5)
+    bias = torch.randn(6)
     for shape in ((0, 4, 5), (3, 0, 5), (5,), (1, 5)):
         out = linear(torch.ones(*shape), weight, bias)
         assert out.shape == (*shape[:-1], 6)

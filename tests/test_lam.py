@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 import checkpoint
 import evaluation.codes as code_measures
@@ -19,6 +18,7 @@ from files import latents
 from files.latents import open_manifest, pack_codes, unpack_codes
 from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
 from prepare.manifest import split_counts
+from tests.harness import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
 TINY = {
     "embed_dim": 16,
@@ -87,22 +87,22 @@ def test_warmup_then_kmeans_then_codes():
     true = 10 * torch.randn(3, 4, 8)
     for step in range(5):
         names = torch.randint(4, (64, 3))
-        z = (
-            true[torch.arange(3), names] + 0.01 * torch.randn(64, 3, 8)
-            if step
-            else 1000 * torch.randn(64, 3, 8)
-        )
+        noise = torch.randn(64, 3, 8)
+        first = step == 0
+        z = 1000 * noise if first else true[torch.arange(3), names] + 0.01 * noise
         z_q, _, codebook, commitment = feed(vq, z)
-        assert (
-            torch.equal(z_q, z) and codebook == 0 and commitment == 0 and vq.active() == (step == 4)
-        )
-        if not step:
-            (
-                vq.recent.zero_(),
-                vq.seen[1].zero_(),
-            )  # the first batch is forgotten when 1024 newer ones have come
+        assert torch.equal(z_q, z)
+        assert codebook == 0 and commitment == 0
+        assert vq.active() == (step == 4)
+
+        # the first batch is forgotten when 1024 newer ones have come
+        if first:
+            vq.recent.zero_()
+            vq.seen[1].zero_()
+
     z_q, indices, codebook, _ = vq.eval()(true[torch.arange(3), names])
-    assert (z_q - true[torch.arange(3), names]).abs().max() < 0.02 and codebook < 1e-3
+    assert (z_q - true[torch.arange(3), names]).abs().max() < 0.02
+    assert codebook < 1e-3
     for slot in range(3):
         pairs = {(a, b) for a, b in zip(names[:, slot].tolist(), indices[:, slot].tolist())}
         assert len(pairs) == 4  # a renaming
@@ -133,7 +133,8 @@ def test_a_dead_code_comes_back_and_its_sums_are_reset(codebook):
     feed(vq, z, settle=True)
     assert (vq.codebook[:, 2] > 100).all()
     feed(vq, z)
-    assert (vq.codebook[:, 2] < 8).all() and (vq.mass[:, 2] > 0.3 * vq.mass[:, :2].mean()).all()
+    assert (vq.codebook[:, 2] < 8).all()
+    assert (vq.mass[:, 2] > 0.3 * vq.mass[:, :2].mean()).all()
     torch.testing.assert_close(vq.sums[:, 2], vq.codebook.detach()[:, 2] * vq.mass[:, 2:])
     for _ in range(300):
         feed(vq, z)
@@ -163,7 +164,8 @@ def test_gradients_pass_straight_through():
     z = torch.randn(5, 2, 4, requires_grad=True)
     z_q, _, codebook, commitment = vq(z)
     (3 * z_q).sum().backward(retain_graph=True)
-    assert torch.equal(z.grad, torch.full_like(z, 3.0)) and vq.codebook.grad is None
+    assert torch.equal(z.grad, torch.full_like(z, 3.0))
+    assert vq.codebook.grad is None
     z.grad = None
     codebook.backward(retain_graph=True)
     assert z.grad is None and vq.codebook.grad.abs().sum() > 0
@@ -178,7 +180,9 @@ def test_fsq_rounds_to_its_levels():
     torch.manual_seed(0)
     fsq = FiniteScalars(12, 6)
     z_q, indices, _, _ = fsq(5 * torch.randn(4000, 3, 6))
-    assert indices.min() == 0 and indices.max() == 11 and len(indices.unique()) == 12
+    assert indices.min() == 0
+    assert indices.max() == 11
+    assert len(indices.unique()) == 12
     torch.testing.assert_close(fsq.lookup(indices), z_q)
 
 
@@ -204,8 +208,11 @@ def test_pack_and_unpack():
     """Bug: two actions share a number, or a number means other codes than it was made from."""
     ids = torch.arange(12**3)
     codes = unpack_codes(ids, 12, 3)
-    assert codes.shape == (1728, 3) and len(codes.unique(dim=0)) == 1728 and codes.max() == 11
-    assert torch.equal(pack_codes(codes, 12), ids) and codes[13].tolist() == [0, 1, 1]
+    assert codes.shape == (1728, 3)
+    assert len(codes.unique(dim=0)) == 1728
+    assert codes.max() == 11
+    assert torch.equal(pack_codes(codes, 12), ids)
+    assert codes[13].tolist() == [0, 1, 1]
     assert np.array_equal(pack_codes(codes.numpy(), 12), ids.numpy())
 
 
@@ -215,7 +222,8 @@ def test_pack_and_unpack():
 def test_codes_do_not_know_the_future_nor_the_past():
     """Bug: the code of t to t+1 changes with step t+2 (the guide's origin leaks through its depth),
     or with where the clip began."""
-    model, z = tiny(quantizer="none"), torch.randn(2, 6, 16, 8, 12)
+    model = tiny(quantizer="none")
+    z = torch.randn(2, 6, 16, 8, 12)
     before = model.encode(z)[1]
     for step in range(6):
         changed = z.clone()
@@ -227,7 +235,8 @@ def test_codes_do_not_know_the_future_nor_the_past():
 def test_decoding_at_once_is_decoding_step_by_step():
     """Bug: generation runs another path than training (the guide's origin has two decoders), or the
     decoder sees later steps."""
-    model, z = tiny(), torch.randn(2, 6, 16, 8, 12)
+    model = tiny()
+    z = torch.randn(2, 6, 16, 8, 12)
     indices = model.encode(z)[0]
     whole = model.decode(z[:, :-1], indices)
     for t in range(1, 6):
@@ -248,7 +257,8 @@ def test_decoding_at_once_is_decoding_step_by_step():
 def test_the_shift_moves_what_the_encoder_sees_and_nothing_else():
     """Bug: the two steps of a pair move differently, by parts of a patch, or the decoder's input
     moves too."""
-    model, z = tiny(quantizer="none", rollout_horizon=1), torch.randn(2, 3, 16, 8, 12)
+    model = tiny(quantizer="none", rollout_horizon=1)
+    z = torch.randn(2, 3, 16, 8, 12)
     shift = torch.tensor([[[1, 2], [0, 1]], [[1, 0], [0, 0]]])
     found = model.encode(z, shift)[1]
     for b in range(2):
@@ -269,11 +279,13 @@ def test_the_shift_moves_what_the_encoder_sees_and_nothing_else():
 def test_rollout_loss():
     """Bug: the rollout loss is zero (a two-step window at the guide's origin), or is not the error
     of generation."""
-    model, z = tiny(mean=0.5, std=2.0), torch.randn(2, 3, 16, 8, 12)
+    model = tiny(mean=0.5, std=2.0)
+    z = torch.randn(2, 3, 16, 8, 12)
     losses = model(z)
     ahead = model.rollout(z[:, 0], losses["indices"])
     torch.testing.assert_close(losses["rollout"], ((ahead[:, 1] - z[:, 2]) / 2).square().mean())
-    assert losses["rollout"] > 0.1 and abs(losses["rollout"] - losses["mse"]) > 1e-4
+    assert losses["rollout"] > 0.1
+    assert abs(losses["rollout"] - losses["mse"]) > 1e-4
     total = losses["mse"] + losses["codebook"] + 0.25 * losses["commitment"] + losses["rollout"]
     torch.testing.assert_close(losses["loss"], total)
     for horizon, T in ((2, 2), (3, 3)):
@@ -306,18 +318,14 @@ def test_full_size_is_the_guides():
     of 12, 128 dims)."""
     with torch.device("meta"):
         model = LatentActionModel()
-    assert (
-        model.grid == (16, 16)
-        and model.adapter.weight.shape == (256, 16, 4, 4)
-        and model.out_adapter.weight.shape == (256, 16, 4, 4)
-    )
-    assert (
-        model.quantizer.codebook.shape == (3, 12, 128)
-        and len(model.encoder) == len(model.decoder) == 3
-    )
-    assert (
-        sum(p.numel() for p in model.parameters()) < 39_058_448
-    )  # the guide's origin, with its second decoder
+    assert model.grid == (16, 16)
+    assert model.adapter.weight.shape == (256, 16, 4, 4)
+    assert model.out_adapter.weight.shape == (256, 16, 4, 4)
+    assert model.quantizer.codebook.shape == (3, 12, 128)
+    assert len(model.encoder) == len(model.decoder) == 3
+
+    # the guide's origin, with its second decoder
+    assert sum(p.numel() for p in model.parameters()) < 39_058_448
 
 
 # --- measures ---
@@ -335,8 +343,10 @@ def test_purity_is_not_bought_with_many_codes():
     of_recordings = 100 * recordings + (actions + 2 * recordings) % 9
     assert code_measures.purity(of_recordings, actions, recordings) == 0
     assert np.isnan(code_measures.purity(actions, actions, 0 * recordings))
+
     # by hand: code 0 is action 0 elsewhere for both, code 1 is in recording 1 alone
-    codes, truth = np.array([0, 0, 0, 1]), np.array([0, 1, 0, 0])
+    codes = np.array([0, 0, 0, 1])
+    truth = np.array([0, 1, 0, 0])
     assert code_measures.purity(codes, truth, np.array([0, 0, 1, 1])) == 0.5
     assert code_measures.perplexity(np.array([[0, 1], [0, 2], [0, 1], [0, 2]])) == pytest.approx(2)
 
@@ -345,7 +355,8 @@ def test_purity_is_one_number_whatever_the_order_and_batches():
     """Bug: a collapsed codebook had purity 0.000 in training and 0.143 in eval_lam: which half a
     transition fell into depended on the order. It is what one code for everything gets."""
     rng = np.random.default_rng(0)
-    actions, recordings = rng.integers(0, 4, 42), np.repeat([0, 1, 2], 14)
+    actions = rng.integers(0, 4, 42)
+    recordings = np.repeat([0, 1, 2], 14)
     order = rng.permutation(42)
     one = code_measures.purity(0 * actions, actions, recordings)
     assert code_measures.purity(0 * actions, actions[order], recordings[order]) == one > 0
@@ -360,13 +371,14 @@ def test_purity_is_one_number_whatever_the_order_and_batches():
 def test_both_sides_of_same_over_own_are_of_the_same_transitions():
     """Bug: the error with another clip's code was of the transitions that have such a clip, the own
     one of all: rare actions are harder, and a model that ignores its code got 0.05 for 1."""
-    same, own = np.array([1.0, 1.0, np.nan]), np.array([1.0, 1.0, 100.0])
+    same = np.array([1.0, 1.0, np.nan])
+    own = np.array([1.0, 1.0, 100.0])
     found = {k: own for k in code_measures.ERRORS} | {"same": same, "var": own}
     summary = code_measures.code_summary(found, None)
     assert summary["same_over_own"] == 1 and summary["psnr_same"] == 0
-    still = code_measures.code_summary(
-        found | {"copy": np.zeros(3)}, None
-    )  # was a ZeroDivisionError
+
+    # was a ZeroDivisionError
+    still = code_measures.code_summary(found | {"copy": np.zeros(3)}, None)
     assert still["mse_over_copy"] == np.inf
 
 
@@ -383,7 +395,8 @@ def test_a_lone_window_has_no_other_clips(folder):
     found = code_measures.held_out_codes(model, dataset, 4, 1)
     assert np.isnan(found["marginal"]).all() and np.isnan(found["random"]).all()
     summary = code_measures.code_summary(found, None)
-    assert np.isnan(summary["mse_over_marginal"]) and np.isfinite(summary["mse_over_copy"])
+    assert np.isnan(summary["mse_over_marginal"])
+    assert np.isfinite(summary["mse_over_copy"])
     list(code_measures.complaints(summary, False))
 
 
@@ -393,7 +406,8 @@ def test_the_warmup_of_a_quantiser_is_not_judged_as_codes(folder):
     _, splits = open_manifest(folder / "manifest.json")
     dataset = Latents(splits["train"], 8)
     model = tiny(size=(8, 8), vq_warmup_steps=5)
-    assert not code_measures.quantises(model) and code_measures.quantises(tiny(quantizer="fsq"))
+    assert not code_measures.quantises(model)
+    assert code_measures.quantises(tiny(quantizer="fsq"))
     with torch.no_grad():
         model.quantizer.codebook.fill_(1e6)
     assert np.isfinite(code_measures.held_out_codes(model, dataset, 4, 8)["random"]).all()
@@ -450,25 +464,21 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     model = Oracle(**TINY, vq_warmup_steps=0).eval()
     found = code_measures.held_out_codes(model, Windows(), 10, 60)
     s = code_measures.code_summary(found, 12)
-    assert len(found["own"]) == 180 and found["own"].mean() == pytest.approx(1e-4, rel=0.01)
-    assert (
-        s["purity"] == 1
-        and s["ami"] == pytest.approx(1)
-        and s["joint_codes"] == 3
-        and s["same_over_own"] == pytest.approx(1, rel=0.01)
-    )
-    assert (
-        s["mse_over_copy"] < 1e-4
-        and s["mse_over_zero"] < 1e-4
-        and 1e-4 < s["mse_over_marginal"] < 1e-3
-        and s["psnr_random"] > 30
-    )
+    assert len(found["own"]) == 180
+    assert found["own"].mean() == pytest.approx(1e-4, rel=0.01)
+    assert s["purity"] == 1
+    assert s["ami"] == pytest.approx(1)
+    assert s["joint_codes"] == 3
+    assert s["same_over_own"] == pytest.approx(1, rel=0.01)
+    assert s["mse_over_copy"] < 1e-4
+    assert s["mse_over_zero"] < 1e-4
+    assert 1e-4 < s["mse_over_marginal"] < 1e-3
+    assert s["psnr_random"] > 30
     assert not list(code_measures.complaints(s, True))
     model.deaf = True
     s = code_measures.code_summary(code_measures.held_out_codes(model, Windows(), 10, 60), 12)
-    assert s["mse_over_zero"] == pytest.approx(1) and "ignores the code" in " ".join(
-        code_measures.complaints(s, True)
-    )
+    assert s["mse_over_zero"] == pytest.approx(1)
+    assert "ignores the code" in " ".join(code_measures.complaints(s, True))
     collapsed = found | {"codes": np.zeros_like(found["codes"])}
     assert "collapsed" in " ".join(
         code_measures.complaints(code_measures.code_summary(collapsed, 12), True)
@@ -519,9 +529,8 @@ def test_windows_cross_chunks(tmp_path, options, T):
         env={"PYTHONPATH": ROOT},
     )
     meta, splits = open_manifest(tmp_path / "manifest.json")
-    assert meta["steps_per_chunk"] == T and [
-        len(splits[k]) for k in ("train", "validation", "test")
-    ] == [1, 1, 0]
+    assert meta["steps_per_chunk"] == T
+    assert [len(splits[k]) for k in ("train", "validation", "test")] == [1, 1, 0]
     for f in splits["train"] + splits["validation"]:
         data = some(
             int(os.path.basename(f.path)[0]),
@@ -533,9 +542,8 @@ def test_windows_cross_chunks(tmp_path, options, T):
         dataset = Latents([f], 5)
         for first in range(9 * T - 4):
             clip = dataset[0, 0, 0, first]
-            assert np.array_equal(clip["z"].numpy(), steps[first : first + 5]) and clip["labels"][
-                :, 0
-            ].tolist() == [*range(first, first + 4)]
+            assert np.array_equal(clip["z"].numpy(), steps[first : first + 5])
+            assert clip["labels"][:, 0].tolist() == [*range(first, first + 4)]
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_world(folder):
@@ -553,10 +561,8 @@ def test_the_order_is_a_function_of_seed_epoch_and_world(folder):
     assert keys(4, batch_size=4, batches_per_epoch=5, epoch=1, itr=3, num_workers=2) == whole[8:]
     halves = [keys(12, batch_size=2, batches_per_epoch=5, rank=r, world=2) for r in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole
-    assert (
-        sorted(sum(whole[:5], [])) != sorted(sum(whole[5:10], []))
-        and len({k for b in whole for k in b}) > 30
-    )
+    assert sorted(sum(whole[:5], [])) != sorted(sum(whole[5:10], []))
+    assert len({k for b in whole for k in b}) > 30
     assert (
         keys(3, batch_size=4, batches_per_epoch=5) == whole[:3] != [b["key"] for b in [{"key": []}]]
     )
@@ -581,7 +587,8 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
     nan[13, 3, 1, 2, 2] = np.nan
     write_h5(tmp_path / "nan.h5", nan)
     with h5py.File(tmp_path / "two.h5", "w") as f:
-        f["a"], f["inner/b"] = some(1), some(2)
+        f["a"] = some(1)
+        f["inner/b"] = some(2)
     (tmp_path / "text.h5").write_bytes(b"<html>")
     write_h5(tmp_path / "labels.h5", some(1))
     np.savez(tmp_path / "labels.actions.npz", move=np.zeros(40))
@@ -605,27 +612,21 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
         assert f"left out: {name}.h5: " in text and reason in text
     manifest = json.load(open(tmp_path / "manifest.json"))
     names = [e["path"] for part in manifest["splits"].values() for e in part]
-    assert manifest["metadata"]["files"] == {"train": 8, "validation": 1, "test": 1} and sorted(
-        names
-    ) == [f"good{i}.h5" for i in range(10)]
+    assert manifest["metadata"]["files"] == {"train": 8, "validation": 1, "test": 1}
+    assert sorted(names) == [f"good{i}.h5" for i in range(10)]
     values = np.concatenate([some(int(e["path"][4])) for e in manifest["splits"]["train"]]).astype(
         np.float64
     )
-    assert manifest["metadata"]["mean"] == pytest.approx(values.mean()) and manifest["metadata"][
-        "std"
-    ] == pytest.approx(values.std())
+    assert manifest["metadata"]["mean"] == pytest.approx(values.mean())
+    assert manifest["metadata"]["std"] == pytest.approx(values.std())
     np.testing.assert_allclose(manifest["metadata"]["channel_std"], values.std((0, 2, 3, 4)))
     again = run(tmp_path, *make, "--output", tmp_path / "again.json", env={"PYTHONPATH": ROOT})
-    assert (
-        "8 files of 320 steps in train" in again
-        and json.load(open(tmp_path / "again.json")) == manifest
-    )
+    assert "8 files of 320 steps in train" in again
+    assert json.load(open(tmp_path / "again.json")) == manifest
     run(tmp_path, *make, "--seed 1 --output", tmp_path / "other.json", env={"PYTHONPATH": ROOT})
     other = json.load(open(tmp_path / "other.json"))
-    assert (
-        other["splits"] != manifest["splits"]
-        and other["metadata"]["fingerprint"] == manifest["metadata"]["fingerprint"]
-    )
+    assert other["splits"] != manifest["splits"]
+    assert other["metadata"]["fingerprint"] == manifest["metadata"]["fingerprint"]
     run(
         tmp_path,
         *make,
@@ -637,15 +638,13 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
         k: [e["path"] for e in v]
         for k, v in json.load(open(tmp_path / "held.json"))["splits"].items()
     }
-    assert held["test"] == ["good3.h5", "good4.h5"] and sorted(map(len, held.values())) == [1, 2, 7]
+    assert held["test"] == ["good3.h5", "good4.h5"]
+    assert sorted(map(len, held.values())) == [1, 2, 7]
     assert "--test_files nothing* takes 0 of 10 files" in fails(
         tmp_path, *make, "--test_files nothing*", env={"PYTHONPATH": ROOT}
     )
-    assert split_counts(2, (0.8, 0.1, 0.1)) == [1, 1, 0] and split_counts(1, (0.8, 0.1, 0.1)) == [
-        1,
-        0,
-        0,
-    ]
+    assert split_counts(2, (0.8, 0.1, 0.1)) == [1, 1, 0]
+    assert split_counts(1, (0.8, 0.1, 0.1)) == [1, 0, 0]
     write_h5(tmp_path / "good0.h5", some(1, n=30))
     with pytest.raises(
         ValueError, match="good0.h5 is not as it was: run python -m prepare.manifest again"
@@ -658,7 +657,8 @@ SHAPE = (20, 16, 2, 8, 8)
 
 def write_virtual(path, parts):
     """A virtual dataset of SHAPE of other files: [(file, chunks)]."""
-    layout, first = h5py.VirtualLayout(SHAPE, dtype="f4"), 0
+    layout = h5py.VirtualLayout(SHAPE, dtype="f4")
+    first = 0
     for source, count in parts:
         shape = (count, *SHAPE[1:])
         layout[first : first + count] = h5py.VirtualSource(str(source), "latents", shape=shape)
@@ -858,7 +858,9 @@ def test_labels_of_some_files_are_said(tmp_path):
         np.savez(tmp_path / f"{i}.actions.npz", **labels)
     files = [latents.LatentFile(str(tmp_path / f"{i}.h5"), 40, SHAPE) for i in range(4)]
     dataset = Latents(files, 8)
-    assert dataset.labels == ["move"] and dataset.unused == ["jump"] and not dataset.unlabelled
+    assert dataset.labels == ["move"]
+    assert dataset.unused == ["jump"]
+    assert not dataset.unlabelled
     found = code_measures.held_out_codes(tiny(size=(8, 8)), dataset, 5, 20)
     assert "jump: only some test files" in " ".join(
         code_measures.truth_notes(dataset, found, "test")
@@ -930,7 +932,8 @@ def test_resume_is_exact(folder, trained, tmp_path, cut):
     flags = ["--data_dir", folder, SMALL, PLAN, "--out_dir", tmp_path / "run"]
     run(tmp_path, "train_lam.py", *flags, f"--max_steps {cut}")
     text = run(tmp_path, "train_lam.py", *flags, "--resume --num_workers 2")
-    assert f"at epoch {cut // 10}, itr {cut % 10}" in text and "--num_workers 2 (was 0)" in text
+    assert f"at epoch {cut // 10}, itr {cut % 10}" in text
+    assert "--num_workers 2 (was 0)" in text
     same_run(trained, tmp_path / "run")
 
 
@@ -942,7 +945,9 @@ def test_a_signal_saves_and_resumes_exactly(folder, trained, tmp_path):
         tmp_path / "run" / "train.csv", lambda rows: len(rows) >= 12, signal.SIGTERM, True
     )
     code, text = stopped.wait()
-    assert code == 0 and "continue with --resume" in text and "Traceback" not in text, text
+    assert code == 0, text
+    assert "continue with --resume" in text, text
+    assert "Traceback" not in text, text
     run(tmp_path, "train_lam.py", *flags, "--resume")
     same_run(trained, tmp_path / "run")
 
@@ -1006,16 +1011,16 @@ def test_codebooks_are_bitwise_equal_on_all_ranks(tmp_path):
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(quantise_on_two, (port, str(tmp_path)), nprocs=2)
     one, two = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    assert one.keys() == {"codebook", "mass", "sums", "recent", "seen"} and all(
-        torch.equal(one[k], two[k]) for k in one
-    )
+    assert one.keys() == {"codebook", "mass", "sums", "recent", "seen"}
+    assert all(torch.equal(one[k], two[k]) for k in one)
     assert one["seen"][0] == 40 and one["codebook"].std() > 0.1
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path):
     """Bug: a run goes on with other data or another size than it began with; a run that never
     quantises; a refusal is a traceback."""
-    new, flags = ["--out_dir", tmp_path / "new"], ["--data_dir", folder, SMALL, PLAN]
+    new = ["--out_dir", tmp_path / "new"]
+    flags = ["--data_dir", folder, SMALL, PLAN]
     cases = [
         (
             [*flags, "--out_dir", trained],
@@ -1047,7 +1052,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path)
         assert sentence in fails(tmp_path, "train_lam.py", *words)
     assert not list(tmp_path.glob("new/checkpoint*"))
     text = run(tmp_path, "train_lam.py", *flags, "--dry_run --out_dir", tmp_path / "dry")
-    assert "dry run, nothing written; 8 files in train" in text and not (tmp_path / "dry").exists()
+    assert "dry run, nothing written; 8 files in train" in text
+    assert not (tmp_path / "dry").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
@@ -1062,11 +1068,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         "--lr 1e18 --grad_clip 0 --out_dir",
         tmp_path / "run",
     )
-    assert (
-        "is not finite at epoch 0, itr " in error
-        and ".h5@" in error
-        and "last good checkpoint: none; lower --lr" in error
-    )
+    assert "is not finite at epoch 0, itr " in error
+    assert ".h5@" in error
+    assert "last good checkpoint: none; lower --lr" in error
     assert all(np.isfinite(r[2]) for r in rows_of(tmp_path / "run" / "train.csv"))
 
 
@@ -1117,7 +1121,8 @@ def test_the_overfit_test_passes_on_our_own_default_latents(tmp_path):
     more = "--sequence_length 4 --num_workers 0 --out_dir"
     text = run(tmp_path, "train_lam.py", *flags, guide, small, more, tmp_path / "run")
     assert "above this batch's noise floor (0.01" in text
-    assert text.splitlines()[-1].startswith("PASS after ") and "in raw units MSE 0.00" in text
+    assert text.splitlines()[-1].startswith("PASS after ")
+    assert "in raw units MSE 0.00" in text
 
 
 def test_test_mode_passes_and_fails(tmp_path):
@@ -1142,11 +1147,9 @@ def test_test_mode_passes_and_fails(tmp_path):
     ]
     text = run(tmp_path, "train_lam.py", *flags, "--out_dir", tmp_path / "pass")
     verdict = text.splitlines()[-1]
-    assert (
-        verdict.startswith("PASS after ")
-        and 150 <= int(verdict.split()[2]) < 1500
-        and not (tmp_path / "pass").exists()
-    )
+    assert verdict.startswith("PASS after ")
+    assert 150 <= int(verdict.split()[2]) < 1500
+    assert not (tmp_path / "pass").exists()
     code, text = Run(
         tmp_path,
         "train_lam.py",
@@ -1154,18 +1157,14 @@ def test_test_mode_passes_and_fails(tmp_path):
         "--num_epochs 110 --vq_warmup_steps 100 --lr 1e-6 --out_dir",
         tmp_path / "fail",
     ).wait()
-    assert (
-        code == 1
-        and text.splitlines()[-1].startswith("FAIL after 110 steps: MSE ")
-        and "Traceback" not in text
-    )
+    assert code == 1
+    assert text.splitlines()[-1].startswith("FAIL after 110 steps: MSE ")
+    assert "Traceback" not in text
     import train_lam
 
     ignored = {"mse": torch.tensor(0.001), "mae": torch.tensor(0.01), "nmse": torch.tensor(0.001)}
-    assert (
-        not train_lam.overfit_verdict(ignored, 0.002)[0]
-        and train_lam.overfit_verdict(ignored, 0.02)[0]
-    )
+    assert not train_lam.overfit_verdict(ignored, 0.002)[0]
+    assert train_lam.overfit_verdict(ignored, 0.02)[0]
     assert not train_lam.overfit_verdict(ignored | {"nmse": torch.tensor(0.5)}, 0.02)[0]
 
 
@@ -1182,10 +1181,13 @@ def test_every_metric_of_the_guide_is_logged(trained):
     ):
         for log in ("train.csv", "val.csv"):
             values = numbers(trained, name, log=log)
-            assert np.isfinite(values).all() and len(np.unique(values)) > 1, (name, log)
+            assert np.isfinite(values).all(), (name, log)
+            assert len(np.unique(values)) > 1, (name, log)
     for name in ("lr", "grad_norm", "rollout_loss"):
         assert len(np.unique(numbers(trained, name))) > 3
-    vq, codebook, commitment = numbers(trained, "vq_loss", "codebook_loss", "commitment_loss").T
+    vq = numbers(trained, "vq_loss")
+    codebook = numbers(trained, "codebook_loss")
+    commitment = numbers(trained, "commitment_loss")
     np.testing.assert_allclose(vq, codebook + 0.25 * commitment, rtol=1e-5)
     assert (trained / "curves.png").stat().st_size > 10_000
 
@@ -1200,9 +1202,9 @@ def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
     assert bench.lam.passes(good), good
     for row in ("guide", "no_shift"):
         trap = bench.lam.measure(str(tmp_path), row, 0)
-        assert not bench.lam.passes(trap) and trap["purity"] < 0.9 and trap["same_over_own"] > 5, (
-            trap
-        )
+        assert not bench.lam.passes(trap), trap
+        assert trap["purity"] < 0.9, trap
+        assert trap["same_over_own"] > 5, trap
 
 
 @pytest.mark.slow
@@ -1211,14 +1213,10 @@ def test_probe_reads_a_run(folder, trained, tmp_path):
     its picture elsewhere."""
     text = run(tmp_path, "eval_lam.py", "--checkpoint", trained, "--val_clips 8 --batch_size 4")
     report = json.load(open(trained / "report.json"))
-    assert (
-        report["split"] == "test"
-        and f"{report['transitions']} transitions of 1 files (test)" in text
-    )
-    assert (
-        report["probe_move"]["chance"] == pytest.approx(1 / 9)
-        and 0 <= report["probe_move"]["codes"] < 0.5
-    )
+    assert report["split"] == "test"
+    assert f"{report['transitions']} transitions of 1 files (test)" in text
+    assert report["probe_move"]["chance"] == pytest.approx(1 / 9)
+    assert 0 <= report["probe_move"]["codes"] < 0.5
     assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
     assert "is a run of train_lam.py: judge it with eval_lam.py" in fails(
         tmp_path, "eval.py", "--checkpoint", trained
@@ -1245,7 +1243,8 @@ def test_eval_finds_the_files_of_a_run_and_judges_what_it_can(tmp_path):
     run(tmp_path, *other, env={"PYTHONPATH": ROOT})  # another split, beside the files
     flags = ["--data_dir", data, "--manifest_path", split, SMALL, PLAN]
     text = run(tmp_path, "train_lam.py", *flags, "--max_steps 30 --out_dir", tmp_path / "run")
-    assert "purity 0." in text and "in the other recordings; one code for all" in text
+    assert "purity 0." in text
+    assert "in the other recordings; one code for all" in text
     judge = ["eval_lam.py --split validation --val_clips 8 --no-ceiling --checkpoint"]
     for more in ([], ["--data_dir", data], ["--manifest_path", split]):
         text = run(tmp_path, *judge[0].split(), tmp_path / "run", *more)
@@ -1323,9 +1322,10 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     paths = sorted(out.glob("*.h5"))
     assert len(paths) == 2
     steps = latents.open_dataset(str(paths[0]))
-    assert (
-        steps.shape == (15, 16, 2, 4, 4) and steps.dtype == np.float16
-    )  # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
+
+    # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
+    assert steps.shape == (15, 16, 2, 4, 4)
+    assert steps.dtype == np.float16
     from files.latents import vae_latents
     from files.shards import Slice, index_shards, read_ticks
     from files.video import mp4_times, read_frames
@@ -1337,22 +1337,22 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
         frames = read_frames(f, mp4_times(f), np.floor(np.arange(40, 48) * 2.5).astype(int), 32)[
             :, :, 4:36
         ]
-    mine = vae_latents(vae.eval(), torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None])[
-        0
-    ]  # chunk 5
+
+    # chunk 5
+    mine = vae_latents(vae.eval(), torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None])[0]
     np.testing.assert_allclose(steps[5].swapaxes(0, 1), mine.numpy(), atol=2e-3, rtol=2e-3)
     labels = latents.read_labels(str(paths[0]), 30)
     yaw = np.degrees(
         np.diff(read_ticks(record).motion[(np.arange(3, 120, 4) * 2.5).astype(int), 2])
     )
-    assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist() and set(
-        labels["forward"]
-    ) <= {0, 1}
+    assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist()
+    assert set(labels["forward"]) <= {0, 1}
     back = latents.vae_frames(vae, torch.from_numpy(steps[:2].swapaxes(1, 2).astype(np.float32)))
     assert back.shape == (2, 8, 3, 32, 32) and 0 <= back.min() < back.max() <= 1
 
     class Oracle:  # knows the step that follows
-        scale, quantizer = torch.zeros(2), True
+        scale = torch.zeros(2)
+        quantizer = True
 
         def encode(self, z):
             return (z[:, 1:],)
@@ -1362,11 +1362,9 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
 
     z = torch.from_numpy(steps[:4].swapaxes(1, 2).astype(np.float32)).flatten(0, 1)[None]
     scores = latents.decoded_scores(Oracle(), [z], vae, ["psnr", "ssim"])
-    assert (
-        scores["ssim"][0] == pytest.approx(1, abs=1e-4)
-        and scores["psnr"][0] > scores["psnr"][1] + 10
-        and scores["ssim"][1] < 1
-    )
+    assert scores["ssim"][0] == pytest.approx(1, abs=1e-4)
+    assert scores["psnr"][0] > scores["psnr"][1] + 10
+    assert scores["ssim"][1] < 1
     error = fails(
         tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}", "--out", tmp_path / "other"
     )

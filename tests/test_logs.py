@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 import checkpoint
 from files import logs
+from tests.harness import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("train_ac.py", "train_lam.py", "train_lora.py")
 
 
@@ -55,7 +55,8 @@ def test_a_number_that_is_not_finite_is_named_with_its_place(tmp_path, loss, nor
 
 def test_numbers_are_written_as_people_read_them():
     """Bug: "0.00 GiB", "1 recordings", a list of lists, and a resume that reports itself."""
-    assert logs.bytes_text(900) == "900 bytes" and logs.bytes_text(3 * 2**20) == "3.0 MiB"
+    assert logs.bytes_text(900) == "900 bytes"
+    assert logs.bytes_text(3 * 2**20) == "3.0 MiB"
     assert logs.bytes_text(2.5 * 2**40) == "2560.0 GiB"
     assert logs.count_text(1, "recording") == "1 recording"
     assert logs.count_text(2000, "recording") == "2,000 recordings"
@@ -70,7 +71,8 @@ def test_numbers_are_written_as_people_read_them():
 def test_the_disk_is_judged_before_the_folder_exists(tmp_path):
     """Bug: the free space of another disk, or an error, where --out_dir is new."""
     text = checkpoint.disk_text(str(tmp_path / "a" / "b"), 2, 3 * 2**20)
-    assert text.startswith("2 checkpoints of 3.0 MiB, ") and text.endswith(": enough")
+    assert text.startswith("2 checkpoints of 3.0 MiB, ")
+    assert text.endswith(": enough")
     assert checkpoint.disk_text(str(tmp_path), 1, 1e18).endswith(": NOT ENOUGH")
 
 

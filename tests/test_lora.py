@@ -12,7 +12,6 @@ import threading
 import time
 import types
 
-import av
 import fsspec
 import numpy as np
 import peft
@@ -20,11 +19,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bench import bench
-from test_droid import episode as tfrecord
-from test_droid import nameless, write
-from test_droid import rows as tfrecord_rows
-from test_train import ROOT, Run, column, fails, numbers, run, start_ranks
 
 import checkpoint
 import kernels
@@ -46,6 +40,23 @@ from model import (
     lora_layers,
     merge_lora,
     merged_state,
+)
+from tests.harness import (
+    ROOT,
+    Run,
+    column,
+    fails,
+    fit_robot_scaler,
+    moments_of,
+    numbers,
+    run,
+    run_bench,
+    start_ranks,
+    tfrecord,
+    tfrecord_rows,
+    tfrecord_without_names,
+    write_episode,
+    write_file,
 )
 from weights import load_adapter, save_adapter
 
@@ -82,7 +93,7 @@ def losses(model, inputs):
 
 def predictions(model, inputs):
     """Of the next steps, from slices of the clips, as `ac_losses` takes them."""
-    z, actions, states = inputs
+    z, actions, states = tuple(inputs)
     return model(z[:, :-1].flatten(1, 2), actions, states[:, :-1])
 
 
@@ -117,7 +128,8 @@ def test_step_0_is_the_base_bit_for_bit(options, dtype):
     """Bug: B starts at something, dropout reaches the base's path, autocast rounds elsewhere than
     in the base, a frozen weight takes another path of the matmul library than a trained one. The
     predictions are compared: a difference of 1e-7 in them is often lost in the mean of a loss."""
-    base, inputs = make(), batch()
+    base = make()
+    inputs = batch()
     model = copy.deepcopy(base).train()
     add_lora(model, r=4, dropout=0.5, **options)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -136,7 +148,8 @@ def test_step_0_with_an_adapter_on_every_layer(pred_dim, B, T):
     otherwise under an adapter; so are products so large that oneDNN takes them (width 384)."""
     torch.manual_seed(0)
     base = Predictor(48, 7, 7, (2, 2), pred_dim=pred_dim, depth=1, num_heads=3)
-    model, inputs = copy.deepcopy(base), batch(B, T)
+    model = copy.deepcopy(base)
+    inputs = batch(B, T)
     model.requires_grad_(False)
     for name in [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]:
         nets.wrap_with_lora(model, name, 4, 8, 0.0)
@@ -157,18 +170,20 @@ def test_the_fused_node_is_the_definition(dtype, dropped, frozen_input):
     """Bug: a gradient of A, B or the input that is wrong, unscaled, or misses dropout's path;
     rounding worse than the plain version's."""
     torch.manual_seed(0)
-    x, W, b, A, B = (torch.randn(*s) / 4 for s in ((37, 48), (96, 48), (96,), (4, 48), (96, 4)))
-    mask, up = (torch.rand(37, 48) > 0.3) / 0.7, torch.randn(37, 96)
+    x = torch.randn(37, 48) / 4
+    W = torch.randn(96, 48) / 4
+    b = torch.randn(96) / 4
+    A = torch.randn(4, 48) / 4
+    B = torch.randn(96, 4) / 4
+    mask = (torch.rand(37, 48) > 0.3) / 0.7
+    up = torch.randn(37, 96)
 
     def outputs(impl, dtype):
-        leaf, a, c = (
-            x.to(dtype).requires_grad_(not frozen_input),
-            A.clone().requires_grad_(),
-            B.clone().requires_grad_(),
-        )
-        y = kernels.low_rank(
-            leaf, leaf * mask.to(dtype) if dropped else None, W, b, a, c, 8.0, impl
-        )
+        leaf = x.to(dtype).requires_grad_(not frozen_input)
+        a = A.clone().requires_grad_()
+        c = B.clone().requires_grad_()
+        thinned = leaf * mask.to(dtype) if dropped else None
+        y = kernels.low_rank(leaf, thinned, W, b, a, c, 8.0, impl)
         wanted = [a, c] if frozen_input else [leaf, a, c]
         return [y, *torch.autograd.grad(y, wanted, up.to(dtype))]
 
@@ -195,18 +210,20 @@ def test_what_it_keeps_for_the_backward_pass():
 @pytest.mark.parametrize("options", SPLITS)
 def test_merging(options):
     """Bug: merged twice, or not quite; query, key and value rows exchanged."""
-    model, inputs = make(), batch()
+    model = make()
+    inputs = batch()
     base = copy.deepcopy(model)
     with pytest.raises(ValueError, match="no adapters to merge"):
         merge_lora(model)
     add_lora(model, r=4, **options)
     random_B(model)
-    adapted, plain = losses(model, inputs), make()
+    adapted = losses(model, inputs)
+    plain = make()
     plain.load_state_dict(merged_state(model))
     torch.testing.assert_close(losses(plain, inputs), adapted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        losses(model, inputs), adapted, rtol=0, atol=0
-    )  # merged_state leaves it alone
+
+    # merged_state leaves it alone
+    torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=0)
     merge_lora(model)
     torch.testing.assert_close(losses(model, inputs), adapted, rtol=0, atol=1e-5)
     assert merged_state(model).keys() == base.state_dict().keys()
@@ -258,7 +275,8 @@ def test_wrong_options(options, message):
 )
 def test_gradients_under_compile_and_checkpointing(backend, checkpointing):
     """Bug: a graph break, a gradient that recomputation or the compiler loses."""
-    inputs, plain = batch(T=3), Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=1, num_heads=3)
+    inputs = batch(T=3)
+    plain = Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=1, num_heads=3)
     add_lora(plain, r=4)
     model = copy.deepcopy(random_B(plain))
     expected = grads(plain, inputs)
@@ -278,7 +296,8 @@ def test_gradients_under_compile_and_checkpointing(backend, checkpointing):
 def test_peft_loads_what_we_write(tmp_path, options):
     """Bug: a key, a rank or a scale that PEFT understands otherwise (rsLoRA's scale is 8, not 2); a
     rank_pattern that misses a block."""
-    base, inputs = make(), batch()
+    base = make()
+    inputs = batch()
     model = copy.deepcopy(base)
     add_lora(model, r=4, alpha=32, dropout=0.1, **options)
     random_B(model)
@@ -330,7 +349,8 @@ def test_peft_loads_what_we_write(tmp_path, options):
 def test_we_load_what_peft_trained(tmp_path, config):
     """Bug: PEFT's scale, patterns or saved modules are read otherwise than PEFT reads them; what we
     write after that is not the same."""
-    base, inputs = make(), batch()
+    base = make()
+    inputs = batch()
     torch.manual_seed(3)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=16, **config))
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
@@ -393,13 +413,15 @@ def test_variants_of_lora_are_refused(tmp_path, config, message):
     model = make()
     with pytest.raises(ValueError, match=message) as e:
         load_adapter(model, tmp_path)
-    assert str(tmp_path / "adapter_config.json") in str(e.value) and not lora_layers(model)
+    assert str(tmp_path / "adapter_config.json") in str(e.value)
+    assert not lora_layers(model)
 
 
 def test_a_converted_pissa_adapter_is_read(tmp_path):
     """Bug: what PEFT converts to an adapter of the base as it was (twice the rank) is refused, or
     read with another scale."""
-    base, inputs = make(), batch()
+    base = make()
+    inputs = batch()
     options = {"r": 4, "lora_alpha": 16, "target_modules": ["attn.qkv", "mlp.fc1"]}
     config = peft.LoraConfig(init_lora_weights="pissa", **options)
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
@@ -467,8 +489,10 @@ def test_adapters_are_read_whole_or_not_at_all(tmp_path, message):
     model = make()
     add_lora(model, r=4)
     save_adapter(random_B(model), tmp_path)
-    file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    tensors, config = load_file(file), json.loads(config_file.read_text())
+    file = tmp_path / "adapter_model.safetensors"
+    config_file = tmp_path / "adapter_config.json"
+    tensors = load_file(file)
+    config = json.loads(config_file.read_text())
     DAMAGES[message](tensors, config)
     save_file(tensors, file)
     config_file.write_text(json.dumps(config))
@@ -485,8 +509,11 @@ def test_adapter_files_of_others_are_named(tmp_path):
     model = make()
     add_lora(model, r=4, fused_qkv=True)
     save_adapter(random_B(model), tmp_path)
-    file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    tensors, data, config = load_file(file), file.read_bytes(), config_file.read_bytes()
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    data = file.read_bytes()
+    config_file = tmp_path / "adapter_config.json"
+    config = config_file.read_bytes()
 
     def refused(message):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
@@ -529,12 +556,15 @@ def test_adapter_files_of_others_are_named(tmp_path):
 def test_our_file_trained_on_by_others_is_read_as_it_is(tmp_path):
     """Bug: our files say that B is block-diagonal; where it is no longer, what lies outside of the
     blocks is dropped without a word."""
-    base, inputs, model = make(), batch(), make()
+    base = make()
+    model = make()
+    inputs = batch()
     add_lora(model, r=4)
     save_adapter(random_B(model), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
     with safe_open(file, "pt") as f:
-        tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        meta = f.metadata()
     key = "base_model.model.predictor_blocks.0.attn.qkv.lora_B.weight"
     tensors[key] = torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0)) / 20
     save_file(tensors, file, meta)
@@ -551,7 +581,8 @@ def test_our_file_trained_on_by_others_is_read_as_it_is(tmp_path):
 def test_folding_a_scaler_is_exact():
     """Bug: the base sees actions in other units than it was trained on, 55 times as large on
     DROID."""
-    rng, layer = np.random.default_rng(0), torch.nn.Linear(7, 48)
+    rng = np.random.default_rng(0)
+    layer = torch.nn.Linear(7, 48)
     raw = torch.from_numpy(rng.normal(0.01, 0.02, (50, 7)))
     one, two = (
         ActionScaler(m, s**2, s, 50, {})
@@ -568,59 +599,25 @@ def test_folding_a_scaler_is_exact():
             other.load_state_dict(weights.fold_scaler(layer, old, new))
             torch.testing.assert_close(other(seen(new)), expected, rtol=0, atol=2e-6)
     assert torch.equal(weights.fold_scaler(layer, one, one)["weight"], layer.weight)
-    reader, std = (
-        types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"]),
-        np.full(7, 0.02),
-    )
+    reader = types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"])
+    std = np.full(7, 0.02)
     lines = [
         *weights.scale_warnings(
             reader, std, True, ActionScaler(np.zeros(7), 0, np.full(7, 1.1), 9, {}), None
         )
     ]
-    assert (
-        len(lines) == 7
-        and "a is 0.0182 times as large" in lines[0]
-        and "the base's action scale" in lines[0]
-    )
+    assert len(lines) == 7
+    assert "a is 0.0182 times as large" in lines[0]
+    assert "the base's action scale" in lines[0]
     assert not [*weights.scale_warnings(reader, std, True, None, None)]
-    lines = [
-        *weights.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)
-    ]  # millimetres, for Meta's base
-    assert (
-        len(lines) == 1
-        and "a has std 20 m a step; the base takes unscaled actions, 0.001 to 0.3" in lines[0]
-    )
+
+    # millimetres, for Meta's base
+    lines = [*weights.scale_warnings(reader, std * [1e3, 1, 1, 1, 1, 1, 1], True, None, None)]
+    assert len(lines) == 1
+    assert "a has std 20 m a step; the base takes unscaled actions, 0.001 to 0.3" in lines[0]
 
 
 # --- runs ---
-
-
-def episode(path, seed, gain=1.0, T=64, size=64, action_dim=None):
-    """One's own robot: a disc moved by what the pose says; `gain` is how far the picture
-    follows."""
-    rng = np.random.default_rng(seed)
-    velocity = np.zeros((T, 2))
-    for t in range(1, T):
-        velocity[t] = 0.9 * velocity[t - 1] + rng.normal(0, 0.015, 2)
-    place = np.clip(0.5 + np.cumsum(velocity, 0), 0, 1)
-    pose, grip = np.zeros((T, 6)), (np.sin(np.arange(T) / 7 + seed) > 0).astype(float)[:, None]
-    pose[:, :2], pose[:, 5] = place, 0.3 * np.sin(np.arange(T) / 9 + seed)
-    yy, xx = np.mgrid[:size, :size] / size
-    with av.open(f"{path}.mp4", "w") as c:
-        stream = c.add_stream("libx264", rate=15)
-        stream.width = stream.height = size
-        for t in range(T):
-            x, y = 0.5 + gain * (place[t] - 0.5)
-            frame = np.full((size, size, 3), 60, np.uint8)
-            frame[(xx - x) ** 2 + (yy - y) ** 2 < 0.03] = (
-                (255, 80, 40) if grip[t] else (40, 200, 255)
-            )
-            c.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        c.mux(stream.encode())
-    fields = {"cartesian_position": pose, "gripper_position": grip, "rate": 15.0}
-    if action_dim:
-        fields["command"] = np.concatenate([velocity, np.zeros((T, action_dim - 2))], 1)
-    np.savez(f"{path}.npz", **fields)
 
 
 FLAGS = (
@@ -636,42 +633,26 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 def world(tmp_path_factory):
     """Two worlds of six episodes, their scalers, and a base trained on the first; .a and .b are
     flags to train on them."""
-    folder, out = tmp_path_factory.mktemp("robots"), types.SimpleNamespace()
+    folder = tmp_path_factory.mktemp("robots")
+    flags = {}
     for name, gain, seed in (("a", 1.0, 0), ("b", -1.0, 100)):
         (folder / name).mkdir()
         for i in range(6):
-            episode(folder / name / f"e{i}", seed + i, gain)
-        reader = DroidReader(5)
-        records, _, _ = open_droid([str(folder / name)], reader=reader, log=lambda *a: None)
-        actions = np.concatenate(
-            [reader.motion(r, np.arange(r.first, r.last, 4))[0] for r in records]
-        )
-        mean = actions.mean(0)
-        meta = {"names": reader.names, "fps": 4.0, "frames_per_step": 1}
-        scaler = ActionScaler.from_moments(len(actions), mean, ((actions - mean) ** 2).sum(0), meta)
-        scaler.save(folder / f"{name}.safetensors")
-        setattr(
-            out, name, ["--data", folder / name, "--scaler", folder / f"{name}.safetensors", FLAGS]
-        )
-    size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 30 --lr 3e-3"
-    run(
-        folder,
-        "train_lora.py",
-        *out.a,
-        size,
-        "--out_dir",
-        folder / "base",
-        "--export",
-        folder / "base.pt",
+            write_episode(folder / name / f"e{i}", seed + i, gain)
+        scaler = folder / f"{name}.safetensors"
+        fit_robot_scaler(folder / name, scaler)
+        flags[name] = ["--data", folder / name, "--scaler", scaler, FLAGS]
+
+    base = folder / "base.pt"
+    whole = (
+        "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 30 --lr 3e-3"
     )
-    out.folder, out.base = folder, folder / "base.pt"
-    out.lora = [
-        *out.b,
-        "--base",
-        out.base,
-        "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9",
-    ]
-    return out
+    out_dir = ["--out_dir", folder / "base", "--export", base]
+    run(folder, "train_lora.py", *flags["a"], whole, *out_dir)
+
+    plan = "--lr 1e-3 --max_steps 12 --save_every_n_steps 4 --eval_every_n_steps 6 --keep_last 9"
+    lora = [*flags["b"], "--base", base, plan]
+    return types.SimpleNamespace(folder=folder, a=flags["a"], b=flags["b"], base=base, lora=lora)
 
 
 @pytest.fixture(scope="module")
@@ -686,29 +667,22 @@ def tuned(world):
 
 def same(a, b):
     """Two finished runs are bitwise one."""
-    for log in ("train.csv", "val.csv"):
-        names = [
-            "epoch",
-            "itr",
-            "jloss",
-            "sloss",
-            *(["grad_norm", "lr"] if log == "train.csv" else ["tf_true", "ro_true", "base_tf"]),
-        ]
-        assert column(a, *names, log=log) == column(b, *names, log=log)
+    names = ["epoch", "itr", "jloss", "sloss"]
+    assert column(a, *names, "grad_norm", "lr") == column(b, *names, "grad_norm", "lr")
+    errors = ["tf_true", "ro_true", "base_tf"]
+    assert column(a, *names, *errors, log="val.csv") == column(b, *names, *errors, log="val.csv")
+
     one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
     assert all(torch.equal(one["adapter"][k], v) for k, v in two["adapter"].items())
-    moments = [
-        [s[k] for s in x["optimizer"]["state"].values() for k in ("exp_avg", "exp_avg_sq", "step")]
-        for x in (one, two)
-    ]
-    assert all(torch.equal(x, y) for x, y in zip(*moments))
+    assert all(torch.equal(x, y) for x, y in zip(moments_of(one), moments_of(two)))
 
 
 def test_what_a_run_leaves(world, tuned):
     """Bug: counts not said, the whole base in an adapter's checkpoint, no comparison with the base,
     rows of a wrong length."""
     count = sum(v.numel() for v in checkpoint.load_latest(tuned.out)[0]["adapter"].values())
-    assert f"adapters: {count:,} parameters" in tuned.text and "does it help? error" in tuned.text
+    assert f"adapters: {count:,} parameters" in tuned.text
+    assert "does it help? error" in tuned.text
     size = os.path.getsize(checkpoint.load_latest(tuned.out)[1])
     assert 12 * count < size < 12 * count + 100_000
     v = numbers(
@@ -754,9 +728,8 @@ def test_the_export_is_the_adapted_model(world, tuned):
         base, numbers(tuned.out, "tf_true", "ro_true", log="val.csv")[-1], rtol=1e-5
     )
     state = torch.load(tuned.export, weights_only=True)["predictor"]
-    assert all(k.startswith("module.") for k in state) and state[
-        "module.extrinsics_encoder.weight"
-    ].shape == (48, 6)
+    assert all(k.startswith("module.") for k in state)
+    assert state["module.extrinsics_encoder.weight"].shape == (48, 6)
 
 
 def test_adapter_files_fit_the_base_in_peft(world, tuned):
@@ -812,7 +785,8 @@ def test_resume_is_exact(world, tuned):
 def test_ranks_and_micro_batches_are_one_batch(world):
     """Bug: 4x1 accumulation is not 1x4; ranks see the same clips, evaluate other ones, or do not
     share gradients."""
-    flags, out = [*world.lora, "--dropout 0 --max_steps 4 --eval_every_n_steps 4"], world.folder
+    flags = [*world.lora, "--dropout 0 --max_steps 4 --eval_every_n_steps 4"]
+    out = world.folder
     run(out, "train_lora.py", *flags, "--out_dir", out / "one")
     run(
         out,
@@ -831,10 +805,8 @@ def test_ranks_and_micro_batches_are_one_batch(world):
             (("jloss", "sloss", "grad_norm"), "train.csv"),
             (("jloss", "tf_true", "base_tf", "help"), "val.csv"),
         ):
-            one, other = (
-                numbers(out / "one", *columns, log=log),
-                numbers(out / name, *columns, log=log),
-            )
+            one = numbers(out / "one", *columns, log=log)
+            other = numbers(out / name, *columns, log=log)
             np.testing.assert_allclose(other, one, rtol=1e-4, err_msg=f"{name} {log}")
 
 
@@ -842,12 +814,10 @@ def test_debug_and_memory_report(world, tmp_path):
     """Bug: --debug that passes without looking, or that writes; a report whose estimate is far
     off."""
     text = run(tmp_path, "train_lora.py", *world.lora, "--debug --out_dir", tmp_path / "debug")
-    assert (
-        "bit for bit" in text
-        and "fell to" in text
-        and "merged" in text
-        and not (tmp_path / "debug").exists()
-    )
+    assert "bit for bit" in text
+    assert "fell to" in text
+    assert "merged" in text
+    assert not (tmp_path / "debug").exists()
     text = run(
         tmp_path, "train_lora.py", *world.lora, "--memory_report --out_dir", tmp_path / "report"
     )
@@ -856,10 +826,8 @@ def test_debug_and_memory_report(world, tmp_path):
         for line in text.splitlines()
         if line.strip().startswith(("adapters ", "gradients", "optimizer"))
     }
-    assert (
-        rows["gradients"][0] == rows["gradients"][1]
-        and rows["optimizer"][0] == rows["optimizer"][1]
-    )
+    assert rows["gradients"][0] == rows["gradients"][1]
+    assert rows["optimizer"][0] == rows["optimizer"][1]
 
 
 def test_estimated_activations_are_those_that_are_kept():
@@ -867,7 +835,9 @@ def test_estimated_activations_are_those_that_are_kept():
     size = {"pred_dim": 96, "depth": 3, "num_heads": 3}
     model = ACModel(Predictor(192, 7, 7, (8, 8), **size))
     add_lora(model.predictor, r=4, dropout=0.1)
-    z, a, s = (torch.randn(2, *x) for x in ((8, 64, 192), (7, 7), (8, 7)))
+    z = torch.randn(2, 8, 64, 192)
+    a = torch.randn(2, 7, 7)
+    s = torch.randn(2, 8, 7)
     for checkpointing, name in ((False, "activations"), (True, "activations, checkpointed")):
         model.predictor.activation_checkpointing = checkpointing
         found = estimate(0, 192, 8, size, {"r": 4, "dropout": 0.1}, 2, 8, torch.float32)[name]
@@ -892,7 +862,8 @@ def test_other_ways_to_train(world, flags):
     lost."""
     if "8bit" in flags:
         pytest.importorskip("bitsandbytes")
-    out, short = world.folder / flags.replace(" ", ""), [*world.lora, "--lr 3e-3", flags]
+    out = world.folder / flags.replace(" ", "")
+    short = [*world.lora, "--lr 3e-3", flags]
     run(world.folder, "train_lora.py", *short, "--max_steps 8 --anneal_steps 2 --out_dir", out)
     text = run(
         world.folder,
@@ -935,9 +906,10 @@ def test_metas_layout_brings_its_encoder(world, tmp_path):
         for k, v in state["predictor"].items()
         if not torch.allclose(found["predictor"][k], v, rtol=0, atol=1e-6)
     ]
-    assert changed and all(
-        "predictor_blocks" in k for k in changed
-    )  # what was folded for training is unfolded again
+
+    # what was folded for training is unfolded again
+    assert changed
+    assert all("predictor_blocks" in k for k in changed)
 
 
 def test_a_base_that_predicts_changes(world, tmp_path):
@@ -964,9 +936,13 @@ def test_a_base_that_predicts_changes(world, tmp_path):
     torch.manual_seed(0)
     z = torch.randn(1, 8, 192)
     copying = (z - exported(z, torch.zeros(1, 2, 7), torch.zeros(1, 2, 7))).abs().mean()
-    assert exported.predict == "change" and copying < 0.5  # hardly trained: it is near the step
+
+    # hardly trained: it is near the step
+    assert exported.predict == "change"
+    assert copying < 0.5
     text = fails(tmp_path, "train_lora.py", *flags, tmp_path / "features", "--predict", "features")
-    assert "--predict features, but" in text and "predicts change: leave the flag out" in text
+    assert "--predict features, but" in text
+    assert "predicts change: leave the flag out" in text
 
 
 def test_a_game_model_as_the_base(tmp_path):
@@ -984,11 +960,9 @@ def test_a_game_model_as_the_base(tmp_path):
     source = {"grid": 2, "embed_dim": 192, "encoder_hash": "e"}
     unknown = {"pred_dim": 0, "depth": 0, "num_heads": None}
     model, scaler, known, anew = weights.open_base(str(tmp_path), source, 7, 7, unknown)
-    assert (
-        anew == ["action_encoder", "state_encoder"]
-        and scaler.scale.tolist() == [1] * 4
-        and known["num_heads"] == 3
-    )
+    assert anew == ["action_encoder", "state_encoder"]
+    assert scaler.scale.tolist() == [1] * 4
+    assert known["num_heads"] == 3
     also, file_scaler, same_as_base = weights.adapt(model, scaler, anew, scaler, {"r": 4})
     assert also == {*anew} and file_scaler is None and not same_as_base
     assert torch.equal(
@@ -1008,7 +982,7 @@ def test_a_robot_of_other_dimension(world, tmp_path):
     """Bug: another robot's actions cannot be used, or its new encoders are frozen, or not in the
     adapter's files."""
     for i in range(4):
-        episode(tmp_path / f"e{i}", 50 + i, action_dim=3)
+        write_episode(tmp_path / f"e{i}", 50 + i, action_dim=3)
     reader = DroidReader(5, action_keys=["command"])
     records, _, _ = open_droid([str(tmp_path)], reader=reader, log=lambda *a: None)
     reader.motion(records[0], np.arange(0, 20, 4))
@@ -1101,7 +1075,8 @@ def test_every_data_flag_may_be_repeated(world, tmp_path):
     assert "warning: the scaler was fitted on recordings held out here" in text
     state = checkpoint.load_latest(tmp_path / "out")[0]
     assert state["held_out"] == ["ve0.npz held/ve0", "ve1.npz held/ve1"]
-    assert len(state["args"]["data"]) == 3 and state["args"]["targets"] == ["q_proj", "mlp.fc1"]
+    assert len(state["args"]["data"]) == 3
+    assert state["args"]["targets"] == ["q_proj", "mlp.fc1"]
     assert state["args"]["camera"] == ["exterior_1"]
     judge = "--samples 2 --val_clips 8 --num_workers 0"
     text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge)
@@ -1189,11 +1164,7 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         "--samples 8 --val_clips 16 --num_workers 0",
     )
     assert "written to" in text and "retrieval" in text
-    reports = {
-        "--debug": "fell to",
-        "--memory_report": "encoder",
-        "--dry_run": "steps x",
-    }
+    reports = {"--debug": "fell to", "--memory_report": "encoder", "--dry_run": "steps x"}
     for flag, said in reports.items():
         text = run(
             tmp_path,
@@ -1253,7 +1224,8 @@ def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
 def idle(tmp_path_factory):
     """Two TFRecords of episodes with pauses, failures, and one without velocities; features of two
     cameras, from all first rows."""
-    folder, rng = tmp_path_factory.mktemp("idle"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("idle")
+    rng = np.random.default_rng(0)
     for s in range(2):
         records = []
         for k in range(4):
@@ -1273,7 +1245,7 @@ def idle(tmp_path_factory):
                     **change | ({"action_dict/joint_velocity": None} if k == 2 else {}),
                 )
             )
-        write(folder / f"d.tfrecord-{s}", *records)
+        write_file(folder / f"d.tfrecord-{s}", *records)
     how = "--encoder vit_tiny --crop_size 32 --fps 5 --camera exterior_1 wrist --phases 3"
     run(folder, "encode.py", "--dataset droid --data", folder / "d.*", "--out", folder / "f", how)
     return folder
@@ -1286,9 +1258,10 @@ def starts_of(records, reader):
     """{(episode, camera, row)} that clips start at, each once."""
     out = []
     for r in records:
-        camera, _, first = (
-            r.key.rpartition("@")[2].rpartition("-") if r.kind == "features" else ("", "", 0)
-        )
+        camera = ""
+        first = 0
+        if r.kind == "features":
+            camera, _, first = r.key.rpartition("@")[2].rpartition("-")
         stride = 3 if r.kind == "features" else 1
         rows = [int(first) + stride * (r.first + i) for i in range(reader.starts(r))]
         out += [
@@ -1307,7 +1280,8 @@ def test_filters_and_split_are_the_same_on_features(idle):
         for success in ("all", "only"):
             sides = []
             for data in (idle / "d.*", idle / "f"):
-                reader, said = DroidReader(4, **READER), []
+                reader = DroidReader(4, **READER)
+                said = []
                 found = open_droid(
                     str(data),
                     None,
@@ -1319,7 +1293,8 @@ def test_filters_and_split_are_the_same_on_features(idle):
                 )
                 assert not found[2] and "17.2% of their rows idle" in said[0]
                 sides.append([starts_of(part, reader) for part in found[:2]])
-            assert sides[0] == sides[1] and all(map(len, sides[0])), (rule, success)
+            assert sides[0] == sides[1], (rule, success)
+            assert all(map(len, sides[0])), (rule, success)
             everything = everything or sides[0][0]
             assert (sides[0][0] < everything) == ((rule, success) != ("off", "all"))
 
@@ -1328,7 +1303,8 @@ def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
     """Bug: z, actions or states of other rows or another camera than the member's name says; a
     scaler applied twice or not at all."""
     scaler = ActionScaler(np.full(7, 0.1), 0, np.full(7, 0.3), 9, {})
-    encoder, rng = weights.build_encoder("vit_tiny", 32), np.random.default_rng(0)
+    encoder = weights.build_encoder("vit_tiny", 32)
+    rng = np.random.default_rng(0)
     live = {c: DroidReader(4, **READER | {"camera": (c,)}, scaler=scaler) for c in READER["camera"]}
     episodes = {
         r.key: r
@@ -1338,20 +1314,16 @@ def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
     }
     reader = DroidReader(4, **READER, scaler=scaler)
     segments = open_droid(str(idle / "f"), reader=reader, idle_filter="off")[0]
-    assert (reader.names, reader.units, reader.state_dim) == (POSE, POSE_UNITS, 7) and len(
-        segments
-    ) == 8 * 2 * 3
+    assert (reader.names, reader.units, reader.state_dim) == (POSE, POSE_UNITS, 7)
+    assert len(segments) == 8 * 2 * 3
     for r in segments[::5]:
         camera, _, first = r.key.rpartition("@")[2].rpartition("-")
         start = int(rng.integers(reader.starts(r)))
-        ours, theirs = (
-            reader(r, start, rng),
-            live[camera](episodes[r.recording], int(first) + 3 * start, rng),
-        )
+        ours = reader(r, start, rng)
+        theirs = live[camera](episodes[r.recording], int(first) + 3 * start, rng)
         for k in ("actions", "states"):
-            torch.testing.assert_close(
-                ours[k], theirs[k], rtol=1e-5, atol=1e-6
-            )  # stored in float32
+            # stored in float32
+            torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)
         z = encode_steps(encoder, theirs["video"][None], "frame", 1)[0]
         torch.testing.assert_close(ours["z"].float(), z, rtol=2**-8, atol=1e-4)
         assert ours["key"].rpartition("@")[0] == theirs["key"]
@@ -1363,7 +1335,7 @@ def test_features_of_equal_names_are_not_equal_episodes(tmp_path):
     flags = "--phases 2 --encoder vit_tiny --crop_size 32"
     for side, seed in (("a", 0), ("b", 9)):
         (tmp_path / side).mkdir()
-        write(tmp_path / side / "arm.tfrecord", nameless(seed))
+        write_file(tmp_path / side / "arm.tfrecord", tfrecord_without_names(seed))
         given = ["--data", tmp_path / side, "--out", tmp_path / f"f{side}", flags]
         run(tmp_path, "encode.py", "--dataset droid", *given)
     shutil.copytree(tmp_path / "fa", tmp_path / "copy")
@@ -1424,7 +1396,8 @@ def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_pa
         (shards / "shard-000000.tar", "gameplay"),
     ):
         error = fails(tmp_path, "train_lora.py", "--data", data, *world.b[2:], "--base", world.base)
-        assert f"{what}: train_ac.py reads it" in error and "no usable episode in" in error
+        assert f"{what}: train_ac.py reads it" in error
+        assert "no usable episode in" in error
     scaler = ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 99, {})
     scaler.save(tmp_path / "s.pkl")
     error = fails(
@@ -1436,10 +1409,8 @@ def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_pa
         tmp_path / "s.pkl",
         "--encode frame",
     )
-    assert (
-        "no usable recording" in error
-        and "features of robot episodes: train_lora.py reads them" in error
-    )
+    assert "no usable recording" in error
+    assert "features of robot episodes: train_lora.py reads them" in error
     for name, data in (("tfrecords", idle / "d.*"), ("features", idle / "f")):
         run(
             tmp_path,
@@ -1466,7 +1437,8 @@ def files(url):
 
 def opened(folder, url, said=None, resume=False):
     mirror = Mirror.open(folder, url, 30, resume)
-    mirror.print0, mirror.retry = [].append if said is None else said.append, 0.01
+    mirror.print0 = [].append if said is None else said.append
+    mirror.retry = 0.01
     return mirror
 
 
@@ -1494,7 +1466,9 @@ def names(*itrs, epoch=0):
 def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
     """Bug: what others put there is deleted, what rotation removed piles up, half-written files are
     copied, unchanged ones sent again."""
-    url, folder, memory = "memory://bucket/run", tmp_path / "run", fsspec.filesystem("memory")
+    url = "memory://bucket/run"
+    folder = tmp_path / "run"
+    memory = fsspec.filesystem("memory")
     others = {"checkpoint-best.pth.tar", "notes.csv", "adapter/README.md", "papers/results.csv"}
     for i in (2, 3):
         step(folder, i)
@@ -1503,22 +1477,26 @@ def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
         for name in others:
             memory.pipe(f"/bucket/run/{name}", b"of somebody else")
     assert files(url) == names(3) | others
-    mirror, before = opened(folder, url), memory.modified("/bucket/run/train.csv")
+    mirror = opened(folder, url)
+    before = memory.modified("/bucket/run/train.csv")
     mirror.close()
     assert memory.modified("/bucket/run/train.csv") == before  # nothing is new
     with pytest.raises(ValueError, match="holds an earlier run"):
         opened(tmp_path / "new", url)
     opened(tmp_path / "new", url, resume=True).close()
     assert checkpoint.load_latest(tmp_path / "new")[0]["x"].tolist() == [3, 3, 3]
-    assert (
-        files(url) == names(3) | others and not (tmp_path / "new" / "notes.csv").exists()
-    )  # not fetched, so never deleted either
+    assert files(url) == names(3) | others
+
+    # not fetched, so never deleted either
+    assert not (tmp_path / "new" / "notes.csv").exists()
 
 
 def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
     """Bug: an error of the storage library ends training, goes unsaid, or the file is taken for
     sent."""
-    folder, said, calls = tmp_path / "run", [], []
+    folder = tmp_path / "run"
+    said = []
+    calls = []
     step(folder, 4)
     mirror = opened(folder, "memory://flaky/run", said)
     put = mirror.fs.put_file
@@ -1540,10 +1518,8 @@ def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
         word in said[0] for word in (*names(4), "memory://flaky/run", "503", "no such bucket")
     )
     mirror.close()
-    assert (
-        files("memory://flaky/run") == names(4)
-        and said[-1] == "all of this run is at memory://flaky/run"
-    )
+    assert files("memory://flaky/run") == names(4)
+    assert said[-1] == "all of this run is at memory://flaky/run"
     (folder / "train.csv").write_text("epoch\n1\n")
     monkeypatch.setattr(mirror.fs, "put_file", lambda *a, **k: 1 / 0)
     opened(folder, "memory://flaky/run", said).close()
@@ -1570,7 +1546,8 @@ def test_another_url_gets_everything(tmp_path):
 def test_another_run_is_never_overwritten(tmp_path):
     """Bug: a run that has checkpoints of its own writes its train.csv, adapter and checkpoints over
     those of the run at the URL."""
-    url, said = "memory://taken/run", []
+    url = "memory://taken/run"
+    said = []
     for name in ("one", "two", "three"):
         step(tmp_path / name, 1)
     mirror = opened(tmp_path / "one", url, said)
@@ -1583,9 +1560,8 @@ def test_another_run_is_never_overwritten(tmp_path):
         ):
             opened(tmp_path / "three", url, resume=resume)
     late.close()
-    assert "another process has begun a run there" in said[-2] and said[-1].startswith(
-        "WARNING: not at"
-    )
+    assert "another process has begun a run there" in said[-2]
+    assert said[-1].startswith("WARNING: not at")
     assert before == {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in files(url)}
     fsspec.filesystem("memory").rm_file("/taken/run/run_id")  # a run copied there by other means
     with pytest.raises(ValueError, match="holds another run"):
@@ -1600,7 +1576,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
     was rotated away meanwhile."""
     url = "memory://rotation/run"
     step(tmp_path, 1)
-    settle(mirror := opened(tmp_path, url))
+    mirror = opened(tmp_path, url)
+    settle(mirror)
     step(tmp_path, 2)
     with monkeypatch.context() as patch:
 
@@ -1616,7 +1593,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         step(tmp_path / "lost", 1, keep=2)
         step(tmp_path / "lost", 2, keep=2)
         patch.undo()
-        settle(lost := opened(tmp_path / "lost", "memory://lost"))
+        lost = opened(tmp_path / "lost", "memory://lost")
+        settle(lost)
         lost.fs.rm_file("/lost/checkpoint-epoch000-itr00002.pth.tar")  # by somebody else
         os.unlink(tmp_path / "lost" / "checkpoint-epoch000-itr00001.pth.tar")
         patch.setattr(mirror.fs, "put_file", quota)
@@ -1643,7 +1621,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
 def test_only_a_runs_files_are_fetched(tmp_path):
     """Bug: every .csv and .json below the URL is fetched and then owned: deleted there once it is
     deleted here; and a file that was in the folder before is noted as sent."""
-    url, memory = "memory://mixed/run", fsspec.filesystem("memory")
+    url = "memory://mixed/run"
+    memory = fsspec.filesystem("memory")
     step(tmp_path / "one", 1)
     opened(tmp_path / "one", url).close()
     memory.pipe("/mixed/run/papers/results.csv", b"not ours")
@@ -1701,10 +1680,13 @@ def test_an_interrupted_fetch_loses_nothing(tmp_path, monkeypatch, breaks, stale
 def test_who_is_ahead_goes_on(tmp_path, capsys):
     """Bug: a disk that has gone on without its bucket is thrown back to what is there; one that was
     overtaken overwrites what is newer."""
-    url, said = "memory://ahead/run", []
+    url = "memory://ahead/run"
+    said = []
     step(tmp_path / "one", 1)
-    settle(first := opened(tmp_path / "one", url, said))
-    settle(second := opened(tmp_path / "two", url, resume=True))
+    first = opened(tmp_path / "one", url, said)
+    settle(first)
+    second = opened(tmp_path / "two", url, resume=True)
+    settle(second)
     step(tmp_path / "two", 5)
     settle(second)
     assert files(url) == names(5)
@@ -1741,12 +1723,14 @@ mirror.close()"""
         timeout=60,
     )
     last = done.stdout.splitlines()[-1]
-    assert done.returncode == 0 and done.stdout.count("TimeoutError: no progress") == 2, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TimeoutError: no progress") == 2, done.stderr
     assert last.startswith(
         "WARNING: not at memory://hangs: run_id, train.csv, checkpoint-epoch000-itr00001.pth.tar"
     ), last
 
-    said, hangs = [], threading.Event()
+    said = []
+    hangs = threading.Event()
     mirror = opened(tmp_path / "run", "memory://hung/run", said)
     mirror.minutes, mirror.patience = 0.002, 0.1
     with monkeypatch.context() as patch:
@@ -1789,7 +1773,8 @@ def test_urls_that_nothing_reads(tmp_path, url, message):
 def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     """Bug: what works with fsspec's memory does not with a bucket behind HTTP: its errors, its
     listings, its missing bucket."""
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    moto = pytest.importorskip("moto.server")
     pytest.importorskip(
         "s3fs"
     ).S3FileSystem.clear_instance_cache()  # another test's has another address
@@ -1803,13 +1788,14 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     }
     for k, v in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
         monkeypatch.setenv(k, v)
-    folder, said = tmp_path / "run", []
+    folder = tmp_path / "run"
+    said = []
     step(folder, 4)
     mirror = opened(folder, "s3://bucket/run", said)
     settle(mirror)
-    assert (
-        "WARNING: not copied to s3://bucket/run: run_id, train.csv, checkpoint" in said[-1]
-    )  # there is no such bucket
+
+    # there is no such bucket
+    assert "WARNING: not copied to s3://bucket/run: run_id, train.csv, checkpoint" in said[-1]
     boto3.client("s3").create_bucket(Bucket="bucket")
     settle(mirror)
     assert files("s3://bucket/run") == names(4)
@@ -1819,9 +1805,9 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     assert "WARNING: not copied to s3://bucket/run: all (" in said[-1]
     with pytest.raises(OSError, match="--sync_to s3://bucket/run cannot be read"):
         opened(tmp_path / "fresh", "s3://bucket/run", resume=True)
-    server = moto.ThreadedMotoServer(
-        ip_address="127.0.0.1", port=port
-    )  # moto's buckets outlive its server
+
+    # moto's buckets outlive its server
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=port)
     server.start()
     mirror.close()
     opened(tmp_path / "fresh", "s3://bucket/run", resume=True).close()
@@ -1844,9 +1830,8 @@ def test_resume_from_the_url(world, tuned, tmp_path):
         "--sync_minutes 0.001 --sync_to",
         url,
     )
-    assert CHECKPOINT.fullmatch(
-        max(n for n in files(url) if n.startswith("checkpoint"))
-    ) and "adapter/adapter_model.safetensors" in files(url)
+    assert CHECKPOINT.fullmatch(max(n for n in files(url) if n.startswith("checkpoint")))
+    assert "adapter/adapter_model.safetensors" in files(url)
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
     os.unlink(tmp_path / "bucket" / newest)  # as if the machine had died before
     text = run(
@@ -1866,25 +1851,23 @@ def test_resume_from_the_url(world, tuned, tmp_path):
 
 
 @pytest.mark.slow
-def test_tables(world, tuned):
+def test_tables(world, tuned, tmp_path):
     """Bug: PEFT is timed on another adapter than ours; the recovered share is taken against another
     base."""
-    rows, text = bench(
-        "lora", "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1"
-    )
-    assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2 and text.count("off by") == 4
-    assert (
-        rows[3]["memory / PEFT's"] <= 1
-    )  # split, so small a model keeps more: q, k and v's B as one matrix
-    rows, _ = bench("memory", "--batch_size 1")
+    size = "--pred_dim 48 --pred_depth 2 --pred_heads 2 --grid 2 --steps 4 --repeats 1"
+    rows, text = run_bench(tmp_path, "lora", size)
+    assert [r["by"] for r in rows] == ["PEFT", "ours"] * 2
+    assert text.count("off by") == 4
+
+    # split, so small a model keeps more: q, k and v's B as one matrix
+    assert rows[3]["memory / PEFT's"] <= 1
+    rows, _ = run_bench(tmp_path, "memory", "--batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
-    rows, _ = bench("adapters", f"{out} {tuned.out}")
-    assert (
-        rows[0]["recovered, one step"] == 1
-        and rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
-    )
+    rows, _ = run_bench(tmp_path, "adapters", out, tuned.out)
+    assert rows[0]["recovered, one step"] == 1
+    assert rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
     v = numbers(tuned.out, "tf_true", "base_tf", log="val.csv")[-1]
     w = numbers(out, "tf_true", "base_tf", log="val.csv")[-1]
     np.testing.assert_allclose(
@@ -1912,7 +1895,8 @@ def test_settings_of_another_type_are_refused(tmp_path, change, sentence):
     file = tmp_path / "adapter_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"r": 4.0}))  # as a tool without integers writes it
-    model, inputs = make(), batch()
+    model = make()
+    inputs = batch()
     load_adapter(model, tmp_path)
     expected = losses(theirs.eval().base_model.model, inputs)
     torch.testing.assert_close(losses(model.eval(), inputs), expected, rtol=0, atol=1e-6)

@@ -27,16 +27,22 @@ from model import (
     predict_on,
     rope_tables,
 )
+from tests.harness import (
+    A,
+    B,
+    E,
+    N,
+    S,
+    T,
+    close,
+    rollout_from_scratch,
+    small_batch,
+    small_predictor,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 # sizes of the small predictor below, on 2 x 3 patches
-B = 2
-T = 4
-N = 6
-E = 24
-A = 5
-S = 3
 
 
 def load(name):
@@ -47,35 +53,6 @@ def load(name):
 
 def under(tensors, prefix):
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-def small_predictor(seed=0, **options):
-    """A tiny predictor whose weights are large enough for every path to matter."""
-    torch.manual_seed(seed)
-    predictor = Predictor(E, A, S, (2, 3), pred_dim=24, depth=2, num_heads=2, **options)
-    for p in predictor.parameters():
-        nn.init.normal_(p, std=0.3)
-    return predictor
-
-
-def small_batch(seed=1):
-    torch.manual_seed(seed)
-    z = normalize_features(torch.randn(B, T, N, E))
-    return z, torch.randn(B, T - 1, A), torch.randn(B, T, S)
-
-
-def rollout_from_scratch(predictor, z, actions, states):
-    """`Predictor.rollout` by its definition: every step runs the whole sequence again, as the
-    reference code does."""
-    context = z.shape[1]
-    while z.shape[1] <= actions.shape[1]:
-        step = predict(predictor, z, actions, states)[:, -1:]
-        z = torch.cat([z, step], dim=1)
-    return z[:, context:]
 
 
 # --- parity ---
@@ -245,6 +222,7 @@ def test_six_training_steps_match_the_reference():
 
     for key, expected in under(tensors, "out/predictor.").items():
         difference = (predictor.state_dict()[key] - expected).abs()
+
         # key biases of dims without rotation have zero gradient; Adam amplifies its rounding
         if key.endswith("attn.qkv.bias"):
             difference[spec["ignore_qkv_bias"]] = 0
@@ -427,6 +405,7 @@ def test_bf16_autocast_end_to_end():
     with torch.autocast("cpu", torch.bfloat16):
         losses = ac_losses(predictor, z, actions, states)
         prediction = predict(predictor, z[:, :-1], actions, states)
+
     # the layer norm is not rounded to bf16
     assert prediction.dtype == torch.float32
     assert (prediction != prediction.bfloat16()).any()
@@ -464,7 +443,8 @@ def test_training_after_inference_mode():
 def test_activation_checkpointing_changes_no_gradient():
     """Catches recomputation that differs from the forward, and a flag that is never read."""
     z, actions, states = small_batch()
-    grads, calls = [], []
+    grads = []
+    calls = []
     for flag in (False, True):
         predictor = small_predictor()
         predictor.activation_checkpointing = flag
@@ -561,7 +541,8 @@ def test_encode_steps_refuses_what_does_not_fit():
 def test_normalize_features():
     """Catches eps 1e-6 (upstream: 1e-5), a norm over patches, and statistics applied after it."""
     h = torch.randn(2, 3, 4, 8) * 1e-3
-    mean, std = torch.randn(8), torch.rand(8) + 0.5
+    mean = torch.randn(8)
+    std = torch.rand(8) + 0.5
     spread = (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     close(normalize_features(h), (h - h.mean(-1, keepdim=True)) / spread)
     close(normalize_features(h, mean, std), F.layer_norm((h - mean) / std, (8,)))
@@ -690,7 +671,8 @@ def test_continuing_from_keys_and_values_is_exact(checkpointing):
         return predictor.extend(z.flatten(1, 2), *conditions, past)
 
     whole, _ = extend(0, T - 1)
-    steps, past = [], None
+    steps = []
+    past = None
     for t in range(T - 1):
         out, past = extend(t, t + 1, past)
         steps.append(out)
@@ -759,7 +741,8 @@ def test_action_meter():
 def test_a_meter_without_another_recording_has_no_shuffled_error():
     """Bug: the actions of nobody are composed into poses, which ends a robot run with one held-out
     episode in scipy's "zero norm quaternions"."""
-    predictor, (z, actions, states) = small_predictor(), small_batch()
+    predictor = small_predictor()
+    (z, actions, states) = small_batch()
 
     def compose(state0, a):
         assert torch.isfinite(a).all()

@@ -12,12 +12,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
-from test_eval import Moved, Pushed, arm, game  # noqa: F401 (fixtures)
-from test_model import B, T, close, rollout_from_scratch, small_batch, small_predictor
-from test_train import FIXTURES, fails, run
 
 from droid import compose_poses
 from evaluation import game as doom
@@ -25,6 +21,20 @@ from evaluation.search import Space, draw, droid_space, energy, rest, search, vp
 from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
 from plan import agent, chooser, compared, readable, recorded
+from tests.harness import (
+    FIXTURES,
+    B,
+    Moved,
+    Pushed,
+    T,
+    close,
+    fails,
+    picture,
+    rollout_from_scratch,
+    run,
+    small_batch,
+    small_predictor,
+)
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 PLAIN = types.SimpleNamespace(mean=np.zeros(7), scale=np.ones(7))
@@ -45,7 +55,8 @@ def reference_cem(noise, pose, cost, maxnorm, topk, mean_momentum, std_momentum,
     for i in range(steps):
         found = []
         for n in range(samples):
-            actions, poses = [], [pose]
+            actions = []
+            poses = [pose]
             for h in range(rollout):
                 a = noise[i, h, n] * std[h] + mean[h]
                 a = torch.cat([a[:3].clip(-maxnorm, maxnorm), a[3:].clip(-0.75, 0.75)])
@@ -132,6 +143,7 @@ def test_cem_is_the_references(case):
         noise=noise,
     )
     close(found, wanted, atol=1e-6)
+
     # what no predictor can change: 1 - momentum^iterations, in the reference's own output too
     if shut:
         close(found[shut:, 6], t[f"out/{case}/actions"][shut:, 6], atol=1e-6)
@@ -141,7 +153,8 @@ def test_cem_is_the_references(case):
 def test_search_finds_a_known_optimum(temperature):
     """Bug: the worst samples are kept, keys are not learned, a sample leaves its bounds, the best
     mean so far is lost."""
-    goal, seen = torch.tensor([[1.0, -0.5], [0.3, 2.0]]), []
+    goal = torch.tensor([[1.0, -0.5], [0.3, 2.0]])
+    seen = []
     space = Space(
         torch.ones(2),
         lambda u: u.clamp(-1.5, 1.5),
@@ -163,9 +176,8 @@ def test_search_finds_a_known_optimum(temperature):
     found = search(cost, space, 2, **options)
     close(found[:, :2], goal.clamp(max=1.5), atol=0.15)
     assert found[:, 2:].tolist() == [[1, 0], [1, 0]]
-    assert max(x[..., :2].abs().max() for x in seen) <= 1.5 and all(
-        x[0, :, :2].abs().max() > 0.1 for x in seen[2:]
-    )
+    assert max(x[..., :2].abs().max() for x in seen) <= 1.5
+    assert all(x[0, :, :2].abs().max() > 0.1 for x in seen[2:])
     assert torch.equal(
         found, search(cost, space, 2, **options | {"generator": torch.Generator().manual_seed(0)})
     )
@@ -229,7 +241,8 @@ def test_candidates_without_a_finite_energy_are_left_out(temperature):
 def test_plans_are_compared_with_the_best_policy_without_a_model(short):
     """Bug: planning is quoted against random plans, which doing nothing beats; an interval over few
     recordings; a policy that cannot be had (no action before the first) is the best."""
-    recordings, g = [str(i % 4) for i in range(40)], torch.Generator().manual_seed(0)
+    recordings = [str(i % 4) for i in range(40)]
+    g = torch.Generator().manual_seed(0)
     scale = {"plan": 1.0, "random": 4.0, "rest": 2.0, "repeat": 1.5, "mean": 2.1}
     errors = {k: v * (0.9 + 0.2 * torch.rand(40, generator=g)) for k, v in scale.items()}
     if short:
@@ -257,19 +270,16 @@ def test_vpt_candidates_are_actions_a_recording_could_hold():
     close(moves[..., 2:], torch.deg2rad(0.15 * moves[..., :2]), atol=1e-6)
     assert 80 < moves[..., 0].std() < 110 and abs(moves[..., 0].mean()) < 15
     pressed = {n: found[..., i].mean().item() for i, n in enumerate(names) if i > 3}
-    assert {n for n, x in pressed.items() if x == 1} == {"slot.4"} and {
-        n for n, x in pressed.items() if 0 < x < 1
-    } == {
-        "key.w",
-        "key.space",
-    }
+    assert {n for n, x in pressed.items() if x == 1} == {"slot.4"}
+    assert {n for n, x in pressed.items() if 0 < x < 1} == {"key.w", "key.space"}
     still = rest(space, 2)
     close(
         still[:, :4] * torch.tensor(MOUSE.scale).float() + torch.tensor(MOUSE.mean).float(),
         torch.zeros(2, 4),
         atol=1e-5,
     )
-    assert readable(still, MOUSE, names)[0][4] == [] and still[:, 4:].sum(1).tolist() == [1, 1]
+    assert readable(still, MOUSE, names)[0][4] == []
+    assert still[:, 4:].sum(1).tolist() == [1, 1]
     assert readable(torch.cat([still[:1, :4], found[:1, 0, 4:]], 1) * 0 + 1, MOUSE, names)[0][4][
         :2
     ] == ["1", "2"]
@@ -335,10 +345,12 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
     order = [int(r[1:]) for r in recordings]
     close(sums[:, 0], true[order], atol=1e-3)
     close(sums[:, 2], torch.zeros(n, 4), atol=1e-4)
-    scale, mean = torch.tensor(MOUSE.scale).float(), torch.tensor(MOUSE.mean).float()
+    scale = torch.tensor(MOUSE.scale).float()
+    mean = torch.tensor(MOUSE.mean).float()
     close(sums[:, 3], horizon * (actions[:, 0, :4] * scale + mean)[order], atol=1e-3)
     close(sums[:, 4], (horizon * mean).expand(n, 4), atol=1e-3)
     error = (sums[:, 1] - sums[:, 0]).abs().mean(0)
+
     # features that were layer-normed twice hardly show which of two actions came first
     if horizon == 1:
         assert (error[:2] < 0.2 * random.mean(0)[:2]).all(), (error, random.mean(0))
@@ -370,7 +382,8 @@ def test_a_step_in_the_game_is_a_step_of_a_recording(player):
     assert abs((player.yaw - yaw + 180) % 360 - 180 - 101 * 0.15) < 0.1
     before = player.yaw
     _, distance = player.turn_away(rng)
-    assert 15 <= distance() <= 40 and abs((player.yaw - before + 180) % 360 - 180) < 0.2
+    assert 15 <= distance() <= 40
+    assert abs((player.yaw - before + 180) % 360 - 180) < 0.2
     place = player.place
     _, distance = player.walk_away(rng)
     assert distance() > 150 and np.hypot(*(player.place - place)) < 600
@@ -453,7 +466,8 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
         best = min(("rest", "repeat", "mean"), key=r.get)
         ratio, low, high = tuple(r["ratios"][best])
         numbers = "".join(f"{r[k]:9.2f}" for k in ("plan", "random", "rest", "repeat", "mean"))
-        assert f"{numbers}    {ratio:.2f} (no interval" in text and f") {best}\n" in text
+        assert f"{numbers}    {ratio:.2f} (no interval" in text
+        assert f") {best}\n" in text
         assert r["best"] == best and ratio == pytest.approx(r[best] / r["plan"])
         assert low is None and r["random"] > 0
     assert "WARNING: not shown to be better than the best policy without a model" in text
@@ -467,9 +481,8 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
         tmp_path / "r.json",
     )
     rows = json.loads((tmp_path / "r.json").read_text())["recorded"]
-    assert [r["dim"] for r in rows] == [*"xyz"] * 2 and all(
-        r["plan"] <= 5 * r["horizon"] + r["rest"] for r in rows
-    )
+    assert [r["dim"] for r in rows] == [*"xyz"] * 2
+    assert all(r["plan"] <= 5 * r["horizon"] + r["rest"] for r in rows)
 
 
 def test_plan_between_two_pictures(game, tmp_path):  # noqa: F811
@@ -488,11 +501,9 @@ def test_plan_between_two_pictures(game, tmp_path):  # noqa: F811
         tmp_path / "p.json",
     )
     report = json.loads((tmp_path / "p.json").read_text())
-    assert (
-        len(report["plan"]) == 2
-        and f"after the plan {report['energy']:.4f}" in text
-        and report["energy_now"] > 0.01
-    )
+    assert len(report["plan"]) == 2
+    assert f"after the plan {report['energy']:.4f}" in text
+    assert report["energy_now"] > 0.01
     same = run(
         tmp_path,
         "plan.py",
@@ -538,9 +549,8 @@ def test_closed_loop_program(game, tmp_path):  # noqa: F811
         tmp_path / "p.json",
     )
     found = json.loads((tmp_path / "p.json").read_text())["distances"]
-    assert [t[0] for t in found["plan"]] == pytest.approx(
-        [t[0] for t in found["copy"]], abs=0.01
-    ) and len(found["random"][0]) == 3
+    assert [t[0] for t in found["plan"]] == pytest.approx([t[0] for t in found["copy"]], abs=0.01)
+    assert len(found["random"][0]) == 3
     assert all(max(t) - min(t) < 0.01 for t in found["copy"])
     share = np.mean([t[-1] < 10 for t in found["plan"]])
     assert f"plan     {share:7.0%}" in text

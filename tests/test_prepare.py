@@ -100,7 +100,8 @@ def test_mouse_turns_the_view_on_its_own_line(lines, axis):
 def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
     """Catches frames shifted against the lines (an encoder's delay, a frame taken after the
     action): the lines alone cannot show that."""
-    past, shift = [], []
+    past = []
+    shift = []
     for r in recordings(play).values():
         with av.open(io.BytesIO(r["mp4"])) as container:
             gray = [f.to_ndarray(format="gray") for f in container.decode(video=0)]
@@ -118,7 +119,8 @@ def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
         mouse = motion(map(json.loads, r["jsonl"].splitlines()))[:, axis]
         past.append(np.stack([mouse[:-3], mouse[1:-2], mouse[2:-1]], axis=1))
         shift.append(moved[1:-1])
-    past, shift = np.concatenate(past), np.concatenate(shift)
+    past = np.concatenate(past)
+    shift = np.concatenate(shift)
     small = (np.abs(past).max(1) < 60) & (np.abs(shift) < 40)
     assert small.sum() > 100
     weights = np.linalg.lstsq(past[small], shift[small], rcond=None)[0]
@@ -160,9 +162,11 @@ def test_contractor_fields(lines):
             assert {k: type(v) for k, v in line.items()} == top
             assert {k: type(v) for k, v in line["mouse"].items()} == mouse
             assert list(line["keyboard"]) == ["keys", "newKeys", "chars"]
-            assert line["tick"] == t and line["milli"] == recording[0]["milli"] + 50 * t
+            assert line["tick"] == t
+            assert line["milli"] == recording[0]["milli"] + 50 * t
             assert 0 <= line["hotbar"] <= 8 and -35 < line["pitch"] < 35
             held.update(line["keyboard"]["keys"], line["mouse"]["buttons"])
+
         # a button is new only on the line that it goes down
         for before, line in zip(recording, recording[1:]):
             assert not set(before["mouse"]["buttons"]) & set(line["mouse"]["newButtons"])
@@ -226,7 +230,8 @@ def test_shards_are_pairs_and_held_out_maps_are_held_out(play):
 def test_play_is_a_function_of_the_seed_however_many_workers_and_kills(play, tmp_path):
     """Catches play that depends on the worker it ran in, half a shard trusted after a kill, and
     games that outlive their player."""
-    reference, out = files(play), tmp_path / "demo"
+    reference = files(play)
+    out = tmp_path / "demo"
     command = [sys.executable, "-m", "prepare.demo", "--out", str(out), *PLAY, "--workers", "1"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not files(out) and killed.poll() is None:
@@ -241,6 +246,7 @@ def test_play_is_a_function_of_the_seed_however_many_workers_and_kills(play, tmp
     done = demo(out, *PLAY, "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert files(out) == reference
+
     # finished shards are kept
     assert {name: os.stat(out / name).st_mtime_ns for name in before} == before
     assert not glob.glob(f"{out}/**/*.tmp", recursive=True)
@@ -271,7 +277,9 @@ def test_folder_of_another_demo_is_refused(play, tmp_path):
     """Catches shards of two seeds mixed in one folder, and a folder of the user's own
     overwritten."""
     done = demo(play, *PLAY[:-1], "4")
-    assert done.returncode != 0 and "'seed': 3" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0
+    assert "'seed': 3" in done.stderr
+    assert "Traceback" not in done.stderr
     (tmp_path / "thesis.txt").write_text("mine")
     done = demo(tmp_path, *PLAY)
     assert done.returncode != 0 and "contains something else" in done.stderr
@@ -292,7 +300,9 @@ def test_guide_lines_say_the_same_in_radians(play, lines, tmp_path):
         assert [d["keyboard"]["keys"] for d in guide] == keys
         a = parse_ticks(r["jsonl"])
         b = parse_ticks(ours["jsonl"])
-        assert not a.flaw and a.rate == pytest.approx(20) and len(CONTINUOUS) == a.motion.shape[1]
+        assert not a.flaw
+        assert a.rate == pytest.approx(20)
+        assert len(CONTINUOUS) == a.motion.shape[1]
         assert np.abs(a.motion[:, 2:]).max() <= np.pi
         circle = np.exp(1j * b.motion[:, 2:])
         np.testing.assert_allclose(np.exp(1j * a.motion[:, 2:]), circle, atol=1e-9)
@@ -355,7 +365,8 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
         "six_short": (mp4, b"".join(rows[:-6]), "94 lines but 100 frames"),
         "six_long": (mp4, jsonl + rows[-1] * 6, "106 lines but 100 frames"),
     }
-    few, many = b"".join(rows[:-5]), jsonl + rows[-1] * 5
+    few = b"".join(rows[:-5])
+    many = jsonl + rows[-1] * 5
     good = {
         "fine": (mp4, jsonl),
         "five_short": (mp4, few),
@@ -383,7 +394,9 @@ def test_blank_lines_odd_names_and_other_rates_are_packed(pair, tmp_path, capsys
     put(tmp_path / "in", "odd", pair["mp4"], odd)
     packed, skipped = shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
     out = capsys.readouterr().out
-    assert packed == 1 and not skipped and f"({len(lines) * 0.036 / 3600:.2f} hours)" in out
+    assert packed == 1
+    assert not skipped
+    assert f"({len(lines) * 0.036 / 3600:.2f} hours)" in out
     assert f'WARNING: key "jumpp" on {len(lines)} lines' in out
 
 
@@ -439,7 +452,8 @@ def test_links_give_no_recording_twice(pair, tmp_path, capsys):
     # what is packed already keeps its name, whatever links arrive
     os.link(folder / "a.mp4", folder / "00.mp4")
     os.link(folder / "a.jsonl", folder / "00.jsonl")
-    assert shards.pack(str(folder), str(out), 1e9, 2)[0] == 0 and packed(out) == keys
+    assert shards.pack(str(folder), str(out), 1e9, 2)[0] == 0
+    assert packed(out) == keys
 
 
 def test_extensions_in_capitals_are_packed(pair, tmp_path):
@@ -454,7 +468,8 @@ def test_extensions_in_capitals_are_packed(pair, tmp_path):
     for name, data in names.items():
         (folder / name).write_bytes(data)
     packed, skipped = shards.pack(str(folder), str(out), 1e9, 2)
-    assert packed == 3 and sorted((s["file"], s["reason"]) for s in skipped) == [
+    assert packed == 3
+    assert sorted((s["file"], s["reason"]) for s in skipped) == [
         ("c.MP4", "c.mp4 is there too, in other capitals"),
         ("d.MP4", "no .jsonl beside it"),
     ]
@@ -517,7 +532,8 @@ def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
     size = 3.5 * (len(pair["mp4"]) + len(pair["jsonl"]))
     shards.pack(tmp_path / "in", tmp_path / "whole", size, 1)
     reference = files(tmp_path / "whole", "*")
-    assert len(reference) == 21 and max(map(len, reference.values())) <= size + 10240
+    assert len(reference) == 21
+    assert max(map(len, reference.values())) <= size + 10240
     out = tmp_path / "out"
     command = [sys.executable, "-m", "prepare.shards", str(tmp_path / "in"), "--out", str(out)]
     command += ["--shard_size", str(size), "--jobs", "3"]
@@ -527,7 +543,8 @@ def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     some = files(out, "*.tar")
-    assert 0 < len(some) < 20 and all(reference[name] == data for name, data in some.items())
+    assert 0 < len(some) < 20
+    assert all(reference[name] == data for name, data in some.items())
     (out / "shard-000019.tar.1.tmp").write_bytes(b"half a shard")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -543,7 +560,8 @@ def test_recordings_that_arrive_later_join(pair, tmp_path):
     first = files(tmp_path / "out", "*.tar")
     put(tmp_path / "in", "a", pair["mp4"], pair["jsonl"])
     packed, _ = shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
-    assert packed == 1 and recordings(tmp_path / "out", "*.tar").keys() == {
+    assert packed == 1
+    assert recordings(tmp_path / "out", "*.tar").keys() == {
         ("shard-000000.tar", "m"),
         ("shard-000001.tar", "a"),
     }
@@ -626,7 +644,10 @@ def test_index_download_survives_missing_files_and_broken_transfers(server, pair
         ]
     server["requests"].clear()
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 fetched" in done.stdout and "2 were there" in done.stdout
+    assert done.returncode == 0
+    assert "1 fetched" in done.stdout
+    assert "2 were there" in done.stdout
+
     # what has arrived is not fetched again
     assert not [path for path, _ in server["requests"] if "r0" in path or "r3" in path]
     assert len(recordings(tmp_path / "out", "*.tar")) == 3

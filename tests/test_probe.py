@@ -12,9 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import contractor, jsonl, write_tar
 from sklearn.metrics import r2_score
-from test_train import ROOT, fails, run
 
 import checkpoint
 import probe
@@ -24,6 +22,7 @@ from files.features import feature_rows
 from files.shards import read_ticks
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 from model import encode_steps, normalize_features
+from tests.harness import ROOT, contractor, fails, jsonl, run, write_tar
 from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -171,17 +170,17 @@ def test_probes_find_what_the_picture_shows(probed):
     belong to other columns: what shows would not be found, or what nothing shows would be."""
     found = probed.report["inverse"]["real -> real"]
     for head, yaw in (("linear", 0.7), ("attentive", 0.85)):
-        assert (
-            found[head]["yaw_diff"]["r2"] > yaw
-            and found[head]["key.w"]["auroc"] > 0.97
-            and found[head]["key.w"]["f1"] > 0.85
-        )
+        assert found[head]["yaw_diff"]["r2"] > yaw
+        assert found[head]["key.w"]["auroc"] > 0.97
+        assert found[head]["key.w"]["f1"] > 0.85
         assert abs(found[head]["key.a"]["auroc"] - 0.5) < 0.15
+
         # held on one of four ticks at a tenth each
         assert 0.2 < found[head]["key.a"]["share"] < 0.45
     assert not {"mouse_dy", "pitch_diff", "key.d", "mouse.0"} & found["linear"].keys()
     assert re.search(r"do not vary in both splits: mouse_dy, pitch_diff, .*key\.d", probed.text)
-    assert probed.report["clips"] == [576, 36] and probed.report["recordings"] == [12, 3]
+    assert probed.report["clips"] == [576, 36]
+    assert probed.report["recordings"] == [12, 3]
 
 
 def test_transfer_is_asked_both_ways(probed):
@@ -197,14 +196,18 @@ def test_transfer_is_asked_both_ways(probed):
     values = [
         cells[way][head]["yaw_diff"]["r2"] for way in cells for head in ("linear", "attentive")
     ]
-    assert len(set(values)) == 8 and max(values) in values[:2]  # so short a run predicts badly
+
+    # so short a run predicts badly
+    assert len(set(values)) == 8
+    assert max(values) in values[:2]
 
 
 def test_anticipation_and_its_baseline(world, probed):
     """Bug: an action that the steps have already shown is asked for (it would be found as well as
     by `inverse`), or the repeated action is not the last one before."""
     records, _ = open_records(str(world.folder / "features" / "val" / "*.tar"))
-    last, after = [], [[], [], []]
+    last = []
+    after = [[], [], []]
     for r in records:
         for w in range(r.length // 8):
             yaw = feature_rows(r, 8 * w, 8 * w + 8)[1][:, 2].numpy()  # actions 0..6 of the clip
@@ -216,9 +219,12 @@ def test_anticipation_and_its_baseline(world, probed):
         assert ahead["repeat"]["yaw_diff"]["r2"] == pytest.approx(
             r2_score(after[k], last), abs=1e-4
         )
-        assert abs(ahead["mean"]["yaw_diff"]["r2"]) < 0.1 and ahead["mean"]["key.w"]["auroc"] == 0.5
+        assert abs(ahead["mean"]["yaw_diff"]["r2"]) < 0.1
+        assert ahead["mean"]["key.w"]["auroc"] == 0.5
+
         # learned by heart it would be -0.6
         assert -0.3 < ahead["attentive"]["yaw_diff"]["r2"] < 0.5
+
     # moves last longer than a step
     assert probed.report["anticipation"][0]["linear"]["yaw_diff"]["r2"] > 0
 
@@ -233,11 +239,9 @@ def test_labels_are_those_of_the_middle_tick(world, probed):
     assert found.tolist() == [str(int(r.key.partition("@")[2]) + 32 * w + 16) for r, w in places]
     assert len({r.key.partition("@")[2] for r in records}) == 4
     scores = probed.report["classify"]
-    assert (
-        scores["attentive"]["balanced"] > 0.7
-        and scores["linear"]["balanced"] > 0.7
-        and scores["chance"]["balanced"] == pytest.approx(1 / 3)
-    )
+    assert scores["attentive"]["balanced"] > 0.7
+    assert scores["linear"]["balanced"] > 0.7
+    assert scores["chance"]["balanced"] == pytest.approx(1 / 3)
     assert scores["classes"] == ["0", "1", "2"]
 
 
@@ -263,7 +267,8 @@ def test_video_is_probed_without_a_checkpoint(world):
         "--clips 140",
     )
     report = json.loads((world.folder / "video" / "probe.json").read_text())
-    assert report["clips"] == [140, 36] and list(report["inverse"]) == ["real -> real"]
+    assert report["clips"] == [140, 36]
+    assert list(report["inverse"]) == ["real -> real"]
     assert report["inverse"]["real -> real"]["linear"]["yaw_diff"]["r2"] > 0.3
     assert "1 recordings without a label" in text and "play.14" in text
     assert report["classify"]["clips"] == [140, 24]
@@ -296,30 +301,28 @@ def test_lines_give_back_the_actions(space):
     if slots:
         actions[:, slots] = np.eye(9)[rng.integers(0, 9, len(actions))]
     ticks = parse_ticks(jsonl(probe.guide_lines(actions, names, ends, frames, 20.0)))
-    assert len(ticks.motion) == frames and ticks.rate == pytest.approx(20) and not ticks.flaw
+    assert len(ticks.motion) == frames
+    assert ticks.rate == pytest.approx(20)
+    assert not ticks.flaw
     found, _ = step_actions(ticks, ends, space)
     if slots:  # a change of the slot is the key that makes it
         changed = np.flatnonzero(np.diff(actions[:, slots].argmax(1))) + 1
         actions[:, hotbar] = 0
         actions[changed, np.array(hotbar)[actions[changed][:, slots].argmax(1)]] = 1
     np.testing.assert_allclose(found, actions, atol=1e-5)
-    assert (
-        not ticks.motion[:3, :2].any()
-        and not ticks.keys[: ends[0]].any()
-        and not ticks.motion[ends[-1] :, :2].any()
-    )
+    assert not ticks.motion[:3, :2].any()
+    assert not ticks.keys[: ends[0]].any()
+    assert not ticks.motion[ends[-1] :, :2].any()
 
 
 def test_labels_of_play_are_the_true_actions(world, probed):
     """Bug: labels are steps late, at the wrong rate, in scaled units, or a torn video ends the
     shard."""
     records, bad = open_records(probed.labelled)
-    assert (
-        [r.key for r in records] == ["new"]
-        and not bad
-        and "torn.mp4" in probed.text
-        and "labelled 1 recordings" in probed.text
-    )
+    assert [r.key for r in records] == ["new"]
+    assert not bad
+    assert "torn.mp4" in probed.text
+    assert "labelled 1 recordings" in probed.text
     with tarfile.open(probed.labelled) as tar:
         assert tar.extractfile("new.mp4").read() == probed.video
     true = next(
@@ -328,7 +331,8 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     ends = np.arange(2, LINES, 4)
     (found, _), (actions, _) = (step_actions(read_ticks(r), ends, 36) for r in (records[0], true))
     names = ACTION_SPACES[36]
-    assert r2_score(actions[:, 2], found[:, 2]) > 0.8 and r2_score(actions[:, 0], found[:, 0]) > 0.8
+    assert r2_score(actions[:, 2], found[:, 2]) > 0.8
+    assert r2_score(actions[:, 0], found[:, 0]) > 0.8
     assert (found[:, names.index("key.w")] == actions[:, names.index("key.w")]).mean() > 0.9
     slots = [i for i, n in enumerate(names) if n.startswith("slot.")]
     assert (found[:, slots].argmax(1) == actions[:, slots].argmax(1)).mean() > 0.8
@@ -349,7 +353,8 @@ def test_labels_of_play_are_the_true_actions(world, probed):
 def test_bad_input_is_one_sentence(world):
     """Bug: a traceback, or minutes of fitting before what is wrong with a label, a shard or a
     checkpoint is said."""
-    folder, small = world.folder, ["--clips 40 --val_clips 10 --steps 5", *world.flags]
+    folder = world.folder
+    small = ["--clips 40 --val_clips 10 --steps 5", *world.flags]
     lines = ["--lines", folder / "train" / "*.tar", folder / "val" / "*.tar"]
     error = fails(folder, "probe.py", *small, *lines, "--label_field isGuiOpen")
     assert "label isGuiOpen is false in every clip" in error

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import runpy
-import subprocess
 import sys
 import tarfile
 import threading
@@ -23,8 +22,7 @@ import fit_scaler
 from data import ActionScaler
 from files.shards import Record
 from files.vpt import CONTINUOUS
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import ROOT, start_ranks
 
 
 def play(seed, lines, offset=0.0, spread=10.0):
@@ -65,10 +63,14 @@ def write_shard(path, recordings, video=b"never read"):
     with open(path, "wb") as f:
         for key, jsonl in recordings.items():
             for extension, content in (("mp4", video), ("jsonl", jsonl)):
+                hole = isinstance(content, int)
                 member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = content if isinstance(content, int) else len(content)
+                member.size = content if hole else len(content)
                 f.write(member.tobuf())
-                f.seek(member.size, 1) if isinstance(content, int) else f.write(content)
+                if hole:
+                    f.seek(member.size, 1)
+                else:
+                    f.write(content)
                 f.seek(-member.size % 512, 1)
         f.truncate(f.tell() + 1024)
     return str(path)
@@ -77,7 +79,8 @@ def write_shard(path, recordings, video=b"never read"):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """(folder, motions): three shards of ten recordings of 300 to 590 lines."""
-    folder, motions = tmp_path_factory.mktemp("vpt"), {}
+    folder = tmp_path_factory.mktemp("vpt")
+    motions = {}
     for s in range(3):
         recordings = {}
         for k in range(10 * s, 10 * s + 10):
@@ -151,39 +154,18 @@ def test_budget_seed_and_workers(shards, tmp_path):
     assert ActionScaler.load(tmp_path / "4.pkl").meta["fingerprint"] != scaler.meta["fingerprint"]
 
 
-def test_two_ranks_are_one_process(shards, tmp_path):
+def test_two_ranks_are_one_process(shards, tmp_path, forkserver):
     """Bug: ranks merge in the order they finish, a rank counts a recording twice, every rank
     writes, the budget is per rank."""
     folder, _ = shards
-    flags = [
-        "--data",
-        str(folder / "*.tar"),
-        "--max_samples",
-        "1500",
-        "--num_workers",
-        "0",
-        "--output",
-    ]
+    flags = ["--data", folder / "*.tar", "--max_samples", 1500, "--num_workers", 0, "--output"]
     run(*flags, tmp_path / "one.safetensors")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "fit_scaler.py",
-        *flags,
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.safetensors")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (ActionScaler.load(tmp_path / f"{n}.safetensors") for n in ("one", "two"))
-    assert done.stdout.count("SCALER FITTING COMPLETE") == 1
+    ranks = start_ranks(tmp_path, "fit_scaler.py", *flags, tmp_path / "two.safetensors")
+    for rank in ranks:
+        assert rank.wait()[0] == 0, rank.text()
+    one = ActionScaler.load(tmp_path / "one.safetensors")
+    two = ActionScaler.load(tmp_path / "two.safetensors")
+    assert sum(rank.text().count("SCALER FITTING COMPLETE") for rank in ranks) == 1
     assert two.n == one.n == 1500 and two.meta == one.meta
     for a, b in ((one.mean, two.mean), (one.var, two.var), (one.scale, two.scale)):
         np.testing.assert_allclose(a, b, rtol=1e-12)
@@ -217,6 +199,7 @@ def test_constant_dimension(tmp_path):
         fit_scaler.moments(torch.from_numpy(fit_scaler.read_steps(r, 5, 2)[0][:, :4]))
         for r in recordings.values()
     ]
+
     # rounding leaves something of a steady turn
     assert functools.reduce(fit_scaler.merge_moments, parts)[2][3] > 0
     scaler, out = fit(tmp_path, write_shard(tmp_path / "a.tar", recordings))
@@ -244,7 +227,9 @@ def test_warnings_on_wrong_units(tmp_path):
         json.dumps(r | {"mouse": {"dx": 100 * r["mouse"]["dx"], "dy": 0}}) for r in rows
     ).encode()
     _, out = fit(tmp_path, write_shard(tmp_path / "c.tar", {"r": big}))
-    assert "mouse_dx has std" in out and "5 to 500" in out and "mouse_dy never changes" in out
+    assert "mouse_dx has std" in out
+    assert "5 to 500" in out
+    assert "mouse_dy never changes" in out
 
 
 def test_early_stop_and_its_switch(tmp_path):
@@ -255,15 +240,19 @@ def test_early_stop_and_its_switch(tmp_path):
     )
     early, out = fit(tmp_path, data, "--tolerance", 0.03)
     assert early.n == 10_000 and "Converged: True" in out
-    assert (
-        "Stopped before --max_samples 100,000" in out and "--no_convergence_check takes all" in out
-    )
+    assert "Stopped before --max_samples 100,000" in out
+    assert "--no_convergence_check takes all" in out
     strict, out = fit(tmp_path, data)
-    assert strict.n > 12_000 and "(asks for standard errors within 0.01 of the std" not in out
+    assert strict.n > 12_000
+    assert "(asks for standard errors within 0.01 of the std" not in out
     late, out = fit(tmp_path, data, "--no_convergence_check")
-    assert late.n == 15_000 and "Converged: True" in out and "Stopped before" not in out
+    assert late.n == 15_000
+    assert "Converged: True" in out
+    assert "Stopped before" not in out
     few, out = fit(tmp_path, data, "--max_samples", 9500)
-    assert few.n == 9500 and "Converged: False" in out and "raise --max_samples" in out
+    assert few.n == 9500
+    assert "Converged: False" in out
+    assert "raise --max_samples" in out
 
 
 def test_batch_size_spaces_the_checks(tmp_path):
@@ -274,6 +263,7 @@ def test_batch_size_spaces_the_checks(tmp_path):
     )
     loose = ["--tolerance", 0.03, "--batch_size"]
     counts = [fit(tmp_path, data, *loose, n)[0].n for n in (128, 4000)]
+
     # 17 recordings are too few at the first look (10,200): the second comes 600 or 4,000 later
     assert counts == [12_000, 14_400]
 
@@ -282,9 +272,12 @@ def test_standard_errors_see_that_steps_of_a_recording_are_alike():
     """Bug: 1/sqrt(n) over steps claims ten times the precision that recordings with different means
     and spreads allow."""
     rng = np.random.default_rng(0)
-    errors, means, stds = [], [], []
+    errors = []
+    means = []
+    stds = []
     for _ in range(400):
-        level, spread = rng.normal(0, 1, (40, 1, 4)), rng.uniform(0.5, 1.5, (40, 1, 4))
+        level = rng.normal(0, 1, (40, 1, 4))
+        spread = rng.uniform(0.5, 1.5, (40, 1, 4))
         x = level + spread * rng.normal(size=(40, 100, 4))
         errors.append(
             np.array(fit_scaler.standard_errors([(100, p.mean(0), 100 * p.var(0)) for p in x]))
@@ -305,16 +298,21 @@ def test_joblib_and_the_guides_comparison(shards, tmp_path):
     for name, samples in (("10k", 200), ("100k", 800), ("1m", 100_000)):
         size = ["--max_samples", samples, "--num_workers", 0]
         run("--data_path", data, *size, "--output", tmp_path / f"scaler_{name}.pkl")
-    s10k, s100k, s1m = (joblib.load(tmp_path / f"scaler_{n}.pkl") for n in ("10k", "100k", "1m"))
+    s10k = joblib.load(tmp_path / "scaler_10k.pkl")
+    s100k = joblib.load(tmp_path / "scaler_100k.pkl")
+    s1m = joblib.load(tmp_path / "scaler_1m.pkl")
     for a, b in ((s10k, s100k), (s100k, s1m)):
-        assert (abs(a.mean_ - b.mean_) > 0).all() and (abs(a.scale_ - b.scale_) > 0).all()
+        assert (abs(a.mean_ - b.mean_) > 0).all()
+        assert (abs(a.scale_ - b.scale_) > 0).all()
     assert (abs(s100k.scale_ - s1m.scale_) / s1m.scale_ < 0.2).all()
     x = np.concatenate([expected(m) for m in motions.values()])
     y = s1m.transform(x)
     np.testing.assert_allclose(np.stack([y.mean(0), y.std(0)]), [[0] * 4, [1] * 4], atol=1e-9)
     safe, _ = fit(tmp_path, folder / "*.tar")
     plain = ActionScaler.load(tmp_path / "scaler_1m.pkl")
-    assert safe.hash == plain.hash and safe.meta == plain.meta and safe.n == plain.n
+    assert safe.hash == plain.hash
+    assert safe.meta == plain.meta
+    assert safe.n == plain.n
 
 
 @pytest.mark.parametrize("with_mean", [True, False])
@@ -357,7 +355,8 @@ def test_scalers_of_other_columns_and_kinds_are_refused_by_name(tmp_path):
 def test_other_pickles_and_numbers_of_scalers(tmp_path):
     """Bug: pickle.dump(..., pickle.HIGHEST_PROTOCOL) is refused with "it holds or lacks: 150"; an
     infinite scale makes an action vanish; the sentence does not say how to write the file."""
-    x, path = np.random.default_rng(0).normal(3, 2, (50, 4)), tmp_path / "s.pkl"
+    x = np.random.default_rng(0).normal(3, 2, (50, 4))
+    path = tmp_path / "s.pkl"
     scaler = StandardScaler().fit(x)
     for protocol in (3, 4, 5):
         path.write_bytes(pickle.dumps(scaler, protocol=protocol))
@@ -409,9 +408,8 @@ def test_only_jsonl_bytes_are_read(tmp_path):
     for budget, used in ((12_500, 1.0), (5000, 0.4)):
         before = asked()
         _, out = fit(tmp_path, folder / "*.tar", "--no_convergence_check", "--max_samples", budget)
-        assert (
-            0.95 < (asked() - before) / (size * used) < 1.3 and f"Total samples: {budget:,}" in out
-        )
+        assert 0.95 < (asked() - before) / (size * used) < 1.3
+        assert f"Total samples: {budget:,}" in out
 
 
 def test_names_that_nobody_knows_are_counted_over_all_recordings(tmp_path):
@@ -458,7 +456,9 @@ def test_guide_lines_and_step_flags(tmp_path):
     """Bug: camera radians taken for degrees; 5 Hz lines summed as if at 20; --frames_per_step or
     --fps not read."""
     rng = np.random.default_rng(0)
-    dx, dy, yaw = rng.integers(-60, 60, 900), rng.integers(-9, 9, 900), rng.uniform(-3, 3, 900)
+    dx = rng.integers(-60, 60, 900)
+    dy = rng.integers(-9, 9, 900)
+    yaw = rng.uniform(-3, 3, 900)
     lines = [
         {
             "timestamp": 0.2 * i,
@@ -478,9 +478,8 @@ def test_guide_lines_and_step_flags(tmp_path):
     ):
         scaler, _ = fit(tmp_path, data, *flags, "--action_space", 36)
         x = expected(motion, span)
-        assert scaler.n == len(x) and scaler.meta["frames_per_step"] == span // (
-            1 if flags[1] == 5 else 2
-        )
+        assert scaler.n == len(x)
+        assert scaler.meta["frames_per_step"] == span // (1 if flags[1] == 5 else 2)
         np.testing.assert_allclose(scaler.var[:3], x.var(0)[:3], rtol=1e-9)
         assert scaler.meta["fps"] == flags[1] and scaler.meta["action_space"] == 36
 
@@ -513,7 +512,8 @@ def test_shards_chosen_and_held_out(tmp_path):
     assert pick(None, 0.25) == [f"{s:02d}.tar" for s in range(9)]
     assert pick(2, 0.25) == ["00.tar", "08.tar"]
     scaler, _ = fit(tmp_path, tmp_path / "*.tar", "--val_fraction", 0.25, "--max_shards", 2)
-    assert scaler.meta["shards"] == ["00.tar", "08.tar"] and scaler.meta["val_fraction"] == 0.25
+    assert scaler.meta["shards"] == ["00.tar", "08.tar"]
+    assert scaler.meta["val_fraction"] == 0.25
 
 
 def test_streams_give_the_same_scaler(shards, tmp_path):

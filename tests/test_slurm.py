@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from test_train import PLAN, ROOT, TINY
+
+from tests.harness import PLAN, ROOT, TINY
 
 SCRIPT = os.path.join(ROOT, "docs", "slurm.sh")
 

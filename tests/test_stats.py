@@ -114,14 +114,14 @@ def test_moments_merge_to_those_of_the_whole():
 def test_moments_are_repeatable_and_merge_many_programs(monkeypatch):
     """Catches partial results in the order in which programs end, partials that were never written,
     and merge_kernel's second round."""
-    monkeypatch.setattr(
-        stats, "tile_shape", lambda d, along_rows: (1, 4)
-    )  # tiles of 8 rows: 138 programs, merge_kernel takes 128 at a time
+
+    # tiles of 8 rows: 138 programs, merge_kernel takes 128 at a time
+    monkeypatch.setattr(stats, "tile_shape", lambda d, along_rows: (1, 4))
     x = normal(1100, 4) + 100
     first = moments_triton(x)
-    poison = torch.full(
-        (2, 138, 4), torch.nan, dtype=torch.float64, device=DEVICE
-    )  # likely what the second run's partials get
+
+    # likely what the second run's partials get
+    poison = torch.full((2, 138, 4), torch.nan, dtype=torch.float64, device=DEVICE)
     del poison
     second = moments_triton(x)
     assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
@@ -240,7 +240,8 @@ def definition(qk, cos, sin):
 def test_rope_against_float64(impl, dtype, limit, B, nh, L, hd):
     """Catches a backward that rotates back (the map is not orthogonal), a sine on the wrong side,
     bf16 arithmetic, and head dims that are no power of two reading the next head."""
-    qkv, (cos, sin) = fused(B, nh, L, hd, dtype), tables(L, hd)
+    qkv = fused(B, nh, L, hd, dtype)
+    (cos, sin) = tables(L, hd)
     exact = rotated(definition, qkv.detach().double().requires_grad_(), cos.double(), sin.double())
     for got, expected in zip(rotated(ROPES[impl], qkv, cos, sin), exact):
         assert got.dtype == dtype
@@ -252,7 +253,8 @@ def test_rope_gradient_is_the_transpose():
     whose paired angles differ."""
     cos, sin = tables(40, 64)
     assert (cos[:, ::2] - cos[:, 1::2]).abs().max() > 1
-    x, g = normal(1, 2, 40, 64).float(), normal(1, 2, 40, 64, seed=1).float()
+    x = normal(1, 2, 40, 64).float()
+    g = normal(1, 2, 40, 64, seed=1).float()
     forward, back = (
         rope_op(a, a, cos, sin, transpose)[0].double() for a, transpose in ((x, False), (g, True))
     )
@@ -283,7 +285,8 @@ def test_rope_shares_out_heads(monkeypatch, groups):
     """Catches heads that no program takes, or two: from one program for all heads to one for
     each."""
     monkeypatch.setattr(rope, "PROGRAMS", groups)
-    qk, (cos, sin) = normal(2, 1, 3, 20, 16).float(), tables(20, 16)
+    qk = normal(2, 1, 3, 20, 16).float()
+    (cos, sin) = tables(20, 16)
     for a, b in zip(rope_triton(qk, cos, sin), rope_plain(qk, cos, sin)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -299,7 +302,9 @@ def test_rope_plain_takes_masked_tables():
 
 def test_rope_keeps_nothing_but_the_tables():
     """Catches an activation of (B, nh, L, hd) kept for backward by every layer."""
-    qk, (cos, sin), kept = normal(2, 1, 2, 50, 32).float().requires_grad_(), tables(50, 32), []
+    qk = normal(2, 1, 2, 50, 32).float().requires_grad_()
+    cos, sin = tables(50, 32)
+    kept = []
     for apply in ROPES.values():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             apply(qk, cos, sin)
@@ -309,14 +314,16 @@ def test_rope_keeps_nothing_but_the_tables():
 def test_rope_is_a_proper_custom_op():
     """Catches a fake kernel whose shapes or strides differ from the real one's, and outputs that
     alias inputs."""
-    q, k, _ = (x.transpose(1, 2) for x in fused(1, 2, 9, 16).detach().unbind(2))
-    torch.library.opcheck(rope_op, (q.requires_grad_(), k.requires_grad_(), *tables(9, 16), False))
+    q, k, _ = fused(1, 2, 9, 16).detach().transpose(1, 3).unbind(2)
+    cos, sin = tables(9, 16)
+    torch.library.opcheck(rope_op, (q.requires_grad_(), k.requires_grad_(), cos, sin, False))
 
 
 @pytest.mark.parametrize("impl", ROPES)
 def test_rope_compiles_as_one_graph(impl):
     """Catches a graph break, and a compiled gradient that differs from the eager one."""
-    qkv, (cos, sin) = fused(2, 2, 21, 32), tables(21, 32)
+    qkv = fused(2, 2, 21, 32)
+    (cos, sin) = tables(21, 32)
     torch._dynamo.reset()
     compiled = rotated(
         torch.compile(ROPES[impl], fullgraph=True, backend="aot_eager"), qkv, cos, sin

@@ -4,7 +4,6 @@ recording here is a real mp4 and real JSONL (tests/conftest.py)."""
 import io
 import json
 import math
-import os
 import struct
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import sys
 import av
 import numpy as np
 import pytest
-from conftest import HEIGHT, contractor, film, jsonl, read_number, write_tar
 
 from data import ActionScaler, Clips
 from evaluation.heads import Windows
@@ -22,8 +20,7 @@ from files.shards import index_shards
 from files.streams import StreamedClips
 from files.video import WrongDecoder, largest_difference, mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions, step_size, wrap
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.harness import HEIGHT, ROOT, contractor, film, jsonl, read_number, write_tar
 
 # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
 TABLE = (
@@ -78,7 +75,8 @@ def test_contractor_angles_are_degrees_and_guide_angles_radians():
     )
     ticks = parse_ticks(jsonl(guide()))
     np.testing.assert_allclose(ticks.motion[10], [10, -10, 0.1, -0.1])
-    assert ticks.rate == pytest.approx(5) and parse_ticks(jsonl(contractor(3))).rate == 20
+    assert ticks.rate == pytest.approx(5)
+    assert parse_ticks(jsonl(contractor(3))).rate == 20
 
 
 def test_same_play_in_both_formats_gives_the_same_actions():
@@ -164,7 +162,8 @@ def test_fields_in_any_order():
     for data in (rewritten, tricky, late, jsonl(lines).replace(b"\n", b"\r\n")):
         ticks = parse_ticks(data)
         assert not ticks.flaw
-        assert (ticks.motion == expected.motion).all() and (ticks.keys == expected.keys).all()
+        assert (ticks.motion == expected.motion).all()
+        assert (ticks.keys == expected.keys).all()
 
 
 @pytest.mark.parametrize(
@@ -267,9 +266,13 @@ def test_names_that_nobody_knows_are_counted(change, name, closest, capsys):
     vpt.WARNED_OF.clear()
     ticks = parse_ticks(jsonl(contractor(7, **({"keyboard": {"keys": []}} | change))))
     ((label, lines),) = ticks.unknown.items()
-    assert label.startswith(name) and lines == 7 and not names_held(ticks) and not ticks.flaw
+    assert label.startswith(name)
+    assert lines == 7
+    assert not names_held(ticks)
+    assert not ticks.flaw
     assert f'nearest known name: "{closest}"' in label if closest else "nearest" not in label
-    assert name in capsys.readouterr().err and "7 lines" in vpt.name_warnings(ticks.unknown)[0]
+    assert name in capsys.readouterr().err
+    assert "7 lines" in vpt.name_warnings(ticks.unknown)[0]
     assert vpt.Ticks.of(ticks.arrays()).unknown == ticks.unknown
 
 
@@ -292,7 +295,9 @@ def test_blank_lines_and_byte_order_marks_are_no_damage():
     mark = b"\xef\xbb\xbf"
     text = mark + b"\n" + b"".join(lines[:8]) + b" \t\r\n\n" + mark + b"".join(lines[8:]) + b"\n\n"
     ticks = parse_ticks(text)
-    assert not ticks.flaw and (ticks.motion == expected.motion).all() and ticks.total == 20
+    assert not ticks.flaw
+    assert (ticks.motion == expected.motion).all()
+    assert ticks.total == 20
     assert ticks.line.tolist() == [*range(1, 9), *range(11, 23)]
     with pytest.raises(ValueError, match="UTF-16"):
         parse_ticks(b"".join(lines).decode().encode("utf-16"))
@@ -313,7 +318,8 @@ def test_what_is_odd_in_a_field_that_nobody_reads_costs_nothing(old, new):
     """Bug: NaN in the inventory, as Python's json writes it, or a letter in another encoding drops
     a good recording."""
     text = jsonl(contractor(60, timestamp=lambda i: i / 20))
-    ticks, expected = parse_ticks(text.replace(old, new)), parse_ticks(text)
+    ticks = parse_ticks(text.replace(old, new))
+    expected = parse_ticks(text)
     assert not ticks.flaw and (ticks.motion == expected.motion).all()
     assert (ticks.keys == expected.keys).all() and ticks.rate == expected.rate
     assert vpt.peek_rate(text.replace(old, new), True) == pytest.approx(20)
@@ -326,7 +332,8 @@ def test_odd_json_where_it_matters_is_said():
     ticks = parse_ticks(jsonl(lines))
     assert len(ticks.motion) == 12 and ticks.flaw.startswith("line 12: motion")
     ticks = parse_ticks(jsonl(contractor(3, keyboard={"keys": ["\ud83dwasd", {"w": math.nan}]})))
-    assert vpt.Ticks.of(ticks.arrays()).unknown == ticks.unknown and len(ticks.unknown) == 2
+    assert vpt.Ticks.of(ticks.arrays()).unknown == ticks.unknown
+    assert len(ticks.unknown) == 2
     with pytest.raises(ValueError, match="no usable line"):
         parse_ticks(b"[" * 100_000)
 
@@ -385,7 +392,8 @@ def test_lines_are_put_in_the_order_that_they_tell():
     stamped = [{k: v for k, v in x.items() if k not in ("tick", "milli")} for x in lines]
     stamped = [x | {"timestamp": i / 20} for i, x in enumerate(stamped)]
     ticks = parse_ticks(jsonl([stamped[i] for i in order]))
-    assert ticks.motion[:, 0].tolist() == list(range(100)) and ticks.rate == pytest.approx(20)
+    assert ticks.motion[:, 0].tolist() == list(range(100))
+    assert ticks.rate == pytest.approx(20)
 
 
 def test_lines_that_cannot_be_sorted_are_refused_and_clocks_set_back_are_not():
@@ -401,7 +409,8 @@ def test_lines_that_cannot_be_sorted_are_refused_and_clocks_set_back_are_not():
         play = parse_ticks(jsonl(told(ticks, millis)))
         assert play.motion[:, 0].tolist() == list(range(100))
     shuffled = np.random.default_rng(0).permutation(100).tolist()
-    twice, apart = [*range(50)] * 2, [*range(5000, 5050), *range(50)]
+    twice = [*range(50)] * 2
+    apart = [*range(5000, 5050), *range(50)]
     for ticks, words in ((twice, "the same on some"), (apart, "gap"), (shuffled, "do not agree")):
         with pytest.raises(ValueError, match=words):
             parse_ticks(jsonl(told(ticks, ticks if ticks != shuffled else shuffled[::-1])))
@@ -564,6 +573,7 @@ def test_action_t_is_what_happens_after_the_last_frame_of_step_t(mp4, encode, fi
     for t in range(7):
         # lines 8t+4 to 8t+11, or 8t to 8t+7
         ticks = range(start + 8 * t + first, start + 8 * t + first + 8)
+
         # powers of two: no other set of lines gives this sum
         assert clip["actions"][t, 0] == sum(2.0**i for i in ticks)
         turned = (ticks[-1] + 1) ** 2 / 1e4 - ticks[0] ** 2 / 1e4
@@ -598,6 +608,7 @@ def test_guide_lines_at_5_hz_go_with_every_fourth_frame(mp4):
     whole."""
     clip = cut_clip(mp4, guide(), 3)
     assert [read_number(f) for f in clip["video"]] == [4 * i for i in range(3, 19)]
+
     # lines 4+2t and 5+2t
     assert clip["actions"][:, 0].tolist() == [4 + 2 * t + 5 + 2 * t for t in range(7)]
     clip = cut_clip(film(75), guide(), 3)  # a video that runs at the line rate itself
@@ -615,7 +626,8 @@ def test_guide_lines_that_stop_early_are_not_stretched_over_the_video(mp4, lines
     except ValueError as e:
         assert "unknown" in str(e)
     else:  # at 20 Hz the part before the bad line is sound
-        assert lines[-1] == {} and [read_number(f) for f in clip["video"]] == list(range(2, 63, 4))
+        assert lines[-1] == {}
+        assert [read_number(f) for f in clip["video"]] == list(range(2, 63, 4))
 
 
 def test_lines_against_frames(mp4):
@@ -630,6 +642,7 @@ def test_lines_against_frames(mp4):
     for n in (270, 330):
         with pytest.raises(ValueError, match=f"{n} lines but 300 frames"):
             reader.starts(parse_ticks(jsonl(contractor(n))), 300)
+
     # torn is not misaligned: its head can be used
     torn = parse_ticks(jsonl(contractor(200)) + b'{"mouse"')
     assert reader.starts(torn, 300) == 140
@@ -1120,7 +1133,8 @@ def test_motion_shift_slides_the_window_steadily(mp4):
         clip = cut_clip(mp4, contractor(), 5, np.random.default_rng(seed), motion_shift=0.25)
         at = offsets(clip["video"].numpy().transpose(0, 2, 3, 1), larger)
         line = at[0] + np.linspace(0, 1, 16)[:, None] * (at[-1] - at[0])
-        assert np.abs(at - line).max() <= 1.01 and np.abs(at[-1] - at[0]).max() <= 0.25 * HEIGHT
+        assert np.abs(at - line).max() <= 1.01
+        assert np.abs(at[-1] - at[0]).max() <= 0.25 * HEIGHT
         assert all((clip[k] == plain[k]).all() for k in ("actions", "states"))
         slides.append(np.abs(at[-1] - at[0]).max())
     assert max(slides) > 4

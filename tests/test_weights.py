@@ -18,7 +18,8 @@ from model import Encoder, Predictor, copy_fitting
 from weights import build_encoder, download, find_encoder, load_encoder, load_predictor, meta_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
-VJEPA1, VJEPA2 = FIXTURES / "ckpt_vjepa1.pth.tar", FIXTURES / "ckpt_vjepa2_pretrain.pt"
+VJEPA1 = FIXTURES / "ckpt_vjepa1.pth.tar"
+VJEPA2 = FIXTURES / "ckpt_vjepa2_pretrain.pt"
 
 
 def under(name, prefix):
@@ -55,7 +56,8 @@ def test_vjepa1_checkpoint(which):
     assert same(encoder, {k.removeprefix("module.backbone."): v for k, v in saved.items()})
     assert encoder.table_size == (2, 4, 4)
     assert encoder.tubelet_size == 2 and encoder.patch_size == 16
-    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_default_is_the_ema_encoder():
@@ -132,7 +134,8 @@ def test_predictor_file(tmp_path, name, extrinsics):
     )
     if extrinsics:
         used = load_predictor(tmp_path / "ac.pt", num_heads=3, grid=(4, 4), use_extrinsics=True)
-        assert used.use_extrinsics and all(p.requires_grad for p in used.parameters())
+        assert used.use_extrinsics
+        assert all(p.requires_grad for p in used.parameters())
 
 
 def test_predictor_with_proprio_encoder_or_without_state(tmp_path):
@@ -152,7 +155,8 @@ def test_predictor_with_proprio_encoder_or_without_state(tmp_path):
 def test_metas_own_code_could_load_what_we_write(tmp_path, use_extrinsics):
     """Catches a key that hub's strict load would miss: it strips "module." and "backbone." and
     always wants the extrinsics layer."""
-    encoder, predictor = small_encoder(), small_predictor(use_extrinsics=use_extrinsics)
+    encoder = small_encoder()
+    predictor = small_predictor(use_extrinsics=use_extrinsics)
     torch.save(meta_state(encoder, predictor), tmp_path / "meta.pt")
     saved = torch.load(tmp_path / "meta.pt", weights_only=True)
     cleaned = {
@@ -165,7 +169,8 @@ def test_metas_own_code_could_load_what_we_write(tmp_path, use_extrinsics):
         k for k in released if not k.startswith("predictor_blocks.") or int(k.split(".")[1]) < 2
     }
     assert list(cleaned["predictor"]["extrinsics_encoder.weight"].shape) == [16, 6]
-    assert same(encoder, cleaned["encoder"]) and same(encoder, cleaned["target_encoder"])
+    assert same(encoder, cleaned["encoder"])
+    assert same(encoder, cleaned["target_encoder"])
     assert same(load_encoder(tmp_path / "meta.pt", num_heads=2), encoder.state_dict())
     ours = load_predictor(
         tmp_path / "meta.pt", num_heads=2, grid=(2, 2), use_extrinsics=use_extrinsics
@@ -176,7 +181,8 @@ def test_metas_own_code_could_load_what_we_write(tmp_path, use_extrinsics):
 def test_what_is_predicted_travels_with_the_weights(tmp_path):
     """Bug: a predictor of changes is read as one of features, by us or by Meta's strict loader: all
     shapes fit, and every prediction is wrong; or Meta's own weights are taken for changes."""
-    change, plain = small_predictor(predict="change"), small_predictor()
+    change = small_predictor(predict="change")
+    plain = small_predictor()
     torch.save({"predictor": change.state_dict()}, tmp_path / "change.pt")
     torch.save(meta_state(small_encoder(), change), tmp_path / "meta.pt")
     torch.save(meta_state(small_encoder(), plain), tmp_path / "plain.pt")
@@ -226,9 +232,8 @@ def test_build_encoder_is_seeded():
     two = build_encoder("vit_tiny", seed=1)
     other = build_encoder("vit_tiny", seed=2)
     assert torch.equal(torch.rand(1), expected)
-    assert same(one, two.state_dict()) and not torch.equal(
-        one.blocks[0].mlp.fc1.weight, other.blocks[0].mlp.fc1.weight
-    )
+    assert same(one, two.state_dict())
+    assert not torch.equal(one.blocks[0].mlp.fc1.weight, other.blocks[0].mlp.fc1.weight)
     assert not any(p.requires_grad for p in one.parameters())
     with pytest.raises(ValueError, match="'vit_small' is unknown, choose from: vit_tiny"):
         build_encoder("vit_small")
@@ -237,7 +242,10 @@ def test_build_encoder_is_seeded():
 class Foreign(nn.Module):
     """Somebody's encoder: it keeps the contract."""
 
-    patch_size, tubelet_size, embed_dim, lost = 8, 2, 12, 0
+    patch_size = 8
+    tubelet_size = 2
+    embed_dim = 12
+    lost = 0
 
     def __init__(self):
         super().__init__()
@@ -471,14 +479,18 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, data, broken=0, ranges=True):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.broken, self.ranges, self.seen = data, broken, ranges, []
+        self.data = data
+        self.broken = broken
+        self.ranges = ranges
+        self.seen = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        server, wanted = self.server, self.headers.get("Range")
+        server = self.server
+        wanted = self.headers.get("Range")
         server.seen.append((self.path, wanted))
         if self.path == "/missing":
             return self.send_error(404)
@@ -500,7 +512,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    servers, waits = [], []
+    servers = []
+    waits = []
     monkeypatch.setattr(weights.time, "sleep", waits.append)
 
     def start(*args, **options):
@@ -521,15 +534,21 @@ def test_broken_transfer_is_resumed(tmp_path, serve, monkeypatch):
     server = serve(data, broken=2)
     monkeypatch.setenv("NANOJEPA_WEIGHTS_URL", server.url + "/mirror/")
     path = find_encoder("vjepa_vitl", tmp_path / "cache")
-    assert path == tmp_path / "cache" / "vitl16.pth.tar" and path.read_bytes() == data
+    assert path == tmp_path / "cache" / "vitl16.pth.tar"
+    assert path.read_bytes() == data
     assert server.seen[0] == ("/mirror/jepa/vitl16/vitl16.pth.tar", None)
-    half, three_quarters = len(data) // 2, len(data) // 2 + (len(data) - len(data) // 2) // 2
+    half = len(data) // 2
+    three_quarters = len(data) // 2 + (len(data) - len(data) // 2) // 2
     assert [r for _, r in server.seen[1:]] == [f"bytes={half}-", f"bytes={three_quarters}-"]
+
     # it backs off
-    assert server.waits == sorted(server.waits) and server.waits[-1] > server.waits[-2] > 0
+    assert server.waits == sorted(server.waits)
+    assert server.waits[-1] > server.waits[-2] > 0
     assert os.listdir(tmp_path / "cache") == ["vitl16.pth.tar"]
+
     # fetched once
-    assert find_encoder("vjepa_vitl", tmp_path / "cache") == path and len(server.seen) == 3
+    assert find_encoder("vjepa_vitl", tmp_path / "cache") == path
+    assert len(server.seen) == 3
     assert load_encoder(path, num_heads=3, num_frames=4).embed_dim == 48
 
 
