@@ -38,7 +38,8 @@ def test_attention_rows_say_what_auto_takes():
     """Bug: the row marked as what impl="auto" takes is another one; FlexAttention left out without
     a word."""
     rows, text = bench(
-        "attention", "--heads 2 --head_dim 32 --block 70 --steps 1 4 --no-flex --repeats 1"
+        "kernels",
+        "--of attention --heads 2 --head_dim 32 --block 70 --steps 1 4 --no-flex --repeats 1",
     )
     assert [(r["T"], r["impl"]) for r in rows if r["auto"]] == [(1, "prefix"), (4, "prefix")]
     assert {r["impl"] for r in rows} == {"reference", "prefix"} and "triton: needs a GPU" in text
@@ -48,7 +49,8 @@ def test_attention_rows_say_what_auto_takes():
 def test_scaling_measures_each_row_by_itself(tmp_path):
     """Bug: memory of a row holds what earlier rows left behind, so that it never falls."""
     rows, _ = bench(
-        "scaling", f"--sweeps depth width --crop_size 32 --repeats 1 --out {tmp_path / 'plot.png'}"
+        "scaling",
+        f"--of sizes --sweeps depth width --crop_size 32 --repeats 1 --out {tmp_path / 'plot.png'}",
     )
     assert [r["size"] for r in rows] == [3, 6, 12, 24, 128, 256, 512, 1024]
     assert rows[4]["MiB"] < rows[3]["MiB"] and (tmp_path / "plot.png").read_bytes().startswith(

@@ -1876,11 +1876,11 @@ def test_tables(world, tuned):
     assert (
         rows[3]["memory / PEFT's"] <= 1
     )  # split, so small a model keeps more: q, k and v's B as one matrix
-    rows, _ = bench("memory", "--batch_size 1")
+    rows, _ = bench("scaling", "--of memory --batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
-    rows, _ = bench("adapters", f"{out} {tuned.out}")
+    rows, _ = bench("lora", f"--runs {out} {tuned.out}")
     assert (
         rows[0]["recovered, one step"] == 1
         and rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]

@@ -1023,10 +1023,10 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
 
 
 def test_the_spread_is_that_of_the_runs(world, tmp_path):
-    """Bug: bench.spread trains every run with one seed or one number of threads, reports another
+    """Bug: tests.spread trains every run with one seed or one number of threads, reports another
     row than the last, counts a failed run, or trains finished runs again."""
     flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
-    command = [sys.executable, "-m", "bench.spread", "--json", "--out", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "tests.spread", "--json", "--out", str(tmp_path / "runs")]
     command += ["--seeds", "3", "4", "--threads", "1", "2"]
     for _ in range(2):
         done = subprocess.run([*command, "--", *flags], cwd=ROOT, capture_output=True, text=True)
