@@ -69,7 +69,7 @@ def flex_attend(flex, block, L, device):
 
 def attention_rows(shape, steps, dtype, with_flex, device, repeats):
     """Rows of the table of attention. shape: (B, heads, head_dim, tokens of a step)."""
-    B, heads, hd, block = shape
+    B, heads, hd, block = tuple(shape)
     matmul_flops, _ = bench.ceilings(device, dtype)
     flex = torch.compile(flex_attention, dynamic=False)
     rows = []
