@@ -29,7 +29,7 @@ demo: .venv/installed
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
 
 demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? 45 minutes
-	$(PY) -m bench.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO)
+	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO)
 
 demo-long: .venv/installed  # an hour of play, seven times the training
 	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
@@ -84,7 +84,7 @@ demo-lora: .venv/installed-dev  # a predictor of one robot arm, adapted to anoth
 		--out_dir out/robot/base --export robot/base.pt
 	$(PY) $(ADAPT) --full --lr 1e-3 --out_dir out/robot/full
 	for r in 4 8 16 32; do $(PY) $(ADAPT) --lora_r $$r --dropout 0 --lr 3e-3 --out_dir out/robot/r$$r || exit 1; done
-	$(PY) -m bench.adapters out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
+	$(PY) -m bench.lora --runs out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
 
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 

@@ -1,5 +1,5 @@
-"""What the kernel and step benchmarks share: interleaved medians, the machine's ceilings, and rows
-for people or as JSON lines."""
+"""What the benchmarks share: interleaved medians, the machine's ceilings, and rows as a table or as
+JSON lines."""
 
 import importlib.metadata
 import importlib.util
@@ -14,26 +14,30 @@ from kernels import linear
 
 
 def medians(calls, device, repeats=10, warmup=2):
-    """Median seconds of each of {name: function}, called in turn, round after round, so that a slow
-    minute hits all of them alike."""
-    times, events = {name: [] for name in calls}, []
-    flush = (
-        torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    )
+    """Median seconds of each of {name: function}, called in turn, round after round: a slow minute
+    then hits all of them alike."""
+    times = {name: [] for name in calls}
+    events = []
+    if device.type == "cuda":
+        # writing this empties the L2 cache of what the last call left there
+        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
     for _ in range(warmup + repeats):
         for name, call in calls.items():
-            if (
-                device.type == "cuda"
-            ):  # the host runs ahead, so that what it takes to launch a short kernel is not timed
-                flush.zero_()  # what the last call left in the L2 cache
-                events.append((name, *(torch.cuda.Event(enable_timing=True) for _ in range(2))))
-                events[-1][1].record()
+            if device.type == "cuda":
+                # the host runs ahead: events leave out what it takes to launch a short kernel
+                flush.zero_()
+                begin = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                begin.record()
                 call()
-                events[-1][2].record()
+                end.record()
+                events.append((name, begin, end))
             else:
                 began = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - began)
+
     if events:
         torch.cuda.synchronize()
     for name, begin, end in events:
@@ -42,7 +46,7 @@ def medians(calls, device, repeats=10, warmup=2):
 
 
 def peak_memory(call, device):
-    """{"MiB": what a call needs above what is allocated before it}; {} on a CPU, where
+    """{"MiB": what a call needs beyond what is allocated before it}. {} on a CPU, where
     bench.scaling asks processes."""
     if device.type != "cuda":
         return {}
@@ -54,26 +58,32 @@ def peak_memory(call, device):
 
 
 def ceilings(device, dtype):
-    """FLOP/s of a large square matmul and bytes/s (read + write) of a large copy, measured now:
-    what a share of the hardware means."""
+    """(FLOP/s of a large square matmul, bytes/s of a large copy, read and write), measured now.
+    Shares of the hardware are shares of these."""
     n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    found = medians(
-        {"matmul": lambda: linear(a, b, None), "copy": lambda: target.copy_(source)}, device
-    )
-    return 2 * n**3 / found["matmul"], 2 * size / found["copy"]
+
+    def matmul():
+        linear(a, b, None)
+
+    def copy():
+        target.copy_(source)
+
+    seconds = medians({"matmul": matmul, "copy": copy}, device)
+    return 2 * n**3 / seconds["matmul"], 2 * size / seconds["copy"]
 
 
 def machine(device):
-    """Device and versions, for every row."""
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
+    """Device and versions: every row names them."""
+    triton = "none"
+    if importlib.util.find_spec("triton"):
+        triton = importlib.metadata.version("triton")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "device": name,
         "torch": torch.__version__,
@@ -83,8 +93,8 @@ def machine(device):
 
 
 def report(rows, as_json, device):
-    """Rows (dicts with the same keys) as one JSON object a line, or as an aligned table headed by
-    the machine and what all rows share."""
+    """Print rows (dicts with the same keys) as one JSON object a line, or as an aligned table. The
+    table's first line names the machine and what all rows share."""
     if as_json:
         for row in rows:
             print(json.dumps(machine(device) | row))
@@ -93,8 +103,12 @@ def report(rows, as_json, device):
     def shown(value):
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    same = {k: v for k, v in rows[0].items() if all(row[k] == v for row in rows) and len(rows) > 1}
+    # columns that are the same in every row go into the first line
+    same = {}
+    if len(rows) > 1:
+        same = {k: v for k, v in rows[0].items() if all(row[k] == v for row in rows)}
     print(", ".join(f"{k} {shown(v)}" for k, v in (machine(device) | same).items()))
+
     cells = [[shown(v) for k, v in row.items() if k not in same] for row in rows]
     heads = [k for k in rows[0] if k not in same]
     widths = [max(map(len, column)) for column in zip(heads, *cells)]

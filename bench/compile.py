@@ -1,13 +1,15 @@
-"""Compile every kernel and tile row for GPUs that are not here, and refuse what would be slow
-there.
+"""Would every kernel and tile be fast on GPUs that are not here? Compiles them, and refuses what
+would be slow.
 
-python -m bench.compile                                      # everything, sm_80, sm_90 and sm_100
-python -m bench.compile --arch 90 --kernel 'dkdv bf16.*HD=64'
-python -m bench.compile --arch 90 --kernel stats --control  # must fail: adds a tile that spills
+    python -m bench.compile                                     # everything, sm_80, 90 and 100
+    python -m bench.compile --arch 90 --kernel 'dkdv bf16.*HD=64'
+    python -m bench.compile --arch 90 --kernel stats --control  # must fail: adds a tile that spills
 
-Needs no GPU: ptxas and cuobjdump come with triton. Exit code 1 and one line for every kernel that
-spills registers, asks for more shared memory than there is, does not use the tensor cores, or
-copies to shared memory four bytes at a time."""
+Needs no GPU: ptxas and cuobjdump come with triton. Prints a row for each kernel, tile and
+architecture: registers, shared memory, blocks that fit on a multiprocessor, tensor-core
+instructions. The exit code is 1, with a line for each, if a kernel spills registers, asks for more
+shared memory than there is, does not use the tensor cores, or copies to shared memory four bytes at
+a time."""
 
 import argparse
 import functools
@@ -41,9 +43,17 @@ CONTROL = ("attention._dkdv bf16 HD=64 ", {"BM": 128, "BN": 128}, 4)  # spills e
 
 
 def describe(row):
+    """A row of compile_rows in words, which --kernel is matched with."""
     name, _, types, constants, _, warps, stages, _ = tuple(row)
-    sizes = " ".join(f"{k}={v}" for k, v in constants.items())
-    return f"{name} {next(iter(types.values())).lstrip('*')} {sizes} warps={warps} stages={stages}"
+    return f"{name} {dtype_of(types)} {sizes_of(constants)} warps={warps} stages={stages}"
+
+
+def dtype_of(types):
+    return next(iter(types.values())).lstrip("*")
+
+
+def sizes_of(constants):
+    return " ".join(f"{k}={v}" for k, v in constants.items())
 
 
 def rows_of(arch, pattern, control):
@@ -55,25 +65,15 @@ def rows_of(arch, pattern, control):
                 yield row
             if control and describe(row).startswith(CONTROL[0]):
                 name, kernel, types, constants, divisible, _, stages, needs_mma = tuple(row)
-                control = False
-                yield (
-                    f"control {name}",
-                    kernel,
-                    types,
-                    constants | CONTROL[1],
-                    divisible,
-                    CONTROL[2],
-                    stages,
-                    needs_mma,
-                )
+                tile = constants | CONTROL[1]
+                warps = CONTROL[2]
+                yield f"control {name}", kernel, types, tile, divisible, warps, stages, needs_mma
+                control = False  # once is enough
 
 
-def check(job, pattern, control):
-    """Compile one row for one architecture: (table row, reasons to refuse it), as read from the
-    machine code."""
-    arch, index = job
-    job_row = list(rows_of(arch, pattern, control))[index]
-    name, kernel, types, constants, divisible, warps, stages, needs_mma = tuple(job_row)
+def compile_row(row, arch):
+    """A row compiled by Triton for sm_`arch`."""
+    _, kernel, types, constants, divisible, warps, stages, _ = tuple(row)
     position = {argument: (i,) for i, argument in enumerate(kernel.arg_names)}
     source = ASTSource(
         kernel,
@@ -82,98 +82,111 @@ def check(job, pattern, control):
         {position[argument]: [["tt.divisibility", 16]] for argument in divisible},
     )
     options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def disassemble(cubin):
+    """(usage of resources, names of all instructions) of machine code, by cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
+        f.write(cubin)
         f.flush()
         dump = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
         usage = dump([triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]).stdout
         sass = dump([triton.knobs.nvidia.cuobjdump.path, "-sass", f.name]).stdout
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
-    patterns = ("LDL|STL", MATMUL, "LDGSTS", r"LDGSTS.*\.128")
-    counts = [sum(bool(re.match(pattern, op)) for op in opcodes) for pattern in patterns]
-    spills, matmuls, copies, wide = tuple(counts)
-    narrow = copies - wide
+    return usage, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+
+
+def blocks_that_fit(arch, warps, shared, registers, columns):
+    """Blocks of a kernel that a multiprocessor runs at a time. columns: of sm_100's tensor
+    memory."""
+    on_chip = SHARED[arch][1]
+    by_warps = 64 // warps
+    by_shared = on_chip // (shared + 1024)
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)  # given out in eights
+    fewest = min(by_warps, by_shared, by_registers)
+    return min(fewest, 512 // columns) if columns else fewest
+
+
+def check(job, pattern, control):
+    """Compile one row for one architecture: (table row, reasons to refuse it), as read from the
+    machine code."""
+    arch, index = job
+    tile_row = list(rows_of(arch, pattern, control))[index]
+    name, _, types, constants, _, warps, stages, needs_mma = tuple(tile_row)
+    compiled = compile_row(tile_row, arch)
+    usage, opcodes = disassemble(compiled.asm["cubin"])
+
+    # what the machine code does
+    def count(instruction):
+        return sum(bool(re.match(instruction, opcode)) for opcode in opcodes)
+
+    spills = count("LDL|STL")
+    matmuls = count(MATMUL)
+    narrow = count("LDGSTS") - count(r"LDGSTS.*\.128")
+
+    # what it needs
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
-    limit, on_chip = SHARED[arch]
-    fits = [
-        64 // warps,
-        on_chip // (shared + 1024),
-        65536 // (-(-registers // 8) * 8 * 32 * warps),
-    ]  # warps, memory, registers
-    fits += [512 // columns] if columns else []  # tensor memory of sm_100
+    shared = compiled.metadata.shared
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    limit = SHARED[arch][0]
+    blocks = blocks_that_fit(arch, warps, shared, registers, columns)
+
     refused = {
         f"{stack} bytes of stack, {spills} loads and stores of spilled registers": stack or spills,
         f"{shared} bytes of shared memory, there are {limit}": shared > limit,
         "no tensor-core instruction": needs_mma and not matmuls,
         f"{narrow} copies narrower than 16 bytes": narrow > NARROW,
-        "no block fits on a multiprocessor": min(fits) == 0,
+        "no block fits on a multiprocessor": blocks == 0,
         "no instruction found: has the disassembler's format changed?": not opcodes,
     }
-    sizes = " ".join(f"{k}={v}" for k, v in constants.items())
-    row = {
-        "kernel": name,
-        "dtype": next(iter(types.values())).lstrip("*"),
-        "sizes": sizes,
-        "warps": warps,
-        "stages": stages,
-        "arch": arch,
-    }
-    row |= {
-        "registers": registers,
-        "shared": shared,
-        "ctas_per_sm": min(fits),
-        "mma": matmuls,
-        "narrow": narrow,
-    }
-    row |= {"instructions": len(opcodes), "ok": not any(refused.values())}
-    return row, [
-        f"sm_{arch} {describe(job_row)}: {reason}" for reason, bad in refused.items() if bad
-    ]
+    row = {"kernel": name, "dtype": dtype_of(types), "sizes": sizes_of(constants)}
+    row |= {"warps": warps, "stages": stages, "arch": arch}
+    row |= {"registers": registers, "shared": shared, "ctas_per_sm": blocks}
+    row |= {"mma": matmuls, "narrow": narrow, "instructions": len(opcodes)}
+    row["ok"] = not any(refused.values())
+    where = f"sm_{arch} {describe(tile_row)}"
+    return row, [f"{where}: {reason}" for reason, is_bad in refused.items() if is_bad]
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument(
-        "--arch",
-        type=int,
-        nargs="+",
-        default=[80, 90, 100],
-        choices=sorted(SHARED),
-        help="compute capabilities x 10",
+    # --- flags ---
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    p.add_argument(
-        "--kernel",
-        default="",
-        help="regular expression: compile what it is found in, e.g. 'dq bf16 HD=64'",
-    )
-    p.add_argument(
-        "--control",
-        action="store_true",
-        help="compile a tile that spills as well: the exit code must be 1",
-    )
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    p.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    args = p.parse_args()
+    flag = parser.add_argument
+    archs = sorted(SHARED)
+    arch_help = "compute capabilities x 10 (default: all three)"
+    flag("--arch", type=int, nargs="+", default=archs, choices=archs, help=arch_help)
+    kernel_help = "regular expression: compile what it is found in, e.g. 'dq bf16 HD=64'"
+    flag("--kernel", default="", help=kernel_help)
+    control_help = "compile a tile that spills as well: the exit code must be 1"
+    flag("--control", action="store_true", help=control_help)
+    flag("--jobs", type=int, default=os.cpu_count(), help="processes")
+    flag("--json", action="store_true", help="JSON lines instead of a table")
+    args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit(
             "TRITON_INTERPRET is set: the interpreter has nothing to compile, unset it"
         )
 
-    jobs = [
-        (arch, i)
-        for arch in args.arch
-        for i, _ in enumerate(rows_of(arch, args.kernel, args.control))
-    ]
+    # --- compile ---
+    jobs = []
+    for arch in args.arch:
+        for i, _ in enumerate(rows_of(arch, args.kernel, args.control)):
+            jobs.append((arch, i))
     if not jobs:
         raise SystemExit(f"--kernel {args.kernel!r} is found in no row")
-    rows, failures = [], []
+    rows = []
+    failures = []
+    work = functools.partial(check, pattern=args.kernel, control=args.control)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        work = pool.imap(functools.partial(check, pattern=args.kernel, control=args.control), jobs)
-        for row, refused in tqdm(work, total=len(jobs), unit="kernel"):
+        for row, refused in tqdm(pool.imap(work, jobs), total=len(jobs), unit="kernel"):
             rows.append(row)
             failures += refused
+
+    # --- report ---
     report(rows, args.json, torch.device("cpu"))
     for line in failures:
         print("REFUSED", line, file=sys.stderr)

@@ -1,11 +1,12 @@
-"""Candidates a second of the planner: keys and values kept and shared, against running the whole
-sequence anew for each step (upstream).
+"""How many candidates a second does the planner try, with keys and values kept and shared, and with
+the whole sequence run again for each step (as upstream does)?
 
     python -m bench.plan
-    python -m bench.plan --width 1024 --depth 24 --grid 16 --samples 64 --horizons 1 2        # the released predictor's size
+    python -m bench.plan --width 1024 --depth 24 --grid 16 --horizons 1 2     # the released size
 
-One whole search each (CEM), from the same noise, on a predictor with random weights. Prints medians
-of interleaved repeats and the largest difference between the actions that the two chose."""
+Each timed call is one whole search (CEM), from the same noise, on a predictor with random weights.
+Prints for each horizon both rates (medians of interleaved repeats), their ratio, and the largest
+difference between the actions that the two chose."""
 
 import argparse
 import functools
@@ -21,12 +22,13 @@ from model import Predictor, compose_states, normalize_features, predict
 class NoScaler:
     """Actions are in units of the data already."""
 
-    mean, scale = torch.zeros(4), torch.ones(4)
+    mean = torch.zeros(4)
+    scale = torch.ones(4)
 
 
 def energy_from_scratch(predictor, z, actions, states, goal, compose):
-    """evaluation.search.energy as the reference computes it: for every step of a candidate the whole
-    sequence runs again, and nothing is shared."""
+    """evaluation.search.energy as the reference computes it. For every step of a candidate the
+    whole sequence runs again, and nothing is shared."""
 
     @torch.no_grad()
     def cost(candidates):
@@ -45,72 +47,66 @@ def energy_from_scratch(predictor, z, actions, states, goal, compose):
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(
+    # --- flags ---
+    parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
-    p.add_argument("--width", type=int, default=192, help="of the predictor")
-    p.add_argument("--depth", type=int, default=4, help="blocks of the predictor")
-    p.add_argument("--grid", type=int, default=4, help="patches along a side")
-    p.add_argument("--context", type=int, default=1, help="steps of the past")
-    p.add_argument("--samples", type=int, default=64, help="candidates of an iteration")
-    p.add_argument("--iterations", type=int, default=2, help="of CEM")
-    p.add_argument(
-        "--horizons", type=int, nargs="+", default=[1, 2, 4, 8], help="steps planned ahead"
-    )
-    p.add_argument("--repeats", type=int, default=15, help="timed rounds")
-    p.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    args = p.parse_args()
-    device, names = torch.device(args.device), ACTION_SPACES[36]
+    flag = parser.add_argument
+    flag("--width", type=int, default=192, help="of the predictor (default 192)")
+    flag("--depth", type=int, default=4, help="blocks of the predictor (default 4)")
+    flag("--grid", type=int, default=4, help="patches along a side (default 4)")
+    flag("--context", type=int, default=1, help="steps of the past (default 1)")
+    flag("--samples", type=int, default=64, help="candidates of an iteration (default 64)")
+    flag("--iterations", type=int, default=2, help="of CEM (default 2)")
+    horizons_help = "steps planned ahead, a row each (default 1 2 4 8)"
+    flag("--horizons", type=int, nargs="+", default=[1, 2, 4, 8], help=horizons_help)
+    flag("--repeats", type=int, default=15, help="timed rounds (default 15)")
+    flag("--json", action="store_true", help="JSON lines instead of a table")
+    args = parser.parse_args()
+
+    # --- a predictor, and a past and a goal of noise ---
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    heads = max(args.width // 64, 1)
-    size = {"pred_dim": args.width, "depth": args.depth, "num_heads": heads}
+    names = ACTION_SPACES[36]
+    size = {"pred_dim": args.width, "depth": args.depth, "num_heads": max(args.width // 64, 1)}
     predictor = Predictor(192, len(names), 2, (args.grid, args.grid), **size).to(device).eval()
     z = normalize_features(torch.randn(1, args.context + 1, args.grid**2, 192, device=device))
-    actions, states = (
-        torch.randn(1, args.context - 1, len(names), device=device),
-        torch.zeros(1, args.context, 2, device=device),
-    )
-    compose = functools.partial(
-        compose_states, mean=NoScaler.mean.to(device), scale=NoScaler.scale.to(device)
-    )
-    space, rows = vpt_space(names, NoScaler), []
+    actions = torch.randn(1, args.context - 1, len(names), device=device)
+    states = torch.zeros(1, args.context, 2, device=device)
+    mean = NoScaler.mean.to(device)
+    scale = NoScaler.scale.to(device)
+    compose = functools.partial(compose_states, mean=mean, scale=scale)
+    space = vpt_space(names, NoScaler)
+    problem = (predictor, z[:, :-1], actions, states, z[0, -1], compose)
+
+    def plan(energy_of, horizon):
+        """One search. energy_of: which of the two ways computes the energy."""
+        with torch.no_grad():
+            cost = energy_of(*problem)
+        return search(
+            cost,
+            space,
+            horizon,
+            num_samples=args.samples,
+            iterations=args.iterations,
+            generator=torch.Generator().manual_seed(0),
+            device=device,
+        )
+
+    # --- time ---
+    rows = []
+    candidates = args.samples * args.iterations
     for horizon in args.horizons:
-
-        def plan(cached, horizon=horizon):
-            past = (predictor, z[:, :-1], actions, states, z[0, -1], compose)
-            with torch.no_grad():
-                cost = energy(*past) if cached else energy_from_scratch(*past)
-            generator = torch.Generator().manual_seed(0)
-            return search(
-                cost,
-                space,
-                horizon,
-                num_samples=args.samples,
-                iterations=args.iterations,
-                generator=generator,
-                device=device,
-            )
-
-        times = medians(
-            {"cache": lambda: plan(True), "anew": lambda: plan(False)},
-            device,
-            args.repeats,
-            warmup=1,
-        )
-        row = {"horizon": horizon} | {
-            f"{k} candidates/s": args.samples * args.iterations / t for k, t in times.items()
-        }
-        same = (plan(True) - plan(False)).abs().max().item()
-        rows.append(
-            row | {"anew / cache": times["anew"] / times["cache"], "actions differ by": same}
-        )
-    print(
-        f"width {args.width}, depth {args.depth}, {args.grid}x{args.grid} patches, context"
-        f" {args.context}, {args.samples} samples"
-    )
+        kept = functools.partial(plan, energy, horizon)
+        again = functools.partial(plan, energy_from_scratch, horizon)
+        seconds = medians({"kept": kept, "again": again}, device, args.repeats, warmup=1)
+        row = {"width": args.width, "depth": args.depth, "patches": args.grid**2}
+        row |= {"context": args.context, "samples": args.samples, "horizon": horizon}
+        row["kept candidates/s"] = candidates / seconds["kept"]
+        row["again candidates/s"] = candidates / seconds["again"]
+        row["again / kept"] = seconds["again"] / seconds["kept"]
+        row["actions differ by"] = (kept() - again()).abs().max().item()
+        rows.append(row)
     report(rows, args.json, device)

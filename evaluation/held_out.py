@@ -118,7 +118,7 @@ def gap_of(other, true, recordings):
 
 
 # With fewer recordings no interval is given. Those of 3 to 20 recordings contain the truth 90 to
-# 97 % of the time in every row that `python -m bench.intervals` simulates; those of two would be
+# 97 % of the time in every row that `python -m tests.intervals` simulates; those of two would be
 # wider than any gap.
 FEWEST_RECORDINGS = 3
 
@@ -132,7 +132,7 @@ def ratio_interval(top, bottom, recordings):
     of the ratio's logarithm is the jackknife's (one recording left out at a time), the factor is
     1.06 times Student's t. Recordings of equal weight give G - 1 degrees of freedom to t. Where few
     of them hold most clips there are fewer: half of the way to the effective number of recordings,
-    1 / (sum of squared weights), which is what bench.intervals found to cover."""
+    1 / (sum of squared weights), which is what tests.intervals found to cover."""
     numbers = {name: i for i, name in enumerate(dict.fromkeys(recordings))}
     G = len(numbers)
     if G < FEWEST_RECORDINGS:
@@ -152,7 +152,7 @@ def ratio_interval(top, bottom, recordings):
     error = ((G - 1) / G * (without / ratio).log().square().sum(0)).sqrt()
     error = torch.where(error > 0, error, math.nan)
 
-    # the factor is Student's t, a little wider: what covers in all rows of bench.intervals
+    # the factor is Student's t, a little wider: what covers in all rows of tests.intervals
     effective = 1 / (below / below.sum(0)).square().sum(0)
     freedom = (G + effective) / 2 - 1
     reach = 1.06 * torch.from_numpy(np.asarray(stdtrit(freedom.numpy(), 0.975))) * error

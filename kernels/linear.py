@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 # MKL runs AVX2 code on AMD processors, oneDNN AVX-512: 200 against 450 GFLOP/s on two cores of an
-# EPYC (python -m bench.linear). This was not measured on Intel's, where MKL uses AVX-512 too.
-# Where both run AVX2 there is nothing to gain: oneDNN takes 1.03 to 1.08 times as long as MKL from
-# 528 rows up (one thread, 90 to 100 GFLOP/s both). ATEN_CPU_CAPABILITY=avx2 decides here too.
+# EPYC (python -m bench.kernels --of linear). This was not measured on Intel's, where MKL uses
+# AVX-512 too. Where both run AVX2 there is nothing to gain: oneDNN takes 1.03 to 1.08 times as long
+# as MKL from 528 rows up (one thread, 90 to 100 GFLOP/s both). ATEN_CPU_CAPABILITY=avx2 decides
+# here too.
 ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 )

@@ -111,6 +111,7 @@ def arm(w):
     def scaled(point):
         return " ".join(f"{x * w['size']:.4f}" for x in point)
 
+    # from the hand inwards: each body contains the next
     body = gripper(w)
     for i, (position, quaternion, limit, end, radius) in reversed(list(enumerate(CHAIN))):
         body = f"""
@@ -199,6 +200,7 @@ class Waypoint(NamedTuple):
 
 def waypoints(rng, block, angle, goal):
     """The operator's path: move to a block, lift it, carry it, put it down, then wander."""
+    # to which side it misses, if it does
     side = rng.choice([-1, 1])
     misses = rng.random() < 0.3  # some grasps go beside the block
     beside = np.array([0, 0.1, 0]) * side * misses
@@ -215,6 +217,7 @@ def waypoints(rng, block, angle, goal):
         closed = int(rng.random() < 0.3)
         return Waypoint(position, angles, closed, 2)
 
+    # where to hover, where to grasp, where to put down
     up = np.array([0, 0, rng.uniform(0.14, 0.26)])
     take = block + beside
     put = goal + [0, 0, 0.01]
@@ -229,6 +232,8 @@ def waypoints(rng, block, angle, goal):
         Waypoint(put, turn, 0, 4),
         Waypoint(goal + up, tilted(), 0, 0),
     ]
+
+    # half of the episodes start with a detour, and all end with wandering
     detour = somewhere()
     if rng.random() < 0.5:
         path.insert(0, detour)
@@ -263,6 +268,7 @@ class Operator:
 
     def move(self):
         """One step on the way to the next waypoint; there, first move the gripper and wait."""
+        # how far is the next waypoint?
         goal = self.path[0]
         away = goal.position - self.position
         distance = np.linalg.norm(away)
@@ -275,6 +281,7 @@ class Operator:
         self.position = self.position + self.velocity / RATE
         self.angles = self.angles + self.spin / RATE
 
+        # there: first the gripper, a third of its way a step, then the wait
         if distance < 0.02 and np.abs(goal.angles - self.angles).max() < 0.1:
             self.grip = self.grip + np.clip(goal.grip - self.grip, -0.34, 0.34)
             self.waited += 1
@@ -288,14 +295,19 @@ def reach(mujoco, model, ghost, joints, position, rotation):
     """Joint angles near `joints` that bring the tool to a pose: damped least squares, pulled gently
     to HOME. ghost: a MjData for trying them."""
     for _ in range(4):
+        # where the tool is with these joints, and how it moves with each
         ghost.qpos[:7] = joints
         mujoco.mj_kinematics(model, ghost)
         mujoco.mj_comPos(model, ghost)
         jacobian = np.zeros((6, model.nv))
         mujoco.mj_jacSite(model, ghost, jacobian[:3], jacobian[3:], 0)
         j = jacobian[:, :7]
+
+        # what is missing: metres, and a rotation vector
         turn = rotation * Rotation.from_matrix(ghost.site_xmat[0].reshape(3, 3)).inv()
         error = np.concatenate([position - ghost.site_xpos[0], turn.as_rotvec()])
+
+        # a damped step towards it; joints that are free of it drift to HOME
         inverse = j.T @ np.linalg.inv(j @ j.T + 1e-3 * np.eye(6))
         joints = joints + inverse @ error + 0.02 * (np.eye(7) - inverse @ j) @ (HOME - joints)
     return joints
@@ -307,6 +319,7 @@ def reach(mujoco, model, ghost, joints, position, rotation):
 def play(world, seed, number, steps):
     """One episode -> (rows {field: (T, d)}, pictures {camera: [(180, 320, 3) uint8]}, the colour of
     the block that was to be moved, whether it was)."""
+    # an episode has a generator of its own: its number decides it, not the order of the work
     mujoco, model, renderer = open_world(world)
     w = WORLDS[world]
     rng = np.random.default_rng([seed, number, ord(world)])
@@ -328,6 +341,8 @@ def play(world, seed, number, steps):
     # the arm starts somewhere above the table, with the gripper open
     position = rng.uniform((0.35, -0.15, 0.2), (0.5, 0.15, 0.38)) * w["size"]
     angles = rng.uniform(-0.2, 0.2, 3)
+
+    # the joints that this pose needs
     operator = Operator(path, w["speed"], position, angles)
     joints = HOME.copy()
     for _ in range(20):

@@ -1,18 +1,20 @@
-"""Real gameplay as VPT shards: ViZDoom on Freedoom 2, played by an exploring policy, recorded as
-contractors' Minecraft was.
+"""Makes real gameplay as VPT shards: ViZDoom on Freedoom 2, played by an exploring policy, recorded
+in the format of OpenAI's Minecraft contractors.
 
     python -m prepare.demo --minutes 10 --size 256x144 --out demo     # half a minute on two cores
 
-Writes OUT/train/shard-%06d.tar and OUT/val/shard-%06d.tar (about a sixth of the minutes, on maps
-that train never shows) of KEY.mp4 (H.264, yuv420p, 20 frames a second) and KEY.jsonl (one line a
-frame), and OUT/demo.json (the arguments; finished shards are kept on a re-run).
+Writes OUT/train/shard-%06d.tar and OUT/val/shard-%06d.tar. The val shards are about a sixth of the
+minutes, on maps that train never shows. A shard contains KEY.mp4 (H.264, yuv420p, 20 frames a
+second) and KEY.jsonl (one line a frame). OUT/demo.json contains the arguments. Run it again after a
+kill: finished shards are kept.
 
-Line t goes with frame t and its effect is visible in frame t+1. The engine runs at 35 tics a second
-and a line is 2 tics, so the recording plays 1.14 times slower than the game. As in Minecraft a
-pixel of mouse motion is 0.15 degrees, yaw is unbounded and grows to the right, pitch grows
-downwards; both and the position are read back from the game (32 units are a block). Keys: w a s d,
-space, left.shift crouch, left.control sprint, mouse 0 attack, mouse 1 use; hotbar slots 0..6 are
-weapons. Play is a function of --seed alone, not of --workers."""
+Line t goes with frame t; its effect is visible in frame t+1. The engine runs at 35 tics a second
+and a line is 2 tics, so the recording plays 1.14 times slower than the game. As in Minecraft, a
+pixel of mouse motion is 0.15 degrees, yaw is unbounded and grows to the right, and pitch grows
+downwards. Both, and the position, are read back from the game (32 units are a block).
+
+Keys: w a s d, space, left.shift (crouch), left.control (sprint); mouse button 0 attacks, 1 uses.
+The hotbar slots 0 to 6 are weapons. Play depends on --seed alone, not on --workers."""
 
 import argparse
 import concurrent.futures
@@ -49,9 +51,8 @@ from evaluation.game import (
 from files.disk import write_atomically
 from files.vpt import DEGREES_PER_PIXEL
 
-SIZES = [
-    name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"
-]  # yuv420p has no odd sizes
+# sizes that the game draws; yuv420p has no odd ones
+SIZES = [name[4:].lower() for name in vizdoom.ScreenResolution.__members__ if name[-1] in "02468"]
 X264 = {
     "preset": "veryfast",
     "crf": "20",
@@ -82,18 +83,24 @@ class Explorer:
         self.look_left = 0
 
     def hold(self, name, chance, low, high):
+        """Press a key with this chance, for low to high - 1 ticks."""
         if name not in self.pressed and self.rng.random() < chance:
             self.pressed[name] = int(self.rng.integers(low, high))
 
     def act(self, depth, pitch, position):
         """Depth (H, W) of the picture, pitch in degrees, position (x, y) -> dx, dy in pixels, keys,
         mouse buttons, wheel; sets slot."""
+        # keys that were held long enough are released
         self.pressed = {name: left - 1 for name, left in self.pressed.items() if left > 0}
+
+        # what is in the way? a player that is stuck lets go of everything
         left, ahead, right = self.distances(depth, pitch)
         stuck = self.is_stuck(position)
         if stuck:
             self.pressed = {}
             self.trail = []
+
+        # new goals for the camera, when the old ones are over or something is near
         avoid = stuck or ahead < 1.5 * NEAR
         if stuck or self.turn_left <= 0 or (avoid and abs(self.turn_goal) < 2):
             self.choose_turn(avoid, right > left)
@@ -111,6 +118,7 @@ class Explorer:
         if resting:
             return dx, dy, [], [], 0
 
+        # keys, mouse buttons, and now and then another weapon, by wheel or by number
         self.press(ahead)
         keys = sorted(self.pressed.keys() - set(MOUSE))
         buttons = [number for number, name in enumerate(MOUSE) if name in self.pressed]
@@ -125,6 +133,7 @@ class Explorer:
 
     def distances(self, depth, pitch):
         """Distance at the horizon to what is on the left, ahead and on the right."""
+        # the horizon moves with the pitch; its band tells walls from floor and ceiling
         h, w = depth.shape
         horizon = int(np.clip(h / 2 - np.tan(np.radians(pitch)) * h * FOCAL, h / 8, 7 * h / 8))
         band = depth[horizon - h // 16 : horizon + h // 16]
@@ -144,6 +153,7 @@ class Explorer:
     def choose_turn(self, avoid, more_room_right):
         """A new goal for the turning speed: a pause, a drift or a turn, to the free side of what is
         in the way."""
+        # how fast: stand still, drift, or turn (always, if something is in the way)
         rng = self.rng
         kind = 1.0 if avoid else rng.random()
         self.turn_left = int(rng.integers(5, 16))
@@ -154,6 +164,7 @@ class Explorer:
         else:
             speed = rng.uniform(2.0, 7.0)
 
+        # to which side: mostly the free one, but not always, or it would walk in circles
         chance_of_right = 0.5
         if avoid:
             chance_of_right = 0.85 if more_room_right else 0.15
@@ -171,6 +182,7 @@ class Explorer:
 
     def move_camera(self, pitch):
         """One tick towards the goals -> dx, dy in pixels, as a hand would: not quite smooth."""
+        # both speeds move towards their goals
         rng = self.rng
         self.turn_left -= 1
         self.look_left -= 1
@@ -179,6 +191,7 @@ class Explorer:
         if abs(self.turn) <= 0.15 and abs(look) <= 0.15:
             return 0, 0  # a hand at rest sends exact zeros
 
+        # noise on the speed and on the pixels; the pitch stays within the game's limits
         dx = round(self.turn * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5))
         dy = round(look * rng.normal(1, 0.35) / DEGREES_PER_PIXEL + rng.normal(0, 1.5))
         highest = (-PITCH_LIMIT - pitch) / DEGREES_PER_PIXEL
@@ -190,6 +203,7 @@ class Explorer:
         if ahead < NEAR:
             self.pressed.pop("w", None)
             self.hold("use", 0.15, 1, 3)  # it may be a door
+        # name: chance a tick, fewest and most ticks
         chords = {
             "s": (0.05 if ahead < NEAR else 0.01, 4, 12),
             "w": (0.15 if ahead > NEAR else 0, 8, 40),
@@ -256,6 +270,7 @@ def mouse_of(dx, dy, wheel, buttons, buttons_before):
 def play(game, map_number, points, length, size, rng, parent):
     """Play one recording -> mp4 bytes, list of lines (dicts, contractor format). It ends early if
     the level does, or at a teleporter."""
+    # a new level, from one of its start points
     begin(game, int(rng.integers(2**31)), map_number, points[rng.integers(len(points))])
     player = Explorer(rng)
     video = io.BytesIO()
@@ -276,8 +291,11 @@ def play(game, map_number, points, length, size, rng, parent):
         for t in range(-FPS, length):
             if game.is_episode_finished() or game.is_player_dead():
                 break
+            # a worker whose program was killed ends with it
             if os.getppid() != parent:
                 raise RuntimeError("the program that this game was played for is gone")
+
+            # where the player looks now, read back from the game
             state = game.get_state()
             variables = dict(zip(VARIABLES, state.game_variables.tolist()))
             turned = (angle - variables["ANGLE"] + 180) % 360 - 180
@@ -304,7 +322,7 @@ def play(game, map_number, points, length, size, rng, parent):
                 new_keys = [key for key in keys if key not in keys_before]
                 lines.append(contractor_line(t, mouse, keys, new_keys, player.slot, yaw, variables))
 
-            # and the game goes on by one tick
+            # and the game moves on by one tick
             keys_before = keys
             buttons_before = buttons
             pressed = [*keys, *(MOUSE[b] for b in buttons)]
@@ -314,8 +332,9 @@ def play(game, map_number, points, length, size, rng, parent):
 
 
 def guide_line(line):
-    """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and only what they
-    list."""
+    """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and the fields that
+    they list, no others."""
+    # yaw within (-pi, pi]
     camera = [
         math.pi - (math.pi - math.radians(line["yaw"])) % (2 * math.pi),
         math.radians(line["pitch"]),
@@ -337,7 +356,7 @@ def make_shard(path, recordings, length, size, seed, guide, parent):
         game = open_game(size, seed, folder)
         try:
             for number, map_number in recordings:
-                # what the end of its level or a teleporter cut short is played again elsewhere
+                # a recording that the end of its level or a teleporter cut short is played again
                 for attempt in range(20):
                     rng = np.random.default_rng([seed, number, attempt])
                     video, lines = play(
@@ -350,6 +369,8 @@ def make_shard(path, recordings, length, size, seed, guide, parent):
                         f"map {map_number} ends every recording before {length / 2 / FPS:g} s: take"
                         " another --seed"
                     )
+
+                # its two files, side by side
                 if guide:
                     lines = [guide_line(line) for line in lines]
                 text = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -363,12 +384,14 @@ def make_shard(path, recordings, length, size, seed, guide, parent):
 
 
 def die_with(parent):
-    """A pool's workers outlive a parent that was killed, waiting for work for ever; this ends them,
-    `play` having closed their game."""
+    """End this worker when its parent is gone. Without this, workers of a pool wait for work for
+    ever after their parent was killed."""
 
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
+
+        # `play` sees it too, and has time to close its game
         time.sleep(3)
         os._exit(1)
 
@@ -378,6 +401,7 @@ def die_with(parent):
 def plan(minutes, out, seed):
     """(ticks of a recording, [(shard path, [(recording number, map), ...]), ...]): recordings of
     about 20 s, every sixth held out."""
+    # three recordings a minute, at least four to train on and two held out
     count = max(round(minutes * 3), 6)
     held_out = max(round(count / 6), 2)
     rng = np.random.default_rng(seed)
@@ -387,6 +411,8 @@ def plan(minutes, out, seed):
         # maps in random order, again and again until there are enough
         rounds = n // len(MAPS[split]) + 1
         maps = np.concatenate([rng.permutation(MAPS[split]) for _ in range(rounds)])[:n]
+
+        # the numbering continues from train to val; about three recordings make a shard
         recordings = [(first + i, int(number)) for i, number in enumerate(maps)]
         parts = np.array_split(np.arange(n), max(fewest, round(n / 3)))
         for i, part in enumerate(parts):
@@ -422,6 +448,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     # --- resume ---
+    # a folder is continued only with the arguments that it was made with
     made = {"minutes": args.minutes, "size": args.size, "seed": args.seed, "lines": args.lines}
     note = os.path.join(args.out, "demo.json")
     made_before = "something else"
@@ -434,6 +461,8 @@ if __name__ == "__main__":
             " or remove that folder"
         )
     write_atomically(note, json.dumps(made).encode() + b"\n")
+
+    # which recordings go into which shard: the same on every run
     length, shards = plan(args.minutes, os.path.abspath(args.out), args.seed)
 
     # --- play ---
@@ -441,6 +470,8 @@ if __name__ == "__main__":
     todo = [shard for shard in shards if not os.path.exists(shard[0])]
     for leftover in glob.glob(os.path.join(glob.escape(args.out), "*", "*.tmp")):
         os.unlink(leftover)
+
+    # a worker plays a shard at a time
     pool = concurrent.futures.ProcessPoolExecutor(
         args.workers, initializer=die_with, initargs=(os.getpid(),)
     )
@@ -454,6 +485,8 @@ if __name__ == "__main__":
         for job in concurrent.futures.as_completed(jobs):
             job.result()
             bar.update(len(jobs[job][1]) * length)
+
+    # --- report ---
     size = sum(os.path.getsize(path) for path, _ in shards) / 2**20
     print(
         f"{args.out}: {len(shards)} shards, {size:.1f} MiB, {sum(len(r) for _, r in shards)}"

@@ -1,24 +1,24 @@
-"""Video-VAE latents with known actions in the guide's format: a synthetic world, or ViZDoom play
-through a small autoencoder.
+"""Makes video-VAE latents with known actions, in the guide's format: a synthetic world, or ViZDoom
+play through a small autoencoder.
 
     # sprite world, chunks of (16, 2, 64, 64)
     python -m prepare.latents --out latents
     # recordings of prepare.demo, or any VPT shards
     python -m prepare.latents --out latents-play --data 'demo/*/*.tar'
 
-Writes OUT/KEY.h5, dataset `latents` [chunks, 16, 2, size, size] float16, and OUT/KEY.actions.npz,
-the truth between steps t and t+1.
+Writes OUT/KEY.h5 with the dataset `latents` [chunks, 16, 2, size, size] in float16, and
+OUT/KEY.actions.npz with the true action between steps t and t+1.
 
-Sprite world: noise and a patterned square on a torus. In each step the square makes one of nine
+Sprite world: noise, and a patterned square on a torus. In each step the square makes one of nine
 moves (down and right, each -1, 0 or 1 patches of 4), which the npz calls `move`. --distractor adds
-another pattern. With `steady` it keeps one velocity a file. With `random` it moves as the first
+another pattern. With `steady` it keeps one velocity in a file. With `random` it moves as the first
 does, independently: no model without labels can tell which of the two the labels mean.
 
 Play: frames at --fps and 8 times the size. Four of them (half a second) make one step of 16
-channels, without the frames of other steps: no step knows the next, as a video VAE's second step of
-a chunk may. The autoencoder, three strided convolutions and back, is trained here on those frames.
-It only stands in for a video VAE of the same shapes. The npz contains `yaw` (-1 left, 0, 1 right; 0
-within 3 degrees) and `forward` (key w)."""
+channels, without the frames of other steps. So no step knows the next one, as the second step of a
+chunk of a video VAE may. The autoencoder, three strided convolutions and back, is trained here on
+those frames. It only stands in for a video VAE of the same shapes. The npz contains `yaw` (-1 left,
+0, 1 right; 0 within 3 degrees) and `forward` (key w)."""
 
 import argparse
 import os
@@ -45,6 +45,7 @@ CHANNELS = 16
 def pattern(number, size):
     """What moves: (16, size/4, size/4), always the same. Its values are normal with std 2, and
     blocks of pixels have the same value, so it has structure."""
+    # 4x4 random vectors, each enlarged to a block
     rng = np.random.default_rng([77, number])
     noise = torch.from_numpy(rng.standard_normal((1, CHANNELS, 4, 4)).astype(np.float32))
     return 2 * F.interpolate(noise, size=(size // 4, size // 4), mode="nearest")[0].numpy()
@@ -52,13 +53,18 @@ def pattern(number, size):
 
 def sprite_file(rng, steps, size, noise, distractor):
     """(z (steps, 16, size, size), moves (steps - 1,) 0..8: 3 * (down + 1) + right + 1)."""
+    # noise everywhere, and the moves of the square
     z = noise * rng.standard_normal((steps, CHANNELS, size, size), dtype=np.float32)
     moves = rng.integers(-1, 2, (steps - 1, 2))  # down, right
+
+    # how the other pattern moves, if there is one
     walks = [moves]
     if distractor == "random":
         walks.append(rng.integers(-1, 2, (steps - 1, 2)))
     elif distractor == "steady":
         walks.append(np.tile(rng.integers(-1, 2, 2), (steps - 1, 1)))
+
+    # draw: a pattern starts anywhere and is rolled around the torus
     for number, walk in enumerate(walks):
         start = rng.integers(0, size // PATCH, 2)
         path = start + np.concatenate([np.zeros((1, 2), int), walk.cumsum(0)])
@@ -114,17 +120,21 @@ def normalised(frames):
 def fit(model, frames, steps, batch, seed):
     """Train the autoencoder on uint8 frames (S, 12, H, W). Returns its mean squared error on pixels
     in [-1, 1]."""
+    # one cycle of the learning rate
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     batch = min(batch, len(frames))
     bar = tqdm(range(steps), unit="step", desc="autoencoder")
     for _ in bar:
+        # random steps of all recordings
         rows = np.sort(rng.choice(len(frames), batch, replace=False))
         x = normalised(frames[rows])
         z = model.down(x)
         error = F.mse_loss(model.up(z), x)
-        unit_scale = (z.square().mean() - 1).square()  # keeps the latents near it
+
+        # the second term keeps the latents near unit variance
+        unit_scale = (z.square().mean() - 1).square()
         (error + 1e-3 * unit_scale).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -139,6 +149,8 @@ def read_play(data, fps, size):
     records, bad = index_shards(expand(data))
     for file, key, reason in bad:
         print(f"left out: {file} {key}: {reason}")
+
+    # frames and labels of every recording; one that cannot be read is left out and printed
     recordings = {}
     for r in tqdm(records, unit="recording", desc="frames"):
         if r.key in recordings:
@@ -170,15 +182,20 @@ def label_shares(name, recordings):
 
 def write_play(out, data, fps, size, ae_steps, ae_batch, seed):
     """Train an autoencoder on the frames of VPT shards, write their latents, print a summary."""
+    # one autoencoder for all recordings
     recordings = read_play(data, fps, 8 * size)
     model = Autoencoder()
     every = np.concatenate([frames for frames, _ in recordings.values()])
     error = fit(model, every, ae_steps, ae_batch, seed)
+
+    # latents, about sixteen steps at a time
     with torch.inference_mode():
         for key, (frames, labels) in tqdm(recordings.items(), unit="recording", desc="latents"):
             parts = np.array_split(frames, max(len(frames) // 16, 1))
             z = torch.cat([model.down(normalised(part)) for part in parts])
             write_latents(out, key, z.numpy(), labels)
+
+    # what was made, and how often each label occurs
     print(
         f"{out}: {len(recordings)} recordings, {len(every)} steps; pixel MSE of the autoencoder"
         f" {error:.4f}"
@@ -209,6 +226,8 @@ if __name__ == "__main__":
     group.add_argument("--ae_batch", type=int, default=16, help="autoencoder: steps in a batch")
     args = parser.parse_args()
     sys.excepthook = short_excepthook
+
+    # --- checks: before anything is made ---
     if args.size % 16 or args.size < 16:
         raise ValueError(f"--size {args.size} is no multiple of 16")
     for name in ("files", "chunks", "fps", "ae_steps", "ae_batch"):
@@ -217,6 +236,8 @@ if __name__ == "__main__":
             parser.error(f"--{name} {value:g} is too small: give more than 0")
     if args.noise < 0:
         parser.error(f"--noise {args.noise:g} is below 0")
+
+    # files of an earlier run would be mixed with those of this one
     if os.path.isdir(args.out) and find_files(args.out)[0]:
         raise ValueError(f"{args.out} holds H5 files already: give another --out, or remove them")
 

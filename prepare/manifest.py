@@ -1,15 +1,15 @@
-"""Check a folder of video-VAE latents (*.h5) and split its files at random: what train_lam.py
-trains from.
+"""Checks a folder of video-VAE latents (*.h5) and splits its files at random. train_lam.py trains
+from the manifest that it writes.
 
     python -m prepare.manifest latents --train_ratio 0.8 --val_ratio 0.1 --test_ratio 0.1 --seed 42
     # hold out maps of the demo's play
     python -m prepare.manifest latents-play --size 16 --test_files 'map2[5-9]*' 'map30*'
 
 Reads every value of DIR and its folders once. Each file must contain one dataset (chunks, 16, T,
-64, 64) of finite numbers, T 1 or 2, and enough steps for a window; --size 16 or --size 60 104 is
-for latents of another size. What does not fit is left out and listed. So are files whose steps are
-constant or all the same, parts that were never written, a second copy of the same latents, and
-files whose values are of another scale than most.
+64, 64) of finite numbers, with T 1 or 2, and enough steps for a window. --size 16 or --size 60 104
+is for latents of another size. A file that does not fit is left out and listed. So are files whose
+steps are constant or all the same, parts that were never written, a second copy of the same
+latents, and files whose values are of another scale than most.
 
 Writes DIR/manifest.json: {"metadata": ratios, seed, counts, mean and std of the training latents
 (of all values, and by channel), fingerprint, skipped files with the reason, "splits": {"train",
@@ -70,6 +70,7 @@ def wrong_shape(shape, C, H, W):
 def check(path, shape, sequence_length):
     """Read a file -> Checked. shape: (channels, height, width); sequence_length: steps of a window.
     Raises ValueError or OSError if something is wrong with it."""
+    # shape, dtype and length, before any value is read
     data = open_dataset(path)
     reason = wrong_shape(data.shape, *shape)
     if reason:
@@ -86,7 +87,7 @@ def check(path, shape, sequence_length):
             " steps of a window"
         )
 
-    # a few MiB at a time
+    # the values, a few MiB at a time
     chunk_bytes = int(np.prod(data.shape[1:])) * data.dtype.itemsize
     rows = max(2**22 // chunk_bytes, 1)
     moments = []
@@ -97,9 +98,13 @@ def check(path, shape, sequence_length):
     for first in range(0, chunks, rows):
         values = np.ascontiguousarray(read_rows(data, first, first + rows))
         check_values(values, first)
+
+        # does anything happen in it? every step is compared with the first
         if first_step is None:
             first_step = values[:1, :, :1].copy()
         moves = moves or bool((values != first_step).any())
+
+        # hashes, and the sums that mean and variance come from
         digest.update(values)
         with np.errstate(over="ignore"):
             rounded_digest.update(np.ascontiguousarray(values, dtype="<f2"))
@@ -124,9 +129,12 @@ def check_values(values, first):
     """Raises ValueError for chunks (rows, C, T, H, W), from number `first` on, that are not finite,
     or have a step of one number everywhere. No VAE makes such a step: it comes from a writer that
     died, or is another array."""
+    # not finite
     finite = np.isfinite(values).all(axis=(1, 2, 3, 4))
     if not finite.all():
         raise ValueError(f"chunk {first + int(np.argmin(finite))} holds values that are not finite")
+
+    # constant over a step
     constant = values.max(axis=(1, 3, 4)) == values.min(axis=(1, 3, 4))  # (rows, T)
     if constant.any():
         row, t = np.argwhere(constant)[0]
@@ -153,12 +161,15 @@ def leave_out_other_scales(good, skipped):
     """Leave out files whose values are of another order than those of most: one of them would
     decide the mean and std that the training latents are standardised by. Moves names from good to
     skipped; returns warnings about files that are only somewhat off."""
+    # the std of each file, and the median of them all
     stds = {}
     for name, file in good.items():
         n = file.moments[0]
         m2 = file.moments[2]
         stds[name] = float(np.sqrt(m2.mean() / n))
     usual = sorted(stds.values())[(len(stds) - 1) // 2]
+
+    # a hundred times off is left out, three times off is only warned about
     somewhat_off = []
     for name, std in sorted(stds.items()):
         mean = float(np.abs(good[name].moments[1]).max())
@@ -182,6 +193,7 @@ def leave_out_other_scales(good, skipped):
 def leave_out_other_rates(good, skipped):
     """Keep the files with as many steps a chunk as most have: others are at another rate. Moves the
     others' names from good to skipped; returns that number."""
+    # without a clear majority nobody can say which files are the odd ones
     counts = collections.Counter(file.entry["shape"][2] for file in good.values())
     steps, most = counts.most_common(1)[0]
     if 2 * most <= len(good) and len(counts) > 1:
@@ -275,6 +287,8 @@ if __name__ == "__main__":
     )
     args = parser.parse_args()
     sys.excepthook = short_excepthook
+
+    # the flags
     if args.dir is None and len(args.size) > 1:
         args.dir = args.size.pop()  # --size 16 DIR
     if args.dir is None:
@@ -287,6 +301,8 @@ if __name__ == "__main__":
         parser.error(f"--sequence_length {args.sequence_length}: a window has 2 steps or more")
     height = int(args.size[0])
     width = int(args.size[-1])
+
+    # the ratios
     ratios = (args.train_ratio, args.val_ratio, args.test_ratio)
     text = " + ".join(f"{r:g}" for r in ratios)
     if abs(sum(ratios) - 1) > 1e-6:
@@ -309,6 +325,8 @@ if __name__ == "__main__":
         print(f"not used: {note}")
     if not every:
         raise ValueError(f"no *.h5 file in {args.dir}")
+
+    # a file is good, or left out with its reason
     good = {}  # name: Checked
     skipped = {}  # name: reason
     for name in tqdm(every, unit="file", desc="check"):
@@ -319,9 +337,13 @@ if __name__ == "__main__":
             if of_the_disk(e):  # leaving the file out would change the split
                 raise OSError(f"{path}: {e}: fix the disk, then run this again") from e
             skipped[name] = str(e).splitlines()[0]
+
+    # one message where every file has the same flaw: it is probably a flag
     none = f"none of the {len(every)} files in {args.dir} can be used"
     if not good and len(set(skipped.values())) == 1:
         raise ValueError(f"{none}, all for one reason: {skipped[every[0]]}")
+
+    # what only shows when files are compared with each other
     steps_per_chunk = None
     warnings = []
     if good:
@@ -329,6 +351,8 @@ if __name__ == "__main__":
         warnings = leave_out_other_scales(good, skipped)
     if good:
         steps_per_chunk = leave_out_other_rates(good, skipped)
+
+    # say what was left out, then what is odd
     for name, reason in sorted(skipped.items()):
         print(f"left out: {name}: {reason}")
     if not good:
@@ -346,12 +370,15 @@ if __name__ == "__main__":
             f"--test_files {' '.join(args.test_files)} takes {len(test)} of {len(good)} files: give"
             " patterns that take some"
         )
-    if test:  # the others are split in the proportion of train and validation
+    if test:
+        # the others are split in the proportion of train and validation
         rest = sum(ratios[:2])
         ratios = (ratios[0] / rest, ratios[1] / rest, 0.0)
     splits = split(np.random.default_rng(args.seed).permutation(others).tolist(), ratios)
     if test:
         splits["test"] = test
+
+    # files and steps of each split
     files = {k: len(names) for k, names in splits.items()}
     steps = {}
     for k, names in splits.items():
@@ -362,6 +389,8 @@ if __name__ == "__main__":
     n, mean, m2 = functools.reduce(merge_moments, training)
     channels = ((n, mean[i], m2[i]) for i in range(len(mean)))
     all_n, all_mean, all_m2 = functools.reduce(merge_moments, channels)
+
+    # the fingerprint changes when any value of any file does
     contents = [[name, good[name].entry["shape"], good[name].digest] for name in sorted(good)]
     metadata = {
         "ratios": ratios,
@@ -385,6 +414,8 @@ if __name__ == "__main__":
         entries[k] = [{"path": name} | good[name].entry for name in names]
     out = args.output or os.path.join(args.dir, "manifest.json")
     write_atomically(out, json.dumps({"metadata": metadata, "splits": entries}, indent=1).encode())
+
+    # --- report ---
     sizes = ", ".join(f"{files[k]} files of {steps[k]} steps in {k}" for k in splits)
     print(f"{out}: {sizes}; {len(skipped)} left out")
     print(

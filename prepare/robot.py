@@ -1,5 +1,5 @@
-"""Robot episodes in DROID's form: a simulated arm (MuJoCo) picks up blocks, in TFRecords with every
-field of DROID 1.0.1.
+"""Makes robot episodes in DROID's form: a simulated arm (MuJoCo) picks up blocks, in TFRecords with
+every field of DROID 1.0.1.
 
     # half a minute on two cores
     python -m prepare.robot --episodes 60 --world a --out robot/a
@@ -18,8 +18,8 @@ NAME.CAMERA.mp4 (H.264, a frame a row). The npz contains, in T rows each:
 and whatever else --state_keys and --action_keys should find.
 
 OUT/robot.json contains the arguments. Run it again after a kill: finished files are kept.
-prepare/arm.py says what the worlds are. Some episodes fail, and in all of them the operator rests.
-Episode i is a function of --seed, --world and i, to the bit on one machine with one driver."""
+prepare/arm.py describes the worlds. Some episodes fail, and in all of them the operator rests.
+Episode i depends on --seed, --world and i alone, to the bit on one machine with one driver."""
 
 import argparse
 import concurrent.futures
@@ -60,9 +60,11 @@ def example(fields):
     """{name: list of bytes, or array of floats, or of integers} -> tf.train.Example, numbers packed
     as TensorFlow packs them."""
 
+    # a field of bytes: its number and kind, its length, the bytes
     def part(number, data):
         return varint(number << 3 | 2) + varint(len(data)) + data
 
+    # a Feature is a list of bytes (1), of floats (2) or of integers (3)
     def feature(values):
         if isinstance(values, list):
             return part(1, b"".join(part(1, v) for v in values))
@@ -70,6 +72,7 @@ def example(fields):
             return part(2, part(1, values.astype("<f4").tobytes()))
         return part(3, part(1, b"".join(map(varint, values.ravel().tolist()))))
 
+    # Features are a map: an entry has a name (1) and a Feature (2)
     entries = b""
     for name, values in sorted(fields.items()):
         entries += part(1, part(1, name.encode()) + part(2, feature(values)))
@@ -87,9 +90,12 @@ def record(data):
 def droid_example(rows, jpegs, folder, file, texts, success):
     """rows {field: (T, d)}, jpegs {camera: [bytes]} -> the Example of an episode with every field
     of DROID 1.0.1."""
+    # which steps are first and last
     steps = len(rows["action"])
     numbers = np.arange(steps)
     last = numbers == steps - 1
+
+    # what the arm did and saw, and what it was told to do, repeated on every step
     fields = {}
     for name, values in rows.items():
         fields[f"steps/{name}"] = values
@@ -97,6 +103,8 @@ def droid_example(rows, jpegs, folder, file, texts, success):
         fields[f"steps/observation/{CAMERAS[camera]}"] = pictures
     for ending, text in zip(("", "_2", "_3"), texts):
         fields[f"steps/language_instruction{ending}"] = [text.encode()] * steps
+
+    # what RLDS adds to every step; a success is rewarded at its end
     fields["steps/is_first"] = 1 * (numbers == 0)
     fields["steps/is_last"] = 1 * last
     fields["steps/is_terminal"] = 1 * last
@@ -141,6 +149,7 @@ def make_episode(world, seed, number, steps, folder):
 
 def tfrecord(rows, pictures, colour, success, name, number):
     """The record of an episode."""
+    # a path as DROID's: droid.py reads the outcome from it
     outcome = "success" if success else "failure"
     place = f"r2d2/{outcome}/2023-01-01/{name}-episode-{number:05d}"
     texts = (
@@ -148,6 +157,8 @@ def tfrecord(rows, pictures, colour, success, name, number):
         f"move the {colour} block",
         f"Put the {colour} cube in another place.",
     )
+
+    # pictures as JPEG, all in one Example
     jpegs = {camera: [jpeg(x) for x in frames] for camera, frames in pictures.items()}
     folder = f"{place}/recordings/MP4"
     return record(droid_example(rows, jpegs, folder, f"{place}/trajectory.h5", texts, success))
@@ -155,6 +166,7 @@ def tfrecord(rows, pictures, colour, success, name, number):
 
 def write_npz(stem, rows, pictures, success):
     """Write an episode as stem.CAMERA.mp4 and stem.npz."""
+    # a video for each camera
     for camera, frames in pictures.items():
         write_atomically(f"{stem}.{camera}.mp4", mp4(frames))
     arrays = {
@@ -188,6 +200,8 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
     sys.excepthook = short_excepthook
+
+    # --- checks: before anything is played ---
     least, most = args.steps
     if args.episodes < 1:
         raise ValueError(f"--episodes {args.episodes} makes nothing: give 1 or more")
@@ -199,6 +213,7 @@ if __name__ == "__main__":
         raise ValueError(f"--steps {least} {most}: give the smaller number first")
 
     # --- resume ---
+    # a folder is continued only with the arguments that it was made with
     arguments = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
     note = os.path.join(args.out, "robot.json")
     arguments_there = "something else"
@@ -211,10 +226,13 @@ if __name__ == "__main__":
             " --out or remove that folder"
         )
     write_atomically(note, json.dumps(arguments).encode() + b"\n")
-    for path in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):  # of a run that was killed
+
+    # what a run that was killed left behind
+    for path in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):
         os.unlink(path)
 
     # --- which episodes go into which file ---
+    # lengths depend on the seed, not on what is there already
     rng = np.random.default_rng([args.seed, ord(args.world)])
     lengths = rng.integers(least, most + 1, args.episodes)
     if args.form == "rlds":
@@ -232,6 +250,7 @@ if __name__ == "__main__":
             todo[path] = [int(i) for i in episodes]
 
     # --- play ---
+    # npz: a worker writes its episode; rlds: it returns the record, and files are written in order
     started = time.time()
     numbers = [i for episodes in todo.values() for i in episodes]
     folder = args.out if args.form == "npz" else None
@@ -251,6 +270,7 @@ if __name__ == "__main__":
             if args.form == "rlds":
                 write_atomically(path, b"".join(records))
 
+    # --- report ---
     paths = glob.glob(os.path.join(glob.escape(args.out), "*"))
     size = sum(map(os.path.getsize, paths)) / 2**20
     print(

@@ -1,16 +1,16 @@
-"""Pack downloaded VPT recordings (NAME.mp4 + NAME.jsonl, in any folders) into WebDataset shards;
-with --index, download them first.
+"""Packs VPT recordings (NAME.mp4 + NAME.jsonl, in any folders) into WebDataset shards. With --index
+it downloads them first.
 
     # pack what is in the folder
     python -m prepare.shards recordings --out VPT
     # first download what OpenAI's index lists
     python -m prepare.shards recordings --out VPT --index all_7xx_Apr_6.json --max_files 100
 
-Writes OUT/shard-%06d.tar of at most --shard_size bytes and OUT/skipped.jsonl (file and reason of
-what was left out). A recording is packed if its video is a whole mp4 whose first frame decodes, if
-its lines are good by the loader's rules (files/vpt.py), and if it has as many lines as frames, up
-to a difference of five. Run it again after a kill or when more recordings have arrived: finished
-shards stay as they are."""
+Writes OUT/shard-%06d.tar of at most --shard_size bytes, and OUT/skipped.jsonl with the file and the
+reason of what was left out. A recording is packed if its video is a whole mp4 whose first frame
+decodes, if its lines are good by the loader's rules (files/vpt.py), and if it has as many lines as
+frames, up to a difference of five. Run it again after a kill or when more recordings have arrived:
+finished shards stay as they are."""
 
 import argparse
 import collections
@@ -50,17 +50,22 @@ def fetch(url, path, retries, wait):
     part = path + ".part"
     transferred = 0
     for attempt in range(retries + 1):
+        # wait longer after every failure
         if attempt:
             time.sleep(wait * 2 ** (attempt - 1))
+
+        # continue where the last attempt stopped
         have = os.path.getsize(part) if os.path.exists(part) else 0
         try:
             before, size, expected = fetch_once(url, part, have)
             transferred += size - before
+            # whole: it gets its name only now
             if expected is None or size == expected:
                 os.replace(part, path)
                 return transferred
             problem = f"{size} of {expected} bytes arrived"
         except urllib.error.HTTPError as e:
+            # only what may pass is tried again
             problem = f"HTTP {e.code} {e.reason}"
             if e.code in (404, 410):
                 return None
@@ -76,12 +81,15 @@ def fetch(url, path, retries, wait):
 def fetch_once(url, part, have):
     """One transfer to the file `part`, which has so many bytes. Returns (bytes that were kept,
     bytes that it has now, bytes of the whole file or None)."""
+    # a server may ignore the range, and then sends all of it
     headers = {"Range": f"bytes={have}-"} if have else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as reply:
         content_range = reply.headers.get("Content-Range", "")
         resumed = reply.status == 206 and content_range.startswith(f"bytes {have}-")
         kept = have if resumed else 0
+
+        # what is counted must be on the disk, whatever happens to the machine
         length = reply.headers.get("Content-Length")
         with open(part, "ab" if resumed else "wb") as f:
             shutil.copyfileobj(reply, f, 1 << 20)
@@ -109,12 +117,14 @@ def download(index, folder, jobs, max_files, retries, wait):
 
     def download_one(relpath):
         """(outcome, bytes transferred) of one recording."""
+        # an index must not write outside of the folder
         stem = os.path.normpath(os.path.splitext(relpath)[0])
         if stem.startswith(("..", "/")):
             raise ValueError(f"{index} lists {relpath}, which lies outside its folder")
         os.makedirs(os.path.dirname(os.path.join(folder, stem)), exist_ok=True)
-        transferred = 0
+
         # the lines first, which are small: without them the video is useless
+        transferred = 0
         for extension in (".jsonl", ".mp4"):
             path = os.path.join(folder, stem) + extension
             if os.path.exists(path):
@@ -126,6 +136,7 @@ def download(index, folder, jobs, max_files, retries, wait):
             transferred += size
         return ("new" if transferred else "there"), transferred
 
+    # several at a time; one that breaks off does not stop the others
     counts = collections.Counter()
     errors = []
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
@@ -144,6 +155,8 @@ def download(index, folder, jobs, max_files, retries, wait):
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
+
+    # the summary
     print(
         f"index       {len(relpaths):7d} recordings: {counts['new']} fetched"
         f" ({counts['bytes'] / 2**20:.1f} MiB), {counts['there']} were there, {counts['missing']}"
@@ -166,6 +179,7 @@ def key_of(stem):
 
     A key ends at its first dot: `6.10_a` and `6.13_b` would become one. Characters that are not
     safe become _, and a checksum keeps the keys apart."""
+    # the checksum only where something had to change: most keys are readable
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", stem.replace("/", "-"))
     return safe if safe == stem else f"{safe}-{zlib.crc32(stem.encode()):08x}"
 
@@ -196,6 +210,7 @@ class Check(NamedTuple):
 def check(folder, stem, extensions):
     """Read a recording -> Check. Raises OSError if the disk fails, which says nothing about the
     recording."""
+    # both files, the lines, then the video and how it fits them
     for extension in ("mp4", "jsonl"):
         if extension not in extensions:
             return Check(f"no .{extension} beside it")
@@ -204,6 +219,8 @@ def check(folder, stem, extensions):
             ticks = parse_ticks(f.read())
         if ticks.flaw:
             return Check(f"jsonl: {ticks.flaw}")
+
+        # one frame is decoded: a file that was cut short fails here
         video = path_of(folder, stem, "mp4")
         with Slice(video, 0, os.path.getsize(video)) as f:
             times = mp4_times(f)
@@ -225,12 +242,15 @@ def packed_already(out):
     packed = collections.defaultdict(dict)
     next_number = 0
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "shard-*.tar"))):
+        # our own names only
         foreign = f"{path} was not written by prepare.shards"
         remedy = "give another --out, or move it away"
         number = re.fullmatch(r"shard-(\d+)\.tar", os.path.basename(path))
         if number is None:
             raise ValueError(f"{foreign}, which numbers its shards: {remedy}")
         next_number = int(number[1]) + 1
+
+        # what it contains, by its headers
         try:
             for member, _ in archive_members(path, os.path.getsize(path)):
                 name = re.fullmatch(r"([A-Za-z0-9_-]+)\.(mp4|jsonl)", member.name)
@@ -249,12 +269,14 @@ def find_recordings(folder, packed):
 
     Links are followed, but every folder and every video is taken once. If a video has several
     names, the one whose key is in `packed` is taken, else its own name rather than a link's."""
+    # every file below the folder
     recordings = collections.defaultdict(dict)
     skipped = []
     videos = {}  # what identifies a file: the recordings that it is in
     for path in files_below(folder):
         add_file(path, folder, recordings, skipped, videos)
 
+    # of several names of one video: one that is packed, one with lines, one that is no link
     def preference(stem):
         has_lines = "jsonl" in recordings[stem]
         is_link = os.path.islink(path_of(folder, stem, "mp4"))
@@ -336,10 +358,13 @@ def pack(folder, out, shard_size, jobs):
     if not recordings:
         raise FileNotFoundError(f"no .mp4 or .jsonl below {folder}; --index downloads some")
     os.makedirs(out, exist_ok=True)
-    for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")):  # of a run that was killed
+
+    # what a run that was killed left behind
+    for path in glob.glob(os.path.join(glob.escape(out), "*.tmp")):
         os.unlink(path)
     stems = unpacked_recordings(recordings, in_shards, folder, out)
 
+    # recordings are checked in parallel and packed in order, so a rerun gives the same shards
     packed = 0
     seconds = 0
     unknown = collections.Counter()
@@ -356,6 +381,8 @@ def pack(folder, out, shard_size, jobs):
                 checked = task.result()
                 unknown.update(checked.unknown)
                 sizes = recordings[stem]
+
+                # not good: note it, by its video where there is one
                 if checked.reason:
                     kind = "mp4" if "mp4" in sizes else "jsonl"
                     file = os.path.relpath(path_of(folder, stem, kind), folder)
@@ -374,6 +401,8 @@ def pack(folder, out, shard_size, jobs):
                 batch_size += size
                 packed += 1
                 seconds += checked.seconds
+
+            # the last one, which is not full
             if batch:
                 write_shard(shard_path(out, number), folder, batch, bar)
                 number += 1
@@ -388,6 +417,8 @@ def pack(folder, out, shard_size, jobs):
         f"packed      {packed:7d} now ({seconds / 3600:.2f} hours), in {number - first_number}"
         f" shards; {len(recordings) - len(stems)} were packed before"
     )
+
+    # what was left out, by reason
     see = f", see {skipped_path}" if skipped else ""
     print(f"left out    {len(skipped):7d}{see}")
     reasons = collections.Counter(re.sub(r"\d+", "#", s["reason"]) for s in skipped)

@@ -22,7 +22,7 @@ def test_attention_rows_say_what_auto_takes(tmp_path):
     """Bug: the row marked as what impl="auto" takes is another one; FlexAttention left out without
     a word."""
     size = "--heads 2 --head_dim 32 --block 70 --steps 1 4"
-    rows, text = run_bench(tmp_path, "attention", size, "--no-flex --repeats 1")
+    rows, text = run_bench(tmp_path, "kernels", "--of attention", size, "--no-flex --repeats 1")
     assert [(r["T"], r["impl"]) for r in rows if r["auto"]] == [(1, "prefix"), (4, "prefix")]
     assert {r["impl"] for r in rows} == {"reference", "prefix"}
     assert "triton: needs a GPU" in text
@@ -32,7 +32,7 @@ def test_attention_rows_say_what_auto_takes(tmp_path):
 def test_scaling_measures_each_row_by_itself(tmp_path):
     """Bug: memory of a row holds what earlier rows left behind, so that it never falls."""
     sweeps = "--sweeps depth width --crop_size 32 --repeats 1 --out"
-    rows, _ = run_bench(tmp_path, "scaling", sweeps, tmp_path / "plot.png")
+    rows, _ = run_bench(tmp_path, "scaling", "--of sizes", sweeps, tmp_path / "plot.png")
     assert [r["size"] for r in rows] == [3, 6, 12, 24, 128, 256, 512, 1024]
     assert rows[4]["MiB"] < rows[3]["MiB"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1196,13 +1196,13 @@ def test_every_metric_of_the_guide_is_logged(trained):
 def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
     """Bug: the recipe no longer learns actions, or the measures no longer tell it from a collapsed
     codebook and from codes of places."""
-    import bench.lam
+    import tests.recipes as recipes
 
-    good = bench.lam.measure(str(tmp_path), "default", 0)
-    assert bench.lam.passes(good), good
+    good = recipes.measure(str(tmp_path), "default", 0)
+    assert recipes.passes(good), good
     for row in ("guide", "no_shift"):
-        trap = bench.lam.measure(str(tmp_path), row, 0)
-        assert not bench.lam.passes(trap), trap
+        trap = recipes.measure(str(tmp_path), row, 0)
+        assert not recipes.passes(trap), trap
         assert trap["purity"] < 0.9, trap
         assert trap["same_over_own"] > 5, trap
 

@@ -1861,11 +1861,11 @@ def test_tables(world, tuned, tmp_path):
 
     # split, so small a model keeps more: q, k and v's B as one matrix
     assert rows[3]["memory / PEFT's"] <= 1
-    rows, _ = run_bench(tmp_path, "memory", "--batch_size 1")
+    rows, _ = run_bench(tmp_path, "scaling", "--of memory --batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
-    rows, _ = run_bench(tmp_path, "adapters", out, tuned.out)
+    rows, _ = run_bench(tmp_path, "lora", "--runs", out, tuned.out)
     assert rows[0]["recovered, one step"] == 1
     assert rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
     v = numbers(tuned.out, "tf_true", "base_tf", log="val.csv")[-1]

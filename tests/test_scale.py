@@ -715,7 +715,7 @@ def test_the_scaling_model_does_its_sums(monkeypatch):
     """Bug: what one GPU needs is taken for what all need, bits for bytes, or the encoder's work for
     that of runs on features."""
     monkeypatch.setenv("NANOJEPA_CACHE", os.environ["NANOJEPA_CACHE"])  # bench.data sets its own
-    from bench.scale import cluster, flops, predictor_of, small
+    from bench.scaling import cluster, flops, predictor_of, small
 
     args = types.SimpleNamespace(
         share=0.4, tflops=1000, batch_size=8, nvlink=450, net=400, cores=20, storage=5

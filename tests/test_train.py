@@ -878,10 +878,10 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
 
 
 def test_the_spread_is_that_of_the_runs(world, tmp_path):
-    """Bug: bench.spread trains every run with one seed or one number of threads, reports another
+    """Bug: tests.spread trains every run with one seed or one number of threads, reports another
     row than the last, counts a failed run, or trains finished runs again."""
     flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
-    command = ["bench/spread.py", "--json --out", tmp_path / "runs"]
+    command = ["tests/spread.py", "--json --out", tmp_path / "runs"]
     text = run(tmp_path, *command, "--seeds 3 4 --threads 1 2 --", *flags)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]

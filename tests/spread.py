@@ -1,13 +1,13 @@
 """Does the same training succeed with another seed and another number of threads? One run of
 train_ac.py for each pair, and how far apart they end.
 
-    make demo-spread                                   # of the demo's recipe
-    python -m bench.spread --seeds 0 1 --threads 1 2   # then `--`, then flags of train_ac.py
+    make demo-spread                                    # of the demo's recipe
+    python -m tests.spread --seeds 0 1 --threads 1 2    # then `--`, then flags of train_ac.py
 
-Everything after `--` goes to train_ac.py as it is. The number of threads changes in which order
-numbers are added, thus the rounding of sums, and nothing else. Run folders are --out/SEED-THREADS:
-a run that is finished is read, one that was stopped continues. Numbers are those of the last
-validation, as train_ac.py prints them."""
+Everything after `--` goes to train_ac.py as it is. The number of threads changes the order in which
+numbers are added, thus the rounding of sums, and nothing else. The folders of the runs are
+--out/SEED-THREADS. A run that is finished is read; one that was stopped continues. The numbers are
+those of the last validation, as train_ac.py prints them."""
 
 import argparse
 import csv
@@ -50,22 +50,26 @@ def train(folder, seed, threads, flags):
 
 
 if __name__ == "__main__":
+    # --- flags ---
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="--seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="OMP_NUM_THREADS")
     parser.add_argument("--out", default="out/spread", help="folder of the runs' folders")
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines")
     parser.add_argument("flags", nargs="+", help="flags of train_ac.py, after --")
     args = parser.parse_args()
+
+    # the flags that this program gives itself
     sys.excepthook = checkpoint.short_excepthook
     for own in ("--seed", "--out_dir", "--max_steps"):
         if own in args.flags:
-            raise ValueError(f"{own} cannot stand after --: bench.spread decides it")
+            raise ValueError(f"{own} cannot stand after --: tests.spread decides it")
 
+    # --- train ---
     rows = []
     for seed in args.seeds:
         for threads in args.threads:
@@ -74,6 +78,7 @@ if __name__ == "__main__":
             rows.append({"seed": seed, "threads": threads} | last_validation(folder))
             print(f"{len(rows)} of {len(args.seeds) * len(args.threads)} runs", file=sys.stderr)
 
+    # --- report ---
     bench.report(rows, args.json, torch.device("cpu"))
     for name in SHOWN:
         values = [row[name] for row in rows]
