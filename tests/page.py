@@ -2,6 +2,7 @@
 
     python -m tests.page                 # this project
     python -m tests.page ../nanoGPT      # another checkout, to compare
+    python -m tests.page --imports       # what each command loads, and how long its --help takes
 
 A code line is a line that is neither blank nor only a comment; docstrings count. Tokens are
 Python's own, without line ends and indentation. Prints characters and tokens a code line, and the
@@ -12,6 +13,8 @@ as `# fmt: skip` or `# noqa`, explains nothing and does not count as a comment.
 import io
 import pathlib
 import re
+import resource
+import subprocess
 import sys
 import tokenize
 
@@ -46,8 +49,38 @@ def measure(text):
     )
 
 
-if __name__ == "__main__":
-    root = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+HEAVY = ("torch", "av", "PIL", "h5py", "scipy", "sklearn", "matplotlib", "decord", "triton")
+
+# prints which modules of ours, and which of HEAVY, the import of a command loads
+LOADED = """
+import importlib, sys
+importlib.import_module(sys.argv[1])
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+ours = [n for n, file in files.items() if file.startswith(sys.argv[2]) and ".venv" not in file]
+print(len(ours) - 1, *(name for name in sys.argv[3:] if name in files))
+"""
+
+
+def print_imports():
+    """A row for each command: modules of ours, CPU seconds of --help, large libraries."""
+    root = pathlib.Path(__file__).parent.parent
+    print(f"{'command':16} modules of ours  --help, CPU s  large libraries")
+    for path in sorted(root.glob("*.py")):
+        if "argparse" not in path.read_text(encoding="utf-8"):
+            continue
+        command = [sys.executable, "-c", LOADED, path.stem, str(root), *HEAVY]
+        loaded = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        count, *large = loaded.stdout.split()
+
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, path, "--help"], cwd=root, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"{path.name:16} {count:>15}  {seconds:13.2f}  {', '.join(large)}")
+
+
+def print_pages(root):
+    """A row for each file of at least 40 lines."""
     print(f"{'file':28} lines  characters  tokens  >100  blank  comment")
     for path in sorted(root.rglob("*.py")):
         name = str(path.relative_to(root))
@@ -62,3 +95,10 @@ if __name__ == "__main__":
             f"{name:28} {len(text.splitlines()):5}  {characters:10.1f}  {tokens:6.1f}"
             f"  {wide:4.0%}  {blank:5.0%}  {commented:7.0%}"
         )
+
+
+if __name__ == "__main__":
+    if "--imports" in sys.argv:
+        print_imports()
+    else:
+        print_pages(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "."))
