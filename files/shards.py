@@ -323,7 +323,8 @@ class Slice(io.RawIOBase):
 
 class Record(NamedTuple):
     """A recording in a shard: where its members are, its length, and the clock of its lines (see
-    clock_of)."""
+    clock_of). Of a film (files/films.py) `shard` may be the video file itself, `rate` is its frames
+    a second."""
 
     shard: str
     key: str
@@ -331,11 +332,17 @@ class Record(NamedTuple):
     length: int = 0  # frames of video, or steps of features
     rate: float = 20.0  # lines a second
     frames_per_line: int = 1
+    stretches: tuple = ()  # of a film: seconds of each part without a pause
 
     @property
     def is_features(self):
         """Whether it is features of encode.py, not video and lines."""
         return "safetensors" in self.members
+
+    @property
+    def is_film(self):
+        """Whether it is plain video, without lines."""
+        return "film" in self.members
 
     @property
     def lines(self):
@@ -344,7 +351,9 @@ class Record(NamedTuple):
 
     @property
     def duration(self):
-        """Twentieths of a second of play; steps of features."""
+        """Twentieths of a second of play or film; steps of features."""
+        if self.is_film:
+            return 20 * sum(self.stretches)
         return self.length if self.is_features else self.lines * 20 / self.rate
 
     @property
@@ -424,6 +433,15 @@ def read_start(path, place):
         return f.read(8)
 
 
+def tar_flaw(path, error):
+    """What is wrong with a tar that raised tarfile.TarError."""
+    head = read_start(path, (0, 8))
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            return f"compressed ({name}), and a clip must be sought: unpack it to a .tar"
+    return f"truncated or damaged tar: {error}"
+
+
 def shard_index(path):
     """Members of a tar -> ([Record], [(file, key, reason)] of what cannot be used). Reads headers
     only: 54 ms for 10 GB."""
@@ -456,13 +474,7 @@ def shard_index(path):
                 bad.append((path, stem, f"{m.name} is twice in the tar: only the last is read"))
             members[kind] = place
     except tarfile.TarError as e:
-        with Slice(path, 0, end) as f:
-            head = f.read(8)
-        reason = f"truncated or damaged tar: {e}"
-        for magic, name in COMPRESSED.items():
-            if head.startswith(magic):
-                reason = f"compressed ({name}), and a clip must be sought: unpack it to a .tar"
-        bad.append((path, "", reason))
+        bad.append((path, "", tar_flaw(path, e)))
 
     # a recording is video and lines, or features
     records = []
@@ -495,11 +507,12 @@ def member_digest(path, place):
 def find_twins(records):
     """[Record] -> {number of a record: number of the first one that is the same recording}. These
     have the same key and the same bytes, in a copy of a shard. Only members of equal keys and sizes
-    are compared; a key alone may be 000001 in every shard."""
+    are compared; a key alone may be 000001 in every shard. A copy of a film may have any name."""
     groups = {}
     for number, r in enumerate(records):
         sizes = tuple(sorted((name, place[1]) for name, place in r.members.items()))
-        groups.setdefault((os.path.normpath(r.key), sizes), []).append(number)
+        name = "" if r.is_film else os.path.normpath(r.key)
+        groups.setdefault((name, sizes), []).append(number)
     twins = {}
     for numbers in groups.values():
         if len(numbers) == 1:

@@ -148,7 +148,8 @@ def open_video(file):
     import av
 
     try:
-        with av.open(file) as container:
+        # titles in an old encoding are no fault of the video
+        with av.open(file, metadata_errors="replace") as container:
             yield container
     except av.FFmpegError as e:
         # "out of memory" may also be a wrong length in a damaged file
@@ -162,10 +163,47 @@ def packet_times(f):
     f.seek(0)
     times = []
     with open_video(f) as container:
+        is_vp8 = container.streams.video[0].name == "vp8"
         for packet in container.demux(video=0):
-            if packet.pts is not None and not packet.is_discard:
+            hidden = packet.is_discard or (is_vp8 and packet.size and not packet_is_shown(packet))
+            if packet.pts is not None and not hidden:
                 times.append(packet.pts)
     return np.sort(np.array(times, dtype=np.int64))
+
+
+def packet_is_shown(packet):
+    """Whether a packet of VP8 is a picture, and not one that only others refer to (RFC 6386,
+    9.1)."""
+    return bool(memoryview(packet)[0] & 16)
+
+
+# the kinds of box with which an mp4 or QuickTime file may begin
+MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp")
+
+
+def film_times(f):
+    """A seekable video in any container -> ((frames,) int64 presentation times in stream units,
+    increasing, seconds of a unit). From an mp4's index; else from every packet of the file.
+
+    Raises ValueError for what is no video that can be decoded by time."""
+    f.seek(0)
+    head = f.read(8)
+    times = None
+    if head[4:8] in MP4_STARTS:
+        times = mp4_times(f)
+    f.seek(0)
+    with open_video(f) as container:
+        if not container.streams.video:
+            raise ValueError("no video track in it")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("its codec is unknown")
+        unit = stream.time_base
+    if times is None:
+        times = packet_times(f)
+    if not len(times):
+        raise ValueError("no frame of it has a time stamp: write it again as mp4, with ffmpeg")
+    return np.unique(times), float(unit)
 
 
 def video_rate(f, times):
@@ -321,7 +359,7 @@ def frames_from(container, stream, times, first):
         for frame in packet.decode():
             number = len(times) if frame.pts is None else int(np.searchsorted(times, frame.pts))
             if number >= len(times) or times[number] != frame.pts:
-                raise ValueError(f"frame time {frame.pts} is not in the mp4's index")
+                raise ValueError(f"frame time {frame.pts} is not in the video's index")
             if not whole:
                 intra = frame.pict_type == av.video.frame.PictureType.I
                 whole = intra and (frame.key_frame or frame.pts == start)
