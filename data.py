@@ -7,7 +7,10 @@ Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed. The o
 depends only on (seed, epoch), and clips are dealt to ranks by index. A run therefore resumes
 exactly with any number of workers, and a clip costs one seek instead of a read of 64 MB. Shards at
 URLs (http://, s3://, gs://) are either streamed or copied into a local cache (files/remote.py);
-commands (pipe:) are always streamed. All of them end in the same ClipReader (files/vpt.py)."""
+commands (pipe:) are always streamed. All of them end in the same ClipReader (files/vpt.py).
+
+Plain video (files, folders, tars; no JSONL) goes the same way: open_films in place of open_split,
+and a FilmReader (files/films.py) in place of a ClipReader. Its clips have no actions."""
 
 import argparse
 import bz2
@@ -37,6 +40,7 @@ from safetensors.numpy import save as safetensors_bytes
 from checkpoint import short_excepthook
 from files.disk import DAMAGE, READ_ERRORS, Unreachable, with_storage_retries, write_atomically
 from files.features import feature_rows
+from files.films import film_paths, index_films, read_clock
 from files.latents import NO_LABEL, read_labels, read_steps
 from files.remote import cached
 from files.shards import (
@@ -334,7 +338,7 @@ class _ScalerUnpickler(NumpyUnpickler):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Clips of indexed recordings, of video or of features.
+    """Clips of indexed recordings: of play, of features, or of plain video with a FilmReader.
 
     An item is (epoch, index, record number, place). `place` says where the clip starts: a float in
     [0, 1) is a position in the recording (a share of its valid starts), an int is the number of a
@@ -377,9 +381,20 @@ class Clips(torch.utils.data.Dataset):
         place = (position - start) / (self.cumulative[number] - start)
         return number, min(place, 1 - 1e-12)
 
+    def _open_film(self, number):
+        """Clock of a film, kept for 32 of them, since films may be hours long."""
+        if number not in self.opened:
+            clock = read_clock(self.records[number])
+            if len(self.opened) == 32:
+                self.opened.popitem()
+            self.opened[number] = clock
+        return self.opened[number]
+
     def windows_in(self, record):
         """How many non-overlapping clips the step grid of a recording has. If --fps does not divide
         the recording's rate this is 1: reading that window then reports the fault."""
+        if record.is_film:
+            return self.reader.windows(record)
         if record.is_features:
             return record.length // (self.reader.frames // self.reader.frames_per_step)
         try:
@@ -389,11 +404,20 @@ class Clips(torch.utils.data.Dataset):
         return (record.lines - 1 + stride) // (self.reader.frames * stride)
 
     def read(self, number, place, rng):
-        """A clip as a dict: "video" (or "z"), "actions", "states", "key"; None if --gui drop leaves
-        it out. Raises READ_ERRORS for what is wrong with the recording."""
+        """A clip as a dict: "video" (or "z"), "actions", "states" (neither of plain video), "key";
+        None if --gui drop leaves it out. Raises READ_ERRORS for what is wrong with the
+        recording."""
+        if self.records[number].is_film:
+            return self._read_film(number, place, rng)
         if self.records[number].is_features:
             return self._read_features(number, place, rng)
         return self._read_video(number, place, rng)
+
+    def _read_film(self, number, place, rng):
+        record = self.records[number]
+        clock = self._open_film(number)
+        with Slice(record.shard, *record.members["film"]) as f:
+            return self.reader(f, clock, place, rng, record.key)
 
     def _read_video(self, number, place, rng):
         record = self.records[number]
@@ -654,14 +678,14 @@ def split_records(records, val_fraction):
     """[Record] -> (train, val). Windows of one recording are never on both sides, nor is a key.
 
     The last shards are held out. Recordings, chosen by a hash of their key, are held out instead
-    where there are fewer than ten shards, or where a key of the last shards is in an earlier one
-    too (another copy of the same play)."""
+    where there are fewer than ten shards, where a key of the last shards is in an earlier one too
+    (another copy of the same play), and always of plain video."""
     check_fraction(val_fraction)
     shards = [r.shard for r in records]
     keys = [r.recording for r in records]  # several members of features may be of one recording
 
     names = sorted(set(shards), reverse=True)
-    by_shard = len(names) >= 10
+    by_shard = len(names) >= 10 and not any(r.is_film for r in records)
     if by_shard and val_fraction > 0:
         held_out = set(names[: held_count(names, val_fraction)])
         held_out_keys = {key for key, shard in zip(keys, shards) if shard in held_out}
@@ -778,6 +802,73 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
     Raises ValueError if train and val share a recording, if a --data gives none to train on, or if
     too many are bad."""
     groups = [data] if isinstance(data, str) else data
+    check_weights(data_weights, groups)
+    if any(map(is_stream, expand(data))):
+        groups = []
+    return split_groups(
+        groups, open_records, data_weights, val_data, val_fraction, max_bad_fraction
+    )
+
+
+def open_film_group(data, reader):
+    """One --data of plain video -> ([Record], [(file, key, reason)] of what cannot be used).
+
+    Videos that are shorter than a clip of the reader are left out too, and their number is printed.
+    Raises ValueError if nothing can be used."""
+    paths = film_paths(data)
+    urls = [p for p in paths if is_stream(p)]
+    if urls:
+        raise ValueError(
+            f"{urls[0]} is read at any place, and a URL is not: name a --cache_dir to copy it to,"
+            " or copy it to a file"
+        )
+    indexed, bad = index_films(paths)
+    records = []
+    short = []
+    for record in indexed:
+        flaw = reader.flaw(record)
+        if flaw:
+            bad.append((record.shard, record.key, flaw))
+        elif reader.is_too_short(record):
+            short.append(record)
+        else:
+            records.append(record)
+
+    if short:
+        too_short = (
+            f"{len(short)} of {len(indexed)} videos are shorter than a clip, {short[0].shard}"
+            f" {short[0].key} among them ({short[0].duration / 20:.3g} s; a clip takes"
+            f" {reader.seconds:.3g} s)"
+        )
+        if not records:
+            raise ValueError(
+                f"no usable video: {too_short}: lower --frames_per_clip, or raise --fps"
+            )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{too_short}: they are not used")
+    if not records:
+        reasons = "; ".join(" ".join(b) for b in bad[:3])
+        raise ValueError(f"no usable video in {data}: {reasons}")
+    return each_once(records), bad
+
+
+def open_films(
+    data, reader, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0
+):
+    """open_split for plain video: files, folders (searched to the bottom), globs, and tars of
+    videos -> (train [Record], [share of the clips], val [Record], [bad]).
+
+    reader: the FilmReader of the run, which says how long a clip is. A shard of play is taken as
+    plain video: its lines are not read. Held-out videos are chosen by a hash of their names
+    (files/films.py, key_of). Copies of a video are found under any name. Raises as open_split."""
+    groups = [data] if isinstance(data, str) else data
+    check_weights(data_weights, groups)
+    open_group = functools.partial(open_film_group, reader=reader)
+    return split_groups(groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction)
+
+
+def check_weights(data_weights, groups):
+    """ValueError for --data_weights that do not fit the --data."""
     if data_weights and len(data_weights) != len(groups):
         raise ValueError(f"--data_weights has {len(data_weights)} numbers for {len(groups)} --data")
     for weight in data_weights or ():
@@ -786,9 +877,11 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
                 f"--data_weights {weight:g} is no share of the clips: give numbers above 0, and"
                 " leave out a --data that is not to be trained on"
             )
-    if any(map(is_stream, expand(data))):
-        groups = []
 
+
+def split_groups(groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction):
+    """open_split and open_films, after their checks. open_group: one --data -> ([Record],
+    [bad])."""
     # each --data is split and weighed by itself
     train = []
     shares = []
@@ -796,7 +889,7 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
     bad = []
     sources = []
     for i, group in enumerate(groups):
-        records, flaws = open_records(group)
+        records, flaws = open_group(group)
         kept, held_out = split_records(records, 0 if val_data else val_fraction)
         total = sum(r.duration for r in kept)
         weight = data_weights[i] / total if data_weights else 1.0
@@ -808,7 +901,7 @@ def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad
     refuse_shared(sources)
 
     if val_data:
-        val, flaws = open_records(val_data)
+        val, flaws = open_group(val_data)
         bad += flaws
         shared = twins_between(train, val)
         if shared:
@@ -884,15 +977,16 @@ def vpt_loader(
     cache_dir=None,
     cache_size=100.0,
 ):
-    """Endless DataLoader over shards of VPT recordings or of their features.
+    """Endless DataLoader over shards of VPT recordings or of their features, or over plain video.
 
     A batch: "video" (B, T·frames_per_step, 3, H, W) uint8, or "z" (B, T, N, D) of features;
-    "actions" (B, T-1, A), "states" (B, T, 2), "key", "bad", "bytes".
+    "actions" (B, T-1, A), "states" (B, T, 2), "key", "bad", "bytes". Plain video has no actions and
+    no states.
 
-    data: patterns, or (records, shares) of open_split. cache_dir: URLs among the patterns are
-    copied there, at most cache_size GB. reader: a ClipReader, default ClipReader().
-    batches_per_epoch: by default one pass of non-overlapping clips. loader.bad lists the recordings
-    that were left out while indexing."""
+    data: patterns, or (records, shares) of open_split or open_films. cache_dir: URLs among the
+    patterns are copied there, at most cache_size GB. reader: a ClipReader, default ClipReader(), or
+    a FilmReader for plain video. batches_per_epoch: by default one pass of non-overlapping clips.
+    loader.bad lists the recordings that were left out while indexing."""
     reader = reader or ClipReader()
     if cache_dir:
         groups = [data] if isinstance(data, str) else data

@@ -241,8 +241,7 @@ class Notes:
         row = self.rows[self.folder(record)].get(identity(record))
         if row is None:
             return None
-        length, rate, stretches = row
-        return record._replace(length=length, rate=rate, stretches=tuple(stretches))
+        return record._replace(length=row[0], rate=row[1], stretches=tuple(row[2]))
 
     def add(self, record):
         row = [record.length, record.rate, record.stretches]
@@ -397,8 +396,8 @@ class FilmReader(ClipReader):
         return int((seconds - interval / 2 + 1 / self.fps) * self.fps / self.frames)
 
     def start(self, clock, place):
-        """The second at which a clip starts. place: a share of all possible starts, or the number of
-        a window. Raises ValueError if there is none."""
+        """The second at which a clip starts. place: a share of all possible starts, or the number
+        of a window. Raises ValueError if there is none."""
         stretches = clock.stretches()
         if not isinstance(place, float):
             before = 0
