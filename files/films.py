@@ -14,7 +14,6 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -23,9 +22,9 @@ from files.disk import (
     CACHE,
     READ_ERRORS,
     Unreachable,
-    disk_failed,
-    disk_sentence,
+    is_storage_error,
     read_cache,
+    storage_sentence,
     write_cache,
 )
 from files.remote import Shard
@@ -262,8 +261,8 @@ def measure_or_explain(record):
     except Unreachable:
         raise
     except READ_ERRORS as e:
-        if disk_failed(e):
-            raise OSError(disk_sentence(f"{record.shard} {record.key}", e)) from e
+        if is_storage_error(e):
+            raise OSError(storage_sentence(f"{record.shard} {record.key}", e)) from e
         return None, (record.shard, record.key, flaw_of(record, e))
     stretches = [round(float(end - start), 6) for start, end in clock.stretches()]
     rate = 1 / clock.interval if clock.interval else 0.0
@@ -276,8 +275,8 @@ def flaw_of(record, error):
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             return f"no video but compressed ({name}): unpack it"
-    if isinstance(error, av.InvalidDataError):
-        return "no video, or damaged: FFmpeg finds none in it"
+    if "Invalid data found" in str(error):
+        return f"no video, or damaged ({error})"
     return str(error)
 
 
