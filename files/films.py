@@ -100,7 +100,7 @@ def films_below(folder):
         )
     if others and os.environ.get("RANK", "0") == "0":
         print(
-            f"{folder}: {len(paths)} videos and tars; {others.total()} other files are not taken"
+            f"{folder}: {len(paths)} videos and tars are taken, files of other kinds are not"
             f" ({kinds})"
         )
     return sorted(paths)
@@ -116,11 +116,17 @@ def key_of(path):
     return f"{os.path.basename(folder)}/{member_kind(name)[0]}"
 
 
+def is_tar(path):
+    """Whether a path or URL names a tar. What follows a ? in a URL may be a signature."""
+    name = path.split("?")[0] if isinstance(path, Shard) else path
+    return member_kind(name)[1] == "tar"
+
+
 def film_index(path):
     """A video file, or a tar of them -> ([Record], [(file, key, reason)] of what cannot be used).
     Of a tar the headers are read, of a file nothing but its first bytes."""
     size = path.size if isinstance(path, Shard) else os.path.getsize(path)
-    if member_kind(path)[1] == "tar":
+    if is_tar(path):
         return tar_index(path, size)
     key = key_of(path)
     if not size:
@@ -231,7 +237,7 @@ class Notes:
 
     def folder(self, record):
         """The folder of a loose film, or its tar."""
-        if isinstance(record.shard, Shard) or member_kind(record.shard)[1] == "tar":
+        if isinstance(record.shard, Shard) or is_tar(record.shard):
             return os.path.abspath(record.shard)
         return os.path.dirname(os.path.abspath(record.shard))
 
@@ -264,9 +270,9 @@ def measure_or_explain(record):
         if is_storage_error(e):
             raise OSError(storage_sentence(f"{record.shard} {record.key}", e)) from e
         return None, (record.shard, record.key, flaw_of(record, e))
-    stretches = [round(float(end - start), 6) for start, end in clock.stretches()]
-    rate = 1 / clock.interval if clock.interval else 0.0
-    return record._replace(length=len(clock.times), rate=rate, stretches=tuple(stretches)), None
+    stretches = tuple(float(last - first) for first, last in clock.stretches())
+    record = record._replace(length=len(clock.times), rate=clock.rate, stretches=stretches)
+    return record, None
 
 
 def flaw_of(record, error):
@@ -285,16 +291,21 @@ def flaw_of(record, error):
 
 class Clock(NamedTuple):
     """When the frames of a film are shown: times (frames,) int64 in units of `unit` seconds,
-    increasing; interval: seconds from one frame to the next, pauses left out, or 0."""
+    increasing; rate: frames a second, pauses left out, or 0 with fewer than two frames."""
 
     times: np.ndarray
     unit: float
-    interval: float
+    rate: float
+
+    @property
+    def interval(self):
+        """Seconds from one frame to the next."""
+        return 1 / self.rate
 
     def stretches(self):
         """[(first second, last second + interval)] of the parts without a pause. A pause is a frame
         that stays for longer than PAUSE, or than four others."""
-        if not self.interval:
+        if not self.rate:
             return []
         seconds = self.times * self.unit
         pauses = np.flatnonzero(np.diff(seconds) > max(PAUSE, 4 * self.interval))
@@ -318,18 +329,18 @@ def read_clock(record):
     raw = read_cache(path) if place[1] > COSTLY else None
     if raw is not None:
         with np.load(io.BytesIO(raw)) as z:
-            return Clock(z["times"], float(z["unit"]), float(z["interval"]))
+            return Clock(z["times"], float(z["unit"]), float(z["rate"]))
 
     with Slice(record.shard, *place) as f:
         times, unit = film_times(f)
         bytes_read = f.bytes_read
-    interval = 0.0
+    rate = 0.0
     if len(times) > 1:
-        interval = float(steady_interval(np.arange(len(times)), times)) * unit
-    clock = Clock(times, unit, interval)
+        rate = 1 / (float(steady_interval(np.arange(len(times)), times)) * unit)
+    clock = Clock(times, unit, rate)
     if bytes_read > COSTLY:
         buffer = io.BytesIO()
-        np.savez(buffer, times=times, unit=unit, interval=interval)
+        np.savez(buffer, times=times, unit=unit, rate=rate)
         write_cache(path, buffer.getvalue(), "frame times of videos are")
     return clock
 

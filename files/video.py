@@ -6,6 +6,7 @@ actions, states and features are read without a single frame."""
 import contextlib
 import functools
 import io
+import itertools
 import os
 import struct
 import zlib
@@ -199,11 +200,26 @@ def film_times(f):
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
         unit = stream.time_base
+        if container.format.name == "avi":
+            check_avi(container, stream)
     if times is None:
         times = packet_times(f)
     if not len(times):
         raise ValueError("no frame of it has a time stamp: write it again as mp4, with ffmpeg")
     return np.unique(times), float(unit)
+
+
+def check_avi(container, stream):
+    """An AVI has no times of display. Of H.264 with B-frames FFmpeg takes those of decoding, and
+    frames would be in the wrong order (ValueError). Decodes the first 64 packets."""
+    times = []
+    for packet in itertools.islice(container.demux(stream), 64):
+        times += [frame.pts for frame in packet.decode()]
+    if None in times or times != sorted(times):
+        raise ValueError(
+            "an AVI does not say in which order its frames are shown: write it again as mp4, with"
+            " ffmpeg"
+        )
 
 
 def video_rate(f, times):
