@@ -314,11 +314,14 @@ class Clock(NamedTuple):
         return list(zip(firsts, lasts + self.interval))
 
     def shown(self, seconds):
-        """Numbers of the frames that are shown at some times. Stamps are often rounded, so a frame
-        counts from half an interval before its own."""
-        ticks = (np.asarray(seconds) + self.interval / 2) / self.unit
-        numbers = np.searchsorted(self.times, ticks, side="right") - 1
-        return np.clip(numbers, 0, len(self.times) - 1)
+        """Numbers of the frames that are shown at some times. Stamps are often rounded, so the next
+        frame counts where it is nearer and at most half an interval ahead."""
+        ticks = np.asarray(seconds) / self.unit
+        following = np.searchsorted(self.times, ticks, side="right")
+        following = np.clip(following, 1, len(self.times) - 1)
+        ahead = self.times[following] - ticks
+        nearer = ahead < ticks - self.times[following - 1]
+        return np.where(nearer & (ahead <= self.interval / 2 / self.unit), following, following - 1)
 
 
 def read_clock(record):
@@ -391,8 +394,12 @@ class FilmReader(ClipReader):
 
     def is_too_short(self, record):
         """Whether no stretch of a film is as long as a clip."""
-        needed = self.seconds + 0.5 / record.rate if record.rate else 0.0
-        return max(record.stretches, default=0.0) < max(needed, 1e-9)
+        return not any(self.room(seconds, 1 / record.rate) for seconds in record.stretches)
+
+    def room(self, seconds, interval):
+        """For how many seconds of a stretch that long a clip may start; 0 if it is too short."""
+        room = seconds - self.seconds
+        return room if room > interval / 2 else 0.0
 
     def windows(self, record):
         """How many clips the stretches of a film have that do not overlap."""
@@ -418,10 +425,7 @@ class FilmReader(ClipReader):
                 before += count
             raise ValueError(f"window {place} of a film that has {before}")
 
-        rooms = []
-        for first, last in stretches:
-            room = last - first - self.seconds
-            rooms.append(room if room > clock.interval / 2 else 0.0)
+        rooms = [self.room(last - first, clock.interval) for first, last in stretches]
         position = place * sum(rooms)
         for (first, _), room in zip(stretches, rooms):
             if position < room:
