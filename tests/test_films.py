@@ -492,12 +492,12 @@ def test_lengths_are_read_once(tmp_path, monkeypatch):
     assert [r.length for r in open_films(str(folder), READER)[0]] == [60, 90, 62]
     assert len(calls) == 4
 
-    # ranks begin at different places, and give the same
+    # another machine, on which this is the last of three ranks
     monkeypatch.setattr(films, "CACHE", str(tmp_path / "other"))
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")
     assert [r.length for r in open_films(str(folder), READER)[0]] == [60, 90, 62]
-    assert [f.name if hasattr(f, "name") else 0 for f in calls[4:]] == [0, 0, 0]
+    assert len(calls) == 7
 
     # a long scan is kept too, for the workers
     monkeypatch.setattr(films, "COSTLY", 100)
