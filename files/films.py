@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from files.disk import (
     CACHE,
@@ -27,6 +26,7 @@ from files.disk import (
     storage_sentence,
     write_cache,
 )
+from files.progress import tqdm
 from files.remote import Shard
 from files.shards import (
     COMPRESSED,
@@ -186,26 +186,22 @@ def index_films(paths, workers=16):
             bad += flaws
 
         notes = Notes(records)
+        measured = [notes.find(record) for record in records]
         begin = rank * len(records) // world
         numbers = [*range(begin, len(records)), *range(begin)]
-        measured = {}
-        unread = [number for number in numbers if notes.find(records[number]) is None]
+        unread = [number for number in numbers if measured[number] is None]
         jobs = pool.map(measure_or_explain, [records[number] for number in unread])
         bar = tqdm(jobs, desc="index", total=len(unread), delay=10, disable=rank != 0)
-        for number, result in zip(unread, bar):
-            measured[number] = result
-            if result[0] is not None:
-                notes.add(result[0])
+        flaws = {}
+        for number, (record, flaw) in zip(unread, bar):
+            if flaw:
+                flaws[number] = flaw
+            else:
+                measured[number] = record
+                notes.add(record)
     notes.write()
-
-    indexed = []
-    for number, record in enumerate(records):
-        record_measured, flaw = measured.get(number) or (notes.find(record), None)
-        if flaw:
-            bad.append(flaw)
-        else:
-            indexed.append(record_measured)
-    return indexed, bad
+    bad += [flaws[number] for number in sorted(flaws)]
+    return [record for record in measured if record is not None], bad
 
 
 def identity(record):
@@ -225,8 +221,8 @@ def cache_path(*names):
 
 
 class Notes:
-    """Lengths of films in the cache: one file for each folder or tar, JSON of {identity: length,
-    rate, stretches}."""
+    """Lengths of films in the cache: one file for each folder or tar, JSON of {identity: [length,
+    rate, stretches]}."""
 
     def __init__(self, records):
         self.rows = {}

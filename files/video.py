@@ -200,6 +200,8 @@ def film_times(f):
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
         unit = stream.time_base
+        if not unit:
+            raise ValueError("its clock has no unit: write it again as mp4, with ffmpeg")
         if container.format.name == "avi":
             check_avi(container, stream)
     if times is None:
