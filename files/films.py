@@ -125,10 +125,12 @@ def is_tar(path):
 def film_index(path):
     """A video file, or a tar of them -> ([Record], [(file, key, reason)] of what cannot be used).
     Of a tar the headers are read, of a file nothing but its first bytes."""
+    key = key_of(path)
+    if os.path.islink(path) and not os.path.exists(path):
+        return [], [(path, key, f"a link to {os.readlink(path)}, which is not there")]
     size = path.size if isinstance(path, Shard) else os.path.getsize(path)
     if is_tar(path):
         return tar_index(path, size)
-    key = key_of(path)
     if not size:
         return [], [(path, key, "the video has zero bytes")]
     if is_apple_double(path, read_start(path, (0, 8))):

@@ -149,8 +149,10 @@ def open_video(file):
     import av
 
     try:
-        # titles in an old encoding are no fault of the video
-        with av.open(file, metadata_errors="replace") as container:
+        # a playlist or session description opens no connection, and titles in an old encoding are
+        # no fault of the video
+        options = {"protocol_whitelist": "file"}
+        with av.open(file, options=options, metadata_errors="replace") as container:
             yield container
     except av.FFmpegError as e:
         # "out of memory" may also be a wrong length in a damaged file

@@ -293,6 +293,9 @@ def test_a_file_that_is_no_video_is_named(tmp_path, monkeypatch):
     (tmp_path / "packed.mkv").write_bytes(b"\x1f\x8b" + raw)
     (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b" + raw)
     sound_only(tmp_path / "sound.mkv")
+    session = "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n"
+    (tmp_path / "session.mp4").write_text(session)  # FFmpeg would wait for packets at port 5004
+    os.symlink("nowhere", tmp_path / "link.mp4")
     write_tar(tmp_path / "texts.tar", {"a.txt": b"a", "zero.mp4": b""})
     write_tar(tmp_path / "text.tar", {"a.txt": b"a"})
     write_film(tmp_path / "slow.mp4", frames=40, rate=2)
@@ -300,7 +303,7 @@ def test_a_file_that_is_no_video_is_named(tmp_path, monkeypatch):
     train, _, _, bad = open_films(str(tmp_path), READER)
     assert [r.shard for r in train] == [good]
     reasons = {os.path.basename(file): reason for file, _, reason in bad}
-    assert len(bad) == len(reasons) == 10
+    assert len(bad) == len(reasons) == 12
     assert "no video, or damaged" in reasons["page.mp4"]
     assert reasons["empty.mkv"] == "the video has zero bytes" == reasons["texts.tar"]
     assert "moov" in reasons["cut.mp4"] or "truncated" in reasons["cut.mp4"]
@@ -309,12 +312,13 @@ def test_a_file_that_is_no_video_is_named(tmp_path, monkeypatch):
     assert "no video in it" in reasons["text.tar"] and ".txt" in reasons["text.tar"]
     assert reasons["slow.mp4"].startswith("2 frames a second: --fps 5 would show frames twice")
     assert "AVI" in reasons["order.avi"]
+    assert reasons["link.mp4"] == "a link to nowhere, which is not there"
 
     # of a hundred videos, more than the share that may be bad
     for n in range(90):
         (tmp_path / f"page-{n}.mp4").write_text(f"<html>404</html> {n}")
     with pytest.raises(
-        ValueError, match="100 of 101 recordings cannot be read.*--max_bad_fraction"
+        ValueError, match="102 of 103 recordings cannot be read.*--max_bad_fraction"
     ):
         open_films(str(tmp_path), READER, max_bad_fraction=0.5)
     with pytest.raises(ValueError, match="no usable video in .*page-0.mp4"):
