@@ -11,13 +11,22 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import HEIGHT, WIDTH, contractor, film, jsonl, picture, read_number, write_tar
 
 from data import Clips, one_pass, open_films, open_split, vpt_loader, windows
 from files import films
 from files.films import FilmReader, film_paths
 from files.remote import cached
 from files.vpt import ClipReader
+from tests.harness import (
+    HEIGHT,
+    WIDTH,
+    contractor,
+    film,
+    jsonl,
+    picture,
+    read_number,
+    write_tar,
+)
 
 READER = FilmReader(8, 5.0, 2, HEIGHT)  # 8 frames, 1.4 s from the first to the last
 
