@@ -2,7 +2,7 @@
 refuse.
 
 Every run is a process of its own, forked from a server that has imported torch already
-(multiprocessing's forkserver), since importing it takes longer than these runs. bench.spread starts
+(multiprocessing's forkserver), since importing it takes longer than these runs. tests.spread starts
 train_ac.py through the interpreter, and tests/test_scale.py through torchrun."""
 
 import json
