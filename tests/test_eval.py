@@ -18,7 +18,6 @@ from scipy.stats import t as student
 
 import checkpoint
 import eval as report
-from bench import intervals
 from data import ActionScaler, windows
 from evaluation import pictures
 from evaluation.held_out import (
@@ -39,6 +38,7 @@ from files import logs
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, ClipReader
 from model import Predictor, add_lora, lora_layers, predict
+from tests import intervals
 from tests.harness import (
     Moved,
     Pushed,
@@ -372,46 +372,46 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
     the meter's."""
     predictor, scaler, batches = clips_of(game.out)
     names = ACTION_SPACES[36]
+    keys = [n for n in names if n.startswith(("key.", "mouse.")) and not n[4:].isdigit()]
     groups = {
         "camera": names[:4],
-        "keys": (
-            [n for n in names if n[:4] in ("key.", "mous") and not n[4:].isdigit() and "_" not in n]
-            + ["mouse.0", "mouse.1", "mouse.2"]
-        ),
+        "keys": keys,
         "hotbar": [f"{p}.{i}" for p in ("key", "slot") for i in range(1, 10)],
     }
+
+    def next_step(past, actions, states):
+        """The prediction of the step after `past` (k, 4, 192), normed."""
+        k = len(past)
+        tokens = past.flatten(0, 1)[None]
+        out = predictor(tokens, actions[None, :k], states[None, :k])
+        return F.layer_norm(out[0, -4:], (192,)).detach()
+
+    def turned_by(first, actions):
+        """The states (yaw, pitch) that the actions lead to."""
+        turns = actions[:, 2:4].double().numpy() * scaler.scale[2:] + scaler.mean[2:]
+        states = first.double().numpy() + np.r_[[[0, 0]], np.cumsum(turns, 0)[:-1]]
+        states[:, 0] = [math.atan2(math.sin(x), math.cos(x)) for x in states[:, 0]]
+        return torch.tensor(states).float()
+
+    def errors_of(z, actions, states, out):
+        rolled = z[:1]
+        turned = turned_by(states[0], actions)
+        for k in range(1, len(z)):
+            seen = next_step(z[:k], actions, states)
+            rolled = torch.cat([rolled, next_step(rolled, actions, turned)[None]])
+            out["tf"].append((seen - z[k]).abs().mean().item())
+            out["ro"].append((rolled[-1] - z[k]).abs().mean().item())
+
     for group, members in groups.items():
         columns = sorted({names.index(n) for n in members})
         true = {"tf": [], "ro": []}
         wrong = {"tf": [], "ro": []}
         for (z, actions, states), recordings in zip(batches, names_of(game.out)):
-            B, T = z.shape[:2]
             for b, other in enumerate(another_recording(recordings)):
                 mixed = actions[b].clone()
                 mixed[:, columns] = actions[other][:, columns]
-                for a, out in ((actions[b], true), (mixed, wrong)):
-                    unscaled = (
-                        a.double().numpy() * np.r_[scaler.scale, np.ones(32)]
-                        + np.r_[scaler.mean, np.zeros(32)]
-                    )
-                    turned = (
-                        states[b, 0].double().numpy()
-                        + np.r_[[[0, 0]], np.cumsum(unscaled[:, 2:4], 0)[:-1]]
-                    )
-                    turned[:, 0] = [math.atan2(math.sin(x), math.cos(x)) for x in turned[:, 0]]
-                    rolled = [z[b, 0]]
-                    for k in range(1, T):
-                        ends = (
-                            torch.stack(rolled).flatten(0, 1)[None],
-                            a[None, :k],
-                            torch.tensor(turned[None, :k]).float(),
-                        )
-                        rolled.append(F.layer_norm(predictor(*ends)[0, -4:], (192,)).detach())
-                        seen = predictor(
-                            z[b, :k].flatten(0, 1)[None], a[None, :k], states[None, b, :k]
-                        )[0, -4:]
-                        out["tf"].append((F.layer_norm(seen, (192,)) - z[b, k]).abs().mean().item())
-                        out["ro"].append((rolled[-1] - z[b, k]).abs().mean().item())
+                errors_of(z[b], actions[b], states[b], true)
+                errors_of(z[b], mixed, states[b], wrong)
 
         for p in ("tf", "ro"):
             gap = np.mean(wrong[p]) / np.mean(true[p]) - 1
@@ -551,28 +551,28 @@ def test_rank_and_landscape_in_the_report(game):
     actions = torch.cat([batch[1] for batch in batches])
     states = torch.cat([batch[2] for batch in batches])
     recordings = sum(names_of(game.out), [])
+
+    # the landscape's axes reach to what 99 % of the clips do
     plain = actions.double().numpy()[..., :2] * scaler.scale[:2] + scaler.mean[:2]
-    axes = [
-        np.linspace(-m, m, report.GRID)
-        for m in np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
-    ]
+    reach = np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
+    axes = [np.linspace(-m, m, report.GRID) for m in reach]
+
+    # each clip's true action among those of others, and on the landscape
     generator = torch.Generator().manual_seed(0)
     ranks = []
     misses = []
     for i in range(len(z)):
         others = report.drawn_from_others(actions, i, recordings, 8, generator)
-        e = report.energies(
-            predictor, z[i], actions[i], states[i], torch.cat([actions[i, -1:], others])
-        )
+        both = torch.cat([actions[i, -1:], others])
+        e = report.energies(predictor, z[i], actions[i], states[i], both)
         ranks.append((e[1:] < e[0]).float().mean().item())
         tried = report.swept(actions[i, -1], ACTION_SPACES[36], scaler, [0, 1], axes)
         at = report.energies(predictor, z[i], actions[i], states[i], tried).argmin().item()
         misses.append(abs(axes[0][at // report.GRID] - plain[i, -1, 0]))
     assert game.report["rank"] == pytest.approx(np.mean(ranks), abs=1e-6)
     assert game.report["ranked_clips"] == len(z) == 8
-    assert game.report["landscape"]["mouse_dx"]["argmin"] == pytest.approx(
-        np.mean(misses), rel=1e-6
-    )
+    argmin = game.report["landscape"]["mouse_dx"]["argmin"]
+    assert argmin == pytest.approx(np.mean(misses), rel=1e-6)
     assert game.report["landscape"]["mouse_dy"]["unit"] == "pixels"
     assert f"among 8 of other recordings: {np.mean(ranks):.3f}" in game.text
 
@@ -635,24 +635,27 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
         add_lora(predictor, r=4)
         for m in lora_layers(predictor).values():
             m.lora_B.data.normal_(std=0.1)
+
+    # what goes into each attention and what comes out
+    caught = {}
+    for b, blk in enumerate(predictor.predictor_blocks):
+        blk.attn.register_forward_hook(lambda m, i, out, b=b: caught.update({b: (i[0], out[0])}))
     T = 4
     C = 1 + bool(state_dim)
     z = torch.randn(T, 6, 24)
     actions = torch.randn(T, 5)
     states = torch.randn(T, state_dim)
-    caught = {}
-    for b, blk in enumerate(predictor.predictor_blocks):
-        blk.attn.register_forward_hook(lambda m, i, out, b=b: caught.update({b: (i[0], out[0])}))
     heads = [(1, 3), (0, 0), (2, 2)]
     maps = pictures.attention_maps(predictor, z, actions, states, heads)
+
+    # the same again, from the definition
     rope = pictures.rope_tables(predictor.positions(T, C), predictor.head_dim)
     for (b, h), m in zip(heads, maps):
         attn = predictor.predictor_blocks[b].attn
-        (x, out) = caught[b]
+        x, out = caught[b]
         weights, v = pictures.attention_of(attn, attn.qkv(x), rope, C + 6)
-        torch.testing.assert_close(
-            attn.proj((weights @ v).transpose(1, 2).flatten(2)), out, rtol=0, atol=1e-5
-        )
+        again = attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(again, out, rtol=0, atol=1e-5)
         torch.testing.assert_close(m.flatten(1), weights[0, h, -(C + 6) :], rtol=0, atol=1e-6)
         assert m.shape == (C + 6, T, C + 6)
         assert weights[0, :, 0, C + 6 :].abs().max() == 0
