@@ -159,15 +159,9 @@ def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path
     scale of another token or step; a run that mixes two ways of storing them, or that silently
     drops an augmentation."""
     scaler = tmp_path / "scaler.pkl"
-    run(
-        tmp_path,
-        "fit_scaler.py",
-        "--data",
-        shards / "shard-{000000..000001}.tar",
-        "--output",
-        scaler,
-        "--num_workers 0",
-    )
+    options = ["--data", shards / "shard-{000000..000001}.tar"]
+    options += ["--output", scaler, "--num_workers 0"]
+    run(tmp_path, "fit_scaler.py", *options)
     base = [
         "--scaler",
         scaler,
@@ -447,14 +441,9 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
         tmp_path, "encode.py", "--data", play, *out, "--crop_size 40"
     )
 
-    again = fails(
-        tmp_path,
-        "encode.py",
-        "--data",
-        encoded.folder / "bf16" / "train" / "shard-000000.tar",
-        *out,
-        "--crop_size 32",
-    )
+    flags = ["--data", encoded.folder / "bf16" / "train" / "shard-000000.tar"]
+    flags += [*out, "--crop_size 32"]
+    again = fails(tmp_path, "encode.py", *flags)
     assert "shard-000000.tar holds features already: name the shards of video" in again
     for flag in ("--batch_size 0", "--phases 0"):
         assert f"{flag} is too small" in fails(tmp_path, "encode.py", "--data", play, *out, flag)

@@ -781,14 +781,9 @@ def test_noise_does_not_look_like_an_effect():
 def test_a_lora_run_is_reported_on(arm, tmp_path):
     """Bug: eval.py is for gameplay only: robot actions have no groups, no units, their frames no
     strip, or the numbers are the base's."""
-    text = run(
-        tmp_path,
-        "eval.py",
-        "--checkpoint",
-        arm / "lora",
-        "--num_workers 0 --batch_size 4 --samples 16 --out",
-        tmp_path,
-    )
+    flags = ["--checkpoint", arm / "lora"]
+    flags += ["--num_workers 0 --batch_size 4 --samples 16", "--out", tmp_path]
+    text = run(tmp_path, "eval.py", *flags)
     found = json.loads((tmp_path / "report.json").read_text())
     np.testing.assert_allclose(
         [found["tf_true"], found["ro_gap"]],

@@ -533,13 +533,8 @@ def test_windows_cross_chunks(tmp_path, options, T):
         steps = np.concatenate(list(data.transpose(0, 2, 1, 3, 4))).astype(np.float32)
         np.savez(tmp_path / f"{i}.actions.npz", move=np.arange(len(steps) - 1))
 
-    run(
-        tmp_path,
-        "prepare/manifest.py",
-        tmp_path,
-        "--size 8 --val_ratio 0.2 --test_ratio 0",
-        env={"PYTHONPATH": ROOT},
-    )
+    flags = [tmp_path, "--size 8 --val_ratio 0.2 --test_ratio 0"]
+    run(tmp_path, "prepare/manifest.py", *flags, env={"PYTHONPATH": ROOT})
     meta, splits = open_manifest(tmp_path / "manifest.json")
     assert meta["steps_per_chunk"] == T
     assert [len(splits[k]) for k in ("train", "validation", "test")] == [1, 1, 0]
@@ -1000,13 +995,8 @@ def test_two_ranks_and_micro_batches_are_one_batch(folder, tmp_path, codebook):
     ranks = start_ranks(
         tmp_path, "train_lam.py", *flags, "--batch_size 2 --out_dir", tmp_path / "two"
     )
-    run(
-        tmp_path,
-        "train_lam.py",
-        *flags,
-        "--batch_size 2 --grad_accum 2 --out_dir",
-        tmp_path / "accumulated",
-    )
+    options = [*flags, "--batch_size 2 --grad_accum 2", "--out_dir", tmp_path / "accumulated"]
+    run(tmp_path, "train_lam.py", *options)
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
 
@@ -1101,16 +1091,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     """Bug: NaN goes into the codebook and the next checkpoint."""
-    error = fails(
-        tmp_path,
-        "train_lam.py",
-        "--data_dir",
-        folder,
-        SMALL,
-        PLAN,
-        "--lr 1e18 --grad_clip 0 --out_dir",
-        tmp_path / "run",
-    )
+    flags = ["--data_dir", folder, SMALL, PLAN, "--lr 1e18 --grad_clip 0"]
+    flags += ["--out_dir", tmp_path / "run"]
+    error = fails(tmp_path, "train_lam.py", *flags)
     assert "is not finite at epoch 0, itr " in error
     assert ".h5@" in error
     assert "last good checkpoint: none; lower --lr" in error

@@ -719,13 +719,9 @@ def test_what_a_run_leaves(world, tuned):
     np.testing.assert_allclose(v[:, 4], v[:, 2] / v[:, 3] - 1, rtol=1e-6)
 
     flags = [w for w in world.lora if not str(w).startswith("--lr")]
-    text = run(
-        world.folder,
-        "train_lora.py",
-        *flags,
-        "--full --max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir",
-        world.folder / "nothing",
-    )
+    options = [*flags, "--full --max_steps 1 --warmup_steps 0 --lr 1e-12"]
+    options += ["--out_dir", world.folder / "nothing"]
+    text = run(world.folder, "train_lora.py", *options)
     unmoved = numbers(world.folder / "nothing", "tf_true", "base_tf", log="val.csv")[-1]
     np.testing.assert_allclose(unmoved, v[0, 2], rtol=1e-5)  # the base, however it is evaluated
     assert "of them trained" in text
@@ -784,13 +780,8 @@ def test_resume_is_exact(world, tuned):
     code, text = killed.wait()
     assert code == 0 and "continue with --resume" in text
 
-    text = run(
-        world.folder,
-        "train_lora.py",
-        *tuned.flags,
-        "--num_workers 2 --prefetch_factor 3 --resume --out_dir",
-        out,
-    )
+    options = [*tuned.flags, "--num_workers 2 --prefetch_factor 3 --resume", "--out_dir", out]
+    text = run(world.folder, "train_lora.py", *options)
     assert "resumed from" in text and "--num_workers 2 (was 0)" in text
     same(tuned.out, out)
 
@@ -810,13 +801,9 @@ def test_ranks_and_micro_batches_are_one_batch(world):
     flags = [*world.lora, "--dropout 0 --max_steps 4 --eval_every_n_steps 4"]
     out = world.folder
     run(out, "train_lora.py", *flags, "--out_dir", out / "one")
-    run(
-        out,
-        "train_lora.py",
-        *flags,
-        "--batch_size 1 --grad_accum 4 --activation_checkpointing --out_dir",
-        out / "accumulated",
-    )
+    options = [*flags, "--batch_size 1 --grad_accum 4 --activation_checkpointing"]
+    options += ["--out_dir", out / "accumulated"]
+    run(out, "train_lora.py", *options)
     ranks = start_ranks(
         out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "two"
     )
@@ -889,13 +876,8 @@ def test_other_ways_to_train(world, flags):
     out = world.folder / flags.replace(" ", "")
     short = [*world.lora, "--lr 3e-3", flags]
     run(world.folder, "train_lora.py", *short, "--max_steps 8 --anneal_steps 2 --out_dir", out)
-    text = run(
-        world.folder,
-        "train_lora.py",
-        *short,
-        "--max_steps 10 --anneal_steps 2 --resume --out_dir",
-        out,
-    )
+    options = [*short, "--max_steps 10 --anneal_steps 2 --resume", "--out_dir", out]
+    text = run(world.folder, "train_lora.py", *options)
     assert "at step 8" in text
 
     v = numbers(out, "tf_true", "base_tf", log="val.csv")
@@ -913,17 +895,9 @@ def test_metas_layout_brings_its_encoder(world, tmp_path):
     flags = [w for w in world.b if w is not FLAGS] + [
         FLAGS.replace("--encoder vit_tiny", "--pred_heads 3 --max_steps 3 --warmup_steps 0")
     ]
-    run(
-        tmp_path,
-        "train_lora.py",
-        *flags,
-        "--base",
-        tmp_path / "meta.pt",
-        "--out_dir",
-        tmp_path / "out",
-        "--export",
-        tmp_path / "x.pt",
-    )
+    options = [*flags, "--base", tmp_path / "meta.pt", "--out_dir", tmp_path / "out"]
+    options += ["--export", tmp_path / "x.pt"]
+    run(tmp_path, "train_lora.py", *options)
     found = torch.load(tmp_path / "x.pt", weights_only=True)
     assert found["target_encoder"].keys() == state["target_encoder"].keys()
 
@@ -942,16 +916,9 @@ def test_a_base_that_predicts_changes(world, tmp_path):
     """Bug: adapters on a predictor of changes are trained, judged or exported as if it predicted
     features, or --predict asks for something else than its base does and is passed over."""
     size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 4"
-    text = run(
-        tmp_path,
-        "train_lora.py",
-        *world.a,
-        size,
-        "--predict change --out_dir",
-        tmp_path / "base",
-        "--export",
-        tmp_path / "base.pt",
-    )
+    options = [*world.a, size, "--predict change", "--out_dir", tmp_path / "base"]
+    options += ["--export", tmp_path / "base.pt"]
+    text = run(tmp_path, "train_lora.py", *options)
     assert "--base reads that, Meta's own code refuses it" in text
     assert checkpoint.load_latest(tmp_path / "base")[0]["predict"] == "change"
 
@@ -1031,29 +998,16 @@ def test_a_robot_of_other_dimension(world, tmp_path):
         world.base,
         "--max_steps 4",
     ]
-    text = run(
-        tmp_path,
-        "train_lora.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "out",
-        "--export",
-        tmp_path / "x.pt",
-    )
+    options = [*flags, "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt"]
+    text = run(tmp_path, "train_lora.py", *options)
     assert "does it help" not in text  # no base to compare with
 
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["action_encoder"]
 
-    again = run(
-        tmp_path,
-        "train_lora.py",
-        *flags,
-        "--lr 1e-12 --init_from",
-        tmp_path / "out" / "adapter",
-        "--out_dir",
-        tmp_path / "more",
-    )
+    options = [*flags, "--lr 1e-12", "--init_from", tmp_path / "out" / "adapter"]
+    options += ["--out_dir", tmp_path / "more"]
+    again = run(tmp_path, "train_lora.py", *options)
     assert "adapters: " in again
 
     before, after = (
@@ -1132,16 +1086,9 @@ def encoded(world):
     for store in ("bf16", "int8"):
         out[store] = world.folder / "features" / store
         how = "--encoder vit_tiny --crop_size 32 --stride 1 --store"
-        run(
-            world.folder,
-            "encode.py",
-            "--dataset droid --data",
-            world.folder / "b",
-            "--out",
-            out[store],
-            how,
-            store,
-        )
+        flags = ["--dataset droid", "--data", world.folder / "b", "--out", out[store]]
+        flags += [how, store]
+        run(world.folder, "encode.py", *flags)
     return out
 
 
@@ -1177,15 +1124,9 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
             assert len(ours) == len(theirs) > 0 and (ours != theirs).any()
             np.testing.assert_allclose(ours, theirs, rtol=4e-3, err_msg=name)
 
-    again = run(
-        tmp_path,
-        "train_lora.py",
-        "--data",
-        encoded["bf16"],
-        *flags[2:],
-        "--max_steps 6 --resume --out_dir",
-        tmp_path / "bf16",
-    )
+    options = ["--data", encoded["bf16"], *flags[2:], "--max_steps 6 --resume"]
+    options += ["--out_dir", tmp_path / "bf16"]
+    again = run(tmp_path, "train_lora.py", *options)
     assert "resumed from" in again
 
     wrong = [
@@ -1197,27 +1138,14 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
     ]
     assert "holds features of encoder" in fails(tmp_path, "train_lora.py", *wrong)
 
-    text = run(
-        tmp_path,
-        "eval.py",
-        "--checkpoint",
-        tmp_path / "int8",
-        "--samples 8 --val_clips 16 --num_workers 0",
-    )
+    options = ["--checkpoint", tmp_path / "int8", "--samples 8 --val_clips 16 --num_workers 0"]
+    text = run(tmp_path, "eval.py", *options)
     assert "written to" in text and "retrieval" in text
 
     reports = {"--debug": "fell to", "--memory_report": "encoder", "--dry_run": "steps x"}
     for flag, said in reports.items():
-        text = run(
-            tmp_path,
-            "train_lora.py",
-            "--data",
-            encoded["int8"],
-            *flags[2:],
-            flag,
-            "--out_dir",
-            tmp_path / "dry",
-        )
+        options = ["--data", encoded["int8"], *flags[2:], flag, "--out_dir", tmp_path / "dry"]
+        text = run(tmp_path, "train_lora.py", *options)
         assert said in text and not (tmp_path / "dry").exists()
 
 
@@ -1246,16 +1174,9 @@ def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
     )
 
     for encoder in ("vit_tiny", tmp_path / "meta.pt"):
-        named = run(
-            tmp_path,
-            "train_lora.py",
-            *flags,
-            tmp_path / "meta.pt",
-            "--encoder",
-            encoder,
-            "--out_dir",
-            tmp_path / f"b-{encoder!s:.3}",
-        )
+        options = [*flags, tmp_path / "meta.pt", "--encoder", encoder]
+        options += ["--out_dir", tmp_path / f"b-{encoder!s:.3}"]
+        named = run(tmp_path, "train_lora.py", *options)
         assert said not in named
 
     error = fails(
@@ -1430,15 +1351,9 @@ def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_pa
         ):
             open_droid(data.split(), val and val.split(), 0.1, DroidReader(4, **READER), log=print)
 
-    run(
-        tmp_path,
-        "encode.py",
-        "--data",
-        shards / "shard-000000.tar",
-        "--out",
-        tmp_path / "play",
-        "--encoder vit_tiny --crop_size 32",
-    )
+    flags = ["--data", shards / "shard-000000.tar", "--out", tmp_path / "play"]
+    flags += ["--encoder vit_tiny --crop_size 32"]
+    run(tmp_path, "encode.py", *flags)
     for data, what in (
         (tmp_path / "play" / "*.tar", "features of gameplay"),
         (shards / "shard-000000.tar", "gameplay"),
@@ -1449,27 +1364,16 @@ def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_pa
 
     scaler = ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 99, {})
     scaler.save(tmp_path / "s.pkl")
-    error = fails(
-        tmp_path,
-        "train_ac.py",
-        "--data",
-        encoded["bf16"] / "*.tar",
-        "--scaler",
-        tmp_path / "s.pkl",
-        "--encode frame",
-    )
+    flags = ["--data", encoded["bf16"] / "*.tar"]
+    flags += ["--scaler", tmp_path / "s.pkl", "--encode frame"]
+    error = fails(tmp_path, "train_ac.py", *flags)
     assert "no usable recording" in error
     assert "features of robot episodes: train_lora.py reads them" in error
 
     for name, data in (("tfrecords", idle / "d.*"), ("features", idle / "f")):
-        run(
-            tmp_path,
-            "fit_scaler.py",
-            "--dataset droid --fps 5 --num_workers 0 --data",
-            data,
-            "--output",
-            tmp_path / f"{name}.pkl",
-        )
+        flags = ["--dataset droid --fps 5 --num_workers 0", "--data", data]
+        flags += ["--output", tmp_path / f"{name}.pkl"]
+        run(tmp_path, "fit_scaler.py", *flags)
 
     ours, theirs = (ActionScaler.load(tmp_path / f"{n}.pkl") for n in ("features", "tfrecords"))
     assert ours.n == theirs.n and ours.meta == theirs.meta
@@ -1893,29 +1797,16 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
 def test_resume_from_the_url(world, tuned, tmp_path):
     """Bug: a run on a fresh machine starts anew though its checkpoints are in the bucket."""
     url = f"file://{tmp_path}/bucket"
-    run(
-        tmp_path,
-        "train_lora.py",
-        *tuned.flags,
-        "--out_dir",
-        tmp_path / "one",
-        "--sync_minutes 0.001 --sync_to",
-        url,
-    )
+    flags = [*tuned.flags, "--out_dir", tmp_path / "one"]
+    flags += ["--sync_minutes 0.001", "--sync_to", url]
+    run(tmp_path, "train_lora.py", *flags)
     assert CHECKPOINT.fullmatch(max(n for n in files(url) if n.startswith("checkpoint")))
     assert "adapter/adapter_model.safetensors" in files(url)
 
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
     os.unlink(tmp_path / "bucket" / newest)  # as if the machine had died before
-    text = run(
-        tmp_path,
-        "train_lora.py",
-        *tuned.flags,
-        "--resume --out_dir",
-        tmp_path / "two",
-        "--sync_to",
-        url,
-    )
+    flags = [*tuned.flags, "--resume", "--out_dir", tmp_path / "two", "--sync_to", url]
+    text = run(tmp_path, "train_lora.py", *flags)
     assert "fetched" in text and "resumed from" in text
     same(tuned.out, tmp_path / "two")
 

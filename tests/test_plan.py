@@ -483,14 +483,9 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
     assert "WARNING: not shown to be better than the best policy without a model" in text
     assert "float32 on cpu; kernels: attention" in text
 
-    text = run(
-        tmp_path,
-        "plan.py",
-        "--checkpoint",
-        arm / "lora",
-        "--clips 2 --num_samples 16 --num_elites 4 --out",
-        tmp_path / "r.json",
-    )
+    flags = ["--checkpoint", arm / "lora", "--clips 2 --num_samples 16 --num_elites 4"]
+    flags += ["--out", tmp_path / "r.json"]
+    text = run(tmp_path, "plan.py", *flags)
     rows = json.loads((tmp_path / "r.json").read_text())["recorded"]
     assert [r["dim"] for r in rows] == [*"xyz"] * 2
     assert all(r["plan"] <= 5 * r["horizon"] + r["rest"] for r in rows)
@@ -503,27 +498,17 @@ def test_plan_between_two_pictures(game, tmp_path):  # noqa: F811
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture(number)), format="rgb24")
         save_png(tmp_path / f"{name}.png", frame.reformat(*size))
     base = ["--checkpoint", game.out, "--encoder vit_tiny --start", tmp_path / "a.png", "--goal"]
-    text = run(
-        tmp_path,
-        "plan.py",
-        *base,
-        tmp_path / "b.png",
-        "--horizon 2 --num_samples 16 --num_elites 4 --out",
-        tmp_path / "p.json",
-    )
+    flags = [*base, tmp_path / "b.png", "--horizon 2 --num_samples 16 --num_elites 4"]
+    flags += ["--out", tmp_path / "p.json"]
+    text = run(tmp_path, "plan.py", *flags)
     report = json.loads((tmp_path / "p.json").read_text())
     assert len(report["plan"]) == 2
     assert f"after the plan {report['energy']:.4f}" in text
     assert report["energy_now"] > 0.01
 
-    same = run(
-        tmp_path,
-        "plan.py",
-        *base,
-        tmp_path / "a.png",
-        "--horizon 1 --num_samples 16 --num_elites 4 --out",
-        tmp_path / "q.json",
-    )
+    flags = [*base, tmp_path / "a.png", "--horizon 1 --num_samples 16 --num_elites 4"]
+    flags += ["--out", tmp_path / "q.json"]
+    same = run(tmp_path, "plan.py", *flags)
     assert "now 0.0000" in same
 
     (tmp_path / "d.png").write_bytes(b"no picture")
@@ -552,15 +537,9 @@ def save_png(path, frame):
 def test_closed_loop_program(game, tmp_path):  # noqa: F811
     """Bug: policies play other trials, success is counted at another step than the table says."""
     short = "--trials 2 --steps 2 --num_samples 8 --num_elites 2 --out"
-    text = run(
-        tmp_path,
-        "plan.py",
-        "--checkpoint",
-        game.out,
-        "--encoder vit_tiny --play turn",
-        short,
-        tmp_path / "p.json",
-    )
+    flags = ["--checkpoint", game.out, "--encoder vit_tiny --play turn", short]
+    flags += [tmp_path / "p.json"]
+    text = run(tmp_path, "plan.py", *flags)
     found = json.loads((tmp_path / "p.json").read_text())["distances"]
     assert [t[0] for t in found["plan"]] == pytest.approx([t[0] for t in found["copy"]], abs=0.01)
     assert len(found["random"][0]) == 3

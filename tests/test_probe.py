@@ -87,26 +87,12 @@ def world(tmp_path_factory):
                 video, lines = play(seed)
                 members |= {f"play.{seed}.mp4": video, f"play.{seed}.jsonl": jsonl(lines)}
             write_tar(folder / name / f"shard-{name}-{shard}.tar", members)
-        run(
-            folder,
-            "encode.py",
-            "--data",
-            folder / name / "*.tar",
-            "--out",
-            folder / "features" / name,
-            ENCODE,
-            "--phases",
-            str(phases),
-        )
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        folder / "train" / "*.tar",
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0 --fps 10",
-    )
+        flags = ["--data", folder / name / "*.tar", "--out", folder / "features" / name, ENCODE]
+        flags += ["--phases", str(phases)]
+        run(folder, "encode.py", *flags)
+    flags = ["--data", folder / "train" / "*.tar", "--output", folder / "scaler.pkl"]
+    flags += ["--num_workers 0 --fps 10"]
+    run(folder, "fit_scaler.py", *flags)
     data = [
         "--data",
         folder / "features" / "train" / "*.tar",
@@ -118,17 +104,8 @@ def world(tmp_path_factory):
         " --pred_depth 2 --pred_heads 3 --batch_size 8"
     )
     plan = "--num_workers 0 --epochs 2 --warmup 1 --anneal 1 --ipe 60 --lr 2e-3"
-    run(
-        folder,
-        "train_ac.py",
-        *data,
-        "--scaler",
-        folder / "scaler.pkl",
-        "--out_dir",
-        folder / "run",
-        train,
-        plan,
-    )
+    flags = [*data, "--scaler", folder / "scaler.pkl", "--out_dir", folder / "run", train, plan]
+    run(folder, "train_ac.py", *flags)
     return types.SimpleNamespace(
         folder=folder, data=data, flags=["--checkpoint", folder / "run", "--num_workers 0"]
     )
@@ -340,14 +317,9 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     slots = [i for i, n in enumerate(names) if n.startswith("slot.")]
     assert (found[:, slots].argmax(1) == actions[:, slots].argmax(1)).mean() > 0.8
 
-    run(
-        world.folder,
-        "fit_scaler.py",
-        "--data",
-        probed.labelled,
-        "--fps 10 --num_workers 0 --output",
-        world.folder / "labelled.pkl",
-    )
+    flags = ["--data", probed.labelled, "--fps 10 --num_workers 0"]
+    flags += ["--output", world.folder / "labelled.pkl"]
+    run(world.folder, "fit_scaler.py", *flags)
     assert "yaw_diff" in run(world.folder, "data.py", "--inspect", probed.labelled)
 
 

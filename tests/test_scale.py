@@ -415,25 +415,13 @@ def world(tmp_path_factory, shards):
     """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features are flags
     to train on them."""
     folder = tmp_path_factory.mktemp("world")
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        shards / "shard-{000000..000001}.tar",
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0",
-    )
+    flags = ["--data", shards / "shard-{000000..000001}.tar"]
+    flags += ["--output", folder / "scaler.pkl", "--num_workers 0"]
+    run(folder, "fit_scaler.py", *flags)
     for name, data in (("features", "shard-{000000..000001}.tar"), ("held", "shard-000002.tar")):
-        run(
-            folder,
-            "encode.py",
-            "--data",
-            shards / data,
-            "--out",
-            folder / name,
-            "--encoder vit_tiny --crop_size 32",
-        )
+        flags = ["--data", shards / data, "--out", folder / name]
+        flags += ["--encoder vit_tiny --crop_size 32"]
+        run(folder, "encode.py", *flags)
     features = ["--data", folder / "features" / "*.tar", "--val_data", folder / "held" / "*.tar"]
     return types.SimpleNamespace(
         folder=folder, features=["--scaler", folder / "scaler.pkl", TINY, *features]
@@ -479,15 +467,9 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
         "--epochs 2 --warmup 0 --anneal 0 --ipe 4 --val_data",
         world.folder / "held" / "*.tar",
     ]
-    run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "local",
-        "--data",
-        world.folder / "features" / "*.tar",
-    )
+    options = [*flags, "--out_dir", tmp_path / "local"]
+    options += ["--data", world.folder / "features" / "*.tar"]
+    run(tmp_path, "train_ac.py", *options)
     flags += [
         "--data",
         server.url + "/shard-{000000..000001}.tar",
@@ -552,13 +534,8 @@ def test_ranks_times_micro_batches_can_change_between_runs(world, tmp_path):
 
     both(tmp_path / "two", "--max_steps 11")
     both(tmp_path / "changed", "--max_steps 4")
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        tmp_path / "changed",
-        "--resume --grad_accum 2 --max_steps 6",
-    )
+    options = [*flags, tmp_path / "changed", "--resume --grad_accum 2 --max_steps 6"]
+    text = run(tmp_path, "train_ac.py", *options)
     assert "1 ranks, not 2: the same 4 clips in each step as before" in text
     assert "2 ranks, not 1: the same 4 clips" in both(
         tmp_path / "changed", "--resume --max_steps 9"

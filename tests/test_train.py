@@ -64,33 +64,12 @@ def world(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("world")
     video = shards / "shard-{000000..000001}.tar"
     video_held = shards / "shard-000002.tar"
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        video,
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0",
-    )
-    run(
-        folder,
-        "encode.py",
-        "--data",
-        video,
-        "--out",
-        folder / "features",
-        "--encoder vit_tiny --crop_size 32",
-    )
-    run(
-        folder,
-        "encode.py",
-        "--data",
-        video_held,
-        "--out",
-        folder / "held",
-        "--encoder vit_tiny --crop_size 32",
-    )
+    flags = ["--data", video, "--output", folder / "scaler.pkl", "--num_workers 0"]
+    run(folder, "fit_scaler.py", *flags)
+    flags = ["--data", video, "--out", folder / "features", "--encoder vit_tiny --crop_size 32"]
+    run(folder, "encode.py", *flags)
+    flags = ["--data", video_held, "--out", folder / "held", "--encoder vit_tiny --crop_size 32"]
+    run(folder, "encode.py", *flags)
     base = ["--scaler", folder / "scaler.pkl", TINY]
     features = [
         *base,
@@ -505,16 +484,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):
     )
     out, flags = tmp_path / "run", trained.flags
     run(tmp_path, "train_ac.py", *flags, "--out_dir", out, "--max_steps 25")
-    error = fails(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--data",
-        poison,
-        "--out_dir",
-        out,
-        "--resume --log_every 50",
-    )
+    options = [*flags, "--data", poison, "--out_dir", out, "--resume --log_every 50"]
+    error = fails(tmp_path, "train_ac.py", *options)
     assert "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error
     assert "6.11_player-1@00000" in error
     assert f"last good checkpoint: {out}/checkpoint-epoch001.pth.tar" in error
@@ -624,15 +595,8 @@ def test_the_scaler_is_not_blamed_for_shards_of_the_same_name(world, tmp_path):
     (tmp_path / "val").mkdir()
     shutil.copy(world.folder / "held" / "shard-000002.tar", tmp_path / "val" / "shard-000000.tar")
     data = ["--data", world.folder / "features" / "*.tar", "--val_data", tmp_path / "val" / "*.tar"]
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *world.base,
-        *data,
-        PLAN,
-        "--ipe 2 --max_steps 1 --out_dir",
-        tmp_path / "run",
-    )
+    flags = [*world.base, *data, PLAN, "--ipe 2 --max_steps 1", "--out_dir", tmp_path / "run"]
+    text = run(tmp_path, "train_ac.py", *flags)
     assert "the scaler was fitted" not in text and "cannot be used" not in text
 
 
@@ -682,13 +646,9 @@ def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path
         TINY,
         "--epochs 2 --warmup 0 --anneal 1 --ipe 100",
     ]
-    run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100 --out_dir",
-        tmp_path / "run",
-    )
+    options = [*flags, "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100"]
+    options += ["--out_dir", tmp_path / "run"]
+    run(tmp_path, "train_ac.py", *options)
     names = ("tf_gap", "tf_gap_low", "ro_gap", "tf_skill")
     last = numbers(tmp_path / "run", *names, log="val.csv")[-1]
     gap, low, rolled, skill = tuple(last)
@@ -726,15 +686,8 @@ def test_a_batch_of_one_still_shuffles_actions(world, trained, tmp_path):
         "--start_lr 0 --max_steps 1 --ipe 1 --epochs 3",
     ]
     for size in (1, 2):
-        run(
-            tmp_path,
-            "train_ac.py",
-            *flags,
-            "--batch_size",
-            size,
-            "--lr 0 --out_dir",
-            tmp_path / str(size),
-        )
+        options = [*flags, "--batch_size", size, "--lr 0", "--out_dir", tmp_path / str(size)]
+        run(tmp_path, "train_ac.py", *options)
 
     one, two = (
         numbers(tmp_path / str(size), "tf_gap", "tf_true", log="val.csv") for size in (1, 2)
@@ -751,31 +704,16 @@ def test_streams_train_with_local_validation(world, tmp_path):
         TINY,
         "--encoder vit_tiny --epochs 1 --warmup 0 --anneal 0 --ipe 3 --val_clips 4",
     ]
-    process = Run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "run",
-        "--val_data",
-        world.shards / "shard-000002.tar",
-        "--data",
-        f"pipe:cat {shard}",
-    )
+    options = [*flags, "--out_dir", tmp_path / "run"]
+    options += ["--val_data", world.shards / "shard-000002.tar", "--data", f"pipe:cat {shard}"]
+    process = Run(tmp_path, "train_ac.py", *options)
     code, text = process.wait()
     assert code == 0, text
     assert len(rows_of(tmp_path / "run" / "train.csv")) == 3, text
     assert len(rows_of(tmp_path / "run" / "val.csv")) == 1, text
 
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "blind",
-        "--data",
-        f"pipe:cat {shard}",
-    )
+    options = [*flags, "--out_dir", tmp_path / "blind", "--data", f"pipe:cat {shard}"]
+    text = run(tmp_path, "train_ac.py", *options)
     assert "WARNING: nothing to validate on" in text
     assert not rows_of(tmp_path / "blind" / "val.csv")
 
@@ -815,14 +753,8 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
     """Bug: --init_from loads nothing, silently; or a misshapen layer ends the run instead of being
     made anew."""
     flags = [*world.features, PLAN, "--ipe 2 --max_steps 1 --lr 0 --start_lr 0 --out_dir"]
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        tmp_path / "own",
-        "--init_from",
-        trained.out / checkpoint.LATEST,
-    )
+    options = [*flags, tmp_path / "own", "--init_from", trained.out / checkpoint.LATEST]
+    text = run(tmp_path, "train_ac.py", *options)
     assert "initialised again: nothing; left over: nothing" in text
 
     own, old = (checkpoint.load_latest(f)[0]["predictor"] for f in (tmp_path / "own", trained.out))
@@ -993,15 +925,9 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
     """Bug: the phases of a recording are mixed up: frames of one, actions of another, or a start
     that is not the first frame's tick."""
     shard = world.shards / "shard-000000.tar"
-    run(
-        tmp_path,
-        "encode.py",
-        "--data",
-        shard,
-        "--out",
-        tmp_path / "f",
-        "--encoder vit_tiny --crop_size 32 --phases 3 --batch_size 5",
-    )
+    flags = ["--data", shard, "--out", tmp_path / "f"]
+    flags += ["--encoder vit_tiny --crop_size 32 --phases 3 --batch_size 5"]
+    run(tmp_path, "encode.py", *flags)
     features = {r.key: r for r in index_shards([str(tmp_path / "f" / "shard-000000.tar")])[0]}
     video = {r.key: r for r in index_shards([str(shard)])[0]}
 
@@ -1070,24 +996,12 @@ def test_encode_killed_and_run_again_is_whole(world, tmp_path):
 
     (tmp_path / "other").mkdir()
     shutil.copy(world.shards / "shard-000001.tar", tmp_path / "other" / "shard-000000.tar")
-    error = fails(
-        tmp_path,
-        "encode.py",
-        *flags,
-        tmp_path / "cut",
-        "--data",
-        tmp_path / "other" / "shard-000000.tar",
-    )
+    options = [*flags, tmp_path / "cut", "--data", tmp_path / "other" / "shard-000000.tar"]
+    error = fails(tmp_path, "encode.py", *options)
     assert "the same file name" in error
 
-    error = fails(
-        tmp_path,
-        "encode.py",
-        *flags[2:],
-        tmp_path / "cut",
-        "--data",
-        tmp_path / "other" / "shard-000000.tar",
-    )
+    options = [*flags[2:], tmp_path / "cut", "--data", tmp_path / "other" / "shard-000000.tar"]
+    error = fails(tmp_path, "encode.py", *options)
     assert "shard-000000.tar of other recordings (6.10_player-0)" in error
 
 
@@ -1113,15 +1027,9 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
     assert all(f"{x:9.4f}" in text for x in report["by_horizon"]["ro_shuffled"])
 
-    run(
-        tmp_path,
-        "eval.py",
-        "--checkpoint",
-        tmp_path / "run",
-        "--data",
-        data["video"],
-        "--encoder vit_tiny --batch_size 4 --num_workers 0",
-    )
+    flags = ["--checkpoint", tmp_path / "run", "--data", data["video"]]
+    flags += ["--encoder vit_tiny --batch_size 4 --num_workers 0"]
+    run(tmp_path, "eval.py", *flags)
     live = json.loads((tmp_path / "run" / "report.json").read_text())
     errors = [k for k in METERS if "gap" not in k]
     np.testing.assert_allclose([live[k] for k in errors], [said[k] for k in errors], rtol=3e-3)
