@@ -6,9 +6,9 @@
     logs                CSVs as strings and as numbers; are two runs one?
     models              small predictors, and ones made by hand that do something known
 
-tests.faults, tests.fuzz, tests.leak and tests.page are programs of their own (`python -m
-tests.NAME`). The first three start from tests.world (a run that can be disturbed) and tests.seeds
-(good files to damage).
+Programs of their own (`python -m tests.NAME`) are tests.faults, tests.fuzz and tests.leak, which
+start from tests.world (a run that can be disturbed) and tests.seeds (good files to damage), and the
+studies tests.intervals, tests.recipes, tests.spread and tests.page.
 """
 
 import csv

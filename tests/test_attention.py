@@ -351,6 +351,7 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
     v = torch.randn(1, 2, 12, 32, device=DEVICE, requires_grad=True)
     kernels.block_causal_attention(q, k, v, 4, impl="triton").sum().backward()
     assert len(entered) == 2
+
     sum(
         x.sum()
         for x in kernels.apply_rope(
@@ -358,6 +359,7 @@ def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
         )
     ).backward()
     assert len(entered) == 4
+
     kernels.moments(q[0, 0].detach(), "triton")
     assert len(entered) == 5
 

@@ -66,10 +66,12 @@ def test_rotation_keeps_the_last_and_every_nth(tmp_path):
         "checkpoint-epoch999.pth.tar",
         "checkpoint-epoch1000.pth.tar",
     ]
+
     for epoch in (1001, 1002):
         # 0: none is kept for good, and the new one must survive
         checkpoint.save(tmp_path, {}, epoch, keep_last=0, keep_every=0)
     assert names(tmp_path) == ["checkpoint-epoch1002.pth.tar"]
+
     (tmp_path / "checkpoint-epoch001-copy.pth.tar").write_bytes(b"a user's own")
     checkpoint.save(tmp_path, {}, 1003, keep_last=1)
     assert (tmp_path / "checkpoint-epoch001-copy.pth.tar").exists()
@@ -117,6 +119,7 @@ def test_a_cut_file_is_known_at_every_length(tmp_path, capsys):
         assert used == good and equal(loaded, state(1)), length
         out = capsys.readouterr().out
         assert path in out and "damaged" in out and "the one before" in out
+
     open(good, "wb").write(b"\0" * 300)
     with pytest.raises(ValueError, match="all 2 checkpoints"):
         checkpoint.load_latest(tmp_path)
@@ -193,6 +196,7 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         assert torch.equal(loaded["predictor"]["w"], torch.arange(3_000_000.0))
         assert os.path.exists(tmp_path / checkpoint.LATEST)
         assert len(names(tmp_path)) <= 3
+
     (tmp_path / "checkpoint-epoch900.pth.tar.77.tmp").write_bytes(b"x")
 
     # killed between the two lines that move the link
@@ -229,6 +233,7 @@ def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     before = open(path).read().splitlines()
     logs.open_csv(path, header, 1, 4, keep=True)({"epoch": 1, "itr": 4, "jloss": 0.123456789})
     assert open(path).read().splitlines() == before[:15] + ["1,4,0.123456789"]
+
     val = tmp_path / "val.csv"
     log = logs.open_csv(val, ["epoch", "skill"], 0, 0, keep=False)
     for epoch in (1, 2, 3):
@@ -237,6 +242,7 @@ def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     # validated after epoch 2, then saved: the row stays, that of epoch 3 goes
     logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=True)
     assert open(val).read().split() == ["epoch,skill", "1,0.1", "2,0.2"]
+
     logs.open_csv(val, ["epoch", "skill"], 2, 0, keep=False)
     assert open(val).read() == "epoch,skill\n"
 

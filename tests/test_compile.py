@@ -55,6 +55,7 @@ def test_training_tiles_pass_and_a_spilling_one_does_not():
         for row in rows
         if row["kernel"] in ("attention._forward", "attention._dq")
     } == {"attention._forward": 2, "attention._dq": 2}
+
     refused = [line for line in done.stderr.splitlines() if line.startswith("REFUSED")]
     assert done.returncode == 1 and [row["ok"] for row in control] == [False]
     assert len(refused) == 1
@@ -104,6 +105,7 @@ def test_gate_compiles_what_the_launcher_would(dtype, monkeypatch):
         attention._dkdv,
         attention._dq,
     ]
+
     for kernel, args, options in calls:
         bind = create_function_from_signature(
             kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 80, 32))

@@ -95,6 +95,7 @@ def test_expand_globs_ranges_and_lists(tmp_path):
 
     # the user's order between patterns
     assert expand([d + "/t.tar", d + "/s-*1.tar"]) == [d + "/t.tar", every[1]]
+
     for pattern, named in (
         ("/s-{000001..000004}.tar", "/s-000003.tar"),
         ("/none*.tar", "/none*.tar"),
@@ -261,6 +262,7 @@ def test_archives_one_after_another_are_read_to_the_end(shards, tmp_path):
     path.write_bytes(parts[0] + bytes(512 * 3) + parts[1] + parts[2])
     records, bad = records_of(path)
     assert [r.key for r in records] == keys and not bad
+
     last = records[-1]
     with (
         Slice(last.shard, *last.members["jsonl"]) as f,
@@ -306,10 +308,12 @@ def test_links_in_a_tar_and_compressed_tars_are_named(tmp_path, mp4):
             link.type = tarfile.LNKTYPE
             link.linkname = "a" + name[1:]
             tar.addfile(link)
+
     records, bad = records_of(path)
     assert [r.key for r in records] == ["a"]
     assert [b[1] for b in bad] == ["b", "b"]
     assert "b.mp4 is a link in the tar, to a.mp4" in bad[0][2]
+
     packed = tmp_path / "packed.tar"
     packed.write_bytes(gzip.compress(open(path, "rb").read()))
     assert "compressed (gzip)" in records_of(packed)[1][0][2]
@@ -336,6 +340,7 @@ def test_sparse_members_are_read_as_they_were(tmp_path, mp4, version):
         pytest.skip("this disk keeps no holes")
     (record,), bad = records_of(path)
     assert not bad and record.length == 300
+
     with Slice(record.shard, *record.members["mp4"]) as f:
         assert f.read() == whole
         for place in (0, len(mp4) - 3, len(mp4) + 200_000, len(mp4) + 299_998, len(whole) - 5):
@@ -345,6 +350,7 @@ def test_sparse_members_are_read_as_they_were(tmp_path, mp4, version):
     assert clip["key"] == "a"
     assert not clip["bad"]
     assert read_number(clip["video"][0]) > 0
+
     ((key, members),) = stream_recordings(f"pipe:cat {path}")
     assert members["mp4"] == whole
 
@@ -366,6 +372,7 @@ def test_missing_partner_and_bad_videos_are_listed_by_reason(tmp_path, mp4):
     path = write_tar(tmp_path / "a.tar", {"ok.mp4": mp4, "ok.jsonl": lines} | bad)
     records, found = records_of(path)
     assert [r.key for r in records] == ["ok"]
+
     reasons = {key: reason for _, key, reason in found}
     expected = {
         "lone": "no jsonl",
@@ -420,6 +427,7 @@ def test_a_damaged_cache_is_rebuilt_and_a_changed_shard_read_again(tmp_path, mp4
         assert np.array_equal(ticks.keys, good.keys)
         assert ticks.flaw == ""
     assert open(cache, "rb").read() == raw
+
     size = os.path.getsize(path)
 
     # byte for byte as long
@@ -525,11 +533,14 @@ def test_an_epoch_is_spread_evenly_over_the_timeline(shards):
     items = [i for b in batches for i in b]
     assert sorted(i[1] for i in items) == list(range(240))
     assert {i[0] for i in items} == {3}
+
     at = np.array([(i[2] + i[3]) * 300 for i in items])  # tick on the timeline of 1800
     assert (np.histogram(at, np.linspace(0, 1800, 241))[0] == 1).all()
     assert np.abs(np.corrcoef(at[1:], at[:-1])[0, 1]) < 0.2  # and in random order
+
     starts = [int(i[3] * 240) for i in items]
     assert min(starts) < 8 and max(starts) > 231
+
     again = [i for b in itertools.islice(Order(dataset, 10, 24, epoch=3), 24) for i in b]
     other = [i for b in itertools.islice(Order(dataset, 10, 24, epoch=4), 24) for i in b]
     assert items == again and items != other
@@ -642,14 +653,17 @@ def test_a_bad_clip_is_replaced_by_the_same_one_everywhere(partly_bad):
         assert len(batch["video"]) == 8 and set(batch["key"]) <= {"a", "b", "c"}
     assert [fingerprint(b) for b in runs[0]] == [fingerprint(b) for b in runs[1]]
     assert [fingerprint(b) for b in runs[0][2:]] == [fingerprint(b) for b in runs[2]]
+
     bad = [x for b in runs[0] for x in b["bad"]]
     assert bad == [x for b in runs[1] for x in b["bad"]]
+
     reasons = {key: reason for _, key, reason in bad}
     assert reasons.keys() == {"hole", "short", "none", "nan"}
     assert {x[0] for x in bad} == {partly_bad}
     assert "270 lines but 300 frames" in reasons["short"]
     assert "empty" in reasons["none"]
     assert "line 0" in reasons["nan"]
+
     first = [fingerprint(b) for b in runs[0]]
     assert len({c for b in first for c in b}) == 32  # the replacements are no copies of other clips
 
@@ -683,6 +697,7 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(shards, monkeypatch, kind, 
         assert torch.equal(clip["video"], want["video"])
         assert clip["key"] == records[1].key
         assert not clip.get("bad") and (kind is Clips or got[2] is None)
+
     faulty(monkeypatch, code, 10**9, first)
     with pytest.raises(ValueError) as e:
         kind(records, [1.0] * len(records), READER)[item]
@@ -940,9 +955,11 @@ def test_one_clock_for_windows_epochs_and_shares(rates):
     for rate, path in rates.items():
         records, _ = records_of(path)
         assert records[0].rate == pytest.approx(rate, rel=0.01)
+
         dataset = Clips(records, [1.0], READER)
         items = [i for batch in windows(dataset, 1, 100) for i in batch]
         assert len(items) == 12  # clips of 3.2 s in 40 s
+
         step = records[0].frames_per_line * rate // 5
         for _, _, _, place in items:
             clip = dataset[0, 0, 0, place]
@@ -950,8 +967,10 @@ def test_one_clock_for_windows_epochs_and_shares(rates):
             assert [read_number(x) for x in clip["video"]] == [
                 step * (16 * place + k) % 1024 for k in range(16)
             ]
+
     train, shares, _, _ = open_split([[path] for path in rates.values()])
     np.testing.assert_allclose(shares, 800, rtol=0.01)  # twentieths of a second
+
     loader = vpt_loader((train, shares), 1, reader=READER, num_workers=0)
     assert 49 <= loader.batch_sampler.batches <= 50
 
@@ -972,6 +991,7 @@ def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
     """Bug: a key in another spelling, or no clock, is found in the results, if ever."""
     good = records_of(*rates.values())[0]
     assert line_warnings(good) == []
+
     strange = {
         "a.mp4": mp4,
         "a.jsonl": jsonl(guide_lines(300, 20, keyboard={"keys": ["spacce"]})),
@@ -1082,9 +1102,11 @@ def test_fewer_shards_than_readers_neither_repeat_nor_drop(shards, world, worker
         parts.append(
             [(c["key"], read_number(c["video"][0])) for c in itertools.islice(stream, share)]
         )
+
     clips = [c for part in parts for c in part]
     assert all(parts) and len(clips) == 48 == len(set(clips))
     assert set(collections.Counter(k for k, _ in clips).values()) == {8}
+
     for key in {k for k, _ in clips}:  # eight places spread over the recording
         starts = sorted(s for k, s in clips if k == key)
         assert all(30 * i <= s < 30 * (i + 1) for i, s in enumerate(starts))
@@ -1202,6 +1224,7 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
     )
     with pytest.raises(ValueError, match="gone.tar cannot be read.*404"):
         next(iter(vpt_loader(f"{url}/gone.tar", 1, reader=READER, num_workers=0)))
+
     for source, reason in (
         (f"pipe:cat {empty}", "no mp4 and jsonl"),
         (f"pipe:cat {short}", "270 lines"),
@@ -1211,6 +1234,7 @@ def test_a_stream_without_a_readable_clip_is_an_error(shards, url, tmp_path, mp4
         reader = ClipReader(crop_size=HEIGHT, gui="drop")
         with pytest.raises(ValueError, match=f"no clip could be read.*{reason}"):
             next(iter(vpt_loader(source, 1, reader=reader, num_workers=0)))
+
     one = write_tar(tmp_path / "one.tar", {"a.mp4": mp4, "a.jsonl": jsonl(contractor())})
     stream = StreamedClips([f"pipe:cat {one}"], READER, rank=2, world=3, clips_per_recording=2)
     with pytest.raises(ValueError, match="2 clips for 3 ranks"):
@@ -1322,6 +1346,7 @@ def test_feature_clips_are_the_right_rows(features, space):
     reader = ClipReader(action_space=space, scaler=scaler)
     records, bad = records_of(*sorted(folder.glob("*.tar")))
     assert not bad and [r.length for r in records] == [STEPS] * 4
+
     dataset = Clips(records, [STEPS] * 4, reader)
     columns = [vpt.ACTION_SPACES[38].index(n) for n in vpt.ACTION_SPACES[space]]
     for number, record in enumerate(records):
@@ -1333,9 +1358,11 @@ def test_feature_clips_are_the_right_rows(features, space):
             assert clip["key"] == record.key
             assert torch.equal(clip["z"], t["z"][start : start + 8])
             assert clip["z"].dtype == torch.bfloat16
+
             expected = t["actions"][start : start + 7].double().numpy()[:, columns]
             expected[:, :4] = (expected[:, :4] - scaler.mean) / scaler.scale
             np.testing.assert_allclose(clip["actions"], expected, rtol=1e-6)
+
             yaw = 0.5 * np.arange(8)
             np.testing.assert_allclose(
                 clip["states"][:, 0], np.arctan2(np.sin(yaw), np.cos(yaw)), atol=1e-5
@@ -1374,6 +1401,7 @@ def test_noise_and_gui_drop_work_on_features_too(features):
     assert 0.3 < diff[..., :4].std() < 0.7
     assert not diff[..., 4:].any()
     assert torch.equal(a["z"], b["z"])
+
     reader = ClipReader(gui="drop", action_space=38)
     batch = next(iter(vpt_loader(str(folder / "*.tar"), 40, reader=reader, num_workers=0)))
     assert not batch["actions"][..., 37].any() and not batch["bad"]
@@ -1410,6 +1438,7 @@ def test_feature_shards_that_disagree_are_refused(features, shards, tmp_path):
         "crop_size": "64",
         "embed_dim": 8,
     }
+
     raw = safetensors_bytes(
         tensors["r00@00000"], metadata={"encode": "tubelet", "fps": "5.0", "crop_size": "128"}
     )

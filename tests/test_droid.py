@@ -135,11 +135,13 @@ def test_poses_are_those_of_the_reference():
     np.testing.assert_allclose(
         pose_actions(t["in/poses/states"].numpy()), t["out/poses/actions"], atol=1e-9
     )
+
     pose, action = t["in/newpose/pose"], t["in/newpose/action"]
     both = compose_poses(
         pose[:, 0], action.repeat(1, 2, 1), torch.zeros(7).double(), torch.ones(7).double()
     )
     torch.testing.assert_close(both[:, 1:], t["out/newpose/pose"], rtol=0, atol=1e-9)
+
     states = t["in/poses/states"][None].clone()
     states[..., 6] = states[..., 6].clamp(0, 1)
     moves = torch.from_numpy(pose_actions(states[0].numpy()))[None]
@@ -147,6 +149,7 @@ def test_poses_are_those_of_the_reference():
     scale = torch.rand(7).double() + 0.5
     again = compose_poses(states[:, 0], (moves - mean) / scale, mean, scale)
     torch.testing.assert_close(again[..., :3], states[:, :-1, :3])
+
     turns = [Rotation.from_euler("xyz", x[0, :, 3:6].numpy()) for x in (again, states[:, :-1])]
     assert (turns[0] * turns[1].inv()).magnitude().max() < 1e-9
 
@@ -204,8 +207,10 @@ def test_a_file_that_tensorflow_wrote():
     assert not bad
     assert lines[0].startswith("2 episodes, 0.0% of their rows idle: 0 without")
     assert reader.names[7] == "action.0"
+
     for e, r in enumerate(train):
         assert r.steps == 40
+
         names = {
             "observation/cartesian_position": (0, 6),
             "action_dict/joint_velocity": (25, 7),
@@ -215,10 +220,12 @@ def test_a_file_that_tensorflow_wrote():
             np.testing.assert_allclose(
                 x, np.sin(0.1 * t[:, None] + np.arange(d) + k + e), atol=1e-6
             )
+
         clip = reader(r, 5, np.random.default_rng(0))
         assert [read_number(f) for f in clip["video"]] == [
             100 * (3 * e + 2) + 5 + 4 * i for i in range(8)
         ]
+
         mean = np.sin(0.1 * t[5:33, None] + np.arange(7) + 40 + e).reshape(7, 4, 7).mean(1)
         np.testing.assert_allclose(clip["actions"][:, 7:], mean, atol=1e-6)
     assert [r.key[:6] for r in opened(path, success="only")[0]] == ["gs://x"]
@@ -233,12 +240,14 @@ def test_frames_states_and_actions_are_of_the_same_rows(shards):
     assert batch["video"].shape == (16, 4, 3, 64, 64)
     assert batch["actions"].shape == (16, 3, 7)
     assert not batch["bad"]
+
     for video, states, actions, key in zip(
         batch["video"], batch["states"], batch["actions"], batch["key"]
     ):
         numbers = [read_number(f) for f in video]
         assert np.diff(numbers).tolist() == [3, 3, 3]
         assert numbers == (1000 * states[:, 6]).round().int().tolist()
+
         seed = int(key.split("/")[2])
         fields = tfrecord_rows(seed, 60 + 20 * (seed % 3))
         pose = fields["observation/cartesian_position"]
@@ -344,11 +353,13 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
     reader = DroidReader(4, 5, **SMALL)
     lines = []
     assert episodes.idle_runs(velocity) == [[41, 70]]
+
     train, _, bad = open_droid(
         path, reader=reader, idle_filter="openpi", success="only", log=lines.append
     )
     assert [(r.first, r.last) for r in train] == [(0, 31), (70, 110), (0, 120)]
     assert not bad
+
     share = (31 - 9 + 40 - 9 + 111) / 222
     left = (
         "1 without success left out, 1 shorter than a clip, of the others --idle_filter openpi"
@@ -359,6 +370,7 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
         " idle: all), in 3"
         " stretches"
     ]
+
     numbers = [
         [read_number(f) for f in v]
         for b in itertools.islice(loader_of(train[:2], 16), 3)
@@ -367,6 +379,7 @@ def test_filters_are_counted_and_clips_stay_inside_the_ranges(tmp_path):
     assert {n for clip in numbers for n in clip} >= {0, 30, 70, 109}
     assert all(max(c) < 31 or min(c) >= 70 and max(c) < 110 for c in numbers)
     assert [len(opened(path, idle_filter=f)[0]) for f in ("off", "light")] == [3, 4]
+
     velocity[:], pose[:] = 0, 0
     change["observation/gripper_position"] = np.zeros((120, 1))
     with pytest.raises(
@@ -411,8 +424,10 @@ def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
     assert take(loader_of(train, reader=reader, epoch=1, itr=2), 2) == plain[5:7]
     assert take(loader_of(train, reader=reader, epoch=0, itr=1, num_workers=1), 2) == plain[1:3]
     assert take(loader_of(train, reader=reader, seed=6), 1) != plain[:1]
+
     two = [take(loader_of(train, 2, reader, rank=r, world=2), 4) for r in range(2)]
     assert [a + b for a, b in zip(*two)] == plain[:4]
+
     seen = collections.Counter(number // 300 for batch in plain for _, number, _ in batch)
     assert set(seen) == {0, 1, 2}  # a view of each camera
 
@@ -485,6 +500,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
     assert unpack(plain) != plain and (a.steps, a.key) == (b.steps, b.key)
     for x, y in zip(*(episodes.read_fields(r, episodes.STATES["rlds"]) for r in (a, b))):
         assert np.array_equal(x, y) and len(x) == 60
+
     cases = {
         "no steps/is_first": {"gone": "steps/is_first"},
         "no steps/observation/cartesian_position": {"observation/cartesian_position": None},
@@ -501,6 +517,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
     assert [r.key for r in train] == [a.key] and len(bad) == 4
     for reason, (_, _, found) in zip(cases, bad):
         assert reason in found
+
     lost = tfrecord(5).replace(
         b"\x0a" + varint(len(jpeg(659))) + jpeg(659), b"\x12" + varint(len(jpeg(659))) + jpeg(659)
     )
@@ -508,6 +525,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         "a list of bytes is damaged"
         in opened(write_file(tmp_path / "f", record(lost[12:-4]), plain))[2][0][2]
     )
+
     pictures = {c: [jpeg(i) for i in range(60 - (c == "wrist"))] for c in CAMERAS}
     fewer = record(
         droid_example(
@@ -523,6 +541,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         opened(write_file(tmp_path / "g", fewer, plain))[2][0][2]
         == "60 steps, but pictures of wrist 59"
     )
+
     only_wrist = opened(
         write_file(tmp_path / "d", tfrecord(1, cameras=["wrist"])),
         DroidReader(4, 5, **SMALL, camera=("exterior_1", "wrist")),
@@ -533,6 +552,7 @@ def test_features_may_be_missing_or_laid_out_otherwise(tmp_path):
         )[0][0][1]
         >= 600
     )
+
     few = write_file(
         tmp_path / "e",
         record(example({"steps/is_first": np.ones(3, int)})),
@@ -618,6 +638,7 @@ def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
         data = raw[:at] + bytes([raw[at] ^ 1 << i % 8]) + raw[at + 1 :]
         found, bad = episodes.index_rlds(write_file(tmp_path / f"{i}", data), len(data), False)
         assert len(found) + len(bad) == 1
+
         for e in found:
             r = episodes.Episode(
                 str(tmp_path / f"{i}"),
@@ -637,6 +658,7 @@ def test_flipped_bytes_never_end_a_run_without_checksums(tmp_path):
                 ends["read"] += 1
             except episodes.DAMAGE:
                 ends["refused"] += 1
+
         ends["listed"] += len(bad)
     assert min(ends.values()) > 5, ends
 
@@ -656,6 +678,7 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     )
     train, _, bad = opened(path, verify=False)
     assert len(train) == 3 and not bad
+
     batches = list(itertools.islice(loader_of(train, 8), 6))
     reasons = collections.Counter(
         (key.split("/")[2], reason) for b in batches for _, key, reason in b["bad"]
@@ -664,6 +687,7 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     assert any("not finite" in r for _, r in reasons)
     assert all(len(b["video"]) == 8 for b in batches)
     assert all(torch.isfinite(b["states"]).all() for b in batches)
+
     os.truncate(path, 4000)  # while the run goes on
     with pytest.raises(
         ValueError, match="20 clips in a row.*damaged or changed since it was indexed"
@@ -705,6 +729,7 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
         return [(r.key, places(r.members)) for r in found]
 
     assert show(opened(path)[0]) == show(first) and len(calls) == 1
+
     (cache,) = (tmp_path / "cache" / "droid").iterdir()
     raw = cache.read_bytes()
     for i, damage in enumerate(
@@ -714,9 +739,11 @@ def test_the_index_is_built_once_and_rebuilt_when_damaged_or_outdated(
         assert show(opened(path)[0]) == show(first)
         assert len(calls) == 2 + i
         assert cache.read_bytes() == raw
+
     write_file(path, tfrecord(3), tfrecord(4))
     os.utime(path, ns=(1, 1))
     assert [r.key.split("/")[2] for r in opened(path)[0]] == ["3", "4"]
+
     (tmp_path / "file").touch()
     monkeypatch.setattr(episodes, "CACHE", str(tmp_path / "file"))
     assert len(opened(path)[0]) == 2
@@ -818,8 +845,10 @@ def test_http_reads_ranges_only(tmp_path, server):
     assert len(train) == 3
     assert not bad
     assert handler.sent < 0.2 * os.path.getsize(path)
+
     opened(url + "/a.tfrecord", verify=True)
     assert handler.sent > os.path.getsize(path)
+
     train = opened(url + "/a.tfrecord", verify=True)[0]  # which knows where each picture is
     handler.sent, handler.fail = 0, 2
     batch = next(iter(loader_of(train, 2)))
@@ -828,6 +857,7 @@ def test_http_reads_ranges_only(tmp_path, server):
     # in processes that inherited the connection
     assert take(loader_of(train, 2, num_workers=2), 2) == take(loader_of(train, 2), 2)
     assert batch["video"].shape[0] == 2 and handler.fail == 0 and not batch["bad"]
+
     handler.serve_ranges = False
     write_file(tmp_path / "b.tfrecord", tfrecord(1))
     with pytest.raises(OSError, match="b.tfrecord cannot be read"):
@@ -873,6 +903,7 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(tmp_path, monkeypatch, kind
         np.savez(tmp_path / "a.npz", cartesian_position=pose, gripper_position=pose[:, :1])
         write_file(tmp_path / "a.mp4", film(60))
         path = tmp_path / "a.npz"
+
     train = opened(str(path), reader)[0]
     clips = DroidClips(train, reader)
     want = clips[0, 0, 0, 0.5]
@@ -895,6 +926,7 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(tmp_path, monkeypatch, kind
                 clips[0, 0, 0, 0.5]
             assert os.strerror(code) in str(e.value)
             assert "damaged" not in str(e.value)
+
             if kind == "rlds":
                 sampled = DroidSteps(5, None, None, None)
                 with pytest.raises(OSError, match="says nothing about the recording"):
@@ -970,9 +1002,11 @@ def test_raw_droid_as_metas_loader_reads_it(tmp_path):
     reader = DroidReader(4, stride=15, **SMALL, camera="left")
     train, val, bad = opened(str(tmp_path / "list.csv"), reader, val_fraction=0.5)
     assert {x.key for x in train + val} == {"lab+1", "lab+2"} and not bad
+
     train = opened(str(tmp_path / "a"), reader)[0]
     clip = DroidClips(train, reader)[0, 0, 0, 0.999]
     assert [read_number(f) for f in clip["video"]] == [14, 29, 44, 59]
+
     pose = r["observation/cartesian_position"][[14, 29, 44, 59]]
     np.testing.assert_allclose(clip["states"][:, :6], pose, atol=1e-6)
     np.testing.assert_allclose(
@@ -980,6 +1014,7 @@ def test_raw_droid_as_metas_loader_reads_it(tmp_path):
         expected_actions(np.column_stack([pose, [0.014, 0.029, 0.044, 0.059]])),
         atol=1e-6,
     )
+
     raw_droid(tmp_path / "c", metadata=False)
     raw_droid(tmp_path / "d", frames=40)
     (tmp_path / "e").mkdir()
@@ -1011,6 +1046,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         np.savez(tmp_path / f"{name}.npz", rate=10.0, success=name != "demo-10", **fields)
         for c in cameras:
             write_file(tmp_path / f"{name}{c and '.' + c}.mp4", film(steps))
+
     reader = DroidReader(
         4, 5, **SMALL, camera=("front",), state_keys=["joints", "grip"], action_keys=["torque"]
     )
@@ -1023,6 +1059,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         6,
         2,
     )
+
     for r in train:  # a lone NAME.mp4 is taken for any camera
         with np.load(r.shard) as f:
             clip = reader(r, 7, rng)
@@ -1040,6 +1077,7 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         ValueError, match="--state_keys joints grip is not taken for a pose.*name --action_keys"
     ):
         opened(str(tmp_path), DroidReader(4, 5, camera="front", state_keys=["joints", "grip"]))
+
     with pytest.raises(ValueError, match="no wheel in it, but .*torque"):
         opened(
             str(tmp_path),
@@ -1094,6 +1132,7 @@ def test_fields_are_read_by_their_type_or_refused_by_name(tmp_path):
     train = opened(path, reader)[0]
     actions, states = reader.motion(train[0], np.arange(0, 20, 4))
     assert actions.tolist() == [[1, 0, -3, 300]] * 4 and states.shape == (5, 7)
+
     for name, message in (
         ("text", "steps/action_dict/text holds bytes"),
         ("odd", "steps/action_dict/odd holds 61 numbers, and the episode has 60 steps"),
@@ -1115,14 +1154,17 @@ def test_only_a_pose_is_taken_for_a_pose(tmp_path):
     for keys, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             opened(path, DroidReader(4, 5, **SMALL, state_keys=keys.split()))
+
     named = DroidReader(4, 5, **SMALL, state_keys=episodes.STATES["rlds"])
     opened(path, named)
     assert named.names == droid.POSE
+
     with_actions = DroidReader(
         4, 5, **SMALL, state_keys=["observation/joint_position"], action_keys=["action"]
     )
     train = opened(path, with_actions)[0]
     assert np.array_equal(with_actions.motion(train[0], np.arange(9))[1], joints[:9])
+
     pose = tfrecord_rows(0, 60)["observation/cartesian_position"]
     pose[:, 3:] *= 180 / np.pi
     for change, message in (
@@ -1157,16 +1199,20 @@ def test_rows_of_an_npz_are_those_of_the_episode(tmp_path):
         opened(path, DroidReader(4, 5, **SMALL, action_keys=["twice"]))
     with pytest.raises(ValueError, match="rate has a single number, and the episode 50"):
         opened(path, DroidReader(4, 5, **SMALL, action_keys=["rate"]))
+
     none = dict.fromkeys(("cartesian_position", "gripper_position"))
     path = own(tmp_path / "b", joints=np.zeros((50, 4)), embedding=np.zeros(512), **none)
     keys = {"state_keys": ["joints"], "action_keys": ["joints"]}
     assert opened(path, DroidReader(4, 5, **SMALL, **keys))[0][0].steps == 50
+
     path = own(tmp_path / "c", gripper_position=np.zeros(49))
     with pytest.raises(ValueError, match="cartesian_position 50, gripper_position 49"):
         opened(path)
+
     path = own(tmp_path / "d", frames=49, joints=np.zeros((50, 4)), log=np.zeros(48), **none)
     with pytest.raises(ValueError, match="which are the episode's is unknown"):
         opened(path, DroidReader(4, 5, **SMALL, **keys))
+
     path = own(tmp_path / "e", action=np.full((50, 2), 1j))
     with pytest.raises(ValueError, match="action holds complex128, not numbers"):
         opened(path, DroidReader(4, 5, **SMALL, action_keys=["action"]))
@@ -1250,9 +1296,11 @@ def test_what_moves_is_not_idle():
     grip = np.zeros((60, 1))
     places = [(pose, episodes.POSE_UNITS), (grip, ["closed"])]
     assert episodes.idle_runs(v) == episodes.still_runs(v, places) == [[1, 60]]
+
     pose[:, 3] = np.pi * np.where(np.arange(60) % 2, 1, -1)  # one angle, that wraps
     pose[:, 0] = np.random.default_rng(0).normal(0, 1e-4, 60)  # a sensor's noise
     assert episodes.still_runs(v, places) == [[1, 60]]
+
     for moved, step in ((pose[:, 0], 0.02), (pose[:, 5], 0.05), (grip[:, 0], 0.1)):
         saved = moved.copy()
         moved[:] = step * np.arange(60)
@@ -1260,9 +1308,11 @@ def test_what_moves_is_not_idle():
         moved[:] = step * np.clip(np.arange(60) - 30, 0, 5)
         assert episodes.still_runs(v, places) == [[1, 31], [36, 60]], step
         moved[:] = saved
+
     pose[:, 1] = 0.0004 * np.arange(60)  # 6 mm a second is seen over a clip, not over a row
     runs = episodes.still_runs(v, places)
     assert keep_ranges(runs, 60, "light", 29) == [(0, 60)]
+
     pose[10] = np.nan
     assert all(b <= 10 or a > 11 for a, b in episodes.still_runs(v, places))
 
@@ -1303,12 +1353,15 @@ def test_what_unchecked_checksums_let_through_is_said(tmp_path, monkeypatch, ser
     monkeypatch.setattr(droid, "VERIFY", 0)
     open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append)
     assert "noticed only where they cannot be decoded (--verify checks" in lines[0]
+
     open_droid(path, reader=DroidReader(4, 5, **SMALL), log=lines.append, verify=True)
     assert not [x for x in lines[1:] if "checksums" in x]
+
     url = server[0] + "/a.tfrecord"
     lines = []
     open_droid(url, reader=DroidReader(4, 5, **SMALL), log=lines.append)
     assert "URLs: checksums are not checked" in lines[0]
+
     data = tfrecord(1)
     write_file(tmp_path / "b.tfrecord", data[:-1] + bytes([data[-1] ^ 1]), tfrecord(2))
     bad = opened(server[0] + "/b.tfrecord", verify=True)[2]
@@ -1325,6 +1378,7 @@ def test_equal_names_are_not_equal_episodes(tmp_path):
         )
         pose = np.random.default_rng(seed).normal(0, 0.1, (50, 6))
         own(tmp_path / side / "x" / "e0", cartesian_position=pose)
+
     for name in ("x.tfrecord", "x/e0.npz"):
         a = str(tmp_path / "train" / name)
         b = str(tmp_path / "val" / name)
@@ -1332,6 +1386,7 @@ def test_equal_names_are_not_equal_episodes(tmp_path):
         assert train and val
         with pytest.raises(ValueError, match="share [12] episodes"):
             opened(a, val_data=a)
+
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "train", copy)
     for name in ("x.tfrecord", "x/e0.npz"):
@@ -1363,6 +1418,7 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
         ).astype(float)
         records.append(data)
         every.append(expected_actions(states[::4]))
+
     path = write_file(tmp_path / "a.tfrecord", *records)
     x = np.concatenate(every)
     scaler, out = fit(tmp_path, "--data", path)
@@ -1372,6 +1428,7 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
     np.testing.assert_allclose(scaler.mean, x.mean(0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(scaler.var, x.var(0), rtol=1e-9)
     np.testing.assert_allclose(scaler.scale, x.std(0), rtol=1e-9)
+
     meta = scaler.meta
     assert (meta["names"], meta["fps"], meta["frames_per_step"], meta["stride"]) == (
         droid.POSE,
@@ -1380,11 +1437,13 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
         0,
     )
     assert "action_space" not in meta
+
     scaler.check(path, droid.POSE, 4.0, 1)
     with pytest.raises(ValueError, match="--fps 4, this run has 5"):
         scaler.check(path, droid.POSE, 5.0, 1)
     with pytest.raises(ValueError, match="--stride 0, this run has 15"):
         scaler.check(path, droid.POSE, 4.0, 1, 15)
+
     held = {r.key for r in opened(path, val_fraction=0.3, idle_filter="off", verify=False)[1]}
     part, _ = fit(
         tmp_path,
@@ -1473,8 +1532,10 @@ def test_the_simulated_arm_writes_droids_schema(robot):
         "droid_101-train.tfrecord-00001-of-00002",
         "robot.json",
     ]
+
     raw = b"".join((robot / "a" / n).read_bytes() for n in names[:2])
     assert raw == (robot / "again" / "droid_101-train.tfrecord-00000-of-00001").read_bytes()
+
     found = episodes.features(lambda at, n: raw[at : at + n], 12, int.from_bytes(raw[:8], "little"))
     observed = (
         "cartesian_position gripper_position joint_position exterior_image_1_left"
@@ -1493,6 +1554,7 @@ def test_the_simulated_arm_writes_droids_schema(robot):
         "episode_metadata/file_path",
         "episode_metadata/recording_folderpath",
     }
+
     train = opened(str(robot / "a"), DroidReader(4, 5), idle_filter="off")[0]
     fields = episodes.read_fields(
         train[0], ["observation/cartesian_position", "observation/gripper_position"]
@@ -1500,6 +1562,7 @@ def test_the_simulated_arm_writes_droids_schema(robot):
     assert 40 <= train[0].steps <= 60
     assert fields[0].shape == (train[0].steps, 6)
     assert np.ptp(fields[0][:, :3], axis=0).max() > 0.05
+
     frames = episodes.read_pictures(train[0], "exterior_1", [0, train[0].steps - 1])
     assert frames[0].shape == (180, 320, 3)
     assert np.abs(frames[0].astype(int) - frames[1]).mean() > 2
@@ -1533,6 +1596,7 @@ def test_the_readers_of_the_benchmark_agree():
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
     found = {
         x["reader"]: x
         for x in map(
@@ -1562,6 +1626,7 @@ def test_many_episodes_of_one_named_file_are_episodes_each(tmp_path):
             if folder is not None:
                 fields |= {"episode_metadata/recording_folderpath": [folder.encode()]}
             records.append(record(example(fields)))
+
         path = write_file(tmp_path / "x.tfrecord", *records)
         train, val, bad = opened(path, val_fraction=0.34)
         assert not bad and len({r.recording for r in train}) == 4
@@ -1673,9 +1738,11 @@ def test_metadata_and_holes_of_raw_episodes(tmp_path):
         del state["cartesian_position"]
         x = state.create_dataset("cartesian_position", pose.shape, "f8", chunks=(10, 6))
         x[:30] = pose[:30]
+
     found, _, bad = opened(str(tmp_path), idle_filter="off")
     assert {r.shard for r in found} == {str(folder / "trajectory.h5") for folder in good}
     assert {r.key for r in found} == {"7", "bom", "lab+other"}
+
     reasons = {file.split("/")[-2]: reason for file, _, reason in bad}
     assert "metadata_x.json holds a list" in reasons["list"]
     assert "metadata_x.json is no JSON, or only a part" in reasons["cut"]

@@ -134,6 +134,7 @@ def test_int8_rounds_little_more_than_bf16(tmp_path, largest):
             off[store, norm] = (
                 (wrong / spread).max() if stats else wrong.sum() / spread.sum()
             ).sqrt()
+
         off[store, "size"] = len(data) - 4 * (149 * 38 + 300)
         assert torch.allclose(read[:, :, :3], z[:, :, :3], rtol=1e-2 if store == "bf16" else 1e-6)
     assert max(off["int8", n] for n in ("layer", "standardize")) < 0.01
@@ -158,15 +159,9 @@ def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path
     scale of another token or step; a run that mixes two ways of storing them, or that silently
     drops an augmentation."""
     scaler = tmp_path / "scaler.pkl"
-    run(
-        tmp_path,
-        "fit_scaler.py",
-        "--data",
-        shards / "shard-{000000..000001}.tar",
-        "--output",
-        scaler,
-        "--num_workers 0",
-    )
+    options = ["--data", shards / "shard-{000000..000001}.tar"]
+    options += ["--output", scaler, "--num_workers 0"]
+    run(tmp_path, "fit_scaler.py", *options)
     base = [
         "--scaler",
         scaler,
@@ -196,11 +191,13 @@ def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path
     live = losses("still", video, "val.csv")
     still = losses("still", data["int8"], "val.csv")
     np.testing.assert_allclose(still, live, rtol=4e-3)
+
     bf16, int8 = (losses("moves", d, "train.csv") for d in data.values())
     assert len(bf16) == 6
     assert (int8 != bf16).any()
     assert bf16[-1, 0] < 0.95 * bf16[0, 0]
     np.testing.assert_allclose(int8, bf16, rtol=4e-3)  # the same clips in the same order
+
     refused = [*base, plans["still"], "--out_dir", tmp_path / "refused"]
     for flag in (
         "--horizontal_flip",
@@ -211,6 +208,7 @@ def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path
         assert f"{flag.split()[0]} needs pixels, and these shards hold features" in fails(
             tmp_path, "train_ac.py", *refused, *data["int8"], flag
         )
+
     mixed = [
         "--data",
         where["int8"] / "train" / "*.tar",
@@ -299,10 +297,13 @@ def test_decoding_ahead_changes_nothing(tmp_path, mp4):
             [sys.executable, *flags], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout  # another hash seed
         assert text.count("left out:") == 1 and "a.tar p2" in text
+
         found[workers] = tars(out)["a.tar"]
     assert found[0] == found[3]
+
     records, _ = index_shards([str(tmp_path / "w3" / "a.tar")])
     assert [r.key for r in records] == [f"p{k}@0000{s}" for k in (0, 1, 3, 4) for s in (0, 4)]
+
     ours = {r.key: feature_rows(r, 0, r.length) for r in records}
 
     # the same film
@@ -332,18 +333,23 @@ def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
 
         # a tar is filled up to 10 KiB
         assert size == pytest.approx(sum(map(len, made.values())), rel=0.1)
+
         features, _ = index_shards([str(encoded.folder / store / "train" / n) for n in made])
         assert steps == sum(r.length for r in features)
+
         text = (
             f"to encode: 0.02 hours of play, {steps} steps x 4 tokens x 192 channels in {store},"
             f" take {size / 1e9:.3f} GB of the "
         )
         assert text in encoded.log[store, "train"]
     assert feature_settings(features)["store"] == "int8"
+
     halved = [r._replace(rate=r.rate / 2) for r in records]  # twice the time, the steps of 10 Hz
     assert estimate(halved, 4, 192, [*flags, "--fps", "2.5"]) == (steps, size)
+
     of_three = estimate(records, 4, 192, [*flags, "--phases", "3"])[1]
     assert of_three == pytest.approx(3 * size, rel=0.03)
+
     hour = [records[0]._replace(length=20 * 3600)]
     written = estimate(hour, 256, 1408, flags[:4])[1]
     assert written == pytest.approx(9000 * 256 * 1408 * 2, rel=0.001)
@@ -365,6 +371,7 @@ def test_a_disk_that_is_too_small_is_refused(small_disk, shards, tmp_path):
     )
     assert os.listdir(out) == ["lock"]
     assert "take 0.000 GB" in run(tmp_path, "encode.py", *flags, "--store int8")
+
     text = run(tmp_path, "encode.py", *flags, "--store int8")
     assert "0 steps" in text and "encoded 0 of 3 shards" in text
     assert (
@@ -393,15 +400,18 @@ def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_
                 f.write(bytes(4096))
             except OSError:
                 break
+
     code, text = going.wait()
     errors = [line for line in text.splitlines() if "error: " in line]
     assert code == 1 and len(errors) == 1 and "Traceback" not in text
     assert "No space left on device" in errors[0]
     assert "the shards that are finished stay; fix this and run the same command again" in errors[0]
+
     done = tars(disk / "f")
     assert 1 <= len(done) < 3
     assert done == {k: whole[k] for k in done}
     assert not left_over(disk / "f")
+
     os.unlink(disk / "ballast")
     run(tmp_path, "encode.py", *flags, disk / "f")
     assert tars(disk / "f") == whole
@@ -430,28 +440,28 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     assert "--crop_size 40 is no multiple of the encoder's patches of 16" in fails(
         tmp_path, "encode.py", "--data", play, *out, "--crop_size 40"
     )
-    again = fails(
-        tmp_path,
-        "encode.py",
-        "--data",
-        encoded.folder / "bf16" / "train" / "shard-000000.tar",
-        *out,
-        "--crop_size 32",
-    )
+
+    flags = ["--data", encoded.folder / "bf16" / "train" / "shard-000000.tar"]
+    flags += [*out, "--crop_size 32"]
+    again = fails(tmp_path, "encode.py", *flags)
     assert "shard-000000.tar holds features already: name the shards of video" in again
     for flag in ("--batch_size 0", "--phases 0"):
         assert f"{flag} is too small" in fails(tmp_path, "encode.py", "--data", play, *out, flag)
+
     same = fails(tmp_path, "encode.py", "--data", play, HOW, "--out", shards)
     assert f"--out {shards} is where the recordings are" in same
     assert "lock" not in os.listdir(shards)
+
     (tmp_path / "torn.tar").write_bytes(play.read_bytes()[:3000])
     nothing = fails(
         tmp_path, "encode.py", "--data", tmp_path / "torn.tar", HOW, "--out", tmp_path / "n"
     )
     assert "nothing could be encoded, see above (robot episodes need --dataset droid)" in nothing
     assert not tars(tmp_path / "n")
+
     url = fails(tmp_path, "encode.py", "--data", "http://localhost:1/a.tar", *out)
     assert "http://localhost:1/a.tar: encode.py needs to seek: name a --cache_dir" in url
+
     checkpoint.lock(tmp_path / "mine")
     assert f"mine is in use by process {os.getpid()}" in fails(
         tmp_path, "encode.py", "--data", play, HOW, "--out", tmp_path / "mine"
@@ -685,6 +695,7 @@ def test_other_ways_to_encode_robots_are_refused(robots, tmp_path):
     assert "--crop is for --dataset droid" in fails(
         tmp_path, "encode.py", "--data", done, "--out", tmp_path, "--crop square"
     )
+
     write_file(tmp_path / "d.tfrecord-00000-of-00004", tfrecord(77))
     other = ["--dataset droid --data", tmp_path / "d.*", *robots.flags[2:], done]
     assert "d.tfrecord-00000-of-00004 of other recordings (lab/success/0" in fails(
@@ -714,6 +725,7 @@ def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
         any(why in line for line in left)
         for why in ("copies of others", "no two steps", "UnidentifiedImageError")
     )
+
     shard = str(out / "d.tfrecord.tar")
     found = shard_index(shard)[0]
     bad = index_tar(shard)[1]
@@ -754,6 +766,7 @@ def test_a_robots_feature_header_is_checked(robots):
         )
 
     assert len(told(lambda m, e: None)[0]) == 1
+
     for change in (
         lambda m, e: m.pop("names"),
         lambda m, e: m.update(names="[1"),

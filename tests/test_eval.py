@@ -18,7 +18,6 @@ from scipy.stats import t as student
 
 import checkpoint
 import eval as report
-from bench import intervals
 from data import ActionScaler, windows
 from evaluation import pictures
 from evaluation.held_out import (
@@ -39,6 +38,7 @@ from files import logs
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, ClipReader
 from model import Predictor, add_lora, lora_layers, predict
+from tests import intervals
 from tests.harness import (
     Moved,
     Pushed,
@@ -91,10 +91,12 @@ def test_a_robot_run_opens_as_it_was_trained(arm, name):
     assert bool(lora_layers(predictor)) == (name != "base")
     assert not predictor.training
     assert state["dataset"] == "droid"
+
     dataset, inputs, compose, bad = open_held_out(state, scaler, None, None, torch.device("cpu"))
     assert (compose is hold_state) == (name == "command")
     assert state["state_dim"] == 7
     assert not bad
+
     errors, recordings, _ = held_out(predictor, dataset, inputs, 4, 256, 0, 2, 1.0, compose=compose)
     logged = numbers(arm / name, "tf_true", "tf_shuffled", "ro_true", "ro_shuffled", log="val.csv")[
         -1
@@ -102,6 +104,7 @@ def test_a_robot_run_opens_as_it_was_trained(arm, name):
     found = [errors[k].mean().item() for k in ("tf_true", "tf_shuffled", "ro_true", "ro_shuffled")]
     np.testing.assert_allclose(found, logged, rtol=1e-5)
     assert len(set(recordings)) == 2
+
     if name == "lora":  # the adapters do something
         base = open_run(str(arm / "base"))[0]
         z = torch.randn(1, 8, 192)
@@ -123,15 +126,18 @@ def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
         open_run(rewritten(base_hash="0" * 16))
     with pytest.raises(FileNotFoundError, match="base of this run is not at nowhere.pt"):
         open_run(rewritten(args=state["args"] | {"base": "nowhere.pt"}))
+
     checkpoint.save(
         str(tmp_path / "bare"), {k: v for k, v in state.items() if k != "action_scaler"}, 0
     )
     with pytest.raises(ValueError, match="no predictor, or no action_scaler"):
         open_run(str(tmp_path / "bare"))
+
     predictor, state, scaler, _ = open_run(str(arm / "lora"))
     state["args"] |= {"action_keys": ["command"]}
     with pytest.raises(ValueError, match="this run needs"):
         open_held_out(state, scaler, None, None, torch.device("cpu"))
+
     _, state, scaler, _ = open_run(str(game.out))
     with pytest.raises(ValueError, match=r"was made with --fps 5.0, this run has 4.0"):
         open_held_out(
@@ -175,6 +181,7 @@ def test_bad_flags_are_one_sentence(game, arm, tmp_path, shards):
                 r.key + ".mp4": f.read(r.members["mp4"][1]),
                 r.key + ".jsonl": jsonl(contractor(seed=77)),
             }
+
     base = ["--checkpoint", game.out, "--num_workers 0 --samples 4 --out", tmp_path]
     for flags, sentence in [
         (["--landscape mouse_dx yaw"], "--landscape yaw: no such action; the run has mouse_dx,"),
@@ -220,6 +227,7 @@ def test_the_interval_is_the_jackknifes():
         t = 1.06 * student.ppf(0.975, (4 + effective) / 2 - 1)
         expected = [math.exp(whole - t * error), math.exp(whole + t * error)]
         np.testing.assert_allclose([low[k], high[k]], expected, rtol=1e-10)
+
     gap = report.gap_of(x, y, recordings)
     assert gap[0] == pytest.approx(x.mean().item() / y.mean().item() - 1)
     assert gap[1] < gap[0] < gap[2]
@@ -271,6 +279,7 @@ def test_too_few_recordings_give_no_interval(tmp_path):
         assert all(
             math.isnan(x) for low_high in report.bands_of(errors, names)["gap"] for x in low_high
         )
+
     row, text = compare_with_base(
         errors | {"jloss": torch.ones(6, 1), "sloss": torch.ones(6, 1)},
         ["a", "b"] * 3,
@@ -278,6 +287,7 @@ def test_too_few_recordings_give_no_interval(tmp_path):
     )
     assert text.count("no interval: that needs at least 3 recordings, here 2") == 2
     assert row["help"] == pytest.approx(0.1, abs=1e-6) and row["help_low"] is None
+
     header = [k for k in row if not k.endswith(("_1", "_2", "_3", "_4"))]
     logs.open_csv(str(tmp_path / "val.csv"), header, 0, 0, False)(row)
     cells = dict(zip(header, open(tmp_path / "val.csv").read().split("\n")[1].split(",")))
@@ -285,6 +295,7 @@ def test_too_few_recordings_give_no_interval(tmp_path):
     assert cells["tf_gap"] != ""
     assert np.isnan(logs.read_csv(str(tmp_path / "val.csv"))["help_low"]).all()
     assert json.loads(logs.to_json({"x": [1.0, math.nan, (math.nan,)]})) == {"x": [1, None, [None]]}
+
     three = meter_summary(errors, ["a", "b", "c"] * 2)
     assert three["tf_gap_low"] < three["tf_gap"] < three["tf_gap_high"]
 
@@ -323,13 +334,16 @@ def test_shuffled_actions_are_of_another_recording():
     given = torch.zeros(2, 3, 2)
     assert (others(["a", "a"], given) == 7).all()
     assert (others(["b", "b"], given) < 3).all()
+
     few = from_other_recordings(Two("ab"), items[:2])(["a", "a"], given)
 
     # --val_clips 2, both of one recording
     assert few.isfinite().all()
     assert few.shape == given.shape
+
     alone = from_other_recordings(Two("aa"), items[:2])(["a", "a"], given)
     assert alone.isnan().all() and alone.shape == given.shape
+
     text = gap_text(math.nan, math.nan, math.nan, ["a", "a"])
     assert text.startswith("not given: shuffled actions must come from another recording")
 
@@ -347,6 +361,7 @@ def test_a_run_is_judged_in_its_own_precision():
     assert precision_of(None, None, cpu)[0] == precision_of(None, {"args": {}}, cpu)[0] == "float32"
     assert encoder_dtype("bfloat16", {}) == torch.bfloat16
     assert encoder_dtype("bfloat16", {"save_encoder": True}) == torch.float32
+
     text = precision_text("bfloat16", cpu, predictor, 3)
     assert text.startswith("bfloat16 on cpu; kernels: attention reference, rope")
 
@@ -357,46 +372,47 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
     the meter's."""
     predictor, scaler, batches = clips_of(game.out)
     names = ACTION_SPACES[36]
+    keys = [n for n in names if n.startswith(("key.", "mouse.")) and not n[4:].isdigit()]
     groups = {
         "camera": names[:4],
-        "keys": (
-            [n for n in names if n[:4] in ("key.", "mous") and not n[4:].isdigit() and "_" not in n]
-            + ["mouse.0", "mouse.1", "mouse.2"]
-        ),
+        "keys": keys,
         "hotbar": [f"{p}.{i}" for p in ("key", "slot") for i in range(1, 10)],
     }
+
+    def next_step(past, actions, states):
+        """The prediction of the step after `past` (k, 4, 192), normed."""
+        k = len(past)
+        tokens = past.flatten(0, 1)[None]
+        out = predictor(tokens, actions[None, :k], states[None, :k])
+        return F.layer_norm(out[0, -4:], (192,)).detach()
+
+    def turned_by(first, actions):
+        """The states (yaw, pitch) that the actions lead to."""
+        turns = actions[:, 2:4].double().numpy() * scaler.scale[2:] + scaler.mean[2:]
+        states = first.double().numpy() + np.r_[[[0, 0]], np.cumsum(turns, 0)[:-1]]
+        states[:, 0] = [math.atan2(math.sin(x), math.cos(x)) for x in states[:, 0]]
+        return torch.tensor(states).float()
+
+    def errors_of(z, actions, states, out):
+        rolled = z[:1]
+        turned = turned_by(states[0], actions)
+        for k in range(1, len(z)):
+            seen = next_step(z[:k], actions, states)
+            rolled = torch.cat([rolled, next_step(rolled, actions, turned)[None]])
+            out["tf"].append((seen - z[k]).abs().mean().item())
+            out["ro"].append((rolled[-1] - z[k]).abs().mean().item())
+
     for group, members in groups.items():
         columns = sorted({names.index(n) for n in members})
         true = {"tf": [], "ro": []}
         wrong = {"tf": [], "ro": []}
         for (z, actions, states), recordings in zip(batches, names_of(game.out)):
-            B, T = z.shape[:2]
             for b, other in enumerate(another_recording(recordings)):
                 mixed = actions[b].clone()
                 mixed[:, columns] = actions[other][:, columns]
-                for a, out in ((actions[b], true), (mixed, wrong)):
-                    unscaled = (
-                        a.double().numpy() * np.r_[scaler.scale, np.ones(32)]
-                        + np.r_[scaler.mean, np.zeros(32)]
-                    )
-                    turned = (
-                        states[b, 0].double().numpy()
-                        + np.r_[[[0, 0]], np.cumsum(unscaled[:, 2:4], 0)[:-1]]
-                    )
-                    turned[:, 0] = [math.atan2(math.sin(x), math.cos(x)) for x in turned[:, 0]]
-                    rolled = [z[b, 0]]
-                    for k in range(1, T):
-                        ends = (
-                            torch.stack(rolled).flatten(0, 1)[None],
-                            a[None, :k],
-                            torch.tensor(turned[None, :k]).float(),
-                        )
-                        rolled.append(F.layer_norm(predictor(*ends)[0, -4:], (192,)).detach())
-                        seen = predictor(
-                            z[b, :k].flatten(0, 1)[None], a[None, :k], states[None, b, :k]
-                        )[0, -4:]
-                        out["tf"].append((F.layer_norm(seen, (192,)) - z[b, k]).abs().mean().item())
-                        out["ro"].append((rolled[-1] - z[b, k]).abs().mean().item())
+                errors_of(z[b], actions[b], states[b], true)
+                errors_of(z[b], mixed, states[b], wrong)
+
         for p in ("tf", "ro"):
             gap = np.mean(wrong[p]) / np.mean(true[p]) - 1
             assert game.report["groups"][group][p][0] == pytest.approx(gap, abs=2e-6), (group, p)
@@ -467,10 +483,12 @@ def test_the_minimum_and_the_rank_of_a_predictor_that_is_known():
     assert np.unravel_index(int(e.argmin()), e.shape) == (3, 1)
     assert e.min() < 1e-6 < e.sort().values.flatten()[1]
     assert torch.equal(land[:, 2], actions[-1:, 2].expand(45))
+
     others = torch.randn(50, 3, generator=g)
     e = report.energies(Pushed(), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others]))
     assert report.rank_of(e[0], e[1:]) == 0
     assert report.rank_of(e[1:].max(), e[1:]) == pytest.approx(0.99)
+
     e = report.energies(
         Moved(deaf=True), z, actions, torch.zeros(3, 2), torch.cat([actions[-1:], others])
     )
@@ -496,6 +514,7 @@ def test_mouse_and_camera_turn_together():
         atol=1e-5,
     )
     assert (by_mouse[:, 13] == 1).all() and not by_mouse[:, 14:].any()
+
     by_camera = report.to_units(
         report.swept(true, names, scaler, [2, 13], [np.array([np.radians(30)]), np.array([0.0])]),
         scaler,
@@ -503,6 +522,7 @@ def test_mouse_and_camera_turn_together():
     np.testing.assert_allclose(
         by_camera[0, [0, 2, 3, 13]], [200, np.radians(30), 0.07, 0], atol=1e-4
     )
+
     both = report.to_units(
         report.swept(true, names, scaler, [0, 2], [np.array([7.0]), np.array([0.5])]), scaler
     )
@@ -531,28 +551,28 @@ def test_rank_and_landscape_in_the_report(game):
     actions = torch.cat([batch[1] for batch in batches])
     states = torch.cat([batch[2] for batch in batches])
     recordings = sum(names_of(game.out), [])
+
+    # the landscape's axes reach to what 99 % of the clips do
     plain = actions.double().numpy()[..., :2] * scaler.scale[:2] + scaler.mean[:2]
-    axes = [
-        np.linspace(-m, m, report.GRID)
-        for m in np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
-    ]
+    reach = np.quantile(np.abs(plain.reshape(-1, 2)), 0.99, axis=0)
+    axes = [np.linspace(-m, m, report.GRID) for m in reach]
+
+    # each clip's true action among those of others, and on the landscape
     generator = torch.Generator().manual_seed(0)
     ranks = []
     misses = []
     for i in range(len(z)):
         others = report.drawn_from_others(actions, i, recordings, 8, generator)
-        e = report.energies(
-            predictor, z[i], actions[i], states[i], torch.cat([actions[i, -1:], others])
-        )
+        both = torch.cat([actions[i, -1:], others])
+        e = report.energies(predictor, z[i], actions[i], states[i], both)
         ranks.append((e[1:] < e[0]).float().mean().item())
         tried = report.swept(actions[i, -1], ACTION_SPACES[36], scaler, [0, 1], axes)
         at = report.energies(predictor, z[i], actions[i], states[i], tried).argmin().item()
         misses.append(abs(axes[0][at // report.GRID] - plain[i, -1, 0]))
     assert game.report["rank"] == pytest.approx(np.mean(ranks), abs=1e-6)
     assert game.report["ranked_clips"] == len(z) == 8
-    assert game.report["landscape"]["mouse_dx"]["argmin"] == pytest.approx(
-        np.mean(misses), rel=1e-6
-    )
+    argmin = game.report["landscape"]["mouse_dx"]["argmin"]
+    assert argmin == pytest.approx(np.mean(misses), rel=1e-6)
     assert game.report["landscape"]["mouse_dy"]["unit"] == "pixels"
     assert f"among 8 of other recordings: {np.mean(ranks):.3f}" in game.text
 
@@ -615,24 +635,27 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
         add_lora(predictor, r=4)
         for m in lora_layers(predictor).values():
             m.lora_B.data.normal_(std=0.1)
+
+    # what goes into each attention and what comes out
+    caught = {}
+    for b, blk in enumerate(predictor.predictor_blocks):
+        blk.attn.register_forward_hook(lambda m, i, out, b=b: caught.update({b: (i[0], out[0])}))
     T = 4
     C = 1 + bool(state_dim)
     z = torch.randn(T, 6, 24)
     actions = torch.randn(T, 5)
     states = torch.randn(T, state_dim)
-    caught = {}
-    for b, blk in enumerate(predictor.predictor_blocks):
-        blk.attn.register_forward_hook(lambda m, i, out, b=b: caught.update({b: (i[0], out[0])}))
     heads = [(1, 3), (0, 0), (2, 2)]
     maps = pictures.attention_maps(predictor, z, actions, states, heads)
+
+    # the same again, from the definition
     rope = pictures.rope_tables(predictor.positions(T, C), predictor.head_dim)
     for (b, h), m in zip(heads, maps):
         attn = predictor.predictor_blocks[b].attn
-        (x, out) = caught[b]
+        x, out = caught[b]
         weights, v = pictures.attention_of(attn, attn.qkv(x), rope, C + 6)
-        torch.testing.assert_close(
-            attn.proj((weights @ v).transpose(1, 2).flatten(2)), out, rtol=0, atol=1e-5
-        )
+        again = attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(again, out, rtol=0, atol=1e-5)
         torch.testing.assert_close(m.flatten(1), weights[0, h, -(C + 6) :], rtol=0, atol=1e-6)
         assert m.shape == (C + 6, T, C + 6)
         assert weights[0, :, 0, C + 6 :].abs().max() == 0
@@ -674,14 +697,18 @@ def test_the_page_is_whole_and_offline(game, arm, tmp_path):
     images = re.findall(r'<img alt="" src="data:image/png;base64,([^"]+)">', game.page)
     assert len(images) == 10
     assert all(base64.b64decode(x)[:8] == b"\x89PNG\r\n\x1a\n" and len(x) > 4000 for x in images)
+
     rest = re.sub(r"base64,[^\"]+", "", game.page)
     assert not re.search(r"https?:|<script|<link|url\(|@import", rest)
     assert rest.count("src=") == 10
+
     headings = re.findall(r"<h2>(.*?)</h2>", game.page)
     assert headings == [*pictures.CAPTIONS] and pictures.NO_PIXELS not in game.page
+
     shown = re.search(r"<pre>(.*?)</pre>", game.page, re.S)[1]
     assert all(f"  {g} " in shown and f"  {g} " in game.text for g in ("camera", "keys", "hotbar"))
     assert "median steps off" in shown
+
     run(
         tmp_path,
         "eval.py",
@@ -721,6 +748,7 @@ def test_verdicts():
     assert verdict[0].startswith("The model uses the action: shuffled actions cost +30.00%")
     assert "better than repeating the last step: skill 0.700" in verdict[1]
     assert not warnings
+
     doubts = [
         ({"tf_gap": 0.01}, "The model hardly uses the action", "cost less than 2 %"),
         ({"tf_gap_low": -0.1}, "It is not shown", "no interval above 0"),
@@ -753,14 +781,9 @@ def test_noise_does_not_look_like_an_effect():
 def test_a_lora_run_is_reported_on(arm, tmp_path):
     """Bug: eval.py is for gameplay only: robot actions have no groups, no units, their frames no
     strip, or the numbers are the base's."""
-    text = run(
-        tmp_path,
-        "eval.py",
-        "--checkpoint",
-        arm / "lora",
-        "--num_workers 0 --batch_size 4 --samples 16 --out",
-        tmp_path,
-    )
+    flags = ["--checkpoint", arm / "lora"]
+    flags += ["--num_workers 0 --batch_size 4 --samples 16", "--out", tmp_path]
+    text = run(tmp_path, "eval.py", *flags)
     found = json.loads((tmp_path / "report.json").read_text())
     np.testing.assert_allclose(
         [found["tf_true"], found["ro_gap"]],
@@ -771,6 +794,7 @@ def test_a_lora_run_is_reported_on(arm, tmp_path):
     assert found["landscape"]["y"]["unit"] == "m"
     assert (tmp_path / "report.html").read_text().count("<img") == 10
     assert "rotation" in text
+
     data = [
         "--data",
         arm / "a",

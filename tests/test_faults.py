@@ -60,21 +60,25 @@ def test_the_battery_finds_what_is_wrong(world, tmp_path):
     subprocess.run(["cp", "-a", f"{world.folder}/alone", out], check=True)
     assert not faults.lost(out)
     assert not faults.differs(out, f"{world.folder}/alone")
+
     text = (out / "train.csv").read_text()
     lines = text.splitlines(keepends=True)
     lines[20] = lines[20].replace(",0.", ",1.", 1)
     (out / "train.csv").write_text("".join(lines))
     assert faults.differs(out, f"{world.folder}/alone").startswith("train.csv: 36 and 36 rows")
+
     (out / "train.csv").write_text(text)
     newest = list(checkpoint.list_checkpoints(out))[-1]
     state = checkpoint.load(newest)
     state["predictor"]["predictor_embed.bias"][0] += 1e-6
     checkpoint.save(out, state, 3)
     assert faults.differs(out, f"{world.folder}/alone") == "weights"
+
     os.unlink(newest)
 
     # 36 rows promise two epochs: a kill may come between the last row and its checkpoint
     assert not faults.lost(out)
+
     os.unlink(list(checkpoint.list_checkpoints(out))[-1])
     assert faults.lost(out) == ["step 24 was saved, 0 is the newest"]
 

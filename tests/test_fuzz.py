@@ -77,9 +77,11 @@ def test_the_fuzzer_finds_what_it_looks_for(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
     row = eval(done.stdout)
     assert row["cases"] == 30, row
     assert all(row[k] > 0 for k in ("accepted", "crash", "hang", "memory", "code ran")), row
+
     kept = [p.read_text() for p in tmp_path.glob("*.txt")]
     assert len(kept) == row["crash"] + row["hang"] + row["memory"] + row["code ran"]
     assert any("KeyError" in t for t in kept)
@@ -196,6 +198,7 @@ def test_a_damaged_pickle_under_a_right_checksum_is_said(tmp_path, code):
         ValueError, match="checkpoint-epoch001.pth.tar is damaged or no checkpoint of ours: [A-Z]"
     ):
         checkpoint.load(path)
+
     (tmp_path / "weights.pt").write_bytes(out.getvalue())
     with pytest.raises(ValueError, match="weights.pt: "):
         weights.read_file(tmp_path / "weights.pt")

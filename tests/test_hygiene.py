@@ -95,6 +95,7 @@ def test_every_flag_is_read_and_explained(path):
             if isinstance(c, ast.Constant) and id(c) not in inside
         }
     assert sorted(declared.keys() - read_here) == []
+
     helped = {
         k
         for k, (_, call) in declared.items()
@@ -102,6 +103,7 @@ def test_every_flag_is_read_and_explained(path):
         if w.arg == "help" and ast.unparse(w.value) != "''"
     }
     assert sorted(declared.keys() - helped) == []
+
     dashes = [
         s
         for spellings, _ in declared.values()
@@ -163,6 +165,7 @@ def test_commands_name_real_scripts_and_flags(path):
     found = list(commands(text))
     if path == "README.md":
         assert len(found) >= 5
+
     for script, words in found:
         assert os.path.exists(os.path.join(ROOT, script)), f"{path} runs {script}"
         known = {s for spellings, _ in flags_of(script).values() for s in spellings} | {"--help"}
@@ -194,6 +197,7 @@ def test_flags_named_in_prose_exist():
             for w in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
         ]
         assert sorted(set(inline) - known) == []
+
     for path in SOURCES:
         messages = [n for n in ast.walk(ast.parse(read(path))) if isinstance(n, ast.Raise)]
         named = [w for n in messages for w in re.findall(r"(?<![\w{-])--[a-z]\w+", ast.unparse(n))]

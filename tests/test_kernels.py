@@ -196,6 +196,7 @@ def test_merging_any_split_is_the_whole():
             assert n == 1000
             torch.testing.assert_close(mean, whole[1], rtol=1e-12, atol=0)
             torch.testing.assert_close(m2, whole[2], rtol=1e-12, atol=0)
+
     n, mean, m2 = merge_moments(moments(x[:0]), moments(x[:0]))
     assert n == 0
     assert not mean.isnan().any()

@@ -132,10 +132,12 @@ def test_a_dead_code_comes_back_and_its_sums_are_reset(codebook):
     vq.mass[:, 2] = 1e-3
     feed(vq, z, settle=True)
     assert (vq.codebook[:, 2] > 100).all()
+
     feed(vq, z)
     assert (vq.codebook[:, 2] < 8).all()
     assert (vq.mass[:, 2] > 0.3 * vq.mass[:, :2].mean()).all()
     torch.testing.assert_close(vq.sums[:, 2], vq.codebook.detach()[:, 2] * vq.mass[:, 2:])
+
     for _ in range(300):
         feed(vq, z)
     used = vq.eval()(z)[1]
@@ -246,6 +248,7 @@ def test_decoding_at_once_is_decoding_step_by_step():
     torch.testing.assert_close(
         model.decode(z[:, 0], indices[:, 0]), whole[:, 0], atol=1e-5, rtol=1e-5
     )
+
     ahead = model.rollout(z[:, 0], indices[:, :3])
     context = z[:, :1]
     for t in range(3):
@@ -271,6 +274,7 @@ def test_the_shift_moves_what_the_encoder_sees_and_nothing_else():
             torch.testing.assert_close(
                 model.encode(rolled)[1][0, 0], found[b, t], atol=1e-5, rtol=1e-5
             )
+
     with torch.no_grad():
         model.to_code.weight.zero_()  # the code says nothing: only the decoder's input is left
     assert model(z, shift)["mse"] == model(z)["mse"]
@@ -286,8 +290,10 @@ def test_rollout_loss():
     torch.testing.assert_close(losses["rollout"], ((ahead[:, 1] - z[:, 2]) / 2).square().mean())
     assert losses["rollout"] > 0.1
     assert abs(losses["rollout"] - losses["mse"]) > 1e-4
+
     total = losses["mse"] + losses["codebook"] + 0.25 * losses["commitment"] + losses["rollout"]
     torch.testing.assert_close(losses["loss"], total)
+
     for horizon, T in ((2, 2), (3, 3)):
         with pytest.raises(
             ValueError,
@@ -394,9 +400,11 @@ def test_a_lone_window_has_no_other_clips(folder):
     model = tiny(size=(8, 8), quantizer="none")
     found = code_measures.held_out_codes(model, dataset, 4, 1)
     assert np.isnan(found["marginal"]).all() and np.isnan(found["random"]).all()
+
     summary = code_measures.code_summary(found, None)
     assert np.isnan(summary["mse_over_marginal"])
     assert np.isfinite(summary["mse_over_copy"])
+
     list(code_measures.complaints(summary, False))
 
 
@@ -475,14 +483,17 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     assert 1e-4 < s["mse_over_marginal"] < 1e-3
     assert s["psnr_random"] > 30
     assert not list(code_measures.complaints(s, True))
+
     model.deaf = True
     s = code_measures.code_summary(code_measures.held_out_codes(model, Windows(), 10, 60), 12)
     assert s["mse_over_zero"] == pytest.approx(1)
     assert "ignores the code" in " ".join(code_measures.complaints(s, True))
+
     collapsed = found | {"codes": np.zeros_like(found["codes"])}
     assert "collapsed" in " ".join(
         code_measures.complaints(code_measures.code_summary(collapsed, 12), True)
     )
+
     positions = found | {"same": 30 * found["own"]}
     assert "codes are no actions" in " ".join(
         code_measures.complaints(code_measures.code_summary(positions, 12), True)
@@ -521,16 +532,13 @@ def test_windows_cross_chunks(tmp_path, options, T):
         write_h5(tmp_path / f"{i}.h5", data, **layout)
         steps = np.concatenate(list(data.transpose(0, 2, 1, 3, 4))).astype(np.float32)
         np.savez(tmp_path / f"{i}.actions.npz", move=np.arange(len(steps) - 1))
-    run(
-        tmp_path,
-        "prepare/manifest.py",
-        tmp_path,
-        "--size 8 --val_ratio 0.2 --test_ratio 0",
-        env={"PYTHONPATH": ROOT},
-    )
+
+    flags = [tmp_path, "--size 8 --val_ratio 0.2 --test_ratio 0"]
+    run(tmp_path, "prepare/manifest.py", *flags, env={"PYTHONPATH": ROOT})
     meta, splits = open_manifest(tmp_path / "manifest.json")
     assert meta["steps_per_chunk"] == T
     assert [len(splits[k]) for k in ("train", "validation", "test")] == [1, 1, 0]
+
     for f in splits["train"] + splits["validation"]:
         data = some(
             int(os.path.basename(f.path)[0]),
@@ -559,6 +567,7 @@ def test_the_order_is_a_function_of_seed_epoch_and_world(folder):
     whole = keys(12, batch_size=4, batches_per_epoch=5)
     assert keys(7, batch_size=4, batches_per_epoch=5, epoch=1) == whole[5:]
     assert keys(4, batch_size=4, batches_per_epoch=5, epoch=1, itr=3, num_workers=2) == whole[8:]
+
     halves = [keys(12, batch_size=2, batches_per_epoch=5, rank=r, world=2) for r in range(2)]
     assert [a + b for a, b in zip(*halves)] == whole
     assert sorted(sum(whole[:5], [])) != sorted(sum(whole[5:10], []))
@@ -566,6 +575,7 @@ def test_the_order_is_a_function_of_seed_epoch_and_world(folder):
     assert (
         keys(3, batch_size=4, batches_per_epoch=5) == whole[:3] != [b["key"] for b in [{"key": []}]]
     )
+
     everyone = [dataset.windows(3, 20, rank, 2) for rank in range(2)]
     assert sorted(i for part in everyone for b in part for i in b) == sorted(
         i for b in dataset.windows(3, 20) for i in b
@@ -578,6 +588,7 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
     without a word."""
     error = fails(tmp_path, "prepare/manifest.py", tmp_path, env={"PYTHONPATH": ROOT})
     assert "no *.h5 file in" in error
+
     for i in range(10):
         write_h5(tmp_path / f"good{i}.h5", some(i))
     write_h5(tmp_path / "shape.h5", some(1, C=8))
@@ -598,6 +609,7 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
         ("--train_ratio 1.1 --val_ratio -0.2", "must be shares that sum to 1"),
     ):
         assert sentence in fails(tmp_path, *make, flags, env={"PYTHONPATH": ROOT})
+
     text = run(tmp_path, *make, env={"PYTHONPATH": ROOT})
     reasons = {
         "shape": "shape [20, 8, 2, 8, 8], not [chunks, 16, 1 or 2, 8, 8]",
@@ -610,23 +622,28 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
     }
     for name, reason in reasons.items():
         assert f"left out: {name}.h5: " in text and reason in text
+
     manifest = json.load(open(tmp_path / "manifest.json"))
     names = [e["path"] for part in manifest["splits"].values() for e in part]
     assert manifest["metadata"]["files"] == {"train": 8, "validation": 1, "test": 1}
     assert sorted(names) == [f"good{i}.h5" for i in range(10)]
+
     values = np.concatenate([some(int(e["path"][4])) for e in manifest["splits"]["train"]]).astype(
         np.float64
     )
     assert manifest["metadata"]["mean"] == pytest.approx(values.mean())
     assert manifest["metadata"]["std"] == pytest.approx(values.std())
     np.testing.assert_allclose(manifest["metadata"]["channel_std"], values.std((0, 2, 3, 4)))
+
     again = run(tmp_path, *make, "--output", tmp_path / "again.json", env={"PYTHONPATH": ROOT})
     assert "8 files of 320 steps in train" in again
     assert json.load(open(tmp_path / "again.json")) == manifest
+
     run(tmp_path, *make, "--seed 1 --output", tmp_path / "other.json", env={"PYTHONPATH": ROOT})
     other = json.load(open(tmp_path / "other.json"))
     assert other["splits"] != manifest["splits"]
     assert other["metadata"]["fingerprint"] == manifest["metadata"]["fingerprint"]
+
     run(
         tmp_path,
         *make,
@@ -645,6 +662,7 @@ def test_the_manifest_refuses_or_skips_what_is_wrong(tmp_path):
     )
     assert split_counts(2, (0.8, 0.1, 0.1)) == [1, 1, 0]
     assert split_counts(1, (0.8, 0.1, 0.1)) == [1, 0, 0]
+
     write_h5(tmp_path / "good0.h5", some(1, n=30))
     with pytest.raises(
         ValueError, match="good0.h5 is not as it was: run python -m prepare.manifest again"
@@ -736,11 +754,14 @@ def test_what_would_read_as_zeros_is_left_out_by_name(tmp_path):
     }.items():
         lines = [line for line in text.splitlines() if f"left out: {name}.h5: " in line]
         assert len(lines) == 1 and reason in lines[0], (name, lines)
+
     _, splits = open_manifest(tmp_path / "manifest.json")
     names = sorted(os.path.basename(f.path) for files in splits.values() for f in files)
     assert names == ["good0.h5", "good1.h5", "good2.h5", "skipped.h5", "whole.h5"]
+
     whole = np.concatenate([some(90, n=10), some(91, n=10)]).swapaxes(1, 2).reshape(40, 16, 8, 8)
     assert np.array_equal(latents.read_steps(str(tmp_path / "whole.h5"), 18, 23), whole[18:23])
+
     (parts / "b.h5").unlink()  # after the manifest was made
     latents._open.cache_clear()
     with pytest.raises(ValueError, match="whole.h5, steps 0 to 3, cannot be read .*b.h5 is not"):
@@ -756,6 +777,7 @@ def test_latents_in_folders_and_labels_beside_them(tmp_path):
         latents.write_latents(tmp_path, key, z, {"move": rng.integers(0, 9, 39)})
     with pytest.raises(ValueError, match="../clip leads out of"):
         latents.write_latents(tmp_path, "../clip", z, {})
+
     (tmp_path / "day2" / "loop").symlink_to(tmp_path)
     for name, raw in (("empty", b""), ("cut", (tmp_path / "clip.actions.npz").read_bytes()[:100])):
         write_h5(tmp_path / f"{name}.h5", some(len(name)))
@@ -767,13 +789,16 @@ def test_latents_in_folders_and_labels_beside_them(tmp_path):
         assert f"left out: {name}.h5: {tmp_path / name}.actions.npz is damaged" in text
     assert "not used: other_actions.npz: labels are KEY.actions.npz beside KEY.h5" in text
     assert "4 of 4 files have labels move" in text
+
     splits = json.load(open(tmp_path / "manifest.json"))["splits"]
     assert [e["path"] for e in splits["test"]] == ["day2/clip.h5", "day2/more.h5"]
     assert sum(len(v) for v in splits.values()) == 4
+
     _, splits = open_manifest(tmp_path / "manifest.json")
     dataset = Latents([*splits["test"], *splits["train"]], 8)
     keys = {dataset[0, 0, n, 0]["key"] for n in range(3)}
     assert len(keys) == 3  # two files are called clip.h5
+
     import encode
 
     (tmp_path / encode.SETTINGS).write_text("{}")
@@ -825,13 +850,16 @@ def test_one_file_without_truth_costs_that_file_only(tmp_path):
         if i:
             labels = {"move": np.arange(39) % 3} | ({"jump": np.arange(39) % 2} if i > 2 else {})
             np.savez(tmp_path / f"{i}.actions.npz", **labels)
+
     dataset = Latents(files, 8)
     assert dataset.labels == ["move"] and dataset.unlabelled == ["0.h5"]
     assert (dataset[0, 0, 0, 0]["labels"] == latents.NO_LABEL).all()
     assert dataset[0, 0, 3, 4]["labels"][:, 0].tolist() == [1, 2, 0, 1, 2, 0, 1]
+
     model = tiny(size=(8, 8))
     found = code_measures.held_out_codes(model, dataset, 5, 20)
     assert np.isnan(found["same"][found["recording"] == 0]).all()
+
     summary = code_measures.code_summary(found, 12)
     known = found["recording"] > 0  # of 140 transitions; other rows are of clips
     only = code_measures.code_summary(
@@ -840,8 +868,10 @@ def test_one_file_without_truth_costs_that_file_only(tmp_path):
         12,
     )
     assert summary["purity"] == only["purity"] and summary["ami"] == only["ami"]
+
     notes = " ".join(code_measures.truth_notes(dataset, found, "test"))
     assert "1 of 4 test files have no move" in notes and "0.h5" in notes
+
     alone = found | {
         "labels": np.where(found["recording"][:, None] == 1, found["labels"], latents.NO_LABEL)
     }
@@ -861,6 +891,7 @@ def test_labels_of_some_files_are_said(tmp_path):
     assert dataset.labels == ["move"]
     assert dataset.unused == ["jump"]
     assert not dataset.unlabelled
+
     found = code_measures.held_out_codes(tiny(size=(8, 8)), dataset, 5, 20)
     assert "jump: only some test files" in " ".join(
         code_measures.truth_notes(dataset, found, "test")
@@ -894,11 +925,14 @@ def test_the_manifest_says_which_size_would_fit(tmp_path):
     error = fails(tmp_path, *make, env={"PYTHONPATH": ROOT})
     assert "all for one reason: shape [8, 4, 2, 12, 8]" in error
     assert "for latents of this shape pass --channels 4 --size 12 8" in error
+
     flags = "--channels 4 --size 12 8".split()  # the folder after the last number
     text = run(tmp_path, "prepare/manifest.py", *flags, tmp_path, env={"PYTHONPATH": ROOT})
     assert "left out: " not in text
+
     meta, splits = open_manifest(tmp_path / "manifest.json")
     assert meta["size"] == [12, 8] and meta["channels"] == 4
+
     z = torch.from_numpy(latents.read_steps(splits["train"][0].path, 0, 4))[None]
     assert tiny(channels=4, size=meta["size"])(z)["mse"] > 0
 
@@ -961,17 +995,14 @@ def test_two_ranks_and_micro_batches_are_one_batch(folder, tmp_path, codebook):
     ranks = start_ranks(
         tmp_path, "train_lam.py", *flags, "--batch_size 2 --out_dir", tmp_path / "two"
     )
-    run(
-        tmp_path,
-        "train_lam.py",
-        *flags,
-        "--batch_size 2 --grad_accum 2 --out_dir",
-        tmp_path / "accumulated",
-    )
+    options = [*flags, "--batch_size 2 --grad_accum 2", "--out_dir", tmp_path / "accumulated"]
+    run(tmp_path, "train_lam.py", *options)
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
+
     one = numbers(tmp_path / "one", "mse_loss", "rollout_loss", "vq_loss")
     assert len(one) == 30 and one[-1, 2] > 0
+
     for name in ("two", "accumulated"):
         np.testing.assert_allclose(
             numbers(tmp_path / name, "mse_loss", "rollout_loss", "vq_loss"),
@@ -980,6 +1011,7 @@ def test_two_ranks_and_micro_batches_are_one_batch(folder, tmp_path, codebook):
             atol=1e-5,
             err_msg=name,
         )
+
         val = [
             numbers(tmp_path / n, "mse_loss", "mse_over_zero", "joint_codes", log="val.csv")
             for n in ("one", name)
@@ -1051,6 +1083,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path)
     for words, sentence in cases:
         assert sentence in fails(tmp_path, "train_lam.py", *words)
     assert not list(tmp_path.glob("new/checkpoint*"))
+
     text = run(tmp_path, "train_lam.py", *flags, "--dry_run --out_dir", tmp_path / "dry")
     assert "dry run, nothing written; 8 files in train" in text
     assert not (tmp_path / "dry").exists()
@@ -1058,16 +1091,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence(folder, trained, tmp_path)
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     """Bug: NaN goes into the codebook and the next checkpoint."""
-    error = fails(
-        tmp_path,
-        "train_lam.py",
-        "--data_dir",
-        folder,
-        SMALL,
-        PLAN,
-        "--lr 1e18 --grad_clip 0 --out_dir",
-        tmp_path / "run",
-    )
+    flags = ["--data_dir", folder, SMALL, PLAN, "--lr 1e18 --grad_clip 0"]
+    flags += ["--out_dir", tmp_path / "run"]
+    error = fails(tmp_path, "train_lam.py", *flags)
     assert "is not finite at epoch 0, itr " in error
     assert ".h5@" in error
     assert "last good checkpoint: none; lower --lr" in error
@@ -1096,8 +1122,10 @@ def test_the_bar_of_the_overfit_test_is_above_the_noise():
     assert noise[0] == pytest.approx(0.02, rel=0.15)
     assert noise[1] == pytest.approx(np.sqrt(2 * 0.02 / np.pi), rel=0.1)
     assert train_lam.noise_floor(z) == (0.0, 0.0)
+
     moving = torch.randn(2, 8, 16, 32, 32, generator=rng)
     assert train_lam.noise_floor(moving)[0] == pytest.approx(0.1, rel=0.05)  # 5 % of 2
+
     losses = {"mse": torch.tensor(0.025), "mae": torch.tensor(0.12), "nmse": torch.tensor(0.025)}
     passed, text = train_lam.overfit_verdict(losses, 0.5, noise, 0.5)
     assert passed and "in raw units MSE 0.00625 (< 0.0069" in text
@@ -1138,6 +1166,7 @@ def test_test_mode_passes_and_fails(tmp_path):
             ]
         ).astype(np.float32)
         write_h5(tmp_path / f"{i}.h5", steps.reshape(10, 2, 16, 8, 8).swapaxes(1, 2))
+
     run(tmp_path, "prepare/manifest.py", tmp_path, "--size 8", env={"PYTHONPATH": ROOT})
     flags = [
         "--data_dir",
@@ -1150,6 +1179,7 @@ def test_test_mode_passes_and_fails(tmp_path):
     assert verdict.startswith("PASS after ")
     assert 150 <= int(verdict.split()[2]) < 1500
     assert not (tmp_path / "pass").exists()
+
     code, text = Run(
         tmp_path,
         "train_lam.py",
@@ -1160,6 +1190,7 @@ def test_test_mode_passes_and_fails(tmp_path):
     assert code == 1
     assert text.splitlines()[-1].startswith("FAIL after 110 steps: MSE ")
     assert "Traceback" not in text
+
     import train_lam
 
     ignored = {"mse": torch.tensor(0.001), "mae": torch.tensor(0.01), "nmse": torch.tensor(0.001)}
@@ -1185,6 +1216,7 @@ def test_every_metric_of_the_guide_is_logged(trained):
             assert len(np.unique(values)) > 1, (name, log)
     for name in ("lr", "grad_norm", "rollout_loss"):
         assert len(np.unique(numbers(trained, name))) > 3
+
     vq = numbers(trained, "vq_loss")
     codebook = numbers(trained, "codebook_loss")
     commitment = numbers(trained, "commitment_loss")
@@ -1245,6 +1277,7 @@ def test_eval_finds_the_files_of_a_run_and_judges_what_it_can(tmp_path):
     text = run(tmp_path, "train_lam.py", *flags, "--max_steps 30 --out_dir", tmp_path / "run")
     assert "purity 0." in text
     assert "in the other recordings; one code for all" in text
+
     judge = ["eval_lam.py --split validation --val_clips 8 --no-ceiling --checkpoint"]
     for more in ([], ["--data_dir", data], ["--manifest_path", split]):
         text = run(tmp_path, *judge[0].split(), tmp_path / "run", *more)
@@ -1257,6 +1290,7 @@ def test_eval_finds_the_files_of_a_run_and_judges_what_it_can(tmp_path):
     assert "no probe of forward: it is 0 in all training transitions" in text
     assert report["probe_move"]["chance"] == pytest.approx(1 / 3)
     assert "ceiling" not in report["probe_move"] and "probe_forward" not in report
+
     text = run(
         tmp_path, *judge[0].split(), tmp_path / "run", "--manifest_path", data / "manifest.json"
     )
@@ -1269,6 +1303,7 @@ def test_eval_finds_the_files_of_a_run_and_judges_what_it_can(tmp_path):
     assert "the run stopped in its warm-up, after 4 of 8 steps" in text
     assert report["joint_codes"] is None and report["quantises"] is False
     assert not (tmp_path / "early" / "codes.png").exists()
+
     error = fails(tmp_path, *judge[0].split(), tmp_path / "run", "--data_dir", tmp_path)
     assert "name the folder of the latents with --data_dir" in error
 
@@ -1308,6 +1343,7 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
             "norm_num_groups": 2,
         }
         vae = diffusers.AutoencoderKLCogVideoX(**blocks, **size)
+
     vae.save_pretrained(tmp_path / "vae")
     out = tmp_path / "latents"
     flags = [
@@ -1321,11 +1357,13 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     run(tmp_path, "encode.py", *flags)
     paths = sorted(out.glob("*.h5"))
     assert len(paths) == 2
+
     steps = latents.open_dataset(str(paths[0]))
 
     # 300 frames at 20 fps are 120 at 8: 15 chunks of 8
     assert steps.shape == (15, 16, 2, 4, 4)
     assert steps.dtype == np.float16
+
     from files.latents import vae_latents
     from files.shards import Slice, index_shards, read_ticks
     from files.video import mp4_times, read_frames
@@ -1341,12 +1379,14 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     # chunk 5
     mine = vae_latents(vae.eval(), torch.from_numpy(frames.transpose(0, 3, 1, 2).copy())[None])[0]
     np.testing.assert_allclose(steps[5].swapaxes(0, 1), mine.numpy(), atol=2e-3, rtol=2e-3)
+
     labels = latents.read_labels(str(paths[0]), 30)
     yaw = np.degrees(
         np.diff(read_ticks(record).motion[(np.arange(3, 120, 4) * 2.5).astype(int), 2])
     )
     assert labels["yaw"].tolist() == (np.sign(yaw) * (np.abs(yaw) > 3)).tolist()
     assert set(labels["forward"]) <= {0, 1}
+
     back = latents.vae_frames(vae, torch.from_numpy(steps[:2].swapaxes(1, 2).astype(np.float32)))
     assert back.shape == (2, 8, 3, 32, 32) and 0 <= back.min() < back.max() <= 1
 
@@ -1365,6 +1405,7 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     assert scores["ssim"][0] == pytest.approx(1, abs=1e-4)
     assert scores["psnr"][0] > scores["psnr"][1] + 10
     assert scores["ssim"][1] < 1
+
     error = fails(
         tmp_path, "encode.py", *flags, "--vae", f"diffusers:{tmp_path}", "--out", tmp_path / "other"
     )

@@ -154,6 +154,7 @@ def test_step_0_with_an_adapter_on_every_layer(pred_dim, B, T):
     for name in [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]:
         nets.wrap_with_lora(model, name, 4, 8, 0.0)
     assert len(lora_layers(model)) == 8
+
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
             expected = predictions(base, inputs)
@@ -306,14 +307,17 @@ def test_peft_loads_what_we_write(tmp_path, options):
     torch.testing.assert_close(
         losses(theirs.base_model.model, inputs), losses(model, inputs), rtol=0, atol=1e-6
     )
+
     merged = theirs.merge_and_unload()
     torch.testing.assert_close(losses(merged, inputs), losses(model, inputs), rtol=0, atol=1e-6)
+
     again = copy.deepcopy(base)
     load_adapter(again, tmp_path)
     assert torch.equal(losses(again.eval(), inputs), losses(model, inputs))
     assert {n: (m.r, m.qkv_parts) for n, m in lora_layers(again).items()} == {
         n: (m.r, m.qkv_parts) for n, m in lora_layers(model).items()
     }
+
     size = os.path.getsize(tmp_path / "adapter_model.safetensors")
     written = sum(t.numel() for t in load_file(tmp_path / "adapter_model.safetensors").values())
     assert 4 * written <= size <= 4 * written + 4000
@@ -361,9 +365,11 @@ def test_we_load_what_peft_trained(tmp_path, config):
     model = copy.deepcopy(base)
     also = load_adapter(model, tmp_path / "peft")
     assert also == (config.get("modules_to_save") or [])
+
     expected = losses(theirs.eval().base_model.model, inputs)
     assert not torch.allclose(expected, losses(base, inputs), rtol=1e-3)
     torch.testing.assert_close(losses(model.eval(), inputs), expected, rtol=0, atol=1e-6)
+
     save_adapter(model, tmp_path / "ours", also=also)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     torch.testing.assert_close(losses(back.base_model.model, inputs), expected, rtol=0, atol=1e-6)
@@ -373,16 +379,19 @@ def test_adapters_that_are_refused(tmp_path):
     """Bug: DoRA read as LoRA, an adapter of another model loaded in part."""
     with pytest.raises(FileNotFoundError, match="no PEFT adapter"):
         load_adapter(make(), tmp_path)
+
     wide = Predictor(48, 7, 7, (2, 2), pred_dim=96, depth=2, num_heads=3)
     add_lora(wide)
     save_adapter(wide, tmp_path / "wide")
     with pytest.raises(ValueError, match="another base"):
         load_adapter(make(), tmp_path / "wide")
+
     peft.get_peft_model(make(), peft.LoraConfig(target_modules=["action_encoder"])).save_pretrained(
         tmp_path / "actions"
     )
     with pytest.raises(ValueError, match="no such layers to adapt here: action_encoder"):
         load_adapter(make(), tmp_path / "actions")
+
     deep = Predictor(48, 7, 7, (2, 2), pred_dim=48, depth=3, num_heads=3)
     add_lora(deep, r=4)
     save_adapter(deep, tmp_path / "deep")
@@ -522,6 +531,7 @@ def test_adapter_files_of_others_are_named(tmp_path):
 
     save_file(renamed(tensors, ".weight", ".default.weight"), file)
     refused("contains the name of an adapter, 'default'")
+
     kohya = {}
     for key, x in tensors.items():
         layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
@@ -530,8 +540,10 @@ def test_adapter_files_of_others_are_named(tmp_path):
         kohya[f"{name}.alpha"] = torch.tensor(4.0)
     save_file(kohya, file)
     refused("names as kohya's or diffusers' scripts write them")
+
     save_file(renamed(tensors, "lora_A", "lora.down"), file)
     refused("kohya's or diffusers'")
+
     for cut in (data[:1000], data[:-9], b"", b"<html>" * 99):
         file.write_bytes(cut)
         refused("adapter_model.safetensors cannot be read, or is only a part")
@@ -541,12 +553,15 @@ def test_adapter_files_of_others_are_named(tmp_path):
         refused("adapter_config.json is no JSON")
     config_file.write_bytes(b"[1]")
     refused("holds a list")
+
     config_file.write_bytes(config)
     file.rename(tmp_path / "adapter_model.bin")
     refused("adapter_model.bin is not read in its place")
+
     (tmp_path / "adapter_model.bin").rename(file)
     with pytest.raises(ValueError, match="is a file: name the folder"):
         load_adapter(make(), file)
+
     again = make()
     save_file(renamed(tensors, "base_model.model.", ""), file)  # as inject_adapter_in_model's
     load_adapter(again, tmp_path)
@@ -599,6 +614,7 @@ def test_folding_a_scaler_is_exact():
             other.load_state_dict(weights.fold_scaler(layer, old, new))
             torch.testing.assert_close(other(seen(new)), expected, rtol=0, atol=2e-6)
     assert torch.equal(weights.fold_scaler(layer, one, one)["weight"], layer.weight)
+
     reader = types.SimpleNamespace(names=[*"abcdefg"], units=["m"] * 3 + ["rad"] * 3 + ["closed"])
     std = np.full(7, 0.02)
     lines = [
@@ -683,8 +699,10 @@ def test_what_a_run_leaves(world, tuned):
     count = sum(v.numel() for v in checkpoint.load_latest(tuned.out)[0]["adapter"].values())
     assert f"adapters: {count:,} parameters" in tuned.text
     assert "does it help? error" in tuned.text
+
     size = os.path.getsize(checkpoint.load_latest(tuned.out)[1])
     assert 12 * count < size < 12 * count + 100_000
+
     v = numbers(
         tuned.out,
         "epoch",
@@ -699,14 +717,11 @@ def test_what_a_run_leaves(world, tuned):
     )
     assert len(v) == 2 and v[0, 2] == v[1, 2] != v[1, 3] and np.isfinite(v).all()
     np.testing.assert_allclose(v[:, 4], v[:, 2] / v[:, 3] - 1, rtol=1e-6)
+
     flags = [w for w in world.lora if not str(w).startswith("--lr")]
-    text = run(
-        world.folder,
-        "train_lora.py",
-        *flags,
-        "--full --max_steps 1 --warmup_steps 0 --lr 1e-12 --out_dir",
-        world.folder / "nothing",
-    )
+    options = [*flags, "--full --max_steps 1 --warmup_steps 0 --lr 1e-12"]
+    options += ["--out_dir", world.folder / "nothing"]
+    text = run(world.folder, "train_lora.py", *options)
     unmoved = numbers(world.folder / "nothing", "tf_true", "base_tf", log="val.csv")[-1]
     np.testing.assert_allclose(unmoved, v[0, 2], rtol=1e-5)  # the base, however it is evaluated
     assert "of them trained" in text
@@ -727,6 +742,7 @@ def test_the_export_is_the_adapted_model(world, tuned):
     np.testing.assert_allclose(
         base, numbers(tuned.out, "tf_true", "ro_true", log="val.csv")[-1], rtol=1e-5
     )
+
     state = torch.load(tuned.export, weights_only=True)["predictor"]
     assert all(k.startswith("module.") for k in state)
     assert state["module.extrinsics_encoder.weight"].shape == (48, 6)
@@ -763,15 +779,12 @@ def test_resume_is_exact(world, tuned):
     killed.signal_when(str(out / "train.csv"), lambda rows: len(rows) >= 7, 15)
     code, text = killed.wait()
     assert code == 0 and "continue with --resume" in text
-    text = run(
-        world.folder,
-        "train_lora.py",
-        *tuned.flags,
-        "--num_workers 2 --prefetch_factor 3 --resume --out_dir",
-        out,
-    )
+
+    options = [*tuned.flags, "--num_workers 2 --prefetch_factor 3 --resume", "--out_dir", out]
+    text = run(world.folder, "train_lora.py", *options)
     assert "resumed from" in text and "--num_workers 2 (was 0)" in text
     same(tuned.out, out)
+
     for flags, message in (
         ("--r 8", "trained"),
         ("--lr 1e-3 --alpha 16", "alpha"),
@@ -788,18 +801,15 @@ def test_ranks_and_micro_batches_are_one_batch(world):
     flags = [*world.lora, "--dropout 0 --max_steps 4 --eval_every_n_steps 4"]
     out = world.folder
     run(out, "train_lora.py", *flags, "--out_dir", out / "one")
-    run(
-        out,
-        "train_lora.py",
-        *flags,
-        "--batch_size 1 --grad_accum 4 --activation_checkpointing --out_dir",
-        out / "accumulated",
-    )
+    options = [*flags, "--batch_size 1 --grad_accum 4 --activation_checkpointing"]
+    options += ["--out_dir", out / "accumulated"]
+    run(out, "train_lora.py", *options)
     ranks = start_ranks(
         out, "train_lora.py", *flags, "--batch_size 1 --grad_accum 2 --out_dir", out / "two"
     )
     for rank in ranks:
         assert rank.wait()[0] == 0, rank.text()
+
     for name in ("accumulated", "two"):
         for columns, log in (
             (("jloss", "sloss", "grad_norm"), "train.csv"),
@@ -818,6 +828,7 @@ def test_debug_and_memory_report(world, tmp_path):
     assert "fell to" in text
     assert "merged" in text
     assert not (tmp_path / "debug").exists()
+
     text = run(
         tmp_path, "train_lora.py", *world.lora, "--memory_report --out_dir", tmp_path / "report"
     )
@@ -865,14 +876,10 @@ def test_other_ways_to_train(world, flags):
     out = world.folder / flags.replace(" ", "")
     short = [*world.lora, "--lr 3e-3", flags]
     run(world.folder, "train_lora.py", *short, "--max_steps 8 --anneal_steps 2 --out_dir", out)
-    text = run(
-        world.folder,
-        "train_lora.py",
-        *short,
-        "--max_steps 10 --anneal_steps 2 --resume --out_dir",
-        out,
-    )
+    options = [*short, "--max_steps 10 --anneal_steps 2 --resume", "--out_dir", out]
+    text = run(world.folder, "train_lora.py", *options)
     assert "at step 8" in text
+
     v = numbers(out, "tf_true", "base_tf", log="val.csv")
     assert v[-1, 0] < v[-1, 1]
     assert bool(checkpoint.load_latest(out)[0]["scaler"]) == ("float16" in flags.split())
@@ -888,19 +895,12 @@ def test_metas_layout_brings_its_encoder(world, tmp_path):
     flags = [w for w in world.b if w is not FLAGS] + [
         FLAGS.replace("--encoder vit_tiny", "--pred_heads 3 --max_steps 3 --warmup_steps 0")
     ]
-    run(
-        tmp_path,
-        "train_lora.py",
-        *flags,
-        "--base",
-        tmp_path / "meta.pt",
-        "--out_dir",
-        tmp_path / "out",
-        "--export",
-        tmp_path / "x.pt",
-    )
+    options = [*flags, "--base", tmp_path / "meta.pt", "--out_dir", tmp_path / "out"]
+    options += ["--export", tmp_path / "x.pt"]
+    run(tmp_path, "train_lora.py", *options)
     found = torch.load(tmp_path / "x.pt", weights_only=True)
     assert found["target_encoder"].keys() == state["target_encoder"].keys()
+
     changed = [
         k
         for k, v in state["predictor"].items()
@@ -916,22 +916,17 @@ def test_a_base_that_predicts_changes(world, tmp_path):
     """Bug: adapters on a predictor of changes are trained, judged or exported as if it predicted
     features, or --predict asks for something else than its base does and is passed over."""
     size = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --max_steps 4"
-    text = run(
-        tmp_path,
-        "train_lora.py",
-        *world.a,
-        size,
-        "--predict change --out_dir",
-        tmp_path / "base",
-        "--export",
-        tmp_path / "base.pt",
-    )
+    options = [*world.a, size, "--predict change", "--out_dir", tmp_path / "base"]
+    options += ["--export", tmp_path / "base.pt"]
+    text = run(tmp_path, "train_lora.py", *options)
     assert "--base reads that, Meta's own code refuses it" in text
     assert checkpoint.load_latest(tmp_path / "base")[0]["predict"] == "change"
+
     flags = [*world.b, "--base", tmp_path / "base.pt", "--lr 1e-3 --max_steps 4 --out_dir"]
     run(tmp_path, "train_lora.py", *flags, tmp_path / "lora", "--export", tmp_path / "lora.pt")
     base, adapted = (open_run(str(tmp_path / name))[0] for name in ("base", "lora"))
     assert base.predict == adapted.predict == "change"
+
     exported = weights.load_predictor(tmp_path / "lora.pt", num_heads=3, grid=(2, 2))
     torch.manual_seed(0)
     z = torch.randn(1, 8, 192)
@@ -940,6 +935,7 @@ def test_a_base_that_predicts_changes(world, tmp_path):
     # hardly trained: it is near the step
     assert exported.predict == "change"
     assert copying < 0.5
+
     text = fails(tmp_path, "train_lora.py", *flags, tmp_path / "features", "--predict", "features")
     assert "--predict features, but" in text
     assert "predicts change: leave the flag out" in text
@@ -963,6 +959,7 @@ def test_a_game_model_as_the_base(tmp_path):
     assert anew == ["action_encoder", "state_encoder"]
     assert scaler.scale.tolist() == [1] * 4
     assert known["num_heads"] == 3
+
     also, file_scaler, same_as_base = weights.adapt(model, scaler, anew, scaler, {"r": 4})
     assert also == {*anew} and file_scaler is None and not same_as_base
     assert torch.equal(
@@ -973,6 +970,7 @@ def test_a_game_model_as_the_base(tmp_path):
     } == {*anew}
     with pytest.raises(ValueError, match="name the one of that run"):
         weights.open_base(path, source | {"encoder_hash": "f"}, 7, 7, unknown)
+
     path = checkpoint.save(tmp_path, state | {"encode": "tubelet"}, 2)
     with pytest.raises(ValueError, match="--encode tubelet.*train its base with --encode frame"):
         weights.open_base(path, source, 7, 7, unknown)
@@ -1000,28 +998,18 @@ def test_a_robot_of_other_dimension(world, tmp_path):
         world.base,
         "--max_steps 4",
     ]
-    text = run(
-        tmp_path,
-        "train_lora.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "out",
-        "--export",
-        tmp_path / "x.pt",
-    )
+    options = [*flags, "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt"]
+    text = run(tmp_path, "train_lora.py", *options)
     assert "does it help" not in text  # no base to compare with
+
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["action_encoder"]
-    again = run(
-        tmp_path,
-        "train_lora.py",
-        *flags,
-        "--lr 1e-12 --init_from",
-        tmp_path / "out" / "adapter",
-        "--out_dir",
-        tmp_path / "more",
-    )
+
+    options = [*flags, "--lr 1e-12", "--init_from", tmp_path / "out" / "adapter"]
+    options += ["--out_dir", tmp_path / "more"]
+    again = run(tmp_path, "train_lora.py", *options)
     assert "adapters: " in again
+
     before, after = (
         numbers(tmp_path / n, "tf_true", log="val.csv")[-1, 0] for n in ("out", "more")
     )
@@ -1073,14 +1061,17 @@ def test_every_data_flag_may_be_repeated(world, tmp_path):
     text = run(tmp_path, "train_lora.py", *repeated, *options, "--out_dir", tmp_path / "out")
     assert "3 episodes" in text and "2 episodes" in text
     assert "warning: the scaler was fitted on recordings held out here" in text
+
     state = checkpoint.load_latest(tmp_path / "out")[0]
     assert state["held_out"] == ["ve0.npz held/ve0", "ve1.npz held/ve1"]
     assert len(state["args"]["data"]) == 3
     assert state["args"]["targets"] == ["q_proj", "mlp.fc1"]
     assert state["args"]["camera"] == ["exterior_1"]
+
     judge = "--samples 2 --val_clips 8 --num_workers 0"
     text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge)
     assert "not among those the run held out" not in text
+
     text = run(tmp_path, "eval.py", "--checkpoint", tmp_path / "out", judge, "--data", a)
     assert "6 of 6 recordings are not among those the run held out" in text
 
@@ -1095,16 +1086,9 @@ def encoded(world):
     for store in ("bf16", "int8"):
         out[store] = world.folder / "features" / store
         how = "--encoder vit_tiny --crop_size 32 --stride 1 --store"
-        run(
-            world.folder,
-            "encode.py",
-            "--dataset droid --data",
-            world.folder / "b",
-            "--out",
-            out[store],
-            how,
-            store,
-        )
+        flags = ["--dataset droid", "--data", world.folder / "b", "--out", out[store]]
+        flags += [how, store]
+        run(world.folder, "encode.py", *flags)
     return out
 
 
@@ -1129,6 +1113,7 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         ]
         text = run(tmp_path, "train_lora.py", *given, "--out_dir", tmp_path / name)
         assert ("RANDOM weights" in text) == (name != "bf16")  # no encoder unless one is named
+
         columns = {
             "train.csv": ["jloss", "sloss"],
             "val.csv": ["jloss", "tf_true", "ro_true", "base_tf", "tf_shuffled", "tf_copy"],
@@ -1138,16 +1123,12 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         for ours, theirs in zip(found[name], found["episodes"]):
             assert len(ours) == len(theirs) > 0 and (ours != theirs).any()
             np.testing.assert_allclose(ours, theirs, rtol=4e-3, err_msg=name)
-    again = run(
-        tmp_path,
-        "train_lora.py",
-        "--data",
-        encoded["bf16"],
-        *flags[2:],
-        "--max_steps 6 --resume --out_dir",
-        tmp_path / "bf16",
-    )
+
+    options = ["--data", encoded["bf16"], *flags[2:], "--max_steps 6 --resume"]
+    options += ["--out_dir", tmp_path / "bf16"]
+    again = run(tmp_path, "train_lora.py", *options)
     assert "resumed from" in again
+
     wrong = [
         "--data",
         encoded["bf16"],
@@ -1156,26 +1137,15 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         tmp_path / "x",
     ]
     assert "holds features of encoder" in fails(tmp_path, "train_lora.py", *wrong)
-    text = run(
-        tmp_path,
-        "eval.py",
-        "--checkpoint",
-        tmp_path / "int8",
-        "--samples 8 --val_clips 16 --num_workers 0",
-    )
+
+    options = ["--checkpoint", tmp_path / "int8", "--samples 8 --val_clips 16 --num_workers 0"]
+    text = run(tmp_path, "eval.py", *options)
     assert "written to" in text and "retrieval" in text
+
     reports = {"--debug": "fell to", "--memory_report": "encoder", "--dry_run": "steps x"}
     for flag, said in reports.items():
-        text = run(
-            tmp_path,
-            "train_lora.py",
-            "--data",
-            encoded["int8"],
-            *flags[2:],
-            flag,
-            "--out_dir",
-            tmp_path / "dry",
-        )
+        options = ["--data", encoded["int8"], *flags[2:], flag, "--out_dir", tmp_path / "dry"]
+        text = run(tmp_path, "train_lora.py", *options)
         assert said in text and not (tmp_path / "dry").exists()
 
 
@@ -1202,18 +1172,13 @@ def test_a_base_that_does_not_say_its_encoder(world, encoded, tmp_path):
     assert said in run(
         tmp_path, "train_lora.py", *flags, tmp_path / "meta.pt", "--out_dir", tmp_path / "a"
     )
+
     for encoder in ("vit_tiny", tmp_path / "meta.pt"):
-        named = run(
-            tmp_path,
-            "train_lora.py",
-            *flags,
-            tmp_path / "meta.pt",
-            "--encoder",
-            encoder,
-            "--out_dir",
-            tmp_path / f"b-{encoder!s:.3}",
-        )
+        options = [*flags, tmp_path / "meta.pt", "--encoder", encoder]
+        options += ["--out_dir", tmp_path / f"b-{encoder!s:.3}"]
+        named = run(tmp_path, "train_lora.py", *options)
         assert said not in named
+
     error = fails(
         tmp_path, "train_lora.py", *flags, tmp_path / "other.pt", "--out_dir", tmp_path / "c"
     )
@@ -1292,9 +1257,11 @@ def test_filters_and_split_are_the_same_on_features(idle):
                     log=said.append,
                 )
                 assert not found[2] and "17.2% of their rows idle" in said[0]
+
                 sides.append([starts_of(part, reader) for part in found[:2]])
             assert sides[0] == sides[1], (rule, success)
             assert all(map(len, sides[0])), (rule, success)
+
             everything = everything or sides[0][0]
             assert (sides[0][0] < everything) == ((rule, success) != ("off", "all"))
 
@@ -1316,6 +1283,7 @@ def test_a_clip_of_features_is_the_clip_of_its_rows(idle):
     segments = open_droid(str(idle / "f"), reader=reader, idle_filter="off")[0]
     assert (reader.names, reader.units, reader.state_dim) == (POSE, POSE_UNITS, 7)
     assert len(segments) == 8 * 2 * 3
+
     for r in segments[::5]:
         camera, _, first = r.key.rpartition("@")[2].rpartition("-")
         start = int(rng.integers(reader.starts(r)))
@@ -1382,15 +1350,10 @@ def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_pa
             ValueError, match="holds video, other shards of this run hold features: pass one kind"
         ):
             open_droid(data.split(), val and val.split(), 0.1, DroidReader(4, **READER), log=print)
-    run(
-        tmp_path,
-        "encode.py",
-        "--data",
-        shards / "shard-000000.tar",
-        "--out",
-        tmp_path / "play",
-        "--encoder vit_tiny --crop_size 32",
-    )
+
+    flags = ["--data", shards / "shard-000000.tar", "--out", tmp_path / "play"]
+    flags += ["--encoder vit_tiny --crop_size 32"]
+    run(tmp_path, "encode.py", *flags)
     for data, what in (
         (tmp_path / "play" / "*.tar", "features of gameplay"),
         (shards / "shard-000000.tar", "gameplay"),
@@ -1398,28 +1361,20 @@ def test_one_kind_of_features_in_each_place(world, encoded, idle, shards, tmp_pa
         error = fails(tmp_path, "train_lora.py", "--data", data, *world.b[2:], "--base", world.base)
         assert f"{what}: train_ac.py reads it" in error
         assert "no usable episode in" in error
+
     scaler = ActionScaler(np.zeros(4), np.ones(4), np.ones(4), 99, {})
     scaler.save(tmp_path / "s.pkl")
-    error = fails(
-        tmp_path,
-        "train_ac.py",
-        "--data",
-        encoded["bf16"] / "*.tar",
-        "--scaler",
-        tmp_path / "s.pkl",
-        "--encode frame",
-    )
+    flags = ["--data", encoded["bf16"] / "*.tar"]
+    flags += ["--scaler", tmp_path / "s.pkl", "--encode frame"]
+    error = fails(tmp_path, "train_ac.py", *flags)
     assert "no usable recording" in error
     assert "features of robot episodes: train_lora.py reads them" in error
+
     for name, data in (("tfrecords", idle / "d.*"), ("features", idle / "f")):
-        run(
-            tmp_path,
-            "fit_scaler.py",
-            "--dataset droid --fps 5 --num_workers 0 --data",
-            data,
-            "--output",
-            tmp_path / f"{name}.pkl",
-        )
+        flags = ["--dataset droid --fps 5 --num_workers 0", "--data", data]
+        flags += ["--output", tmp_path / f"{name}.pkl"]
+        run(tmp_path, "fit_scaler.py", *flags)
+
     ours, theirs = (ActionScaler.load(tmp_path / f"{n}.pkl") for n in ("features", "tfrecords"))
     assert ours.n == theirs.n and ours.meta == theirs.meta
     np.testing.assert_allclose(
@@ -1477,12 +1432,14 @@ def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
         for name in others:
             memory.pipe(f"/bucket/run/{name}", b"of somebody else")
     assert files(url) == names(3) | others
+
     mirror = opened(folder, url)
     before = memory.modified("/bucket/run/train.csv")
     mirror.close()
     assert memory.modified("/bucket/run/train.csv") == before  # nothing is new
     with pytest.raises(ValueError, match="holds an earlier run"):
         opened(tmp_path / "new", url)
+
     opened(tmp_path / "new", url, resume=True).close()
     assert checkpoint.load_latest(tmp_path / "new")[0]["x"].tolist() == [3, 3, 3]
     assert files(url) == names(3) | others
@@ -1517,9 +1474,11 @@ def test_failed_copies_are_tried_again_and_said(tmp_path, monkeypatch):
     assert all(
         word in said[0] for word in (*names(4), "memory://flaky/run", "503", "no such bucket")
     )
+
     mirror.close()
     assert files("memory://flaky/run") == names(4)
     assert said[-1] == "all of this run is at memory://flaky/run"
+
     (folder / "train.csv").write_text("epoch\n1\n")
     monkeypatch.setattr(mirror.fs, "put_file", lambda *a, **k: 1 / 0)
     opened(folder, "memory://flaky/run", said).close()
@@ -1559,13 +1518,16 @@ def test_another_run_is_never_overwritten(tmp_path):
             ValueError, match="holds another run than .*three: pass another --sync_to"
         ):
             opened(tmp_path / "three", url, resume=resume)
+
     late.close()
     assert "another process has begun a run there" in said[-2]
     assert said[-1].startswith("WARNING: not at")
     assert before == {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in files(url)}
+
     fsspec.filesystem("memory").rm_file("/taken/run/run_id")  # a run copied there by other means
     with pytest.raises(ValueError, match="holds another run"):
         opened(tmp_path / "three", url, resume=True)
+
     fsspec.filesystem("memory").pipe("/table/train.csv", b"no run to go on with")
     with pytest.raises(ValueError, match="holds another run"):
         opened(tmp_path / "new", "memory://table", resume=True)
@@ -1590,6 +1552,7 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         settle(mirror)
         settle(mirror)
         assert files(url) == names(1)
+
         step(tmp_path / "lost", 1, keep=2)
         step(tmp_path / "lost", 2, keep=2)
         patch.undo()
@@ -1600,6 +1563,7 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         patch.setattr(mirror.fs, "put_file", quota)
         settle(lost)
         assert files("memory://lost") == names(1)
+
     with monkeypatch.context() as patch:
 
         def slow(path, *args, put=mirror.fs.put_file, **options):
@@ -1610,8 +1574,10 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         patch.setattr(mirror.fs, "put_file", slow)
         settle(mirror)
     assert files(url) == names(1) and not mirror.fails
+
     settle(mirror)
     assert files(url) == names(3)
+
     for path in checkpoint.list_checkpoints(tmp_path):
         os.unlink(path)  # not by rotation
     settle(mirror)
@@ -1632,6 +1598,7 @@ def test_only_a_runs_files_are_fetched(tmp_path):
     mirror = opened(tmp_path / "two", url, resume=True)
     assert {*os.listdir(tmp_path / "two")} == names(1) | {"val.csv", "sync.json"}
     assert mirror.sent.keys() == names(1)
+
     mirror.close()
     assert files(url) == names(1) | {"val.csv", "papers/results.csv", "train.csv.bak.csv"}
 
@@ -1668,11 +1635,13 @@ def test_an_interrupted_fetch_loses_nothing(tmp_path, monkeypatch, breaks, stale
             opened(tmp_path / "two", url, resume=True)
     with pytest.raises(ValueError, match="pass --resume"):
         opened(tmp_path / "two", url)
+
     mirror = opened(tmp_path / "two", url, resume=True)
     assert (tmp_path / "two" / "train.csv").read_text() == history
     assert checkpoint.load_latest(tmp_path / "two")[1].endswith(
         "checkpoint-epoch001-itr00002.pth.tar"
     )
+
     mirror.close()
     assert memory.cat(fsspec.core.url_to_fs(url)[1] + "/train.csv").decode() == history
 
@@ -1690,9 +1659,11 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
     step(tmp_path / "two", 5)
     settle(second)
     assert files(url) == names(5)
+
     step(tmp_path / "one", 3)  # a machine that was thought dead
     settle(first)
     assert "continued this one" in said[-1] and files(url) == names(5)
+
     capsys.readouterr()
     opened(tmp_path / "one", url, resume=True)
     assert (
@@ -1700,6 +1671,7 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
         == f"fetched 3 files from {url}, which is ahead of {tmp_path / 'one'}\n"
     )
     assert checkpoint.load_latest(tmp_path / "one")[0]["x"].tolist() == [5, 5, 5]
+
     step(tmp_path / "one", 9)
     opened(tmp_path / "one", url, resume=True).close()
     assert capsys.readouterr().out == "" and files(url) == names(9)
@@ -1737,6 +1709,7 @@ mirror.close()"""
         patch.setattr(mirror.fs, "put_file", lambda *a, **k: hangs.wait())
         settle(mirror)
     assert len(said) == 1 and "run_id (TimeoutError" in said[0]
+
     settle(mirror)
     hangs.set()
     assert files("memory://hung/run") == names(1)
@@ -1796,9 +1769,11 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
 
     # there is no such bucket
     assert "WARNING: not copied to s3://bucket/run: run_id, train.csv, checkpoint" in said[-1]
+
     boto3.client("s3").create_bucket(Bucket="bucket")
     settle(mirror)
     assert files("s3://bucket/run") == names(4)
+
     step(folder, 8)
     server.stop()
     settle(mirror)
@@ -1812,6 +1787,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     mirror.close()
     opened(tmp_path / "fresh", "s3://bucket/run", resume=True).close()
     assert files("s3://bucket/run") == names(8)
+
     server.stop()
     assert [os.path.basename(p) for p in checkpoint.list_checkpoints(tmp_path / "fresh")] == [
         "checkpoint-epoch000-itr00008.pth.tar"
@@ -1821,28 +1797,16 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
 def test_resume_from_the_url(world, tuned, tmp_path):
     """Bug: a run on a fresh machine starts anew though its checkpoints are in the bucket."""
     url = f"file://{tmp_path}/bucket"
-    run(
-        tmp_path,
-        "train_lora.py",
-        *tuned.flags,
-        "--out_dir",
-        tmp_path / "one",
-        "--sync_minutes 0.001 --sync_to",
-        url,
-    )
+    flags = [*tuned.flags, "--out_dir", tmp_path / "one"]
+    flags += ["--sync_minutes 0.001", "--sync_to", url]
+    run(tmp_path, "train_lora.py", *flags)
     assert CHECKPOINT.fullmatch(max(n for n in files(url) if n.startswith("checkpoint")))
     assert "adapter/adapter_model.safetensors" in files(url)
+
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
     os.unlink(tmp_path / "bucket" / newest)  # as if the machine had died before
-    text = run(
-        tmp_path,
-        "train_lora.py",
-        *tuned.flags,
-        "--resume --out_dir",
-        tmp_path / "two",
-        "--sync_to",
-        url,
-    )
+    flags = [*tuned.flags, "--resume", "--out_dir", tmp_path / "two", "--sync_to", url]
+    text = run(tmp_path, "train_lora.py", *flags)
     assert "fetched" in text and "resumed from" in text
     same(tuned.out, tmp_path / "two")
 
@@ -1861,13 +1825,16 @@ def test_tables(world, tuned, tmp_path):
 
     # split, so small a model keeps more: q, k and v's B as one matrix
     assert rows[3]["memory / PEFT's"] <= 1
+
     rows, _ = run_bench(tmp_path, "scaling", "--of memory --batch_size 1")
     assert {r["part"]: round(r["GB"], 4) for r in rows}["adapters"] == round(4 * 7_077_888 / 1e9, 4)
+
     out = world.folder / "whole"
     run(world.folder, "train_lora.py", *world.lora, "--full --out_dir", out)
     rows, _ = run_bench(tmp_path, "lora", "--runs", out, tuned.out)
     assert rows[0]["recovered, one step"] == 1
     assert rows[1]["share"] == rows[1]["trained"] / rows[0]["trained"]
+
     v = numbers(tuned.out, "tf_true", "base_tf", log="val.csv")[-1]
     w = numbers(out, "tf_true", "base_tf", log="val.csv")[-1]
     np.testing.assert_allclose(
@@ -1900,9 +1867,11 @@ def test_settings_of_another_type_are_refused(tmp_path, change, sentence):
     load_adapter(model, tmp_path)
     expected = losses(theirs.eval().base_model.model, inputs)
     torch.testing.assert_close(losses(model.eval(), inputs), expected, rtol=0, atol=1e-6)
+
     file.write_text(json.dumps(settings | change))
     with pytest.raises(ValueError, match=sentence):
         load_adapter(make(), tmp_path)
+
     os.unlink(tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.safetensors").mkdir()
     with pytest.raises(ValueError, match="adapter_model.safetensors is a folder"):

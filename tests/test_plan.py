@@ -253,6 +253,7 @@ def test_plans_are_compared_with_the_best_policy_without_a_model(short):
     assert row["best"] == best and ratio == pytest.approx(scale[best], rel=0.05)
     assert 1 < low < ratio < high < 1.2 * ratio
     assert math.isnan(compared(errors, ["a"] * 40)["ratios"]["rest"][1])
+
     still = compared(errors | {"plan": torch.zeros(40)}, recordings)
     assert math.isnan(still["ratios"]["rest"][0])
 
@@ -269,9 +270,11 @@ def test_vpt_candidates_are_actions_a_recording_could_hold():
     moves = found[..., :4] * torch.tensor(MOUSE.scale).float() + torch.tensor(MOUSE.mean).float()
     close(moves[..., 2:], torch.deg2rad(0.15 * moves[..., :2]), atol=1e-6)
     assert 80 < moves[..., 0].std() < 110 and abs(moves[..., 0].mean()) < 15
+
     pressed = {n: found[..., i].mean().item() for i, n in enumerate(names) if i > 3}
     assert {n for n, x in pressed.items() if x == 1} == {"slot.4"}
     assert {n for n, x in pressed.items() if 0 < x < 1} == {"key.w", "key.space"}
+
     still = rest(space, 2)
     close(
         still[:, :4] * torch.tensor(MOUSE.scale).float() + torch.tensor(MOUSE.mean).float(),
@@ -305,6 +308,7 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
                 predictor.extend(z[-1].flatten(1, 2), actions[:, t : t + 1], None)[0]
             ).view(n, 1, 4, 16)
         )
+
     z = torch.cat(z, 1)
 
     class Recorded:
@@ -345,10 +349,12 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
     order = [int(r[1:]) for r in recordings]
     close(sums[:, 0], true[order], atol=1e-3)
     close(sums[:, 2], torch.zeros(n, 4), atol=1e-4)
+
     scale = torch.tensor(MOUSE.scale).float()
     mean = torch.tensor(MOUSE.mean).float()
     close(sums[:, 3], horizon * (actions[:, 0, :4] * scale + mean)[order], atol=1e-3)
     close(sums[:, 4], (horizon * mean).expand(n, 4), atol=1e-3)
+
     error = (sums[:, 1] - sums[:, 0]).abs().mean(0)
 
     # features that were layer-normed twice hardly show which of two actions came first
@@ -380,13 +386,16 @@ def test_a_step_in_the_game_is_a_step_of_a_recording(player):
     yaw = player.yaw
     player.step(101, 0)
     assert abs((player.yaw - yaw + 180) % 360 - 180 - 101 * 0.15) < 0.1
+
     before = player.yaw
     _, distance = player.turn_away(rng)
     assert 15 <= distance() <= 40
     assert abs((player.yaw - before + 180) % 360 - 180) < 0.2
+
     place = player.place
     _, distance = player.walk_away(rng)
     assert distance() > 150 and np.hypot(*(player.place - place)) < 600
+
     at = distance()
     player.step(held=["w"])
     player.step(held=["w"])
@@ -462,6 +471,7 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
         (2, "yaw"),
         (2, "pitch"),
     ]
+
     for r in rows:
         best = min(("rest", "repeat", "mean"), key=r.get)
         ratio, low, high = tuple(r["ratios"][best])
@@ -472,14 +482,10 @@ def test_plans_of_runs(game, arm, tmp_path):  # noqa: F811
         assert low is None and r["random"] > 0
     assert "WARNING: not shown to be better than the best policy without a model" in text
     assert "float32 on cpu; kernels: attention" in text
-    text = run(
-        tmp_path,
-        "plan.py",
-        "--checkpoint",
-        arm / "lora",
-        "--clips 2 --num_samples 16 --num_elites 4 --out",
-        tmp_path / "r.json",
-    )
+
+    flags = ["--checkpoint", arm / "lora", "--clips 2 --num_samples 16 --num_elites 4"]
+    flags += ["--out", tmp_path / "r.json"]
+    text = run(tmp_path, "plan.py", *flags)
     rows = json.loads((tmp_path / "r.json").read_text())["recorded"]
     assert [r["dim"] for r in rows] == [*"xyz"] * 2
     assert all(r["plan"] <= 5 * r["horizon"] + r["rest"] for r in rows)
@@ -492,27 +498,19 @@ def test_plan_between_two_pictures(game, tmp_path):  # noqa: F811
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture(number)), format="rgb24")
         save_png(tmp_path / f"{name}.png", frame.reformat(*size))
     base = ["--checkpoint", game.out, "--encoder vit_tiny --start", tmp_path / "a.png", "--goal"]
-    text = run(
-        tmp_path,
-        "plan.py",
-        *base,
-        tmp_path / "b.png",
-        "--horizon 2 --num_samples 16 --num_elites 4 --out",
-        tmp_path / "p.json",
-    )
+    flags = [*base, tmp_path / "b.png", "--horizon 2 --num_samples 16 --num_elites 4"]
+    flags += ["--out", tmp_path / "p.json"]
+    text = run(tmp_path, "plan.py", *flags)
     report = json.loads((tmp_path / "p.json").read_text())
     assert len(report["plan"]) == 2
     assert f"after the plan {report['energy']:.4f}" in text
     assert report["energy_now"] > 0.01
-    same = run(
-        tmp_path,
-        "plan.py",
-        *base,
-        tmp_path / "a.png",
-        "--horizon 1 --num_samples 16 --num_elites 4 --out",
-        tmp_path / "q.json",
-    )
+
+    flags = [*base, tmp_path / "a.png", "--horizon 1 --num_samples 16 --num_elites 4"]
+    flags += ["--out", tmp_path / "q.json"]
+    same = run(tmp_path, "plan.py", *flags)
     assert "now 0.0000" in same
+
     (tmp_path / "d.png").write_bytes(b"no picture")
     for goal, sentence in (
         ("c", "have different sizes"),
@@ -539,19 +537,14 @@ def save_png(path, frame):
 def test_closed_loop_program(game, tmp_path):  # noqa: F811
     """Bug: policies play other trials, success is counted at another step than the table says."""
     short = "--trials 2 --steps 2 --num_samples 8 --num_elites 2 --out"
-    text = run(
-        tmp_path,
-        "plan.py",
-        "--checkpoint",
-        game.out,
-        "--encoder vit_tiny --play turn",
-        short,
-        tmp_path / "p.json",
-    )
+    flags = ["--checkpoint", game.out, "--encoder vit_tiny --play turn", short]
+    flags += [tmp_path / "p.json"]
+    text = run(tmp_path, "plan.py", *flags)
     found = json.loads((tmp_path / "p.json").read_text())["distances"]
     assert [t[0] for t in found["plan"]] == pytest.approx([t[0] for t in found["copy"]], abs=0.01)
     assert len(found["random"][0]) == 3
     assert all(max(t) - min(t) < 0.01 for t in found["copy"])
+
     share = np.mean([t[-1] < 10 for t in found["plan"]])
     assert f"plan     {share:7.0%}" in text
 

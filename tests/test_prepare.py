@@ -119,10 +119,12 @@ def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
         mouse = motion(map(json.loads, r["jsonl"].splitlines()))[:, axis]
         past.append(np.stack([mouse[:-3], mouse[1:-2], mouse[2:-1]], axis=1))
         shift.append(moved[1:-1])
+
     past = np.concatenate(past)
     shift = np.concatenate(shift)
     small = (np.abs(past).max(1) < 60) & (np.abs(shift) < 40)
     assert small.sum() > 100
+
     weights = np.linalg.lstsq(past[small], shift[small], rcond=None)[0]
     before, now, after = weights.tolist()
     assert now < 0  # looking right moves the picture left, looking down moves it up
@@ -158,6 +160,7 @@ def test_contractor_fields(lines):
     for recording in lines.values():
         # newButtons == [0] on line 0 reads as a stuck attack
         assert not recording[0]["mouse"]["buttons"]
+
         for t, line in enumerate(recording):
             assert {k: type(v) for k, v in line.items()} == top
             assert {k: type(v) for k, v in line["mouse"].items()} == mouse
@@ -170,6 +173,7 @@ def test_contractor_fields(lines):
         # a button is new only on the line that it goes down
         for before, line in zip(recording, recording[1:]):
             assert not set(before["mouse"]["buttons"]) & set(line["mouse"]["newButtons"])
+
     keys = ["w", "a", "s", "d", "space", "left.shift", "left.control"]
     assert held >= {f"key.keyboard.{k}" for k in keys} | {0, 1}
 
@@ -180,6 +184,7 @@ def test_actions_vary_as_in_real_play(lines):
     steps = [motion(r)[::8, 2:] for r in lines.values()]
     yaw, pitch = np.radians(np.concatenate([np.diff(s, axis=0) for s in steps])).std(0)
     assert 0.3 < yaw < 0.6 and 0.08 < pitch < 0.25
+
     by_wheel = by_key = 0
     for recording in lines.values():
         ticks = parse_ticks("".join(json.dumps(d) + "\n" for d in recording).encode())
@@ -191,6 +196,7 @@ def test_actions_vary_as_in_real_play(lines):
                 by_wheel += key not in line["keyboard"]["keys"] and line["mouse"]["dwheel"] != 0
                 assert ticks.keys[t] & KEY_BIT[key]
     assert by_key and by_wheel
+
     still = []
     for recording in lines.values():
         for d in recording:
@@ -215,6 +221,7 @@ def test_shards_are_pairs_and_held_out_maps_are_held_out(play):
     assert maps["train"] and maps["val"] and not maps["train"] & maps["val"]
     assert max(names.values()) == 1
     assert collections.Counter(s.split("/")[0] for s in files(play)) == {"train": 4, "val": 2}
+
     for name, r in recordings(play).items():
         with av.open(io.BytesIO(r["mp4"])) as container:
             stream = container.streams.video[0]
@@ -239,8 +246,10 @@ def test_play_is_a_function_of_the_seed_however_many_workers_and_kills(play, tmp
     family = descendants(killed.pid)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
+
     some = files(out)
     assert 0 < len(some) < len(reference)
+
     (out / "train" / "shard-000003.tar.1.tmp").write_bytes(b"half a shard")
     before = {name: os.stat(out / name).st_mtime_ns for name in some}
     done = demo(out, *PLAY, "--workers", "1")
@@ -250,6 +259,7 @@ def test_play_is_a_function_of_the_seed_however_many_workers_and_kills(play, tmp
     # finished shards are kept
     assert {name: os.stat(out / name).st_mtime_ns for name in before} == before
     assert not glob.glob(f"{out}/**/*.tmp", recursive=True)
+
     deadline = time.time() + 10
     while any(map(alive, family)) and time.time() < deadline:
         time.sleep(0.1)
@@ -291,19 +301,24 @@ def test_guide_lines_say_the_same_in_radians(play, lines, tmp_path):
     [pitch, yaw] or as a difference."""
     done = demo(tmp_path / "demo", *PLAY, "--lines", "guide")
     assert done.returncode == 0, done.stderr
+
     for (name, r), ours in zip(recordings(tmp_path / "demo").items(), recordings(play).values()):
         assert r["mp4"] == ours["mp4"]
+
         guide = [json.loads(line) for line in r["jsonl"].splitlines()]
         assert list(guide[0]) == ["timestamp", "mouse", "keyboard", "camera", "hotbar"]
         assert [d["timestamp"] for d in guide] == pytest.approx(np.arange(len(guide)) / 20)
+
         keys = [d["keyboard"]["keys"] for d in lines[name]]
         assert [d["keyboard"]["keys"] for d in guide] == keys
+
         a = parse_ticks(r["jsonl"])
         b = parse_ticks(ours["jsonl"])
         assert not a.flaw
         assert a.rate == pytest.approx(20)
         assert len(CONTINUOUS) == a.motion.shape[1]
         assert np.abs(a.motion[:, 2:]).max() <= np.pi
+
         circle = np.exp(1j * b.motion[:, 2:])
         np.testing.assert_allclose(np.exp(1j * a.motion[:, 2:]), circle, atol=1e-9)
         np.testing.assert_array_equal(a.motion[:, :2], b.motion[:, :2])
@@ -342,6 +357,7 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
             if packet.dts is not None:
                 packet.stream = stream
                 sink.mux(packet)
+
     front = front.read_bytes()
     hole = bytearray(mp4)
     start = hole.index(b"mdat") + 4
@@ -377,6 +393,7 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
         put(tmp_path / "in", stem, video, text)
     shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 2)
     assert {key for _, key in recordings(tmp_path / "out", "*.tar")} == set(good)
+
     with open(tmp_path / "out" / "skipped.jsonl") as f:
         reasons = {os.path.splitext(d["file"])[0]: d["reason"] for d in map(json.loads, f)}
     assert reasons.keys() == bad.keys()
@@ -413,6 +430,7 @@ def test_keys_survive_webdataset(pair, tmp_path):
     samples = list(wds.WebDataset(paths, shardshuffle=False))
     assert len({s["__key__"] for s in samples}) == len(stems)
     assert all({"mp4", "jsonl"} <= s.keys() and s["mp4"] == pair["mp4"] for s in samples)
+
     lengths = collections.Counter(len(s["jsonl"].splitlines()) for s in samples)
     assert lengths == dict.fromkeys(range(100, 105), 2)
     assert "plain-name_1" in {s["__key__"] for s in samples}  # a safe name stays as it is
@@ -441,8 +459,10 @@ def test_links_give_no_recording_twice(pair, tmp_path, capsys):
     os.symlink("a.jsonl", folder / "0.jsonl")
     os.symlink("nowhere.mp4", folder / "dead.mp4")
     assert shards.pack(str(folder), str(out), 1e9, 2)[0] == 2
+
     keys = packed(out)
     assert len(keys) == 2 and "a" in keys
+
     rows = [json.loads(line) for line in open(out / "skipped.jsonl")]
     assert {(row["file"], row["reason"]) for row in rows} == {
         ("0.mp4", "the same file as a.mp4"),
@@ -473,6 +493,7 @@ def test_extensions_in_capitals_are_packed(pair, tmp_path):
         ("c.MP4", "c.mp4 is there too, in other capitals"),
         ("d.MP4", "no .jsonl beside it"),
     ]
+
     expected = {("shard-000000.tar", key): {"mp4": mp4, "jsonl": jsonl} for key in "abc"}
     assert recordings(out, "*.tar") == expected
 
@@ -534,6 +555,7 @@ def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
     reference = files(tmp_path / "whole", "*")
     assert len(reference) == 21
     assert max(map(len, reference.values())) <= size + 10240
+
     out = tmp_path / "out"
     command = [sys.executable, "-m", "prepare.shards", str(tmp_path / "in"), "--out", str(out)]
     command += ["--shard_size", str(size), "--jobs", "3"]
@@ -542,9 +564,11 @@ def test_killed_packing_resumes_to_the_same_shards(pair, tmp_path):
         time.sleep(0.0005)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
+
     some = files(out, "*.tar")
     assert 0 < len(some) < 20
     assert all(reference[name] == data for name, data in some.items())
+
     (out / "shard-000019.tar.1.tmp").write_bytes(b"half a shard")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -566,6 +590,7 @@ def test_recordings_that_arrive_later_join(pair, tmp_path):
         ("shard-000001.tar", "a"),
     }
     assert files(tmp_path / "out", "*.tar").items() > first.items()
+
     put(tmp_path / "in", "a", pair["mp4"], pair["jsonl"] * 2)
     with pytest.raises(ValueError, match="another recording as a"):
         shards.pack(tmp_path / "in", tmp_path / "out", 1e9, 1)
@@ -636,8 +661,10 @@ def test_index_download_survives_missing_files_and_broken_transfers(server, pair
         "bytes=20000-",
         "bytes=20700-",
     ]
+
     packed = recordings(tmp_path / "out", "*.tar")
     assert len(packed) == 2 and all(r == pair for r in packed.values())
+
     with open(tmp_path / "out" / "skipped.jsonl") as f:
         assert [(d["file"], d["reason"]) for d in map(json.loads, f)] == [
             ("data/6.1/r1.jsonl", "no .mp4 beside it")
@@ -663,10 +690,13 @@ def test_a_download_that_stays_broken_stops_before_packing_and_can_go_on(server,
     with pytest.raises(OSError, match=sentence):
         shards.download(index, tmp_path / "in", 2, None, retries=2, wait=0.01)
     assert os.path.getsize(tmp_path / "in/data/6.4/r4.mp4.part") == 20_000
+
     counts = shards.download(index, tmp_path / "in", 2, None, retries=2, wait=0.01)
     assert (counts["new"], counts["there"], counts["missing"]) == (1, 2, 2)
+
     ranges = [span for path, span in server["requests"] if path.endswith("r4.mp4")]
     assert ranges[-1] == "bytes=20000-"
+
     index.write_text(json.dumps({**server["index"], "relpaths": ["../../etc/passwd.mp4"]}))
     with pytest.raises(ValueError, match="outside"):
         shards.download(index, tmp_path / "in", 2, None, retries=0, wait=0)

@@ -87,26 +87,12 @@ def world(tmp_path_factory):
                 video, lines = play(seed)
                 members |= {f"play.{seed}.mp4": video, f"play.{seed}.jsonl": jsonl(lines)}
             write_tar(folder / name / f"shard-{name}-{shard}.tar", members)
-        run(
-            folder,
-            "encode.py",
-            "--data",
-            folder / name / "*.tar",
-            "--out",
-            folder / "features" / name,
-            ENCODE,
-            "--phases",
-            str(phases),
-        )
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        folder / "train" / "*.tar",
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0 --fps 10",
-    )
+        flags = ["--data", folder / name / "*.tar", "--out", folder / "features" / name, ENCODE]
+        flags += ["--phases", str(phases)]
+        run(folder, "encode.py", *flags)
+    flags = ["--data", folder / "train" / "*.tar", "--output", folder / "scaler.pkl"]
+    flags += ["--num_workers 0 --fps 10"]
+    run(folder, "fit_scaler.py", *flags)
     data = [
         "--data",
         folder / "features" / "train" / "*.tar",
@@ -118,17 +104,8 @@ def world(tmp_path_factory):
         " --pred_depth 2 --pred_heads 3 --batch_size 8"
     )
     plan = "--num_workers 0 --epochs 2 --warmup 1 --anneal 1 --ipe 60 --lr 2e-3"
-    run(
-        folder,
-        "train_ac.py",
-        *data,
-        "--scaler",
-        folder / "scaler.pkl",
-        "--out_dir",
-        folder / "run",
-        train,
-        plan,
-    )
+    flags = [*data, "--scaler", folder / "scaler.pkl", "--out_dir", folder / "run", train, plan]
+    run(folder, "train_ac.py", *flags)
     return types.SimpleNamespace(
         folder=folder, data=data, flags=["--checkpoint", folder / "run", "--num_workers 0"]
     )
@@ -304,6 +281,7 @@ def test_lines_give_back_the_actions(space):
     assert len(ticks.motion) == frames
     assert ticks.rate == pytest.approx(20)
     assert not ticks.flaw
+
     found, _ = step_actions(ticks, ends, space)
     if slots:  # a change of the slot is the key that makes it
         changed = np.flatnonzero(np.diff(actions[:, slots].argmax(1))) + 1
@@ -323,6 +301,7 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     assert not bad
     assert "torn.mp4" in probed.text
     assert "labelled 1 recordings" in probed.text
+
     with tarfile.open(probed.labelled) as tar:
         assert tar.extractfile("new.mp4").read() == probed.video
     true = next(
@@ -334,16 +313,13 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     assert r2_score(actions[:, 2], found[:, 2]) > 0.8
     assert r2_score(actions[:, 0], found[:, 0]) > 0.8
     assert (found[:, names.index("key.w")] == actions[:, names.index("key.w")]).mean() > 0.9
+
     slots = [i for i, n in enumerate(names) if n.startswith("slot.")]
     assert (found[:, slots].argmax(1) == actions[:, slots].argmax(1)).mean() > 0.8
-    run(
-        world.folder,
-        "fit_scaler.py",
-        "--data",
-        probed.labelled,
-        "--fps 10 --num_workers 0 --output",
-        world.folder / "labelled.pkl",
-    )
+
+    flags = ["--data", probed.labelled, "--fps 10 --num_workers 0"]
+    flags += ["--output", world.folder / "labelled.pkl"]
+    run(world.folder, "fit_scaler.py", *flags)
     assert "yaw_diff" in run(world.folder, "data.py", "--inspect", probed.labelled)
 
 
@@ -364,10 +340,12 @@ def test_bad_input_is_one_sentence(world):
     assert "--label_field biome is not in the lines" in fails(
         folder, "probe.py", *small, *lines, "--label_field biome"
     )
+
     (folder / "columns.csv").write_text("name,label\nplay.1,a\n")
     assert "has columns ['name', 'label'], not key and label" in fails(
         folder, "probe.py", *small, "--labels", folder / "columns.csv"
     )
+
     (folder / "strange.csv").write_text("key,label\nplay.1,a\nplay.99,b\n")
     assert "names 1 recordings that the shards do not hold, play.99" in fails(
         folder, "probe.py", *small, "--labels", folder / "strange.csv"
@@ -375,11 +353,13 @@ def test_bad_input_is_one_sentence(world):
     assert "--horizon 7 needs clips of 9 steps, these have 8" in fails(
         folder, "probe.py", *small, "--horizon 7"
     )
+
     empty = write_tar(folder / "no-video.tar", {"a.jsonl": jsonl(contractor(20))})
     assert "holds no KEY.mp4" in fails(
         folder, "probe.py", *small, "--label", empty, "--out", folder / "x.tar"
     )
     assert not (folder / "x.tar").exists()
+
     state, _ = checkpoint.load_latest(str(folder / "run"))
     checkpoint.save(
         str(folder / "arm"),
@@ -408,6 +388,7 @@ def test_the_recipe_of_the_docs_runs(tmp_path, monkeypatch):
     # there it is 256 patches of 256 pixels
     small = code.replace("(256, encoder", "(4, encoder").replace("encoder, 256)", "encoder, 32)")
     assert small.count("4, encoder") == small.count("encoder, 32") == 1
+
     torch.save({"target_encoder": open_encoder("vit_tiny", 32, 2).state_dict()}, "vitl.pt")
     scope = {"env": gymnasium.make("VizdoomBasic-v1")}
     exec(small, scope)
@@ -416,6 +397,7 @@ def test_the_recipe_of_the_docs_runs(tmp_path, monkeypatch):
     later = [env.step(action)[0] for action in (0, 1, 1, 3)]
     assert all(z.shape == (4, 192) and z in env.observation_space for z in [first, *later])
     assert np.abs(later[-1] - first).mean() > 0.01  # the player has moved
+
     env.close()
     screen = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     small = av.VideoFrame.from_ndarray(screen, format="rgb24").to_ndarray(

@@ -142,12 +142,14 @@ def test_shards_in_the_cache_are_local_shards(shards, server, tmp_path, monkeypa
     options = {"reader": READER, "cache_dir": str(tmp_path / "cache")}
     assert take(vpt_loader(remote_data, 2, num_workers=2, **options), 12) == expected
     assert len(copies(tmp_path / "cache")) == 3
+
     bodies = {n: os.path.getsize(shards / n) for n in server.handler.sent}
 
     # once, and what the index looked at
     assert all(
         size <= server.handler.sent[n] < 2 * size + remote.BLOCK for n, size in bodies.items()
     )
+
     server.handler.sent.clear()
     data = open_split(
         [
@@ -160,6 +162,7 @@ def test_shards_in_the_cache_are_local_shards(shards, server, tmp_path, monkeypa
     )
     assert take(vpt_loader(data[:2], 2, reader=READER, num_workers=0), 12) == expected
     assert not server.handler.sent
+
     ticks = [read_ticks(r) for r in data[0][:2]]
     assert not np.array_equal(ticks[0].motion, ticks[1].motion)
 
@@ -179,9 +182,11 @@ def test_an_index_reads_ranges_only(server, shards, tmp_path, monkeypatch):
     assert not copies(folder)
     assert found[0].shard.size == os.path.getsize(shards / "shard-000001.tar")
     assert 0 < server.handler.sent["shard-000001.tar"] < 0.5 * found[0].shard.size
+
     server.handler.sent.clear()
     assert index_shards([shard(f"{server.url}/shard-000001.tar", folder)])[0] == found
     assert not server.handler.sent
+
     server.handler.ranges = False  # then it is copied for its index, once
     path = shard(f"{server.url}/shard-000002.tar", folder)
     found, bad = index_shards([path])
@@ -189,6 +194,7 @@ def test_an_index_reads_ranges_only(server, shards, tmp_path, monkeypatch):
     assert not bad
     assert len(copies(folder)) == 1
     assert found[0].shard == path
+
     os.close(path.open())
 
     # the question whether it serves ranges, and the copy
@@ -215,6 +221,7 @@ def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
     path = shard(f"{server.url}/{name}", tmp_path)
     fd = path.open()
     assert os.pread(fd, len(raw) + 1, 0) == raw and not server.handler.faults[name]
+
     os.close(fd)
     os.unlink(path.copy)
     for faults, text in (
@@ -227,9 +234,11 @@ def test_faults_are_tried_again_up_to_a_bound(server, shards, tmp_path):
             path.open()
         assert len(server.handler.faults[name]) == max(len(faults) - 5, 0)
         assert not copies(tmp_path)
+
     server.handler.faults[name] = [503] * 99
     with pytest.raises(Unreachable, match="5 times"):
         index_shards([path])
+
     server.handler.faults[name] = []
     with pytest.raises(Unreachable, match="nothing.tar cannot be read: .*404.*not tried again"):
         shard(f"{server.url}/nothing.tar", tmp_path)
@@ -250,6 +259,7 @@ def test_the_waits_grow_and_are_bounded(monkeypatch):
     assert len(calls) == 5
     assert waits[0] == 0
     assert np.allclose(waits[1:], [1, 3, 9, 27], rtol=0.2)
+
     monkeypatch.setattr(disk, "WAIT", 20.0)
     with pytest.raises(Unreachable):
         disk.with_retries("x", lambda: {}["a"])
@@ -270,11 +280,13 @@ def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
     fd = new.open()
     assert os.pread(fd, new.size + 1, 0) == (shards / "shard-000001.tar").read_bytes()
     assert new.copy != old.copy
+
     os.close(fd)
     os.unlink(new.copy)
     (folder / "a.tar").write_bytes(bytes(new.size))  # as long, and another
     with pytest.raises(Unreachable, match="a.tar has changed since this run began: start it again"):
         new.open()
+
     stream = Stream(f"{server.url}/a.tar")
     first = stream.read(1000)
     (folder / "a.tar").write_bytes(b"x" * 5000)
@@ -298,19 +310,23 @@ def test_the_oldest_copy_goes_and_none_in_use(server, shards, tmp_path, monkeypa
     a, b, c = tuple(paths)
     assert "3 shards at URLs" in said[0]
     assert re.search(r"WARNING: only .* about 2\d% of the clips", said[1])
+
     for path in (a, b, a):  # b was used longest ago
         os.close(path.open())
     os.close(c.open())
     assert copies(tmp_path) == sorted(os.path.basename(p.copy) for p in (a, c))
+
     fd = a.open()
     os.close(c.open())
     os.close(b.open())  # c goes, though a was used before it
     assert copies(tmp_path) == sorted(os.path.basename(p.copy) for p in (a, b))
+
     other = b.open()
     monkeypatch.setattr(remote, "PATIENCE", 0.3)
     with pytest.raises(Unreachable, match="no room in .* all of it is in use: raise --cache_size"):
         c.open()
     assert os.pread(fd, 512, 0) == open(shards / "shard-000000.tar", "rb").read(512)
+
     threading.Timer(0.3, os.close, [other]).start()
     monkeypatch.setattr(remote, "PATIENCE", 20.0)
     os.close(c.open())  # as soon as b is not in use
@@ -340,15 +356,18 @@ def test_processes_share_one_transfer_and_survive_a_kill(server, shards, tmp_pat
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     assert copies(tmp_path) == [os.path.basename(path.copy) + ".part"]
+
     server.handler.gets.clear()
     others = [fork.Process(target=open_and_say, args=(path, out)) for _ in range(4)]
     for p in others:
         p.start()
     assert [out.get(timeout=30) for _ in others] == [path.size] * 4
+
     for p in others:
         p.join()
     assert server.handler.gets == {name: 1}
     assert copies(tmp_path) == [os.path.basename(path.copy)]
+
     os.truncate(path.copy, path.size - 1)  # a crash of the machine
     os.close(path.open())
     assert server.handler.gets == {name: 2}
@@ -382,10 +401,12 @@ def test_shards_in_a_bucket(shards, tmp_path, monkeypatch):
     options = {"reader": READER, "cache_dir": str(tmp_path)}
     expected = take(vpt_loader(str(shards / "*.tar"), 2, reader=READER, num_workers=0), 6)
     assert take(vpt_loader(data, 2, num_workers=1, **options), 6) == expected
+
     streamed = StreamedClips(["s3://scale/shard-000000.tar"], READER, shuffle=1)
     assert {c["key"] for c in itertools.islice(streamed, 16)} == {"6.10_player-0", "6.10_player-1"}
     with pytest.raises(Unreachable, match="s3://scale/none.tar cannot be read.*not tried again"):
         shard("s3://scale/none.tar", tmp_path)
+
     bucket.stop()
 
 
@@ -394,25 +415,13 @@ def world(tmp_path_factory, shards):
     """A folder with scaler.pkl, features/ of two shards and held/ of the third; .features are flags
     to train on them."""
     folder = tmp_path_factory.mktemp("world")
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        shards / "shard-{000000..000001}.tar",
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0",
-    )
+    flags = ["--data", shards / "shard-{000000..000001}.tar"]
+    flags += ["--output", folder / "scaler.pkl", "--num_workers 0"]
+    run(folder, "fit_scaler.py", *flags)
     for name, data in (("features", "shard-{000000..000001}.tar"), ("held", "shard-000002.tar")):
-        run(
-            folder,
-            "encode.py",
-            "--data",
-            shards / data,
-            "--out",
-            folder / name,
-            "--encoder vit_tiny --crop_size 32",
-        )
+        flags = ["--data", shards / data, "--out", folder / name]
+        flags += ["--encoder vit_tiny --crop_size 32"]
+        run(folder, "encode.py", *flags)
     features = ["--data", folder / "features" / "*.tar", "--val_data", folder / "held" / "*.tar"]
     return types.SimpleNamespace(
         folder=folder, features=["--scaler", folder / "scaler.pkl", TINY, *features]
@@ -458,15 +467,9 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
         "--epochs 2 --warmup 0 --anneal 0 --ipe 4 --val_data",
         world.folder / "held" / "*.tar",
     ]
-    run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "local",
-        "--data",
-        world.folder / "features" / "*.tar",
-    )
+    options = [*flags, "--out_dir", tmp_path / "local"]
+    options += ["--data", world.folder / "features" / "*.tar"]
+    run(tmp_path, "train_ac.py", *options)
     flags += [
         "--data",
         server.url + "/shard-{000000..000001}.tar",
@@ -475,8 +478,10 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
     ]
     text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "url", "--max_steps 6")
     assert "2 shards at URLs" in text and len(copies(tmp_path / "cache")) == 2
+
     run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "url", "--num_workers 1 --resume")
     same_run(tmp_path / "local", tmp_path / "url")
+
     rates = [numbers(tmp_path / f, "bytes_per_s", "clips_per_s") for f in ("local", "url")]
     for r in rates:  # 8 steps of 16 patches x 192 x 2 bytes, actions and states, and headers
         per_clip = r[:, 0] / r[:, 1]
@@ -508,6 +513,7 @@ def test_encode_reads_urls_through_the_cache(world, shards, server, tmp_path):
     run(tmp_path, "encode.py", *flags)
     for path in (world.folder / "features").glob("*.tar"):
         assert (tmp_path / "f" / path.name).read_bytes() == path.read_bytes()
+
     gets = dict(server.handler.gets)
     assert "encoded 0 of 2 shards" in run(tmp_path, "encode.py", *flags)
     assert server.handler.gets == gets and len(copies(tmp_path / "cache")) == 2
@@ -528,26 +534,24 @@ def test_ranks_times_micro_batches_can_change_between_runs(world, tmp_path):
 
     both(tmp_path / "two", "--max_steps 11")
     both(tmp_path / "changed", "--max_steps 4")
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        tmp_path / "changed",
-        "--resume --grad_accum 2 --max_steps 6",
-    )
+    options = [*flags, tmp_path / "changed", "--resume --grad_accum 2 --max_steps 6"]
+    text = run(tmp_path, "train_ac.py", *options)
     assert "1 ranks, not 2: the same 4 clips in each step as before" in text
     assert "2 ranks, not 1: the same 4 clips" in both(
         tmp_path / "changed", "--resume --max_steps 9"
     )
+
     whole = numbers(tmp_path / "two", "jloss", "sloss")
     np.testing.assert_allclose(
         numbers(tmp_path / "changed", "jloss", "sloss"), whole[:9], rtol=1e-5
     )
+
     text = run(tmp_path, "train_ac.py", *flags, tmp_path / "changed", "--resume --max_steps 11")
     assert (
         "a step now takes 2 clips, not 4: other clips from here on; in epoch 2 some clips come"
         " twice and others not at all" in text
     )
+
     other = numbers(tmp_path / "changed", "jloss", "sloss")
     assert len(other) == 11 and np.abs(other[9:] / whole[9:] - 1).max() > 1e-3
 
@@ -569,6 +573,7 @@ def test_ranks_that_find_different_checkpoints_end(world, tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(s.getsockname()[1]),
         }
+
     ranks = [
         Run(
             tmp_path,
@@ -740,9 +745,11 @@ def test_the_scaling_model_does_its_sums(monkeypatch):
     assert np.isclose(features["step ms"], 80)
     assert np.isclose(features["GB/s a node"], 3.2)
     assert np.isclose(features["cores/GPU"], 0.1)
+
     few = cluster(8, "video", found, work, 1.2e9, args)
     assert (few["first"], few["answer"]) == ("decode", "-")
     assert np.isclose(few["all-reduce ms"], 1e3 * 1.75 * 1.2e9 / 450e9)
+
     full = flops(small(1024, 24, 16, 4096, "meta"), predictor_of(24, 1024, "meta").predictor)
 
     # 2 x 303 M x 2,048 tokens; 6 x 302 M x 2,064 at least

@@ -144,8 +144,10 @@ def test_budget_seed_and_workers(shards, tmp_path):
         ]
         out = run("--data", folder / "*.tar", *flags)
         assert "Total samples: 500" in out
+
         files.append((tmp_path / f"{i}.pkl").read_bytes())
     assert files[0] == files[1] == files[2] == files[3] != files[4]
+
     scaler = ActionScaler.load(tmp_path / "0.pkl")
     order = np.random.default_rng(0).permutation(30)
     x = np.concatenate([expected(motions[f"v7/player-{k}"]) for k in order])[:500]
@@ -220,9 +222,11 @@ def test_warnings_on_wrong_units(tmp_path):
     doubled = "\n".join(json.dumps(r | {"yaw": 2 * r["yaw"]}) for r in rows)
     _, out = fit(tmp_path, write_shard(tmp_path / "a.tar", {"r": doubled.encode()}))
     assert "yaw turns 0.3" in out and "0.15" in out
+
     still = "\n".join(json.dumps(r | {"yaw": 0.0, "isGuiOpen": True}) for r in rows).encode()
     _, out = fit(tmp_path, write_shard(tmp_path / "b.tar", {"gui": still, "play": jsonl}))
     assert "degrees a pixel" not in out
+
     big = "\n".join(
         json.dumps(r | {"mouse": {"dx": 100 * r["mouse"]["dx"], "dy": 0}}) for r in rows
     ).encode()
@@ -242,13 +246,16 @@ def test_early_stop_and_its_switch(tmp_path):
     assert early.n == 10_000 and "Converged: True" in out
     assert "Stopped before --max_samples 100,000" in out
     assert "--no_convergence_check takes all" in out
+
     strict, out = fit(tmp_path, data)
     assert strict.n > 12_000
     assert "(asks for standard errors within 0.01 of the std" not in out
+
     late, out = fit(tmp_path, data, "--no_convergence_check")
     assert late.n == 15_000
     assert "Converged: True" in out
     assert "Stopped before" not in out
+
     few, out = fit(tmp_path, data, "--max_samples", 9500)
     assert few.n == 9500
     assert "Converged: False" in out
@@ -285,6 +292,7 @@ def test_standard_errors_see_that_steps_of_a_recording_are_alike():
         )
         means.append(x.mean((0, 1)))
         stds.append(x.reshape(-1, 4).std(0))
+
     of_mean, of_std = np.mean(errors, 0)
     np.testing.assert_allclose(of_mean, np.std(means, 0), rtol=0.15)
     np.testing.assert_allclose(of_std, np.std(stds, 0), rtol=0.15)
@@ -305,9 +313,11 @@ def test_joblib_and_the_guides_comparison(shards, tmp_path):
         assert (abs(a.mean_ - b.mean_) > 0).all()
         assert (abs(a.scale_ - b.scale_) > 0).all()
     assert (abs(s100k.scale_ - s1m.scale_) / s1m.scale_ < 0.2).all()
+
     x = np.concatenate([expected(m) for m in motions.values()])
     y = s1m.transform(x)
     np.testing.assert_allclose(np.stack([y.mean(0), y.std(0)]), [[0] * 4, [1] * 4], atol=1e-9)
+
     safe, _ = fit(tmp_path, folder / "*.tar")
     plain = ActionScaler.load(tmp_path / "scaler_1m.pkl")
     assert safe.hash == plain.hash
@@ -342,6 +352,7 @@ def test_scalers_of_other_columns_and_kinds_are_refused_by_name(tmp_path):
     joblib.dump(scaler, path)
     with pytest.raises(ValueError, match=r"scales \['pitch_diff'.*this run needs \['mouse_dx'"):
         ActionScaler.load(path).check(path, CONTINUOUS, 5.0, 2)
+
     for other, reason in ((StandardScaler(), "never fitted"), (RobustScaler(), "RobustScaler")):
         joblib.dump(other, path)
         with pytest.raises(ValueError, match=f"s.pkl is not an action scaler .*{reason}"):
@@ -364,6 +375,7 @@ def test_other_pickles_and_numbers_of_scalers(tmp_path):
     path.write_bytes(pickle.dumps(scaler, protocol=2))
     with pytest.raises(ValueError, match=r"write a StandardScaler with joblib.dump"):
         ActionScaler.load(path)
+
     scaler.scale_[0] = np.inf
     joblib.dump(scaler, path)
     with pytest.raises(ValueError, match="broken numbers"):
@@ -528,6 +540,7 @@ def test_streams_give_the_same_scaler(shards, tmp_path):
         remote, out = fit(tmp_path, url, output="remote.safetensors")
         part, _ = fit(tmp_path, url, "--max_samples", 150, output="part.safetensors")
         server.shutdown()
+
     piped, _ = fit(
         tmp_path,
         *(f"pipe:cat {folder}/shard-{s:06d}.tar" for s in range(3)),

@@ -62,5 +62,6 @@ def test_two_agents_started_by_the_script_train_together(tmp_path, shards):
         ["bash", SCRIPT, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
     with open(tmp_path / "out" / "train.csv") as f:
         assert len(list(csv.DictReader(f))) == 6

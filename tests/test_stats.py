@@ -271,6 +271,7 @@ def test_rope_reads_any_strides(impl):
     dense = ROPES[impl]([q.contiguous(), k.contiguous()], cos, sin)
     for a, b in zip(ROPES[impl]([q, k], cos, sin), dense):
         assert torch.equal(a, b)
+
     stack = torch.stack([q, k]).requires_grad_()
     ones = torch.ones_like(q)
     expected = torch.autograd.grad(ROPES[impl](stack, cos, sin)[0], stack, ones)[0]

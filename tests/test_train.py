@@ -2,7 +2,7 @@
 refuse.
 
 Every run is a process of its own, forked from a server that has imported torch already
-(multiprocessing's forkserver), since importing it takes longer than these runs. bench.spread starts
+(multiprocessing's forkserver), since importing it takes longer than these runs. tests.spread starts
 train_ac.py through the interpreter, and tests/test_scale.py through torchrun."""
 
 import json
@@ -64,33 +64,12 @@ def world(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("world")
     video = shards / "shard-{000000..000001}.tar"
     video_held = shards / "shard-000002.tar"
-    run(
-        folder,
-        "fit_scaler.py",
-        "--data",
-        video,
-        "--output",
-        folder / "scaler.pkl",
-        "--num_workers 0",
-    )
-    run(
-        folder,
-        "encode.py",
-        "--data",
-        video,
-        "--out",
-        folder / "features",
-        "--encoder vit_tiny --crop_size 32",
-    )
-    run(
-        folder,
-        "encode.py",
-        "--data",
-        video_held,
-        "--out",
-        folder / "held",
-        "--encoder vit_tiny --crop_size 32",
-    )
+    flags = ["--data", video, "--output", folder / "scaler.pkl", "--num_workers 0"]
+    run(folder, "fit_scaler.py", *flags)
+    flags = ["--data", video, "--out", folder / "features", "--encoder vit_tiny --crop_size 32"]
+    run(folder, "encode.py", *flags)
+    flags = ["--data", video_held, "--out", folder / "held", "--encoder vit_tiny --crop_size 32"]
+    run(folder, "encode.py", *flags)
     base = ["--scaler", folder / "scaler.pkl", TINY]
     features = [
         *base,
@@ -198,8 +177,10 @@ def test_ranks_and_micro_batches_are_one_batch(world):
 
     # rank 0 alone speaks
     assert [rank.text().count("held out after epoch 2") for rank in ranks] == [1, 0, 1, 0]
+
     one = numbers(out / "one", "jloss", "sloss", "grad_norm")
     assert len(one) == 8 and one[:, 0].std() > 1e-3
+
     held = numbers(out / "one", "jloss", "sloss", "tf_true", "ro_copy", log="val.csv")
     for name in ("accumulated", "two", "both"):
         np.testing.assert_allclose(
@@ -233,6 +214,7 @@ def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
     assert killed.wait()[0] == -signal.SIGKILL
     assert os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar"
     assert 29 <= len(rows_of(cut / "train.csv")) < 50
+
     text = run(tmp_path, "train_ac.py", *flags, cut, "--resume --num_workers 2")
     assert f"resumed from {cut}/checkpoint-epoch001.pth.tar at epoch 1, itr 0" in text
     assert "--num_workers 2 (was 0)" in text
@@ -258,6 +240,7 @@ def test_resume_is_exact_on_video_with_augmentation(world, tmp_path):
     run(tmp_path, "train_ac.py", *flags, tmp_path / "cut", "--max_steps 4 --num_workers 2")
     run(tmp_path, "train_ac.py", *flags, tmp_path / "cut", "--resume")
     same_run(tmp_path / "whole", tmp_path / "cut")
+
     run(tmp_path, "train_ac.py", *[f for f in flags if f != augment], tmp_path / "plain")
     assert column(tmp_path / "plain", "jloss") != column(tmp_path / "whole", "jloss")
 
@@ -323,6 +306,7 @@ def test_torchrun_passes_a_signal_on(world, tmp_path):
     ):
         assert p.poll() is None and time.monotonic() < end
         time.sleep(0.01)
+
     p.send_signal(signal.SIGTERM)
     text = p.communicate(timeout=120)[0]
     state, path = checkpoint.load_latest(tmp_path / "run")
@@ -446,6 +430,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(trained, tmp_path,
             same_run(trained.out, tmp_path / "run")
             with open(path, "wb") as f:
                 f.write(raw[: len(raw) // 2])
+
     error = fails(
         tmp_path, "train_ac.py", *trained.flags, "--out_dir", tmp_path / "run", "--resume"
     )
@@ -465,6 +450,7 @@ def test_a_full_disk_spares_the_checkpoint_before(trained, tmp_path, how):
         ).returncode
     ):
         pytest.skip("needs the right to mount a file system")
+
     try:
         flags = [*trained.flags, "--out_dir", out]
         run(tmp_path, "train_ac.py", *flags, "--max_steps 25")
@@ -498,23 +484,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):
     )
     out, flags = tmp_path / "run", trained.flags
     run(tmp_path, "train_ac.py", *flags, "--out_dir", out, "--max_steps 25")
-    error = fails(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--data",
-        poison,
-        "--out_dir",
-        out,
-        "--resume --log_every 50",
-    )
+    options = [*flags, "--data", poison, "--out_dir", out, "--resume --log_every 50"]
+    error = fails(tmp_path, "train_ac.py", *options)
     assert "the loss (nan) or its gradient (nan) is not finite at epoch 1, itr " in error
     assert "6.11_player-1@00000" in error
     assert f"last good checkpoint: {out}/checkpoint-epoch001.pth.tar" in error
+
     itr = int(error.split("itr ")[1].split(",")[0])
     bad = [r for r in rows_of(out / "train.csv") if not np.isfinite(r[2])]
     assert not bad
     assert rows_of(out / "train.csv")[-1][:2] == ([1, itr - 1] if itr else [0, 24])
+
     (kept,) = checkpoint.list_checkpoints(out)
     assert all(torch.isfinite(v).all() for v in checkpoint.load(kept)["predictor"].values())
 
@@ -537,6 +517,7 @@ def test_bad_clips_are_skipped_listed_and_limited(world, tmp_path):
     assert {(b["file"], b["key"]) for b in listed} == {(shard, "short-6.10_player-0@00000")}
     assert "too short: 4 steps" in listed[0]["reason"]
     assert len(rows_of(tmp_path / "some" / "train.csv")) == 60
+
     error = fails(tmp_path, "train_ac.py", *flags, tmp_path / "many", "--max_bad_fraction 0.005")
     assert "clips cannot be read" in error
     assert f"{shard} short-6.10_player-0@00000" in error
@@ -564,6 +545,7 @@ def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
     ]
     text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "run")
     assert "2 recordings cannot be used" in text and f"{shard} " in text
+
     reasons = {
         b["key"]: b["reason"] for b in map(json.loads, open(tmp_path / "run" / "bad_clips.jsonl"))
     }
@@ -583,6 +565,7 @@ def test_validation_shares_no_recording_with_training(world, tmp_path):
     )
     held = {r.key for r in split_records(records, 0.5)[1]}
     assert len(held) == 2
+
     for i in range(2):
         name = f"shard-00000{i}.tar"
         rewrite(
@@ -590,6 +573,7 @@ def test_validation_shares_no_recording_with_training(world, tmp_path):
             tmp_path / name,
             lambda k, t: t | {"z": t["z"] * float("nan")} if k in held else None,
         )
+
     flags = [
         *world.base,
         PLAN,
@@ -611,15 +595,8 @@ def test_the_scaler_is_not_blamed_for_shards_of_the_same_name(world, tmp_path):
     (tmp_path / "val").mkdir()
     shutil.copy(world.folder / "held" / "shard-000002.tar", tmp_path / "val" / "shard-000000.tar")
     data = ["--data", world.folder / "features" / "*.tar", "--val_data", tmp_path / "val" / "*.tar"]
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *world.base,
-        *data,
-        PLAN,
-        "--ipe 2 --max_steps 1 --out_dir",
-        tmp_path / "run",
-    )
+    flags = [*world.base, *data, PLAN, "--ipe 2 --max_steps 1", "--out_dir", tmp_path / "run"]
+    text = run(tmp_path, "train_ac.py", *flags)
     assert "the scaler was fitted" not in text and "cannot be used" not in text
 
 
@@ -669,13 +646,9 @@ def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path
         TINY,
         "--epochs 2 --warmup 0 --anneal 1 --ipe 100",
     ]
-    run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100 --out_dir",
-        tmp_path / "run",
-    )
+    options = [*flags, "--batch_size 8 --lr 3e-3 --grad_clip 1 --log_every 100"]
+    options += ["--out_dir", tmp_path / "run"]
+    run(tmp_path, "train_ac.py", *options)
     names = ("tf_gap", "tf_gap_low", "ro_gap", "tf_skill")
     last = numbers(tmp_path / "run", *names, log="val.csv")[-1]
     gap, low, rolled, skill = tuple(last)
@@ -683,6 +656,7 @@ def test_the_meter_tells_a_model_that_uses_actions_from_one_that_cannot(tmp_path
     assert 0.2 < low < gap
     assert rolled > 0.2
     assert skill < 0.7
+
     predictor, state, scaler, _ = open_run(str(tmp_path / "run"))
     dataset = Clips(
         index_shards([held])[0], [1.0] * 20, vpt.ClipReader(scaler=scaler, crop_size=32)
@@ -712,15 +686,9 @@ def test_a_batch_of_one_still_shuffles_actions(world, trained, tmp_path):
         "--start_lr 0 --max_steps 1 --ipe 1 --epochs 3",
     ]
     for size in (1, 2):
-        run(
-            tmp_path,
-            "train_ac.py",
-            *flags,
-            "--batch_size",
-            size,
-            "--lr 0 --out_dir",
-            tmp_path / str(size),
-        )
+        options = [*flags, "--batch_size", size, "--lr 0", "--out_dir", tmp_path / str(size)]
+        run(tmp_path, "train_ac.py", *options)
+
     one, two = (
         numbers(tmp_path / str(size), "tf_gap", "tf_true", log="val.csv") for size in (1, 2)
     )
@@ -736,30 +704,16 @@ def test_streams_train_with_local_validation(world, tmp_path):
         TINY,
         "--encoder vit_tiny --epochs 1 --warmup 0 --anneal 0 --ipe 3 --val_clips 4",
     ]
-    process = Run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "run",
-        "--val_data",
-        world.shards / "shard-000002.tar",
-        "--data",
-        f"pipe:cat {shard}",
-    )
+    options = [*flags, "--out_dir", tmp_path / "run"]
+    options += ["--val_data", world.shards / "shard-000002.tar", "--data", f"pipe:cat {shard}"]
+    process = Run(tmp_path, "train_ac.py", *options)
     code, text = process.wait()
     assert code == 0, text
     assert len(rows_of(tmp_path / "run" / "train.csv")) == 3, text
     assert len(rows_of(tmp_path / "run" / "val.csv")) == 1, text
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        "--out_dir",
-        tmp_path / "blind",
-        "--data",
-        f"pipe:cat {shard}",
-    )
+
+    options = [*flags, "--out_dir", tmp_path / "blind", "--data", f"pipe:cat {shard}"]
+    text = run(tmp_path, "train_ac.py", *options)
     assert "WARNING: nothing to validate on" in text
     assert not rows_of(tmp_path / "blind" / "val.csv")
 
@@ -799,17 +753,13 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
     """Bug: --init_from loads nothing, silently; or a misshapen layer ends the run instead of being
     made anew."""
     flags = [*world.features, PLAN, "--ipe 2 --max_steps 1 --lr 0 --start_lr 0 --out_dir"]
-    text = run(
-        tmp_path,
-        "train_ac.py",
-        *flags,
-        tmp_path / "own",
-        "--init_from",
-        trained.out / checkpoint.LATEST,
-    )
+    options = [*flags, tmp_path / "own", "--init_from", trained.out / checkpoint.LATEST]
+    text = run(tmp_path, "train_ac.py", *options)
     assert "initialised again: nothing; left over: nothing" in text
+
     own, old = (checkpoint.load_latest(f)[0]["predictor"] for f in (tmp_path / "own", trained.out))
     assert all(torch.equal(own[k], v) for k, v in old.items())
+
     meta = Predictor(192, 7, 7, (2, 2), pred_dim=48, depth=2, num_heads=3)
     torch.save(
         weights.meta_state(weights.build_encoder("vit_tiny"), meta) | {"opt": {}, "epoch": 3},
@@ -822,6 +772,7 @@ def test_init_from_takes_what_fits_and_lists_the_rest(world, trained, tmp_path):
         "initialised again: action_encoder.weight, state_encoder.weight; left over:"
         " action_encoder.weight, extrinsics_encoder.bias" in text
     )
+
     taken = checkpoint.load_latest(tmp_path / "meta")[0]["predictor"]
     assert all(
         torch.equal(taken[k], v) for k, v in meta.state_dict().items() if "_encoder.weight" not in k
@@ -838,6 +789,7 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
     run(tmp_path, "train_ac.py", *flags, out, "--max_steps 5")
     run(tmp_path, "train_ac.py", *flags, out, "--resume")
     same_run(tmp_path / "whole", out)
+
     state = checkpoint.load_latest(out)[0]
     assert state["predict"] == "change"
     assert open_run(str(out))[0].predict == "change"
@@ -885,12 +837,14 @@ def test_the_spread_is_that_of_the_runs(world, tmp_path):
     text = run(tmp_path, *command, "--seeds 3 4 --threads 1 2 --", *flags)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]
+
     for row in rows:
         folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
         last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
         assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
         assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
     assert rows[0]["tf_skill"] != rows[2]["tf_skill"]
+
     skills = [row["tf_skill"] for row in rows]
     assert f"from {min(skills):.4f} to {max(skills):.4f}" in text
 
@@ -898,6 +852,7 @@ def test_the_spread_is_that_of_the_runs(world, tmp_path):
     text = run(tmp_path, *command, "--seeds 4 --threads 2 --", *flags)
     (row,) = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert row == rows[3]
+
     log = tmp_path / "runs" / "4-2" / "log.txt"
     assert log.read_text().count("nothing left to do") == 1
 
@@ -923,9 +878,11 @@ def test_save_encoder_writes_what_others_load(world, tmp_path, dtype):
     expected = weights.build_encoder("vit_tiny").state_dict()
     assert encoder.num_heads == 3
     assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
+
     predictor = weights.load_predictor(path, num_heads=3, grid=(2, 2))
     mine = open_run(path)[0]
     assert all(torch.equal(v, predictor.state_dict()[k]) for k, v in mine.state_dict().items())
+
     run(tmp_path, "train_ac.py", *flags, "--resume")
     assert len(rows_of(tmp_path / "run" / "train.csv")) == 4
 
@@ -968,25 +925,21 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
     """Bug: the phases of a recording are mixed up: frames of one, actions of another, or a start
     that is not the first frame's tick."""
     shard = world.shards / "shard-000000.tar"
-    run(
-        tmp_path,
-        "encode.py",
-        "--data",
-        shard,
-        "--out",
-        tmp_path / "f",
-        "--encoder vit_tiny --crop_size 32 --phases 3 --batch_size 5",
-    )
+    flags = ["--data", shard, "--out", tmp_path / "f"]
+    flags += ["--encoder vit_tiny --crop_size 32 --phases 3 --batch_size 5"]
+    run(tmp_path, "encode.py", *flags)
     features = {r.key: r for r in index_shards([str(tmp_path / "f" / "shard-000000.tar")])[0]}
     video = {r.key: r for r in index_shards([str(shard)])[0]}
 
     # 8 ticks a step
     assert sorted(features) == [f"6.10_player-{k}@0000{s}" for k in (0, 1) for s in (0, 2, 5)]
+
     encoder = weights.build_encoder("vit_tiny", 32)
     for key, first in (("6.10_player-1", 2), ("6.10_player-0", 5)):
         r, source = features[f"{key}@0000{first}"], video[key]
         z, actions, states = feature_rows(r, 0, r.length)
         assert r.length == (300 - first - 5) // 8 + 1
+
         with Slice(source.shard, *source.members["mp4"]) as f:
             frames = read_frames(f, mp4_times(f), np.arange(first, first + 48, 4), 32)
         with Slice(source.shard, *source.members["jsonl"]) as f:
@@ -999,6 +952,7 @@ def test_phases_step_through_a_recording_from_other_ticks(world, tmp_path):
                 2,
             )[0]
         torch.testing.assert_close(z[:6].float(), wanted, rtol=2e-2, atol=2e-2)
+
         ends = first + 4 + 8 * np.arange(r.length)
         np.testing.assert_allclose(
             actions.numpy(), vpt.step_actions(ticks, ends, 38)[0], rtol=1e-6, atol=1e-6
@@ -1019,11 +973,13 @@ def test_encode_killed_and_run_again_is_whole(world, tmp_path):
         time.sleep(0.001)
     killed.process.kill()
     assert killed.wait()[0] == -signal.SIGKILL
+
     done = {n for n in os.listdir(tmp_path / "cut") if n.endswith(".tar")}
     assert done and "shard-000002.tar" not in done
     assert f"encoded {3 - len(done)} of 3 shards" in run(
         tmp_path, "encode.py", *flags, tmp_path / "cut"
     )
+
     for i in range(3):
         name = f"shard-00000{i}.tar"
         cut, whole = (index_shards([str(tmp_path / f / name)])[0] for f in ("cut", "whole"))
@@ -1037,25 +993,15 @@ def test_encode_killed_and_run_again_is_whole(world, tmp_path):
         assert "what other settings made" in fails(
             tmp_path, "encode.py", *flags, tmp_path / "cut", other
         )
+
     (tmp_path / "other").mkdir()
     shutil.copy(world.shards / "shard-000001.tar", tmp_path / "other" / "shard-000000.tar")
-    error = fails(
-        tmp_path,
-        "encode.py",
-        *flags,
-        tmp_path / "cut",
-        "--data",
-        tmp_path / "other" / "shard-000000.tar",
-    )
+    options = [*flags, tmp_path / "cut", "--data", tmp_path / "other" / "shard-000000.tar"]
+    error = fails(tmp_path, "encode.py", *options)
     assert "the same file name" in error
-    error = fails(
-        tmp_path,
-        "encode.py",
-        *flags[2:],
-        tmp_path / "cut",
-        "--data",
-        tmp_path / "other" / "shard-000000.tar",
-    )
+
+    options = [*flags[2:], tmp_path / "cut", "--data", tmp_path / "other" / "shard-000000.tar"]
+    error = fails(tmp_path, "encode.py", *options)
     assert "shard-000000.tar of other recordings (6.10_player-0)" in error
 
 
@@ -1080,15 +1026,10 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     assert f"{said['tf_gap']:+.2%} (no interval: that needs at least 3" in text
     np.testing.assert_allclose(np.mean(report["by_horizon"]["ro_true"]), said["ro_true"], rtol=1e-6)
     assert all(f"{x:9.4f}" in text for x in report["by_horizon"]["ro_shuffled"])
-    run(
-        tmp_path,
-        "eval.py",
-        "--checkpoint",
-        tmp_path / "run",
-        "--data",
-        data["video"],
-        "--encoder vit_tiny --batch_size 4 --num_workers 0",
-    )
+
+    flags = ["--checkpoint", tmp_path / "run", "--data", data["video"]]
+    flags += ["--encoder vit_tiny --batch_size 4 --num_workers 0"]
+    run(tmp_path, "eval.py", *flags)
     live = json.loads((tmp_path / "run" / "report.json").read_text())
     errors = [k for k in METERS if "gap" not in k]
     np.testing.assert_allclose([live[k] for k in errors], [said[k] for k in errors], rtol=3e-3)
@@ -1127,6 +1068,7 @@ def test_pictures_and_arguments_of_a_run(trained):
     assert args["pred_dim"] == 48
     assert args["ipe"] == 25
     assert args["dtype"] == "float32"
+
     state = checkpoint.load_latest(trained.out)[0]
     settings = state["settings"]
     assert state["format"] == checkpoint.FORMAT == 2 and settings["stage"] == "ac"
@@ -1134,6 +1076,7 @@ def test_pictures_and_arguments_of_a_run(trained):
         assert settings[name] == args[name] == state["args"][name], name
     assert settings.keys() - args.keys() == {"stage"}
     assert (trained.out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
     rows = numbers(
         trained.out,
         "epoch",

@@ -93,6 +93,7 @@ def test_same_play_in_both_formats_gives_the_same_actions():
             {k: line[k] for k in ("mouse", "keyboard", "hotbar")}
             | {"timestamp": i / 20, "camera": camera}
         )
+
     ends = np.arange(4, 60, 8)
     one = step_actions(parse_ticks(jsonl(lines)), ends, 38)
     two = step_actions(parse_ticks(jsonl(other)), ends, 38)
@@ -535,6 +536,7 @@ def test_each_input_lights_its_own_dimension_only(space):
             change["hotbar"] = int(what) - 1
         else:
             change["isGuiOpen"] = True
+
         row = step_actions(parse_ticks(jsonl(contractor(3, **change))), [0, 2], space)[0][0]
         lit = {names[i] for i in np.flatnonzero(row)}
         slot = {f"slot.{change.get('hotbar', 0) + 1}"} & set(names)
@@ -662,6 +664,7 @@ def test_frames_a_line_by_the_clocks_of_both(bad):
         if good >= 61:
             numbers = range(0, 61 * frames_per_line, 4 * frames_per_line)
             assert [read_number(f) for f in clip["video"]] == list(numbers)
+
     if bad:
         times = np.arange(300) * 1000 // 37
         with pytest.raises(ValueError, match="unknown"):
@@ -887,6 +890,7 @@ def test_a_recording_that_decord_misreads_ends_the_run(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"k.mp4": mp4, "k.jsonl": jsonl(contractor(210))})
     records, bad = index_shards([path])
     assert not bad
+
     sentence = "a.tar k: decord would show .*the edit list hides frames: use --decoder pyav$"
     for kind in (Clips, Windows):
         clips = kind(records, [1.0], ClipReader(crop_size=HEIGHT, decoder="decord"))
@@ -934,6 +938,7 @@ def test_frames_before_the_first_key_frame_are_not_made_up():
                 if i >= 30 and p.dts is not None:
                     p.stream = stream
                     b.mux(p)
+
     times = mp4_times(out)
     out.seek(0)
     with av.open(out) as c:
@@ -941,6 +946,7 @@ def test_frames_before_the_first_key_frame_are_not_made_up():
     number = times.tolist().index(min(seen))
     with pytest.raises(ValueError, match=r"frames \[2\] cannot be decoded"):
         read_frames(out, times, [2], 64)
+
     got = read_frames(out, times, [number + 4], 64)[0]
     np.testing.assert_array_equal(got, seen[times[number + 4]])
 
@@ -1027,6 +1033,7 @@ def test_damaged_index_raises_what_the_loader_catches(mp4):
         except READ_ERRORS:
             outcomes.append("refused")
     assert outcomes.count("refused") > 20 and outcomes.count("same") > 50
+
     counts = bytearray(mp4)
     at = mp4.index(b"stts") + 12
     counts[at : at + 4] = b"\xf0\0\0\0"  # four billion frames
@@ -1062,6 +1069,7 @@ def test_flip_mirrors_pixels_yaw_mouse_and_a_d_together(mp4):
             assert all((clip[k] == plain[k]).all() for k in ("video", "actions", "states"))
             continue
         assert (clip["video"] == plain["video"].flip(-1)).all()
+
         sign = np.ones(38)
         sign[[0, 2]] = -1
         a = TABLE.index("key.a")

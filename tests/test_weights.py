@@ -126,12 +126,14 @@ def test_predictor_file(tmp_path, name, extrinsics):
     )
     predictor = load_predictor(tmp_path / "ac.pt", num_heads=3, grid=(4, 4))
     assert same(predictor, state)
+
     inputs = under(name, "in/full/")
     y = predictor(inputs["x"], inputs["actions"], inputs["states"])
     torch.testing.assert_close(y, under(name, "out/full/")["y"], rtol=0, atol=1e-5)
     assert {k.split(".")[0] for k, p in predictor.named_parameters() if not p.requires_grad} == (
         {"extrinsics_encoder"} if extrinsics else set()
     )
+
     if extrinsics:
         used = load_predictor(tmp_path / "ac.pt", num_heads=3, grid=(4, 4), use_extrinsics=True)
         assert used.use_extrinsics
@@ -172,6 +174,7 @@ def test_metas_own_code_could_load_what_we_write(tmp_path, use_extrinsics):
     assert same(encoder, cleaned["encoder"])
     assert same(encoder, cleaned["target_encoder"])
     assert same(load_encoder(tmp_path / "meta.pt", num_heads=2), encoder.state_dict())
+
     ours = load_predictor(
         tmp_path / "meta.pt", num_heads=2, grid=(2, 2), use_extrinsics=use_extrinsics
     ).state_dict()
@@ -289,6 +292,7 @@ def test_missing_unmatched_and_misshapen_keys_are_listed(tmp_path):
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(ValueError) as e:
         load_encoder(tmp_path / "a.pt", num_heads=2)
+
     for part in (
         "1 missing keys: blocks.1.attn.proj.bias",
         "1 unmatched keys: blocks.1.attn.q_norm.weight",
@@ -306,6 +310,7 @@ def test_a_missing_block_or_third_of_qkv_is_listed(tmp_path):
     )
     with pytest.raises(ValueError, match="12 missing keys: blocks.1.norm1.weight"):
         load_encoder(tmp_path / "gap.pt", num_heads=2)
+
     hf = under("hf_vjepa2", "w/")
     del hf["encoder.layer.1.attention.key.weight"]
     save_file(hf, tmp_path / "model.safetensors")
@@ -326,6 +331,7 @@ def test_files_that_hold_something_else(tmp_path):
         ),
     ):
         load_predictor(VJEPA2, num_heads=2)
+
     torch.save({"predictor": {}, "encoder": None}, tmp_path / "p.pt")
     for which, has in (("target_encoder", "predictor, encoder"), ("encoder", "nothing")):
         with pytest.raises(
@@ -336,12 +342,15 @@ def test_files_that_hold_something_else(tmp_path):
             ),
         ):
             load_encoder(tmp_path / "p.pt", which=which)
+
     torch.save({"patch_embed.proj.weight": torch.zeros(24, 3, 16, 16)}, tmp_path / "image.pt")
     with pytest.raises(ValueError, match="image.pt: an image encoder"):
         load_encoder(tmp_path / "image.pt")
+
     torch.save({"patch_embed.proj.weight": torch.zeros(24, 3, 2, 16, 16)}, tmp_path / "stem.pt")
     with pytest.raises(ValueError, match="stem.pt: no blocks.0.mlp.fc1.weight in it"):
         load_encoder(tmp_path / "stem.pt")
+
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt: holds a list, not a dictionary"):
         load_encoder(tmp_path / "list.pt")
@@ -388,6 +397,7 @@ def test_files_of_old_torch_are_read(tmp_path, nested):
     path = tmp_path / "old.pt"
     torch.save(state, path, **OLD)
     assert same(load_encoder(path, num_heads=2), encoder.state_dict())
+
     whole = path.read_bytes()
     for share in (0, 0.01, 0.5, 0.999):
         path.write_bytes(whole[: int(share * len(whole))])
@@ -585,6 +595,7 @@ def test_download_gives_up_and_says_what_to_do(tmp_path, serve):
         for part in (server.url + name, str(place), "--encoder vit_tiny"):
             assert part in str(e.value)
         assert len(server.seen) - before == requests and not place.exists()
+
     server.shutdown()
     server.server_close()
     with pytest.raises(ConnectionError, match="could not download"):  # nobody answers: offline
