@@ -336,8 +336,8 @@ def complaints(summary, quantised):
     """Sentences about what is wrong with a model, worst first."""
     if quantised and summary["joint_codes"] < 3:
         yield (
-            f"{summary['joint_codes']} joint codes are alive: the codebook has collapsed (a longer"
-            " --vq_warmup_steps, --kmeans)"
+            f"joint codes in use: {summary['joint_codes']}. The codebook has collapsed (try a"
+            " longer --vq_warmup_steps, or --kmeans)"
         )
     # fmin ignores a nan, which is a number that is not known
     if np.fmin(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:

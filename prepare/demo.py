@@ -332,8 +332,8 @@ def play(game, map_number, points, length, size, rng, parent):
 
 
 def guide_line(line):
-    """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and the fields
-    that they list, no others."""
+    """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and only what they
+    list."""
     # yaw within (-pi, pi]
     camera = [
         math.pi - (math.pi - math.radians(line["yaw"])) % (2 * math.pi),
