@@ -281,10 +281,32 @@ def displacement(model, z, code):
 # --- codes.png ---
 
 
-def plot_codes(path, ids, actions, names, moves):
+def motion_text(down, right):
+    """A motion in words: "4 up, 4 left"."""
+    parts = []
+    if down:
+        parts.append(f"{abs(down):.0f} {'down' if down > 0 else 'up'}")
+    if right:
+        parts.append(f"{abs(right):.0f} {'right' if right > 0 else 'left'}")
+    return ", ".join(parts) or "no motion"
+
+
+def action_texts(labels, names):
+    """(ticks, axis label) of a plot over true actions. labels (n, L): the labels of each known
+    transition; names: of the L labels."""
+    rows = np.unique(labels, axis=0)
+    if len(names) == 1:
+        return [f"{value:g}" for (value,) in rows], f"true action: {names[0]}"
+    ticks = []
+    for row in rows:
+        ticks.append("\n".join(f"{name} {value:g}" for name, value in zip(names, row)))
+    return ticks, "true action"
+
+
+def plot_codes(path, ids, actions, names, moves, texts):
     """codes.png: the motion that each of the most used codes causes, and how often each true action
     goes with it. ids (n,): the code of each transition; actions (n,): -1 where it is not known;
-    names: {code: its numbers}; moves: {code: (down, right)}."""
+    names: {code: its numbers}; moves: {code: (down, right)}; texts: of `action_texts`."""
     # the share of each true action among the transitions of a code
     values = np.unique(actions[actions >= 0])
     table = np.zeros((len(moves), len(values)))
@@ -316,8 +338,7 @@ def plot_codes(path, ids, actions, names, moves):
         color="tab:blue",
     )
     for row, code in enumerate(codes):
-        text = "{:+.0f} down, {:+.0f} right".format(*moves[code])
-        left.text(0.6, row, text, va="center", fontsize=11)
+        left.text(0.6, row, motion_text(*moves[code]), va="center", fontsize=11)
     left.set(
         xlim=(-0.6, 2.2),
         ylim=(len(codes) - 0.4, -0.6),
@@ -329,12 +350,13 @@ def plot_codes(path, ids, actions, names, moves):
         numbers = "-".join(map(str, names[code]))
         labels.append(f"{numbers}  ({share[i]:.0%})")
     left.set_yticks(rows, labels, fontsize=11)
-    left.set_ylabel("code (share of steps)")
+    left.set_ylabel(f"code: {len(names[codes[0]])} numbers (share of all steps)")
 
     # right: true actions
     image = right.imshow(table[order], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    right.set(yticks=[], title="true actions of the steps that get this code", xlabel="true action")
-    right.set_xticks(range(len(values)), values, fontsize=11)
+    ticks, label = texts
+    right.set(yticks=[], title="true actions of the steps that get this code", xlabel=label)
+    right.set_xticks(range(len(values)), ticks[: len(values)], fontsize=11)
     fig.colorbar(image, ax=right, label="share of the code's steps")
     write_atomically(path, lambda f: fig.savefig(f, dpi=100, format="png"))
 
@@ -404,11 +426,13 @@ if __name__ == "__main__":
             with autocast():
                 moves[code] = displacement(model, z, torch.tensor(names[code], device=device))
         actions = np.zeros(len(ids), int)
+        texts = ["all steps"], "the true actions are not known"
         if test.labels:
             known = has_truth(found["labels"])
             actions = np.full(len(ids), -1)
             actions[known] = joint(found["labels"][known])
-        plot_codes(os.path.join(out, "codes.png"), ids, actions, names, moves)
+            texts = action_texts(found["labels"][known], test.labels)
+        plot_codes(os.path.join(out, "codes.png"), ids, actions, names, moves, texts)
         report["codes"] = [
             {"code": names[code], "share": share, "moves": moves[code]}
             for code, share in shares.items()

@@ -568,7 +568,7 @@ if __name__ == "__main__":
         path = checkpoint.save(
             args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq
         )
-        plot_curves(args.out_dir)
+        plot_curves(args.out_dir, args.ipe)
         return path
 
     def loss_terms(out):

@@ -336,8 +336,8 @@ def complaints(summary, quantised):
     """Sentences about what is wrong with a model, worst first."""
     if quantised and summary["joint_codes"] < 3:
         yield (
-            f"{summary['joint_codes']} joint codes are alive: the codebook has collapsed (a longer"
-            " --vq_warmup_steps, --kmeans)"
+            f"joint codes in use: {summary['joint_codes']}. The codebook has collapsed (try a"
+            " longer --vq_warmup_steps, or --kmeans)"
         )
     # fmin ignores a nan, which is a number that is not known
     if np.fmin(summary["mse_over_zero"], summary["mse_over_marginal"]) > 0.9:
@@ -350,8 +350,8 @@ def complaints(summary, quantised):
         )
 
 
-def plot_curves(out_dir):
-    """curves.png of a run, from train.csv and val.csv."""
+def plot_curves(out_dir, ipe):
+    """curves.png of a run, from train.csv and val.csv, over epochs of `ipe` steps."""
     from matplotlib.figure import Figure  # takes a second to import
 
     train = read_csv(os.path.join(out_dir, "train.csv"))
@@ -360,10 +360,10 @@ def plot_curves(out_dir):
     losses, ratios, agreement = fig.subplots(1, 3)
 
     # training
-    epochs = train["epoch"] + train["itr"] / max(train["itr"].max() + 1, 1)
+    epochs = train["epoch"] + train["itr"] / ipe
     for name in ("mse_loss", "rollout_loss"):
         losses.plot(epochs, train[name], lw=0.5, label=name.replace("_loss", ", training"))
-    losses.set(title="loss", xlabel="epoch", ylabel="squared error, standardised latents")
+    losses.set(title="loss", ylabel="squared error, standardised latents")
     losses.set_yscale("log")
 
     # held out
@@ -376,12 +376,17 @@ def plot_curves(out_dir):
         losses.plot(val["epoch"], val["mse_loss"], "o-", label="mse, held out")
         for name, label in baselines.items():
             ratios.plot(val["epoch"], val[name], "o-", label=label)
-        for name in ("purity", "ami", "nmi"):
-            agreement.plot(val["epoch"], val[name], "o-", label=name)
-    ratios.set(title="held-out error over that of", xlabel="epoch", ylabel="ratio")
-    agreement.set(title="codes and true actions, held out", xlabel="epoch", ylim=(-0.05, 1.05))
+        for name, label in (("purity", "purity"), ("ami", "AMI"), ("nmi", "NMI")):
+            agreement.plot(val["epoch"], val[name], "o-", label=label)
+    ratios.set(title="held-out error over that of a baseline", ylabel="ratio; below 1 is better")
+    agreement.set(title="codes and true actions, held out", ylim=(-0.05, 1.05))
 
     for ax in (losses, ratios, agreement):
+        ax.set_xlabel(f"epochs of {ipe} steps")
+        ax.set_xlim(losses.get_xlim())
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=9)
+        else:
+            ax.text(0.5, 0.5, "no validation yet", ha="center", transform=ax.transAxes)
+            ax.set_yticks([])
     write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))

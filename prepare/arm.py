@@ -127,6 +127,7 @@ def arm(w):
 
 def gripper(w):
     """The hand, the tool's frame, the camera at the wrist and two fingers that slide."""
+    # two fingers, 8 cm apart when open
     fingers = ""
     for i, side in enumerate((1, -1)):
         fingers += f"""
@@ -161,6 +162,7 @@ def blocks():
 
 def servos():
     """The motors of seven joints and two fingers: ctrl is the position that each should have."""
+    # stiff joints; the force of the fingers is limited
     text = ""
     for i in range(7):
         text += f'<position joint="j{i}" kp="1500" kv="150"/>'
@@ -173,6 +175,7 @@ def servos():
 def open_world(world):
     """(mujoco, model, renderer) of this process. Raises ValueError if MuJoCo is absent or cannot
     draw here."""
+    # without a screen MuJoCo draws through EGL
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:

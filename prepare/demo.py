@@ -145,6 +145,7 @@ class Explorer:
 
     def is_stuck(self, position):
         """Whether it has walked for 12 ticks and come nowhere."""
+        # only walking can be stuck: standing still is meant
         self.trail = self.trail[-11:] + [position]
         if "w" not in self.pressed or len(self.trail) < 12:
             return False
@@ -173,6 +174,7 @@ class Explorer:
     def choose_look(self):
         """A new goal for the pitch: level, or anywhere."""
         rng = self.rng
+        # level in four cases of ten
         if rng.random() < 0.4:
             self.look_goal = rng.normal(0, 4)
         else:
@@ -200,9 +202,10 @@ class Explorer:
 
     def press(self, ahead):
         """Keys and buttons: each with its chance a tick and the ticks that it is held."""
+        # in front of a wall it stops, and tries whether it is a door
         if ahead < NEAR:
             self.pressed.pop("w", None)
-            self.hold("use", 0.15, 1, 3)  # it may be a door
+            self.hold("use", 0.15, 1, 3)
         # name: chance a tick, fewest and most ticks
         chords = {
             "s": (0.05 if ahead < NEAR else 0.01, 4, 12),
@@ -215,6 +218,8 @@ class Explorer:
             "attack": (0.018, 2, 14),
             "use": (0.005, 1, 3),
         }
+
+        # never a key and its opposite
         for name, (chance, low, high) in chords.items():
             if OPPOSITE.get(name) not in self.pressed:
                 self.hold(name, chance, low, high)
@@ -273,6 +278,8 @@ def play(game, map_number, points, length, size, rng, parent):
     # a new level, from one of its start points
     begin(game, int(rng.integers(2**31)), map_number, points[rng.integers(len(points))])
     player = Explorer(rng)
+
+    # yaw is summed from the engine's angle, which wraps
     video = io.BytesIO()
     lines = []
     yaw = 0.0
@@ -332,8 +339,8 @@ def play(game, map_number, points, length, size, rng, parent):
 
 
 def guide_line(line):
-    """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and the fields
-    that they list, no others."""
+    """A contractor line in the guides' format: absolute [yaw, pitch] in radians, and only what they
+    list."""
     # yaw within (-pi, pi]
     camera = [
         math.pi - (math.pi - math.radians(line["yaw"])) % (2 * math.pi),
@@ -350,6 +357,7 @@ def guide_line(line):
 
 def make_shard(path, recordings, length, size, seed, guide, parent):
     """Play recordings [(number, map), ...] and write them as one shard."""
+    # a shard is packed in memory, and appears whole
     points = start_points()
     packed = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w") as tar:

@@ -95,6 +95,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         frames = 3 * VAE_FRAMES
         wide = 2 * width
+
         # in this order, because a seed gives a layer its weights by its turn
         down1 = nn.Conv2d(frames, width, 4, 2, 1)
         down2 = nn.Conv2d(width, wide, 4, 2, 1)
@@ -104,6 +105,8 @@ class Autoencoder(nn.Module):
         up1 = nn.ConvTranspose2d(width, frames, 4, 2, 1)
         to_latent = nn.Conv2d(wide, CHANNELS, 1)
         from_latent = nn.Conv2d(CHANNELS, wide, 3, 1, 1)
+
+        # 8 times smaller, then 16 channels, and back
         gelu = nn.GELU()
         self.down = nn.Sequential(down1, gelu, down2, gelu, down3, gelu, to_latent)
         self.up = nn.Sequential(from_latent, gelu, up3, gelu, up2, gelu, up1)
@@ -124,6 +127,8 @@ def fit(model, frames, steps, batch, seed):
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+
+    # a small data set may be smaller than a batch
     batch = min(batch, len(frames))
     bar = tqdm(range(steps), unit="step", desc="autoencoder")
     for _ in bar:
@@ -153,6 +158,7 @@ def read_play(data, fps, size):
     # frames and labels of every recording; one that cannot be read is left out and printed
     recordings = {}
     for r in tqdm(records, unit="recording", desc="frames"):
+        # files are named by their key: the second would overwrite the first
         if r.key in recordings:
             raise ValueError(
                 f"two shards hold a recording {r.key}: make latents of them in different --out"
@@ -162,6 +168,7 @@ def read_play(data, fps, size):
             frames, labels = latent_frames(r, fps, size)
             steps = np.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in frames])
         except READ_ERRORS as e:
+            # a damaged recording is left out; a disk that fails ends the run
             if is_storage_error(e):
                 raise
             print(f"left out: {r.shard} {r.key}: {type(e).__name__}: {e}")
@@ -174,6 +181,7 @@ def read_play(data, fps, size):
 
 def label_shares(name, recordings):
     """How often each value of a label occurs: "yaw -1: 30%, 0: 41%, 1: 29%"."""
+    # over all recordings together
     values = np.concatenate([labels[name] for _, labels in recordings.values()])
     numbers, counts = np.unique(values, return_counts=True)
     shares = [f"{number:g}: {count / len(values):.0%}" for number, count in zip(numbers, counts)]
@@ -228,8 +236,10 @@ if __name__ == "__main__":
     sys.excepthook = short_excepthook
 
     # --- checks: before anything is made ---
+    # patches of the sprite world and of train_lam.py must fit
     if args.size % 16 or args.size < 16:
         raise ValueError(f"--size {args.size} is no multiple of 16")
+    # numbers that must be above 0; the noise may be 0
     for name in ("files", "chunks", "fps", "ae_steps", "ae_batch"):
         value = getattr(args, name)
         if value <= 0:
@@ -242,6 +252,7 @@ if __name__ == "__main__":
         raise ValueError(f"{args.out} holds H5 files already: give another --out, or remove them")
 
     # --- make ---
+    # the seed of the autoencoder; the sprite world has generators of its own
     torch.manual_seed(args.seed)
     if args.data:
         write_play(

@@ -53,9 +53,12 @@ class Checked(NamedTuple):
 
 def wrong_shape(shape, C, H, W):
     """What is wrong with the shape of a dataset, and which flags would fit it; "" if nothing is."""
+    # no flag helps: this is another kind of array
     text = f"shape {list(shape)}, not [chunks, {C}, 1 or 2, {H}, {W}]"
     if len(shape) != 5 or shape[2] not in (1, 2):
         return text
+
+    # latents of another VAE: name the flags that would read them
     flags = []
     if shape[1] != C:
         flags.append(f"--channels {shape[1]}")
@@ -106,6 +109,7 @@ def check(path, shape, sequence_length):
 
         # hashes, and the sums that mean and variance come from
         digest.update(values)
+        # in 16 bits large values become inf, which is no matter in a hash
         with np.errstate(over="ignore"):
             rounded_digest.update(np.ascontiguousarray(values, dtype="<f2"))
         x = values.astype(np.float64).swapaxes(0, 1).reshape(channels, -1)
@@ -114,6 +118,7 @@ def check(path, shape, sequence_length):
     if not moves:
         raise ValueError("all its steps are the same: nothing happens in it")
 
+    # labels are read now too: a damaged file should show before training
     labels = tuple(read_labels(path, steps))
     entry = {"shape": list(data.shape), "dtype": str(data.dtype), "bytes": os.path.getsize(path)}
     return Checked(
@@ -181,6 +186,8 @@ def leave_out_other_scales(good, skipped):
             del good[name]
         elif not usual / 3 < std < usual * 3:
             somewhat_off.append(name)
+
+    # one line for all of them, with an example
     if not somewhat_off:
         return []
     example = somewhat_off[0]
@@ -214,11 +221,13 @@ def leave_out_other_rates(good, skipped):
 
 def truth_table(labels):
     """Lines that say how many files have which labels. labels: {file: names of its labels}."""
+    # nothing to say where no file has labels
     counts = collections.Counter(labels.values())
     if not any(counts):
         return
     for names, count in counts.most_common():
         what = f"labels {', '.join(names)}" if names else f"no labels (KEY{SUFFIX} beside KEY.h5)"
+        # name files only where they differ, and only a few
         which = ""
         if len(counts) > 1:
             files = [name for name in sorted(labels) if labels[name] == names]
@@ -239,6 +248,7 @@ def matching(names, patterns):
 def split_counts(n, ratios):
     """How many of n files each split gets: the ratios rounded, but at least one where the ratio is
     not zero and there are enough files."""
+    # a split that was asked for gets a file, however few there are
     validation = max(round(n * ratios[1]), 1) if ratios[1] else 0
     test = max(round(n * ratios[2]), 1) if ratios[2] else 0
 
@@ -253,6 +263,7 @@ def split_counts(n, ratios):
 
 def split(names, ratios):
     """Shuffled names -> {"train", "validation", "test": sorted names}."""
+    # three stretches of the shuffled names
     counts = split_counts(len(names), ratios)
     ends = np.cumsum(counts)
     return {
@@ -363,6 +374,7 @@ if __name__ == "__main__":
         print(note)
 
     # --- split ---
+    # test files by pattern, or all splits by the ratios
     test = matching(good, args.test_files or [])
     others = sorted(good.keys() - test)
     if args.test_files and not (test and others):
@@ -422,6 +434,8 @@ if __name__ == "__main__":
         f"training latents: mean {metadata['mean']:.4f}, std {metadata['std']:.4f},"
         f" {steps_per_chunk} steps a chunk"
     )
+
+    # a ratio that got no file
     empty = [k for k, ratio in zip(splits, ratios) if ratio and not splits[k]]
     if empty:
         print(f"WARNING: too few files: nothing in {' and '.join(empty)}")

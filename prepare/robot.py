@@ -50,6 +50,7 @@ X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}
 
 def varint(n):
     """Protobuf's integer; a negative one is its 64 bits."""
+    # seven bits a byte, the lowest first; the eighth says that more follow
     n &= 2**64 - 1
     if n < 128:
         return bytes([n])
@@ -82,6 +83,7 @@ def example(fields):
 def record(data):
     """Bytes as a TFRecord stores them: length, checksum of the length, the bytes, their
     checksum."""
+    # the length has a checksum of its own: a reader can trust it before it reads on
     length = struct.pack("<Q", len(data))
     length_crc = struct.pack("<I", masked_crc(length))
     return length + length_crc + data + struct.pack("<I", masked_crc(data))
@@ -127,6 +129,8 @@ def mp4(pictures):
         stream = container.add_stream("libx264", rate=RATE, pix_fmt="yuv420p", options=X264)
         stream.width = WIDTH
         stream.height = HEIGHT
+
+        # one thread: the same bytes on every machine
         stream.codec_context.thread_count = 1
         for picture in pictures:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -169,6 +173,8 @@ def write_npz(stem, rows, pictures, success):
     # a video for each camera
     for camera, frames in pictures.items():
         write_atomically(f"{stem}.{camera}.mp4", mp4(frames))
+
+    # the names by which droid.py knows one's own robot
     arrays = {
         "cartesian_position": rows["observation/cartesian_position"],
         "gripper_position": rows["observation/gripper_position"],
@@ -235,6 +241,8 @@ if __name__ == "__main__":
     # lengths depend on the seed, not on what is there already
     rng = np.random.default_rng([args.seed, ord(args.world)])
     lengths = rng.integers(least, most + 1, args.episodes)
+
+    # rlds: episodes share TFRecords; npz: each has files of its own
     if args.form == "rlds":
         files = min(args.shards, args.episodes)
         names = [f"droid_101-train.tfrecord-{i:05d}-of-{files:05d}" for i in range(files)]
@@ -262,6 +270,8 @@ if __name__ == "__main__":
     )
     with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, bar:
         results = pool.map(make, numbers, map(int, lengths[numbers]))  # in the order of `numbers`
+
+        # a file is written when the last of its episodes is there
         for path, episodes in todo.items():
             records = []
             for i in episodes:

@@ -112,6 +112,7 @@ def read_index(index):
 def download(index, folder, jobs, max_files, retries, wait):
     """Download the recordings of an index file into folder. Returns a Counter of new, there,
     missing and broken ones, and of bytes. Raises OSError if downloads broke off."""
+    # the first --max_files of the list
     base_url, relpaths = read_index(index)
     relpaths = relpaths[:max_files]
 
@@ -144,6 +145,7 @@ def download(index, folder, jobs, max_files, retries, wait):
         tasks = [pool.submit(download_one, relpath) for relpath in relpaths]
         with tqdm(total=len(tasks), unit="recording", desc="download") as bar:
             for task in concurrent.futures.as_completed(tasks):
+                # a path outside of the folder ends all of it, a broken transfer only itself
                 try:
                     outcome, size = task.result()
                 except OSError as e:
@@ -162,6 +164,8 @@ def download(index, folder, jobs, max_files, retries, wait):
         f" ({counts['bytes'] / 2**20:.1f} MiB), {counts['there']} were there, {counts['missing']}"
         " missing on the server (404)"
     )
+
+    # nothing is packed yet: what is missing would come into later shards
     if errors:
         raise OSError(
             f"{len(errors)} downloads broke off, such as {errors[0]}; run again to continue, or"
@@ -186,11 +190,14 @@ def key_of(stem):
 
 def path_of(folder, stem, kind):
     """The file STEM.mp4 of a recording below folder, or STEM.MP4 and the like."""
+    # the usual spellings first: listing a folder of thousands of files takes long
     exact = os.path.join(folder, f"{stem}.{kind}")
     capitals = os.path.join(folder, f"{stem}.{kind.upper()}")
     for path in (exact, capitals):
         if os.path.lexists(path):
             return path
+
+    # then any mixture of capitals
     parent, name = os.path.split(exact)
     name = os.path.splitext(name)[0]
     for other in sorted(os.listdir(parent)):
@@ -229,6 +236,7 @@ def check(folder, stem, extensions):
             read_frames(f, times, [0], 64)
             ClipReader().frames_per_line(ticks, len(times), video_rate(f, times))
     except READ_ERRORS as e:
+        # a disk that fails is no fault of the recording, which would be left out for good
         if is_storage_error(e):
             raise OSError(storage_sentence(os.path.join(folder, stem), e)) from e
         return Check(" ".join(str(e).split()))
@@ -282,6 +290,7 @@ def find_recordings(folder, packed):
         is_link = os.path.islink(path_of(folder, stem, "mp4"))
         return key_of(stem) not in packed, not has_lines, is_link
 
+    # one name for each video
     for stems in videos.values():
         stems.sort(key=preference)
         for stem in stems[1:]:
@@ -292,6 +301,7 @@ def find_recordings(folder, packed):
 
 def add_file(path, folder, recordings, skipped, videos):
     """Add one file to the dicts and the list of find_recordings."""
+    # only videos and lines count, in any capitals
     name = os.path.relpath(path, folder)
     stem, kind = member_kind(name)
     if kind not in ("mp4", "jsonl"):
@@ -299,14 +309,20 @@ def add_file(path, folder, recordings, skipped, videos):
     if not os.path.exists(path):
         skipped.append({"file": name, "reason": "a link to nothing"})
         return
+
+    # macOS writes a "._" file beside each file on foreign disks: it holds no recording
     if os.path.basename(path).startswith("._"):
         with open(path, "rb") as f:
             if is_apple_double(path, f.read(4)):
                 return
+
+    # on a disk that tells capitals apart, a.mp4 and a.MP4 may both be there
     if os.path.basename(path) != os.path.basename(path_of(folder, stem, kind)):
         reason = f"{stem}.{kind} is there too, in other capitals"
         skipped.append({"file": name, "reason": reason})
         return
+
+    # two names of one file agree in all of this
     about = os.stat(path)
     recordings[stem][kind] = about.st_size
     if kind == "mp4" and about.st_ino:
@@ -317,6 +333,7 @@ def add_file(path, folder, recordings, skipped, videos):
 def unpacked_recordings(recordings, packed, folder, out):
     """The recordings that no shard holds yet, sorted. Raises ValueError if two have one key, or if
     a shard holds another recording under the same key."""
+    # a key must stand for one recording, here and in the shards
     stems = {}
     unpacked = []
     for stem in sorted(recordings):
@@ -357,6 +374,8 @@ def pack(folder, out, shard_size, jobs):
     recordings, skipped = find_recordings(folder, in_shards)
     if not recordings:
         raise FileNotFoundError(f"no .mp4 or .jsonl below {folder}; --index downloads some")
+
+    # only now: a typing error in the folder's name should leave nothing behind
     os.makedirs(out, exist_ok=True)
 
     # what a run that was killed left behind
@@ -452,6 +471,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     # --- run ---
+    # what goes wrong here is a file, a disk or a network: one sentence, no traceback
     try:
         if args.index:
             attempts = args.retries, args.retry_wait
