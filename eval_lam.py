@@ -10,6 +10,55 @@ checkpoint, then adds to the report what takes longer: probes, decoded frames, a
 network trained with the labels; --no-ceiling leaves it out)."""
 
 import argparse
+
+from evaluation.flags import Help
+
+METRICS = ["psnr", "ssim", "lpips"]
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+# --- flags ---
+
+
+def parse_flags():
+    """The flags. Ends the program for those that are too small or do not go together."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
+    )
+    switch = argparse.BooleanOptionalAction
+
+    flag = parser.add_argument_group("run and data").add_argument
+    flag("--checkpoint", required=True, help="run folder of train_lam.py, or a checkpoint")
+    flag("--data_dir", help="folder of the H5 files (default: the run's)")
+    flag("--manifest_path", help="split of prepare.manifest (default: the run's, or --data_dir's)")
+    flag("--split", default="test", choices=["test", "validation"], help="files to judge on")
+
+    flag = parser.add_argument_group("what to evaluate").add_argument
+    flag("--val_clips", type=int, default=512, help="windows to judge on, and to fit probes on")
+    flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' video VAE")
+    flag("--metrics", nargs="+", choices=METRICS, help="of frames, with --vae (default: psnr ssim)")
+    ceiling = "train a small network with the labels on raw latents: what they give away (minutes)"
+    flag("--ceiling", action=switch, default=True, help=ceiling)
+
+    flag = parser.add_argument_group("how").add_argument
+    flag("--batch_size", type=int, default=32, help="windows at once")
+    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
+    flag("--num_workers", type=int, default=0, help="loader processes")
+
+    # one check, one message
+    args = parser.parse_args()
+    for name in ("val_clips", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
+    if args.metrics and not args.vae:
+        parser.error("--metrics is for decoded frames: name the video VAE with --vae")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = parse_flags()
+
 import json
 import math
 import os
@@ -21,7 +70,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 from data import Latents, latent_sequences
@@ -36,6 +84,7 @@ from evaluation.codes import (
     truth_notes,
 )
 from evaluation.held_out import precision_of
+from evaluation.runs import open_lam, pick_device
 from files.disk import write_atomically
 from files.latents import (
     check_metrics,
@@ -45,56 +94,10 @@ from files.latents import (
     pack_codes,
     unpack_codes,
 )
-from model import LatentActionModel
-
-METRICS = ["psnr", "ssim", "lpips"]
-DTYPES = ["float32", "bfloat16", "float16"]
-
-# the end of help texts
-DEFAULT = "(default: %(default)s)"
+from files.progress import tqdm
 
 # codes that codes.png shows
 SHOWN_CODES = 16
-
-
-# --- flags ---
-
-
-def parse_flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument_group("run and data").add_argument
-    flag("--checkpoint", required=True, help="run folder of train_lam.py, or a checkpoint")
-    flag("--data_dir", help="folder of the H5 files (default: the run's)")
-    flag("--manifest_path", help="split of prepare.manifest (default: the run's, or --data_dir's)")
-    flag("--split", default="test", choices=["test", "validation"], help="files to judge on")
-
-    flag = parser.add_argument_group("what to evaluate").add_argument
-    flag("--val_clips", type=int, default=512, help=f"windows, also to fit probes {DEFAULT}")
-    flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' video VAE")
-    flag("--metrics", nargs="+", choices=METRICS, help="of frames, with --vae (psnr ssim)")
-    flag(
-        "--ceiling",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train a small network with the labels on raw latents: what they give away (minutes)",
-    )
-
-    flag = parser.add_argument_group("how").add_argument
-    flag("--batch_size", type=int, default=32, help=f"windows at once {DEFAULT}")
-    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-    flag("--num_workers", type=int, default=0, help=f"loader processes {DEFAULT}")
-
-    args = parser.parse_args()
-    for name in ("val_clips", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is too small")
-    if args.metrics and not args.vae:
-        parser.error("--metrics is for decoded frames: name the video VAE with --vae")
-    return args
 
 
 # --- run and data ---
@@ -132,27 +135,6 @@ def write_report(out, report):
 
     text = json.dumps(plain(report), indent=1)
     write_atomically(os.path.join(out, "report.json"), text.encode())
-
-
-def open_lam(path):
-    """A run folder or checkpoint of train_lam.py -> (LatentActionModel in eval mode, its checkpoint
-    dictionary, file path)."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
-    if os.path.isdir(path):
-        folder = path
-        state, path = checkpoint.load_latest(folder)
-        if state is None:
-            raise ValueError(f"--checkpoint {folder}: no checkpoint in it")
-    else:
-        state = checkpoint.load(path)
-    if "lam" not in state:
-        raise ValueError(
-            f"{path}: no checkpoint of train_lam.py (eval.py judges those of train_ac.py)"
-        )
-    model = LatentActionModel(**state["lam"])
-    model.load_state_dict(state["model"])
-    return model.eval(), state, path
 
 
 def open_split_of(state, path, split, manifest, folder):
@@ -250,7 +232,7 @@ def ceiling(x, y, x_test, y_test, name=""):
     steps = min(max(40 * len(x) // 64, 300), 2400)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in tqdm(range(steps), unit="step", desc=f"ceiling {name}"):
+    for _ in tqdm(range(steps), unit=" steps", desc=f"ceiling {name}"):
         rows = torch.randint(len(x), (64,))
         F.cross_entropy(net(x[rows]), y[rows], weight).backward()
         optimizer.step()
@@ -347,7 +329,6 @@ def most_used(ids):
 
 
 if __name__ == "__main__":
-    args = parse_flags()
     sys.excepthook = checkpoint.short_excepthook
 
     # what is missing for the frames shows before anything takes time
@@ -361,7 +342,7 @@ if __name__ == "__main__":
     model, state, path = open_lam(args.checkpoint)
     manifest, folder = find_manifest(state, args.data_dir, args.manifest_path)
     splits = open_split_of(state, path, args.split, manifest, folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     model.to(device)
     dtype, autocast = precision_of(args.dtype, state, device)
     test = Latents(splits[args.split], state["sequence_length"])

@@ -15,6 +15,88 @@ fitting recordings chooses ridge penalties and thresholds. Prints tables, writes
 writes a shard of videos and the JSONL lines that the attentive inverse probe gives them."""
 
 import argparse
+
+from evaluation.flags import Help
+
+TASKS = ["inverse", "anticipation", "classify"]
+DTYPES = ["float32", "bfloat16", "float16"]
+MODES = ["tubelet", "frame", "clip"]
+
+
+# --- flags ---
+
+
+def parse_flags():
+    """The flags. Ends the program for those that are too small or do not go together."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
+    )
+    repeated = {"nargs": "+", "action": "append"}
+
+    flag = parser.add_argument_group("run and data").add_argument
+    flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
+    flag("--data", "--data_path", **repeated, help="shards to fit on (default: the run's)")
+    flag("--val_data", **repeated, help="shards to test on (default: the run's)")
+    flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
+    flag("--out", help="folder of probe.json (default: the checkpoint's); with --label the shard")
+
+    flag = parser.add_argument_group("tasks").add_argument
+    flag("--task", nargs="+", choices=TASKS, help="(default: all; classify with a label)")
+    flag("--horizon", type=int, default=3, help="anticipation: actions ahead")
+    flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
+    flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
+    flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
+    flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
+
+    flag = parser.add_argument_group("how").add_argument
+    flag("--steps", type=int, default=600, help="AdamW steps of an attentive head")
+    flag("--side", type=int, default=4, help="tokens are averaged over this many cells a side")
+    flag("--clips", type=int, default=4000, help="windows to fit on at most")
+    flag("--val_clips", type=int, default=1000, help="windows to test on at most")
+    flag("--batch_size", type=int, default=32, help="windows encoded at once")
+    flag("--num_workers", type=int, default=2, help="loader processes")
+    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
+
+    flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
+    flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
+    flag("--fps", type=float, default=5.0, help="sampled frames a second")
+    flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
+    flag("--crop_size", type=int, default=256, help="pixels of the square crop")
+    flag("--encode", default="tubelet", choices=MODES, help="what the encoder sees at once")
+    flag("--action_space", type=int, default=36, choices=[13, 36, 38], help="actions to probe")
+
+    # one check, one message
+    args = parser.parse_args()
+    if not (args.checkpoint or args.data and args.val_data):
+        parser.error("name a --checkpoint, or --data to fit on and --val_data to test on")
+    for name in ("steps", "horizon", "side", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
+    for name in ("clips", "val_clips"):
+        if getattr(args, name) < 2:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least 2")
+
+    # what is probed unless --task says so
+    if not args.task:
+        args.task = ["inverse", "anticipation"]
+        if args.label_field or args.labels:
+            args.task.append("classify")
+    if "classify" in args.task and bool(args.label_field) == bool(args.labels):
+        parser.error(
+            "--task classify needs one label: --label_field FIELD of the lines, or --labels"
+            " FILE.csv"
+        )
+    if args.label and "inverse" not in args.task:
+        parser.error("--label needs --task inverse, which fits what it labels with")
+    if args.label and not (args.out or "").endswith(".tar"):
+        parser.error("--label needs the shard to write: --out OUT.tar")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = parse_flags()
+
 import csv
 import io
 import json
@@ -25,7 +107,6 @@ import tarfile
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 from data import open_records, open_split, split_records
@@ -39,110 +120,25 @@ from evaluation.heads import (
     load,
     pool,
 )
-from evaluation.held_out import encoder_dtype, precision_of, precision_text
-from evaluation.runs import open_run, stats_on
+from evaluation.held_out import precision_of, precision_text
+from evaluation.runs import (
+    decoder_for,
+    features_of_records,
+    load_run,
+    pick_device,
+    play_reader,
+    print_left_out,
+    through_cache,
+    warn_of_training_data,
+)
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
-from files.logs import to_json
+from files.logs import count_text, to_json
+from files.progress import tqdm
 from files.shards import Slice, archive_members, member_place, read_start, read_ticks
 from files.streams import is_apple_double, member_kind
 from files.video import WrongDecoder, mp4_times, open_video, read_frames
-from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, ClipReader, step_size, wrap
+from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, step_size, wrap
 from kernels import describe_kernels
-from model import make_features_of
-from weights import open_source
-
-TASKS = ["inverse", "anticipation", "classify"]
-DTYPES = ["float32", "bfloat16", "float16"]
-
-# the end of help texts
-DEFAULT = "(default: %(default)s)"
-
-
-# --- flags ---
-
-
-def parse_flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument_group("run and data").add_argument
-    flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
-    flag(
-        "--data",
-        "--data_path",
-        nargs="+",
-        action="append",
-        help="shards to fit on (default: the run's)",
-    )
-    flag("--val_data", nargs="+", action="append", help="shards to test on (default: the run's)")
-    flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
-    flag("--out", help="folder of probe.json (default: the checkpoint's); with --label the shard")
-
-    flag = parser.add_argument_group("tasks").add_argument
-    flag("--task", nargs="+", choices=TASKS, help="default: all; classify with a label")
-    flag("--horizon", type=int, default=3, help=f"anticipation: actions ahead {DEFAULT}")
-    flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
-    flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
-    flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
-    flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
-
-    flag = parser.add_argument_group("how").add_argument
-    flag("--steps", type=int, default=600, help=f"AdamW steps of an attentive head {DEFAULT}")
-    flag("--side", type=int, default=4, help=f"mean tokens of this many cells a side {DEFAULT}")
-    flag("--clips", type=int, default=4000, help=f"windows to fit on at most {DEFAULT}")
-    flag("--val_clips", type=int, default=1000, help=f"windows to test on at most {DEFAULT}")
-    flag("--batch_size", type=int, default=32, help=f"windows encoded at once {DEFAULT}")
-    flag("--num_workers", type=int, default=2, help=f"loader processes {DEFAULT}")
-    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-
-    flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
-    flag("--frames_per_clip", type=int, default=16, help=f"sampled frames a clip {DEFAULT}")
-    flag("--fps", type=float, default=5.0, help=f"sampled frames a second {DEFAULT}")
-    flag("--frames_per_step", type=int, default=2, help=f"sampled frames a step {DEFAULT}")
-    flag("--crop_size", type=int, default=256, help=f"pixels of the square crop {DEFAULT}")
-    flag(
-        "--encode",
-        default="tubelet",
-        choices=["tubelet", "frame", "clip"],
-        help=f"what the encoder sees at once {DEFAULT}",
-    )
-    flag(
-        "--action_space",
-        type=int,
-        default=36,
-        choices=ACTION_SPACES,
-        help=f"actions to probe {DEFAULT}",
-    )
-    return parser.parse_args()
-
-
-def check_flags(args, tasks):
-    """ValueError for flags that do not go together or are too small."""
-    if not (args.checkpoint or args.data and args.val_data):
-        raise ValueError("name a --checkpoint, or --data to fit on and --val_data to test on")
-    least = {"steps": 1, "horizon": 1, "side": 1, "clips": 2, "val_clips": 2, "batch_size": 1}
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        if value < minimum:
-            raise ValueError(f"--{name} {value} is too small: at least {minimum}")
-    if "classify" in tasks and bool(args.label_field) == bool(args.labels):
-        raise ValueError(
-            "--task classify needs one label: --label_field FIELD of the lines, or --labels"
-            " FILE.csv"
-        )
-    if args.label:
-        video_members(args.label)
-        if not (args.out or "").endswith(".tar"):
-            raise ValueError("--label needs the shard to write: --out OUT.tar")
-        if os.path.realpath(args.label) == os.path.realpath(args.out):
-            raise ValueError(
-                f"--out {args.out} is the shard of --label itself: what its lines say would be lost"
-            )
-        if "inverse" not in tasks:
-            raise ValueError("--label needs --task inverse, which fits what it labels with")
-
 
 # --- labels of clips ---
 
@@ -395,32 +391,41 @@ def dev_clips(train, records):
 
 
 if __name__ == "__main__":
-    args = parse_flags()
     sys.excepthook = checkpoint.short_excepthook
+
+    # the shard to label shows its faults before anything takes time
     tasks = args.task
-    if not tasks:
-        tasks = ["inverse", "anticipation"]
-        if args.label_field or args.labels:
-            tasks.append("classify")
-    check_flags(args, tasks)
+    if args.label:
+        video_members(args.label)
+        if os.path.realpath(args.label) == os.path.realpath(args.out):
+            raise ValueError(
+                f"--out {args.out} is the shard of --label itself: what its lines say would be lost"
+            )
 
     # --- run ---
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.checkpoint:
-        predictor, state, scaler, path = open_run(args.checkpoint)
-        run = state["args"]
-        folder = os.path.dirname(path)
-        if state["dataset"] != "vpt" or state["action_names"] != ACTION_SPACES[run["action_space"]]:
+    # without one, flags say how clips are cut
+    run = load_run(args.checkpoint, args.dtype) if args.checkpoint else None
+    if run is not None:
+        settings = run.settings
+        names = ACTION_SPACES.get(settings.get("action_space"), [])
+        if run.state["dataset"] != "vpt" or run.state["action_names"] != names:
             raise ValueError(
-                f"{path} has actions {state['action_names'][:4]}..., gameplay shards none such:"
-                " probe a run of train_ac.py"
+                f"{run.path} has actions {run.state['action_names'][:4]}..., gameplay shards none"
+                " such: probe a run of train_ac.py"
             )
-        feature_stats = stats_on(state, device)
-        predictor.to(device)
+        predictor = run.predictor
+        state = run.state
+        scaler = run.scaler
+        device = run.device
+        dtype = run.dtype
+        autocast = run.autocast
+        folder = os.path.dirname(run.path)
     else:
-        predictor, state = None, None
-        scaler = None
-        run = {
+        settings = {
+            "data": args.data,
+            "val_data": args.val_data,
+            "val_fraction": 0.0,
+            "cache_dir": None,
             "encoder": args.encoder,
             "frames_per_clip": args.frames_per_clip,
             "fps": args.fps,
@@ -428,16 +433,24 @@ if __name__ == "__main__":
             "crop_size": args.crop_size,
             "encode": args.encode,
             "action_space": args.action_space,
+            "decoder": "pyav",
+            "gui": "keep",
         }
+        predictor, state = None, None
+        scaler = None
+        device = pick_device()
+        dtype, autocast = precision_of(args.dtype, None, device)
         folder = "."
-        feature_stats = {}
-    dtype, autocast = precision_of(args.dtype, state, device)
-    steps = run["frames_per_clip"] // run["frames_per_step"]
+
+    # what computes it
+    steps = settings["frames_per_clip"] // settings["frames_per_step"]
     if predictor is not None:
         print(precision_text(dtype, device, predictor, steps - 1))
     else:
         kernels = describe_kernels(device, getattr(torch, dtype))
         print(f"{dtype} on {device.type}; {kernels}")
+
+    # the actions to anticipate must lie inside of a clip
     if "anticipation" in tasks and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
@@ -446,63 +459,32 @@ if __name__ == "__main__":
 
     # --- data ---
     train_records, _, val_records, bad = open_split(
-        args.data or run["data"] or [["VPT/*.tar"]],
+        through_cache(args.data or settings["data"], settings),
         None,
-        args.val_data or run.get("val_data"),
-        run.get("val_fraction", 0),
+        through_cache(args.val_data or settings["val_data"], settings),
+        settings["val_fraction"],
     )
     if not (train_records and val_records):
         raise ValueError(
             f"{len(train_records)} recordings to fit on and {len(val_records)} to test on: name"
             " local --data and --val_data"
         )
-    if state is not None:
-        strange = {r.name for r in val_records} - set(state["held_out"])
-        if strange:
-            print(
-                f"WARNING: {len(strange)} of {len(val_records)} recordings are not among those the"
-                " run held out: was it trained on them?"
-            )
+    if run is not None:
+        warn_of_training_data(val_records, state, scaler)
 
-    # --- encoder ---
+    # features need the encoder only where new videos are labelled
     records = train_records + val_records
     has_video = "safetensors" not in records[0].members
     name = args.encoder
     if has_video and not name:
-        name = run["encoder"]
+        name = settings["encoder"]
     if not name and (args.label or has_video):
         raise ValueError("encoding video needs the weights: name the --encoder")
-    encoder, source = open_source(
-        records,
-        name,
-        encode=run["encode"],
-        fps=run["fps"],
-        frames_per_step=run["frames_per_step"],
-        crop_size=run["crop_size"],
-        frames_per_clip=run["frames_per_clip"],
-    )
-    if state is not None and source["encoder_hash"] != state["encoder_hash"]:
-        raise ValueError(
-            f"{path} was trained on features of encoder {state['encoder_hash']}, these are of"
-            f" {source['encoder_hash']}"
-        )
-    if encoder is not None:
-        encoder.to(device, encoder_dtype(dtype, run))
 
-    # --- clips ---
-    reader = ClipReader(
-        run["frames_per_clip"],
-        run["fps"],
-        run["frames_per_step"],
-        run["crop_size"],
-        run["action_space"],
-        encode=run["encode"],
-        decoder=run.get("decoder", "pyav"),
-        gui=run.get("gui", "keep"),
-    )
-    features_of = make_features_of(
-        encoder, run["encode"], run["frames_per_step"], feature_stats, device, autocast
-    )
+    # --- clips, as the run was trained on them ---
+    decoder = decoder_for(records, None, settings)
+    features_of = features_of_records(records, name, settings, device, dtype, state)
+    reader = play_reader(settings, None, decoder)
 
     def load_clips(of_records, limit):
         return load(
@@ -520,26 +502,28 @@ if __name__ == "__main__":
 
     train, bad_train = load_clips(train_records, args.clips)
     val, bad_val = load_clips(val_records, args.val_clips)
-    for file, key, reason in bad + bad_train + bad_val:
-        print(f"left out: {file} {key}: {reason}")
+    print_left_out(bad + bad_train + bad_val)
+
+    # which of them choose penalties and thresholds
     dev = dev_clips(train, train_records)
     report = {
-        "checkpoint": args.checkpoint and path,
+        "checkpoint": run and run.path,
         "dtype": dtype,
         "clips": [len(c["place"]) for c in (train, val)],
         "recordings": [len({r.recording for r, _ in c["place"]}) for c in (train, val)],
     }
     fitted, tested = (
-        f"{n} clips of {m} recordings" for n, m in zip(report["clips"], report["recordings"])
+        f"{count_text(n, 'clip')} of {count_text(m, 'recording')}"
+        for n, m in zip(report["clips"], report["recordings"])
     )
     print(f"fitted on {fitted}, tested on {tested}; {train['z'].shape[2]} tokens a step")
-
-    # --- classify ---
-    if run["encode"] == "clip" and "anticipation" in tasks:
+    if settings["encode"] == "clip" and "anticipation" in tasks:
         print(
             "WARNING: with --encode clip every step has seen the whole clip: anticipation is no"
             " forecast"
         )
+
+    # --- classify ---
     if "classify" in tasks:
         if args.labels:
             labels = labels_from_csv(args.labels, (train, val), records)
@@ -550,7 +534,7 @@ if __name__ == "__main__":
         print(*classify_table(report["classify"], what), sep="\n")
 
     # --- inverse dynamics, anticipation: of the actions that vary ---
-    names = ACTION_SPACES[run["action_space"]]
+    names = ACTION_SPACES[settings["action_space"]]
     varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
     columns = np.flatnonzero(varies_train & varies_val)
     constant = [n for i, n in enumerate(names) if i not in columns]
@@ -558,6 +542,8 @@ if __name__ == "__main__":
         print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
     if not len(columns) and {"inverse", "anticipation"} & set(tasks):
         raise ValueError("no action varies in both splits: name other shards")
+
+    # which action was it, and which ones follow?
     if "inverse" in tasks:
         report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
         print(*inverse_table(report["inverse"]), sep="\n")
@@ -565,8 +551,10 @@ if __name__ == "__main__":
         report["anticipation"] = anticipation(
             train, val, dev, names, columns, args.steps, args.horizon
         )
-        seconds = run["frames_per_step"] / run["fps"]
+        seconds = settings["frames_per_step"] / settings["fps"]
         print(*anticipation_table(report["anticipation"], seconds), sep="\n")
+
+    # --- probe.json ---
     if args.label:
         folder = os.path.dirname(args.out)
     elif args.out:
@@ -582,9 +570,8 @@ if __name__ == "__main__":
             return label_video(data, head, names, columns, reader, features_of, args.side)[0]
 
         done, bad = label_shard(args.label, args.out, label)
-        for file, key, reason in bad:
-            print(f"left out: {file} {key}: {reason}")
-        print(f"labelled {done} recordings of {args.label} in {args.out}")
+        print_left_out(bad)
+        print(f"labelled {count_text(done, 'recording')} of {args.label} in {args.out}")
 
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     print(f"written to {out}")

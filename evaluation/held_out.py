@@ -12,6 +12,7 @@ import torch.distributed as dist
 from scipy.special import stdtrit
 from torch.utils.data import DataLoader
 
+from checkpoint import settings_of
 from data import collate, ignore_signals_in_worker, windows
 from kernels import describe_kernels
 from model import ac_losses, compose_states, lora_layers, merge_lora, predict, without_lora
@@ -23,7 +24,9 @@ def precision_of(asked, state, device):
     """The precision that a run is judged in: `asked` (--dtype) or what it was trained in. Returns
     (its name, a function that opens the autocast of training). On a GPU matrices of float32 are
     multiplied in TF32, as in training. Without a run (state None) it is float32."""
-    dtype = asked or (state["args"].get("dtype") if state else "float32")
+    dtype = asked
+    if dtype is None:
+        dtype = settings_of(state).get("dtype") if state else "float32"
 
     # an older checkpoint does not say: take what training takes without --dtype
     if dtype is None:
@@ -37,11 +40,23 @@ def precision_of(asked, state, device):
     return dtype, autocast
 
 
-def encoder_dtype(dtype, run):
-    """The dtype of the encoder's weights in a run of train_ac.py or train_lora.py."""
-    if dtype != "bfloat16" or run.get("save_encoder"):
+def encoder_dtype(dtype, settings):
+    """The dtype of the encoder's weights in a run of train_ac.py or train_lora.py with these
+    settings, judged in the precision `dtype` (a name)."""
+    # --save_encoder keeps them in float32, as Meta's files do
+    if dtype != "bfloat16" or settings.get("save_encoder"):
         return torch.float32
     return torch.bfloat16
+
+
+def states_from(compose, scaler, device):
+    """compose_states, compose_poses or hold_state for actions of this scaler: a function from
+    state0 and scaled actions to states."""
+    return functools.partial(
+        compose,
+        mean=torch.tensor(scaler.mean, device=device).float(),
+        scale=torch.tensor(scaler.scale, device=device).float(),
+    )
 
 
 def precision_text(dtype, device, predictor, steps):
@@ -172,10 +187,18 @@ def bands_of(errors, recordings):
     return {k: (low.tolist(), high.tolist()) for k, (low, high) in bands.items()}
 
 
+def signed(value, form="+.2%"):
+    """A number with its sign, for a person; what is nothing when it is rounded has no sign."""
+    text = f"{value:{form}}"
+    if text[:1] in "+-" and not text.strip("+-0.%"):
+        return text[1:]
+    return text
+
+
 def interval_text(low, high, recordings, form="+.2%"):
     """The 95 % interval of `ratio_interval` for a person, or why there is none."""
     if math.isfinite(low) and math.isfinite(high):
-        return f"[{low:{form}}, {high:{form}}]"
+        return f"[{signed(low, form)}, {signed(high, form)}]"
     count = len(set(recordings))
     if count < FEWEST_RECORDINGS:
         return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
@@ -186,7 +209,7 @@ def gap_text(gap, low, high, recordings):
     """An action gap with its interval for a person, or why there is none."""
     if math.isnan(gap) and len(set(recordings)) < 2:
         return "not given: shuffled actions must come from another recording, and here is only one"
-    return f"{gap:+.2%} {interval_text(low, high, recordings)}"
+    return f"{signed(gap)} {interval_text(low, high, recordings)}"
 
 
 # --- held-out errors ---
@@ -291,11 +314,7 @@ def held_out(
     for batch in loader:
         bad += batch["bad"]
         z, actions, states = features_of(batch)
-        states_of = functools.partial(
-            compose,
-            mean=torch.tensor(scaler.mean, device=z.device).float(),
-            scale=torch.tensor(scaler.scale, device=z.device).float(),
-        )
+        states_of = states_from(compose, scaler, z.device)
         recordings = [recording_of(key, batch) for key in batch["key"]]
         shuffled = others(recordings, actions)
         with autocast():
@@ -364,7 +383,7 @@ def compare_with_base(errors, recordings, base):
 
     gap = gap_text(row["tf_gap"], row["tf_gap_low"], row["tf_gap_high"], recordings)
     if not math.isnan(row["ro_gap"]):
-        gap += f"; rolled out {row['ro_gap']:+.2%}"
+        gap += f"; rolled out {signed(row['ro_gap'])}"
     text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
 
     # does it help? the meter again, with the base's errors as those of shuffled actions
@@ -379,7 +398,7 @@ def compare_with_base(errors, recordings, base):
         between = interval_text(row["help_low"], row["help_high"], recordings)
         text += (
             f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}:"
-            f" {row['help']:+.2%} {between}; rolled out {row['ro_true']:.4f} and"
+            f" {signed(row['help'])} {between}; rolled out {row['ro_true']:.4f} and"
             f" {row['base_ro']:.4f}"
         )
     return blank(row), text
