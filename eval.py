@@ -25,6 +25,7 @@ def parse_flags():
     )
     repeated = {"nargs": "+", "action": "append"}
 
+    # what to judge, and on what
     flag = parser.add_argument_group("run and data").add_argument
     flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--data", "--data_path", **repeated, help="held-out data (default: the run's)")
@@ -32,12 +33,14 @@ def parse_flags():
     flag("--video", nargs="+", help="shards that features were made from, to show their frames")
     flag("--out", help="folder for report.json and report.html (default: beside the checkpoint)")
 
+    # how much of it, and what to look at
     flag = parser.add_argument_group("what to evaluate").add_argument
     flag("--val_clips", type=int, default=512, help="clips to evaluate, all kept in memory")
     flag("--samples", type=int, default=256, help="actions that the true one is ranked among")
     flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
     flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
 
+    # what changes speed and memory, but no number beyond rounding
     flag = parser.add_argument_group("how").add_argument
     flag("--batch_size", type=int, default=32, help="clips at once")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
@@ -49,6 +52,7 @@ def parse_flags():
     for name, least in (("samples", 1), ("batch_size", 1), ("val_clips", 2)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least {least}")
+    # one dimension swept twice would be a diagonal, not a landscape
     if args.landscape and args.landscape[0] == args.landscape[1]:
         parser.error(f"--landscape {' '.join(args.landscape)}: name two different dimensions")
     return args
@@ -108,6 +112,7 @@ FRAME_SIZE = 128
 def action_groups(names):
     """{group: indices of its dimensions} of action names: camera, keys, hotbar, gui; position,
     rotation, gripper; else by field."""
+    # dimensions of VPT, then of a robot's pose
     known = {"camera": CONTINUOUS, "hotbar": HOTBAR + SLOTS, "gui": ["gui_open"]}
     known |= {
         "position": ["x", "y", "z"],
@@ -135,6 +140,7 @@ def action_groups(names):
 def group_errors(predictor, z, actions, states, others, compose, groups):
     """Mean |error| (B, K) as in held_out.action_meter, {"tf_GROUP", "ro_GROUP"}, when only the
     dimensions of one group are those of `others` (B, K, A): of another recording."""
+    # predicted are the steps after the first
     errors = {}
     target = z[:, 1:]
     for name, columns in groups.items():
@@ -148,8 +154,12 @@ def group_errors(predictor, z, actions, states, others, compose, groups):
         # this group from elsewhere, the rest is true
         mixed = actions.clone()
         mixed[..., columns] = others[..., columns]
+
+        # rolled out, the states follow from the mixed actions: true ones would tell the true action
         one_step = predict(predictor, z[:, :-1], mixed, states)
         rolled_out = predictor.rollout(z[:, :1], mixed, compose(states[:, 0], mixed))
+
+        # the mean over patches and channels, by clip and horizon
         errors[f"tf_{name}"] = (one_step - target).abs().mean((2, 3))
         errors[f"ro_{name}"] = (rolled_out - target).abs().mean((2, 3))
     return errors
@@ -186,6 +196,7 @@ def energies(predictor, z, actions, states, candidates):
 def drawn_from_others(actions, i, recordings, count, generator):
     """Whole actions (count, A) drawn from all steps of all clips of other recordings than the i-th
     clip's; of all other clips where there is only one recording. actions (n, K, A)."""
+    # actions of the same recording are alike, and would rank too well
     clips = [j for j, name in enumerate(recordings) if name != recordings[i]]
     if not clips:
         clips = [j for j in range(len(recordings)) if j != i]
@@ -215,14 +226,16 @@ def swept(action, names, scaler, dims, axes):
     """The true scaled action (A,) with two dimensions (indices) taken through axes (in units) -> (G
     * G, A), the first one slowest. A mouse that moves also turns the camera, by
     vpt.DEGREES_PER_PIXEL, and the other way round."""
+    # a row for each point of the grid
     grid = np.repeat(to_units(action, scaler)[None], len(axes[0]) * len(axes[1]), axis=0)
     radians_per_pixel = np.radians(DEGREES_PER_PIXEL)
 
-    # mouse_dx with yaw, mouse_dy with pitch
+    # mouse_dx with yaw, mouse_dy with pitch: in play one never moves without the other
     tied = {}
     if names[:4] == CONTINUOUS:
         tied = {0: 2, 1: 3, 2: 0, 3: 1}
 
+    # the two dimensions, and what is tied to them
     for i, values in zip(dims, np.meshgrid(*axes, indexing="ij")):
         grid[:, i] = values.ravel()
         other = tied.get(i)
@@ -237,6 +250,7 @@ def dims_to_sweep(asked, names, actions, scaler):
     """The two dimensions of the landscape, `asked` or those that move a camera or an arm first, and
     the values (G,) along each, in units: up to what 99 % of the actions stay below. ValueError if
     one never differs from 0."""
+    # a few wild motions must not decide how far the axes reach
     sizes = np.abs(to_units(actions, scaler))
     spans = dict(zip(names, np.quantile(sizes, 0.99, axis=(0, 1))))
 
@@ -273,6 +287,7 @@ class Landscapes(NamedTuple):
 def explore(judged, dims, axes, samples):
     """Rank and landscape of the last action of each of the first SAMPLED clips -> Landscapes. dims:
     indices of the two dimensions; axes: values of each; samples: actions to rank among."""
+    # seeded, so that a second report ranks among the same actions
     run = judged.run
     names = run.state["action_names"]
     plain = to_units(judged.actions, run.scaler)[..., dims]  # (n, K, 2)
@@ -290,6 +305,8 @@ def explore(judged, dims, axes, samples):
         candidates = torch.cat([true[None], others, grid]).to(run.device)
         with run.autocast():
             e = energies(run.predictor, z, a, s, candidates).float().cpu()
+
+        # the true action's place among the others, and the grid as a picture
         ranks.append(rank_of(e[0], e[1 : len(others) + 1]))
         land = e[len(others) + 1 :].view(GRID, GRID).numpy()
         lands.append(land)
@@ -300,12 +317,14 @@ def explore(judged, dims, axes, samples):
         drawn = to_units(others, run.scaler)[:, dims]
         misses.append([np.abs(x - plain[i, -1]).mean(0) for x in (best, drawn)])
 
+    # over all clips, for each dimension
     argmin, random = np.mean(misses, axis=0)
     return Landscapes(ranks, lands, argmin, random)
 
 
 def landscape_lines(found, dims, units, samples, recordings):
     """Rank and landscape for a person."""
+    # the rank says whether the action matters, the distance whether it is the right one
     source = "other recordings" if len(set(recordings)) > 1 else "the same recording"
     lines = [
         f"rank of the true action among {samples} of {source}: {np.mean(found.ranks):.3f} (0 best,"
@@ -327,6 +346,7 @@ def landscape_lines(found, dims, units, samples, recordings):
 def retrieve(predictions, pool):
     """Index of the nearest pool step (P, N, E) for each prediction (..., N, E), by mean
     |difference|, and that distance."""
+    # all patches and channels of a step are one long row
     rows = predictions.flatten(0, -3).flatten(1)
     distance = torch.cdist(rows, pool.flatten(1), p=1) / pool[0].numel()
     least, index = distance.min(1)
@@ -361,11 +381,15 @@ def retrieval(predictor, places, T, batch_size, compose, load):
         # nearest to the prediction, and to the first step: a model that stands still is a copy
         copied = retrieve(z[:, :1].expand_as(ahead), pool)[0].cpu()
         nearest = retrieve(ahead, pool)[0].cpu()
+
+        # places in the pool as (clip, step)
         for i, row in zip(group, nearest.tolist()):
             nearest_of[i] = [(group[j // T], j % T) for j in row]
         for name, index in (("", nearest), ("copy_", copied)):
             rows[name + "hit"].append((index == true).double())
             rows[name + "offset"].append((time[index] - time[true]).abs())
+
+        # a step drawn blindly from the pool
         rows["chance"].append(torch.full((len(group),), 1 / len(time)))
 
     # offsets have long tails, so a median
@@ -379,6 +403,7 @@ def retrieval(predictor, places, T, batch_size, compose, load):
 
 def retrieval_lines(rows, T, seconds):
     """Retrieval for a person, a column for each horizon."""
+    # one column for each step ahead
     header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, T))
     lines = ["retrieval: nearest step " + header]
     labels = {
@@ -387,6 +412,8 @@ def retrieval_lines(rows, T, seconds):
         "offset": "median steps off",
         "copy_offset": "same, copying",
     }
+
+    # shares in percent, offsets in steps
     for name, label in labels.items():
         form = "9.0f" if "offset" in name else "9.1%"
         lines.append(f"  {label:22}" + "".join(f"{x:{form}}" for x in rows[name]))
@@ -407,11 +434,13 @@ class KeptClips:
 
     def keep(self, batch):
         """In place of features_of: the same, and the clips of the batch are kept."""
+        # later sections go through the same batches
         size = len(batch["key"])
         self.sizes.append(size)
         for i in range(size):
             clip = {}
             for name, values in batch.items():
+                # of the batch, not of a clip
                 if name in ("bad", "bytes"):
                     continue
                 # a copy, because loader processes use their memory again
@@ -421,6 +450,7 @@ class KeptClips:
 
     def load(self, numbers):
         """The clips with these numbers, as one batch."""
+        # what a clip holds beside tensors, such as its key, is not needed for features
         batch = {}
         for name, value in self.clips[0].items():
             if torch.is_tensor(value):
@@ -478,6 +508,7 @@ class Section(NamedTuple):
 
 def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers):
     """Read the held-out clips once and measure their errors -> (Judged, [bad clip])."""
+    # the meter reads each clip once, and all later sections take it from memory
     kept = KeptClips(features_of)
     errors, recordings, bad = held_out(
         run.predictor,
@@ -491,6 +522,8 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
         run.autocast,
         compose=compose,
     )
+
+    # the losses are of training; here errors count
     errors = {k: v for k, v in errors.items() if k.startswith(("tf_", "ro_"))}
 
     # where a recording is damaged, another one was read in its place
@@ -500,6 +533,7 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
         if kept.clips[i]["key"] == dataset.records[item[2]].key:
             places[i] = item[2:]
 
+    # together, for the sections
     judged = Judged(
         run=run,
         kept=kept,
@@ -553,14 +587,19 @@ def verdict_of(summary, recordings):
 
 def errors_section(judged):
     """Error, gap and skill, one step ahead and rolled out."""
+    # intervals over recordings, by horizon
     errors = judged.errors
     bands = bands_of(errors, judged.recordings)
+
+    # for a person
     facts = [pictures.table(errors, judged.summary, judged.seconds, judged.gap_text())]
 
+    # for a program
     report = dict(judged.summary)
     report["by_horizon"] = {k: v.mean(0).tolist() for k, v in errors.items() if k[:3] == "ro_"}
     report["intervals"] = bands
 
+    # for the eye
     means = {k: errors[f"ro_{k}"].mean(0).numpy() for k in pictures.COLORS}
     figure = pictures.plot_horizons(means, bands, judged.seconds)
     return Section(facts, report, {"Error by horizon": [figure]})
@@ -601,9 +640,12 @@ def groups_section(judged):
 def group_lines(gaps, summary, gap, recordings):
     """The gaps of groups for a person; gap: the text of the whole one, in place of all gaps where
     there is no other recording."""
+    # with one recording there is no other to take actions from
     title = "gap of one group of actions: one step ahead, rolled out"
     if math.isnan(summary["tf_gap"]):
         return [f"{title}: {gap}"]
+
+    # a row for each group
     lines = [title]
     for group, both in gaps.items():
         cells = ""
@@ -616,12 +658,14 @@ def group_lines(gaps, summary, gap, recordings):
 def landscape_section(judged, dims, axes, samples):
     """Is the true action told from others? Its rank, and the error around it. dims: names of the
     two dimensions that are swept through axes."""
+    # dimensions by name for the reader, by index for the model
     scaler = judged.run.scaler
     names = judged.run.state["action_names"]
     index = [names.index(d) for d in dims]
     units = dict(zip(names, scaler.meta.get("units", [])))
     found = explore(judged, index, axes, samples)
 
+    # what was found, for a person and for a program
     facts = landscape_lines(found, dims, units, samples, judged.recordings)
     report = {"rank": float(np.mean(found.ranks)), "ranked_clips": len(found.ranks)}
     report["landscape"] = {}
@@ -633,6 +677,8 @@ def landscape_section(judged, dims, axes, samples):
     motion = np.linalg.norm(plain / [axis[-1] for axis in axes], axis=1)
     largest = pictures.spread_over((-motion).argsort().tolist(), judged.recordings, 4)
     panels = [(judged.recordings[i], found.energies[i], plain[i]) for i in largest]
+
+    # both figures
     labels = [(d, units.get(d, "")) for d in dims]
     source = "of other recordings" if len(set(judged.recordings)) > 1 else "of this recording"
     figures = {
@@ -644,6 +690,7 @@ def landscape_section(judged, dims, axes, samples):
 
 def retrieval_section(judged, batch_size):
     """Which recorded step is nearest to each predicted one? -> (Section, {clip: K (clip, step)})"""
+    # steps of a clip: those that are predicted, and the first
     run = judged.run
     T = judged.errors["ro_true"].shape[1] + 1
     with run.autocast():
@@ -660,9 +707,12 @@ class Frames:
     (of pictures.find_videos) those that features were made from."""
 
     def __init__(self, judged, dataset, videos):
+        # where clips and their recordings are
         self.judged = judged
         self.records = dataset.records
         self.videos = videos
+
+        # frames for the eye are larger than those for a small encoder
         self.reader = dataset.reader
         if videos:
             reader = dataset.reader
@@ -675,6 +725,8 @@ class Frames:
                 reader.scaler,
                 reader.encode,
             )
+
+        # several figures show the same clip
         self.cache = {}
 
     def of(self, i):
@@ -690,6 +742,7 @@ class Frames:
 
 def clips_to_show(judged, count):
     """Clips in which much changes, of different recordings where there are any."""
+    # the copy's error at the end says how much has changed by then
     change = judged.errors["ro_copy"][:, -1].argsort(descending=True).tolist()
     return pictures.spread_over([i for i in change if i in judged.places], judged.recordings, count)
 
@@ -697,6 +750,7 @@ def clips_to_show(judged, count):
 def strips_of(judged, shown, nearest, frames):
     """For each clip a strip of what was recorded, above the recorded frames that are nearest to
     the prediction. nearest: of retrieval_section."""
+    # above each frame: how far ahead it is
     T = judged.errors["ro_true"].shape[1] + 1
     titles = ["start", *(f"+{k * judged.seconds:.3g} s" for k in range(1, T))]
     strips = []
@@ -707,6 +761,8 @@ def strips_of(judged, shown, nearest, frames):
             steps_off = (judged.places[j][1] - judged.places[i][1]) * T + t - k
             noun = "step" if abs(steps_off) == 1 else "steps"
             offsets.append(f"{steps_off:+d} {noun}" if steps_off else "the same")
+
+        # the start is known, so nothing is nearest to it
         strip = {
             "recorded": frames.of(i),
             "nearest to\nprediction": [None, *(frames.of(j)[t] for j, t in nearest[i])],
@@ -718,6 +774,7 @@ def strips_of(judged, shown, nearest, frames):
 def token_colors(judged, i, frames):
     """The patch tokens of a clip as colours, recorded and rolled out, at a few horizons. frames:
     None without pixels."""
+    # a rollout from the first step under the true actions
     run = judged.run
     z, a, s = one_clip(judged.kept, i)
     with run.autocast(), torch.no_grad():
@@ -727,10 +784,14 @@ def token_colors(judged, i, frames):
     # the first, two in between and the last
     K = len(a)
     steps = sorted({1, (K + 2) // 3, (2 * K + 2) // 3, K})
+
+    # frames, recorded tokens and predicted ones, a row each
     rows = {}
     if frames is not None:
         rows["frame"] = [frames.of(i)[k] for k in steps]
     colors = pictures.pca_colors(z[1:].cpu(), ahead.cpu())
+
+    # colours as squares of the patch grid
     grid = run.state["grid"]
     for name, of_steps in zip(("recorded", "predicted"), colors):
         squares = of_steps.reshape(-1, grid, grid, 3)
@@ -740,6 +801,7 @@ def token_colors(judged, i, frames):
 
 def attention_figure(judged, i, heads, frames):
     """What the patch of a clip that changed most attends to. frames: None without pixels."""
+    # from the step before the last one known to the last one: there the clip moves
     predictor = judged.run.predictor
     z, a, s = one_clip(judged.kept, i)
     patch = 0
@@ -816,6 +878,8 @@ if __name__ == "__main__":
     frames = Frames(judged, dataset, videos) if has_pixels or videos else None
     shown = clips_to_show(judged, 3)
     strips = strips_of(judged, shown, nearest, frames) if frames is not None else []
+
+    # in the order of the page
     figures = {}
     for section in sections:
         figures |= section.figures
@@ -830,10 +894,14 @@ if __name__ == "__main__":
         "clips": len(recordings),
         "recordings": len(set(recordings)),
     }
+
+    # every section adds its lines and its numbers
     facts = []
     for section in sections:
         report |= section.report
         facts += section.facts
+
+    # both files are whole or not there
     out = args.out or os.path.dirname(run.path) or "."
     write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
     pictures.write_page(
@@ -845,6 +913,8 @@ if __name__ == "__main__":
         "\n".join(facts),
         figures,
     )
+
+    # last on the terminal, because it is what one came for
     print(*verdict)
     print(f"peak memory {checkpoint.peak_memory(run.device):.0f} MiB")
     print(f"written to {out}: report.json, report.html")

@@ -27,12 +27,14 @@ def parse_flags():
     )
     switch = argparse.BooleanOptionalAction
 
+    # what to judge, and on what
     flag = parser.add_argument_group("run and data").add_argument
     flag("--checkpoint", required=True, help="run folder of train_lam.py, or a checkpoint")
     flag("--data_dir", help="folder of the H5 files (default: the run's)")
     flag("--manifest_path", help="split of prepare.manifest (default: the run's, or --data_dir's)")
     flag("--split", default="test", choices=["test", "validation"], help="files to judge on")
 
+    # how much of it; what takes long can be left out
     flag = parser.add_argument_group("what to evaluate").add_argument
     flag("--val_clips", type=int, default=512, help="windows to judge on, and to fit probes on")
     flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' video VAE")
@@ -40,6 +42,7 @@ def parse_flags():
     ceiling = "train a small network with the labels on raw latents: what they give away (minutes)"
     flag("--ceiling", action=switch, default=True, help=ceiling)
 
+    # what changes speed and memory, but no number beyond rounding
     flag = parser.add_argument_group("how").add_argument
     flag("--batch_size", type=int, default=32, help="windows at once")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
@@ -50,6 +53,7 @@ def parse_flags():
     for name in ("val_clips", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
+    # without a decoder there are no frames to compare
     if args.metrics and not args.vae:
         parser.error("--metrics is for decoded frames: name the video VAE with --vae")
     return args
@@ -106,13 +110,18 @@ SHOWN_CODES = 16
 def find_manifest(state, data_dir, manifest_path):
     """(manifest, folder of its files) to judge a run on: the run's own, unless flags name
     others."""
+    # a split that is named counts
     folder = data_dir or state.get("data_dir") or os.path.dirname(state["manifest"])
     if manifest_path:
         return manifest_path, folder
+
+    # another folder has its own split, unless it is the run's own folder
     same = state.get("data_dir") and os.path.realpath(folder) == os.path.realpath(state["data_dir"])
     beside = os.path.join(folder, "manifest.json")
     if data_dir and os.path.exists(beside) and not (same and os.path.exists(state["manifest"])):
         return beside, folder
+
+    # else the run's, if it is still there
     if not os.path.exists(state["manifest"]):
         raise FileNotFoundError(
             f"{state['manifest']}, which the run was trained from, is gone: name the folder of the"
@@ -140,6 +149,7 @@ def write_report(out, report):
 def open_split_of(state, path, split, manifest, folder):
     """The files of a manifest to judge a run on -> ({split: files}). ValueError if there are none,
     or if they are latents of another kind; a warning if the run was trained on them."""
+    # are there files, and of the kind that the model takes?
     meta, splits = open_manifest(manifest, folder)
     if not splits.get(split):
         filled = [k for k, files in splits.items() if files and k != "train"]
@@ -174,17 +184,24 @@ def open_split_of(state, path, split, manifest, folder):
 def encode_all(model, dataset, batch_size, clips):
     """codes, z_e, labels and raw pairs (n, 2C, h, w) (pooled to at most 16 x 16) of the transitions
     of at most `clips` windows, those whose file has its truth."""
+    # codes and vectors as the model sees the windows; labels as they were recorded
     device = next(model.parameters()).device
     rows = {"codes": [], "z_e": [], "labels": [], "pairs": []}
     for batch in latent_sequences(dataset, batch_size, items=dataset.windows(batch_size, clips)):
         z = batch["z"]
         indices, z_e, _ = model.encode(z.to(device))
+
+        # raw latents for the ceiling, small enough to keep them all
         size = [min(16, length) for length in z.shape[-2:]]
         small = F.adaptive_avg_pool2d(z.flatten(0, 1), size).unflatten(0, z.shape[:2])
+
+        # a row for each transition
         rows["codes"].append(indices.flatten(0, 1).cpu())
         rows["z_e"].append(z_e.flatten(0, 1).cpu())
         rows["labels"].append(batch["labels"].flatten(0, 1).cpu())
         rows["pairs"].append(torch.cat([small[:, :-1], small[:, 1:]], dim=2).flatten(0, 1).cpu())
+
+    # a transition without its truth can neither teach nor test
     arrays = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
     known = has_truth(arrays["labels"])
     return {name: x[known] for name, x in arrays.items()}
@@ -192,6 +209,7 @@ def encode_all(model, dataset, batch_size, clips):
 
 def linear_probe(x, y, x_test, y_test):
     """Balanced accuracy of a logistic regression fitted on (x, y)."""
+    # inputs in the same units; a constant one stays 0
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     probe = LogisticRegression(max_iter=3000, class_weight="balanced")
@@ -202,6 +220,7 @@ def linear_probe(x, y, x_test, y_test):
 def balanced_accuracy(y, guess):
     """Mean over the true classes of the share that is recognised. (scikit-learn's warns of classes
     that only the guess has.)"""
+    # rare actions count as much as common ones
     shares = [np.mean(guess[y == value] == value) for value in np.unique(y)]
     return float(np.mean(shares))
 
@@ -209,12 +228,15 @@ def balanced_accuracy(y, guess):
 def ceiling(x, y, x_test, y_test, name=""):
     """Balanced accuracy of a small convolutional network trained with the labels on raw pairs of
     steps: what they give away."""
+    # classes as numbers, weighted by how rare they are
     torch.manual_seed(0)
     names, y = np.unique(y, return_inverse=True)
     x = torch.from_numpy(x)
     x_test = torch.from_numpy(x_test)
     y = torch.from_numpy(y)
     weight = len(y) / (len(names) * torch.bincount(y)).float()
+
+    # three convolutions: enough for a shift of the picture
     net = nn.Sequential(
         nn.Conv2d(x.shape[1], 48, 3, 1, 1),
         nn.GELU(),
@@ -230,6 +252,8 @@ def ceiling(x, y, x_test, y_test, name=""):
 
     # few transitions are learned by heart early
     steps = min(max(40 * len(x) // 64, 300), 2400)
+
+    # plain training on random batches
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), unit=" steps", desc=f"ceiling {name}"):
@@ -238,6 +262,8 @@ def ceiling(x, y, x_test, y_test, name=""):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+
+    # what it says about files that it has not seen
     with torch.no_grad():
         guess = torch.cat([net.eval()(part).argmax(1) for part in x_test.split(256)])
     return balanced_accuracy(y_test, names[guess.numpy()])
@@ -247,10 +273,13 @@ def ceiling(x, y, x_test, y_test, name=""):
 def displacement(model, z, code):
     """Median motion (down, right) in latent pixels that a code (slots,) causes in steps z (B, C, H,
     W): the peak of the circular cross-correlation of each step and the one decoded after it."""
+    # steps and what the code makes of them, without their mean
     H, W = z.shape[2:]
     after = model.decode(z, code.expand(len(z), -1))
     spectrum = torch.fft.rfft2(z - z.mean((2, 3), keepdim=True))
     after_spectrum = torch.fft.rfft2(after - after.mean((2, 3), keepdim=True))
+
+    # the shift at which they agree most
     correlation = torch.fft.irfft2((after_spectrum * spectrum.conj()).sum(1), s=(H, W))
     peak = correlation.flatten(1).argmax(1)
 
@@ -279,6 +308,8 @@ def plot_codes(path, ids, actions, names, moves):
     share = [np.mean(ids == code) for code in moves]
     order = np.lexsort((-np.array(share), table.argmax(1)))
     codes = [list(moves)[i] for i in order]
+
+    # a row for each code
     rows = range(len(codes))
     fig = Figure(figsize=(13, 1.6 + 0.32 * len(codes)), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
@@ -306,6 +337,8 @@ def plot_codes(path, ids, actions, names, moves):
         xticks=[],
         title="motion it causes, latent pixels a step",
     )
+
+    # the code's numbers and how often it is used
     labels = []
     for code, i in zip(codes, order):
         numbers = "-".join(map(str, names[code]))
@@ -323,6 +356,7 @@ def plot_codes(path, ids, actions, names, moves):
 
 def most_used(ids):
     """{code: its share} of the SHOWN_CODES most used ones, the most used first."""
+    # ties in the order of their numbers, so that a second report shows the same
     values, counts = np.unique(ids, return_counts=True)
     order = np.argsort(-counts)[:SHOWN_CODES]
     return dict(zip(values[order].tolist(), (counts / counts.sum())[order].tolist()))
@@ -345,6 +379,8 @@ if __name__ == "__main__":
     device = pick_device()
     model.to(device)
     dtype, autocast = precision_of(args.dtype, state, device)
+
+    # windows of the files to judge on
     test = Latents(splits[args.split], state["sequence_length"])
     out = os.path.dirname(os.path.abspath(path))
 
@@ -352,6 +388,8 @@ if __name__ == "__main__":
     K = state["lam"]["num_embeddings"] if quantises(model) else None
     found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers, autocast)
     summary = code_summary(found, K)
+
+    # the table: every number with what it means
     print(
         f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split});"
         f" {dtype} on {device.type}"
@@ -359,6 +397,8 @@ if __name__ == "__main__":
     for name, value in summary.items():
         if not math.isnan(value):
             print(f"  {name:20} {value:10.4g}  {MEANINGS[name]}")
+
+    # what is wrong with it
     if model.quantizer is not None and not K:
         print(
             f"WARNING: the run stopped in its warm-up, after {int(model.quantizer.seen[0])} of"
@@ -369,6 +409,8 @@ if __name__ == "__main__":
         print(f"WARNING: {sentence}")
     for sentence in truth_notes(test, found, args.split):
         print(f"note: {sentence}")
+
+    # written now, and again after each part that takes longer
     report = {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary
     report["quantises"] = K is not None
     write_report(out, report)
@@ -377,6 +419,8 @@ if __name__ == "__main__":
     if K:
         ids = pack_codes(found["codes"], K)
         shares = most_used(ids)
+
+        # each code is put to the same 32 steps
         items = sum(test.windows(8, 32), [])
         z = torch.stack([test[0, 0, number, k]["z"][0] for _, _, number, k in items]).to(device)
         names, moves = {}, {}
@@ -384,6 +428,8 @@ if __name__ == "__main__":
             names[code] = unpack_codes(torch.tensor(code), K, model.num_codes).tolist()
             with autocast():
                 moves[code] = displacement(model, z, torch.tensor(names[code], device=device))
+
+        # true actions as numbers, -1 where one is not known
         actions = np.zeros(len(ids), int)
         if test.labels:
             known = has_truth(found["labels"])
@@ -398,6 +444,8 @@ if __name__ == "__main__":
 
     # --- probes: what a classifier reads from codes and vectors ---
     train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
+
+    # labels that both splits have
     labels = [k for k in test.labels if train is not None and k in train.labels]
     for name in test.labels:
         if name not in labels:
@@ -406,11 +454,15 @@ if __name__ == "__main__":
         with autocast():
             fit = encode_all(model, train, args.batch_size, args.val_clips)
             judged = encode_all(model, test, args.batch_size, args.val_clips)
+
+        # a code is a category: its numbers have no order
         ids_fit = pack_codes(fit["codes"], K or 1)
         ids_test = pack_codes(judged["codes"], K or 1)
         one_hot_fit = np.float64(ids_fit[:, None] == np.unique(ids_fit))
         one_hot_test = np.float64(ids_test[:, None] == np.unique(ids_fit))
         print("balanced accuracy of a probe      chance   codes     z_e")
+
+    # one probe for each label
     probed = []
     for name in labels:
         y = fit["labels"][:, train.labels.index(name)]
@@ -421,9 +473,13 @@ if __name__ == "__main__":
         if len(np.unique(y)) < 2:
             print(f"note: no probe of {name}: it is {y[0]} in all training transitions")
             continue
+
+        # an action that training does not have cannot be recognised
         unseen = sorted(set(y_test.tolist()) - set(y.tolist()))
         if unseen:
             print(f"note: {name} {unseen} never occurs in training: no probe can name it")
+
+        # from the code alone, and from the vector before it was quantised
         row = {"chance": 1 / len(np.unique(y)), "codes": math.nan}
         if K:
             row["codes"] = linear_probe(one_hot_fit, y, one_hot_test, y_test)

@@ -39,6 +39,7 @@ def parse_flags():
     )
     repeated = {"nargs": "+", "action": "append"}
 
+    # which model plans
     flag = parser.add_argument_group("run").add_argument
     flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--encoder", help="weights of the encoder, for pictures (default: what the run used)")
@@ -46,6 +47,7 @@ def parse_flags():
     flag("--seed", type=int, default=0, help="seed of trials and samples")
     flag("--out", help="file to write (default: plan.json, plan-pictures.json or plan-turn.json)")
 
+    # where: three ways to judge it
     flag = parser.add_argument_group("plan in recordings").add_argument
     flag("--data", "--data_path", **repeated, help="held-out data (default: the run's)")
     flag("--clips", type=int, default=100, help="clips to plan in")
@@ -60,6 +62,7 @@ def parse_flags():
     flag("--trials", type=int, default=50, help="trials to play")
     flag("--steps", type=int, default=8, help="steps of a trial")
 
+    # bounds of the actions
     flag = parser.add_argument_group("what may be done").add_argument
     flag(
         "--keys",
@@ -71,6 +74,7 @@ def parse_flags():
     flag("--reach", type=float, default=1.0, help="std of mouse motion, in the recorded ones")
     flag("--maxnorm", type=float, default=0.05, help="robots: metres a step along each axis")
 
+    # the planner
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
     flag("--context", type=int, default=1, help="past steps that the predictor sees")
@@ -180,12 +184,15 @@ def recorded(
     Plans start from step `context` of a clip. With a context of one step they start from the second
     one where the clip is long enough: before the first no action is known that could be repeated
     (nan)."""
+    # motion is compared in its units
     scaler = dataset.reader.scaler
     mean = torch.tensor(scaler.mean, dtype=torch.float32)
     scale = torch.tensor(scaler.scale, dtype=torch.float32)
     sums, random = [], []
     recordings = []
     items = sum(windows(dataset, 1, clips), [])
+
+    # clip by clip: each has its own goal, and a search of its own
     for item in tqdm(items, unit=" clips", desc=f"horizon {horizon}"):
         batch = collate([dataset[item]])
         z, actions, states = features_of(batch)
@@ -274,6 +281,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
         degrees = 180 / math.pi
         shown = [("yaw", 2, degrees, "deg"), ("pitch", 3, degrees, "deg")]
 
+    # for the report, for a person, and where the model is not shown to help
     rows, lines = [], []
     doubts = []
     for horizon in horizons:
@@ -281,6 +289,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
 
         # a row for each dimension
         for name, i, unit, symbol in shown:
+            # how far the plan is off, a random draw and the policies that need no model
             off = unit * (sums[:, 1:, i] - sums[:, :1, i]).abs()
             errors = {"plan": off[:, 0], "random": unit * random[:, i]}
             errors |= {policy: off[:, k] for k, policy in enumerate(TRIVIAL, 1)}
@@ -308,6 +317,8 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
     columns = "".join(f"{k:>9}" for k in errors)
     print(f"horizon  of     unit{columns}    best of those / plan, 95 % over recordings")
     print(*lines, sep="\n")
+
+    # no ratio without its interval
     if doubts:
         print(
             "WARNING: not shown to be better than the best policy without a model (the interval is"
@@ -342,6 +353,7 @@ def read_pictures(paths):
     frames = []
     for path in paths:
         try:
+            # what decodes as a frame is an image
             with open_video(path) as container:
                 frames.append(next(container.decode(video=0)))
         except (ValueError, StopIteration) as e:
@@ -371,6 +383,8 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
         f"distance to the goal (mean |difference| of features): now {distance:.4f}, expected after"
         f" the plan {after_plan:.4f}, after doing nothing {after_rest:.4f}"
     )
+
+    # then there is nothing to expect of it
     if not after_plan < distance:
         print(
             "WARNING: no plan promises to come nearer than it is now: the pictures may be too far"
@@ -381,6 +395,7 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
 
 def robot_plan(plan, scaler, names):
     """A plan (H, 7) in metres and radians, as a list; prints it."""
+    # back from stds to metres and radians
     device = plan.device
     mean = torch.tensor(scaler.mean, dtype=torch.float32, device=device)
     scale = torch.tensor(scaler.scale, dtype=torch.float32, device=device)
@@ -413,6 +428,7 @@ def agent(player, space, scaler, names, choose):
     """A function act(goal) that does one step in the game. choose(seen, done, goal) returns scaled
     actions, and the first of them is done. seen: [(z (N, E), yaw, pitch in radians)] of the steps
     until now; done: the scaled actions [(1, A)] between them."""
+    # everything since the trial began
     seen, done = [], []
 
     def act(goal):
@@ -476,6 +492,7 @@ def chooser(
 def play_policies(player, policies, make_agent, task, maps, trials, steps, seed):
     """Play a task with each policy {name: choose of `agent`}, the same trials for all -> {name:
     [distances to the goal after 0, 1, ... steps of each trial]}. make_agent(choose) -> act."""
+    # each policy plays all trials, so that they can be compared
     distances = {}
     for policy, choose in policies.items():
         distances[policy] = []
@@ -492,6 +509,8 @@ def print_trials(distances, task):
     success, unit = SUCCESS[task]
     trials = count_text(len(next(iter(distances.values()))), "trial")
     print(f"{task}: {trials} on held-out maps; success: within {success} {unit} at the end")
+
+    # a row for each policy
     print(
         f"policy   success   {unit} at the start, at the end: mean, median   success after 1, 2,"
         " ... steps"
@@ -501,6 +520,8 @@ def print_trials(distances, task):
         tracks = np.array(tracks)
         start = tracks[:, 0]
         end = tracks[:, -1]
+
+        # how soon it is there
         by_step = " ".join(f"{x:4.0%}" for x in (tracks[:, 1:] < success).mean(0))
         print(
             f"{policy:8} {(end < success).mean():7.0%} {start.mean():12.1f} {end.mean():9.1f}"

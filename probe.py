@@ -33,6 +33,7 @@ def parse_flags():
     )
     repeated = {"nargs": "+", "action": "append"}
 
+    # whose features, on which play
     flag = parser.add_argument_group("run and data").add_argument
     flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
     flag("--data", "--data_path", **repeated, help="shards to fit on (default: the run's)")
@@ -40,6 +41,7 @@ def parse_flags():
     flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
     flag("--out", help="folder of probe.json (default: the checkpoint's); with --label the shard")
 
+    # what to read from them
     flag = parser.add_argument_group("tasks").add_argument
     flag("--task", nargs="+", choices=TASKS, help="(default: all; classify with a label)")
     flag("--horizon", type=int, default=3, help="anticipation: actions ahead")
@@ -48,6 +50,7 @@ def parse_flags():
     flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
     flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
 
+    # how long that takes
     flag = parser.add_argument_group("how").add_argument
     flag("--steps", type=int, default=600, help="AdamW steps of an attentive head")
     flag("--side", type=int, default=4, help="tokens are averaged over this many cells a side")
@@ -57,6 +60,7 @@ def parse_flags():
     flag("--num_workers", type=int, default=2, help="loader processes")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
 
+    # what a run's checkpoint says otherwise
     flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
     flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
     flag("--fps", type=float, default=5.0, help="sampled frames a second")
@@ -145,6 +149,7 @@ from kernels import describe_kernels
 
 def lines_of(record):
     """The text of the lines of a recording's ticks, and its ticks."""
+    # ticks say which of the lines are usable
     ticks = read_ticks(record)
     with Slice(record.shard, *record.members["jsonl"]) as f:
         text = f.read().splitlines()
@@ -154,9 +159,11 @@ def lines_of(record):
 def line_labels(clips, field, shards, reader):
     """The value of a field of the JSONL lines, as text, at the middle tick of each clip; shards:
     records with lines, by recording."""
+    # lines are parsed once a recording
     labels = []
-    cached = {}  # by recording
+    cached = {}
     for record, window in clips["place"]:
+        # features have no lines of their own
         source = shards.get(record.recording)
         if source is None:
             raise ValueError(
@@ -172,6 +179,8 @@ def line_labels(clips, field, shards, reader):
         start = 0
         if "safetensors" in record.members:
             start = int(record.key.rpartition("@")[2])
+
+        # the label of a clip is that of its middle
         middle = start + round((window + 0.5) * reader.frames * stride)
         line = json.loads(text[middle])
         if field not in line:
@@ -185,11 +194,14 @@ def line_labels(clips, field, shards, reader):
 
 def csv_labels(path, known):
     """{recording: label} of a CSV with columns key,label."""
+    # as it is read by a person: one label a recording
     with open(path, newline="") as f:
         rows = csv.DictReader(f)
         if not {"key", "label"} <= set(rows.fieldnames or ()):
             raise ValueError(f"--labels {path} has columns {rows.fieldnames}, not key and label")
         found = {row["key"]: row["label"] for row in rows}
+
+    # a misspelt recording would silently go without its label
     strange = sorted(found.keys() - known)
     if strange:
         raise ValueError(
@@ -201,6 +213,7 @@ def csv_labels(path, known):
 
 def labels_from_csv(path, clips, records):
     """The label of each clip's recording from a CSV, "" for none; prints how many have none."""
+    # recordings without a label are left out, not counted as a class
     known = {r.recording for r in records}
     found = csv_labels(path, known)
     unlabelled = sorted(known - found.keys())
@@ -214,6 +227,7 @@ def labels_from_csv(path, clips, records):
 
 def labels_from_lines(field, clips, records, lines, reader):
     """line_labels of clips; lines: shards that features were made from, or None."""
+    # features name the recording, the shards that they were made from have its lines
     if lines:
         records, _ = open_records(lines)
     with_lines = {r.recording: r for r in records if "jsonl" in r.members}
@@ -233,11 +247,15 @@ def guide_lines(actions, names, ends, frames, rate):
     tick = np.arange(frames)
     step = np.clip(np.searchsorted(ends, tick, side="right") - 1, 0, len(actions) - 1)
     inside = (tick >= ends[0]) & (tick < ends[-1])
+
+    # its motion in equal parts; a line holds where the camera was before it moved
     motion = actions[step, :4] * (inside / np.diff(ends)[step])[:, None]
     yaw, pitch = (np.cumsum(motion[:, 2:], axis=0) - motion[:, 2:]).T
 
     # dimensions of slots, buttons and keys
     slots = [i for i, n in enumerate(names) if n in SLOTS]
+
+    # the likeliest slot is the one that is open
     hotbar = actions[:, slots].argmax(1)[step] if slots else np.zeros(frames, int)
     gui = names.index("gui_open") if "gui_open" in names else None
     buttons, keys = [], []
@@ -247,6 +265,7 @@ def guide_lines(actions, names, ends, frames, rate):
         elif name.startswith("key.") and not (slots and name[4:].isdigit()):
             keys.append((i, f"key.keyboard.{name[4:]}"))
 
+    # one line a tick
     for t in range(frames):
         pressed = actions[step[t]] * inside[t]
         turned = float(wrap(yaw[t]))
@@ -268,8 +287,11 @@ def guide_lines(actions, names, ends, frames, rate):
 def steps_of_video(file, times, reader):
     """Frames that the steps of a video show (S, frames a step), and its frames a second. times: of
     all frames. ValueError with fewer than two steps."""
+    # the rate of most frames: a recording may have a few gaps
     with open_video(file) as container:
         rate = 1 / float(np.median(np.diff(times)) * container.streams.video[0].time_base)
+
+    # frames that are sampled, by step; a rest that fills no step is left out
     each = reader.frames_per_step
     shown = step_size(rate, reader.fps) * np.arange(len(times))
     shown = shown[shown < len(times)]
@@ -283,6 +305,7 @@ def steps_of_video(file, times, reader):
 
 def cropped(file, times, frames, reader):
     """Frames of a video, centre-cropped as in training, (1, T, 3, H, W) uint8."""
+    # the reader resizes the short side, the rest is cut evenly
     video = read_frames(file, times, frames, reader.crop, reader.decoder)
     y, x = (np.array(video.shape[1:3]) - reader.crop) // 2
     square = video[:, y : y + reader.crop, x : x + reader.crop]
@@ -293,6 +316,7 @@ def cropped(file, times, frames, reader):
 def label_video(data, head, names, columns, reader, features_of, side):
     """Bytes of an mp4 -> (lines, actions (S-1, A), ends (S,)): what a fitted head says about its
     steps."""
+    # which frames the steps show
     f = io.BytesIO(data)
     times = mp4_times(f)
     f.seek(0)
@@ -303,6 +327,7 @@ def label_video(data, head, names, columns, reader, features_of, side):
     T = reader.frames // reader.frames_per_step
     scores = np.zeros((len(shown) - 1, len(columns)))
     for start in range(0, len(shown) - 1, T - 1):
+        # the head sees one clip, encoded as those that it was fitted on
         start = max(min(start, len(shown) - T), 0)
         part = shown[start : start + T]
         video = cropped(f, times, part.ravel(), reader)
@@ -314,18 +339,23 @@ def label_video(data, head, names, columns, reader, features_of, side):
     actions = np.zeros((len(scores), len(names)))
     for i, column in enumerate(columns):
         soft = names[column] in [*CONTINUOUS, *SLOTS]
+        # a threshold would make motion all or nothing
         actions[:, column] = scores[:, i] if soft else scores[:, i] > head.threshold[i]
+
+    # a step ends with the last frame that it shows
     ends = shown[:, -1] if reader.encode == "tubelet" else shown[:, 0]
     return list(guide_lines(actions, names, ends, len(times), rate)), actions, ends
 
 
 def video_members(path):
     """{KEY.mp4: its place in the shard}; ValueError if there is none, or if it is no tar."""
+    # the video is not read, only its place
     found, end = {}, os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
             if not m.isfile() or member_kind(m.name)[1] != "mp4":
                 continue
+            # macOS writes a twin beside each file, with the same name but for two characters
             place = member_place(m, offset, end)
             if not is_apple_double(m.name, read_start(path, place)):
                 found[m.name] = place
@@ -338,6 +368,7 @@ def video_members(path):
 
 def add_member(packed, name, content):
     """A file of these bytes into an open tar."""
+    # no times and no owner: the same input gives the same bytes
     member = tarfile.TarInfo(name)
     member.size = len(content)
     packed.addfile(member, io.BytesIO(content))
@@ -346,12 +377,14 @@ def add_member(packed, name, content):
 def label_shard(source, out, label):
     """KEY.mp4 of a shard -> a shard of KEY.mp4 and KEY.jsonl; label(bytes) -> lines. Returns how
     many, and [(file, key, reason)] of videos that cannot be labelled. ValueError if none can."""
+    # the shard appears when it is whole, so a killed run leaves none
     bad, done = [], []
 
     def write(file):
         places = video_members(source)
         with tarfile.open(fileobj=file, mode="w") as packed:
             for name in tqdm(places, desc="label", unit="recording", delay=10):
+                # one video after the other is in memory
                 with Slice(source, *places[name]) as f:
                     data = f.read()
                 try:
@@ -363,6 +396,8 @@ def label_shard(source, out, label):
                         raise OSError(storage_sentence(f"{source} {name}", e)) from e
                     bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue
+
+                # the pair that training reads
                 add_member(packed, name, data)
                 add_member(packed, name[:-3] + "jsonl", text)
                 done.append(name)
@@ -379,6 +414,7 @@ def label_shard(source, out, label):
 def dev_clips(train, records):
     """Which clips (n,) choose penalties and thresholds: those of a tenth of the recordings, or a
     tenth of the clips where there are too few recordings."""
+    # other recordings than those fitted on, or what is chosen would favour learning by heart
     to_fit = {r.recording for r in split_records(records, 0.1)[0]}
     dev = np.array([r.recording not in to_fit for r, _ in train["place"]])
     if dev.all() or not dev.any():
@@ -413,6 +449,8 @@ if __name__ == "__main__":
                 f"{run.path} has actions {run.state['action_names'][:4]}..., gameplay shards none"
                 " such: probe a run of train_ac.py"
             )
+
+        # as the run was trained
         predictor = run.predictor
         state = run.state
         scaler = run.scaler
@@ -464,6 +502,8 @@ if __name__ == "__main__":
         through_cache(args.val_data or settings["val_data"], settings),
         settings["val_fraction"],
     )
+
+    # both are needed: what is learned by heart says nothing
     if not (train_records and val_records):
         raise ValueError(
             f"{len(train_records)} recordings to fit on and {len(val_records)} to test on: name"
@@ -487,6 +527,7 @@ if __name__ == "__main__":
     reader = play_reader(settings, None, decoder)
 
     def load_clips(of_records, limit):
+        """Tokens and actions of at most `limit` windows."""
         return load(
             of_records,
             reader,
@@ -512,6 +553,8 @@ if __name__ == "__main__":
         "clips": [len(c["place"]) for c in (train, val)],
         "recordings": [len({r.recording for r, _ in c["place"]}) for c in (train, val)],
     }
+
+    # in words
     fitted, tested = (
         f"{count_text(n, 'clip')} of {count_text(m, 'recording')}"
         for n, m in zip(report["clips"], report["recordings"])
@@ -529,6 +572,8 @@ if __name__ == "__main__":
             labels = labels_from_csv(args.labels, (train, val), records)
         else:
             labels = labels_from_lines(args.label_field, (train, val), records, args.lines, reader)
+
+        # from mean and std over the steps of a clip
         what = args.label_field or args.labels
         report["classify"] = classify(train, val, *labels, what, args.steps)
         print(*classify_table(report["classify"], what), sep="\n")
@@ -537,6 +582,8 @@ if __name__ == "__main__":
     names = ACTION_SPACES[settings["action_space"]]
     varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
     columns = np.flatnonzero(varies_train & varies_val)
+
+    # nothing can be learned about what never changes
     constant = [n for i, n in enumerate(names) if i not in columns]
     if constant:
         print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
@@ -564,9 +611,11 @@ if __name__ == "__main__":
 
     # --- labels ---
     if args.label:
+        # the attentive head, which was fitted on pairs of true steps
         head = heads["attentive"]
 
         def label(data):
+            """The lines of a video, given as bytes."""
             return label_video(data, head, names, columns, reader, features_of, args.side)[0]
 
         done, bad = label_shard(args.label, args.out, label)

@@ -318,6 +318,12 @@ def show_at_least(ax, low, high):
     ax.set_ylim(min(bottom, low), max(top, high))
 
 
+def legend_below(fig, ax):
+    """The legend of one plot below all of a figure, where it covers nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, fontsize=10, loc="outside lower left", ncols=len(labels))
+
+
 def plot_horizons(means, intervals, seconds):
     """Error rolled out against seconds ahead, and skill and gap of the same rollouts. means: {name:
     (K,)} of true, shuffled, zero, copy; intervals: {name: (low, high)}, and of gap and skill."""
@@ -330,7 +336,7 @@ def plot_horizons(means, intervals, seconds):
         error_ax.plot(ahead, means[name], STYLES[name], color=color, label=label)
         error_ax.fill_between(ahead, *intervals[name], color=color, alpha=0.2, lw=0)
     error_ax.set(title="error", ylabel="mean |error|, layer-normed features")
-    fig.legend(fontsize=10, loc="outside lower left", ncols=4)
+    legend_below(fig, error_ax)
 
     # what wrong actions cost
     gap = 100 * (means["shuffled"] / means["true"] - 1)
@@ -367,7 +373,7 @@ def plot_groups(gaps):
     ax.set_xticks(places, gaps, fontsize=11)
     ax.set(title="action gap when only this is shuffled", ylabel="error / true - 1, %")
     show_at_least(ax, *GAP_SPAN)
-    ax.legend(fontsize=10)
+    legend_below(fig, ax)
     return fig
 
 
@@ -386,7 +392,7 @@ def plot_ranks(ranks, samples, source):
         ylabel="clips",
     )
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize=10)
+    legend_below(fig, ax)
     return fig
 
 
@@ -428,7 +434,7 @@ def plot_landscapes(panels, axes, labels):
         ax.set_title(name, fontsize=11)
         ax.set(xlabel=f"{labels[0][0]}, {labels[0][1]}", ylabel=f"{labels[1][0]}, {labels[1][1]}")
         fig.colorbar(image, ax=ax, format=COLORBAR_FORMAT, label="error above the least, %")
-    fig.axes[0].legend(fontsize=10, loc="upper left")
+    legend_below(fig, fig.axes[0])
     return fig
 
 
@@ -441,14 +447,15 @@ def plot_retrieval(rows, seconds):
     for ax, name, factor in ((left, "hit", 100), (right, "offset", 1)):
         predicted = factor * np.array(rows[name])
         copied = factor * np.array(rows["copy_" + name])
-        ax.plot(ahead, predicted, "o-", color="C0", label="prediction")
-        ax.plot(ahead, copied, "x--", color="0.4", label="copy of the first step")
+        # a marker at 0 is shown whole
+        ax.plot(ahead, predicted, "o-", color="C0", label="prediction", clip_on=False)
+        ax.plot(ahead, copied, "x--", color="0.4", label="copy of the first step", clip_on=False)
         ax.set(xlabel="seconds ahead")
     left.axhline(100 * rows["chance"], color="0.5", ls=":", label="chance")
-    left.set(title="nearest step of the recording is the true one", ylabel="%", ylim=(-3, None))
-    right.set(title="median offset of the nearest step", ylabel="steps")
-    left.legend(fontsize=10)
-    right.legend(fontsize=10)
+    left.set(title="nearest step of the recording is the true one", ylabel="share of clips, %")
+    right.set(title="median offset of the nearest step", ylabel="steps off")
+    left.set_ylim(bottom=0)
+    legend_below(fig, left)
     return fig
 
 
@@ -484,13 +491,13 @@ def write_page(path, title, verdict, warnings, run, facts, figures):
     for heading, of_heading in figures.items():
         caption = CAPTIONS[heading] if of_heading else NO_PIXELS
         parts.append(f"<h2>{heading}</h2><p>{html.escape(caption)}</p>")
-        parts += [picture_tag(figure) for figure in of_heading]
+        parts += [picture_tag(figure, heading) for figure in of_heading]
     write_atomically(path, "\n".join(parts).encode())
 
 
-def picture_tag(figure):
-    """A figure as an <img> that carries its data."""
+def picture_tag(figure, heading):
+    """A figure as an <img> that carries its data; its heading is what is read aloud."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+    return f'<img alt="{heading}" src="data:image/png;base64,{data}">'
