@@ -93,6 +93,7 @@ def held_out_codes(
       same      under the code of another clip of the batch with the same labels (nan without)
     By clip: rollout_4 and copy_4 (four steps ahead), the loss terms of forward, and var, the
     variance of z."""
+    # each rank takes every world-th batch
     device = next(model.parameters()).device
     rank, world = 0, 1
     if dist.is_initialized():
@@ -102,21 +103,28 @@ def held_out_codes(
     items = dataset.windows(max(batch_size, 2), clips, rank, world)
     rows = []
     for batch in latent_sequences(dataset, batch_size, num_workers=num_workers, items=items):
+        # labels are missing where no file has any
         item = items[len(rows)]
         raw = batch["z"].to(device, non_blocking=True)
         B, T = raw.shape[0], raw.shape[1] - 1
         labels = batch.get("labels", torch.zeros(B, T, 0, dtype=torch.long)).flatten(0, 1)
+
+        # losses and codes, then what other codes would have cost
         with autocast():
             losses = model(raw)
             indices, _, z_q = model.encode(raw)
             z = model.normalize(raw)
             # seeded by the number of a window: the same for any number of ranks
             row = code_errors(model, z, z_q, indices, seed=item[0][1])
+
+            # four steps ahead, or to the end of a shorter window
             ahead = model.normalize(model.rollout(raw[:, 0], z_q[:, :4]))[:, -1]
             target = z[:, min(4, T)]
             row["rollout_4"] = (ahead - target).square().mean((1, 2, 3))
             row["copy_4"] = (z[:, 0] - target).square().mean((1, 2, 3))
             row["same"] = same_action_error(model, z, z_q, labels, dataset.labels, row["own"])
+
+        # a row for each transition
         row["codes"] = indices.flatten(0, 1)
         row["labels"] = labels
         row["recording"] = torch.tensor([x[2] for x in item]).repeat_interleave(T)
@@ -124,6 +132,7 @@ def held_out_codes(
         row |= {k: v.expand(B) for k, v in losses.items() if k != "indices"}
         rows.append({k: to_numpy(v) for k, v in row.items()})
 
+    # all ranks know all rows, in the order of one process
     if dist.is_initialized():
         everyone = [None] * world
         dist.all_gather_object(everyone, rows)
@@ -147,6 +156,8 @@ def code_errors(model, z, z_q, indices, seed):
     if others:
         marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
         uniform = others[0]
+
+    # codes can be drawn uniformly; vectors cannot, those of another clip stand for them
     if quantises(model):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(model.quantizer.K, indices.shape, generator=generator)
@@ -166,6 +177,8 @@ def same_action_error(model, z, z_q, labels, names, own):
     none = torch.full_like(own, math.nan)
     if not names:
         return none
+
+    # pairs of transitions of different clips with the same, known labels
     B, T = z_q.shape[:2]
     number = torch.arange(B * T)
     fits = (labels[:, None] == labels).all(-1)
@@ -188,6 +201,7 @@ def to_numpy(x):
 def interleaved(everyone):
     """Rows of all ranks, one list a rank, in the order of one process: first of rank 0, first of
     rank 1, ... Some ranks may have one row less."""
+    # the k-th batch of each rank in turn
     rows = []
     for k in range(max(map(len, everyone))):
         rows += [part[k] for part in everyone if k < len(part)]
@@ -205,10 +219,14 @@ def purity(codes, actions, recordings):
     names = np.unique(recordings)
     if len(names) < 2:
         return math.nan
+
+    # how often each code goes with each action
     code = np.unique(codes, return_inverse=True)[1].ravel()
     action = np.unique(actions, return_inverse=True)[1].ravel()
     total = np.zeros((code.max() + 1, action.max() + 1), dtype=int)
     np.add.at(total, (code, action), 1)
+
+    # name a recording's transitions by what the others say about their codes
     right = 0
     for name in names:
         rows = recordings == name
@@ -235,6 +253,7 @@ def over(found, above, below):
     """Mean of one error over that of another, both of the same transitions: where an error needs
     another clip, those that have one (nan without any). An error that is nan for another reason
     makes the result nan."""
+    # transitions for which both errors are known
     rows = np.ones(len(found[above]), bool)
     for name in (above, below):
         if name in ("marginal", "random", "same"):
@@ -276,6 +295,8 @@ def code_summary(found, K):
     # codes in use
     ids = pack_codes(found["codes"], K)
     out["joint_codes"] = len(np.unique(ids))
+
+    # perplexity of whole actions, and of each of their codes
     out["joint_perplexity"] = perplexity(ids)
     out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
     out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
@@ -284,6 +305,8 @@ def code_summary(found, K):
     known = has_truth(found["labels"])
     if known.any():
         actions = joint(found["labels"][known])
+
+        # only transitions whose action is known
         ids = ids[known]
         recordings = found["recording"][known]
         if len(np.unique(actions)) > 1:
@@ -312,6 +335,8 @@ def truth_notes(dataset, found, split):
     if not dataset.labels:
         yield f"no truth beside the {split} files (KEY.actions.npz): no purity, no AMI"
         return
+
+    # files without truth, and labels that only some files have
     if dataset.unlabelled:
         names = ", ".join(dataset.unlabelled[:5])
         more = ", ..." if len(dataset.unlabelled) > 5 else ""
@@ -325,6 +350,8 @@ def truth_notes(dataset, found, split):
             f"{', '.join(dataset.unused)}: only some {split} files have this label, the others"
             f" {' and '.join(dataset.labels)} alone; it is not used"
         )
+
+    # what purity needs: two recordings and two actions
     known = has_truth(found["labels"])
     if len(np.unique(found["recording"][known])) < 2:
         yield f"purity is learned on other recordings: the {split} files with truth are under two"
@@ -334,6 +361,7 @@ def truth_notes(dataset, found, split):
 
 def complaints(summary, quantised):
     """Sentences about what is wrong with a model, worst first."""
+    # fewer than three codes cannot name three actions
     if quantised and summary["joint_codes"] < 3:
         yield (
             f"{summary['joint_codes']} joint codes are alive: the codebook has collapsed (a longer"
@@ -354,6 +382,7 @@ def plot_curves(out_dir):
     """curves.png of a run, from train.csv and val.csv."""
     from matplotlib.figure import Figure  # takes a second to import
 
+    # three plots: losses, baselines, truth
     train = read_csv(os.path.join(out_dir, "train.csv"))
     val = read_csv(os.path.join(out_dir, "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
@@ -378,6 +407,8 @@ def plot_curves(out_dir):
             ratios.plot(val["epoch"], val[name], "o-", label=label)
         for name in ("purity", "ami", "nmi"):
             agreement.plot(val["epoch"], val[name], "o-", label=name)
+
+    # what is not validated yet has titles only
     ratios.set(title="held-out error over that of", xlabel="epoch", ylabel="ratio")
     agreement.set(title="codes and true actions, held out", xlabel="epoch", ylim=(-0.05, 1.05))
 

@@ -32,6 +32,7 @@ def precision_of(asked, state, device):
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
 
+    # as in training
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     autocast = functools.partial(
@@ -61,6 +62,7 @@ def states_from(compose, scaler, device):
 
 def precision_text(dtype, device, predictor, steps):
     """What computes a pass of the predictor over `steps` steps, for a person."""
+    # tokens of a step: conditions and patches
     C = 1 + (predictor.state_encoder is not None)
     S = C + predictor.grid[0] * predictor.grid[1]
     tf32 = " (matrices in TF32)" if dtype == "float32" and device.type == "cuda" else ""
@@ -87,9 +89,12 @@ def action_meter(predictor, z, actions, states, others, compose):
     under zero ones (the mean action), and of copying the last known step. One step ahead the states
     are the true ones. Rolled out they are `compose(state0, actions)`, because true states would
     tell what the true actions were."""
+    # copying needs no model
     z = z.float()
     target = z[:, 1:]
     predictions = {"tf_copy": z[:, :-1], "ro_copy": z[:, :1]}
+
+    # the model under three kinds of actions
     tried = {"true": actions, "shuffled": others, "zero": torch.zeros_like(actions)}
     for name, a in tried.items():
         # nan where there is no other recording to take actions of
@@ -97,6 +102,8 @@ def action_meter(predictor, z, actions, states, others, compose):
             predictions[f"tf_{name}"] = torch.full_like(target, math.nan)
             predictions[f"ro_{name}"] = torch.full_like(target, math.nan)
             continue
+
+        # one step ahead from true steps, and rolled out from the first
         predictions[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
         predictions[f"ro_{name}"] = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
     return {name: (p - target).abs().mean((2, 3)) for name, p in predictions.items()}
@@ -112,6 +119,8 @@ def meter_summary(errors, recordings):
         for name in ("true", "shuffled", "zero", "copy"):
             clips[name] = errors[f"{p}_{name}"].double().mean(1)
             out[f"{p}_{name}"] = clips[name].mean().item()
+
+        # what wrong actions cost, and is it better than a copy?
         low, high = ratio_interval(clips["shuffled"], clips["true"], recordings)
         out[f"{p}_gap"] = out[f"{p}_shuffled"] / out[f"{p}_true"] - 1
         out[f"{p}_gap_low"] = low.item() - 1
@@ -123,6 +132,7 @@ def meter_summary(errors, recordings):
 def gap_of(other, true, recordings):
     """The gap other / true - 1 of two errors (n, K), averaged over clips and K, and its 95 %
     interval over recordings: [gap, low, high]."""
+    # the mean over horizons first: clips are what is drawn
     other = other.double().mean(1)
     true = true.double().mean(1)
     low, high = ratio_interval(other, true, recordings)
@@ -177,10 +187,13 @@ def ratio_interval(top, bottom, recordings):
 def bands_of(errors, recordings):
     """95 % intervals over recordings of what is shown by horizon, {name: (low (K,), high (K,))}:
     the error rolled out under true, shuffled and zero actions and of the copy, gap and skill."""
+    # errors themselves: their ratio to 1
     rolled_out = {k: errors[f"ro_{k}"] for k in ("true", "shuffled", "zero", "copy")}
     bands = {}
     for name, error in rolled_out.items():
         bands[name] = ratio_interval(error, torch.ones_like(error), recordings)
+
+    # gap and skill, as the meter defines them
     low, high = ratio_interval(rolled_out["shuffled"], rolled_out["true"], recordings)
     bands["gap"] = (low - 1, high - 1)
     bands["skill"] = ratio_interval(rolled_out["true"], rolled_out["copy"], recordings)
@@ -199,6 +212,8 @@ def interval_text(low, high, recordings, form="+.2%"):
     """The 95 % interval of `ratio_interval` for a person, or why there is none."""
     if math.isfinite(low) and math.isfinite(high):
         return f"[{signed(low, form)}, {signed(high, form)}]"
+
+    # why there is none
     count = len(set(recordings))
     if count < FEWEST_RECORDINGS:
         return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
@@ -224,6 +239,7 @@ def another_recording(recordings):
     """For each clip the place of a clip of another recording, or None if all are of one. Clips of
     a batch are shifted by the size of the largest recording, which takes each clip once where that
     is possible."""
+    # clips by recording
     places = {}
     for i, name in enumerate(recordings):
         places.setdefault(name, []).append(i)
@@ -231,6 +247,7 @@ def another_recording(recordings):
     if len(places) < 2:
         return partner
 
+    # the clips of all other recordings in a row, from where this one's turn begins
     largest = max(map(len, places.values()))
     order = list(places)
     for number, name in enumerate(order):
@@ -251,6 +268,7 @@ def from_other_recordings(dataset, items):
     are alike, and the gap would be too small."""
 
     def others(recordings, actions):
+        # most batches hold several recordings
         partner = another_recording(recordings)
         if None not in partner:
             return actions[partner]
@@ -293,6 +311,7 @@ def held_out(
     compose: model.compose_states, or what computes states from actions on another robot. Shuffled
     actions are those of another recording (`from_other_recordings`); their errors are nan where
     there is only one."""
+    # each rank takes every world-th batch; dropout is off until the end
     rank, world = 0, 1
     if dist.is_initialized():
         rank = dist.get_rank()
@@ -300,6 +319,7 @@ def held_out(
     training = predictor.training
     predictor.eval()
 
+    # at least two clips in a batch, so that most can serve each other
     items = windows(dataset, max(batch_size, 2), clips)
     others = from_other_recordings(dataset, sum(items, []))
     loader = DataLoader(
@@ -312,11 +332,14 @@ def held_out(
     scaler = dataset.reader.scaler
     rows, bad = [], []
     for batch in loader:
+        # clips and actions of other recordings
         bad += batch["bad"]
         z, actions, states = features_of(batch)
         states_of = states_from(compose, scaler, z.device)
         recordings = [recording_of(key, batch) for key in batch["key"]]
         shuffled = others(recordings, actions)
+
+        # losses are those of training, errors those of the meter
         with autocast():
             jloss, sloss = ac_losses(predictor, z, actions, states, auto_steps, loss_exp)
             errors = action_meter(predictor, z, actions, states, shuffled, states_of)
@@ -325,6 +348,7 @@ def held_out(
         rows.append(({k: x.float().cpu() for k, x in errors.items()}, recordings))
     predictor.train(training)
 
+    # all ranks know all rows
     if dist.is_initialized():
         everyone = [None] * world
         dist.all_gather_object(everyone, rows)
@@ -366,6 +390,7 @@ def compare_with_base(errors, recordings, base):
 
     help = error of the base / error - 1 one step ahead, with its 95 % interval over recordings: the
     meter's gap, with the base in place of shuffled actions."""
+    # the meter's numbers; losses are of one number a clip
     row = {"jloss": errors["jloss"].mean().item(), "sloss": errors["sloss"].mean().item()}
     row |= dict.fromkeys(HELP, math.nan)
     errors = {k: x for k, x in errors.items() if k not in ("jloss", "sloss")}
@@ -381,6 +406,7 @@ def compare_with_base(errors, recordings, base):
         for k, value in enumerate(error.mean(0).tolist()):
             row[f"{name}_{k + 1}"] = value
 
+    # for a person
     gap = gap_text(row["tf_gap"], row["tf_gap_low"], row["tf_gap_high"], recordings)
     if not math.isnan(row["ro_gap"]):
         gap += f"; rolled out {signed(row['ro_gap'])}"

@@ -75,6 +75,7 @@ def stats_on(state, device):
 
 def whole_predictor(state):
     """The Predictor of a run whose checkpoint has all of its weights."""
+    # sizes that are not written down follow from the weights
     weights = predictor_weights(state)
     state_dim = 0
     if "state_encoder.weight" in weights:
@@ -97,6 +98,7 @@ def whole_predictor(state):
 def adapted_predictor(state):
     """The Predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what
     else was trained. FileNotFoundError without the base, ValueError if the base has changed."""
+    # the base is a file of its own, where training found it
     settings = settings_of(state)
     try:
         file = fetch(settings["base"])
@@ -145,6 +147,7 @@ def open_run(path):
     The dictionary of either kind has: dataset ("vpt" or "droid"), encode, fps, frames_per_step,
     frames_per_clip, action_names, state_dim, held_out (names of recordings; [] if unknown).
     FileNotFoundError or ValueError for what is no such run."""
+    # the kind of checkpoint shows in what it holds
     state, path = read_checkpoint(path)
     if "lam" in state:
         raise ValueError(f"{path} is a run of train_lam.py: judge it with eval_lam.py")
@@ -161,6 +164,7 @@ def open_run(path):
         kind = {"dataset": "vpt"}
     state = kind | state
 
+    # strictly: every tensor has its place, and no place stays empty
     predictor = adapted_predictor(state) if "adapter" in state else whole_predictor(state)
     state["state_dim"] = 0
     if predictor.state_encoder is not None:
@@ -176,6 +180,7 @@ def open_lam(path):
         raise ValueError(
             f"{path}: no checkpoint of train_lam.py (eval.py judges those of train_ac.py)"
         )
+    # strictly, and with the quantizer's counts
     model = LatentActionModel(**state["lam"])
     model.load_state_dict(state["model"])
     return model.eval(), state, path
@@ -203,6 +208,7 @@ class Run(NamedTuple):
 def load_run(path, dtype=None):
     """Open a run of train_ac.py or train_lora.py on this machine -> Run. dtype: --dtype, None for
     what it was trained in."""
+    # what a --dtype does not say, the run does
     predictor, state, scaler, path = open_run(path)
     device = pick_device()
     dtype, autocast = precision_of(dtype, state, device)
@@ -248,6 +254,7 @@ def features_of_records(records, name, settings, device, dtype, state=None):
     name: weights of the encoder, None for records of features. settings: how clips are cut and
     encoded. state: of the run, whose encoder and feature statistics these must be; None without a
     run. ValueError for features or an encoder that do not fit."""
+    # features say what they were made with, an encoder is hashed
     encoder, source = open_source(
         records,
         name,
@@ -257,6 +264,8 @@ def features_of_records(records, name, settings, device, dtype, state=None):
         frames_per_clip=settings["frames_per_clip"],
         crop_size=settings["crop_size"],
     )
+
+    # other features have other channels
     feature_stats = {}
     if state is not None:
         check_encoder(state, source["encoder_hash"], f"{records[0].shard}:")
@@ -264,6 +273,7 @@ def features_of_records(records, name, settings, device, dtype, state=None):
     if encoder is not None:
         encoder.to(device, encoder_dtype(dtype, settings))
 
+    # in the run's precision, weights and activations
     autocast = precision_of(dtype, state, device)[1]
     return make_features_of(
         encoder, settings["encode"], settings["frames_per_step"], feature_stats, device, autocast
@@ -273,6 +283,7 @@ def features_of_records(records, name, settings, device, dtype, state=None):
 def features_of_pictures(run, name=None):
     """A function from [av.VideoFrame] to features, as the Run was trained on. name: of the encoder;
     None: what the run used. ValueError if it is unknown or another one."""
+    # pictures need an encoder, whatever the run was trained on
     settings = run.settings
     name = name or settings["encoder"]
     if not name:
@@ -312,6 +323,7 @@ def print_left_out(bad):
 def open_episodes(state, scaler, data):
     """Robot episodes for a run of train_lora.py -> (DroidClips, compose of action_meter, [Episode],
     [bad]). data: patterns, or None: what the run held out."""
+    # frames are cut and actions computed as in training
     settings = settings_of(state)
     names = state["action_names"]
     reader = DroidReader(
@@ -345,6 +357,8 @@ def open_episodes(state, scaler, data):
             f"the run has actions {names} and {state['state_dim']}-D states, these episodes"
             f" {reader.names} and {reader.state_dim}-D states"
         )
+
+    # what an action does to the state is known for poses only
     compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
     return DroidClips(records, reader, settings["seed"]), compose, records, bad
 
@@ -359,6 +373,7 @@ def through_cache(groups, settings):
 def decoder_for(records, asked, settings, print0=print):
     """The video decoder to judge a run with: `asked`, or the run's. Other decoders give other
     pixels, so a warning is printed for another one."""
+    # features say which decoder made them; video is decoded as in training
     trained_with = settings["decoder"]
     judged_with = decoder_of(records, asked or "pyav")
     if not asked and records and "mp4" in records[0].members:
@@ -390,6 +405,7 @@ def play_reader(settings, scaler, decoder):
 def open_play(state, scaler, data, decoder, print0):
     """VPT shards for a run of train_ac.py -> (Clips, [Record], [bad]). data: patterns, or None:
     what the run held out. decoder: of video, None: the run's."""
+    # a scaler of other steps would give other units
     settings = settings_of(state)
     scaler.check("the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"])
 
@@ -404,12 +420,14 @@ def open_play(state, scaler, data, decoder, print0):
             settings["val_fraction"],
         )
 
+    # cut as in training, without its augmentation
     reader = play_reader(settings, scaler, decoder_for(records, decoder, settings, print0))
     return Clips(records, [1.0] * len(records), reader, settings["seed"]), records, bad
 
 
 def warn_of_training_data(records, state, scaler, print0=print):
     """Print a warning if recordings to judge a run on may be among those it was trained on."""
+    # features of a recording come in several members
     names = {r.name for r in records}
     held_out_names = set(state["held_out"])
     if held_out_names:
@@ -437,6 +455,7 @@ def open_held_out(
     video; None: what the run used, and a warning for another one. print0: called with each warning.
     ValueError for what belongs to another encoder, fps or action space, and for fewer than two
     clips."""
+    # records, and how states follow from actions
     if state["dataset"] == "droid":
         dataset, compose, records, bad = open_episodes(state, scaler, data)
     else:
@@ -452,6 +471,7 @@ def open_held_out(
             " with --data"
         )
 
+    # the run's encoder, for records of video
     name = encoder_name(records, encoder, state)
     features_of = features_of_records(records, name, settings_of(state), device, dtype, state)
     return dataset, features_of, compose, bad
