@@ -12,6 +12,7 @@ import argparse
 
 from evaluation.flags import Help
 
+# names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -93,7 +94,7 @@ from files.progress import tqdm
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
 from model import predict, predict_on
 
-# clips whose actions are ranked and swept
+# clips whose actions are ranked and swept: each costs some hundred predictions
 SAMPLED = 96
 
 # points along an axis of a landscape; odd, because no motion must be one of them
@@ -112,7 +113,7 @@ FRAME_SIZE = 128
 def action_groups(names):
     """{group: indices of its dimensions} of action names: camera, keys, hotbar, gui; position,
     rotation, gripper; else by field."""
-    # dimensions of VPT, then of a robot's pose
+    # dimensions of VPT, then of a robot's pose: groups that a person would name
     known = {"camera": CONTINUOUS, "hotbar": HOTBAR + SLOTS, "gui": ["gui_open"]}
     known |= {
         "position": ["x", "y", "z"],
@@ -172,7 +173,8 @@ def group_errors(predictor, z, actions, states, others, compose, groups):
 def energies(predictor, z, actions, states, candidates):
     """e(a) = mean |P_1(z_t, a) - z_t+1| (N,) of candidates (N, A) at the last transition of one
     clip: z (T, N, E), actions (T-1, A), states (T, S)."""
-    # what comes before is computed once: its keys and values serve all candidates
+    # what comes before is computed once: its keys and values serve all candidates, which are some
+    # hundreds for a clip
     c = len(z) - 1
     past = None
     if c > 1:
@@ -182,7 +184,7 @@ def energies(predictor, z, actions, states, candidates):
     numbers = c * (z.shape[1] + 2) * predictor.predictor_embed.out_features
     chunk = max(2**27 // numbers, 1)
 
-    # true actions first, then one candidate each
+    # true actions first, then one candidate each: only the last transition differs
     of_parts = []
     for part in candidates.split(chunk):
         n = len(part)
@@ -196,7 +198,8 @@ def energies(predictor, z, actions, states, candidates):
 def drawn_from_others(actions, i, recordings, count, generator):
     """Whole actions (count, A) drawn from all steps of all clips of other recordings than the i-th
     clip's; of all other clips where there is only one recording. actions (n, K, A)."""
-    # actions of the same recording are alike, and would rank too well
+    # actions of the same recording are alike: the true one would look no better than they, or they
+    # would look as good as it
     clips = [j for j, name in enumerate(recordings) if name != recordings[i]]
     if not clips:
         clips = [j for j in range(len(recordings)) if j != i]
@@ -215,7 +218,7 @@ def rank_of(energy, others):
 
 def to_units(actions, scaler):
     """Scaled actions (..., A) -> what was recorded, float64."""
-    # only the first dimensions are scaled: the scaler knows those
+    # only the first dimensions are scaled: the scaler knows those, keys are 0 or 1
     plain = actions.double().clone().numpy()
     scaled = len(scaler.mean)
     plain[..., :scaled] = plain[..., :scaled] * scaler.scale + scaler.mean
@@ -226,7 +229,7 @@ def swept(action, names, scaler, dims, axes):
     """The true scaled action (A,) with two dimensions (indices) taken through axes (in units) -> (G
     * G, A), the first one slowest. A mouse that moves also turns the camera, by
     vpt.DEGREES_PER_PIXEL, and the other way round."""
-    # a row for each point of the grid
+    # a row for each point of the grid; all other dimensions stay as they were recorded
     grid = np.repeat(to_units(action, scaler)[None], len(axes[0]) * len(axes[1]), axis=0)
     radians_per_pixel = np.radians(DEGREES_PER_PIXEL)
 
@@ -287,7 +290,7 @@ class Landscapes(NamedTuple):
 def explore(judged, dims, axes, samples):
     """Rank and landscape of the last action of each of the first SAMPLED clips -> Landscapes. dims:
     indices of the two dimensions; axes: values of each; samples: actions to rank among."""
-    # seeded, so that a second report ranks among the same actions
+    # seeded: a second report ranks among the same actions, and differs by the model alone
     run = judged.run
     names = run.state["action_names"]
     plain = to_units(judged.actions, run.scaler)[..., dims]  # (n, K, 2)
@@ -346,7 +349,7 @@ def landscape_lines(found, dims, units, samples, recordings):
 def retrieve(predictions, pool):
     """Index of the nearest pool step (P, N, E) for each prediction (..., N, E), by mean
     |difference|, and that distance."""
-    # all patches and channels of a step are one long row
+    # all patches and channels of a step are one long row, so that one call compares all pairs
     rows = predictions.flatten(0, -3).flatten(1)
     distance = torch.cdist(rows, pool.flatten(1), p=1) / pool[0].numel()
     least, index = distance.min(1)
@@ -359,7 +362,7 @@ def retrieval(predictor, places, T, batch_size, compose, load):
     features are nearest, among all evaluated ones. places: clip -> (record, window); load: clips
     -> (z, actions, states). -> {clip: K (clip, step) found}; share of hits, median steps off by
     horizon [K], also of copying; chance of a hit."""
-    # a pool holds the clips of one recording
+    # a pool holds the clips of one recording: steps of others would be easy to tell apart
     groups = {}
     for i, (number, _) in places.items():
         groups.setdefault(number, []).append(i)
@@ -367,7 +370,7 @@ def retrieval(predictor, places, T, batch_size, compose, load):
     nearest_of = {}
     rows = {k: [] for k in ("hit", "offset", "copy_hit", "copy_offset", "chance")}
     for group in tqdm(groups.values(), "retrieval", delay=10, unit=" recordings"):
-        # roll out, a batch at a time
+        # roll out, a batch at a time: a recording may hold more clips than fit at once
         parts = [load(group[k : k + batch_size]) for k in range(0, len(group), batch_size)]
         rolled_out = [predictor.rollout(h[:, :1], a, compose(s[:, 0], a)) for h, a, s in parts]
         ahead = torch.cat(rolled_out)
@@ -389,10 +392,10 @@ def retrieval(predictor, places, T, batch_size, compose, load):
             rows[name + "hit"].append((index == true).double())
             rows[name + "offset"].append((time[index] - time[true]).abs())
 
-        # a step drawn blindly from the pool
+        # a step drawn blindly from the pool: how hard a hit is depends on its size
         rows["chance"].append(torch.full((len(group),), 1 / len(time)))
 
-    # offsets have long tails, so a median
+    # offsets have long tails, so a median; hits are 0 or 1, so a mean
     means = {}
     for name, parts in rows.items():
         values = torch.cat(parts)
@@ -403,7 +406,7 @@ def retrieval(predictor, places, T, batch_size, compose, load):
 
 def retrieval_lines(rows, T, seconds):
     """Retrieval for a person, a column for each horizon."""
-    # one column for each step ahead
+    # one column for each step ahead, as in the table of errors
     header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, T))
     lines = ["retrieval: nearest step " + header]
     labels = {
@@ -434,7 +437,7 @@ class KeptClips:
 
     def keep(self, batch):
         """In place of features_of: the same, and the clips of the batch are kept."""
-        # later sections go through the same batches
+        # later sections go through the same batches, and the last one may be smaller
         size = len(batch["key"])
         self.sizes.append(size)
         for i in range(size):
@@ -450,7 +453,8 @@ class KeptClips:
 
     def load(self, numbers):
         """The clips with these numbers, as one batch."""
-        # what a clip holds beside tensors, such as its key, is not needed for features
+        # what a clip holds beside tensors, such as its key, is not needed for features. Frames are
+        # encoded again: to keep features of all clips would take more memory
         batch = {}
         for name, value in self.clips[0].items():
             if torch.is_tensor(value):
@@ -523,17 +527,18 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
         compose=compose,
     )
 
-    # the losses are of training; here errors count
+    # the losses are of training; here errors count, which all models have in common
     errors = {k: v for k, v in errors.items() if k.startswith(("tf_", "ro_"))}
 
-    # where a recording is damaged, another one was read in its place
+    # where a recording is damaged, another one was read in its place: such a clip counts for the
+    # meter, but its time in the recording is not known
     items = sum(windows(dataset, max(batch_size, 2), val_clips), [])
     places = {}
     for i, item in enumerate(items):
         if kept.clips[i]["key"] == dataset.records[item[2]].key:
             places[i] = item[2:]
 
-    # together, for the sections
+    # together, for the sections: each gets this and nothing else of the run
     judged = Judged(
         run=run,
         kept=kept,
@@ -556,7 +561,7 @@ def verdict_of(summary, recordings):
     """What the action meter says, in sentences: (verdict, warnings)."""
     verdict, warnings = [], []
 
-    # does it use the action?
+    # does it use the action? A gap without an interval above 0 is no gap
     gap = summary["tf_gap"]
     low = summary["tf_gap_low"]
     cost = gap_text(gap, low, summary["tf_gap_high"], recordings)
@@ -575,7 +580,7 @@ def verdict_of(summary, recordings):
         verdict.append(f"It is not shown that the model uses the action: the gap is {cost}.")
         warnings.append("WARNING: the action gap has no interval above 0: evaluate more recordings")
 
-    # is it better than doing nothing?
+    # is it better than doing nothing? Where little moves, a still picture is hard to beat
     skill = summary["tf_skill"]
     if skill < 1:
         verdict.append(f"It predicts better than repeating the last step: skill {skill:.3f}.")
@@ -587,7 +592,7 @@ def verdict_of(summary, recordings):
 
 def errors_section(judged):
     """Error, gap and skill, one step ahead and rolled out."""
-    # intervals over recordings, by horizon
+    # intervals over recordings, by horizon: clips of one recording are alike
     errors = judged.errors
     bands = bands_of(errors, judged.recordings)
 
@@ -611,7 +616,8 @@ def groups_section(judged):
     recordings = judged.recordings
     groups = action_groups(run.state["action_names"])
 
-    # in the batches of the meter, because those decide whose actions a clip gets
+    # in the batches of the meter, because those decide whose actions a clip gets: the gap of all
+    # groups together is then the meter's
     rows = []
     first = 0
     for size in tqdm(judged.kept.sizes, "groups of actions", delay=10, unit=" batches"):
@@ -640,7 +646,7 @@ def groups_section(judged):
 def group_lines(gaps, summary, gap, recordings):
     """The gaps of groups for a person; gap: the text of the whole one, in place of all gaps where
     there is no other recording."""
-    # with one recording there is no other to take actions from
+    # with one recording there is no other to take actions from: one line says why
     title = "gap of one group of actions: one step ahead, rolled out"
     if math.isnan(summary["tf_gap"]):
         return [f"{title}: {gap}"]
@@ -665,14 +671,16 @@ def landscape_section(judged, dims, axes, samples):
     units = dict(zip(names, scaler.meta.get("units", [])))
     found = explore(judged, index, axes, samples)
 
-    # what was found, for a person and for a program
+    # what was found, for a person and for a program. The rank is over clips, so their number is
+    # given beside it
     facts = landscape_lines(found, dims, units, samples, judged.recordings)
     report = {"rank": float(np.mean(found.ranks)), "ranked_clips": len(found.ranks)}
     report["landscape"] = {}
     for d, best, random in zip(dims, found.argmin.tolist(), found.random.tolist()):
         report["landscape"][d] = {"unit": units.get(d, ""), "argmin": best, "random": random}
 
-    # landscapes of the largest motions, where most depends on the action
+    # landscapes of the largest motions, where most depends on the action; of different recordings
+    # where there are any
     plain = to_units(judged.actions, scaler)[: len(found.energies), -1, index]
     motion = np.linalg.norm(plain / [axis[-1] for axis in axes], axis=1)
     largest = pictures.spread_over((-motion).argsort().tolist(), judged.recordings, 4)
@@ -712,7 +720,7 @@ class Frames:
         self.records = dataset.records
         self.videos = videos
 
-        # frames for the eye are larger than those for a small encoder
+        # frames for the eye are larger than those for a small encoder; the clip is the same
         self.reader = dataset.reader
         if videos:
             reader = dataset.reader
@@ -742,7 +750,7 @@ class Frames:
 
 def clips_to_show(judged, count):
     """Clips in which much changes, of different recordings where there are any."""
-    # the copy's error at the end says how much has changed by then
+    # the copy's error at the end says how much has changed by then: a still clip shows nothing
     change = judged.errors["ro_copy"][:, -1].argsort(descending=True).tolist()
     return pictures.spread_over([i for i in change if i in judged.places], judged.recordings, count)
 
@@ -774,14 +782,14 @@ def strips_of(judged, shown, nearest, frames):
 def token_colors(judged, i, frames):
     """The patch tokens of a clip as colours, recorded and rolled out, at a few horizons. frames:
     None without pixels."""
-    # a rollout from the first step under the true actions
+    # a rollout from the first step under the true actions: what the model makes of them
     run = judged.run
     z, a, s = one_clip(judged.kept, i)
     with run.autocast(), torch.no_grad():
         states = judged.states_of(s[None, 0], a[None])
         ahead = run.predictor.rollout(z[None, :1], a[None], states)[0]
 
-    # the first, two in between and the last
+    # the first, two in between and the last: enough to see colours fade
     K = len(a)
     steps = sorted({1, (K + 2) // 3, (2 * K + 2) // 3, K})
 
@@ -801,14 +809,15 @@ def token_colors(judged, i, frames):
 
 def attention_figure(judged, i, heads, frames):
     """What the patch of a clip that changed most attends to. frames: None without pixels."""
-    # from the step before the last one known to the last one: there the clip moves
+    # the patch that changed most from the step before the last known one to that: there the clip
+    # moves, and the action should matter
     predictor = judged.run.predictor
     z, a, s = one_clip(judged.kept, i)
     patch = 0
     if len(z) > 2:
         patch = int((z[-2] - z[-3]).abs().mean(1).argmax())
 
-    # in float32: the weights are shown as the softmax gives them
+    # in float32: the weights are shown as the softmax gives them, not as autocast rounds them
     maps = pictures.attention_maps(predictor, z[:-1], a, s[:-1], heads)
     now = frames.of(i)[:-1] if frames is not None else None
     return pictures.plot_attention(maps, heads, predictor.grid, patch, now, judged.seconds)
@@ -821,13 +830,13 @@ if __name__ == "__main__":
     run = load_run(args.checkpoint, args.dtype)
     names = run.state["action_names"]
 
-    # a misspelt name shows before anything takes time
+    # a misspelt name shows before anything takes time: data and encoder take minutes
     for name in args.landscape or []:
         if name not in names:
             raise ValueError(f"--landscape {name}: no such action; the run has {', '.join(names)}")
     heads = pictures.check_heads(run.predictor, args.heads)
 
-    # the page shows the warnings that the terminal shows
+    # the page shows the warnings that the terminal shows, because it is sent to others
     warnings = []
 
     def warn(line):
@@ -866,6 +875,7 @@ if __name__ == "__main__":
         warn(line)
 
     # --- actions, landscapes, retrieval ---
+    # the same clips, seen from three more sides
     sections.append(groups_section(judged))
     dims, axes = dims_to_sweep(args.landscape, names, judged.actions, run.scaler)
     sections.append(landscape_section(judged, dims, axes, args.samples))
@@ -875,6 +885,7 @@ if __name__ == "__main__":
         print(*section.facts, sep="\n")
 
     # --- frames, tokens, attention ---
+    # frames are in the data, or in the shards that features were made from
     frames = Frames(judged, dataset, videos) if has_pixels or videos else None
     shown = clips_to_show(judged, 3)
     strips = strips_of(judged, shown, nearest, frames) if frames is not None else []
@@ -888,6 +899,7 @@ if __name__ == "__main__":
     figures["Attention"] = [attention_figure(judged, shown[0], heads, frames)]
 
     # --- report.json, report.html ---
+    # the same numbers for programs and for people
     report = {
         "checkpoint": run.path,
         "dtype": run.dtype,
@@ -895,13 +907,13 @@ if __name__ == "__main__":
         "recordings": len(set(recordings)),
     }
 
-    # every section adds its lines and its numbers
+    # every section adds its lines and its numbers, in the order in which they were printed
     facts = []
     for section in sections:
         report |= section.report
         facts += section.facts
 
-    # both files are whole or not there
+    # both files are whole or not there, and beside the checkpoint unless told otherwise
     out = args.out or os.path.dirname(run.path) or "."
     write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
     pictures.write_page(

@@ -13,7 +13,10 @@ import argparse
 
 from evaluation.flags import Help
 
+# of decoded frames; LPIPS needs a package of its own
 METRICS = ["psnr", "ssim", "lpips"]
+
+# names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -27,7 +30,7 @@ def parse_flags():
     )
     switch = argparse.BooleanOptionalAction
 
-    # what to judge, and on what
+    # what to judge, and on what: files that the run has not seen
     flag = parser.add_argument_group("run and data").add_argument
     flag("--checkpoint", required=True, help="run folder of train_lam.py, or a checkpoint")
     flag("--data_dir", help="folder of the H5 files (default: the run's)")
@@ -100,7 +103,7 @@ from files.latents import (
 )
 from files.progress import tqdm
 
-# codes that codes.png shows
+# codes that codes.png shows: more rows could not be read
 SHOWN_CODES = 16
 
 
@@ -110,12 +113,13 @@ SHOWN_CODES = 16
 def find_manifest(state, data_dir, manifest_path):
     """(manifest, folder of its files) to judge a run on: the run's own, unless flags name
     others."""
-    # a split that is named counts
+    # a split that is named counts, whatever the run was trained on
     folder = data_dir or state.get("data_dir") or os.path.dirname(state["manifest"])
     if manifest_path:
         return manifest_path, folder
 
-    # another folder has its own split, unless it is the run's own folder
+    # another folder has its own split, unless it is the run's own folder: then the run's split
+    # counts, which knows what was trained on
     same = state.get("data_dir") and os.path.realpath(folder) == os.path.realpath(state["data_dir"])
     beside = os.path.join(folder, "manifest.json")
     if data_dir and os.path.exists(beside) and not (same and os.path.exists(state["manifest"])):
@@ -133,6 +137,7 @@ def find_manifest(state, data_dir, manifest_path):
 def write_report(out, report):
     """report.json; JSON has no nan and no infinity: null."""
 
+    # the json module would write NaN, which other programs refuse
     def plain(x):
         if isinstance(x, dict):
             return {k: plain(v) for k, v in x.items()}
@@ -149,7 +154,7 @@ def write_report(out, report):
 def open_split_of(state, path, split, manifest, folder):
     """The files of a manifest to judge a run on -> ({split: files}). ValueError if there are none,
     or if they are latents of another kind; a warning if the run was trained on them."""
-    # are there files, and of the kind that the model takes?
+    # are there files, and of the kind that the model takes? Channels and size are those of a VAE
     meta, splits = open_manifest(manifest, folder)
     if not splits.get(split):
         filled = [k for k, files in splits.items() if files and k != "train"]
@@ -162,7 +167,7 @@ def open_split_of(state, path, split, manifest, folder):
                 f" {state['lam'][name]}: judge it on latents of its own kind"
             )
 
-    # was it trained on them?
+    # was it trained on them? Files are the same if their fingerprint is
     if meta["fingerprint"] != state["fingerprint"]:
         print("note: these are not the files that the run was trained on")
         return splits
@@ -184,14 +189,15 @@ def open_split_of(state, path, split, manifest, folder):
 def encode_all(model, dataset, batch_size, clips):
     """codes, z_e, labels and raw pairs (n, 2C, h, w) (pooled to at most 16 x 16) of the transitions
     of at most `clips` windows, those whose file has its truth."""
-    # codes and vectors as the model sees the windows; labels as they were recorded
+    # codes and vectors as the model sees the windows; labels as they were recorded. The same
+    # windows serve the probes and the ceiling
     device = next(model.parameters()).device
     rows = {"codes": [], "z_e": [], "labels": [], "pairs": []}
     for batch in latent_sequences(dataset, batch_size, items=dataset.windows(batch_size, clips)):
         z = batch["z"]
         indices, z_e, _ = model.encode(z.to(device))
 
-        # raw latents for the ceiling, small enough to keep them all
+        # raw latents for the ceiling, small enough to keep them all: pairs of steps side by side
         size = [min(16, length) for length in z.shape[-2:]]
         small = F.adaptive_avg_pool2d(z.flatten(0, 1), size).unflatten(0, z.shape[:2])
 
@@ -201,7 +207,7 @@ def encode_all(model, dataset, batch_size, clips):
         rows["labels"].append(batch["labels"].flatten(0, 1).cpu())
         rows["pairs"].append(torch.cat([small[:, :-1], small[:, 1:]], dim=2).flatten(0, 1).cpu())
 
-    # a transition without its truth can neither teach nor test
+    # a transition without its truth can neither teach nor test, and is left out of both
     arrays = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
     known = has_truth(arrays["labels"])
     return {name: x[known] for name, x in arrays.items()}
@@ -209,7 +215,7 @@ def encode_all(model, dataset, batch_size, clips):
 
 def linear_probe(x, y, x_test, y_test):
     """Balanced accuracy of a logistic regression fitted on (x, y)."""
-    # inputs in the same units; a constant one stays 0
+    # inputs in the same units, those of the fitting files; a constant one stays 0
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     probe = LogisticRegression(max_iter=3000, class_weight="balanced")
@@ -228,7 +234,7 @@ def balanced_accuracy(y, guess):
 def ceiling(x, y, x_test, y_test, name=""):
     """Balanced accuracy of a small convolutional network trained with the labels on raw pairs of
     steps: what they give away."""
-    # classes as numbers, weighted by how rare they are
+    # classes as numbers, weighted by how rare they are: what counts is balanced accuracy
     torch.manual_seed(0)
     names, y = np.unique(y, return_inverse=True)
     x = torch.from_numpy(x)
@@ -236,7 +242,7 @@ def ceiling(x, y, x_test, y_test, name=""):
     y = torch.from_numpy(y)
     weight = len(y) / (len(names) * torch.bincount(y)).float()
 
-    # three convolutions: enough for a shift of the picture
+    # three convolutions: enough to see a shift of the picture, which is what most actions do
     net = nn.Sequential(
         nn.Conv2d(x.shape[1], 48, 3, 1, 1),
         nn.GELU(),
@@ -250,7 +256,7 @@ def ceiling(x, y, x_test, y_test, name=""):
     )
     net(x[:1])  # the size of the last layer
 
-    # few transitions are learned by heart early
+    # few transitions are learned by heart early, so the number of steps follows theirs
     steps = min(max(40 * len(x) // 64, 300), 2400)
 
     # plain training on random batches
@@ -273,13 +279,13 @@ def ceiling(x, y, x_test, y_test, name=""):
 def displacement(model, z, code):
     """Median motion (down, right) in latent pixels that a code (slots,) causes in steps z (B, C, H,
     W): the peak of the circular cross-correlation of each step and the one decoded after it."""
-    # steps and what the code makes of them, without their mean
+    # steps and what the code makes of them, without their mean, which would outshine the shift
     H, W = z.shape[2:]
     after = model.decode(z, code.expand(len(z), -1))
     spectrum = torch.fft.rfft2(z - z.mean((2, 3), keepdim=True))
     after_spectrum = torch.fft.rfft2(after - after.mean((2, 3), keepdim=True))
 
-    # the shift at which they agree most
+    # the shift at which they agree most, over all channels: a correlation in the frequencies
     correlation = torch.fft.irfft2((after_spectrum * spectrum.conj()).sum(1), s=(H, W))
     peak = correlation.flatten(1).argmax(1)
 
@@ -296,7 +302,8 @@ def plot_codes(path, ids, actions, names, moves):
     """codes.png: the motion that each of the most used codes causes, and how often each true action
     goes with it. ids (n,): the code of each transition; actions (n,): -1 where it is not known;
     names: {code: its numbers}; moves: {code: (down, right)}."""
-    # the share of each true action among the transitions of a code
+    # the share of each true action among the transitions of a code; a row of zeros where no truth
+    # is known
     values = np.unique(actions[actions >= 0])
     table = np.zeros((len(moves), len(values)))
     for row, code in enumerate(moves):
@@ -304,17 +311,17 @@ def plot_codes(path, ids, actions, names, moves):
         if len(known):
             table[row] = [np.mean(known == value) for value in values]
 
-    # codes of one action together, the most used first
+    # codes of one action together, the most used first: the picture at the right is then a stair
     share = [np.mean(ids == code) for code in moves]
     order = np.lexsort((-np.array(share), table.argmax(1)))
     codes = [list(moves)[i] for i in order]
 
-    # a row for each code
+    # a row for each code, and room for the titles
     rows = range(len(codes))
     fig = Figure(figsize=(13, 1.6 + 0.32 * len(codes)), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=[1, 2])
 
-    # left: arrows
+    # left: arrows, the longest of which fills its column
     longest = max(max(map(abs, move)) for move in moves.values())
     down, across = np.array([moves[code] for code in codes], dtype=float).T
     left.quiver(
@@ -346,7 +353,7 @@ def plot_codes(path, ids, actions, names, moves):
     left.set_yticks(rows, labels, fontsize=11)
     left.set_ylabel("code (share of steps)")
 
-    # right: true actions
+    # right: true actions. One dark cell in each row means that codes name actions
     image = right.imshow(table[order], cmap="Blues", vmin=0, vmax=1, aspect="auto")
     right.set(yticks=[], title="true actions of the steps that get this code", xlabel="true action")
     right.set_xticks(range(len(values)), values, fontsize=11)
@@ -356,7 +363,7 @@ def plot_codes(path, ids, actions, names, moves):
 
 def most_used(ids):
     """{code: its share} of the SHOWN_CODES most used ones, the most used first."""
-    # ties in the order of their numbers, so that a second report shows the same
+    # ties stay in the order of their numbers, so that a second report shows the same
     values, counts = np.unique(ids, return_counts=True)
     order = np.argsort(-counts)[:SHOWN_CODES]
     return dict(zip(values[order].tolist(), (counts / counts.sum())[order].tolist()))
@@ -365,7 +372,7 @@ def most_used(ids):
 if __name__ == "__main__":
     sys.excepthook = checkpoint.short_excepthook
 
-    # what is missing for the frames shows before anything takes time
+    # what is missing for the frames shows before anything takes time: a package, or the VAE
     vae = None
     if args.vae:
         args.metrics = args.metrics or ["psnr", "ssim"]
@@ -380,11 +387,12 @@ if __name__ == "__main__":
     model.to(device)
     dtype, autocast = precision_of(args.dtype, state, device)
 
-    # windows of the files to judge on
+    # windows of the files to judge on, as long as those of training
     test = Latents(splits[args.split], state["sequence_length"])
     out = os.path.dirname(os.path.abspath(path))
 
     # --- errors and codes ---
+    # a continuous model has no codes to count
     K = state["lam"]["num_embeddings"] if quantises(model) else None
     found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers, autocast)
     summary = code_summary(found, K)
@@ -405,12 +413,14 @@ if __name__ == "__main__":
             f" {model.quantizer.warmup} steps (--vq_warmup_steps): its decoder does not use codes"
             " yet, and no number describes them"
         )
+    # and what to do about it
     for sentence in complaints(summary, K is not None):
         print(f"WARNING: {sentence}")
     for sentence in truth_notes(test, found, args.split):
         print(f"note: {sentence}")
 
-    # written now, and again after each part that takes longer
+    # written now, and again after each part that takes longer: a run that is stopped leaves what
+    # it has
     report = {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary
     report["quantises"] = K is not None
     write_report(out, report)
@@ -420,7 +430,7 @@ if __name__ == "__main__":
         ids = pack_codes(found["codes"], K)
         shares = most_used(ids)
 
-        # each code is put to the same 32 steps
+        # each code is put to the same 32 steps, of all files, so that moves can be compared
         items = sum(test.windows(8, 32), [])
         z = torch.stack([test[0, 0, number, k]["z"][0] for _, _, number, k in items]).to(device)
         names, moves = {}, {}
@@ -429,7 +439,7 @@ if __name__ == "__main__":
             with autocast():
                 moves[code] = displacement(model, z, torch.tensor(names[code], device=device))
 
-        # true actions as numbers, -1 where one is not known
+        # true actions as numbers, -1 where one is not known; all labels together make one
         actions = np.zeros(len(ids), int)
         if test.labels:
             known = has_truth(found["labels"])
@@ -445,7 +455,7 @@ if __name__ == "__main__":
     # --- probes: what a classifier reads from codes and vectors ---
     train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
 
-    # labels that both splits have
+    # labels that both splits have: a probe is fitted on training files
     labels = [k for k in test.labels if train is not None and k in train.labels]
     for name in test.labels:
         if name not in labels:
@@ -455,7 +465,7 @@ if __name__ == "__main__":
             fit = encode_all(model, train, args.batch_size, args.val_clips)
             judged = encode_all(model, test, args.batch_size, args.val_clips)
 
-        # a code is a category: its numbers have no order
+        # a code is a category: its numbers have no order, so each gets a column of its own
         ids_fit = pack_codes(fit["codes"], K or 1)
         ids_test = pack_codes(judged["codes"], K or 1)
         one_hot_fit = np.float64(ids_fit[:, None] == np.unique(ids_fit))
@@ -492,6 +502,7 @@ if __name__ == "__main__":
         write_report(out, report)
 
     # --- frames ---
+    # what the errors mean to the eye, where the video VAE is at hand
     if vae is not None:
         vae.to(device)
         sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
@@ -504,6 +515,7 @@ if __name__ == "__main__":
         write_report(out, report)
 
     # --- the ceiling: what the labels can be read from at best ---
+    # last, because it takes minutes: a probe near it could hardly be better
     if probed and args.ceiling:
         print("balanced accuracy of a network trained with the labels on raw latents:")
         for name, y, y_test in probed:

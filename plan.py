@@ -23,9 +23,10 @@ import math
 
 from evaluation.flags import Help
 
-# tasks of --play: what counts as success at the end
+# tasks of --play: what counts as success at the end; 64 map units are two blocks
 SUCCESS = {"turn": (10, "degrees"), "walk": (64, "map units")}
 
+# names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -39,7 +40,7 @@ def parse_flags():
     )
     repeated = {"nargs": "+", "action": "append"}
 
-    # which model plans
+    # which model plans, and how it is seeded
     flag = parser.add_argument_group("run").add_argument
     flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--encoder", help="weights of the encoder, for pictures (default: what the run used)")
@@ -74,7 +75,7 @@ def parse_flags():
     flag("--reach", type=float, default=1.0, help="std of mouse motion, in the recorded ones")
     flag("--maxnorm", type=float, default=0.05, help="robots: metres a step along each axis")
 
-    # the planner
+    # the planner: more samples and iterations find better plans, and take longer
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
     flag("--context", type=int, default=1, help="past steps that the predictor sees")
@@ -89,6 +90,8 @@ def parse_flags():
 
     # what does not go together
     args = parser.parse_args()
+
+    # a picture to start from and one to reach
     if (args.start is None) != (args.goal is None):
         parser.error("--start and --goal go together")
     if args.state is not None and not args.start:
@@ -102,15 +105,20 @@ def parse_flags():
     for name in ("trials", "steps", "context", "iterations", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 1")
+    # one clip has no interval, and one elite no spread to draw from
     for name in ("clips", "num_elites"):
         if getattr(args, name) < 2:
             parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 2")
+
+    # the search itself; a nan is in no range
     if min(args.horizon) < 1:
         parser.error(f"--horizon {args.horizon} makes no plan: at least one step")
     if args.num_elites > args.num_samples:
         parser.error(f"--num_elites {args.num_elites} makes no plan: of {args.num_samples} samples")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature} makes no plan: 0 (CEM) or above, finite")
+
+    # bounds of motion, and shares of what was before
     for name in ("reach", "maxnorm"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} {getattr(args, name)} makes no plan: above 0, and finite")
@@ -151,7 +159,7 @@ from files.video import open_video
 from files.vpt import SLOTS, wrap
 from model import compose_states
 
-# policies that need no model
+# policies that need no model: what a plan must be better than, or it has found nothing
 TRIVIAL = {
     "rest": "doing nothing",
     "repeat": "repeating the last action",
@@ -184,7 +192,7 @@ def recorded(
     Plans start from step `context` of a clip. With a context of one step they start from the second
     one where the clip is long enough: before the first no action is known that could be repeated
     (nan)."""
-    # motion is compared in its units
+    # motion is compared in its units, because stds would hide how much it is
     scaler = dataset.reader.scaler
     mean = torch.tensor(scaler.mean, dtype=torch.float32)
     scale = torch.tensor(scaler.scale, dtype=torch.float32)
@@ -197,13 +205,14 @@ def recorded(
         batch = collate([dataset[item]])
         z, actions, states = features_of(batch)
 
-        # the step to plan from, and the first one that the predictor sees
+        # the step to plan from, and the first one that the predictor sees. Before the first step
+        # of a clip no action is known, so the second one is better where there is one
         last = context - 1
         if last == 0 and z.shape[1] > horizon + 1:
             last = 1
         first = last + 1 - context
 
-        # the plan, to the features of the recorded step
+        # the plan, to the features of the recorded step: the actions that led there are known
         device = z.device
         space = space_of(actions[0, last])
         cost = energy(
@@ -218,8 +227,8 @@ def recorded(
         )
         plan = search(cost, space, horizon, generator=generator, device=device, **options)
 
-        # the recorded actions, the plan, the trivial policies and random draws, in the order that
-        # the report expects
+        # the recorded actions, the plan, the trivial policies in the order of TRIVIAL, and random
+        # draws, whose mean says how hard the task is
         before = actions[0, last - 1] if last else torch.full_like(actions[0, 0], math.nan)
         every = [
             actions[0, last : last + horizon],
@@ -246,7 +255,8 @@ def seen_from_first(states):
     if states.shape[-1] != 2:
         return states
 
-    # a turn over the half circle is a small one the other way
+    # a turn over the half circle is a small one the other way, and in float64 the difference of
+    # two angles keeps its digits
     yaw = wrap((states[..., 0] - states[:, :1, 0]).cpu().double().numpy())
     return torch.stack([torch.from_numpy(yaw).to(states), states[..., 1]], dim=-1)
 
@@ -257,7 +267,7 @@ def compared(errors, recordings):
     "ratios" {policy: [ratio, low, high]}, and "best", the policy without a model that does best."""
     means = {k: x.double().mean().item() for k, x in errors.items()}
 
-    # how many times worse than the plan each of the others is
+    # how many times worse than the plan each of the others is; above 1 the plan helps
     ratios = {}
     for name in errors:
         if name == "plan":
@@ -274,7 +284,8 @@ def compared(errors, recordings):
 def plan_in_recordings(plan_in_clips, horizons, robot):
     """Plan in recorded clips for each horizon, and print how plans compare -> rows of the report.
     plan_in_clips(horizon) returns what `recorded` does."""
-    # dimensions that are shown: name, place among the actions, factor and unit
+    # dimensions that are shown: name, place among the actions, factor and unit; keys and a
+    # robot's rotation are left out
     if robot:
         shown = [(name, i, 100.0, "cm") for i, name in enumerate("xyz")]
     else:
@@ -287,7 +298,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
     for horizon in horizons:
         sums, random, recordings = plan_in_clips(horizon)
 
-        # a row for each dimension
+        # a row for each dimension: how far the sum over the horizon is off what was recorded
         for name, i, unit, symbol in shown:
             # how far the plan is off, a random draw and the policies that need no model
             off = unit * (sums[:, 1:, i] - sums[:, :1, i]).abs()
@@ -296,7 +307,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
             row = compared(errors, recordings)
             rows.append({"horizon": horizon, "dim": name, "unit": symbol} | row)
 
-            # the bar is the best policy that needs no model
+            # the bar is the best policy that needs no model, for this dimension and horizon
             ratio = row["ratios"][row["best"]]
             interval = interval_text(ratio[1], ratio[2], recordings, ".2f")
             numbers = "".join(f" {row[k]:8.2f}" for k in errors)
@@ -312,7 +323,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
         f" {count_text(len(set(recordings)), 'recording')}; mean |sum - recorded|, lower is better"
     )
 
-    # what the columns are, then the table
+    # what the columns are, then the table: a ratio alone would not say how hard the task is
     print("without a model: " + ", ".join(f"{k} ({v})" for k, v in TRIVIAL.items()))
     columns = "".join(f"{k:>9}" for k in errors)
     print(f"horizon  of     unit{columns}    best of those / plan, 95 % over recordings")
@@ -333,7 +344,7 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
 def readable(actions, scaler, names):
     """Scaled VPT actions (H, A) -> [(dx, dy in pixels, yaw, pitch in degrees, [keys that are
     pressed])]."""
-    # motion in pixels and degrees
+    # motion in pixels and degrees, from what the predictor takes back to what was recorded
     moves = actions[:, :4].cpu().double().numpy() * scaler.scale + scaler.mean
 
     # keys are pressed where their value is exactly 1
@@ -349,7 +360,7 @@ def readable(actions, scaler, names):
 
 def read_pictures(paths):
     """Image files -> [av.VideoFrame]. ValueError for what is no image, or if their sizes differ."""
-    # a picture is a video of one frame
+    # a picture is a video of one frame: what PyAV decodes, PNG and JPEG among others, serves
     frames = []
     for path in paths:
         try:
@@ -359,7 +370,7 @@ def read_pictures(paths):
         except (ValueError, StopIteration) as e:
             raise ValueError(f"{path} cannot be read as an image: {e}") from e
 
-    # pictures of different cameras have no common plan
+    # pictures of different cameras have no common plan, whatever the features say
     sizes = {(f.width, f.height) for f in frames}
     if len(sizes) > 1:
         raise ValueError(
@@ -375,7 +386,8 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
     distances for the report). Prints the distances."""
     plan = search(cost, space, horizon, generator=generator, device=now.device, **options)
 
-    # is it better than doing nothing, and than where we are?
+    # is it better than doing nothing, and than where we are? Doing nothing may be better than both,
+    # because a predicted step is never exactly a recorded one
     still = rest(space, len(plan), now.device)
     after_plan, after_rest = cost(torch.stack([plan, still])).tolist()
     distance = (now - goal).abs().mean().item()
@@ -384,7 +396,7 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
         f" the plan {after_plan:.4f}, after doing nothing {after_rest:.4f}"
     )
 
-    # then there is nothing to expect of it
+    # then there is nothing to expect of it, and the reader must know
     if not after_plan < distance:
         print(
             "WARNING: no plan promises to come nearer than it is now: the pictures may be too far"
@@ -395,7 +407,7 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
 
 def robot_plan(plan, scaler, names):
     """A plan (H, 7) in metres and radians, as a list; prints it."""
-    # back from stds to metres and radians
+    # back from stds to metres and radians, which a controller takes
     device = plan.device
     mean = torch.tensor(scaler.mean, dtype=torch.float32, device=device)
     scale = torch.tensor(scaler.scale, dtype=torch.float32, device=device)
@@ -416,7 +428,7 @@ def play_plan(plan, scaler, names):
     """A plan (H, A) in pixels, degrees and keys, as `readable` gives it; prints it."""
     rows = readable(plan, scaler, names)
 
-    # a row for each step
+    # a row for each step, as a person would play it
     print("step  dx px  dy px  yaw deg  pitch deg  keys")
     for i, (dx, dy, yaw, pitch, pressed) in enumerate(rows):
         keys = " ".join(pressed) or "-"
@@ -428,14 +440,14 @@ def agent(player, space, scaler, names, choose):
     """A function act(goal) that does one step in the game. choose(seen, done, goal) returns scaled
     actions, and the first of them is done. seen: [(z (N, E), yaw, pitch in radians)] of the steps
     until now; done: the scaled actions [(1, A)] between them."""
-    # everything since the trial began
+    # everything since the trial began: a policy may look back as far as it likes
     seen, done = [], []
 
     def act(goal):
-        # yaw and pitch as states have them, in radians
+        # what is seen before the step; yaw and pitch as states have them, in radians
         seen.append((player.z, math.radians(player.yaw), math.radians(player.pitch)))
 
-        # one step of the plan, then look again
+        # one step of the plan, then look again: what is seen corrects what was expected
         action = choose(seen, done, goal)[:1].cpu()
         first_step = readable(action, scaler, names)[0]
         player.step(first_step[0], first_step[1], first_step[-1])
@@ -464,12 +476,12 @@ def chooser(
         turned = wrap(np.subtract(yaw, yaw[0]))
         states = torch.tensor(np.stack([turned, pitch], axis=-1), dtype=torch.float32)
 
-        # what was done between the steps that the predictor sees
+        # what was done between the steps that the predictor sees, on the CPU as it was sent
         still = rest(space, horizon, goal.device)
         all_done = torch.cat([still[:0].cpu(), *done])
         actions = all_done[len(done) + 1 - len(z) :]
 
-        # the plan, from here to the goal
+        # the plan, from here to the goal, as far ahead as --horizon
         cost = energy(
             predictor,
             torch.stack(z)[None],
@@ -482,7 +494,7 @@ def chooser(
         )
         plan = search(cost, space, horizon, generator=generator, device=goal.device, **options)
 
-        # a plan that promises nothing is not followed
+        # a plan that promises nothing is not followed: at the goal it is best to rest
         promises_less = cost(plan[None]) < (z[-1] - goal).abs().mean()
         return plan if promises_less else still
 
@@ -492,12 +504,12 @@ def chooser(
 def play_policies(player, policies, make_agent, task, maps, trials, steps, seed):
     """Play a task with each policy {name: choose of `agent`}, the same trials for all -> {name:
     [distances to the goal after 0, 1, ... steps of each trial]}. make_agent(choose) -> act."""
-    # each policy plays all trials, so that they can be compared
+    # each policy plays all trials, because some places are harder than others
     distances = {}
     for policy, choose in policies.items():
         distances[policy] = []
         for trial in tqdm(range(trials), unit=" trials", desc=policy):
-            # the same map, place and goal for every policy
+            # the same map, place and goal for every policy: the seed says which
             rng = np.random.default_rng([seed, trial])
             track = player.trial(task, rng, maps, make_agent(choose), steps)
             distances[policy].append(track)
@@ -516,7 +528,8 @@ def print_trials(distances, task):
         " ... steps"
     )
     for policy, tracks in distances.items():
-        # distances (trials, steps + 1): the first is before anything was done
+        # distances (trials, steps + 1): the first is before anything was done, and shows that all
+        # policies began alike
         tracks = np.array(tracks)
         start = tracks[:, 0]
         end = tracks[:, -1]
@@ -541,7 +554,7 @@ if __name__ == "__main__":
     names = state["action_names"]
     robot = state["dataset"] == "droid"
 
-    # a plan fits into the clips that the predictor was trained on
+    # a plan fits into the clips that the predictor was trained on: it has never seen more steps
     T = state["frames_per_clip"] // state["frames_per_step"]
     if args.context + max(args.horizon) > T:
         raise ValueError(
@@ -557,11 +570,16 @@ if __name__ == "__main__":
     print(f"{run.path}: {precision_text(run.dtype, device, predictor, args.context)}")
 
     # --- what is searched, and how ---
+    # walking needs its key, turning needs none: fewer keys are easier to search
     keys = args.keys
     if args.play == "walk" and not keys:
         keys = ["key.w"]
+
+    # how states follow from actions, as in training
     compose = states_from(compose_poses if robot else compose_states, scaler, device)
     generator = torch.Generator().manual_seed(args.seed)
+
+    # of the search; --temperature 0 is CEM
     options = {
         "num_samples": args.num_samples,
         "num_elites": args.num_elites,
@@ -576,13 +594,15 @@ if __name__ == "__main__":
         """What may be done where this action was recorded: the hotbar stays as it is."""
         if robot:
             return droid_space(scaler, args.maxnorm)
+
+        # one slot is always open: the recorded one, or the first
         slot = 0
         for i, name in enumerate(SLOTS):
             if action is not None and name in names and action[names.index(name)] == 1:
                 slot = i
         return vpt_space(names, scaler, keys, args.reach, slot)
 
-    # pictures need the encoder; recordings of features do not
+    # pictures need the encoder; recordings of features do not, and open_held_out opens its own
     if args.start or args.play:
         features = features_of_pictures(run, args.encoder)
 
@@ -594,13 +614,13 @@ if __name__ == "__main__":
                 f" {state['state_dim']}"
             )
 
-        # a still picture is a step in which nothing moves
+        # a still picture is a step in which nothing moves: the same frame for all of its frames
         with torch.no_grad():
             frames = read_pictures([args.start, args.goal])
             now, goal = (features([f] * state["frames_per_step"]) for f in frames)
         state_now = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)
 
-        # the past is this one step, so no action is known
+        # the past is this one step, so no action is known: (1, 0, A)
         cost = energy(
             predictor,
             now[None, None],
@@ -628,7 +648,7 @@ if __name__ == "__main__":
                 " frames a second"
             )
 
-        # the plan, and what it must be better than
+        # the plan, and what it must be better than: chance, and not moving at all
         space = space_of()
         plan_ahead = chooser(
             predictor,
@@ -643,12 +663,13 @@ if __name__ == "__main__":
         )
         policies = {
             "plan": plan_ahead,
+            # what chance does with the same actions
             "random": lambda seen, done, goal: draw(space, 1, 1, generator)[0],
             # a model that copies the last step has no reason to move
             "copy": lambda seen, done, goal: rest(space, 1),
         }
 
-        # the engine writes its settings and caches into a folder
+        # the engine writes its settings and caches into a folder, which nobody needs afterwards
         with tempfile.TemporaryDirectory() as folder:
             engine = game.open_game(game.SIZE, args.seed, folder)
             with contextlib.closing(engine):
@@ -674,10 +695,12 @@ if __name__ == "__main__":
         )
         print_left_out(bad)
 
-        # a robot's own fields have states that no action is known to change
+        # a robot's own fields have states that no action is known to change: open_held_out says
+        # which function serves
         compose = states_from(compose_from, scaler, device)
 
         def plan_in_clips(horizon):
+            """`recorded` of this run, for one horizon."""
             return recorded(
                 predictor,
                 dataset,
@@ -697,6 +720,7 @@ if __name__ == "__main__":
         file_name = "plan.json"
 
     # --- plan.json ---
+    # with all flags: the numbers depend on most of them
     out = args.out or os.path.join(os.path.dirname(run.path), file_name)
     write_atomically(out, to_json(report).encode())
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")

@@ -18,8 +18,13 @@ import argparse
 
 from evaluation.flags import Help
 
+# what can be read from features: the action between two steps, the actions that follow, a label
 TASKS = ["inverse", "anticipation", "classify"]
+
+# names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
+
+# what the encoder sees at once
 MODES = ["tubelet", "frame", "clip"]
 
 
@@ -33,7 +38,7 @@ def parse_flags():
     )
     repeated = {"nargs": "+", "action": "append"}
 
-    # whose features, on which play
+    # whose features, on which play; what is fitted on must not be tested on
     flag = parser.add_argument_group("run and data").add_argument
     flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
     flag("--data", "--data_path", **repeated, help="shards to fit on (default: the run's)")
@@ -60,7 +65,8 @@ def parse_flags():
     flag("--num_workers", type=int, default=2, help="loader processes")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
 
-    # what a run's checkpoint says otherwise
+    # what a run's checkpoint says otherwise; the defaults are those of train_ac.py, but for the
+    # actions: all of VPT's
     flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
     flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
     flag("--fps", type=float, default=5.0, help="sampled frames a second")
@@ -69,18 +75,19 @@ def parse_flags():
     flag("--encode", default="tubelet", choices=MODES, help="what the encoder sees at once")
     flag("--action_space", type=int, default=36, choices=[13, 36, 38], help="actions to probe")
 
-    # one check, one message
+    # one check, one message. Without a run nothing says which recordings it was trained on
     args = parser.parse_args()
     if not (args.checkpoint or args.data and args.val_data):
         parser.error("name a --checkpoint, or --data to fit on and --val_data to test on")
     for name in ("steps", "horizon", "side", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
+    # one clip can be fitted, but not be fitted and chosen on
     for name in ("clips", "val_clips"):
         if getattr(args, name) < 2:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least 2")
 
-    # what is probed unless --task says so
+    # what is probed unless --task says so: classify needs to know what to classify
     if not args.task:
         args.task = ["inverse", "anticipation"]
         if args.label_field or args.labels:
@@ -90,6 +97,7 @@ def parse_flags():
             "--task classify needs one label: --label_field FIELD of the lines, or --labels"
             " FILE.csv"
         )
+    # a shard is labelled by the inverse head
     if args.label and "inverse" not in args.task:
         parser.error("--label needs --task inverse, which fits what it labels with")
     if args.label and not (args.out or "").endswith(".tar"):
@@ -149,7 +157,7 @@ from kernels import describe_kernels
 
 def lines_of(record):
     """The text of the lines of a recording's ticks, and its ticks."""
-    # ticks say which of the lines are usable
+    # ticks say which of the lines are usable: a recorder may repeat some or cut the last one
     ticks = read_ticks(record)
     with Slice(record.shard, *record.members["jsonl"]) as f:
         text = f.read().splitlines()
@@ -159,11 +167,11 @@ def lines_of(record):
 def line_labels(clips, field, shards, reader):
     """The value of a field of the JSONL lines, as text, at the middle tick of each clip; shards:
     records with lines, by recording."""
-    # lines are parsed once a recording
+    # lines are read once a recording, of which many clips may come
     labels = []
     cached = {}
     for record, window in clips["place"]:
-        # features have no lines of their own
+        # features have no lines of their own: those of the shards that they were made from serve
         source = shards.get(record.recording)
         if source is None:
             raise ValueError(
@@ -175,13 +183,14 @@ def line_labels(clips, field, shards, reader):
             cached[record.recording] = (text, step_size(ticks.rate, reader.fps))
         text, stride = cached[record.recording]
 
-        # features may start at a later tick
+        # features of a later phase start at a later tick, which their key names
         start = 0
         if "safetensors" in record.members:
             start = int(record.key.rpartition("@")[2])
 
-        # the label of a clip is that of its middle
+        # the label of a clip is that of its middle, where the most of it is seen
         middle = start + round((window + 0.5) * reader.frames * stride)
+        # as text: true, 3 and "stone" are classes alike
         line = json.loads(text[middle])
         if field not in line:
             raise ValueError(
@@ -194,7 +203,7 @@ def line_labels(clips, field, shards, reader):
 
 def csv_labels(path, known):
     """{recording: label} of a CSV with columns key,label."""
-    # as it is read by a person: one label a recording
+    # as it is read by a person: one label a recording, in any order
     with open(path, newline="") as f:
         rows = csv.DictReader(f)
         if not {"key", "label"} <= set(rows.fieldnames or ()):
@@ -227,7 +236,7 @@ def labels_from_csv(path, clips, records):
 
 def labels_from_lines(field, clips, records, lines, reader):
     """line_labels of clips; lines: shards that features were made from, or None."""
-    # features name the recording, the shards that they were made from have its lines
+    # features name the recording; the shards that they were made from have its lines
     if lines:
         records, _ = open_records(lines)
     with_lines = {r.recording: r for r in records if "jsonl" in r.members}
@@ -243,19 +252,20 @@ def guide_lines(actions, names, ends, frames, rate):
     pitch summed from 0 (pitch stops at straight up and down), no input before the first end and
     after the last. With slots among the names the keys 1-9 are left out: vpt.parse_ticks adds them
     where the slot changes."""
-    # the step of each tick
+    # the step of each tick; those before the first end belong to no step
     tick = np.arange(frames)
     step = np.clip(np.searchsorted(ends, tick, side="right") - 1, 0, len(actions) - 1)
     inside = (tick >= ends[0]) & (tick < ends[-1])
 
-    # its motion in equal parts; a line holds where the camera was before it moved
+    # its motion in equal parts, because the head knows its sum only. A line holds where the camera
+    # was before it moved, so the sum leaves out its own motion
     motion = actions[step, :4] * (inside / np.diff(ends)[step])[:, None]
     yaw, pitch = (np.cumsum(motion[:, 2:], axis=0) - motion[:, 2:]).T
 
-    # dimensions of slots, buttons and keys
+    # dimensions of slots, buttons and keys, by the names that the guides' lines have
     slots = [i for i, n in enumerate(names) if n in SLOTS]
 
-    # the likeliest slot is the one that is open
+    # the likeliest slot is the one that is open: exactly one always is
     hotbar = actions[:, slots].argmax(1)[step] if slots else np.zeros(frames, int)
     gui = names.index("gui_open") if "gui_open" in names else None
     buttons, keys = [], []
@@ -265,7 +275,7 @@ def guide_lines(actions, names, ends, frames, rate):
         elif name.startswith("key.") and not (slots and name[4:].isdigit()):
             keys.append((i, f"key.keyboard.{name[4:]}"))
 
-    # one line a tick
+    # one line a tick, with what the guides' recorder writes
     for t in range(frames):
         pressed = actions[step[t]] * inside[t]
         turned = float(wrap(yaw[t]))
@@ -287,11 +297,11 @@ def guide_lines(actions, names, ends, frames, rate):
 def steps_of_video(file, times, reader):
     """Frames that the steps of a video show (S, frames a step), and its frames a second. times: of
     all frames. ValueError with fewer than two steps."""
-    # the rate of most frames: a recording may have a few gaps
+    # the rate of most frames: a recording may have a few gaps, which the mean would feel
     with open_video(file) as container:
         rate = 1 / float(np.median(np.diff(times)) * container.streams.video[0].time_base)
 
-    # frames that are sampled, by step; a rest that fills no step is left out
+    # frames that are sampled, by step; a rest that fills no step is left out, as in training
     each = reader.frames_per_step
     shown = step_size(rate, reader.fps) * np.arange(len(times))
     shown = shown[shown < len(times)]
@@ -305,7 +315,7 @@ def steps_of_video(file, times, reader):
 
 def cropped(file, times, frames, reader):
     """Frames of a video, centre-cropped as in training, (1, T, 3, H, W) uint8."""
-    # the reader resizes the short side, the rest is cut evenly
+    # the reader resizes the short side, the rest is cut evenly: (1, T, 3, H, W)
     video = read_frames(file, times, frames, reader.crop, reader.decoder)
     y, x = (np.array(video.shape[1:3]) - reader.crop) // 2
     square = video[:, y : y + reader.crop, x : x + reader.crop]
@@ -316,7 +326,7 @@ def cropped(file, times, frames, reader):
 def label_video(data, head, names, columns, reader, features_of, side):
     """Bytes of an mp4 -> (lines, actions (S-1, A), ends (S,)): what a fitted head says about its
     steps."""
-    # which frames the steps show
+    # which frames the steps show: those at the times that training would sample
     f = io.BytesIO(data)
     times = mp4_times(f)
     f.seek(0)
@@ -327,7 +337,8 @@ def label_video(data, head, names, columns, reader, features_of, side):
     T = reader.frames // reader.frames_per_step
     scores = np.zeros((len(shown) - 1, len(columns)))
     for start in range(0, len(shown) - 1, T - 1):
-        # the head sees one clip, encoded as those that it was fitted on
+        # the head sees one clip, encoded as those that it was fitted on: with --encode clip a
+        # step's features depend on where in the clip it is
         start = max(min(start, len(shown) - T), 0)
         part = shown[start : start + T]
         video = cropped(f, times, part.ravel(), reader)
@@ -335,7 +346,7 @@ def label_video(data, head, names, columns, reader, features_of, side):
         z = pool(features_of(batch)[0], side)[0]
         scores[start : start + len(part) - 1] = head.predict(z[:-1], z[1:])
 
-    # motion and slots as they are, keys by their threshold
+    # motion and slots as they are, keys by their threshold: pressed as often as in the dev clips
     actions = np.zeros((len(scores), len(names)))
     for i, column in enumerate(columns):
         soft = names[column] in [*CONTINUOUS, *SLOTS]
@@ -349,7 +360,7 @@ def label_video(data, head, names, columns, reader, features_of, side):
 
 def video_members(path):
     """{KEY.mp4: its place in the shard}; ValueError if there is none, or if it is no tar."""
-    # the video is not read, only its place
+    # the video is not read, only its place: shards have gigabytes
     found, end = {}, os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
@@ -377,7 +388,8 @@ def add_member(packed, name, content):
 def label_shard(source, out, label):
     """KEY.mp4 of a shard -> a shard of KEY.mp4 and KEY.jsonl; label(bytes) -> lines. Returns how
     many, and [(file, key, reason)] of videos that cannot be labelled. ValueError if none can."""
-    # the shard appears when it is whole, so a killed run leaves none
+    # the shard appears when it is whole, so a killed run leaves none. The tar is written in the
+    # order of the one that was read
     bad, done = [], []
 
     def write(file):
@@ -389,6 +401,7 @@ def label_shard(source, out, label):
                     data = f.read()
                 try:
                     text = "".join(json.dumps(line) + "\n" for line in label(data)).encode()
+                # a fault of the machine ends the program, one of the video leaves it out
                 except WrongDecoder as e:
                     raise ValueError(f"--label {source} {name}: {e}") from e
                 except READ_ERRORS as e:
@@ -414,7 +427,8 @@ def label_shard(source, out, label):
 def dev_clips(train, records):
     """Which clips (n,) choose penalties and thresholds: those of a tenth of the recordings, or a
     tenth of the clips where there are too few recordings."""
-    # other recordings than those fitted on, or what is chosen would favour learning by heart
+    # other recordings than those fitted on, or what is chosen would favour learning by heart. The
+    # split is that of train_ac.py, by the hash of a name
     to_fit = {r.recording for r in split_records(records, 0.1)[0]}
     dev = np.array([r.recording not in to_fit for r, _ in train["place"]])
     if dev.all() or not dev.any():
@@ -439,7 +453,7 @@ if __name__ == "__main__":
             )
 
     # --- run ---
-    # without one, flags say how clips are cut
+    # without one, flags say how clips are cut, and there are no predictions to probe
     run = load_run(args.checkpoint, args.dtype) if args.checkpoint else None
     if run is not None:
         settings = run.settings
@@ -450,7 +464,7 @@ if __name__ == "__main__":
                 " such: probe a run of train_ac.py"
             )
 
-        # as the run was trained
+        # as the run was trained: its precision, its scale, its frames
         predictor = run.predictor
         state = run.state
         scaler = run.scaler
@@ -480,7 +494,7 @@ if __name__ == "__main__":
         dtype, autocast = precision_of(args.dtype, None, device)
         folder = "."
 
-    # what computes it
+    # what computes it: numbers of two machines differ in their last digits
     steps = settings["frames_per_clip"] // settings["frames_per_step"]
     if predictor is not None:
         print(precision_text(dtype, device, predictor, steps - 1))
@@ -488,7 +502,7 @@ if __name__ == "__main__":
         kernels = describe_kernels(device, getattr(torch, dtype))
         print(f"{dtype} on {device.type}; {kernels}")
 
-    # the actions to anticipate must lie inside of a clip
+    # the actions to anticipate must lie inside of a clip, after the two steps that are seen
     if "anticipation" in tasks and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
@@ -503,7 +517,7 @@ if __name__ == "__main__":
         settings["val_fraction"],
     )
 
-    # both are needed: what is learned by heart says nothing
+    # both are needed: heads learn recordings by heart, and a score on those says nothing
     if not (train_records and val_records):
         raise ValueError(
             f"{len(train_records)} recordings to fit on and {len(val_records)} to test on: name"
@@ -512,7 +526,7 @@ if __name__ == "__main__":
     if run is not None:
         warn_of_training_data(val_records, state, scaler)
 
-    # features need the encoder only where new videos are labelled
+    # features need the encoder only where new videos are labelled; a run may know its own
     records = train_records + val_records
     has_video = "safetensors" not in records[0].members
     name = args.encoder
@@ -521,7 +535,8 @@ if __name__ == "__main__":
     if not name and (args.label or has_video):
         raise ValueError("encoding video needs the weights: name the --encoder")
 
-    # --- clips, as the run was trained on them ---
+    # --- clips ---
+    # cut, decoded and encoded as the run was trained on them, but with actions as recorded
     decoder = decoder_for(records, None, settings)
     features_of = features_of_records(records, name, settings, device, dtype, state)
     reader = play_reader(settings, None, decoder)
@@ -545,7 +560,7 @@ if __name__ == "__main__":
     val, bad_val = load_clips(val_records, args.val_clips)
     print_left_out(bad + bad_train + bad_val)
 
-    # which of them choose penalties and thresholds
+    # which of them choose penalties and thresholds; the held-out ones must not
     dev = dev_clips(train, train_records)
     report = {
         "checkpoint": run and run.path,
@@ -554,7 +569,7 @@ if __name__ == "__main__":
         "recordings": [len({r.recording for r, _ in c["place"]}) for c in (train, val)],
     }
 
-    # in words
+    # in words: how much the numbers below stand on
     fitted, tested = (
         f"{count_text(n, 'clip')} of {count_text(m, 'recording')}"
         for n, m in zip(report["clips"], report["recordings"])
@@ -567,13 +582,14 @@ if __name__ == "__main__":
         )
 
     # --- classify ---
+    # labels of whole recordings, or of the middle of each clip
     if "classify" in tasks:
         if args.labels:
             labels = labels_from_csv(args.labels, (train, val), records)
         else:
             labels = labels_from_lines(args.label_field, (train, val), records, args.lines, reader)
 
-        # from mean and std over the steps of a clip
+        # from mean and std over the steps of a clip: a label is of all of it
         what = args.label_field or args.labels
         report["classify"] = classify(train, val, *labels, what, args.steps)
         print(*classify_table(report["classify"], what), sep="\n")
@@ -583,14 +599,14 @@ if __name__ == "__main__":
     varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
     columns = np.flatnonzero(varies_train & varies_val)
 
-    # nothing can be learned about what never changes
+    # nothing can be learned about what never changes: such keys would look perfectly predicted
     constant = [n for i, n in enumerate(names) if i not in columns]
     if constant:
         print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
     if not len(columns) and {"inverse", "anticipation"} & set(tasks):
         raise ValueError("no action varies in both splits: name other shards")
 
-    # which action was it, and which ones follow?
+    # which action was it, and which ones follow? The first is in the pictures, the second is not
     if "inverse" in tasks:
         report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
         print(*inverse_table(report["inverse"]), sep="\n")
@@ -602,6 +618,7 @@ if __name__ == "__main__":
         print(*anticipation_table(report["anticipation"], seconds), sep="\n")
 
     # --- probe.json ---
+    # beside the run, unless --out or --label name another place
     if args.label:
         folder = os.path.dirname(args.out)
     elif args.out:

@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tests.harness import contractor, film, jsonl, write_tar
 
 import checkpoint
 from checkpoint import settings_of
 from evaluation.held_out import held_out
 from evaluation.runs import load_run, open_held_out, open_lam, open_run
 from model import lora_layers
+from tests.harness import contractor, film, jsonl, write_tar
 
 FIXTURES = os.path.join(os.path.dirname(__file__), "fixtures", "first_version")
 
