@@ -114,8 +114,8 @@ def action_groups(names):
     """{group: indices of its dimensions} of action names: camera, keys, hotbar, gui; position,
     rotation, gripper; else by field."""
     # dimensions of VPT, then of a robot's pose: groups that a person would name
-    known = {"camera": CONTINUOUS, "hotbar": HOTBAR + SLOTS, "gui": ["gui_open"]}
-    known |= {
+    named_groups = {"camera": CONTINUOUS, "hotbar": HOTBAR + SLOTS, "gui": ["gui_open"]}
+    named_groups |= {
         "position": ["x", "y", "z"],
         "rotation": ["roll", "pitch", "yaw"],
         "gripper": ["gripper"],
@@ -129,7 +129,7 @@ def action_groups(names):
             group = "keys"
 
         # hotbar keys are keys too, so the known groups come last and win
-        for known_group, members in known.items():
+        for known_group, members in named_groups.items():
             if name in members:
                 group = known_group
                 break
@@ -325,15 +325,15 @@ def explore(judged, dims, axes, samples):
     return Landscapes(ranks, lands, argmin, random)
 
 
-def landscape_lines(found, dims, units, samples, recordings):
+def landscape_lines(landscapes, dims, units, samples, recordings):
     """Rank and landscape for a person."""
     # the rank says whether the action matters, the distance whether it is the right one
     source = "other recordings" if len(set(recordings)) > 1 else "the same recording"
     lines = [
-        f"rank of the true action among {samples} of {source}: {np.mean(found.ranks):.3f} (0 best,"
-        f" 0.5 chance; {count_text(len(found.ranks), 'clip')})"
+        f"rank of the true action among {samples} of {source}: {np.mean(landscapes.ranks):.3f}"
+        f" (0 best, 0.5 chance; {count_text(len(landscapes.ranks), 'clip')})"
     ]
-    for d, best, random in zip(dims, found.argmin, found.random):
+    for d, best, random in zip(dims, landscapes.argmin, landscapes.random):
         unit = units.get(d, "")
         lines.append(
             f"  {d:22} minimum of the error is {best:.3g} {unit} off the truth, a random action"
@@ -669,28 +669,28 @@ def landscape_section(judged, dims, axes, samples):
     names = judged.run.state["action_names"]
     index = [names.index(d) for d in dims]
     units = dict(zip(names, scaler.meta.get("units", [])))
-    found = explore(judged, index, axes, samples)
+    landscapes = explore(judged, index, axes, samples)
 
     # what was found, for a person and for a program. The rank is over clips, so their number is
     # given beside it
-    facts = landscape_lines(found, dims, units, samples, judged.recordings)
-    report = {"rank": float(np.mean(found.ranks)), "ranked_clips": len(found.ranks)}
+    facts = landscape_lines(landscapes, dims, units, samples, judged.recordings)
+    report = {"rank": float(np.mean(landscapes.ranks)), "ranked_clips": len(landscapes.ranks)}
     report["landscape"] = {}
-    for d, best, random in zip(dims, found.argmin.tolist(), found.random.tolist()):
+    for d, best, random in zip(dims, landscapes.argmin.tolist(), landscapes.random.tolist()):
         report["landscape"][d] = {"unit": units.get(d, ""), "argmin": best, "random": random}
 
     # landscapes of the largest motions, where most depends on the action; of different recordings
     # where there are any
-    plain = to_units(judged.actions, scaler)[: len(found.energies), -1, index]
+    plain = to_units(judged.actions, scaler)[: len(landscapes.energies), -1, index]
     motion = np.linalg.norm(plain / [axis[-1] for axis in axes], axis=1)
     largest = pictures.spread_over((-motion).argsort().tolist(), judged.recordings, 4)
-    panels = [(judged.recordings[i], found.energies[i], plain[i]) for i in largest]
+    panels = [(judged.recordings[i], landscapes.energies[i], plain[i]) for i in largest]
 
     # both figures
     labels = [(d, units.get(d, "")) for d in dims]
     source = "of other recordings" if len(set(judged.recordings)) > 1 else "of this recording"
     figures = {
-        "Rank of the true action": [pictures.plot_ranks(found.ranks, samples, source)],
+        "Rank of the true action": [pictures.plot_ranks(landscapes.ranks, samples, source)],
         "Energy landscape": [pictures.plot_landscapes(panels, axes, labels)],
     }
     return Section(facts, report, figures)
@@ -914,10 +914,10 @@ if __name__ == "__main__":
         facts += section.facts
 
     # both files are whole or not there, and beside the checkpoint unless told otherwise
-    out = args.out or os.path.dirname(run.path) or "."
-    write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
+    folder = args.out or os.path.dirname(run.path) or "."
+    write_atomically(os.path.join(folder, "report.json"), to_json(report).encode())
     pictures.write_page(
-        os.path.join(out, "report.html"),
+        os.path.join(folder, "report.html"),
         "Does the model use the action?",
         verdict,
         warnings,
@@ -929,4 +929,4 @@ if __name__ == "__main__":
     # last on the terminal, because it is what one came for
     print(*verdict)
     print(f"peak memory {checkpoint.peak_memory(run.device):.0f} MiB")
-    print(f"written to {out}: report.json, report.html")
+    print(f"written to {folder}: report.json, report.html")

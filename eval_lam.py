@@ -209,8 +209,8 @@ def encode_all(model, dataset, batch_size, clips):
 
     # a transition without its truth can neither teach nor test, and is left out of both
     arrays = {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-    known = has_truth(arrays["labels"])
-    return {name: x[known] for name, x in arrays.items()}
+    with_truth = has_truth(arrays["labels"])
+    return {name: x[with_truth] for name, x in arrays.items()}
 
 
 def linear_probe(x, y, x_test, y_test):
@@ -307,9 +307,9 @@ def plot_codes(path, ids, actions, names, moves):
     values = np.unique(actions[actions >= 0])
     table = np.zeros((len(moves), len(values)))
     for row, code in enumerate(moves):
-        known = actions[(ids == code) & (actions >= 0)]
-        if len(known):
-            table[row] = [np.mean(known == value) for value in values]
+        of_code = actions[(ids == code) & (actions >= 0)]
+        if len(of_code):
+            table[row] = [np.mean(of_code == value) for value in values]
 
     # codes of one action together, the most used first: the picture at the right is then a stair
     share = [np.mean(ids == code) for code in moves]
@@ -389,17 +389,19 @@ if __name__ == "__main__":
 
     # windows of the files to judge on, as long as those of training
     test = Latents(splits[args.split], state["sequence_length"])
-    out = os.path.dirname(os.path.abspath(path))
+    out_dir = os.path.dirname(os.path.abspath(path))
 
     # --- errors and codes ---
     # a continuous model has no codes to count
     K = state["lam"]["num_embeddings"] if quantises(model) else None
-    found = held_out_codes(model, test, args.batch_size, args.val_clips, args.num_workers, autocast)
-    summary = code_summary(found, K)
+    measured = held_out_codes(
+        model, test, args.batch_size, args.val_clips, args.num_workers, autocast
+    )
+    summary = code_summary(measured, K)
 
     # the table: every number with what it means
     print(
-        f"{path}: {len(found['own'])} transitions of {len(test.files)} files ({args.split});"
+        f"{path}: {len(measured['own'])} transitions of {len(test.files)} files ({args.split});"
         f" {dtype} on {device.type}"
     )
     for name, value in summary.items():
@@ -416,18 +418,22 @@ if __name__ == "__main__":
     # and what to do about it
     for sentence in complaints(summary, K is not None):
         print(f"WARNING: {sentence}")
-    for sentence in truth_notes(test, found, args.split):
+    for sentence in truth_notes(test, measured, args.split):
         print(f"note: {sentence}")
 
     # written now, and again after each part that takes longer: a run that is stopped leaves what
     # it has
-    report = {"checkpoint": path, "split": args.split, "transitions": len(found["own"])} | summary
+    report = {
+        "checkpoint": path,
+        "split": args.split,
+        "transitions": len(measured["own"]),
+    } | summary
     report["quantises"] = K is not None
-    write_report(out, report)
+    write_report(out_dir, report)
 
     # --- codes.png: what the most used codes move, and which actions go with them ---
     if K:
-        ids = pack_codes(found["codes"], K)
+        ids = pack_codes(measured["codes"], K)
         shares = most_used(ids)
 
         # each code is put to the same 32 steps, of all files, so that moves can be compared
@@ -442,15 +448,15 @@ if __name__ == "__main__":
         # true actions as numbers, -1 where one is not known; all labels together make one
         actions = np.zeros(len(ids), int)
         if test.labels:
-            known = has_truth(found["labels"])
+            with_truth = has_truth(measured["labels"])
             actions = np.full(len(ids), -1)
-            actions[known] = joint(found["labels"][known])
-        plot_codes(os.path.join(out, "codes.png"), ids, actions, names, moves)
+            actions[with_truth] = joint(measured["labels"][with_truth])
+        plot_codes(os.path.join(out_dir, "codes.png"), ids, actions, names, moves)
         report["codes"] = [
             {"code": names[code], "share": share, "moves": moves[code]}
             for code, share in shares.items()
         ]
-        write_report(out, report)
+        write_report(out_dir, report)
 
     # --- probes: what a classifier reads from codes and vectors ---
     train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
@@ -499,7 +505,7 @@ if __name__ == "__main__":
         print(f"  {name:30} " + " ".join(f"{v:7.3f}" for v in row.values()), flush=True)
         report[f"probe_{name}"] = row
         probed.append((name, y, y_test))
-        write_report(out, report)
+        write_report(out_dir, report)
 
     # --- frames ---
     # what the errors mean to the eye, where the video VAE is at hand
@@ -512,7 +518,7 @@ if __name__ == "__main__":
                 f"  {name:5} of decoded frames: {decoded:.3f}, of copying the step before"
                 f" {copied:.3f}"
             )
-        write_report(out, report)
+        write_report(out_dir, report)
 
     # --- the ceiling: what the labels can be read from at best ---
     # last, because it takes minutes: a probe near it could hardly be better
@@ -522,7 +528,7 @@ if __name__ == "__main__":
             accuracy = ceiling(fit["pairs"], y, judged["pairs"], y_test, name)
             report[f"probe_{name}"]["ceiling"] = accuracy
             print(f"  {name:30} {accuracy:7.3f}")
-            write_report(out, report)
+            write_report(out_dir, report)
 
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out}: report.json{', codes.png' if K else ''}")
+    print(f"written to {out_dir}: report.json{', codes.png' if K else ''}")

@@ -721,7 +721,7 @@ if __name__ == "__main__":
 
     # --- plan.json ---
     # with all flags: the numbers depend on most of them
-    out = args.out or os.path.join(os.path.dirname(run.path), file_name)
-    write_atomically(out, to_json(report).encode())
+    file = args.out or os.path.join(os.path.dirname(run.path), file_name)
+    write_atomically(file, to_json(report).encode())
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out}")
+    print(f"written to {file}")

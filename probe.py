@@ -201,37 +201,37 @@ def line_labels(clips, field, shards, reader):
     return np.array(labels)
 
 
-def csv_labels(path, known):
+def csv_labels(path, recordings):
     """{recording: label} of a CSV with columns key,label."""
     # as it is read by a person: one label a recording, in any order
     with open(path, newline="") as f:
         rows = csv.DictReader(f)
         if not {"key", "label"} <= set(rows.fieldnames or ()):
             raise ValueError(f"--labels {path} has columns {rows.fieldnames}, not key and label")
-        found = {row["key"]: row["label"] for row in rows}
+        labels = {row["key"]: row["label"] for row in rows}
 
     # a misspelt recording would silently go without its label
-    strange = sorted(found.keys() - known)
+    strange = sorted(labels.keys() - recordings)
     if strange:
         raise ValueError(
             f"--labels {path} names {len(strange)} recordings that the shards do not hold,"
             f" {strange[0]} among them"
         )
-    return found
+    return labels
 
 
 def labels_from_csv(path, clips, records):
     """The label of each clip's recording from a CSV, "" for none; prints how many have none."""
     # recordings without a label are left out, not counted as a class
-    known = {r.recording for r in records}
-    found = csv_labels(path, known)
-    unlabelled = sorted(known - found.keys())
+    recordings = {r.recording for r in records}
+    label_of = csv_labels(path, recordings)
+    unlabelled = sorted(recordings - label_of.keys())
     if unlabelled:
         print(
             f"left out: {len(unlabelled)} recordings without a label in {path}, {unlabelled[0]}"
             " among them"
         )
-    return [np.array([found.get(r.recording, "") for r, _ in c["place"]]) for c in clips]
+    return [np.array([label_of.get(r.recording, "") for r, _ in c["place"]]) for c in clips]
 
 
 def labels_from_lines(field, clips, records, lines, reader):
@@ -361,7 +361,7 @@ def label_video(data, head, names, columns, reader, features_of, side):
 def video_members(path):
     """{KEY.mp4: its place in the shard}; ValueError if there is none, or if it is no tar."""
     # the video is not read, only its place: shards have gigabytes
-    found, end = {}, os.path.getsize(path)
+    places, end = {}, os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
             if not m.isfile() or member_kind(m.name)[1] != "mp4":
@@ -369,12 +369,12 @@ def video_members(path):
             # macOS writes a twin beside each file, with the same name but for two characters
             place = member_place(m, offset, end)
             if not is_apple_double(m.name, read_start(path, place)):
-                found[m.name] = place
+                places[m.name] = place
     except tarfile.TarError as e:
         raise ValueError(f"--label {path} is no tar, or damaged: {e}") from e
-    if not found:
+    if not places:
         raise ValueError(f"--label {path} holds no KEY.mp4: there is nothing to label")
-    return found
+    return places
 
 
 def add_member(packed, name, content):
@@ -623,8 +623,8 @@ if __name__ == "__main__":
         folder = os.path.dirname(args.out)
     elif args.out:
         folder = args.out
-    out = os.path.join(folder, "probe.json")
-    write_atomically(out, to_json(report).encode())
+    file = os.path.join(folder, "probe.json")
+    write_atomically(file, to_json(report).encode())
 
     # --- labels ---
     if args.label:
@@ -640,4 +640,4 @@ if __name__ == "__main__":
         print(f"labelled {count_text(done, 'recording')} of {args.label} in {args.out}")
 
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out}")
+    print(f"written to {file}")

@@ -249,18 +249,18 @@ def perplexity(values):
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def over(found, above, below):
+def over(measured, above, below):
     """Mean of one error over that of another, both of the same transitions: where an error needs
     another clip, those that have one (nan without any). An error that is nan for another reason
     makes the result nan."""
     # transitions for which both errors are known
-    rows = np.ones(len(found[above]), bool)
+    rows = np.ones(len(measured[above]), bool)
     for name in (above, below):
         if name in ("marginal", "random", "same"):
-            rows &= ~np.isnan(found[name])
+            rows &= ~np.isnan(measured[name])
     if not rows.any():
         return math.nan
-    return quotient(found[above][rows].mean(), found[below][rows].mean())
+    return quotient(measured[above][rows].mean(), measured[below][rows].mean())
 
 
 def quotient(above, below):
@@ -277,47 +277,47 @@ def decibels(ratio):
     return 10 * math.log10(ratio) if ratio > 0 else math.nan
 
 
-def code_summary(found, K):
-    """What `held_out_codes` found -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
+def code_summary(measured, K):
+    """What `held_out_codes` returns -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
     dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of codes and
     actions (nan without, and where there is only one action). K: codes a slot, None for a model
     whose decoder does not use codes."""
     # errors
-    out = {f"mse_over_{k}": over(found, "own", k) for k in ("copy", "zero", "marginal")}
-    out["nmse"] = quotient(found["own"].mean(), found["var"].mean())
-    out |= {f"psnr_{k}": decibels(over(found, k, "own")) for k in ("random", "same")}
-    out["same_over_own"] = over(found, "same", "own")
-    out["rollout_over_copy"] = over(found, "rollout_4", "copy_4")
-    out |= dict.fromkeys(CODES, math.nan)
+    summary = {f"mse_over_{k}": over(measured, "own", k) for k in ("copy", "zero", "marginal")}
+    summary["nmse"] = quotient(measured["own"].mean(), measured["var"].mean())
+    summary |= {f"psnr_{k}": decibels(over(measured, k, "own")) for k in ("random", "same")}
+    summary["same_over_own"] = over(measured, "same", "own")
+    summary["rollout_over_copy"] = over(measured, "rollout_4", "copy_4")
+    summary |= dict.fromkeys(CODES, math.nan)
     if not K:
-        return out
+        return summary
 
     # codes in use
-    ids = pack_codes(found["codes"], K)
-    out["joint_codes"] = len(np.unique(ids))
+    ids = pack_codes(measured["codes"], K)
+    summary["joint_codes"] = len(np.unique(ids))
 
     # perplexity of whole actions, and of each of their codes
-    out["joint_perplexity"] = perplexity(ids)
-    out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
-    out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
+    summary["joint_perplexity"] = perplexity(ids)
+    summary["slot_perplexity"] = float(np.mean([perplexity(c) for c in measured["codes"].T]))
+    summary["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in measured["codes"].T]))
 
     # codes and true actions
-    known = has_truth(found["labels"])
-    if known.any():
-        actions = joint(found["labels"][known])
+    with_truth = has_truth(measured["labels"])
+    if with_truth.any():
+        actions = joint(measured["labels"][with_truth])
 
         # only transitions whose action is known
-        ids = ids[known]
-        recordings = found["recording"][known]
+        ids = ids[with_truth]
+        recordings = measured["recording"][with_truth]
         if len(np.unique(actions)) > 1:
-            out["purity"] = purity(ids, actions, recordings)
-            out["purity_one_code"] = purity(0 * ids, actions, recordings)
+            summary["purity"] = purity(ids, actions, recordings)
+            summary["purity_one_code"] = purity(0 * ids, actions, recordings)
             # here, because sklearn takes a second to import and training does not need it
             from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-            out["nmi"] = float(normalized_mutual_info_score(actions, ids))
-            out["ami"] = float(adjusted_mutual_info_score(actions, ids))
-    return out
+            summary["nmi"] = float(normalized_mutual_info_score(actions, ids))
+            summary["ami"] = float(adjusted_mutual_info_score(actions, ids))
+    return summary
 
 
 def has_truth(labels):
@@ -330,7 +330,7 @@ def has_truth(labels):
 # --- sentences, curves ---
 
 
-def truth_notes(dataset, found, split):
+def truth_notes(dataset, measured, split):
     """Sentences that say which true actions are missing, and which numbers are left out for it."""
     if not dataset.labels:
         yield f"no truth beside the {split} files (KEY.actions.npz): no purity, no AMI"
@@ -339,11 +339,11 @@ def truth_notes(dataset, found, split):
     # files without truth, and labels that only some files have
     if dataset.unlabelled:
         names = ", ".join(dataset.unlabelled[:5])
-        more = ", ..." if len(dataset.unlabelled) > 5 else ""
+        rest = ", ..." if len(dataset.unlabelled) > 5 else ""
         yield (
             f"{len(dataset.unlabelled)} of {len(dataset.files)} {split} files have no"
             f" {' and '.join(dataset.labels)} in a KEY.actions.npz and count for errors only:"
-            f" {names}{more}"
+            f" {names}{rest}"
         )
     if dataset.unused:
         yield (
@@ -352,10 +352,10 @@ def truth_notes(dataset, found, split):
         )
 
     # what purity needs: two recordings and two actions
-    known = has_truth(found["labels"])
-    if len(np.unique(found["recording"][known])) < 2:
+    with_truth = has_truth(measured["labels"])
+    if len(np.unique(measured["recording"][with_truth])) < 2:
         yield f"purity is learned on other recordings: the {split} files with truth are under two"
-    if known.any() and len(np.unique(joint(found["labels"][known]))) < 2:
+    if with_truth.any() and len(np.unique(joint(measured["labels"][with_truth]))) < 2:
         yield f"all {split} transitions have the same true action: purity and AMI would say nothing"
 
 

@@ -301,17 +301,17 @@ def score(y, p, names, threshold):
     """{name: {"r2"} or {"auroc", "share", "f1"}} of scores p (n, O); nothing for what does not vary
     in y."""
     # a key that is never pressed, or always, has no AUROC
-    out = {}
+    scores = {}
     for i, name in enumerate(names):
         if name in CONTINUOUS:
-            out[name] = {"r2": float(r2_score(y[:, i], p[:, i]))}
+            scores[name] = {"r2": float(r2_score(y[:, i], p[:, i]))}
         elif 0 < y[:, i].mean() < 1:
-            out[name] = {
+            scores[name] = {
                 "auroc": float(roc_auc_score(y[:, i], p[:, i])),
                 "share": float(y[:, i].mean()),
                 "f1": float(f1_score(y[:, i], p[:, i] > threshold[i], zero_division=0)),
             }
-    return out
+    return scores
 
 
 def group_means(scores):
@@ -356,7 +356,7 @@ def inverse(train, val, dev, names, columns, steps):
         kinds["predicted"] = "ahead"
 
     # fitted on either kind, tested on either: how much alike are they?
-    out = {}
+    scores = {}
     on_real = None
     for fitted, fit_kind in kinds.items():
         a, b, y = pairs(train, fit_kind)
@@ -365,11 +365,11 @@ def inverse(train, val, dev, names, columns, steps):
             on_real = heads
         for tested, test_kind in kinds.items():
             a, b, y = pairs(val, test_kind)
-            out[f"{fitted} -> {tested}"] = {
+            scores[f"{fitted} -> {tested}"] = {
                 name: score(y[:, columns], head.predict(a, b), labels, head.threshold)
                 for name, head in heads.items()
             }
-    return out, on_real
+    return scores, on_real
 
 
 def anticipation(train, val, dev, names, columns, steps, horizon):
@@ -462,7 +462,7 @@ def classify(train, val, y, y_val, column, steps):
     head.train_on(
         lambda rows: x[rows].float().to(device),
         len(x),
-        lambda out, rows: F.cross_entropy(out, target[rows].to(device), weight),
+        lambda scores, rows: F.cross_entropy(scores, target[rows].to(device), weight),
         steps,
     )
     with torch.no_grad():
@@ -471,23 +471,23 @@ def classify(train, val, y, y_val, column, steps):
 
     # the bar: always the commonest class of the fitting clips
     guess["chance"] = np.full(len(y_val), np.bincount(y).argmax())
-    out = {}
+    scores = {}
     for name, p in guess.items():
-        out[name] = {
+        scores[name] = {
             "accuracy": accuracy_score(y_val, p),
             "balanced": balanced_accuracy_score(y_val, p),
         }
-    return out | {"classes": classes, "clips": [len(y), len(y_val)]}
+    return scores | {"classes": classes, "clips": [len(y), len(y_val)]}
 
 
 # --- tables ---
 
 
-def inverse_table(found):
+def inverse_table(scores):
     """Lines for a person: every action on real pairs, then what probes fitted on real or predicted
     pairs say on either."""
     # every action on real pairs
-    real = found["real -> real"]
+    real = scores["real -> real"]
     yield "inverse dynamics: steps t, t+1 -> action t        linear     attentive"
     for name, linear in real["linear"].items():
         attentive = real["attentive"][name]
@@ -499,7 +499,7 @@ def inverse_table(found):
 
     # means of the groups, for all four ways
     yield "fitted on -> tested on     camera R2: linear  attentive   keys AUROC: linear  attentive"
-    for way, heads in found.items():
+    for way, heads in scores.items():
         linear = group_means(heads["linear"])
         attentive = group_means(heads["attentive"])
         yield (
@@ -509,7 +509,7 @@ def inverse_table(found):
         )
 
 
-def anticipation_table(found, seconds):
+def anticipation_table(scores, seconds):
     """Lines for a person: mean camera R2 and keys AUROC of the heads and of both baselines, by how
     far ahead an action starts. seconds: length of a step."""
     yield (
@@ -517,7 +517,7 @@ def anticipation_table(found, seconds):
         f" {'repeat last':>12} {'mean':>8}"
     )
     for group, metric in (("camera", "R2"), ("keys", "AUROC")):
-        for k, ahead in enumerate(found):
+        for k, ahead in enumerate(scores):
             means = {name: group_means(s).get(group, math.nan) for name, s in ahead.items()}
             span = f"{k * seconds:.1f} to {(k + 1) * seconds:.1f} s ahead"
             yield (
@@ -526,11 +526,11 @@ def anticipation_table(found, seconds):
             )
 
 
-def classify_table(found, column):
+def classify_table(scores, column):
     """Lines for a person."""
     yield (
-        f"clip classification: {column}, {len(found['classes'])} classes       accuracy   balanced"
+        f"clip classification: {column}, {len(scores['classes'])} classes       accuracy   balanced"
     )
     for name in ("linear", "attentive", "chance"):
         label = "chance (commonest)" if name == "chance" else name
-        yield f"  {label:45} {found[name]['accuracy']:8.3f} {found[name]['balanced']:10.3f}"
+        yield f"  {label:45} {scores[name]['accuracy']:8.3f} {scores[name]['balanced']:10.3f}"

@@ -113,20 +113,20 @@ def meter_summary(errors, recordings):
     """Action meter of many clips -> METERS: {tf_, ro_}{true, shuffled, zero, copy} mean errors, gap
     = shuffled/true - 1, its 95 % interval over recordings (gap_low, gap_high: `ratio_interval`, nan
     with too few) and skill = true/copy. errors: name -> (n, K)."""
-    out = {}
+    summary = {}
     for p in ("tf", "ro"):
         clips = {}
         for name in ("true", "shuffled", "zero", "copy"):
             clips[name] = errors[f"{p}_{name}"].double().mean(1)
-            out[f"{p}_{name}"] = clips[name].mean().item()
+            summary[f"{p}_{name}"] = clips[name].mean().item()
 
         # what wrong actions cost, and is it better than a copy?
         low, high = ratio_interval(clips["shuffled"], clips["true"], recordings)
-        out[f"{p}_gap"] = out[f"{p}_shuffled"] / out[f"{p}_true"] - 1
-        out[f"{p}_gap_low"] = low.item() - 1
-        out[f"{p}_gap_high"] = high.item() - 1
-        out[f"{p}_skill"] = out[f"{p}_true"] / out[f"{p}_copy"]
-    return out
+        summary[f"{p}_gap"] = summary[f"{p}_shuffled"] / summary[f"{p}_true"] - 1
+        summary[f"{p}_gap_low"] = low.item() - 1
+        summary[f"{p}_gap_high"] = high.item() - 1
+        summary[f"{p}_skill"] = summary[f"{p}_true"] / summary[f"{p}_copy"]
+    return summary
 
 
 def gap_of(other, true, recordings):
@@ -376,11 +376,11 @@ def blank(row):
     """A row of val.csv in which what could not be given is None: an empty cell. Only values that
     may be missing are emptied; any other nan is a fault and stays in sight."""
     may_be_missing = ("shuffled", "gap", "base", "help")
-    out = {}
+    cells = {}
     for name, value in row.items():
         missing = math.isnan(value) and any(word in name for word in may_be_missing)
-        out[name] = None if missing else value
-    return out
+        cells[name] = None if missing else value
+    return cells
 
 
 def compare_with_base(errors, recordings, base):

@@ -119,11 +119,11 @@ def adapted_predictor(state):
         file, state, len(state["action_names"]), state_dim, size
     )
     if not reinitialised:
-        found = encoder_hash(predictor)
-        if found != state["base_hash"]:
+        base_hash = encoder_hash(predictor)
+        if base_hash != state["base_hash"]:
             raise ValueError(
-                f"{file} has changed: its weights hash to {found}, those that this run adapted to"
-                f" {state['base_hash']}"
+                f"{file} has changed: its weights hash to {base_hash}, those that this run adapted"
+                f" to {state['base_hash']}"
             )
 
     # wrap the layers as training did, then fill in what it learned

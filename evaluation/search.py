@@ -61,12 +61,12 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
         moves = torch.cat([pixels, pixels * math.radians(DEGREES_PER_PIXEL)], dim=-1)
 
         # scaled as the predictor takes them; keys are 0 or 1
-        out = u.new_zeros(*u.shape[:2], len(names))
-        out[..., :4] = (moves - mean.to(u)) / scale.to(u)
-        out[..., key_dims] = pressed.to(u)
+        scaled = u.new_zeros(*u.shape[:2], len(names))
+        scaled[..., :4] = (moves - mean.to(u)) / scale.to(u)
+        scaled[..., key_dims] = pressed.to(u)
         if slot_name in names:
-            out[..., names.index(slot_name)] = 1
-        return out
+            scaled[..., names.index(slot_name)] = 1
+        return scaled
 
     return Space(
         std=torch.full((2,), reach),
