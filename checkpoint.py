@@ -28,7 +28,10 @@ from files.disk import write_atomically
 from files.logs import bytes_text, count_text, list_checkpoints
 
 LATEST = "checkpoint-latest.pth.tar"
-FORMAT = 2  # of the dictionary in a checkpoint: 2 has "settings", which evaluation may read by name
+
+# of the dictionary in a checkpoint: 2 has "settings", which evaluation reads by name
+FORMAT = 2
+
 BROKEN = (
     ValueError,
     RuntimeError,
@@ -208,6 +211,61 @@ def load(path):
             f"{path} is damaged or no checkpoint of ours: {type(e).__name__}"
             f" {str(e).partition(chr(10))[0]}"
         ) from e
+
+
+# what the first version's flags are called in settings, where the name has changed
+RENAMED = {"camera": "cameras"}
+
+# flags of the first version's adapters, which settings hold together
+LORA = ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")
+
+# settings that not every stage and version writes down, as they were where they are missing
+UNSAID = {
+    "stride": None,
+    "decoder": "pyav",
+    "predict": "features",
+    "loss_exp": 1.0,
+    "save_encoder": False,
+    "gui": "keep",
+    "cache_dir": None,
+}
+
+
+def settings_of(state, path="this checkpoint"):
+    """What must be known to judge a run, by name, from its checkpoint's dictionary: `settings`,
+    completed by UNSAID. The names are those of train_ac.py, train_lora.py and train_lam.py, where
+    `settings` is built. Checkpoints of the first version hold flags (`args`) in their place.
+    ValueError for a format that this version does not know, and for what is no checkpoint of a
+    training script."""
+    version = state.get("format", 1)
+    if version > FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, this version of nanojepa reads formats up to {FORMAT}:"
+            " judge it with the version that wrote it, or update this one"
+        )
+    if "settings" not in state and "args" not in state:
+        raise ValueError(f"{path} holds no settings: it is no checkpoint of a training script")
+
+    settings = state.get("settings") or settings_of_flags(state)
+
+    # what a resumed run must have in common stands beside the settings, and counts
+    beside = ("encode", "fps", "frames_per_step", "frames_per_clip", "decoder")
+    return UNSAID | settings | {name: state[name] for name in beside if name in state}
+
+
+def settings_of_flags(state):
+    """The settings of a checkpoint of the first version, from its flags."""
+    settings = {RENAMED.get(name, name): value for name, value in state["args"].items()}
+    if "lam" in state:
+        return {"stage": "lam"} | settings
+    if "base_hash" not in state:
+        settings["data"] = settings.get("data") or [["VPT/*.tar"]]  # the default of --data
+        return {"stage": "ac"} | settings
+
+    # a robot's frames are encoded one by one
+    settings |= {"stage": "lora", "encode": "frame", "frames_per_step": 1}
+    settings["lora"] = {name: state["args"][name] for name in LORA}
+    return settings
 
 
 def load_latest(out_dir):

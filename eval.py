@@ -9,15 +9,68 @@ robot episodes; default: what the run held out). Prints a table and writes repor
 report.html, one page with all figures in it, beside the checkpoint or to --out."""
 
 import argparse
-import functools
+
+from evaluation.flags import Help
+
+# names of torch, which is not imported yet
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+# --- flags ---
+
+
+def parse_flags():
+    """The flags. Ends the program for those that are too small or do not go together."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
+    )
+    repeated = {"nargs": "+", "action": "append"}
+
+    # what to judge, and on what
+    flag = parser.add_argument_group("run and data").add_argument
+    flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
+    flag("--data", "--data_path", **repeated, help="held-out data (default: the run's)")
+    flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
+    flag("--video", nargs="+", help="shards that features were made from, to show their frames")
+    flag("--out", help="folder for report.json and report.html (default: beside the checkpoint)")
+
+    # how much of it, and what to look at
+    flag = parser.add_argument_group("what to evaluate").add_argument
+    flag("--val_clips", type=int, default=512, help="clips to evaluate, all kept in memory")
+    flag("--samples", type=int, default=256, help="actions that the true one is ranked among")
+    flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
+    flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
+
+    # what changes speed and memory, but no number beyond rounding
+    flag = parser.add_argument_group("how").add_argument
+    flag("--batch_size", type=int, default=32, help="clips at once")
+    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
+    flag("--decoder", choices=["pyav", "decord"], help="video decoder (default: the run's)")
+    flag("--num_workers", type=int, default=2, help="loader processes")
+
+    # one check, one message
+    args = parser.parse_args()
+    for name, least in (("samples", 1), ("batch_size", 1), ("val_clips", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least {least}")
+    # one dimension swept twice would be a diagonal, not a landscape
+    if args.landscape and args.landscape[0] == args.landscape[1]:
+        parser.error(f"--landscape {' '.join(args.landscape)}: name two different dimensions")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = parse_flags()
+
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 from data import windows
@@ -30,16 +83,18 @@ from evaluation.held_out import (
     held_out,
     interval_text,
     meter_summary,
-    precision_of,
     precision_text,
+    signed,
+    states_from,
 )
-from evaluation.runs import open_held_out, open_run
+from evaluation.runs import Run, load_run, open_held_out, print_left_out
 from files.disk import write_atomically
-from files.logs import to_json
+from files.logs import count_text, to_json
+from files.progress import tqdm
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
 from model import predict, predict_on
 
-# clips whose actions are ranked and swept
+# clips whose actions are ranked and swept: each costs some hundred predictions
 SAMPLED = 96
 
 # points along an axis of a landscape; odd, because no motion must be one of them
@@ -48,53 +103,8 @@ GRID = 17
 # below this share of error, shuffled actions hardly cost anything (as in train_ac.py)
 LEAST_GAP = 0.02
 
-DTYPES = ["float32", "bfloat16", "float16"]
-
-# the end of help texts
-DEFAULT = "(default: %(default)s)"
-
-
-# --- flags ---
-
-
-def parse_flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument_group("run and data").add_argument
-    flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
-    flag(
-        "--data",
-        "--data_path",
-        nargs="+",
-        action="append",
-        help="held-out data (default: the run's)",
-    )
-    flag("--encoder", help="weights of the encoder, for pixels (default: what the run used)")
-    flag("--video", nargs="+", help="shards that features were made from, to show their frames")
-    flag("--out", help="folder for report.json and report.html (default: beside the checkpoint)")
-
-    flag = parser.add_argument_group("what to evaluate").add_argument
-    flag("--val_clips", type=int, default=512, help=f"clips, kept in memory {DEFAULT}")
-    flag("--samples", type=int, default=256, help=f"actions to rank among {DEFAULT}")
-    flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
-    flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
-
-    flag = parser.add_argument_group("how").add_argument
-    flag("--batch_size", type=int, default=32, help=f"clips at once {DEFAULT}")
-    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-    flag("--decoder", choices=["pyav", "decord"], help="video decoder (default: the run's)")
-    flag("--num_workers", type=int, default=2, help=f"loader processes {DEFAULT}")
-
-    args = parser.parse_args()
-    for name, least in (("samples", 1), ("batch_size", 1), ("val_clips", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)} is too small: at least {least}")
-    if args.landscape and args.landscape[0] == args.landscape[1]:
-        parser.error(f"--landscape {' '.join(args.landscape)}: name two different dimensions")
-    return args
+# pixels of the short side of frames that are shown beside features
+FRAME_SIZE = 128
 
 
 # --- groups of actions ---
@@ -103,78 +113,57 @@ def parse_flags():
 def action_groups(names):
     """{group: indices of its dimensions} of action names: camera, keys, hotbar, gui; position,
     rotation, gripper; else by field."""
-    known = {"camera": CONTINUOUS, "hotbar": HOTBAR + SLOTS, "gui": ["gui_open"]}
-    known |= {
+    # dimensions of VPT, then of a robot's pose: groups that a person would name
+    named_groups = {"camera": CONTINUOUS, "hotbar": HOTBAR + SLOTS, "gui": ["gui_open"]}
+    named_groups |= {
         "position": ["x", "y", "z"],
         "rotation": ["roll", "pitch", "yaw"],
         "gripper": ["gripper"],
     }
-    out = {}
+
+    groups = {}
     for i, name in enumerate(names):
+        # unknown dimensions are grouped by the field that they come from
         group = name.rpartition(".")[0] or name
         if name.startswith(("key.", "mouse.")):
             group = "keys"
-        for known_group, members in known.items():
+
+        # hotbar keys are keys too, so the known groups come last and win
+        for known_group, members in named_groups.items():
             if name in members:
                 group = known_group
                 break
-        out.setdefault(group, []).append(i)
-    return out
+        groups.setdefault(group, []).append(i)
+    return groups
 
 
 @torch.no_grad()
 def group_errors(predictor, z, actions, states, others, compose, groups):
     """Mean |error| (B, K) as in held_out.action_meter, {"tf_GROUP", "ro_GROUP"}, when only the
     dimensions of one group are those of `others` (B, K, A): of another recording."""
-    out = {}
+    # predicted are the steps after the first
+    errors = {}
     target = z[:, 1:]
     for name, columns in groups.items():
         # nan where there is no other recording to take actions of
         if torch.isnan(others).any():
-            out[f"tf_{name}"] = out[f"ro_{name}"] = torch.full_like(target[..., 0, 0], math.nan)
+            errors[f"tf_{name}"] = errors[f"ro_{name}"] = torch.full_like(
+                target[..., 0, 0], math.nan
+            )
             continue
-        a = actions.clone()
-        a[..., columns] = others[..., columns]
-        one_step = predict(predictor, z[:, :-1], a, states)
-        rolled_out = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
-        out[f"tf_{name}"] = (one_step - target).abs().mean((2, 3))
-        out[f"ro_{name}"] = (rolled_out - target).abs().mean((2, 3))
-    return out
 
+        # this group from elsewhere, the rest is true
+        mixed = actions.clone()
+        mixed[..., columns] = others[..., columns]
 
-def gaps_of_groups(predictor, kept, others_of, recordings, states_of, groups, errors, autocast):
-    """{group: {"tf": [gap, low, high], "ro": ...}} of all clips, in the batches of the meter."""
-    rows = []
-    first = 0
-    for size in tqdm(kept.sizes, "groups of actions", delay=10, unit=" batches"):
-        z, actions, states = kept.load(range(first, first + size))
-        others = others_of(recordings[first : first + size], actions)  # those of held_out
-        with autocast():
-            found = group_errors(predictor, z, actions, states, others, states_of, groups)
-        rows.append({k: v.cpu() for k, v in found.items()})
-        first += size
-    found = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
-    gaps = {}
-    for group in groups:
-        gaps[group] = {
-            p: gap_of(found[f"{p}_{group}"], errors[f"{p}_true"], recordings) for p in ("tf", "ro")
-        }
-    return gaps
+        # rolled out, the states follow from the mixed actions: true ones would tell the true action
+        one_step = predict(predictor, z[:, :-1], mixed, states)
+        rolled_out = predictor.rollout(z[:, :1], mixed, compose(states[:, 0], mixed))
 
-
-def group_lines(gaps, summary, gap, recordings):
-    """The gaps of groups for a person; gap: the text of the whole one, in place of all gaps where
-    there is no other recording."""
-    title = "gap of one group of actions: one step ahead, rolled out"
-    if math.isnan(summary["tf_gap"]):
-        return [f"{title}: {gap}"]
-    lines = [title]
-    for group, both in gaps.items():
-        cells = ""
-        for value, low, high in both.values():
-            cells += f"{value:+9.2%} {interval_text(low, high, recordings)}"
-        lines.append(f"  {group:22}" + cells)
-    return lines
+        # the mean over patches and channels, by clip and horizon
+        errors[f"tf_{name}"] = (one_step - target).abs().mean((2, 3))
+        errors[f"ro_{name}"] = (rolled_out - target).abs().mean((2, 3))
+    return errors
 
 
 # --- rank, energy landscape ---
@@ -183,8 +172,9 @@ def group_lines(gaps, summary, gap, recordings):
 @torch.no_grad()
 def energies(predictor, z, actions, states, candidates):
     """e(a) = mean |P_1(z_t, a) - z_t+1| (N,) of candidates (N, A) at the last transition of one
-    clip: z (T, N, E), actions (T-1, A), states (T, S). What comes before is computed once, and its
-    keys and values serve all candidates."""
+    clip: z (T, N, E), actions (T-1, A), states (T, S)."""
+    # what comes before is computed once: its keys and values serve all candidates, which are some
+    # hundreds for a clip
     c = len(z) - 1
     past = None
     if c > 1:
@@ -194,22 +184,27 @@ def energies(predictor, z, actions, states, candidates):
     numbers = c * (z.shape[1] + 2) * predictor.predictor_embed.out_features
     chunk = max(2**27 // numbers, 1)
 
-    out = []
+    # true actions first, then one candidate each: only the last transition differs
+    of_parts = []
     for part in candidates.split(chunk):
         n = len(part)
         a = torch.cat([actions[: c - 1].expand(n, -1, -1), part[:, None]], dim=1)
         steps = z[None, :c].expand(n, -1, -1, -1)
         step = predictor.rollout(steps, a, states[None, :c].expand(n, -1, -1), cache=past)
-        out.append((step[:, 0] - z[c]).abs().mean((1, 2)))
-    return torch.cat(out)
+        of_parts.append((step[:, 0] - z[c]).abs().mean((1, 2)))
+    return torch.cat(of_parts)
 
 
 def drawn_from_others(actions, i, recordings, count, generator):
     """Whole actions (count, A) drawn from all steps of all clips of other recordings than the i-th
     clip's; of all other clips where there is only one recording. actions (n, K, A)."""
+    # actions of the same recording are alike: the true one would look no better than they, or they
+    # would look as good as it
     clips = [j for j, name in enumerate(recordings) if name != recordings[i]]
     if not clips:
         clips = [j for j in range(len(recordings)) if j != i]
+
+    # whole actions: dimensions drawn apart would be combinations that nobody does
     K = actions.shape[1]
     drawn = torch.randint(len(clips) * K, (count,), generator=generator)
     return actions[torch.tensor(clips)[drawn // K], drawn % K]
@@ -223,39 +218,51 @@ def rank_of(energy, others):
 
 def to_units(actions, scaler):
     """Scaled actions (..., A) -> what was recorded, float64."""
-    out = actions.double().clone().numpy()
-    out[..., : len(scaler.mean)] = out[..., : len(scaler.mean)] * scaler.scale + scaler.mean
-    return out
+    # only the first dimensions are scaled: the scaler knows those, keys are 0 or 1
+    plain = actions.double().clone().numpy()
+    scaled = len(scaler.mean)
+    plain[..., :scaled] = plain[..., :scaled] * scaler.scale + scaler.mean
+    return plain
 
 
 def swept(action, names, scaler, dims, axes):
     """The true scaled action (A,) with two dimensions (indices) taken through axes (in units) -> (G
     * G, A), the first one slowest. A mouse that moves also turns the camera, by
     vpt.DEGREES_PER_PIXEL, and the other way round."""
-    out = np.repeat(to_units(action, scaler)[None], len(axes[0]) * len(axes[1]), axis=0)
+    # a row for each point of the grid; all other dimensions stay as they were recorded
+    grid = np.repeat(to_units(action, scaler)[None], len(axes[0]) * len(axes[1]), axis=0)
     radians_per_pixel = np.radians(DEGREES_PER_PIXEL)
-    tied = {}  # mouse_dx with yaw, mouse_dy with pitch
+
+    # mouse_dx with yaw, mouse_dy with pitch: in play one never moves without the other
+    tied = {}
     if names[:4] == CONTINUOUS:
         tied = {0: 2, 1: 3, 2: 0, 3: 1}
+
+    # the two dimensions, and what is tied to them
     for i, values in zip(dims, np.meshgrid(*axes, indexing="ij")):
-        out[:, i] = values.ravel()
+        grid[:, i] = values.ravel()
         other = tied.get(i)
+        # unless both of a pair are swept: then they are told apart
         if other is not None and other not in dims:
             factor = radians_per_pixel if i < 2 else radians_per_pixel**-1
-            out[:, other] = values.ravel() * factor
-    return torch.from_numpy(scaler.transform(out)).float()
+            grid[:, other] = values.ravel() * factor
+    return torch.from_numpy(scaler.transform(grid)).float()
 
 
 def dims_to_sweep(asked, names, actions, scaler):
     """The two dimensions of the landscape, `asked` or those that move a camera or an arm first, and
     the values (G,) along each, in units: up to what 99 % of the actions stay below. ValueError if
     one never differs from 0."""
+    # a few wild motions must not decide how far the axes reach
     sizes = np.abs(to_units(actions, scaler))
     spans = dict(zip(names, np.quantile(sizes, 0.99, axis=(0, 1))))
+
+    # without a wish: the first two that move in these data
     dims = asked
     if not dims:
         order = dict.fromkeys(["mouse_dx", "mouse_dy", "x", "z", *names])
         dims = [d for d in order if spans.get(d)][:2]
+
     if len(dims) < 2 or not all(spans[d] for d in dims):
         raise ValueError(
             f"--landscape {' '.join(dims)}: one of two never differs from 0 in these data, choose"
@@ -265,7 +272,7 @@ def dims_to_sweep(asked, names, actions, scaler):
 
 
 class Landscapes(NamedTuple):
-    """What `explore` found, of the first SAMPLED clips."""
+    """What `explore` measured on the first SAMPLED clips."""
 
     # rank of the true last action among those of other recordings, 0 (best) to 1
     ranks: list
@@ -280,23 +287,29 @@ class Landscapes(NamedTuple):
     random: np.ndarray
 
 
-def explore(predictor, kept, actions, recordings, names, scaler, dims, axes, samples, autocast):
-    """Rank and landscape of the last action of each of the first SAMPLED clips -> Landscapes.
-    actions (n, K, A); dims: indices of the two dimensions; samples: actions to rank among."""
-    plain = to_units(actions, scaler)[..., dims]  # (n, K, 2)
-    device = next(predictor.parameters()).device
+def explore(judged, dims, axes, samples):
+    """Rank and landscape of the last action of each of the first SAMPLED clips -> Landscapes. dims:
+    indices of the two dimensions; axes: values of each; samples: actions to rank among."""
+    # seeded: a second report ranks among the same actions, and differs by the model alone
+    run = judged.run
+    names = run.state["action_names"]
+    plain = to_units(judged.actions, run.scaler)[..., dims]  # (n, K, 2)
     generator = torch.Generator().manual_seed(0)
     ranks, lands = [], []
     misses = []
-    count = min(len(actions), SAMPLED)
+
+    count = min(len(judged.actions), SAMPLED)
     for i in tqdm(range(count), "rank, landscape", delay=10, unit=" clips"):
-        z, a, s = one_clip(kept, i)
-        true = actions[i, -1]
-        others = drawn_from_others(actions, i, recordings, samples, generator)
-        grid = swept(true, names, scaler, dims, axes)
-        candidates = torch.cat([true[None], others, grid])
-        with autocast():
-            e = energies(predictor, z, a, s, candidates.to(device)).float().cpu()
+        # the truth, actions of other recordings and the grid, all at once
+        z, a, s = one_clip(judged.kept, i)
+        true = judged.actions[i, -1]
+        others = drawn_from_others(judged.actions, i, judged.recordings, samples, generator)
+        grid = swept(true, names, run.scaler, dims, axes)
+        candidates = torch.cat([true[None], others, grid]).to(run.device)
+        with run.autocast():
+            e = energies(run.predictor, z, a, s, candidates).float().cpu()
+
+        # the true action's place among the others, and the grid as a picture
         ranks.append(rank_of(e[0], e[1 : len(others) + 1]))
         land = e[len(others) + 1 :].view(GRID, GRID).numpy()
         lands.append(land)
@@ -304,20 +317,23 @@ def explore(predictor, kept, actions, recordings, names, scaler, dims, axes, sam
         # how far the least energy is from the truth, and how far a random action is
         least = np.unravel_index(land.argmin(), land.shape)
         best = np.array([[axis[k] for axis, k in zip(axes, least)]])
-        drawn = to_units(others, scaler)[:, dims]
+        drawn = to_units(others, run.scaler)[:, dims]
         misses.append([np.abs(x - plain[i, -1]).mean(0) for x in (best, drawn)])
+
+    # over all clips, for each dimension
     argmin, random = np.mean(misses, axis=0)
     return Landscapes(ranks, lands, argmin, random)
 
 
-def landscape_lines(found, dims, units, samples, recordings):
+def landscape_lines(landscapes, dims, units, samples, recordings):
     """Rank and landscape for a person."""
+    # the rank says whether the action matters, the distance whether it is the right one
     source = "other recordings" if len(set(recordings)) > 1 else "the same recording"
     lines = [
-        f"rank of the true action among {samples} of {source}: {np.mean(found.ranks):.3f} (0 best,"
-        f" 0.5 chance; {len(found.ranks)} clips)"
+        f"rank of the true action among {samples} of {source}: {np.mean(landscapes.ranks):.3f}"
+        f" (0 best, 0.5 chance; {count_text(len(landscapes.ranks), 'clip')})"
     ]
-    for d, best, random in zip(dims, found.argmin, found.random):
+    for d, best, random in zip(dims, landscapes.argmin, landscapes.random):
         unit = units.get(d, "")
         lines.append(
             f"  {d:22} minimum of the error is {best:.3g} {unit} off the truth, a random action"
@@ -333,6 +349,7 @@ def landscape_lines(found, dims, units, samples, recordings):
 def retrieve(predictions, pool):
     """Index of the nearest pool step (P, N, E) for each prediction (..., N, E), by mean
     |difference|, and that distance."""
+    # all patches and channels of a step are one long row, so that one call compares all pairs
     rows = predictions.flatten(0, -3).flatten(1)
     distance = torch.cdist(rows, pool.flatten(1), p=1) / pool[0].numel()
     least, index = distance.min(1)
@@ -345,13 +362,15 @@ def retrieval(predictor, places, T, batch_size, compose, load):
     features are nearest, among all evaluated ones. places: clip -> (record, window); load: clips
     -> (z, actions, states). -> {clip: K (clip, step) found}; share of hits, median steps off by
     horizon [K], also of copying; chance of a hit."""
-    groups = {}  # the clips of each recording
+    # a pool holds the clips of one recording: steps of others would be easy to tell apart
+    groups = {}
     for i, (number, _) in places.items():
         groups.setdefault(number, []).append(i)
 
-    found = {}
+    nearest_of = {}
     rows = {k: [] for k in ("hit", "offset", "copy_hit", "copy_offset", "chance")}
     for group in tqdm(groups.values(), "retrieval", delay=10, unit=" recordings"):
+        # roll out, a batch at a time: a recording may hold more clips than fit at once
         parts = [load(group[k : k + batch_size]) for k in range(0, len(group), batch_size)]
         rolled_out = [predictor.rollout(h[:, :1], a, compose(s[:, 0], a)) for h, a, s in parts]
         ahead = torch.cat(rolled_out)
@@ -361,25 +380,33 @@ def retrieval(predictor, places, T, batch_size, compose, load):
         # the time of each step of the pool; the clips of a recording may leave gaps
         time = torch.tensor([places[i][1] * T + t for i in group for t in range(T)])
         true = torch.arange(len(time)).view(-1, T)[:, 1:]
+
+        # nearest to the prediction, and to the first step: a model that stands still is a copy
         copied = retrieve(z[:, :1].expand_as(ahead), pool)[0].cpu()
         nearest = retrieve(ahead, pool)[0].cpu()
+
+        # places in the pool as (clip, step)
         for i, row in zip(group, nearest.tolist()):
-            found[i] = [(group[j // T], j % T) for j in row]
+            nearest_of[i] = [(group[j // T], j % T) for j in row]
         for name, index in (("", nearest), ("copy_", copied)):
             rows[name + "hit"].append((index == true).double())
             rows[name + "offset"].append((time[index] - time[true]).abs())
+
+        # a step drawn blindly from the pool: how hard a hit is depends on its size
         rows["chance"].append(torch.full((len(group),), 1 / len(time)))
 
+    # offsets have long tails, so a median; hits are 0 or 1, so a mean
     means = {}
     for name, parts in rows.items():
         values = torch.cat(parts)
         mean = values.median(0).values if "offset" in name else values.mean(0)
         means[name] = mean.tolist()
-    return found, means
+    return nearest_of, means
 
 
 def retrieval_lines(rows, T, seconds):
     """Retrieval for a person, a column for each horizon."""
+    # one column for each step ahead, as in the table of errors
     header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, T))
     lines = ["retrieval: nearest step " + header]
     labels = {
@@ -388,13 +415,15 @@ def retrieval_lines(rows, T, seconds):
         "offset": "median steps off",
         "copy_offset": "same, copying",
     }
+
+    # shares in percent, offsets in steps
     for name, label in labels.items():
         form = "9.0f" if "offset" in name else "9.1%"
         lines.append(f"  {label:22}" + "".join(f"{x:{form}}" for x in rows[name]))
     return lines
 
 
-# --- the report ---
+# --- what the sections of the report share ---
 
 
 class KeptClips:
@@ -407,11 +436,14 @@ class KeptClips:
         self.sizes = []  # of the meter's batches
 
     def keep(self, batch):
+        """In place of features_of: the same, and the clips of the batch are kept."""
+        # later sections go through the same batches, and the last one may be smaller
         size = len(batch["key"])
         self.sizes.append(size)
         for i in range(size):
             clip = {}
             for name, values in batch.items():
+                # of the batch, not of a clip
                 if name in ("bad", "bytes"):
                     continue
                 # a copy, because loader processes use their memory again
@@ -420,6 +452,9 @@ class KeptClips:
         return self.features_of(batch)
 
     def load(self, numbers):
+        """The clips with these numbers, as one batch."""
+        # what a clip holds beside tensors, such as its key, is not needed for features. Frames are
+        # encoded again: to keep features of all clips would take more memory
         batch = {}
         for name, value in self.clips[0].items():
             if torch.is_tensor(value):
@@ -432,9 +467,101 @@ def one_clip(kept, i):
     return tuple(x[0] for x in kept.load([i]))
 
 
+class Judged(NamedTuple):
+    """A run and the n held-out clips that all sections look at."""
+
+    run: Run
+    kept: KeptClips
+
+    # state0, actions -> states
+    states_of: Callable
+
+    # of the meter: {"tf_true": (n, K), ...}, the recording of each clip, and meter_summary
+    errors: dict
+    recordings: list
+    summary: dict
+
+    # scaled (n, K, A), and a function from a batch's to those of other recordings
+    actions: torch.Tensor
+    others_of: Callable
+
+    # clip -> (record, window), where the clip that was read is the one asked for
+    places: dict
+
+    # length of a step
+    seconds: float
+
+    def gap_text(self):
+        """The gap one step ahead for a person, or why there is none."""
+        s = self.summary
+        return gap_text(s["tf_gap"], s["tf_gap_low"], s["tf_gap_high"], self.recordings)
+
+
+class Section(NamedTuple):
+    """What a part of the report says."""
+
+    # lines for a person
+    facts: list
+
+    # entries of report.json
+    report: dict
+
+    # {heading of pictures.CAPTIONS: [Figure]}
+    figures: dict
+
+
+def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers):
+    """Read the held-out clips once and measure their errors -> (Judged, [bad clip])."""
+    # the meter reads each clip once, and all later sections take it from memory
+    kept = KeptClips(features_of)
+    errors, recordings, bad = held_out(
+        run.predictor,
+        dataset,
+        kept.keep,
+        batch_size,
+        val_clips,
+        num_workers,
+        run.settings["auto_steps"],
+        run.settings["loss_exp"],
+        run.autocast,
+        compose=compose,
+    )
+
+    # the losses are of training; here errors count, which all models have in common
+    errors = {k: v for k, v in errors.items() if k.startswith(("tf_", "ro_"))}
+
+    # where a recording is damaged, another one was read in its place: such a clip counts for the
+    # meter, but its time in the recording is not known
+    items = sum(windows(dataset, max(batch_size, 2), val_clips), [])
+    places = {}
+    for i, item in enumerate(items):
+        if kept.clips[i]["key"] == dataset.records[item[2]].key:
+            places[i] = item[2:]
+
+    # together, for the sections: each gets this and nothing else of the run
+    judged = Judged(
+        run=run,
+        kept=kept,
+        states_of=states_from(compose, run.scaler, run.device),
+        errors=errors,
+        recordings=recordings,
+        summary=meter_summary(errors, recordings),
+        actions=torch.stack([clip["actions"] for clip in kept.clips]),
+        others_of=from_other_recordings(dataset, items),
+        places=places,
+        seconds=run.state["frames_per_step"] / run.state["fps"],
+    )
+    return judged, bad
+
+
+# --- the sections of the report ---
+
+
 def verdict_of(summary, recordings):
     """What the action meter says, in sentences: (verdict, warnings)."""
     verdict, warnings = [], []
+
+    # does it use the action? A gap without an interval above 0 is no gap
     gap = summary["tf_gap"]
     low = summary["tf_gap_low"]
     cost = gap_text(gap, low, summary["tf_gap_high"], recordings)
@@ -453,6 +580,7 @@ def verdict_of(summary, recordings):
         verdict.append(f"It is not shown that the model uses the action: the gap is {cost}.")
         warnings.append("WARNING: the action gap has no interval above 0: evaluate more recordings")
 
+    # is it better than doing nothing? Where little moves, a still picture is hard to beat
     skill = summary["tf_skill"]
     if skill < 1:
         verdict.append(f"It predicts better than repeating the last step: skill {skill:.3f}.")
@@ -462,200 +590,334 @@ def verdict_of(summary, recordings):
     return verdict, warnings
 
 
+def errors_section(judged):
+    """Error, gap and skill, one step ahead and rolled out."""
+    # intervals over recordings, by horizon: clips of one recording are alike
+    errors = judged.errors
+    bands = bands_of(errors, judged.recordings)
+
+    # for a person
+    facts = [pictures.table(errors, judged.summary, judged.seconds, judged.gap_text())]
+
+    # for a program
+    report = dict(judged.summary)
+    report["by_horizon"] = {k: v.mean(0).tolist() for k, v in errors.items() if k[:3] == "ro_"}
+    report["intervals"] = bands
+
+    # for the eye
+    means = {k: errors[f"ro_{k}"].mean(0).numpy() for k in pictures.COLORS}
+    figure = pictures.plot_horizons(means, bands, judged.seconds)
+    return Section(facts, report, {"Error by horizon": [figure]})
+
+
+def groups_section(judged):
+    """The gap of each group of actions, with all others true."""
+    run = judged.run
+    recordings = judged.recordings
+    groups = action_groups(run.state["action_names"])
+
+    # in the batches of the meter, because those decide whose actions a clip gets: the gap of all
+    # groups together is then the meter's
+    rows = []
+    first = 0
+    for size in tqdm(judged.kept.sizes, "groups of actions", delay=10, unit=" batches"):
+        z, actions, states = judged.kept.load(range(first, first + size))
+        others = judged.others_of(recordings[first : first + size], actions)
+        with run.autocast():
+            errors = group_errors(
+                run.predictor, z, actions, states, others, judged.states_of, groups
+            )
+        rows.append({k: v.cpu() for k, v in errors.items()})
+        first += size
+    shuffled = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
+
+    # one step ahead and rolled out: [gap, low, high]
+    gaps = {}
+    for group in groups:
+        gaps[group] = {
+            p: gap_of(shuffled[f"{p}_{group}"], judged.errors[f"{p}_true"], recordings)
+            for p in ("tf", "ro")
+        }
+    facts = group_lines(gaps, judged.summary, judged.gap_text(), recordings)
+    figures = {"Which actions it uses": [pictures.plot_groups(gaps)]}
+    return Section(facts, {"groups": gaps}, figures)
+
+
+def group_lines(gaps, summary, gap, recordings):
+    """The gaps of groups for a person; gap: the text of the whole one, in place of all gaps where
+    there is no other recording."""
+    # with one recording there is no other to take actions from: one line says why
+    title = "gap of one group of actions: one step ahead, rolled out"
+    if math.isnan(summary["tf_gap"]):
+        return [f"{title}: {gap}"]
+
+    # a row for each group
+    lines = [title]
+    for group, both in gaps.items():
+        cells = ""
+        for value, low, high in both.values():
+            cells += f"{signed(value):>9} {interval_text(low, high, recordings)}"
+        lines.append(f"  {group:22}" + cells)
+    return lines
+
+
+def landscape_section(judged, dims, axes, samples):
+    """Is the true action told from others? Its rank, and the error around it. dims: names of the
+    two dimensions that are swept through axes."""
+    # dimensions by name for the reader, by index for the model
+    scaler = judged.run.scaler
+    names = judged.run.state["action_names"]
+    index = [names.index(d) for d in dims]
+    units = dict(zip(names, scaler.meta.get("units", [])))
+    landscapes = explore(judged, index, axes, samples)
+
+    # what was found, for a person and for a program. The rank is over clips, so their number is
+    # given beside it
+    facts = landscape_lines(landscapes, dims, units, samples, judged.recordings)
+    report = {"rank": float(np.mean(landscapes.ranks)), "ranked_clips": len(landscapes.ranks)}
+    report["landscape"] = {}
+    for d, best, random in zip(dims, landscapes.argmin.tolist(), landscapes.random.tolist()):
+        report["landscape"][d] = {"unit": units.get(d, ""), "argmin": best, "random": random}
+
+    # landscapes of the largest motions, where most depends on the action; of different recordings
+    # where there are any
+    plain = to_units(judged.actions, scaler)[: len(landscapes.energies), -1, index]
+    motion = np.linalg.norm(plain / [axis[-1] for axis in axes], axis=1)
+    largest = pictures.spread_over((-motion).argsort().tolist(), judged.recordings, 4)
+    panels = [(judged.recordings[i], landscapes.energies[i], plain[i]) for i in largest]
+
+    # both figures
+    labels = [(d, units.get(d, "")) for d in dims]
+    source = "of other recordings" if len(set(judged.recordings)) > 1 else "of this recording"
+    figures = {
+        "Rank of the true action": [pictures.plot_ranks(landscapes.ranks, samples, source)],
+        "Energy landscape": [pictures.plot_landscapes(panels, axes, labels)],
+    }
+    return Section(facts, report, figures)
+
+
+def retrieval_section(judged, batch_size):
+    """Which recorded step is nearest to each predicted one? -> (Section, {clip: K (clip, step)})"""
+    # steps of a clip: those that are predicted, and the first
+    run = judged.run
+    T = judged.errors["ro_true"].shape[1] + 1
+    with run.autocast():
+        nearest, rows = retrieval(
+            run.predictor, judged.places, T, batch_size, judged.states_of, judged.kept.load
+        )
+    facts = retrieval_lines(rows, T, judged.seconds)
+    figures = {"Nearest step": [pictures.plot_retrieval(rows, judged.seconds)]}
+    return Section(facts, {"retrieval": rows}, figures), nearest
+
+
+class Frames:
+    """The pictures that the steps of a clip end with: of the clips themselves, or with `videos`
+    (of pictures.find_videos) those that features were made from."""
+
+    def __init__(self, judged, dataset, videos):
+        # where clips and their recordings are
+        self.judged = judged
+        self.records = dataset.records
+        self.videos = videos
+
+        # frames for the eye are larger than those for a small encoder; the clip is the same
+        self.reader = dataset.reader
+        if videos:
+            reader = dataset.reader
+            self.reader = ClipReader(
+                reader.frames,
+                reader.fps,
+                reader.frames_per_step,
+                FRAME_SIZE,
+                reader.action_space,
+                reader.scaler,
+                reader.encode,
+            )
+
+        # several figures show the same clip
+        self.cache = {}
+
+    def of(self, i):
+        """Frames (T, H, W, 3) uint8 of a clip."""
+        if i not in self.cache:
+            record, window = self.judged.places[i]
+            clip = self.judged.kept.clips[i]
+            self.cache[i] = pictures.look_up(
+                clip, self.records[record], window, self.videos, self.reader
+            )
+        return self.cache[i]
+
+
+def clips_to_show(judged, count):
+    """Clips in which much changes, of different recordings where there are any."""
+    # the copy's error at the end says how much has changed by then: a still clip shows nothing
+    change = judged.errors["ro_copy"][:, -1].argsort(descending=True).tolist()
+    return pictures.spread_over([i for i in change if i in judged.places], judged.recordings, count)
+
+
+def strips_of(judged, shown, nearest, frames):
+    """For each clip a strip of what was recorded, above the recorded frames that are nearest to
+    the prediction. nearest: of retrieval_section."""
+    # above each frame: how far ahead it is
+    T = judged.errors["ro_true"].shape[1] + 1
+    titles = ["start", *(f"+{k * judged.seconds:.3g} s" for k in range(1, T))]
+    strips = []
+    for i in shown:
+        # below each frame: how far off in time it is
+        offsets = [""]
+        for k, (j, t) in enumerate(nearest[i], 1):
+            steps_off = (judged.places[j][1] - judged.places[i][1]) * T + t - k
+            noun = "step" if abs(steps_off) == 1 else "steps"
+            offsets.append(f"{steps_off:+d} {noun}" if steps_off else "the same")
+
+        # the start is known, so nothing is nearest to it
+        strip = {
+            "recorded": frames.of(i),
+            "nearest to\nprediction": [None, *(frames.of(j)[t] for j, t in nearest[i])],
+        }
+        strips.append(pictures.plot_rows(strip, titles, offsets))
+    return strips
+
+
+def token_colors(judged, i, frames):
+    """The patch tokens of a clip as colours, recorded and rolled out, at a few horizons. frames:
+    None without pixels."""
+    # a rollout from the first step under the true actions: what the model makes of them
+    run = judged.run
+    z, a, s = one_clip(judged.kept, i)
+    with run.autocast(), torch.no_grad():
+        states = judged.states_of(s[None, 0], a[None])
+        ahead = run.predictor.rollout(z[None, :1], a[None], states)[0]
+
+    # the first, two in between and the last: enough to see colours fade
+    K = len(a)
+    steps = sorted({1, (K + 2) // 3, (2 * K + 2) // 3, K})
+
+    # frames, recorded tokens and predicted ones, a row each
+    rows = {}
+    if frames is not None:
+        rows["frame"] = [frames.of(i)[k] for k in steps]
+    colors = pictures.pca_colors(z[1:].cpu(), ahead.cpu())
+
+    # colours as squares of the patch grid
+    grid = run.state["grid"]
+    for name, of_steps in zip(("recorded", "predicted"), colors):
+        squares = of_steps.reshape(-1, grid, grid, 3)
+        rows[name] = [squares[k - 1] for k in steps]
+    return pictures.plot_rows(rows, [f"+{k * judged.seconds:.3g} s" for k in steps])
+
+
+def attention_figure(judged, i, heads, frames):
+    """What the patch of a clip that changed most attends to. frames: None without pixels."""
+    # the patch that changed most from the step before the last known one to that: there the clip
+    # moves, and the action should matter
+    predictor = judged.run.predictor
+    z, a, s = one_clip(judged.kept, i)
+    patch = 0
+    if len(z) > 2:
+        patch = int((z[-2] - z[-3]).abs().mean(1).argmax())
+
+    # in float32: the weights are shown as the softmax gives them, not as autocast rounds them
+    maps = pictures.attention_maps(predictor, z[:-1], a, s[:-1], heads)
+    now = frames.of(i)[:-1] if frames is not None else None
+    return pictures.plot_attention(maps, heads, predictor.grid, patch, now, judged.seconds)
+
+
 if __name__ == "__main__":
-    args = parse_flags()
     sys.excepthook = checkpoint.short_excepthook
 
-    # --- run ---
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    predictor, state, scaler, path = open_run(args.checkpoint)
-    dtype, autocast = precision_of(args.dtype, state, device)
-    run = state["args"]
-    names = state["action_names"]
-    seconds = state["frames_per_step"] / state["fps"]
+    # --- run and data ---
+    run = load_run(args.checkpoint, args.dtype)
+    names = run.state["action_names"]
+
+    # a misspelt name shows before anything takes time: data and encoder take minutes
     for name in args.landscape or []:
         if name not in names:
             raise ValueError(f"--landscape {name}: no such action; the run has {', '.join(names)}")
-    heads = pictures.check_heads(predictor, args.heads)
+    heads = pictures.check_heads(run.predictor, args.heads)
 
-    # --- data ---
-    warnings = []  # the page shows what the terminal shows
+    # the page shows the warnings that the terminal shows, because it is sent to others
+    warnings = []
 
     def warn(line):
         print(line)
         warnings.append(line)
 
     dataset, features_of, compose, bad = open_held_out(
-        state, scaler, args.data, args.encoder, device, dtype, args.decoder, warn
+        run.state, run.scaler, args.data, args.encoder, run.device, run.dtype, args.decoder, warn
     )
     has_pixels = "safetensors" not in dataset.records[0].members
     videos = pictures.find_videos(args.video, dataset.records) if args.video else None
-    predictor.to(device)
-    states_of = functools.partial(
-        compose,
-        mean=torch.tensor(scaler.mean, device=device).float(),
-        scale=torch.tensor(scaler.scale, device=device).float(),
-    )
 
-    # --- action meter ---
-    kept = KeptClips(features_of)
-    errors, recordings, also_bad = held_out(
-        predictor,
+    # --- errors: what they say comes first of all ---
+    judged, also_bad = meet(
+        run,
         dataset,
-        kept.keep,
+        features_of,
+        compose,
         args.batch_size,
         args.val_clips,
         args.num_workers,
-        run["auto_steps"],
-        run.get("loss_exp", 1.0),
-        autocast,
-        compose=compose,
     )
-    errors = {k: v for k, v in errors.items() if k.startswith(("tf_", "ro_"))}
-    summary = meter_summary(errors, recordings)
-    for file, key, reason in bad + also_bad:
-        print(f"left out: {file} {key}: {reason}")
-
-    # what it says, first of all
-    clips = kept.clips
-    T = state["frames_per_clip"] // state["frames_per_step"]
-    K = errors["ro_true"].shape[1]
-    gap = gap_text(summary["tf_gap"], summary["tf_gap_low"], summary["tf_gap_high"], recordings)
+    print_left_out(bad + also_bad)
+    recordings = judged.recordings
+    K = judged.errors["ro_true"].shape[1]
     about = (
-        f"{path}: {len(recordings)} clips of {len(set(recordings))} recordings;"
-        f" {precision_text(dtype, device, predictor, K)}"
+        f"{run.path}: {count_text(len(recordings), 'clip')} of"
+        f" {count_text(len(set(recordings)), 'recording')};"
+        f" {precision_text(run.dtype, run.device, run.predictor, K)}"
     )
     print(about)
-    facts = [pictures.table(errors, summary, seconds, gap)]
-    print(facts[0])
-    verdict, from_meter = verdict_of(summary, recordings)
+    sections = [errors_section(judged)]
+    print(*sections[0].facts, sep="\n")
+    verdict, from_meter = verdict_of(judged.summary, recordings)
     for line in from_meter:
         warn(line)
 
-    bands = bands_of(errors, recordings)
+    # --- actions, landscapes, retrieval ---
+    # the same clips, seen from three more sides
+    sections.append(groups_section(judged))
+    dims, axes = dims_to_sweep(args.landscape, names, judged.actions, run.scaler)
+    sections.append(landscape_section(judged, dims, axes, args.samples))
+    found_nearest, nearest = retrieval_section(judged, args.batch_size)
+    sections.append(found_nearest)
+    for section in sections[1:]:
+        print(*section.facts, sep="\n")
+
+    # --- frames, tokens, attention ---
+    # frames are in the data, or in the shards that features were made from
+    frames = Frames(judged, dataset, videos) if has_pixels or videos else None
+    shown = clips_to_show(judged, 3)
+    strips = strips_of(judged, shown, nearest, frames) if frames is not None else []
+
+    # in the order of the page
+    figures = {}
+    for section in sections:
+        figures |= section.figures
+    figures["Rollout as frames"] = strips
+    figures["Patch tokens as colours"] = [token_colors(judged, shown[0], frames)]
+    figures["Attention"] = [attention_figure(judged, shown[0], heads, frames)]
+
+    # --- report.json, report.html ---
+    # the same numbers for programs and for people
     report = {
-        "checkpoint": path,
-        "dtype": dtype,
+        "checkpoint": run.path,
+        "dtype": run.dtype,
         "clips": len(recordings),
         "recordings": len(set(recordings)),
     }
-    report |= summary
-    report["by_horizon"] = {k: v.mean(0).tolist() for k, v in errors.items() if k[:3] == "ro_"}
-    report["intervals"] = bands
 
-    # --- groups of actions ---
-    groups = action_groups(names)
-    actions = torch.stack([clip["actions"] for clip in clips])
-    items = sum(windows(dataset, max(args.batch_size, 2), args.val_clips), [])
-    others_of = from_other_recordings(dataset, items)
-    gaps = gaps_of_groups(
-        predictor, kept, others_of, recordings, states_of, groups, errors, autocast
-    )
-    facts += group_lines(gaps, summary, gap, recordings)
-    report["groups"] = gaps
+    # every section adds its lines and its numbers, in the order in which they were printed
+    facts = []
+    for section in sections:
+        report |= section.report
+        facts += section.facts
 
-    # --- rank, energy landscape ---
-    dims, axes = dims_to_sweep(args.landscape, names, actions, scaler)
-    index = [names.index(d) for d in dims]
-    units = dict(zip(names, scaler.meta.get("units", [])))
-    found = explore(
-        predictor, kept, actions, recordings, names, scaler, index, axes, args.samples, autocast
-    )
-    facts += landscape_lines(found, dims, units, args.samples, recordings)
-    report["rank"] = float(np.mean(found.ranks))
-    report["ranked_clips"] = len(found.ranks)
-    report["landscape"] = {}
-    for d, best, random in zip(dims, found.argmin.tolist(), found.random.tolist()):
-        report["landscape"][d] = {"unit": units.get(d, ""), "argmin": best, "random": random}
-
-    # --- retrieval ---
-    places = {}  # clip -> (record, window), where the clip drawn is the one asked for
-    for i, item in enumerate(items):
-        if clips[i]["key"] == dataset.records[item[2]].key:
-            places[i] = item[2:]
-    with autocast():
-        nearest, rows = retrieval(predictor, places, T, args.batch_size, states_of, kept.load)
-    facts += retrieval_lines(rows, T, seconds)
-    report["retrieval"] = rows
-    print(*facts[1:], sep="\n")
-
-    # --- frames ---
-    reader = dataset.reader
-    if videos:
-        reader = ClipReader(
-            reader.frames,
-            reader.fps,
-            reader.frames_per_step,
-            128,
-            reader.action_space,
-            scaler,
-            reader.encode,
-        )
-    can_show = has_pixels or videos is not None
-
-    @functools.cache
-    def frames(i):
-        """The pictures that the steps of a clip end with (T, H, W, 3)."""
-        record, window = places[i]
-        return pictures.look_up(clips[i], dataset.records[record], window, videos, reader)
-
-    # clips in which much changes: the first one for colours and attention, three for strips
-    by_change = errors["ro_copy"][:, -1].argsort(descending=True).tolist()
-    shown = pictures.spread_over([i for i in by_change if i in places], recordings, 3)
-    titles = ["start", *(f"+{k * seconds:.3g} s" for k in range(1, T))]
-    strips = []
-    for i in shown if can_show else []:
-        offsets = [""]
-        for k, (j, t) in enumerate(nearest[i], 1):
-            steps_off = (places[j][1] - places[i][1]) * T + t - k
-            offsets.append(f"{steps_off:+d} steps" if steps_off else "the same")
-        strip = {
-            "recorded": frames(i),
-            "nearest to\nprediction": [None, *(frames(j)[t] for j, t in nearest[i])],
-        }
-        strips.append(pictures.plot_rows(strip, titles, offsets))
-
-    # --- patches ---
-    z, a, s = one_clip(kept, shown[0])
-    with autocast(), torch.no_grad():
-        ahead = predictor.rollout(z[None, :1], a[None], states_of(s[None, 0], a[None]))[0]
-    steps = sorted({1, (K + 2) // 3, (2 * K + 2) // 3, K})
-    colors = pictures.pca_colors(z[1:].cpu(), ahead.cpu())
-    tokens = {}
-    if can_show:
-        tokens["frame"] = [frames(shown[0])[k] for k in steps]
-    for name, of_steps in zip(("recorded", "predicted"), colors):
-        grids = of_steps.reshape(-1, state["grid"], state["grid"], 3)
-        tokens[name] = [grids[k - 1] for k in steps]
-
-    # from the patch that changed most, in float32
-    patch = int((z[-2] - z[-3]).abs().mean(1).argmax()) if T > 2 else 0
-    maps = pictures.attention_maps(predictor, z[:-1], a, s[:-1], heads)
-    now = frames(shown[0])[:-1] if can_show else None
-
-    # landscapes of the largest motions
-    plain = to_units(actions, scaler)[: len(found.energies), -1, index]
-    motion = np.linalg.norm(plain / [axis[-1] for axis in axes], axis=1)
-    largest = pictures.spread_over((-motion).argsort().tolist(), recordings, 4)
-    panels = [(recordings[i], found.energies[i], plain[i]) for i in largest]
-
-    # --- the page ---
-    means = {k: errors[f"ro_{k}"].mean(0).numpy() for k in pictures.COLORS}
-    labels = [(d, units.get(d, "")) for d in dims]
-    figures = {
-        "Error by horizon": [pictures.plot_horizons(means, bands, seconds)],
-        "Which actions it uses": [pictures.plot_groups(gaps)],
-        "Rank of the true action": [pictures.plot_ranks(found.ranks, args.samples)],
-        "Energy landscape": [pictures.plot_landscapes(panels, axes, labels)],
-        "Nearest step": [pictures.plot_retrieval(rows, seconds)],
-        "Rollout as frames": strips,
-        "Patch tokens as colours": [pictures.plot_rows(tokens, [titles[k] for k in steps])],
-        "Attention": [pictures.plot_attention(maps, heads, predictor.grid, patch, now, seconds)],
-    }
-    out = args.out or os.path.dirname(path) or "."
-    write_atomically(os.path.join(out, "report.json"), to_json(report).encode())
+    # both files are whole or not there, and beside the checkpoint unless told otherwise
+    folder = args.out or os.path.dirname(run.path) or "."
+    write_atomically(os.path.join(folder, "report.json"), to_json(report).encode())
     pictures.write_page(
-        os.path.join(out, "report.html"),
+        os.path.join(folder, "report.html"),
         "Does the model use the action?",
         verdict,
         warnings,
@@ -663,6 +925,8 @@ if __name__ == "__main__":
         "\n".join(facts),
         figures,
     )
+
+    # last on the terminal, because it is what one came for
     print(*verdict)
-    print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out}: report.json, report.html")
+    print(f"peak memory {checkpoint.peak_memory(run.device):.0f} MiB")
+    print(f"written to {folder}: report.json, report.html")

@@ -19,78 +19,39 @@ the keys and values of the past (KV cache). Prints a table and writes plan.json 
 checkpoint."""
 
 import argparse
-import contextlib
-import functools
 import math
-import os
-import sys
-import tempfile
 
-import numpy as np
-import torch
-from tqdm import tqdm
+from evaluation.flags import Help
 
-import checkpoint
-from data import collate, windows
-from droid import POSE, compose_poses
-from evaluation.held_out import (
-    encoder_dtype,
-    interval_text,
-    precision_of,
-    precision_text,
-    ratio_interval,
-    recording_of,
-)
-from evaluation.runs import open_held_out, open_run, stats_on
-from evaluation.search import DROID_NORM, draw, droid_space, energy, rest, search, vpt_space
-from files.disk import write_atomically
-from files.logs import to_json
-from files.video import open_video
-from files.vpt import SLOTS, wrap
-from model import compose_states, picture_features
-from weights import encoder_hash, open_encoder
-
-# policies that need no model
-TRIVIAL = {
-    "rest": "doing nothing",
-    "repeat": "repeating the last action",
-    "mean": "the mean action",
-}
-
-# tasks of --play: what counts as success at the end
+# tasks of --play: what counts as success at the end; 64 map units are two blocks
 SUCCESS = {"turn": (10, "degrees"), "walk": (64, "map units")}
 
+# names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
-
-# the end of help texts
-DEFAULT = "(default: %(default)s)"
 
 
 # --- flags ---
 
 
 def parse_flags():
+    """The flags. Ends the program for those that do not go together or make no plan."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
     )
+    repeated = {"nargs": "+", "action": "append"}
+
+    # which model plans, and how it is seeded
     flag = parser.add_argument_group("run").add_argument
     flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--encoder", help="weights of the encoder, for pictures (default: what the run used)")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-    flag("--seed", type=int, default=0, help=f"of trials and samples {DEFAULT}")
+    flag("--seed", type=int, default=0, help="seed of trials and samples")
     flag("--out", help="file to write (default: plan.json, plan-pictures.json or plan-turn.json)")
 
+    # where: three ways to judge it
     flag = parser.add_argument_group("plan in recordings").add_argument
-    flag(
-        "--data",
-        "--data_path",
-        nargs="+",
-        action="append",
-        help="held-out data (default: the run's)",
-    )
-    flag("--clips", type=int, default=100, help=f"clips to plan in {DEFAULT}")
+    flag("--data", "--data_path", **repeated, help="held-out data (default: the run's)")
+    flag("--clips", type=int, default=100, help="clips to plan in")
 
     flag = parser.add_argument_group("plan between two pictures").add_argument
     flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
@@ -99,46 +60,38 @@ def parse_flags():
 
     flag = parser.add_argument_group("plan in ViZDoom").add_argument
     flag("--play", choices=SUCCESS, help="closed loop: turn to a view, or walk to a place")
-    flag("--trials", type=int, default=50, help=f"trials {DEFAULT}")
-    flag("--steps", type=int, default=8, help=f"steps of a trial {DEFAULT}")
+    flag("--trials", type=int, default=50, help="trials to play")
+    flag("--steps", type=int, default=8, help="steps of a trial")
 
+    # bounds of the actions
     flag = parser.add_argument_group("what may be done").add_argument
-    flag("--keys", nargs="*", default=[], metavar="key.w", help="to press (--play walk: key.w)")
-    flag("--reach", type=float, default=1.0, help=f"std of the mouse in the data's {DEFAULT}")
-    flag("--maxnorm", type=float, default=DROID_NORM, help=f"robots: metres a step {DEFAULT}")
+    flag(
+        "--keys",
+        nargs="*",
+        default=[],
+        metavar="key.w",
+        help="may be pressed (default: none; walk: key.w)",
+    )
+    flag("--reach", type=float, default=1.0, help="std of mouse motion, in the recorded ones")
+    flag("--maxnorm", type=float, default=0.05, help="robots: metres a step along each axis")
 
+    # the planner: more samples and iterations find better plans, and take longer
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
-    flag("--context", type=int, default=1, help=f"past steps the predictor sees {DEFAULT}")
-    flag("--num_samples", type=int, default=128, help=f"candidates of an iteration {DEFAULT}")
-    flag(
-        "--num_elites",
-        type=int,
-        default=16,
-        help=f"candidates to draw the next around {DEFAULT}",
-    )
-    flag("--iterations", type=int, default=2, help=f"times the samples are drawn {DEFAULT}")
-    flag(
-        "--momentum_mean",
-        type=float,
-        default=0.0,
-        help=f"share of the old mean that is kept {DEFAULT}",
-    )
-    flag(
-        "--momentum_std",
-        type=float,
-        default=0.0,
-        help=f"share of the old std that is kept {DEFAULT}",
-    )
-    flag(
-        "--temperature", type=float, default=0.0, help="above 0: MPPI, weights exp(-energy / this)"
-    )
-    flag(
-        "--correlation", type=float, default=0.0, help=f"of a motion and the next, 0 to 1 {DEFAULT}"
-    )
-    flag("--chunk", type=int, default=512, help=f"candidates at once: bounds memory {DEFAULT}")
+    flag("--context", type=int, default=1, help="past steps that the predictor sees")
+    flag("--num_samples", type=int, default=128, help="candidates of an iteration")
+    flag("--num_elites", type=int, default=16, help="best candidates to draw the next ones around")
+    flag("--iterations", type=int, default=2, help="times that candidates are drawn")
+    flag("--momentum_mean", type=float, default=0.0, help="share of the old mean that is kept")
+    flag("--momentum_std", type=float, default=0.0, help="share of the old std that is kept")
+    flag("--temperature", type=float, default=0.0, help="0: CEM; above: MPPI, exp(-energy / this)")
+    flag("--correlation", type=float, default=0.0, help="of a motion and the next, 0 to 1")
+    flag("--chunk", type=int, default=512, help="candidates at once: bounds memory")
 
+    # what does not go together
     args = parser.parse_args()
+
+    # a picture to start from and one to reach
     if (args.start is None) != (args.goal is None):
         parser.error("--start and --goal go together")
     if args.state is not None and not args.start:
@@ -147,32 +100,71 @@ def parse_flags():
         parser.error(f"--state {' '.join(map(str, args.state))}: give finite numbers")
     if args.start and args.play:
         parser.error("--start and --play do not go together: plan to a picture, or in the game")
-    check_search(parser, args)
-    return args
 
+    # what makes no plan: one check, one message
+    for name in ("trials", "steps", "context", "iterations", "chunk"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 1")
+    # one clip has no interval, and one elite no spread to draw from
+    for name in ("clips", "num_elites"):
+        if getattr(args, name) < 2:
+            parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 2")
 
-def check_search(parser, args):
-    """End with one sentence if a number makes no plan."""
-    least = {"trials": 1, "steps": 1, "clips": 2, "context": 1, "iterations": 1, "chunk": 1}
-    least["num_elites"] = 2
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        if value < minimum:
-            parser.error(f"--{name} {value} makes no plan: at least {minimum}")
+    # the search itself; a nan is in no range
     if min(args.horizon) < 1:
         parser.error(f"--horizon {args.horizon} makes no plan: at least one step")
     if args.num_elites > args.num_samples:
         parser.error(f"--num_elites {args.num_elites} makes no plan: of {args.num_samples} samples")
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature} makes no plan: 0 (CEM) or above, finite")
+
+    # bounds of motion, and shares of what was before
     for name in ("reach", "maxnorm"):
-        value = getattr(args, name)
-        if not 0 < value < math.inf:
-            parser.error(f"--{name} {value} makes no plan: above 0, and finite")
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)} makes no plan: above 0, and finite")
     for name in ("momentum_mean", "momentum_std", "correlation"):
-        value = getattr(args, name)
-        if not 0 <= value < 1:
-            parser.error(f"--{name} {value} makes no plan: from 0 to below 1")
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} makes no plan: from 0 to below 1")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = parse_flags()
+
+import contextlib
+import os
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+import checkpoint
+from data import collate, windows
+from droid import POSE, compose_poses
+from evaluation.held_out import (
+    interval_text,
+    precision_text,
+    ratio_interval,
+    recording_of,
+    states_from,
+)
+from evaluation.runs import features_of_pictures, load_run, open_held_out, print_left_out
+from evaluation.search import draw, droid_space, energy, rest, search, vpt_space
+from files.disk import write_atomically
+from files.logs import count_text, to_json
+from files.progress import tqdm
+from files.video import open_video
+from files.vpt import SLOTS, wrap
+from model import compose_states
+
+# policies that need no model: what a plan must be better than, or it has found nothing
+TRIVIAL = {
+    "rest": "doing nothing",
+    "repeat": "repeating the last action",
+    "mean": "the mean action",
+}
 
 
 # --- plans in recordings ---
@@ -181,7 +173,7 @@ def check_search(parser, args):
 def recorded(
     predictor,
     dataset,
-    inputs,
+    features_of,
     compose,
     space_of,
     horizon,
@@ -200,23 +192,27 @@ def recorded(
     Plans start from step `context` of a clip. With a context of one step they start from the second
     one where the clip is long enough: before the first no action is known that could be repeated
     (nan)."""
+    # motion is compared in its units, because stds would hide how much it is
     scaler = dataset.reader.scaler
     mean = torch.tensor(scaler.mean, dtype=torch.float32)
     scale = torch.tensor(scaler.scale, dtype=torch.float32)
     sums, random = [], []
     recordings = []
     items = sum(windows(dataset, 1, clips), [])
-    for item in tqdm(items, unit="clip", desc=f"horizon {horizon}"):
-        batch = collate([dataset[item]])
-        z, actions, states = inputs(batch)
 
-        # the step to plan from, and the first one that the predictor sees
+    # clip by clip: each has its own goal, and a search of its own
+    for item in tqdm(items, unit=" clips", desc=f"horizon {horizon}"):
+        batch = collate([dataset[item]])
+        z, actions, states = features_of(batch)
+
+        # the step to plan from, and the first one that the predictor sees. Before the first step
+        # of a clip no action is known, so the second one is better where there is one
         last = context - 1
         if last == 0 and z.shape[1] > horizon + 1:
             last = 1
         first = last + 1 - context
 
-        # the plan
+        # the plan, to the features of the recorded step: the actions that led there are known
         device = z.device
         space = space_of(actions[0, last])
         cost = energy(
@@ -231,7 +227,8 @@ def recorded(
         )
         plan = search(cost, space, horizon, generator=generator, device=device, **options)
 
-        # the recorded actions, the plan, the trivial policies and random draws
+        # the recorded actions, the plan, the trivial policies in the order of TRIVIAL, and random
+        # draws, whose mean says how hard the task is
         before = actions[0, last - 1] if last else torch.full_like(actions[0, 0], math.nan)
         every = [
             actions[0, last : last + horizon],
@@ -241,9 +238,12 @@ def recorded(
             torch.zeros_like(plan),  # scaled actions have mean 0
         ]
         every += draw(space, 64, horizon, generator, device, options["correlation"])
+
+        # compared are sums over the horizon: where a plan ends matters, not how it gets there
         total = (torch.stack(every)[..., : len(mean)].cpu() * scale + mean).sum(1)
         sums.append(total[:5])
         random.append((total[5:] - total[0]).abs().mean(0))
+
         # not always the recording of the item: if that is damaged, another one was read
         recordings.append(recording_of(batch["key"][0], batch))
     return torch.stack(sums), torch.stack(random), recordings
@@ -254,6 +254,9 @@ def seen_from_first(states):
     states (yaw, pitch) counts from there, a robot's pose stays."""
     if states.shape[-1] != 2:
         return states
+
+    # a turn over the half circle is a small one the other way, and in float64 the difference of
+    # two angles keeps its digits
     yaw = wrap((states[..., 0] - states[:, :1, 0]).cpu().double().numpy())
     return torch.stack([torch.from_numpy(yaw).to(states), states[..., 1]], dim=-1)
 
@@ -263,6 +266,8 @@ def compared(errors, recordings):
     their means, and error of the policy / error of the plan with its 95 % interval over recordings:
     "ratios" {policy: [ratio, low, high]}, and "best", the policy without a model that does best."""
     means = {k: x.double().mean().item() for k, x in errors.items()}
+
+    # how many times worse than the plan each of the others is; above 1 the plan helps
     ratios = {}
     for name in errors:
         if name == "plan":
@@ -270,6 +275,8 @@ def compared(errors, recordings):
         low, high = ratio_interval(errors[name], errors["plan"], recordings)
         ratio = means[name] / means["plan"] if means["plan"] else math.nan
         ratios[name] = [ratio, low.item(), high.item()]
+
+    # the first action of a clip has none before it that could be repeated
     usable = [k for k in TRIVIAL if not math.isnan(means[k])]
     return means | {"ratios": ratios, "best": min(usable, key=means.get)}
 
@@ -277,22 +284,30 @@ def compared(errors, recordings):
 def plan_in_recordings(plan_in_clips, horizons, robot):
     """Plan in recorded clips for each horizon, and print how plans compare -> rows of the report.
     plan_in_clips(horizon) returns what `recorded` does."""
+    # dimensions that are shown: name, place among the actions, factor and unit; keys and a
+    # robot's rotation are left out
     if robot:
         shown = [(name, i, 100.0, "cm") for i, name in enumerate("xyz")]
     else:
         degrees = 180 / math.pi
         shown = [("yaw", 2, degrees, "deg"), ("pitch", 3, degrees, "deg")]
 
+    # for the report, for a person, and where the model is not shown to help
     rows, lines = [], []
     doubts = []
     for horizon in horizons:
         sums, random, recordings = plan_in_clips(horizon)
+
+        # a row for each dimension: how far the sum over the horizon is off what was recorded
         for name, i, unit, symbol in shown:
+            # how far the plan is off, a random draw and the policies that need no model
             off = unit * (sums[:, 1:, i] - sums[:, :1, i]).abs()
             errors = {"plan": off[:, 0], "random": unit * random[:, i]}
             errors |= {policy: off[:, k] for k, policy in enumerate(TRIVIAL, 1)}
             row = compared(errors, recordings)
             rows.append({"horizon": horizon, "dim": name, "unit": symbol} | row)
+
+            # the bar is the best policy that needs no model, for this dimension and horizon
             ratio = row["ratios"][row["best"]]
             interval = interval_text(ratio[1], ratio[2], recordings, ".2f")
             numbers = "".join(f" {row[k]:8.2f}" for k in errors)
@@ -304,13 +319,17 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
                 doubts.append(f"{name} at horizon {horizon}")
 
     print(
-        f"plans in {len(recordings)} clips of {len(set(recordings))} recordings; mean |sum -"
-        " recorded|, lower is better"
+        f"plans in {count_text(len(recordings), 'clip')} of"
+        f" {count_text(len(set(recordings)), 'recording')}; mean |sum - recorded|, lower is better"
     )
+
+    # what the columns are, then the table: a ratio alone would not say how hard the task is
     print("without a model: " + ", ".join(f"{k} ({v})" for k, v in TRIVIAL.items()))
     columns = "".join(f"{k:>9}" for k in errors)
     print(f"horizon  of     unit{columns}    best of those / plan, 95 % over recordings")
     print(*lines, sep="\n")
+
+    # no ratio without its interval
     if doubts:
         print(
             "WARNING: not shown to be better than the best policy without a model (the interval is"
@@ -325,7 +344,10 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
 def readable(actions, scaler, names):
     """Scaled VPT actions (H, A) -> [(dx, dy in pixels, yaw, pitch in degrees, [keys that are
     pressed])]."""
+    # motion in pixels and degrees, from what the predictor takes back to what was recorded
     moves = actions[:, :4].cpu().double().numpy() * scaler.scale + scaler.mean
+
+    # keys are pressed where their value is exactly 1
     rows = []
     for move, action in zip(moves, actions.tolist()):
         pressed = []
@@ -338,13 +360,17 @@ def readable(actions, scaler, names):
 
 def read_pictures(paths):
     """Image files -> [av.VideoFrame]. ValueError for what is no image, or if their sizes differ."""
+    # a picture is a video of one frame: what PyAV decodes, PNG and JPEG among others, serves
     frames = []
     for path in paths:
         try:
+            # what decodes as a frame is an image
             with open_video(path) as container:
                 frames.append(next(container.decode(video=0)))
         except (ValueError, StopIteration) as e:
             raise ValueError(f"{path} cannot be read as an image: {e}") from e
+
+    # pictures of different cameras have no common plan, whatever the features say
     sizes = {(f.width, f.height) for f in frames}
     if len(sizes) > 1:
         raise ValueError(
@@ -354,45 +380,14 @@ def read_pictures(paths):
     return frames
 
 
-def features_of_pictures(state, name, device, dtype, autocast):
-    """A function from [av.VideoFrame] to features, as the run was trained on. name: of the encoder;
-    None: what the run used. ValueError if it is unknown or another one."""
-    run = state["args"]
-    name = name or run["encoder"]
-    if not name:
-        raise ValueError("this run was trained on features: name the --encoder that made them")
-    encoder = open_encoder(name, run["crop_size"], state["frames_per_clip"]).to(device).eval()
-    found = encoder_hash(encoder)
-    if found != state["encoder_hash"]:
-        raise ValueError(
-            f"--encoder {name} has hash {found}, the run was trained on features of"
-            f" {state['encoder_hash']}"
-        )
-    weights_dtype = encoder_dtype(dtype, run)
-    encoder.to(weights_dtype)
-    feature_stats = stats_on(state, device)
-
-    # weights in bf16 need no autocast, as in make_features_of
-    precision = autocast if weights_dtype == torch.float32 else contextlib.nullcontext
-
-    def features(frames):
-        with precision():
-            return picture_features(
-                frames,
-                encoder=encoder,
-                encode=state["encode"],
-                crop_size=run["crop_size"],
-                feature_stats=feature_stats,
-            )
-
-    return features
-
-
 @torch.no_grad()
 def plan_between(now, goal, space, cost, horizon, generator, options):
     """The plan from the features of one picture to those of another -> (scaled actions (H, A),
     distances for the report). Prints the distances."""
     plan = search(cost, space, horizon, generator=generator, device=now.device, **options)
+
+    # is it better than doing nothing, and than where we are? Doing nothing may be better than both,
+    # because a predicted step is never exactly a recorded one
     still = rest(space, len(plan), now.device)
     after_plan, after_rest = cost(torch.stack([plan, still])).tolist()
     distance = (now - goal).abs().mean().item()
@@ -400,6 +395,8 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
         f"distance to the goal (mean |difference| of features): now {distance:.4f}, expected after"
         f" the plan {after_plan:.4f}, after doing nothing {after_rest:.4f}"
     )
+
+    # then there is nothing to expect of it, and the reader must know
     if not after_plan < distance:
         print(
             "WARNING: no plan promises to come nearer than it is now: the pictures may be too far"
@@ -410,12 +407,16 @@ def plan_between(now, goal, space, cost, horizon, generator, options):
 
 def robot_plan(plan, scaler, names):
     """A plan (H, 7) in metres and radians, as a list; prints it."""
+    # back from stds to metres and radians, which a controller takes
     device = plan.device
     mean = torch.tensor(scaler.mean, dtype=torch.float32, device=device)
     scale = torch.tensor(scaler.scale, dtype=torch.float32, device=device)
     moves = plan * scale + mean
+
     # as Meta's planner does: a gripper that is half told to move stays
     moves[:, 6] *= moves[:, 6].abs() >= 0.25
+
+    # a row for each step
     rows = moves.tolist()
     print("step " + "".join(f"{n:>9}" for n in names))
     for i, action in enumerate(rows):
@@ -426,6 +427,8 @@ def robot_plan(plan, scaler, names):
 def play_plan(plan, scaler, names):
     """A plan (H, A) in pixels, degrees and keys, as `readable` gives it; prints it."""
     rows = readable(plan, scaler, names)
+
+    # a row for each step, as a person would play it
     print("step  dx px  dy px  yaw deg  pitch deg  keys")
     for i, (dx, dy, yaw, pitch, pressed) in enumerate(rows):
         keys = " ".join(pressed) or "-"
@@ -437,10 +440,14 @@ def agent(player, space, scaler, names, choose):
     """A function act(goal) that does one step in the game. choose(seen, done, goal) returns scaled
     actions, and the first of them is done. seen: [(z (N, E), yaw, pitch in radians)] of the steps
     until now; done: the scaled actions [(1, A)] between them."""
+    # everything since the trial began: a policy may look back as far as it likes
     seen, done = [], []
 
     def act(goal):
+        # what is seen before the step; yaw and pitch as states have them, in radians
         seen.append((player.z, math.radians(player.yaw), math.radians(player.pitch)))
+
+        # one step of the plan, then look again: what is seen corrects what was expected
         action = choose(seen, done, goal)[:1].cpu()
         first_step = readable(action, scaler, names)[0]
         player.step(first_step[0], first_step[1], first_step[-1])
@@ -468,10 +475,13 @@ def chooser(
         z, yaw, pitch = zip(*seen[-context:])
         turned = wrap(np.subtract(yaw, yaw[0]))
         states = torch.tensor(np.stack([turned, pitch], axis=-1), dtype=torch.float32)
+
+        # what was done between the steps that the predictor sees, on the CPU as it was sent
         still = rest(space, horizon, goal.device)
         all_done = torch.cat([still[:0].cpu(), *done])
         actions = all_done[len(done) + 1 - len(z) :]
 
+        # the plan, from here to the goal, as far ahead as --horizon
         cost = energy(
             predictor,
             torch.stack(z)[None],
@@ -483,6 +493,8 @@ def chooser(
             autocast=autocast,
         )
         plan = search(cost, space, horizon, generator=generator, device=goal.device, **options)
+
+        # a plan that promises nothing is not followed: at the goal it is best to rest
         promises_less = cost(plan[None]) < (z[-1] - goal).abs().mean()
         return plan if promises_less else still
 
@@ -492,10 +504,12 @@ def chooser(
 def play_policies(player, policies, make_agent, task, maps, trials, steps, seed):
     """Play a task with each policy {name: choose of `agent`}, the same trials for all -> {name:
     [distances to the goal after 0, 1, ... steps of each trial]}. make_agent(choose) -> act."""
+    # each policy plays all trials, because some places are harder than others
     distances = {}
     for policy, choose in policies.items():
         distances[policy] = []
-        for trial in tqdm(range(trials), unit="trial", desc=policy):
+        for trial in tqdm(range(trials), unit=" trials", desc=policy):
+            # the same map, place and goal for every policy: the seed says which
             rng = np.random.default_rng([seed, trial])
             track = player.trial(task, rng, maps, make_agent(choose), steps)
             distances[policy].append(track)
@@ -505,16 +519,22 @@ def play_policies(player, policies, make_agent, task, maps, trials, steps, seed)
 def print_trials(distances, task):
     """How the policies of play_policies did, for a person."""
     success, unit = SUCCESS[task]
-    trials = len(next(iter(distances.values())))
-    print(f"{task}: {trials} trials on held-out maps; success: within {success} {unit} at the end")
+    trials = count_text(len(next(iter(distances.values()))), "trial")
+    print(f"{task}: {trials} on held-out maps; success: within {success} {unit} at the end")
+
+    # a row for each policy
     print(
         f"policy   success   {unit} at the start, at the end: mean, median   success after 1, 2,"
         " ... steps"
     )
     for policy, tracks in distances.items():
+        # distances (trials, steps + 1): the first is before anything was done, and shows that all
+        # policies began alike
         tracks = np.array(tracks)
         start = tracks[:, 0]
         end = tracks[:, -1]
+
+        # how soon it is there
         by_step = " ".join(f"{x:4.0%}" for x in (tracks[:, 1:] < success).mean(0))
         print(
             f"{policy:8} {(end < success).mean():7.0%} {start.mean():12.1f} {end.mean():9.1f}"
@@ -523,16 +543,18 @@ def print_trials(distances, task):
 
 
 if __name__ == "__main__":
-    args = parse_flags()
     sys.excepthook = checkpoint.short_excepthook
 
     # --- run ---
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    predictor, state, scaler, path = open_run(args.checkpoint)
-    predictor.to(device)
-    dtype, autocast = precision_of(args.dtype, state, device)
+    run = load_run(args.checkpoint, args.dtype)
+    predictor = run.predictor
+    state = run.state
+    scaler = run.scaler
+    device = run.device
     names = state["action_names"]
     robot = state["dataset"] == "droid"
+
+    # a plan fits into the clips that the predictor was trained on: it has never seen more steps
     T = state["frames_per_clip"] // state["frames_per_step"]
     if args.context + max(args.horizon) > T:
         raise ValueError(
@@ -544,18 +566,20 @@ if __name__ == "__main__":
             f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and"
             f" {' '.join(POSE)}"
         )
-    mean = torch.tensor(scaler.mean, dtype=torch.float32, device=device)
-    scale = torch.tensor(scaler.scale, dtype=torch.float32, device=device)
-    report = vars(args) | {"dtype": dtype}
-    print(f"{path}: {precision_text(dtype, device, predictor, args.context)}")
+    report = vars(args) | {"dtype": run.dtype}
+    print(f"{run.path}: {precision_text(run.dtype, device, predictor, args.context)}")
 
     # --- what is searched, and how ---
+    # walking needs its key, turning needs none: fewer keys are easier to search
     keys = args.keys
     if args.play == "walk" and not keys:
         keys = ["key.w"]
-    compose = compose_poses if robot else compose_states
-    compose = functools.partial(compose, mean=mean, scale=scale)
+
+    # how states follow from actions, as in training
+    compose = states_from(compose_poses if robot else compose_states, scaler, device)
     generator = torch.Generator().manual_seed(args.seed)
+
+    # of the search; --temperature 0 is CEM
     options = {
         "num_samples": args.num_samples,
         "num_elites": args.num_elites,
@@ -570,14 +594,17 @@ if __name__ == "__main__":
         """What may be done where this action was recorded: the hotbar stays as it is."""
         if robot:
             return droid_space(scaler, args.maxnorm)
+
+        # one slot is always open: the recorded one, or the first
         slot = 0
         for i, name in enumerate(SLOTS):
             if action is not None and name in names and action[names.index(name)] == 1:
                 slot = i
         return vpt_space(names, scaler, keys, args.reach, slot)
 
+    # pictures need the encoder; recordings of features do not, and open_held_out opens its own
     if args.start or args.play:
-        features = features_of_pictures(state, args.encoder, device, dtype, autocast)
+        features = features_of_pictures(run, args.encoder)
 
     # --- between two pictures ---
     if args.start:
@@ -586,10 +613,14 @@ if __name__ == "__main__":
                 f"--state has {len(args.state)} numbers, states of this run have"
                 f" {state['state_dim']}"
             )
+
+        # a still picture is a step in which nothing moves: the same frame for all of its frames
         with torch.no_grad():
             frames = read_pictures([args.start, args.goal])
             now, goal = (features([f] * state["frames_per_step"]) for f in frames)
         state_now = torch.tensor(args.state or [0.0] * state["state_dim"], device=device)
+
+        # the past is this one step, so no action is known: (1, 0, A)
         cost = energy(
             predictor,
             now[None, None],
@@ -598,7 +629,7 @@ if __name__ == "__main__":
             goal,
             compose,
             args.chunk,
-            autocast=autocast,
+            autocast=run.autocast,
         )
         plan, distances = plan_between(
             now, goal, space_of(), cost, args.horizon[0], generator, options
@@ -616,24 +647,29 @@ if __name__ == "__main__":
                 "--play needs a run on VPT shards with --encode tubelet, at a rate that divides 20"
                 " frames a second"
             )
+
+        # the plan, and what it must be better than: chance, and not moving at all
         space = space_of()
+        plan_ahead = chooser(
+            predictor,
+            space,
+            compose,
+            args.horizon[0],
+            args.context,
+            args.chunk,
+            generator,
+            options,
+            run.autocast,
+        )
         policies = {
-            "plan": chooser(
-                predictor,
-                space,
-                compose,
-                args.horizon[0],
-                args.context,
-                args.chunk,
-                generator,
-                options,
-                autocast,
-            ),
+            "plan": plan_ahead,
+            # what chance does with the same actions
             "random": lambda seen, done, goal: draw(space, 1, 1, generator)[0],
             # a model that copies the last step has no reason to move
             "copy": lambda seen, done, goal: rest(space, 1),
         }
 
+        # the engine writes its settings and caches into a folder, which nobody needs afterwards
         with tempfile.TemporaryDirectory() as folder:
             engine = game.open_game(game.SIZE, args.seed, folder)
             with contextlib.closing(engine):
@@ -654,18 +690,21 @@ if __name__ == "__main__":
 
     # --- in recordings ---
     else:
-        dataset, inputs, compose_from, bad = open_held_out(
-            state, scaler, args.data, args.encoder, device, dtype
+        dataset, features_of, compose_from, bad = open_held_out(
+            state, scaler, args.data, args.encoder, device, run.dtype
         )
-        compose = functools.partial(compose_from, mean=mean, scale=scale)
-        for file, key, reason in bad:
-            print(f"left out: {file} {key}: {reason}")
+        print_left_out(bad)
+
+        # a robot's own fields have states that no action is known to change: open_held_out says
+        # which function serves
+        compose = states_from(compose_from, scaler, device)
 
         def plan_in_clips(horizon):
+            """`recorded` of this run, for one horizon."""
             return recorded(
                 predictor,
                 dataset,
-                inputs,
+                features_of,
                 compose,
                 space_of,
                 horizon,
@@ -674,13 +713,15 @@ if __name__ == "__main__":
                 args.chunk,
                 generator,
                 options,
-                autocast,
+                run.autocast,
             )
 
         report["recorded"] = plan_in_recordings(plan_in_clips, args.horizon, robot)
         file_name = "plan.json"
 
-    out = args.out or os.path.join(os.path.dirname(path), file_name)
-    write_atomically(out, to_json(report).encode())
+    # --- plan.json ---
+    # with all flags: the numbers depend on most of them
+    file = args.out or os.path.join(os.path.dirname(run.path), file_name)
+    write_atomically(file, to_json(report).encode())
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out}")
+    print(f"written to {file}")

@@ -15,6 +15,100 @@ fitting recordings chooses ridge penalties and thresholds. Prints tables, writes
 writes a shard of videos and the JSONL lines that the attentive inverse probe gives them."""
 
 import argparse
+
+from evaluation.flags import Help
+
+# what can be read from features: the action between two steps, the actions that follow, a label
+TASKS = ["inverse", "anticipation", "classify"]
+
+# names of torch, which is not imported yet
+DTYPES = ["float32", "bfloat16", "float16"]
+
+# what the encoder sees at once
+MODES = ["tubelet", "frame", "clip"]
+
+
+# --- flags ---
+
+
+def parse_flags():
+    """The flags. Ends the program for those that are too small or do not go together."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [flags]", formatter_class=Help, allow_abbrev=False
+    )
+    repeated = {"nargs": "+", "action": "append"}
+
+    # whose features, on which play; what is fitted on must not be tested on
+    flag = parser.add_argument_group("run and data").add_argument
+    flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
+    flag("--data", "--data_path", **repeated, help="shards to fit on (default: the run's)")
+    flag("--val_data", **repeated, help="shards to test on (default: the run's)")
+    flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
+    flag("--out", help="folder of probe.json (default: the checkpoint's); with --label the shard")
+
+    # what to read from them
+    flag = parser.add_argument_group("tasks").add_argument
+    flag("--task", nargs="+", choices=TASKS, help="(default: all; classify with a label)")
+    flag("--horizon", type=int, default=3, help="anticipation: actions ahead")
+    flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
+    flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
+    flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
+    flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
+
+    # how long that takes
+    flag = parser.add_argument_group("how").add_argument
+    flag("--steps", type=int, default=600, help="AdamW steps of an attentive head")
+    flag("--side", type=int, default=4, help="tokens are averaged over this many cells a side")
+    flag("--clips", type=int, default=4000, help="windows to fit on at most")
+    flag("--val_clips", type=int, default=1000, help="windows to test on at most")
+    flag("--batch_size", type=int, default=32, help="windows encoded at once")
+    flag("--num_workers", type=int, default=2, help="loader processes")
+    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
+
+    # what a run's checkpoint says otherwise; the defaults are those of train_ac.py, but for the
+    # actions: all of VPT's
+    flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
+    flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
+    flag("--fps", type=float, default=5.0, help="sampled frames a second")
+    flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
+    flag("--crop_size", type=int, default=256, help="pixels of the square crop")
+    flag("--encode", default="tubelet", choices=MODES, help="what the encoder sees at once")
+    flag("--action_space", type=int, default=36, choices=[13, 36, 38], help="actions to probe")
+
+    # one check, one message. Without a run nothing says which recordings it was trained on
+    args = parser.parse_args()
+    if not (args.checkpoint or args.data and args.val_data):
+        parser.error("name a --checkpoint, or --data to fit on and --val_data to test on")
+    for name in ("steps", "horizon", "side", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
+    # one clip can be fitted, but not be fitted and chosen on
+    for name in ("clips", "val_clips"):
+        if getattr(args, name) < 2:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least 2")
+
+    # what is probed unless --task says so: classify needs to know what to classify
+    if not args.task:
+        args.task = ["inverse", "anticipation"]
+        if args.label_field or args.labels:
+            args.task.append("classify")
+    if "classify" in args.task and bool(args.label_field) == bool(args.labels):
+        parser.error(
+            "--task classify needs one label: --label_field FIELD of the lines, or --labels"
+            " FILE.csv"
+        )
+    # a shard is labelled by the inverse head
+    if args.label and "inverse" not in args.task:
+        parser.error("--label needs --task inverse, which fits what it labels with")
+    if args.label and not (args.out or "").endswith(".tar"):
+        parser.error("--label needs the shard to write: --out OUT.tar")
+    return args
+
+
+# before the imports that take seconds, for --help and misspelt flags
+if __name__ == "__main__":
+    args = parse_flags()
+
 import csv
 import io
 import json
@@ -25,7 +119,6 @@ import tarfile
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 from data import open_records, open_split, split_records
@@ -39,116 +132,32 @@ from evaluation.heads import (
     load,
     pool,
 )
-from evaluation.held_out import encoder_dtype, precision_of, precision_text
-from evaluation.runs import open_run, stats_on
+from evaluation.held_out import precision_of, precision_text
+from evaluation.runs import (
+    decoder_for,
+    features_of_records,
+    load_run,
+    pick_device,
+    play_reader,
+    print_left_out,
+    through_cache,
+    warn_of_training_data,
+)
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
-from files.logs import to_json
+from files.logs import count_text, to_json
+from files.progress import tqdm
 from files.shards import Slice, archive_members, member_place, read_start, read_ticks
 from files.streams import is_apple_double, member_kind
 from files.video import WrongDecoder, mp4_times, open_video, read_frames
-from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, ClipReader, step_size, wrap
+from files.vpt import ACTION_SPACES, BOM, CONTINUOUS, SLOTS, step_size, wrap
 from kernels import describe_kernels
-from model import make_features_of
-from weights import open_source
-
-TASKS = ["inverse", "anticipation", "classify"]
-DTYPES = ["float32", "bfloat16", "float16"]
-
-# the end of help texts
-DEFAULT = "(default: %(default)s)"
-
-
-# --- flags ---
-
-
-def parse_flags():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = parser.add_argument_group("run and data").add_argument
-    flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
-    flag(
-        "--data",
-        "--data_path",
-        nargs="+",
-        action="append",
-        help="shards to fit on (default: the run's)",
-    )
-    flag("--val_data", nargs="+", action="append", help="shards to test on (default: the run's)")
-    flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
-    flag("--out", help="folder of probe.json (default: the checkpoint's); with --label the shard")
-
-    flag = parser.add_argument_group("tasks").add_argument
-    flag("--task", nargs="+", choices=TASKS, help="default: all; classify with a label")
-    flag("--horizon", type=int, default=3, help=f"anticipation: actions ahead {DEFAULT}")
-    flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
-    flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
-    flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
-    flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
-
-    flag = parser.add_argument_group("how").add_argument
-    flag("--steps", type=int, default=600, help=f"AdamW steps of an attentive head {DEFAULT}")
-    flag("--side", type=int, default=4, help=f"mean tokens of this many cells a side {DEFAULT}")
-    flag("--clips", type=int, default=4000, help=f"windows to fit on at most {DEFAULT}")
-    flag("--val_clips", type=int, default=1000, help=f"windows to test on at most {DEFAULT}")
-    flag("--batch_size", type=int, default=32, help=f"windows encoded at once {DEFAULT}")
-    flag("--num_workers", type=int, default=2, help=f"loader processes {DEFAULT}")
-    flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-
-    flag = parser.add_argument_group("without a checkpoint (see train_ac.py)").add_argument
-    flag("--frames_per_clip", type=int, default=16, help=f"sampled frames a clip {DEFAULT}")
-    flag("--fps", type=float, default=5.0, help=f"sampled frames a second {DEFAULT}")
-    flag("--frames_per_step", type=int, default=2, help=f"sampled frames a step {DEFAULT}")
-    flag("--crop_size", type=int, default=256, help=f"pixels of the square crop {DEFAULT}")
-    flag(
-        "--encode",
-        default="tubelet",
-        choices=["tubelet", "frame", "clip"],
-        help=f"what the encoder sees at once {DEFAULT}",
-    )
-    flag(
-        "--action_space",
-        type=int,
-        default=36,
-        choices=ACTION_SPACES,
-        help=f"actions to probe {DEFAULT}",
-    )
-    return parser.parse_args()
-
-
-def check_flags(args, tasks):
-    """ValueError for flags that do not go together or are too small."""
-    if not (args.checkpoint or args.data and args.val_data):
-        raise ValueError("name a --checkpoint, or --data to fit on and --val_data to test on")
-    least = {"steps": 1, "horizon": 1, "side": 1, "clips": 2, "val_clips": 2, "batch_size": 1}
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        if value < minimum:
-            raise ValueError(f"--{name} {value} is too small: at least {minimum}")
-    if "classify" in tasks and bool(args.label_field) == bool(args.labels):
-        raise ValueError(
-            "--task classify needs one label: --label_field FIELD of the lines, or --labels"
-            " FILE.csv"
-        )
-    if args.label:
-        video_members(args.label)
-        if not (args.out or "").endswith(".tar"):
-            raise ValueError("--label needs the shard to write: --out OUT.tar")
-        if os.path.realpath(args.label) == os.path.realpath(args.out):
-            raise ValueError(
-                f"--out {args.out} is the shard of --label itself: what its lines say would be lost"
-            )
-        if "inverse" not in tasks:
-            raise ValueError("--label needs --task inverse, which fits what it labels with")
-
 
 # --- labels of clips ---
 
 
 def lines_of(record):
     """The text of the lines of a recording's ticks, and its ticks."""
+    # ticks say which of the lines are usable: a recorder may repeat some or cut the last one
     ticks = read_ticks(record)
     with Slice(record.shard, *record.members["jsonl"]) as f:
         text = f.read().splitlines()
@@ -158,9 +167,11 @@ def lines_of(record):
 def line_labels(clips, field, shards, reader):
     """The value of a field of the JSONL lines, as text, at the middle tick of each clip; shards:
     records with lines, by recording."""
+    # lines are read once a recording, of which many clips may come
     labels = []
-    cached = {}  # by recording
+    cached = {}
     for record, window in clips["place"]:
+        # features have no lines of their own: those of the shards that they were made from serve
         source = shards.get(record.recording)
         if source is None:
             raise ValueError(
@@ -172,11 +183,14 @@ def line_labels(clips, field, shards, reader):
             cached[record.recording] = (text, step_size(ticks.rate, reader.fps))
         text, stride = cached[record.recording]
 
-        # features may start at a later tick
+        # features of a later phase start at a later tick, which their key names
         start = 0
         if "safetensors" in record.members:
             start = int(record.key.rpartition("@")[2])
+
+        # the label of a clip is that of its middle, where the most of it is seen
         middle = start + round((window + 0.5) * reader.frames * stride)
+        # as text: true, 3 and "stone" are classes alike
         line = json.loads(text[middle])
         if field not in line:
             raise ValueError(
@@ -187,37 +201,42 @@ def line_labels(clips, field, shards, reader):
     return np.array(labels)
 
 
-def csv_labels(path, known):
+def csv_labels(path, recordings):
     """{recording: label} of a CSV with columns key,label."""
+    # as it is read by a person: one label a recording, in any order
     with open(path, newline="") as f:
         rows = csv.DictReader(f)
         if not {"key", "label"} <= set(rows.fieldnames or ()):
             raise ValueError(f"--labels {path} has columns {rows.fieldnames}, not key and label")
-        found = {row["key"]: row["label"] for row in rows}
-    strange = sorted(found.keys() - known)
+        labels = {row["key"]: row["label"] for row in rows}
+
+    # a misspelt recording would silently go without its label
+    strange = sorted(labels.keys() - recordings)
     if strange:
         raise ValueError(
             f"--labels {path} names {len(strange)} recordings that the shards do not hold,"
             f" {strange[0]} among them"
         )
-    return found
+    return labels
 
 
 def labels_from_csv(path, clips, records):
     """The label of each clip's recording from a CSV, "" for none; prints how many have none."""
-    known = {r.recording for r in records}
-    found = csv_labels(path, known)
-    unlabelled = sorted(known - found.keys())
+    # recordings without a label are left out, not counted as a class
+    recordings = {r.recording for r in records}
+    label_of = csv_labels(path, recordings)
+    unlabelled = sorted(recordings - label_of.keys())
     if unlabelled:
         print(
             f"left out: {len(unlabelled)} recordings without a label in {path}, {unlabelled[0]}"
             " among them"
         )
-    return [np.array([found.get(r.recording, "") for r, _ in c["place"]]) for c in clips]
+    return [np.array([label_of.get(r.recording, "") for r, _ in c["place"]]) for c in clips]
 
 
 def labels_from_lines(field, clips, records, lines, reader):
     """line_labels of clips; lines: shards that features were made from, or None."""
+    # features name the recording; the shards that they were made from have its lines
     if lines:
         records, _ = open_records(lines)
     with_lines = {r.recording: r for r in records if "jsonl" in r.members}
@@ -233,15 +252,20 @@ def guide_lines(actions, names, ends, frames, rate):
     pitch summed from 0 (pitch stops at straight up and down), no input before the first end and
     after the last. With slots among the names the keys 1-9 are left out: vpt.parse_ticks adds them
     where the slot changes."""
-    # the step of each tick
+    # the step of each tick; those before the first end belong to no step
     tick = np.arange(frames)
     step = np.clip(np.searchsorted(ends, tick, side="right") - 1, 0, len(actions) - 1)
     inside = (tick >= ends[0]) & (tick < ends[-1])
+
+    # its motion in equal parts, because the head knows its sum only. A line holds where the camera
+    # was before it moved, so the sum leaves out its own motion
     motion = actions[step, :4] * (inside / np.diff(ends)[step])[:, None]
     yaw, pitch = (np.cumsum(motion[:, 2:], axis=0) - motion[:, 2:]).T
 
-    # dimensions of slots, buttons and keys
+    # dimensions of slots, buttons and keys, by the names that the guides' lines have
     slots = [i for i, n in enumerate(names) if n in SLOTS]
+
+    # the likeliest slot is the one that is open: exactly one always is
     hotbar = actions[:, slots].argmax(1)[step] if slots else np.zeros(frames, int)
     gui = names.index("gui_open") if "gui_open" in names else None
     buttons, keys = [], []
@@ -251,6 +275,7 @@ def guide_lines(actions, names, ends, frames, rate):
         elif name.startswith("key.") and not (slots and name[4:].isdigit()):
             keys.append((i, f"key.keyboard.{name[4:]}"))
 
+    # one line a tick, with what the guides' recorder writes
     for t in range(frames):
         pressed = actions[step[t]] * inside[t]
         turned = float(wrap(yaw[t]))
@@ -272,8 +297,11 @@ def guide_lines(actions, names, ends, frames, rate):
 def steps_of_video(file, times, reader):
     """Frames that the steps of a video show (S, frames a step), and its frames a second. times: of
     all frames. ValueError with fewer than two steps."""
+    # the rate of most frames: a recording may have a few gaps, which the mean would feel
     with open_video(file) as container:
         rate = 1 / float(np.median(np.diff(times)) * container.streams.video[0].time_base)
+
+    # frames that are sampled, by step; a rest that fills no step is left out, as in training
     each = reader.frames_per_step
     shown = step_size(rate, reader.fps) * np.arange(len(times))
     shown = shown[shown < len(times)]
@@ -287,6 +315,7 @@ def steps_of_video(file, times, reader):
 
 def cropped(file, times, frames, reader):
     """Frames of a video, centre-cropped as in training, (1, T, 3, H, W) uint8."""
+    # the reader resizes the short side, the rest is cut evenly: (1, T, 3, H, W)
     video = read_frames(file, times, frames, reader.crop, reader.decoder)
     y, x = (np.array(video.shape[1:3]) - reader.crop) // 2
     square = video[:, y : y + reader.crop, x : x + reader.crop]
@@ -297,6 +326,7 @@ def cropped(file, times, frames, reader):
 def label_video(data, head, names, columns, reader, features_of, side):
     """Bytes of an mp4 -> (lines, actions (S-1, A), ends (S,)): what a fitted head says about its
     steps."""
+    # which frames the steps show: those at the times that training would sample
     f = io.BytesIO(data)
     times = mp4_times(f)
     f.seek(0)
@@ -307,6 +337,8 @@ def label_video(data, head, names, columns, reader, features_of, side):
     T = reader.frames // reader.frames_per_step
     scores = np.zeros((len(shown) - 1, len(columns)))
     for start in range(0, len(shown) - 1, T - 1):
+        # the head sees one clip, encoded as those that it was fitted on: with --encode clip a
+        # step's features depend on where in the clip it is
         start = max(min(start, len(shown) - T), 0)
         part = shown[start : start + T]
         video = cropped(f, times, part.ravel(), reader)
@@ -314,34 +346,40 @@ def label_video(data, head, names, columns, reader, features_of, side):
         z = pool(features_of(batch)[0], side)[0]
         scores[start : start + len(part) - 1] = head.predict(z[:-1], z[1:])
 
-    # motion and slots as they are, keys by their threshold
+    # motion and slots as they are, keys by their threshold: pressed as often as in the dev clips
     actions = np.zeros((len(scores), len(names)))
     for i, column in enumerate(columns):
         soft = names[column] in [*CONTINUOUS, *SLOTS]
+        # a threshold would make motion all or nothing
         actions[:, column] = scores[:, i] if soft else scores[:, i] > head.threshold[i]
+
+    # a step ends with the last frame that it shows
     ends = shown[:, -1] if reader.encode == "tubelet" else shown[:, 0]
     return list(guide_lines(actions, names, ends, len(times), rate)), actions, ends
 
 
 def video_members(path):
     """{KEY.mp4: its place in the shard}; ValueError if there is none, or if it is no tar."""
-    found, end = {}, os.path.getsize(path)
+    # the video is not read, only its place: shards have gigabytes
+    places, end = {}, os.path.getsize(path)
     try:
         for m, offset in archive_members(path, end):
             if not m.isfile() or member_kind(m.name)[1] != "mp4":
                 continue
+            # macOS writes a twin beside each file, with the same name but for two characters
             place = member_place(m, offset, end)
             if not is_apple_double(m.name, read_start(path, place)):
-                found[m.name] = place
+                places[m.name] = place
     except tarfile.TarError as e:
         raise ValueError(f"--label {path} is no tar, or damaged: {e}") from e
-    if not found:
+    if not places:
         raise ValueError(f"--label {path} holds no KEY.mp4: there is nothing to label")
-    return found
+    return places
 
 
 def add_member(packed, name, content):
     """A file of these bytes into an open tar."""
+    # no times and no owner: the same input gives the same bytes
     member = tarfile.TarInfo(name)
     member.size = len(content)
     packed.addfile(member, io.BytesIO(content))
@@ -350,16 +388,20 @@ def add_member(packed, name, content):
 def label_shard(source, out, label):
     """KEY.mp4 of a shard -> a shard of KEY.mp4 and KEY.jsonl; label(bytes) -> lines. Returns how
     many, and [(file, key, reason)] of videos that cannot be labelled. ValueError if none can."""
+    # the shard appears when it is whole, so a killed run leaves none. The tar is written in the
+    # order of the one that was read
     bad, done = [], []
 
     def write(file):
         places = video_members(source)
         with tarfile.open(fileobj=file, mode="w") as packed:
             for name in tqdm(places, desc="label", unit="recording", delay=10):
+                # one video after the other is in memory
                 with Slice(source, *places[name]) as f:
                     data = f.read()
                 try:
                     text = "".join(json.dumps(line) + "\n" for line in label(data)).encode()
+                # a fault of the machine ends the program, one of the video leaves it out
                 except WrongDecoder as e:
                     raise ValueError(f"--label {source} {name}: {e}") from e
                 except READ_ERRORS as e:
@@ -367,6 +409,8 @@ def label_shard(source, out, label):
                         raise OSError(storage_sentence(f"{source} {name}", e)) from e
                     bad.append((source, name, f"{type(e).__name__}: {e}"))
                     continue
+
+                # the pair that training reads
                 add_member(packed, name, data)
                 add_member(packed, name[:-3] + "jsonl", text)
                 done.append(name)
@@ -383,6 +427,8 @@ def label_shard(source, out, label):
 def dev_clips(train, records):
     """Which clips (n,) choose penalties and thresholds: those of a tenth of the recordings, or a
     tenth of the clips where there are too few recordings."""
+    # other recordings than those fitted on, or what is chosen would favour learning by heart. The
+    # split is that of train_ac.py, by the hash of a name
     to_fit = {r.recording for r in split_records(records, 0.1)[0]}
     dev = np.array([r.recording not in to_fit for r, _ in train["place"]])
     if dev.all() or not dev.any():
@@ -395,32 +441,43 @@ def dev_clips(train, records):
 
 
 if __name__ == "__main__":
-    args = parse_flags()
     sys.excepthook = checkpoint.short_excepthook
+
+    # the shard to label shows its faults before anything takes time
     tasks = args.task
-    if not tasks:
-        tasks = ["inverse", "anticipation"]
-        if args.label_field or args.labels:
-            tasks.append("classify")
-    check_flags(args, tasks)
+    if args.label:
+        video_members(args.label)
+        if os.path.realpath(args.label) == os.path.realpath(args.out):
+            raise ValueError(
+                f"--out {args.out} is the shard of --label itself: what its lines say would be lost"
+            )
 
     # --- run ---
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.checkpoint:
-        predictor, state, scaler, path = open_run(args.checkpoint)
-        run = state["args"]
-        folder = os.path.dirname(path)
-        if state["dataset"] != "vpt" or state["action_names"] != ACTION_SPACES[run["action_space"]]:
+    # without one, flags say how clips are cut, and there are no predictions to probe
+    run = load_run(args.checkpoint, args.dtype) if args.checkpoint else None
+    if run is not None:
+        settings = run.settings
+        names = ACTION_SPACES.get(settings.get("action_space"), [])
+        if run.state["dataset"] != "vpt" or run.state["action_names"] != names:
             raise ValueError(
-                f"{path} has actions {state['action_names'][:4]}..., gameplay shards none such:"
-                " probe a run of train_ac.py"
+                f"{run.path} has actions {run.state['action_names'][:4]}..., gameplay shards none"
+                " such: probe a run of train_ac.py"
             )
-        feature_stats = stats_on(state, device)
-        predictor.to(device)
+
+        # as the run was trained: its precision, its scale, its frames
+        predictor = run.predictor
+        state = run.state
+        scaler = run.scaler
+        device = run.device
+        dtype = run.dtype
+        autocast = run.autocast
+        folder = os.path.dirname(run.path)
     else:
-        predictor, state = None, None
-        scaler = None
-        run = {
+        settings = {
+            "data": args.data,
+            "val_data": args.val_data,
+            "val_fraction": 0.0,
+            "cache_dir": None,
             "encoder": args.encoder,
             "frames_per_clip": args.frames_per_clip,
             "fps": args.fps,
@@ -428,16 +485,24 @@ if __name__ == "__main__":
             "crop_size": args.crop_size,
             "encode": args.encode,
             "action_space": args.action_space,
+            "decoder": "pyav",
+            "gui": "keep",
         }
+        predictor, state = None, None
+        scaler = None
+        device = pick_device()
+        dtype, autocast = precision_of(args.dtype, None, device)
         folder = "."
-        feature_stats = {}
-    dtype, autocast = precision_of(args.dtype, state, device)
-    steps = run["frames_per_clip"] // run["frames_per_step"]
+
+    # what computes it: numbers of two machines differ in their last digits
+    steps = settings["frames_per_clip"] // settings["frames_per_step"]
     if predictor is not None:
         print(precision_text(dtype, device, predictor, steps - 1))
     else:
         kernels = describe_kernels(device, getattr(torch, dtype))
         print(f"{dtype} on {device.type}; {kernels}")
+
+    # the actions to anticipate must lie inside of a clip, after the two steps that are seen
     if "anticipation" in tasks and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
@@ -446,65 +511,38 @@ if __name__ == "__main__":
 
     # --- data ---
     train_records, _, val_records, bad = open_split(
-        args.data or run["data"] or [["VPT/*.tar"]],
+        through_cache(args.data or settings["data"], settings),
         None,
-        args.val_data or run.get("val_data"),
-        run.get("val_fraction", 0),
+        through_cache(args.val_data or settings["val_data"], settings),
+        settings["val_fraction"],
     )
+
+    # both are needed: heads learn recordings by heart, and a score on those says nothing
     if not (train_records and val_records):
         raise ValueError(
             f"{len(train_records)} recordings to fit on and {len(val_records)} to test on: name"
             " local --data and --val_data"
         )
-    if state is not None:
-        strange = {r.name for r in val_records} - set(state["held_out"])
-        if strange:
-            print(
-                f"WARNING: {len(strange)} of {len(val_records)} recordings are not among those the"
-                " run held out: was it trained on them?"
-            )
+    if run is not None:
+        warn_of_training_data(val_records, state, scaler)
 
-    # --- encoder ---
+    # features need the encoder only where new videos are labelled; a run may know its own
     records = train_records + val_records
     has_video = "safetensors" not in records[0].members
     name = args.encoder
     if has_video and not name:
-        name = run["encoder"]
+        name = settings["encoder"]
     if not name and (args.label or has_video):
         raise ValueError("encoding video needs the weights: name the --encoder")
-    encoder, source = open_source(
-        records,
-        name,
-        encode=run["encode"],
-        fps=run["fps"],
-        frames_per_step=run["frames_per_step"],
-        crop_size=run["crop_size"],
-        frames_per_clip=run["frames_per_clip"],
-    )
-    if state is not None and source["encoder_hash"] != state["encoder_hash"]:
-        raise ValueError(
-            f"{path} was trained on features of encoder {state['encoder_hash']}, these are of"
-            f" {source['encoder_hash']}"
-        )
-    if encoder is not None:
-        encoder.to(device, encoder_dtype(dtype, run))
 
     # --- clips ---
-    reader = ClipReader(
-        run["frames_per_clip"],
-        run["fps"],
-        run["frames_per_step"],
-        run["crop_size"],
-        run["action_space"],
-        encode=run["encode"],
-        decoder=run.get("decoder", "pyav"),
-        gui=run.get("gui", "keep"),
-    )
-    features_of = make_features_of(
-        encoder, run["encode"], run["frames_per_step"], feature_stats, device, autocast
-    )
+    # cut, decoded and encoded as the run was trained on them, but with actions as recorded
+    decoder = decoder_for(records, None, settings)
+    features_of = features_of_records(records, name, settings, device, dtype, state)
+    reader = play_reader(settings, None, decoder)
 
     def load_clips(of_records, limit):
+        """Tokens and actions of at most `limit` windows."""
         return load(
             of_records,
             reader,
@@ -520,44 +558,55 @@ if __name__ == "__main__":
 
     train, bad_train = load_clips(train_records, args.clips)
     val, bad_val = load_clips(val_records, args.val_clips)
-    for file, key, reason in bad + bad_train + bad_val:
-        print(f"left out: {file} {key}: {reason}")
+    print_left_out(bad + bad_train + bad_val)
+
+    # which of them choose penalties and thresholds; the held-out ones must not
     dev = dev_clips(train, train_records)
     report = {
-        "checkpoint": args.checkpoint and path,
+        "checkpoint": run and run.path,
         "dtype": dtype,
         "clips": [len(c["place"]) for c in (train, val)],
         "recordings": [len({r.recording for r, _ in c["place"]}) for c in (train, val)],
     }
+
+    # in words: how much the numbers below stand on
     fitted, tested = (
-        f"{n} clips of {m} recordings" for n, m in zip(report["clips"], report["recordings"])
+        f"{count_text(n, 'clip')} of {count_text(m, 'recording')}"
+        for n, m in zip(report["clips"], report["recordings"])
     )
     print(f"fitted on {fitted}, tested on {tested}; {train['z'].shape[2]} tokens a step")
-
-    # --- classify ---
-    if run["encode"] == "clip" and "anticipation" in tasks:
+    if settings["encode"] == "clip" and "anticipation" in tasks:
         print(
             "WARNING: with --encode clip every step has seen the whole clip: anticipation is no"
             " forecast"
         )
+
+    # --- classify ---
+    # labels of whole recordings, or of the middle of each clip
     if "classify" in tasks:
         if args.labels:
             labels = labels_from_csv(args.labels, (train, val), records)
         else:
             labels = labels_from_lines(args.label_field, (train, val), records, args.lines, reader)
+
+        # from mean and std over the steps of a clip: a label is of all of it
         what = args.label_field or args.labels
         report["classify"] = classify(train, val, *labels, what, args.steps)
         print(*classify_table(report["classify"], what), sep="\n")
 
     # --- inverse dynamics, anticipation: of the actions that vary ---
-    names = ACTION_SPACES[run["action_space"]]
+    names = ACTION_SPACES[settings["action_space"]]
     varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
     columns = np.flatnonzero(varies_train & varies_val)
+
+    # nothing can be learned about what never changes: such keys would look perfectly predicted
     constant = [n for i, n in enumerate(names) if i not in columns]
     if constant:
         print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
     if not len(columns) and {"inverse", "anticipation"} & set(tasks):
         raise ValueError("no action varies in both splits: name other shards")
+
+    # which action was it, and which ones follow? The first is in the pictures, the second is not
     if "inverse" in tasks:
         report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
         print(*inverse_table(report["inverse"]), sep="\n")
@@ -565,26 +614,30 @@ if __name__ == "__main__":
         report["anticipation"] = anticipation(
             train, val, dev, names, columns, args.steps, args.horizon
         )
-        seconds = run["frames_per_step"] / run["fps"]
+        seconds = settings["frames_per_step"] / settings["fps"]
         print(*anticipation_table(report["anticipation"], seconds), sep="\n")
+
+    # --- probe.json ---
+    # beside the run, unless --out or --label name another place
     if args.label:
         folder = os.path.dirname(args.out)
     elif args.out:
         folder = args.out
-    out = os.path.join(folder, "probe.json")
-    write_atomically(out, to_json(report).encode())
+    file = os.path.join(folder, "probe.json")
+    write_atomically(file, to_json(report).encode())
 
     # --- labels ---
     if args.label:
+        # the attentive head, which was fitted on pairs of true steps
         head = heads["attentive"]
 
         def label(data):
+            """The lines of a video, given as bytes."""
             return label_video(data, head, names, columns, reader, features_of, args.side)[0]
 
         done, bad = label_shard(args.label, args.out, label)
-        for file, key, reason in bad:
-            print(f"left out: {file} {key}: {reason}")
-        print(f"labelled {done} recordings of {args.label} in {args.out}")
+        print_left_out(bad)
+        print(f"labelled {count_text(done, 'recording')} of {args.label} in {args.out}")
 
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out}")
+    print(f"written to {file}")

@@ -16,7 +16,6 @@ import math
 import os
 import pickle
 import re
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -29,12 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from tqdm import tqdm
 
 import checkpoint
 from data import STD_RANGE, ActionScaler
 from files.disk import CACHE, is_storage_error, storage_sentence, write_atomically
 from files.features import feature_settings
+from files.progress import tqdm
 from model import (
     CONDITION,
     Encoder,
@@ -137,10 +136,7 @@ def transfer(url, part, name, timeout):
         if response.status != 206:
             have = 0  # a server that ignores Range sends all of it
         total = have + int(response.headers["Content-Length"] or 0)
-        seconds = 0.5 if sys.stderr.isatty() else 30
-        progress = tqdm(
-            desc=name, total=total, initial=have, unit="B", unit_scale=True, mininterval=seconds
-        )
+        progress = tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True)
         with progress, open(part, "ab" if have else "wb") as f:
             while data := response.read(1 << 20):
                 progress.update(f.write(data))

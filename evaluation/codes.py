@@ -93,6 +93,7 @@ def held_out_codes(
       same      under the code of another clip of the batch with the same labels (nan without)
     By clip: rollout_4 and copy_4 (four steps ahead), the loss terms of forward, and var, the
     variance of z."""
+    # each rank takes every world-th batch
     device = next(model.parameters()).device
     rank, world = 0, 1
     if dist.is_initialized():
@@ -102,21 +103,28 @@ def held_out_codes(
     items = dataset.windows(max(batch_size, 2), clips, rank, world)
     rows = []
     for batch in latent_sequences(dataset, batch_size, num_workers=num_workers, items=items):
+        # labels are missing where no file has any
         item = items[len(rows)]
         raw = batch["z"].to(device, non_blocking=True)
         B, T = raw.shape[0], raw.shape[1] - 1
         labels = batch.get("labels", torch.zeros(B, T, 0, dtype=torch.long)).flatten(0, 1)
+
+        # losses and codes, then what other codes would have cost
         with autocast():
             losses = model(raw)
             indices, _, z_q = model.encode(raw)
             z = model.normalize(raw)
             # seeded by the number of a window: the same for any number of ranks
             row = code_errors(model, z, z_q, indices, seed=item[0][1])
+
+            # four steps ahead, or to the end of a shorter window
             ahead = model.normalize(model.rollout(raw[:, 0], z_q[:, :4]))[:, -1]
             target = z[:, min(4, T)]
             row["rollout_4"] = (ahead - target).square().mean((1, 2, 3))
             row["copy_4"] = (z[:, 0] - target).square().mean((1, 2, 3))
             row["same"] = same_action_error(model, z, z_q, labels, dataset.labels, row["own"])
+
+        # a row for each transition
         row["codes"] = indices.flatten(0, 1)
         row["labels"] = labels
         row["recording"] = torch.tensor([x[2] for x in item]).repeat_interleave(T)
@@ -124,6 +132,7 @@ def held_out_codes(
         row |= {k: v.expand(B) for k, v in losses.items() if k != "indices"}
         rows.append({k: to_numpy(v) for k, v in row.items()})
 
+    # all ranks know all rows, in the order of one process
     if dist.is_initialized():
         everyone = [None] * world
         dist.all_gather_object(everyone, rows)
@@ -147,6 +156,8 @@ def code_errors(model, z, z_q, indices, seed):
     if others:
         marginal = torch.stack([model.predict(z[:, :-1], c) for c in others]).mean(0)
         uniform = others[0]
+
+    # codes can be drawn uniformly; vectors cannot, those of another clip stand for them
     if quantises(model):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(model.quantizer.K, indices.shape, generator=generator)
@@ -166,6 +177,8 @@ def same_action_error(model, z, z_q, labels, names, own):
     none = torch.full_like(own, math.nan)
     if not names:
         return none
+
+    # pairs of transitions of different clips with the same, known labels
     B, T = z_q.shape[:2]
     number = torch.arange(B * T)
     fits = (labels[:, None] == labels).all(-1)
@@ -188,6 +201,7 @@ def to_numpy(x):
 def interleaved(everyone):
     """Rows of all ranks, one list a rank, in the order of one process: first of rank 0, first of
     rank 1, ... Some ranks may have one row less."""
+    # the k-th batch of each rank in turn
     rows = []
     for k in range(max(map(len, everyone))):
         rows += [part[k] for part in everyone if k < len(part)]
@@ -205,10 +219,14 @@ def purity(codes, actions, recordings):
     names = np.unique(recordings)
     if len(names) < 2:
         return math.nan
+
+    # how often each code goes with each action
     code = np.unique(codes, return_inverse=True)[1].ravel()
     action = np.unique(actions, return_inverse=True)[1].ravel()
     total = np.zeros((code.max() + 1, action.max() + 1), dtype=int)
     np.add.at(total, (code, action), 1)
+
+    # name a recording's transitions by what the others say about their codes
     right = 0
     for name in names:
         rows = recordings == name
@@ -231,17 +249,18 @@ def perplexity(values):
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-def over(found, above, below):
+def over(measured, above, below):
     """Mean of one error over that of another, both of the same transitions: where an error needs
     another clip, those that have one (nan without any). An error that is nan for another reason
     makes the result nan."""
-    rows = np.ones(len(found[above]), bool)
+    # transitions for which both errors are known
+    rows = np.ones(len(measured[above]), bool)
     for name in (above, below):
         if name in ("marginal", "random", "same"):
-            rows &= ~np.isnan(found[name])
+            rows &= ~np.isnan(measured[name])
     if not rows.any():
         return math.nan
-    return quotient(found[above][rows].mean(), found[below][rows].mean())
+    return quotient(measured[above][rows].mean(), measured[below][rows].mean())
 
 
 def quotient(above, below):
@@ -258,43 +277,47 @@ def decibels(ratio):
     return 10 * math.log10(ratio) if ratio > 0 else math.nan
 
 
-def code_summary(found, K):
-    """What `held_out_codes` found -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
+def code_summary(measured, K):
+    """What `held_out_codes` returns -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
     dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of codes and
     actions (nan without, and where there is only one action). K: codes a slot, None for a model
     whose decoder does not use codes."""
     # errors
-    out = {f"mse_over_{k}": over(found, "own", k) for k in ("copy", "zero", "marginal")}
-    out["nmse"] = quotient(found["own"].mean(), found["var"].mean())
-    out |= {f"psnr_{k}": decibels(over(found, k, "own")) for k in ("random", "same")}
-    out["same_over_own"] = over(found, "same", "own")
-    out["rollout_over_copy"] = over(found, "rollout_4", "copy_4")
-    out |= dict.fromkeys(CODES, math.nan)
+    summary = {f"mse_over_{k}": over(measured, "own", k) for k in ("copy", "zero", "marginal")}
+    summary["nmse"] = quotient(measured["own"].mean(), measured["var"].mean())
+    summary |= {f"psnr_{k}": decibels(over(measured, k, "own")) for k in ("random", "same")}
+    summary["same_over_own"] = over(measured, "same", "own")
+    summary["rollout_over_copy"] = over(measured, "rollout_4", "copy_4")
+    summary |= dict.fromkeys(CODES, math.nan)
     if not K:
-        return out
+        return summary
 
     # codes in use
-    ids = pack_codes(found["codes"], K)
-    out["joint_codes"] = len(np.unique(ids))
-    out["joint_perplexity"] = perplexity(ids)
-    out["slot_perplexity"] = float(np.mean([perplexity(c) for c in found["codes"].T]))
-    out["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in found["codes"].T]))
+    ids = pack_codes(measured["codes"], K)
+    summary["joint_codes"] = len(np.unique(ids))
+
+    # perplexity of whole actions, and of each of their codes
+    summary["joint_perplexity"] = perplexity(ids)
+    summary["slot_perplexity"] = float(np.mean([perplexity(c) for c in measured["codes"].T]))
+    summary["codebook_usage"] = float(np.mean([len(np.unique(c)) for c in measured["codes"].T]))
 
     # codes and true actions
-    known = has_truth(found["labels"])
-    if known.any():
-        actions = joint(found["labels"][known])
-        ids = ids[known]
-        recordings = found["recording"][known]
+    with_truth = has_truth(measured["labels"])
+    if with_truth.any():
+        actions = joint(measured["labels"][with_truth])
+
+        # only transitions whose action is known
+        ids = ids[with_truth]
+        recordings = measured["recording"][with_truth]
         if len(np.unique(actions)) > 1:
-            out["purity"] = purity(ids, actions, recordings)
-            out["purity_one_code"] = purity(0 * ids, actions, recordings)
+            summary["purity"] = purity(ids, actions, recordings)
+            summary["purity_one_code"] = purity(0 * ids, actions, recordings)
             # here, because sklearn takes a second to import and training does not need it
             from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-            out["nmi"] = float(normalized_mutual_info_score(actions, ids))
-            out["ami"] = float(adjusted_mutual_info_score(actions, ids))
-    return out
+            summary["nmi"] = float(normalized_mutual_info_score(actions, ids))
+            summary["ami"] = float(adjusted_mutual_info_score(actions, ids))
+    return summary
 
 
 def has_truth(labels):
@@ -307,33 +330,38 @@ def has_truth(labels):
 # --- sentences, curves ---
 
 
-def truth_notes(dataset, found, split):
+def truth_notes(dataset, measured, split):
     """Sentences that say which true actions are missing, and which numbers are left out for it."""
     if not dataset.labels:
         yield f"no truth beside the {split} files (KEY.actions.npz): no purity, no AMI"
         return
+
+    # files without truth, and labels that only some files have
     if dataset.unlabelled:
         names = ", ".join(dataset.unlabelled[:5])
-        more = ", ..." if len(dataset.unlabelled) > 5 else ""
+        rest = ", ..." if len(dataset.unlabelled) > 5 else ""
         yield (
             f"{len(dataset.unlabelled)} of {len(dataset.files)} {split} files have no"
             f" {' and '.join(dataset.labels)} in a KEY.actions.npz and count for errors only:"
-            f" {names}{more}"
+            f" {names}{rest}"
         )
     if dataset.unused:
         yield (
             f"{', '.join(dataset.unused)}: only some {split} files have this label, the others"
             f" {' and '.join(dataset.labels)} alone; it is not used"
         )
-    known = has_truth(found["labels"])
-    if len(np.unique(found["recording"][known])) < 2:
+
+    # what purity needs: two recordings and two actions
+    with_truth = has_truth(measured["labels"])
+    if len(np.unique(measured["recording"][with_truth])) < 2:
         yield f"purity is learned on other recordings: the {split} files with truth are under two"
-    if known.any() and len(np.unique(joint(found["labels"][known]))) < 2:
+    if with_truth.any() and len(np.unique(joint(measured["labels"][with_truth]))) < 2:
         yield f"all {split} transitions have the same true action: purity and AMI would say nothing"
 
 
 def complaints(summary, quantised):
     """Sentences about what is wrong with a model, worst first."""
+    # fewer than three codes cannot name three actions
     if quantised and summary["joint_codes"] < 3:
         yield (
             f"joint codes in use: {summary['joint_codes']}. The codebook has collapsed (try a"
@@ -354,6 +382,7 @@ def plot_curves(out_dir, ipe):
     """curves.png of a run, from train.csv and val.csv, over epochs of `ipe` steps."""
     from matplotlib.figure import Figure  # takes a second to import
 
+    # three plots: losses, baselines, truth
     train = read_csv(os.path.join(out_dir, "train.csv"))
     val = read_csv(os.path.join(out_dir, "val.csv"))
     fig = Figure(figsize=(13, 4), layout="constrained")
@@ -378,6 +407,8 @@ def plot_curves(out_dir, ipe):
             ratios.plot(val["epoch"], val[name], "o-", label=label)
         for name, label in (("purity", "purity"), ("ami", "AMI"), ("nmi", "NMI")):
             agreement.plot(val["epoch"], val[name], "o-", label=label)
+
+    # what is not validated yet has titles only
     ratios.set(title="held-out error over that of a baseline", ylabel="ratio; below 1 is better")
     agreement.set(title="codes and true actions, held out", ylim=(-0.05, 1.05))
 

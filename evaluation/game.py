@@ -77,6 +77,7 @@ DEATHMATCH_START = 11
 def start_points():
     """{map number: [(x, y), ...]}: the deathmatch starts of every map, from the WAD. They are free
     spots all over the map."""
+    # a WAD is a header, lumps and a table of (position, size, name)
     points = {}
     with open(WAD, "rb") as f:
         _, lumps, table = struct.unpack("<4sii", f.read(12))
@@ -96,6 +97,7 @@ def start_points():
 def open_game(size, seed, folder):
     """A headless game, ready for new_episode. folder: for its settings and for what it caches of
     maps, because it writes them into the working directory."""
+    # its files
     game = vizdoom.DoomGame()
     game.set_doom_config_path(os.path.join(folder, "vizdoom.ini"))
     game.set_doom_game_path(WAD)
@@ -117,6 +119,7 @@ def open_game(size, seed, folder):
     game.set_seed(seed)
     game.add_game_args("+freelook 1 +sv_infiniteammo 1 +neverswitchonpickup 1 +con_midtime 0")
 
+    # the engine writes into the working directory while it starts
     here = os.getcwd()
     os.chdir(folder)
     try:
@@ -153,6 +156,7 @@ def tick(game, dx, dy, pressed, slot=None):
 def picture(state, width, height):
     """What the recording shows of the screen: an av.VideoFrame, yuv420p."""
     frame = av.VideoFrame.from_ndarray(state.screen_buffer, format="rgb24")
+
     # scaled as VPT's 1280x720 to 640x360
     return frame.reformat(width, height, "yuv420p", interpolation="AREA")
 
@@ -173,12 +177,14 @@ class Player:
         self.features = features
         self.width, self.height = map(int, SIZE.split("x"))
 
-    def step(self, dx=0, dy=0, held=()):
-        """Mouse motion in pixels, spread over the ticks of the step, and keys that are held for all
-        of it."""
+    def step(self, dx=0, dy=0, keys=()):
+        """Mouse motion in pixels, spread over the ticks of the step, and keys that are pressed for
+        all of it."""
+        # a VPT recording names the mouse buttons by number
         ticks = self.frames * self.stride
         names = {"mouse.0": MOUSE[0], "mouse.1": MOUSE[1]}
-        pressed = [names.get(name, name) for name in held]
+        pressed = [names.get(name, name) for name in keys]
+
         seen = []
         for t in range(ticks):
             # rounded sums: no motion is lost
@@ -187,8 +193,8 @@ class Player:
             tick(self.game, x, y, pressed)
             if (t + 1) % self.stride == 0:
                 seen.append(picture(self.game.get_state(), self.width, self.height))
+        # what a policy sees, and what only the judge of a trial knows
         self.z = self.features(seen)
-
         v = dict(zip(VARIABLES, self.game.get_state().game_variables.tolist()))
         self.yaw = -v["ANGLE"]
         self.pitch = v["PITCH"]
@@ -196,16 +202,20 @@ class Player:
 
     def begin(self, rng, maps):
         """A random place of a random map, looking anywhere, at rest."""
+        # a free spot of a map
         number = int(rng.choice(maps))
         points = start_points()[number]
         seed = int(rng.integers(2**31))
         begin(self.game, seed, number, points[rng.integers(len(points))])
+
+        # land, turn and come to rest
         for dx in (0, 0, 0, 0, 0, rng.uniform(-1200, 1200), 0, 0):
             self.step(dx)
 
     def turn_away(self, rng):
         """A view 15 to 40 degrees to a side: its features, and the function that returns how far
         off the player looks, in degrees."""
+        # look at the goal, then back
         dx = rng.choice([-1, 1]) * rng.uniform(15, 40) / DEGREES_PER_PIXEL
         for move in (dx, 0, 0):
             self.step(move)
@@ -221,7 +231,7 @@ class Player:
             # walk, look, and return
             start = self.place
             for _ in range(6):
-                self.step(held=["w"])
+                self.step(keys=["w"])
             for _ in range(3):
                 self.step()
             z, goal = self.z, self.place
@@ -229,6 +239,7 @@ class Player:
             for _ in range(3):
                 self.step()
 
+            # a goal must be some way off, and the way back must have worked
             walked = np.hypot(*(goal - start))
             off = np.hypot(*(self.place - start))
             if walked > 160 and off < 8:
@@ -242,10 +253,13 @@ class Player:
     def trial(self, task, rng, maps, act, steps):
         """One trial of a task ("turn" or "walk"): act(goal's features) does a step. -> distance to
         the goal (degrees, or map units) after 0, 1, ... steps."""
+        # a place from which the task can be done
         goal = None
         while goal is None:
             self.begin(rng, maps)
             goal, distance = self.turn_away(rng) if task == "turn" else self.walk_away(rng)
+
+        # the distance after each step
         track = [distance()]
         for _ in range(steps):
             act(goal)

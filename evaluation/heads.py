@@ -21,10 +21,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data import Clips, collate, ignore_signals_in_worker, windows
 from files.disk import READ_ERRORS, Unreachable, with_storage_retries
+from files.progress import tqdm
 from files.video import WrongDecoder
 from files.vpt import CONTINUOUS
 from model import Block, predict
@@ -59,6 +59,7 @@ class Windows(Clips):
 def pool(z, side):
     """Tokens (..., N, D) of a square grid -> the mean over at most side x side cells, (..., M, D)
     float16."""
+    # features of a ViT-g have 256 tokens a step: all windows of them would fill the memory
     grid = math.isqrt(z.shape[-2])
     if grid > side:
         cells = z.flatten(0, -3).transpose(1, 2).unflatten(2, (grid, grid))
@@ -82,6 +83,7 @@ def load(
     """At most `limit` windows -> (clips, [bad]). clips: "z" (n, T, M, D); "ahead" (n, T-1, M, D),
     with a predictor: one step ahead of the true context under the true action, else None; "actions"
     (n, T-1, A) as recorded; "place" [(Record, window)]. ValueError if no window can be read."""
+    # windows that are spread over all recordings
     dataset = Windows(records, [1.0] * len(records), reader)
     loader = DataLoader(
         dataset,
@@ -93,19 +95,26 @@ def load(
     steps, ahead = [], []  # tokens, of all clips of a batch
     recorded, places = [], []
     bad = []
-    for rows in tqdm(loader, desc="features", unit="batch", delay=10):
+    for rows in tqdm(loader, desc="features", unit=" batches", delay=10):
+        # what cannot be read is left out, and nothing is read in its place
         bad += [reason for _, _, reason in rows if reason]
         good = [(item, clip) for item, clip, _ in rows if clip]
         if not good:
             continue
+
+        # features of the true steps
         batch = collate([clip | {"bad": []} for _, clip in good])
         z, actions, states = features_of(batch)
         steps.append(pool(z, side))
+
+        # and those that the predictor expects under the true actions, scaled as it takes them
         if predictor is not None:
             scaled = np.float32(scaler.transform(batch["actions"].numpy()))
             scaled = torch.from_numpy(scaled).to(z.device)
             with torch.no_grad(), autocast():
                 ahead.append(pool(predict(predictor, z[:, :-1], scaled, states), side))
+
+        # labels are the actions as they were recorded
         recorded.append(batch["actions"].numpy())
         places += [(records[item[2]], item[3]) for item, _ in good]
     if not steps:
@@ -126,7 +135,7 @@ def load(
 # predict(a, b): tokens (n, M, D) of two steps -> scores (n, O), in the units of y, keys as 0 and 1
 
 
-class Linear:
+class RidgeHead:
     """Ridge regression on what camera motion is linear in: the sum over patches of a_i b_j - a_j
     b_i, for the RANK main components of a token, which changes its sign when time runs backwards;
     and on the mean tokens of both steps. On the two steps alone R² is 0 on the demo."""
@@ -134,11 +143,14 @@ class Linear:
     def fit(self, a, b, y, dev):
         """a, b: tokens (n, M, D) of two steps; y (n, O); dev (n,) bool: the rows that choose the
         penalties, the others are fitted on."""
+        # main components of a token, on 50,000 tokens at most
         fit = ~dev
         tokens = a[fit].flatten(0, 1)
         every = max(len(tokens) // 50_000, 1)
         self.pca = PCA(min(RANK, a.shape[2]), random_state=0)
         self.pca.fit(tokens[::every].float().numpy())
+
+        # all inputs in the same units, or the penalty would favour some of them
         x = self.inputs(a, b)
         self.scaler = StandardScaler().fit(x[fit])
         x = self.scaler.transform(x)
@@ -159,8 +171,11 @@ class Linear:
 
     def inputs(self, a, b):
         """What the regression is on, (n, RANK (RANK - 1) / 2 + 2 D)."""
+        # all products of a component of one step with one of the next
         products = self.components(a).transpose(1, 2) @ self.components(b)  # (n, RANK, RANK)
         i, j = torch.triu_indices(*products.shape[1:], 1)
+
+        # what changes its sign with the direction of time: half of the matrix holds all of it
         turned = (products - products.mT)[:, i, j]
         return torch.cat([turned, a.float().mean(1), b.float().mean(1)], dim=1).numpy()
 
@@ -174,11 +189,14 @@ class Attentive(nn.Module):
 
     def __init__(self, tokens, dim, out, width=128, queries=4, heads=4):
         super().__init__()
+        # tokens of both steps, side by side, with their place
         self.embed = nn.Linear(dim, width)
         self.pos = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.drop = nn.Dropout(0.2)
         self.block = Block(width, heads, 2 * width)
         self.norm = nn.LayerNorm(width)
+
+        # learned queries collect what tells the action
         self.query = nn.Parameter(0.02 * torch.randn(queries, width))
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
         self.out_norm = nn.LayerNorm(queries * width)
@@ -190,16 +208,18 @@ class Attentive(nn.Module):
         self.register_buffer("trust", torch.ones(out))
 
     def forward(self, x):
+        # one block over the tokens, then the queries attend to them
         x = self.norm(self.block(self.embed(self.drop(x)) + self.pos)[0])
         x = self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0].flatten(1)
         return self.head(self.drop(self.out_norm(x)))
 
     def train_on(self, inputs, n, loss, steps):
         """AdamW on random batches; inputs(rows) -> (rows, tokens, dim), loss(out, rows)."""
+        # strong decay and short runs: heads learn small data by heart
         optimizer = torch.optim.AdamW(self.parameters(), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         generator = torch.Generator().manual_seed(0)
-        for _ in tqdm(range(steps), desc="attentive head", unit="step", delay=10):
+        for _ in tqdm(range(steps), desc="attentive head", unit=" steps", delay=10):
             rows = torch.randint(n, (min(n, 128),), generator=generator)
             loss(self(inputs(rows)), rows).backward()
             optimizer.step()
@@ -208,7 +228,8 @@ class Attentive(nn.Module):
         return self.eval()
 
     def fit(self, a, b, y, dev, keys, steps):
-        """As Linear.fit. keys (O,) bool: which columns of y are 0 or 1."""
+        """As RidgeHead.fit. keys (O,) bool: which columns of y are 0 or 1."""
+        # the dev rows are kept for what is chosen after training
         self.keys = keys
         device = self.mean.device
         y_dev = y[dev]
@@ -244,9 +265,12 @@ class Attentive(nn.Module):
 
     @torch.no_grad()
     def predict(self, a, b):
+        # in parts, because the features of all clips need not fit on the GPU
         device = self.mean.device
         parts = zip(a.split(1024), b.split(1024))
         out = torch.cat([self(torch.cat(part, 2).float().to(device)) for part in parts])
+
+        # camera in its units, keys as probabilities
         camera = out * self.std * self.trust + self.mean
         keys = torch.from_numpy(self.keys).to(device)
         return torch.where(keys, out.sigmoid(), camera).cpu().double().numpy()
@@ -260,9 +284,11 @@ def fit_heads(a, b, y, dev, keys, steps):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attentive = Attentive(a.shape[1], 2 * a.shape[2], y.shape[1]).to(device)
     heads = {
-        "linear": Linear().fit(a, b, y, dev),
+        "linear": RidgeHead().fit(a, b, y, dev),
         "attentive": attentive.fit(a, b, y, dev, keys, steps),
     }
+
+    # thresholds: as often above them as the key is pressed
     shares = y[dev].mean(0).clip(0)
     for head in heads.values():
         scores = head.predict(a[dev], b[dev])
@@ -274,22 +300,24 @@ def fit_heads(a, b, y, dev, keys, steps):
 def score(y, p, names, threshold):
     """{name: {"r2"} or {"auroc", "share", "f1"}} of scores p (n, O); nothing for what does not vary
     in y."""
-    out = {}
+    # a key that is never pressed, or always, has no AUROC
+    scores = {}
     for i, name in enumerate(names):
         if name in CONTINUOUS:
-            out[name] = {"r2": float(r2_score(y[:, i], p[:, i]))}
+            scores[name] = {"r2": float(r2_score(y[:, i], p[:, i]))}
         elif 0 < y[:, i].mean() < 1:
-            out[name] = {
+            scores[name] = {
                 "auroc": float(roc_auc_score(y[:, i], p[:, i])),
                 "share": float(y[:, i].mean()),
                 "f1": float(f1_score(y[:, i], p[:, i] > threshold[i], zero_division=0)),
             }
-    return out
+    return scores
 
 
 def group_means(scores):
     """{"camera": mean R² of mouse and angles, "keys": mean AUROC of keys and buttons, "slots": of
     hotbar slots and the GUI}; nothing for a group without scores."""
+    # one number for each kind of action
     groups = {"camera": [], "keys": [], "slots": []}
     for name, s in scores.items():
         if "r2" in s:
@@ -317,14 +345,18 @@ def inverse(train, val, dev, names, columns, steps):
     """Inverse dynamics: steps t, t+1 -> action t. Returns scores {"real -> real": {head: scores},
     ...} of probes fitted on real and predicted pairs and tested on either, and the heads fitted on
     real ones. dev: clips that choose penalties and thresholds; columns: of the actions to probe."""
+    # rows are pairs of steps, so each clip's choice is repeated for its pairs
     labels = [names[i] for i in columns]
     keys = np.array([name not in CONTINUOUS for name in labels])
     dev = np.repeat(dev, train["actions"].shape[1])
+
+    # pairs whose second step is real, and predicted by the run
     kinds = {"real": "z"}
     if train["ahead"] is not None:
         kinds["predicted"] = "ahead"
 
-    out = {}
+    # fitted on either kind, tested on either: how much alike are they?
+    scores = {}
     on_real = None
     for fitted, fit_kind in kinds.items():
         a, b, y = pairs(train, fit_kind)
@@ -333,16 +365,17 @@ def inverse(train, val, dev, names, columns, steps):
             on_real = heads
         for tested, test_kind in kinds.items():
             a, b, y = pairs(val, test_kind)
-            out[f"{fitted} -> {tested}"] = {
+            scores[f"{fitted} -> {tested}"] = {
                 name: score(y[:, columns], head.predict(a, b), labels, head.threshold)
                 for name, head in heads.items()
             }
-    return out, on_real
+    return scores, on_real
 
 
 def anticipation(train, val, dev, names, columns, steps, horizon):
     """[{head or baseline: scores} of the 1st .. horizon-th action after step t], from steps t-1 and
     t. Baselines: the last action again, the training mean."""
+    # what is predicted: horizon actions, side by side
     A = len(columns)
     labels = [names[i] for i in columns]
     keys = np.array([name not in CONTINUOUS for name in labels] * horizon)
@@ -358,11 +391,15 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
     a, b, y = cut(train)
     a_val, b_val, y_val = cut(val)
     heads = fit_heads(a, b, y[:, 1:].reshape(len(y), -1), np.repeat(dev, last), keys, steps)
+
+    # guesses and their thresholds, of heads and of baselines that see no picture
     guesses = {k: h.predict(a_val, b_val).reshape(-1, horizon, A) for k, h in heads.items()}
     levels = {k: h.threshold.reshape(horizon, A) for k, h in heads.items()}
     guesses["repeat"] = np.repeat(y_val[:, :1], horizon, 1)
     guesses["mean"] = np.broadcast_to(y[:, 1:].mean(0), y_val[:, 1:].shape)
     levels["repeat"] = levels["mean"] = np.full((horizon, A), 0.5)
+
+    # a row for each action ahead
     return [
         {k: score(y_val[:, 1 + t], p[:, t], labels, levels[k][t]) for k, p in guesses.items()}
         for t in range(horizon)
@@ -372,12 +409,15 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
 def classes_in_both(y, y_val, column):
     """Labels that clips to fit on and clips to test on have ("": none). Prints which only one of
     them has; ValueError if there is nothing to tell apart."""
+    # one value in all clips can be told from nothing
     values = set(y) | set(y_val) - {""}
     if len(values) < 2:
         raise ValueError(
             f"the label {column} is {min(values, default='empty')} in every clip: there is nothing"
             " to tell apart"
         )
+
+    # classes that only one split has cannot be learned, or not be tested
     both = sorted((set(y) & set(y_val)) - {""})
     for name in sorted(values - set(both) - {""}):
         print(f"left out: {column} {name} occurs in {'--data' if name in y else '--val_data'} only")
@@ -392,6 +432,7 @@ def classes_in_both(y, y_val, column):
 def classify(train, val, y, y_val, column, steps):
     """Scores {head: {"accuracy", "balanced"}, "chance": ..., "classes", "clips"} of labels (n,) of
     clips ("": none), from mean and std over their steps. column: the label's name, for messages."""
+    # clips with a label that both splits have
     classes = classes_in_both(y, y_val, column)
     fit = np.flatnonzero(np.isin(y, classes))
     test = np.flatnonzero(np.isin(y_val, classes))
@@ -412,7 +453,7 @@ def classify(train, val, y, y_val, column, steps):
     linear.fit(x.float().mean(1).numpy(), y)
     guess = {"linear": linear.predict(x_val.float().mean(1).numpy())}
 
-    # the attentive head
+    # the attentive head; rare classes weigh as much as common ones
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = torch.from_numpy(y)
@@ -421,30 +462,32 @@ def classify(train, val, y, y_val, column, steps):
     head.train_on(
         lambda rows: x[rows].float().to(device),
         len(x),
-        lambda out, rows: F.cross_entropy(out, target[rows].to(device), weight),
+        lambda scores, rows: F.cross_entropy(scores, target[rows].to(device), weight),
         steps,
     )
     with torch.no_grad():
         parts = [head(part.float().to(device)).argmax(1).cpu() for part in x_val.split(256)]
     guess["attentive"] = torch.cat(parts).numpy()
 
+    # the bar: always the commonest class of the fitting clips
     guess["chance"] = np.full(len(y_val), np.bincount(y).argmax())
-    out = {}
+    scores = {}
     for name, p in guess.items():
-        out[name] = {
+        scores[name] = {
             "accuracy": accuracy_score(y_val, p),
             "balanced": balanced_accuracy_score(y_val, p),
         }
-    return out | {"classes": classes, "clips": [len(y), len(y_val)]}
+    return scores | {"classes": classes, "clips": [len(y), len(y_val)]}
 
 
 # --- tables ---
 
 
-def inverse_table(found):
+def inverse_table(scores):
     """Lines for a person: every action on real pairs, then what probes fitted on real or predicted
     pairs say on either."""
-    real = found["real -> real"]
+    # every action on real pairs
+    real = scores["real -> real"]
     yield "inverse dynamics: steps t, t+1 -> action t        linear     attentive"
     for name, linear in real["linear"].items():
         attentive = real["attentive"][name]
@@ -452,10 +495,11 @@ def inverse_table(found):
             yield f"  {name:18} R2                  {linear['r2']:11.3f} {attentive['r2']:11.3f}"
         else:
             cells = "".join(f" {s['auroc']:7.3f} {s['f1']:.2f}" for s in (linear, attentive))
-            yield f"  {name:18} AUROC, F1 (held {linear['share']:5.1%}) {cells}"
+            yield f"  {name:18} AUROC, F1 (pressed {linear['share']:5.1%}) {cells}"
 
+    # means of the groups, for all four ways
     yield "fitted on -> tested on     camera R2: linear  attentive   keys AUROC: linear  attentive"
-    for way, heads in found.items():
+    for way, heads in scores.items():
         linear = group_means(heads["linear"])
         attentive = group_means(heads["attentive"])
         yield (
@@ -465,7 +509,7 @@ def inverse_table(found):
         )
 
 
-def anticipation_table(found, seconds):
+def anticipation_table(scores, seconds):
     """Lines for a person: mean camera R2 and keys AUROC of the heads and of both baselines, by how
     far ahead an action starts. seconds: length of a step."""
     yield (
@@ -473,7 +517,7 @@ def anticipation_table(found, seconds):
         f" {'repeat last':>12} {'mean':>8}"
     )
     for group, metric in (("camera", "R2"), ("keys", "AUROC")):
-        for k, ahead in enumerate(found):
+        for k, ahead in enumerate(scores):
             means = {name: group_means(s).get(group, math.nan) for name, s in ahead.items()}
             span = f"{k * seconds:.1f} to {(k + 1) * seconds:.1f} s ahead"
             yield (
@@ -482,11 +526,11 @@ def anticipation_table(found, seconds):
             )
 
 
-def classify_table(found, column):
+def classify_table(scores, column):
     """Lines for a person."""
     yield (
-        f"clip classification: {column}, {len(found['classes'])} classes       accuracy   balanced"
+        f"clip classification: {column}, {len(scores['classes'])} classes       accuracy   balanced"
     )
     for name in ("linear", "attentive", "chance"):
         label = "chance (commonest)" if name == "chance" else name
-        yield f"  {label:45} {found[name]['accuracy']:8.3f} {found[name]['balanced']:10.3f}"
+        yield f"  {label:45} {scores[name]['accuracy']:8.3f} {scores[name]['balanced']:10.3f}"

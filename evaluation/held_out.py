@@ -12,6 +12,7 @@ import torch.distributed as dist
 from scipy.special import stdtrit
 from torch.utils.data import DataLoader
 
+from checkpoint import settings_of
 from data import collate, ignore_signals_in_worker, windows
 from kernels import describe_kernels
 from model import ac_losses, compose_states, lora_layers, merge_lora, predict, without_lora
@@ -23,12 +24,15 @@ def precision_of(asked, state, device):
     """The precision that a run is judged in: `asked` (--dtype) or what it was trained in. Returns
     (its name, a function that opens the autocast of training). On a GPU matrices of float32 are
     multiplied in TF32, as in training. Without a run (state None) it is float32."""
-    dtype = asked or (state["args"].get("dtype") if state else "float32")
+    dtype = asked
+    if dtype is None:
+        dtype = settings_of(state).get("dtype") if state else "float32"
 
     # an older checkpoint does not say: take what training takes without --dtype
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
 
+    # as in training
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     autocast = functools.partial(
@@ -37,15 +41,28 @@ def precision_of(asked, state, device):
     return dtype, autocast
 
 
-def encoder_dtype(dtype, run):
-    """The dtype of the encoder's weights in a run of train_ac.py or train_lora.py."""
-    if dtype != "bfloat16" or run.get("save_encoder"):
+def encoder_dtype(dtype, settings):
+    """The dtype of the encoder's weights in a run of train_ac.py or train_lora.py with these
+    settings, judged in the precision `dtype` (a name)."""
+    # --save_encoder keeps them in float32, as Meta's files do
+    if dtype != "bfloat16" or settings.get("save_encoder"):
         return torch.float32
     return torch.bfloat16
 
 
+def states_from(compose, scaler, device):
+    """compose_states, compose_poses or hold_state for actions of this scaler: a function from
+    state0 and scaled actions to states."""
+    return functools.partial(
+        compose,
+        mean=torch.tensor(scaler.mean, device=device).float(),
+        scale=torch.tensor(scaler.scale, device=device).float(),
+    )
+
+
 def precision_text(dtype, device, predictor, steps):
     """What computes a pass of the predictor over `steps` steps, for a person."""
+    # tokens of a step: conditions and patches
     C = 1 + (predictor.state_encoder is not None)
     S = C + predictor.grid[0] * predictor.grid[1]
     tf32 = " (matrices in TF32)" if dtype == "float32" and device.type == "cuda" else ""
@@ -72,9 +89,12 @@ def action_meter(predictor, z, actions, states, others, compose):
     under zero ones (the mean action), and of copying the last known step. One step ahead the states
     are the true ones. Rolled out they are `compose(state0, actions)`, because true states would
     tell what the true actions were."""
+    # copying needs no model
     z = z.float()
     target = z[:, 1:]
     predictions = {"tf_copy": z[:, :-1], "ro_copy": z[:, :1]}
+
+    # the model under three kinds of actions
     tried = {"true": actions, "shuffled": others, "zero": torch.zeros_like(actions)}
     for name, a in tried.items():
         # nan where there is no other recording to take actions of
@@ -82,6 +102,8 @@ def action_meter(predictor, z, actions, states, others, compose):
             predictions[f"tf_{name}"] = torch.full_like(target, math.nan)
             predictions[f"ro_{name}"] = torch.full_like(target, math.nan)
             continue
+
+        # one step ahead from true steps, and rolled out from the first
         predictions[f"tf_{name}"] = predict(predictor, z[:, :-1], a, states)
         predictions[f"ro_{name}"] = predictor.rollout(z[:, :1], a, compose(states[:, 0], a))
     return {name: (p - target).abs().mean((2, 3)) for name, p in predictions.items()}
@@ -91,23 +113,26 @@ def meter_summary(errors, recordings):
     """Action meter of many clips -> METERS: {tf_, ro_}{true, shuffled, zero, copy} mean errors, gap
     = shuffled/true - 1, its 95 % interval over recordings (gap_low, gap_high: `ratio_interval`, nan
     with too few) and skill = true/copy. errors: name -> (n, K)."""
-    out = {}
+    summary = {}
     for p in ("tf", "ro"):
         clips = {}
         for name in ("true", "shuffled", "zero", "copy"):
             clips[name] = errors[f"{p}_{name}"].double().mean(1)
-            out[f"{p}_{name}"] = clips[name].mean().item()
+            summary[f"{p}_{name}"] = clips[name].mean().item()
+
+        # what wrong actions cost, and is it better than a copy?
         low, high = ratio_interval(clips["shuffled"], clips["true"], recordings)
-        out[f"{p}_gap"] = out[f"{p}_shuffled"] / out[f"{p}_true"] - 1
-        out[f"{p}_gap_low"] = low.item() - 1
-        out[f"{p}_gap_high"] = high.item() - 1
-        out[f"{p}_skill"] = out[f"{p}_true"] / out[f"{p}_copy"]
-    return out
+        summary[f"{p}_gap"] = summary[f"{p}_shuffled"] / summary[f"{p}_true"] - 1
+        summary[f"{p}_gap_low"] = low.item() - 1
+        summary[f"{p}_gap_high"] = high.item() - 1
+        summary[f"{p}_skill"] = summary[f"{p}_true"] / summary[f"{p}_copy"]
+    return summary
 
 
 def gap_of(other, true, recordings):
     """The gap other / true - 1 of two errors (n, K), averaged over clips and K, and its 95 %
     interval over recordings: [gap, low, high]."""
+    # the mean over horizons first: clips are what is drawn
     other = other.double().mean(1)
     true = true.double().mean(1)
     low, high = ratio_interval(other, true, recordings)
@@ -162,20 +187,33 @@ def ratio_interval(top, bottom, recordings):
 def bands_of(errors, recordings):
     """95 % intervals over recordings of what is shown by horizon, {name: (low (K,), high (K,))}:
     the error rolled out under true, shuffled and zero actions and of the copy, gap and skill."""
+    # errors themselves: their ratio to 1
     rolled_out = {k: errors[f"ro_{k}"] for k in ("true", "shuffled", "zero", "copy")}
     bands = {}
     for name, error in rolled_out.items():
         bands[name] = ratio_interval(error, torch.ones_like(error), recordings)
+
+    # gap and skill, as the meter defines them
     low, high = ratio_interval(rolled_out["shuffled"], rolled_out["true"], recordings)
     bands["gap"] = (low - 1, high - 1)
     bands["skill"] = ratio_interval(rolled_out["true"], rolled_out["copy"], recordings)
     return {k: (low.tolist(), high.tolist()) for k, (low, high) in bands.items()}
 
 
+def signed(value, form="+.2%"):
+    """A number with its sign, for a person; what is nothing when it is rounded has no sign."""
+    text = f"{value:{form}}"
+    if text[:1] in "+-" and not text.strip("+-0.%"):
+        return text[1:]
+    return text
+
+
 def interval_text(low, high, recordings, form="+.2%"):
     """The 95 % interval of `ratio_interval` for a person, or why there is none."""
     if math.isfinite(low) and math.isfinite(high):
-        return f"[{low:{form}}, {high:{form}}]"
+        return f"[{signed(low, form)}, {signed(high, form)}]"
+
+    # why there is none
     count = len(set(recordings))
     if count < FEWEST_RECORDINGS:
         return f"(no interval: that needs at least {FEWEST_RECORDINGS} recordings, here {count})"
@@ -186,7 +224,7 @@ def gap_text(gap, low, high, recordings):
     """An action gap with its interval for a person, or why there is none."""
     if math.isnan(gap) and len(set(recordings)) < 2:
         return "not given: shuffled actions must come from another recording, and here is only one"
-    return f"{gap:+.2%} {interval_text(low, high, recordings)}"
+    return f"{signed(gap)} {interval_text(low, high, recordings)}"
 
 
 # --- held-out errors ---
@@ -201,6 +239,7 @@ def another_recording(recordings):
     """For each clip the place of a clip of another recording, or None if all are of one. Clips of
     a batch are shifted by the size of the largest recording, which takes each clip once where that
     is possible."""
+    # clips by recording
     places = {}
     for i, name in enumerate(recordings):
         places.setdefault(name, []).append(i)
@@ -208,6 +247,7 @@ def another_recording(recordings):
     if len(places) < 2:
         return partner
 
+    # the clips of all other recordings in a row, from where this one's turn begins
     largest = max(map(len, places.values()))
     order = list(places)
     for number, name in enumerate(order):
@@ -228,6 +268,7 @@ def from_other_recordings(dataset, items):
     are alike, and the gap would be too small."""
 
     def others(recordings, actions):
+        # most batches hold several recordings
         partner = another_recording(recordings)
         if None not in partner:
             return actions[partner]
@@ -270,6 +311,7 @@ def held_out(
     compose: model.compose_states, or what computes states from actions on another robot. Shuffled
     actions are those of another recording (`from_other_recordings`); their errors are nan where
     there is only one."""
+    # each rank takes every world-th batch; dropout is off until the end
     rank, world = 0, 1
     if dist.is_initialized():
         rank = dist.get_rank()
@@ -277,6 +319,7 @@ def held_out(
     training = predictor.training
     predictor.eval()
 
+    # at least two clips in a batch, so that most can serve each other
     items = windows(dataset, max(batch_size, 2), clips)
     others = from_other_recordings(dataset, sum(items, []))
     loader = DataLoader(
@@ -289,15 +332,14 @@ def held_out(
     scaler = dataset.reader.scaler
     rows, bad = [], []
     for batch in loader:
+        # clips and actions of other recordings
         bad += batch["bad"]
         z, actions, states = features_of(batch)
-        states_of = functools.partial(
-            compose,
-            mean=torch.tensor(scaler.mean, device=z.device).float(),
-            scale=torch.tensor(scaler.scale, device=z.device).float(),
-        )
+        states_of = states_from(compose, scaler, z.device)
         recordings = [recording_of(key, batch) for key in batch["key"]]
         shuffled = others(recordings, actions)
+
+        # losses are those of training, errors those of the meter
         with autocast():
             jloss, sloss = ac_losses(predictor, z, actions, states, auto_steps, loss_exp)
             errors = action_meter(predictor, z, actions, states, shuffled, states_of)
@@ -306,6 +348,7 @@ def held_out(
         rows.append(({k: x.float().cpu() for k, x in errors.items()}, recordings))
     predictor.train(training)
 
+    # all ranks know all rows
     if dist.is_initialized():
         everyone = [None] * world
         dist.all_gather_object(everyone, rows)
@@ -333,11 +376,11 @@ def blank(row):
     """A row of val.csv in which what could not be given is None: an empty cell. Only values that
     may be missing are emptied; any other nan is a fault and stays in sight."""
     may_be_missing = ("shuffled", "gap", "base", "help")
-    out = {}
+    cells = {}
     for name, value in row.items():
         missing = math.isnan(value) and any(word in name for word in may_be_missing)
-        out[name] = None if missing else value
-    return out
+        cells[name] = None if missing else value
+    return cells
 
 
 def compare_with_base(errors, recordings, base):
@@ -347,6 +390,7 @@ def compare_with_base(errors, recordings, base):
 
     help = error of the base / error - 1 one step ahead, with its 95 % interval over recordings: the
     meter's gap, with the base in place of shuffled actions."""
+    # the meter's numbers; losses are of one number a clip
     row = {"jloss": errors["jloss"].mean().item(), "sloss": errors["sloss"].mean().item()}
     row |= dict.fromkeys(HELP, math.nan)
     errors = {k: x for k, x in errors.items() if k not in ("jloss", "sloss")}
@@ -362,9 +406,10 @@ def compare_with_base(errors, recordings, base):
         for k, value in enumerate(error.mean(0).tolist()):
             row[f"{name}_{k + 1}"] = value
 
+    # for a person
     gap = gap_text(row["tf_gap"], row["tf_gap_low"], row["tf_gap_high"], recordings)
     if not math.isnan(row["ro_gap"]):
-        gap += f"; rolled out {row['ro_gap']:+.2%}"
+        gap += f"; rolled out {signed(row['ro_gap'])}"
     text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
 
     # does it help? the meter again, with the base's errors as those of shuffled actions
@@ -379,7 +424,7 @@ def compare_with_base(errors, recordings, base):
         between = interval_text(row["help_low"], row["help_high"], recordings)
         text += (
             f"\n  does it help? error {row['tf_true']:.4f}, the base's {row['base_tf']:.4f}:"
-            f" {row['help']:+.2%} {between}; rolled out {row['ro_true']:.4f} and"
+            f" {signed(row['help'])} {between}; rolled out {row['ro_true']:.4f} and"
             f" {row['base_ro']:.4f}"
         )
     return blank(row), text

@@ -12,9 +12,11 @@ from model import ACModel, Predictor, add_lora, lora_layers, size_of
 def activation_bytes(model, *inputs):
     """Bytes that autograd keeps between forward and backward of an ACModel, without its
     parameters."""
+    # parameters are counted elsewhere
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}  # storage -> (its bytes, a tensor on it)
 
+    # views of one storage count once
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
@@ -44,6 +46,7 @@ def estimate(
 
     size: the Predictor's (`size_of`); options: those of add_lora, or None to train the whole
     predictor; optimizer_bytes: of one trained parameter."""
+    # of z, actions and states of one clip
     shapes = (
         (1, steps, grid * grid, embed_dim),
         (1, steps - 1, action_dim),
@@ -70,6 +73,7 @@ def estimate(
             model = model.to_empty(device="cpu")
             return activation_bytes(model, *(torch.zeros(shape) for shape in shapes))
 
+    # parameters in float32, whatever autocast computes in
     _, count, trained = build(size["depth"])
     parts = {
         "encoder": encoder_bytes,
@@ -90,6 +94,7 @@ def estimate(
 def measure(encoder, model, optimizer, inputs, autocast):
     """{part: bytes} of a model after some steps; one more forward and backward on inputs (z,
     actions, states) are made for activations and gradients. Those are not stepped on."""
+    # adapters are parameters of the predictor, counted apart
     predictor = model.predictor
     adapters = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in lora_layers(predictor).values())
     parts = {
@@ -105,6 +110,7 @@ def measure(encoder, model, optimizer, inputs, autocast):
             if isinstance(value, torch.Tensor) and value.numel() > 1:
                 parts["optimizer"] += value.nbytes
 
+    # one more forward and backward
     name = "activations"
     if predictor.activation_checkpointing:
         name = "activations, checkpointed"
@@ -119,6 +125,7 @@ def measure(encoder, model, optimizer, inputs, autocast):
 def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
     """Print the estimate for a run of train_lora.py beside what its parts take after some steps.
     inputs (z, actions, states); options: of add_lora, or None; dtype: a name."""
+    # measured first: the estimate uses what the optimizer really keeps for a parameter
     measured = measure(encoder, model, optimizer, inputs, autocast)
     predictor = model.predictor
     z = inputs[0]
@@ -139,6 +146,7 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
         states.shape[-1],
     )
 
+    # side by side
     print(f"{'part':26} {'estimated MiB':>14} {'measured MiB':>13}")
     for part, nbytes in estimated.items():
         taken = measured.get(part, math.nan)

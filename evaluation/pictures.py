@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 
+from evaluation.held_out import signed
 from files.disk import write_atomically
 from files.shards import Slice, expand, index_shards, read_ticks
 from files.video import mp4_times
@@ -81,6 +82,8 @@ def table(errors, summary, seconds, gap):
     K = errors["ro_true"].shape[1]
     header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, K + 1))
     lines.append("rolled out: mean |error|" + header)
+
+    # errors, then gap and skill, which compare them
     has_shuffled = not np.isnan(summary["ro_gap"])  # else there is only one recording
     means = {k: errors[f"ro_{k}"].mean(0) for k in ("true", "shuffled", "zero", "copy")}
     for name, mean in means.items():
@@ -90,7 +93,7 @@ def table(errors, summary, seconds, gap):
         lines.append(f"  {label:22}" + "".join(f"{x:9.4f}" for x in mean.tolist()))
     if has_shuffled:
         gaps = means["shuffled"] / means["true"] - 1
-        lines.append(f"  {'action gap':22}" + "".join(f"{x:+9.2%}" for x in gaps.tolist()))
+        lines.append(f"  {'action gap':22}" + "".join(f"{signed(x):>9}" for x in gaps.tolist()))
     skill = means["true"] / means["copy"]
     lines.append(f"  {'skill':22}" + "".join(f"{x:9.3f}" for x in skill.tolist()))
     return "\n".join(lines)
@@ -98,6 +101,7 @@ def table(errors, summary, seconds, gap):
 
 def spread_over(order, recordings, count):
     """The first `count` clips of an order, each of another recording as long as there are any."""
+    # the best of each recording, then what is left
     first = {}
     for i in order:
         first.setdefault(recordings[i], i)
@@ -112,8 +116,10 @@ def find_videos(patterns, records):
         raise ValueError(
             "--video is for data that are features, these are pixels themselves: leave it out"
         )
-    found, bad = index_shards(expand(patterns))
-    videos = {r.key: r for r in found if "mp4" in r.members}
+
+    # recordings are found by name
+    indexed, bad = index_shards(expand(patterns))
+    videos = {r.key: r for r in indexed if "mp4" in r.members}
     missing = sorted({r.recording for r in records} - videos.keys())
     if missing:
         raise ValueError(
@@ -127,9 +133,12 @@ def look_up(clip, record, place, videos, reader):
     """The frames (T, H, W, 3) uint8 that the steps of a clip end with: its own, or those of the
     recording its features were made from, cut by a ClipReader; ValueError if that is another
     recording of the same name."""
+    # clips of features have no frames of their own
     video = clip.get("video")
     if video is None:
         video = cut_video(clip, record, place, videos[record.recording], reader)
+
+    # a step of --encode tubelet has seen its last frame, otherwise only its first
     each = reader.frames_per_step
     is_tubelet = getattr(reader, "encode", "frame") == "tubelet"
     last = each - 1 if is_tubelet else 0
@@ -139,11 +148,14 @@ def look_up(clip, record, place, videos, reader):
 def cut_video(clip, record, place, source, reader):
     """The frames of a clip of features, from the recording `source` that they were made from."""
     with Slice(source.shard, *source.members["mp4"]) as f:
+        # the key of features names the tick that they start from
         times = mp4_times(f)
         ticks = read_ticks(source)
         first = int(record.key.rpartition("@")[2])
         start = first + place * reader.frames * step_size(ticks.rate, reader.fps)
         cut = reader(f, times, ticks, start, None, source.key)
+
+    # the same actions, or it is another recording of that name
     if not torch.allclose(cut["actions"], clip["actions"], atol=1e-4):
         raise ValueError(
             f"--video: {source.shard} {source.key} has other actions than the features of that"
@@ -160,6 +172,7 @@ def attention_of(attn, qkv, rope, block):
     """What model.Attention weighs values by: its qkv output (B, L, 3 D), RoPE tables, tokens a step
     -> softmax(Q K^T / sqrt(hd)) (B, nh, L, L) under the block-causal mask, and the values (B, nh,
     L, hd)."""
+    # as in the layer: split, rotate, mask later steps, softmax
     q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = apply_rope((q.contiguous(), k.contiguous()), *rope)
     step = torch.arange(q.shape[2], device=q.device) // block
@@ -170,6 +183,7 @@ def attention_of(attn, qkv, rope, block):
 def check_heads(predictor, heads):
     """["BLOCK:HEAD"] or None (those of the last block) -> [(block, head)]; ValueError for what the
     predictor does not have."""
+    # all that there are, by name
     blocks = len(predictor.predictor_blocks)
     count = predictor.predictor_blocks[0].attn.num_heads
     every = {f"{b}:{h}": (b, h) for b in range(blocks) for h in range(count)}
@@ -188,6 +202,7 @@ def attention_maps(predictor, z, actions, states, heads):
     """What the tokens of the last step of one clip attend to: z (T, N, E), actions (T, A), states
     (T, S), heads [(block, head)] -> for each head (S, T, S): query, step, key; tokens are [action,
     state, N patches]. One pass of the predictor; hooks catch what its attention layers see."""
+    # catch what the attention layers of these blocks compute
     T, N, _ = z.size()
     blocks = predictor.predictor_blocks
     caught = {}
@@ -201,6 +216,7 @@ def attention_maps(predictor, z, actions, states, heads):
     for hook in hooks:
         hook.remove()
 
+    # the weights follow from queries and keys; only those of the last step are shown
     C = 1 + (predictor.state_encoder is not None)
     rope = rope_tables(predictor.positions(T, C, z.device), predictor.head_dim)
     weights = {}
@@ -214,6 +230,7 @@ def attention_maps(predictor, z, actions, states, heads):
 def plot_attention(maps, heads, grid, patch, frames, seconds):
     """A row a head: the attention of one patch of the last step to the patches of every step
     (colours from the smallest to the largest of the row), that to action and state in numbers."""
+    # a row for the frames, where there are any
     H, W = grid
     T = maps[0].shape[1]
     C = maps[0].shape[0] - H * W
@@ -226,6 +243,7 @@ def plot_attention(maps, heads, grid, patch, frames, seconds):
         for t, ax in enumerate(axes[0]):
             ax.imshow(frames[t], extent=(-0.5, W - 0.5, H - 0.5, -0.5))
 
+    # a row for each head
     for row, weights, (b, h) in zip(axes[first:], maps, heads):
         percent = 100 * weights[C + patch].numpy()  # (T, S)
         low = percent[:, C:].min()
@@ -239,6 +257,7 @@ def plot_attention(maps, heads, grid, patch, frames, seconds):
         row[0].set_ylabel(f"block {b}\nhead {h}\n{low:.2g} to {high:.2g} %", fontsize=11)
         fig.colorbar(shown, ax=row, shrink=0.8, format=COLORBAR_FORMAT, label="%")
 
+    # time above, and the patch that looks in a frame
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     for t, ax in enumerate(axes[0]):
@@ -255,11 +274,16 @@ def plot_attention(maps, heads, grid, patch, frames, seconds):
 def pca_colors(*tokens):
     """Arrays (..., E) -> arrays (..., 3) in [0, 1]: three principal components, fitted on all of
     them, between their 1st and 99th percentiles."""
+    # components of all tokens together: the same colour is the same feature
     arrays = [np.asarray(x, np.float64) for x in tokens]
     rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
     components = PCA(3, random_state=0).fit_transform(rows)
+
+    # a few outliers must not make all others grey
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     colors = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+
+    # back into the shapes that came in
     ends = np.cumsum([x[..., 0].size for x in arrays])
     parts = np.split(colors, ends[:-1])
     return [p.reshape(*x.shape[:-1], 3) for p, x in zip(parts, arrays)]
@@ -268,6 +292,7 @@ def pca_colors(*tokens):
 def plot_rows(rows, titles, below=()):
     """rows: {label: [image, or None for a blank]}, frames or coloured patch tokens, a title above
     and a text below each column."""
+    # a row of pictures for each label; a blank has no frame
     fig = Figure(figsize=(1.75 * len(titles) + 0.9, 1.8 * len(rows) + 0.5), layout="constrained")
     axes = fig.subplots(len(rows), len(titles), squeeze=False)
     for row, (label, images) in zip(axes, rows.items()):
@@ -293,9 +318,16 @@ def show_at_least(ax, low, high):
     ax.set_ylim(min(bottom, low), max(top, high))
 
 
+def legend_below(fig, ax):
+    """The legend of one plot below all of a figure, where it covers nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, fontsize=10, loc="outside lower left", ncols=len(labels))
+
+
 def plot_horizons(means, intervals, seconds):
     """Error rolled out against seconds ahead, and skill and gap of the same rollouts. means: {name:
     (K,)} of true, shuffled, zero, copy; intervals: {name: (low, high)}, and of gap and skill."""
+    # errors
     ahead = seconds * np.arange(1, len(means["true"]) + 1)
     fig = Figure(figsize=(13, 4.4), layout="constrained")
     error_ax, gap_ax, skill_ax = fig.subplots(1, 3)
@@ -304,8 +336,9 @@ def plot_horizons(means, intervals, seconds):
         error_ax.plot(ahead, means[name], STYLES[name], color=color, label=label)
         error_ax.fill_between(ahead, *intervals[name], color=color, alpha=0.2, lw=0)
     error_ax.set(title="error", ylabel="mean |error|, layer-normed features")
-    fig.legend(fontsize=10, loc="outside lower left", ncols=4)
+    legend_below(fig, error_ax)
 
+    # what wrong actions cost
     gap = 100 * (means["shuffled"] / means["true"] - 1)
     gap_ax.plot(ahead, gap, "o-", color="C3")
     gap_ax.fill_between(ahead, *(100 * np.array(intervals["gap"])), color="C3", alpha=0.2, lw=0)
@@ -313,6 +346,7 @@ def plot_horizons(means, intervals, seconds):
     gap_ax.set(title="action gap", ylabel="shuffled / true - 1, %")
     show_at_least(gap_ax, *GAP_SPAN)
 
+    # is it better than a still picture?
     skill_ax.plot(ahead, means["true"] / means["copy"], "o-", color="C0")
     skill_ax.fill_between(ahead, *intervals["skill"], color="C0", alpha=0.2, lw=0)
     skill_ax.axhline(1, color="0.5", lw=1)
@@ -326,6 +360,7 @@ def plot_horizons(means, intervals, seconds):
 
 def plot_groups(gaps):
     """gaps: {group: {"tf": (gap, low, high), "ro": ...}}, as shares."""
+    # two bars for each group, with their intervals
     fig = Figure(figsize=(2.2 + 1.8 * len(gaps), 3.8), layout="constrained")
     ax = fig.subplots()
     places = np.arange(len(gaps))
@@ -338,24 +373,26 @@ def plot_groups(gaps):
     ax.set_xticks(places, gaps, fontsize=11)
     ax.set(title="action gap when only this is shuffled", ylabel="error / true - 1, %")
     show_at_least(ax, *GAP_SPAN)
-    ax.legend(fontsize=10)
+    legend_below(fig, ax)
     return fig
 
 
-def plot_ranks(ranks, samples):
-    """A histogram of the ranks of true actions, 0 to 1, among `samples` others."""
+def plot_ranks(ranks, samples, source):
+    """A histogram of the ranks of true actions, 0 to 1, among `samples` others. source: where
+    those are from, for the title."""
+    # a model that cannot tell actions apart fills all bins alike
     fig = Figure(figsize=(6.5, 3.6), layout="constrained")
     ax = fig.subplots()
     ax.hist(ranks, np.linspace(0, 1, 21))
     ax.axhline(len(ranks) / 20, color="0.5", ls=":", label="chance: all bins alike")
     ax.axvline(np.mean(ranks), color="C3", label=f"mean {np.mean(ranks):.3f} (chance 0.5)")
     ax.set(
-        title=f"rank of the true action among {samples} of other recordings",
+        title=f"rank of the true action among {samples} {source}",
         xlabel="share of them with a lower error",
         ylabel="clips",
     )
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize=10)
+    legend_below(fig, ax)
     return fig
 
 
@@ -374,6 +411,7 @@ def plot_landscapes(panels, axes, labels):
     for ax, (recording, energy, truth) in zip(
         fig.subplots(1, len(panels), squeeze=False)[0], panels
     ):
+        # in percent above the least error, because absolute errors differ from clip to clip
         above = 100 * (energy / max(energy.min(), 1e-12) - 1)
         image = ax.imshow(
             above.T,
@@ -385,6 +423,8 @@ def plot_landscapes(panels, axes, labels):
             vmin=0,
             vmax=max(above.max(), LANDSCAPE_SPAN),
         )
+
+        # where the least error is, and where it should be
         i, j = np.unravel_index(energy.argmin(), energy.shape)
         ax.plot(*truth, marker="*", color="red", label="truth", **style)
         ax.plot(axes[0][i], axes[1][j], marker="o", color="white", label="minimum", **style)
@@ -394,26 +434,28 @@ def plot_landscapes(panels, axes, labels):
         ax.set_title(name, fontsize=11)
         ax.set(xlabel=f"{labels[0][0]}, {labels[0][1]}", ylabel=f"{labels[1][0]}, {labels[1][1]}")
         fig.colorbar(image, ax=ax, format=COLORBAR_FORMAT, label="error above the least, %")
-    fig.axes[0].legend(fontsize=10, loc="upper left")
+    legend_below(fig, fig.axes[0])
     return fig
 
 
 def plot_retrieval(rows, seconds):
     """rows: means over clips (K,) of hit, copy_hit, offset, copy_offset (medians) and chance."""
+    # hits at the left, how far off in time at the right
     ahead = seconds * np.arange(1, len(rows["hit"]) + 1)
     fig = Figure(figsize=(11, 3.8), layout="constrained")
     left, right = fig.subplots(1, 2)
     for ax, name, factor in ((left, "hit", 100), (right, "offset", 1)):
         predicted = factor * np.array(rows[name])
         copied = factor * np.array(rows["copy_" + name])
-        ax.plot(ahead, predicted, "o-", color="C0", label="prediction")
-        ax.plot(ahead, copied, "x--", color="0.4", label="copy of the first step")
+        # a marker at 0 is shown whole
+        ax.plot(ahead, predicted, "o-", color="C0", label="prediction", clip_on=False)
+        ax.plot(ahead, copied, "x--", color="0.4", label="copy of the first step", clip_on=False)
         ax.set(xlabel="seconds ahead")
     left.axhline(100 * rows["chance"], color="0.5", ls=":", label="chance")
-    left.set(title="nearest step of the recording is the true one", ylabel="%", ylim=(-3, None))
-    right.set(title="median offset of the nearest step", ylabel="steps")
-    left.legend(fontsize=10)
-    right.legend(fontsize=10)
+    left.set(title="nearest step of the recording is the true one", ylabel="share of clips, %")
+    right.set(title="median offset of the nearest step", ylabel="steps off")
+    left.set_ylim(bottom=0)
+    legend_below(fig, left)
     return fig
 
 
@@ -434,6 +476,7 @@ def write_page(path, title, verdict, warnings, run, facts, figures):
     """One HTML file with its pictures inside. verdict and warnings: [sentence], on top; run: which
     checkpoint, data and precision, in a line; facts: plain text; figures: {heading of CAPTIONS:
     [Figure]}."""
+    # what it says comes first, then what it was computed on, then the numbers
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
@@ -443,16 +486,18 @@ def write_page(path, title, verdict, warnings, run, facts, figures):
     parts += [f'<p class="warning">{html.escape(sentence)}</p>' for sentence in warnings]
     parts.append(f'<p class="run">{html.escape(run)}</p>')
     parts.append(f"<pre>{html.escape(facts)}</pre>")
+
+    # a heading and what to look for, above each figure
     for heading, of_heading in figures.items():
         caption = CAPTIONS[heading] if of_heading else NO_PIXELS
         parts.append(f"<h2>{heading}</h2><p>{html.escape(caption)}</p>")
-        parts += [picture_tag(figure) for figure in of_heading]
+        parts += [picture_tag(figure, heading) for figure in of_heading]
     write_atomically(path, "\n".join(parts).encode())
 
 
-def picture_tag(figure):
-    """A figure as an <img> that carries its data."""
+def picture_tag(figure, heading):
+    """A figure as an <img> that carries its data; its heading is what is read aloud."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+    return f'<img alt="{heading}" src="data:image/png;base64,{data}">'

@@ -1,26 +1,65 @@
-"""Opening a finished run of train_ac.py or train_lora.py, and the data to judge it on."""
+"""Opening a finished run of train_ac.py, train_lora.py or train_lam.py, and the data to judge it
+on. All programs that judge a run start here, so that they see it as it was trained: with its
+encoder, decoder, precision and scale."""
 
+import contextlib
 import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 
 import checkpoint
+from checkpoint import settings_of
 from data import ActionScaler, Clips, open_records, open_split, windows
 from droid import POSE, DroidClips, DroidReader, compose_poses, open_droid
 from evaluation.held_out import encoder_dtype, hold_state, precision_of
 from files.remote import cached
 from files.shards import expand
 from files.vpt import CONTINUOUS, ClipReader
-from model import Predictor, compose_states, make_features_of, predict_of
+from model import (
+    LatentActionModel,
+    Predictor,
+    compose_states,
+    make_features_of,
+    picture_features,
+    predict_of,
+)
 from weights import (
     adapt,
     decoder_of,
     encoder_hash,
     fetch,
     open_base,
+    open_encoder,
     open_source,
     predictor_weights,
 )
 
 # --- the model ---
+
+
+def pick_device():
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_checkpoint(path):
+    """--checkpoint, a run folder or a file -> (its dictionary, file path). FileNotFoundError or
+    ValueError for what is no checkpoint, or one that this version cannot read."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
+
+    # of a folder the newest good one
+    if os.path.isdir(path):
+        folder = path
+        state, path = checkpoint.load_latest(folder)
+        if state is None:
+            raise FileNotFoundError(f"--checkpoint: no checkpoint in {folder}")
+    else:
+        state = checkpoint.load(path)
+    settings_of(state, path)
+    return state, path
 
 
 def scaler_of(state):
@@ -29,8 +68,14 @@ def scaler_of(state):
     return ActionScaler(s["mean"].numpy(), s["var"].numpy(), s["scale"].numpy(), s["n"], s["meta"])
 
 
+def stats_on(state, device):
+    """The feature statistics of a checkpoint's dictionary, on a device."""
+    return {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}
+
+
 def whole_predictor(state):
     """The Predictor of a run whose checkpoint has all of its weights."""
+    # sizes that are not written down follow from the weights
     weights = predictor_weights(state)
     state_dim = 0
     if "state_encoder.weight" in weights:
@@ -53,41 +98,43 @@ def whole_predictor(state):
 def adapted_predictor(state):
     """The Predictor of a LoRA run: its base as train_lora.py opened it, with the adapters and what
     else was trained. FileNotFoundError without the base, ValueError if the base has changed."""
-    run = state["args"]
+    # the base is a file of its own, where training found it
+    settings = settings_of(state)
     try:
-        file = fetch(run["base"])
+        file = fetch(settings["base"])
     except FileNotFoundError as e:
         raise FileNotFoundError(
-            f"the base of this run is not at {run['base']} ({e}): start in the folder that it was"
-            " trained in"
+            f"the base of this run is not at {settings['base']} ({e}): start in the folder that it"
+            " was trained in"
         ) from e
 
-    # the base
-    state_dim = None  # that of the base, unless the run trained another state encoder
+    # the state encoder is that of the base, unless the run trained another one
+    state_dim = None
     if "state_encoder.weight" in state["adapter"]:
         state_dim = state["adapter"]["state_encoder.weight"].shape[1]
+
+    # adapters fit on one base only, so a base that has changed is an error
     size = {k: state[k] for k in ("pred_dim", "depth", "num_heads")}
     predictor, base_scaler, _, reinitialised = open_base(
         file, state, len(state["action_names"]), state_dim, size
     )
     if not reinitialised:
-        found = encoder_hash(predictor)
-        if found != state["base_hash"]:
+        base_hash = encoder_hash(predictor)
+        if base_hash != state["base_hash"]:
             raise ValueError(
-                f"{file} has changed: its weights hash to {found}, those that this run adapted to"
-                f" {state['base_hash']}"
+                f"{file} has changed: its weights hash to {base_hash}, those that this run adapted"
+                f" to {state['base_hash']}"
             )
 
-    # the adapters
-    options = {k: run[k] for k in ("targets", "r", "alpha", "dropout", "rslora", "fused_qkv")}
+    # wrap the layers as training did, then fill in what it learned
     adapt(
         predictor,
         base_scaler,
         reinitialised,
         scaler_of(state),
-        options,
-        run["init_from"],
-        run["train_condition_encoders"],
+        settings["lora"],
+        settings["init_from"],
+        settings["train_condition_encoders"],
     )
     predictor.load_state_dict(predictor.state_dict() | state["adapter"])
     return predictor
@@ -100,16 +147,8 @@ def open_run(path):
     The dictionary of either kind has: dataset ("vpt" or "droid"), encode, fps, frames_per_step,
     frames_per_clip, action_names, state_dim, held_out (names of recordings; [] if unknown).
     FileNotFoundError or ValueError for what is no such run."""
-    # read the file
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
-    if os.path.isdir(path):
-        folder = path
-        state, path = checkpoint.load_latest(folder)
-        if state is None:
-            raise FileNotFoundError(f"no checkpoint in {folder}")
-    else:
-        state = checkpoint.load(path)
+    # the kind of checkpoint shows in what it holds
+    state, path = read_checkpoint(path)
     if "lam" in state:
         raise ValueError(f"{path} is a run of train_lam.py: judge it with eval_lam.py")
     if not ("adapter" in state or "predictor" in state) or "action_scaler" not in state:
@@ -125,6 +164,7 @@ def open_run(path):
         kind = {"dataset": "vpt"}
     state = kind | state
 
+    # strictly: every tensor has its place, and no place stays empty
     predictor = adapted_predictor(state) if "adapter" in state else whole_predictor(state)
     state["state_dim"] = 0
     if predictor.state_encoder is not None:
@@ -132,92 +172,262 @@ def open_run(path):
     return predictor.eval(), state, scaler_of(state), path
 
 
+def open_lam(path):
+    """A run folder or checkpoint of train_lam.py -> (LatentActionModel in eval mode, its checkpoint
+    dictionary, file path)."""
+    state, path = read_checkpoint(path)
+    if "lam" not in state:
+        raise ValueError(
+            f"{path}: no checkpoint of train_lam.py (eval.py judges those of train_ac.py)"
+        )
+    # strictly, and with the quantizer's counts
+    model = LatentActionModel(**state["lam"])
+    model.load_state_dict(state["model"])
+    return model.eval(), state, path
+
+
+class Run(NamedTuple):
+    """A finished run, ready to be judged."""
+
+    # Predictor in eval mode, on the device
+    predictor: torch.nn.Module
+
+    # of open_run, and of checkpoint.settings_of
+    state: dict
+    settings: dict
+
+    scaler: ActionScaler
+    path: str
+    device: torch.device
+
+    # the name of the precision, and a function that opens its autocast
+    dtype: str
+    autocast: Callable
+
+
+def load_run(path, dtype=None):
+    """Open a run of train_ac.py or train_lora.py on this machine -> Run. dtype: --dtype, None for
+    what it was trained in."""
+    # what a --dtype does not say, the run does
+    predictor, state, scaler, path = open_run(path)
+    device = pick_device()
+    dtype, autocast = precision_of(dtype, state, device)
+    settings = settings_of(state, path)
+    return Run(predictor.to(device), state, settings, scaler, path, device, dtype, autocast)
+
+
+# --- its encoder ---
+
+
+def check_encoder(state, found, what):
+    """ValueError unless the run was trained on features of the encoder with hash `found`. what:
+    whose hash that is, as a sentence begins."""
+    if found != state["encoder_hash"]:
+        raise ValueError(
+            f"{what} features of encoder {found}, but the run was trained on features of encoder"
+            f" {state['encoder_hash']}"
+        )
+
+
+def encoder_name(records, encoder, state):
+    """Weights of the encoder for video: `encoder`, or what the run used; None for features.
+    ValueError if they are needed and not known."""
+    if "safetensors" in records[0].members:
+        return None
+    settings = settings_of(state)
+    name = encoder or settings["encoder"]
+
+    # Meta's AC file holds encoder and predictor
+    if not name and state["dataset"] == "droid":
+        name = fetch(settings["base"])
+    if not name:
+        raise ValueError(
+            "these shards hold video: name the --encoder of the run (train_ac.py's default is"
+            " vjepa2_vitl)"
+        )
+    return name
+
+
+def features_of_records(records, name, settings, device, dtype, state=None):
+    """A function from batches of these records to (z, actions, states), as make_features_of says.
+
+    name: weights of the encoder, None for records of features. settings: how clips are cut and
+    encoded. state: of the run, whose encoder and feature statistics these must be; None without a
+    run. ValueError for features or an encoder that do not fit."""
+    # features say what they were made with, an encoder is hashed
+    encoder, source = open_source(
+        records,
+        name,
+        encode=settings["encode"],
+        fps=settings["fps"],
+        frames_per_step=settings["frames_per_step"],
+        frames_per_clip=settings["frames_per_clip"],
+        crop_size=settings["crop_size"],
+    )
+
+    # other features have other channels
+    feature_stats = {}
+    if state is not None:
+        check_encoder(state, source["encoder_hash"], f"{records[0].shard}:")
+        feature_stats = stats_on(state, device)
+    if encoder is not None:
+        encoder.to(device, encoder_dtype(dtype, settings))
+
+    # in the run's precision, weights and activations
+    autocast = precision_of(dtype, state, device)[1]
+    return make_features_of(
+        encoder, settings["encode"], settings["frames_per_step"], feature_stats, device, autocast
+    )
+
+
+def features_of_pictures(run, name=None):
+    """A function from [av.VideoFrame] to features, as the Run was trained on. name: of the encoder;
+    None: what the run used. ValueError if it is unknown or another one."""
+    # pictures need an encoder, whatever the run was trained on
+    settings = run.settings
+    name = name or settings["encoder"]
+    if not name:
+        raise ValueError("this run was trained on features: name the --encoder that made them")
+    encoder = open_encoder(name, settings["crop_size"], settings["frames_per_clip"])
+    encoder.to(run.device).eval()
+    check_encoder(run.state, encoder_hash(encoder), f"--encoder {name} gives")
+    weights_dtype = encoder_dtype(run.dtype, settings)
+    encoder.to(weights_dtype)
+    feature_stats = stats_on(run.state, run.device)
+
+    # weights in bf16 need no autocast, as in make_features_of
+    precision = run.autocast if weights_dtype == torch.float32 else contextlib.nullcontext
+
+    def features(frames):
+        with precision():
+            return picture_features(
+                frames,
+                encoder=encoder,
+                encode=settings["encode"],
+                crop_size=settings["crop_size"],
+                feature_stats=feature_stats,
+            )
+
+    return features
+
+
 # --- its data ---
+
+
+def print_left_out(bad):
+    """A line for each (file, key, reason) that could not be read."""
+    for file, key, reason in bad:
+        print(f"left out: {file} {key}: {reason}")
 
 
 def open_episodes(state, scaler, data):
     """Robot episodes for a run of train_lora.py -> (DroidClips, compose of action_meter, [Episode],
     [bad]). data: patterns, or None: what the run held out."""
-    run = state["args"]
+    # frames are cut and actions computed as in training
+    settings = settings_of(state)
     names = state["action_names"]
     reader = DroidReader(
         state["frames_per_clip"],
-        fps=run["fps"],
-        crop_size=run["crop_size"],
-        crop=run["crop"],
-        camera=run["camera"],
-        stride=run["stride"],
-        state_keys=run["state_keys"],
-        action_keys=run["action_keys"],
+        fps=settings["fps"],
+        crop_size=settings["crop_size"],
+        crop=settings["crop"],
+        camera=settings["cameras"],
+        stride=settings["stride"],
+        state_keys=settings["state_keys"],
+        action_keys=settings["action_keys"],
         scaler=scaler,
     )
 
     # all of the data named, or the run's own split
-    which = {"idle_filter": run["idle_filter"], "success": run["success"]}
+    which = {"idle_filter": settings["idle_filter"], "success": settings["success"]}
     if data:
         records, _, bad = open_droid(data, None, 0.0, reader, **which)
     else:
-        val_fraction = run["val_fraction"] if run["val_clips"] else 0.0
-        _, records, bad = open_droid(run["data"], run["val_data"], val_fraction, reader, **which)
+        val_fraction = settings["val_fraction"] if settings["val_clips"] else 0.0
+        _, records, bad = open_droid(
+            settings["data"], settings["val_data"], val_fraction, reader, **which
+        )
 
-    scaler.check("the scaler in the checkpoint", reader.names, run["fps"], 1, run["stride"] or 0)
+    # the same actions and states as in training
+    scaler.check(
+        "the scaler in the checkpoint", reader.names, settings["fps"], 1, settings["stride"] or 0
+    )
     if (reader.names, reader.state_dim) != (names, state["state_dim"] or reader.state_dim):
         raise ValueError(
             f"the run has actions {names} and {state['state_dim']}-D states, these episodes"
             f" {reader.names} and {reader.state_dim}-D states"
         )
+
+    # what an action does to the state is known for poses only
     compose = compose_poses if (names, reader.state_dim) == (POSE, 7) else hold_state
-    return DroidClips(records, reader, run["seed"]), compose, records, bad
+    return DroidClips(records, reader, settings["seed"]), compose, records, bad
 
 
-def open_play(state, scaler, data, decoder, print0):
-    """VPT shards for a run of train_ac.py -> (Clips, [Record], [bad]). data: patterns, or None:
-    what the run held out. decoder: of video, None: the run's."""
-    run = state["args"]
-    scaler.check("the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"])
+def through_cache(groups, settings):
+    """Groups of patterns, or None. URLs are read as the run read them: through its --cache_dir."""
+    if not groups or not settings["cache_dir"]:
+        return groups
+    return cached([expand(g) for g in groups], settings["cache_dir"], settings["cache_size"])
 
-    def through_cache(groups):
-        """URLs are read as the run read them: through its --cache_dir."""
-        if not groups or not run.get("cache_dir"):
-            return groups
-        return cached([expand(g) for g in groups], run["cache_dir"], run["cache_size"])
 
-    # all of the data named, or the run's own split
-    if data:
-        records, bad = open_records(through_cache([data]))
-    else:
-        own = through_cache(run["data"] or [["VPT/*.tar"]])
-        _, _, records, bad = open_split(
-            own, None, through_cache(run["val_data"]), run["val_fraction"]
-        )
-
-    # other decoders give other pixels
-    trained_with = state.get("decoder", run.get("decoder", "pyav"))
-    judged_with = decoder_of(records, decoder or "pyav")
-    if not decoder and records and "mp4" in records[0].members:
+def decoder_for(records, asked, settings, print0=print):
+    """The video decoder to judge a run with: `asked`, or the run's. Other decoders give other
+    pixels, so a warning is printed for another one."""
+    # features say which decoder made them; video is decoded as in training
+    trained_with = settings["decoder"]
+    judged_with = decoder_of(records, asked or "pyav")
+    if not asked and records and "mp4" in records[0].members:
         judged_with = trained_with
     if judged_with != trained_with:
         print0(
             f"WARNING: the run was trained on pictures of --decoder {trained_with}, these are of"
             f" {judged_with}, whose pixels differ"
         )
+    return judged_with
 
-    reader = ClipReader(
-        state["frames_per_clip"],
-        state["fps"],
-        state["frames_per_step"],
-        crop_size=run["crop_size"],
-        action_space=run["action_space"],
+
+def play_reader(settings, scaler, decoder):
+    """The ClipReader that cuts play as these settings say; scaler None leaves actions as they were
+    recorded."""
+    return ClipReader(
+        settings["frames_per_clip"],
+        settings["fps"],
+        settings["frames_per_step"],
+        crop_size=settings["crop_size"],
+        action_space=settings["action_space"],
         scaler=scaler,
-        encode=state["encode"],
-        decoder=judged_with,
-        gui=run["gui"],
+        encode=settings["encode"],
+        decoder=decoder,
+        gui=settings["gui"],
     )
-    return Clips(records, [1.0] * len(records), reader, run["seed"]), records, bad
 
 
-def warn_of_training_data(records, state, scaler, print0):
-    """Say a warning if recordings to judge a run on may be among those it was trained on."""
+def open_play(state, scaler, data, decoder, print0):
+    """VPT shards for a run of train_ac.py -> (Clips, [Record], [bad]). data: patterns, or None:
+    what the run held out. decoder: of video, None: the run's."""
+    # a scaler of other steps would give other units
+    settings = settings_of(state)
+    scaler.check("the scaler in the checkpoint", CONTINUOUS, state["fps"], state["frames_per_step"])
+
+    # all of the data named, or the run's own split
+    if data:
+        records, bad = open_records(through_cache([data], settings))
+    else:
+        _, _, records, bad = open_split(
+            through_cache(settings["data"], settings),
+            None,
+            through_cache(settings["val_data"], settings),
+            settings["val_fraction"],
+        )
+
+    # cut as in training, without its augmentation
+    reader = play_reader(settings, scaler, decoder_for(records, decoder, settings, print0))
+    return Clips(records, [1.0] * len(records), reader, settings["seed"]), records, bad
+
+
+def warn_of_training_data(records, state, scaler, print0=print):
+    """Print a warning if recordings to judge a run on may be among those it was trained on."""
+    # features of a recording come in several members
     names = {r.name for r in records}
     held_out_names = set(state["held_out"])
     if held_out_names:
@@ -233,22 +443,6 @@ def warn_of_training_data(records, state, scaler, print0):
         )
 
 
-def encoder_name(records, encoder, state):
-    """Weights of the encoder for video: `encoder`, or what the run used; None for features.
-    ValueError if they are needed and not known."""
-    if "safetensors" in records[0].members:
-        return None
-    name = encoder or state["args"]["encoder"]
-    if not name and state["dataset"] == "droid":
-        name = fetch(state["args"]["base"])
-    if not name:
-        raise ValueError(
-            "these shards hold video: name the --encoder of the run (train_ac.py's default is"
-            " vjepa2_vitl)"
-        )
-    return name
-
-
 def open_held_out(
     state, scaler, data, encoder, device, dtype="float32", decoder=None, print0=print
 ):
@@ -261,6 +455,7 @@ def open_held_out(
     video; None: what the run used, and a warning for another one. print0: called with each warning.
     ValueError for what belongs to another encoder, fps or action space, and for fewer than two
     clips."""
+    # records, and how states follow from actions
     if state["dataset"] == "droid":
         dataset, compose, records, bad = open_episodes(state, scaler, data)
     else:
@@ -268,6 +463,7 @@ def open_held_out(
         compose = compose_states
     warn_of_training_data(records, state, scaler, print0)
 
+    # shuffled actions come from another clip, so one clip is too few
     if sum(map(len, windows(dataset, 1, 2))) < 2:
         span = f"{state['frames_per_clip']} frames at {state['fps']:g} fps"
         raise ValueError(
@@ -275,33 +471,7 @@ def open_held_out(
             " with --data"
         )
 
-    # the encoder, which must be that of the run
-    run = state["args"]
-    model, source = open_source(
-        records,
-        encoder_name(records, encoder, state),
-        encode=state["encode"],
-        fps=state["fps"],
-        frames_per_step=state["frames_per_step"],
-        frames_per_clip=state["frames_per_clip"],
-        crop_size=run["crop_size"],
-    )
-    if source["encoder_hash"] != state["encoder_hash"]:
-        raise ValueError(
-            f"the run was trained on features of encoder {state['encoder_hash']}, these are of"
-            f" {source['encoder_hash']}"
-        )
-    if model is not None:
-        model.to(device, encoder_dtype(dtype, run))
-
-    autocast = precision_of(dtype, state, device)[1]
-    feature_stats = stats_on(state, device)
-    features_of = make_features_of(
-        model, state["encode"], state["frames_per_step"], feature_stats, device, autocast
-    )
+    # the run's encoder, for records of video
+    name = encoder_name(records, encoder, state)
+    features_of = features_of_records(records, name, settings_of(state), device, dtype, state)
     return dataset, features_of, compose, bad
-
-
-def stats_on(state, device):
-    """The feature statistics of a checkpoint's dictionary, on a device."""
-    return {k: None if v is None else v.to(device) for k, v in state["feature_stats"].items()}

@@ -38,12 +38,15 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
     """Mouse motion as a Gaussian (`reach`: its std, in those of the data, cut at 3), yaw and pitch
     tied to it at 0.15 degrees a pixel, keys (names of dims) as Bernoulli variables of 0.25, the
     hotbar slot fixed at `slot`. ValueError for a key that the action space lacks."""
+    # keys that these actions have
     can_press = [n for n in names if n.startswith(("key.", "mouse."))]
     missing = [k for k in keys if k not in can_press]
     if missing:
         raise ValueError(
             f"--keys {' '.join(missing)}: not in this action space, which has {' '.join(can_press)}"
         )
+
+    # u is in stds of the mouse's motion
     mean = torch.as_tensor(scaler.mean, dtype=torch.float32)
     scale = torch.as_tensor(scaler.scale, dtype=torch.float32)
     key_dims = [names.index(k) for k in keys]
@@ -53,14 +56,17 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
         return u.clamp(-3 * reach, 3 * reach)
 
     def actions(u, pressed):
+        # the camera follows the mouse, as it did in the recordings
         pixels = u * scale[:2].to(u)
         moves = torch.cat([pixels, pixels * math.radians(DEGREES_PER_PIXEL)], dim=-1)
-        out = u.new_zeros(*u.shape[:2], len(names))
-        out[..., :4] = (moves - mean.to(u)) / scale.to(u)
-        out[..., key_dims] = pressed.to(u)
+
+        # scaled as the predictor takes them; keys are 0 or 1
+        scaled = u.new_zeros(*u.shape[:2], len(names))
+        scaled[..., :4] = (moves - mean.to(u)) / scale.to(u)
+        scaled[..., key_dims] = pressed.to(u)
         if slot_name in names:
-            out[..., names.index(slot_name)] = 1
-        return out
+            scaled[..., names.index(slot_name)] = 1
+        return scaled
 
     return Space(
         std=torch.full((2,), reach),
@@ -111,6 +117,7 @@ def energy(
     z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S), goal
     (N, E). compose(state0, actions) gives the states before each action. The past is computed once,
     and its keys and values serve all candidates, which run `chunk` at a time."""
+    # keys and values of all steps but the last
     cache = None
     if z.shape[1] > 1:
         with autocast(), torch.no_grad():
@@ -119,11 +126,14 @@ def energy(
     def cost(candidates):
         energies = []
         for part in candidates.split(chunk):
+            # one past for all candidates of this part
             n = len(part)
             states_ahead = compose(states[:, -1].expand(n, -1), part)
             all_actions = torch.cat([actions.expand(n, -1, -1), part], dim=1)
             all_states = torch.cat([states[:, :-1].expand(n, -1, -1), states_ahead], dim=1)
             steps = z.expand(n, -1, -1, -1)
+
+            # only where a candidate ends is compared with the goal
             with autocast():
                 last = predictor.rollout(steps, all_actions, all_states, cache=cache)[:, -1]
             energies.append((last - goal).abs().mean((1, 2)))
@@ -182,11 +192,12 @@ def search(
     correlation: of a sample's motion in one step and the next. The mean itself is always a
     candidate, unless `noise` (iterations, H, n, d) is given. Candidates whose cost is not finite
     are left out; ValueError if no cost is finite."""
+    # what samples are drawn from at first
     mean = torch.zeros(horizon, len(space.std), device=device)
     std = space.std.to(device).expand(horizon, -1)
     prob = space.prob.to(device).expand(horizon, -1)
     for i in range(iterations):
-        # candidates
+        # candidates; the first one is the mean itself
         if noise is None:
             normal = noise_of(num_samples, *mean.shape, correlation, generator).to(device)
             pressed = torch.rand(num_samples, *prob.shape, generator=generator).to(device) < prob
@@ -197,7 +208,7 @@ def search(
             pressed = torch.zeros(noise.shape[2], *prob.shape)
         u = space.clamp(mean + std * normal)
 
-        # their costs
+        # their costs; what is not finite can be no elite
         costs = cost(space.actions(u, pressed))
         usable = costs.isfinite()
         count = int(usable.sum())

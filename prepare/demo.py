@@ -31,7 +31,6 @@ import time
 import av
 import numpy as np
 import vizdoom
-from tqdm import tqdm
 
 from evaluation.game import (
     FPS,
@@ -49,6 +48,7 @@ from evaluation.game import (
     tick,
 )
 from files.disk import write_atomically
+from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
 
 # sizes that the game draws; yuv420p has no odd ones

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from checkpoint import short_excepthook
 from files.disk import READ_ERRORS, is_storage_error
 from files.latents import VAE_FRAMES, find_files, latent_frames, write_latents
+from files.progress import tqdm
 from files.shards import expand, index_shards
 
 PATCH = 4  # latent pixels of a move

@@ -26,7 +26,6 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoint import short_excepthook
 from files.disk import write_atomically
@@ -38,6 +37,7 @@ from files.latents import (
     read_labels,
     read_rows,
 )
+from files.progress import tqdm
 from kernels import merge_moments
 
 

@@ -35,11 +35,11 @@ import time
 import av
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from checkpoint import short_excepthook
 from files.disk import write_atomically
 from files.episodes import CAMERAS, masked_crc
+from files.progress import tqdm
 from prepare.arm import HEIGHT, RATE, WIDTH, WORLDS, play
 
 X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}
@@ -263,11 +263,7 @@ if __name__ == "__main__":
     numbers = [i for episodes in todo.values() for i in episodes]
     folder = args.out if args.form == "npz" else None
     make = functools.partial(make_episode, args.world, args.seed, folder=folder)
-    bar = tqdm(
-        total=int(lengths[numbers].sum()),
-        unit=" steps",
-        mininterval=0.1 if sys.stderr.isatty() else 5,
-    )
+    bar = tqdm(total=int(lengths[numbers].sum()), unit=" steps")
     with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, bar:
         results = pool.map(make, numbers, map(int, lengths[numbers]))  # in the order of `numbers`
 

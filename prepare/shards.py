@@ -30,9 +30,8 @@ import urllib.request
 import zlib
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
+from files.progress import tqdm
 from files.shards import Slice, archive_members, files_below
 from files.streams import is_apple_double, member_kind
 from files.video import mp4_times, read_frames, video_rate

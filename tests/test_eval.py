@@ -125,7 +125,7 @@ def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
     with pytest.raises(ValueError, match="has changed: its weights hash to"):
         open_run(rewritten(base_hash="0" * 16))
     with pytest.raises(FileNotFoundError, match="base of this run is not at nowhere.pt"):
-        open_run(rewritten(args=state["args"] | {"base": "nowhere.pt"}))
+        open_run(rewritten(settings=state["settings"] | {"base": "nowhere.pt"}))
 
     checkpoint.save(
         str(tmp_path / "bare"), {k: v for k, v in state.items() if k != "action_scaler"}, 0
@@ -134,7 +134,7 @@ def test_what_does_not_belong_to_a_run_is_refused(arm, game, tmp_path, shards):
         open_run(str(tmp_path / "bare"))
 
     predictor, state, scaler, _ = open_run(str(arm / "lora"))
-    state["args"] |= {"action_keys": ["command"]}
+    state["settings"] |= {"action_keys": ["command"]}
     with pytest.raises(ValueError, match="this run needs"):
         open_held_out(state, scaler, None, None, torch.device("cpu"))
 

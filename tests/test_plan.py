@@ -397,8 +397,8 @@ def test_a_step_in_the_game_is_a_step_of_a_recording(player):
     assert distance() > 150 and np.hypot(*(player.place - place)) < 600
 
     at = distance()
-    player.step(held=["w"])
-    player.step(held=["w"])
+    player.step(keys=["w"])
+    player.step(keys=["w"])
     assert distance() < at - 5
 
 
