@@ -1,5 +1,5 @@
-"""Every nn.Module and every loss: the frozen video encoder (V-JEPA 1 and 2), the action-conditioned
-predictor (V-JEPA 2-AC), latent actions and LoRA layers.
+"""Every nn.Module and every loss: the frozen video encoder (V-JEPA 1, 2 and 2.1), the
+action-conditioned predictor (V-JEPA 2-AC), latent actions and LoRA layers.
 
 The file reads from top to bottom: positions, transformer, encoder, predictor, features (from a
 batch to what the losses compare), losses, latent actions, LoRA.
@@ -45,9 +45,10 @@ def grid_positions(T, H, W, device=None):
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(T, H * W, 3)
 
 
-def rope_tables(pos, head_dim):
+def rope_tables(pos, head_dim, tiled=True):
     """cos and sin factors (..., hd) of 3-D RoPE for positions (..., 3). A third of the dims is
-    rotated by time, a third by row and a third by column; the rest is not rotated.
+    rotated by time, a third by row and a third by column; the rest is not rotated. `tiled` is
+    V-JEPA 2's order of the frequencies, without it this is a true rotation (V-JEPA 2.1).
 
     Every forward builds them in fp32, once for all its layers. A buffer would be rounded by
     `.bfloat16()`, and a tensor cached under inference_mode could not be used in training. The sign
@@ -67,8 +68,13 @@ def rope_tables(pos, head_dim):
     angle = pos.unsqueeze(-1) * omega
 
     # Meta's quirk: frequencies are tiled [w0 w1 .. w0 w1 ..] although adjacent dims are paired.
-    # This is no true rotation, but the released weights need it.
-    angle = torch.cat([angle, angle], dim=-1).flatten(-2)
+    # This is no true rotation, but the released weights of V-JEPA 2 need it. In those of 2.1 both
+    # dims of a pair have one frequency.
+    if tiled:
+        angle = torch.cat([angle, angle], dim=-1)
+    else:
+        angle = angle.repeat_interleave(2, dim=-1)
+    angle = angle.flatten(-2)
     angle = F.pad(angle, (0, head_dim - 6 * half))
 
     sign = torch.ones_like(angle)
@@ -194,9 +200,9 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """V-JEPA video transformer.
 
-    `pos="rope"` is V-JEPA 2, for any size and length. `pos="sincos"` is V-JEPA 1: its table is made
-    for square pictures of `img_size` and for `num_frames`, and interpolated to any other size and
-    length (a single step gets the mean of the middle rows)."""
+    `pos="rope"` is V-JEPA 2, for any size and length; Encoder21 is 2.1. `pos="sincos"` is V-JEPA 1:
+    its table is made for square pictures of `img_size` and for `num_frames`, and interpolated to
+    any other size and length (a single step gets the mean of the middle rows)."""
 
     activation_checkpointing = False
 
@@ -218,6 +224,8 @@ class Encoder(nn.Module):
         self.num_heads = num_heads
         self.patch_size = patch_size
         self.tubelet_size = tubelet_size
+        # frames that stand for a single picture: it is repeated
+        self.picture_frames = tubelet_size
 
         self.patch_embed = PatchEmbed(embed_dim, patch_size, tubelet_size)
         self.blocks = nn.ModuleList(
@@ -242,13 +250,26 @@ class Encoder(nn.Module):
         # by size, not by scale factor as upstream: 14 * (61/14) floors to 60
         return F.interpolate(table, size=(T, H, W), mode="trilinear").flatten(2).transpose(1, 2)
 
+    def embed(self, video):
+        """Video -> patches (B, D, T, H, W)."""
+        return self.patch_embed(video)
+
+    def rotary_tables(self, T, H, W, device):
+        """RoPE's cos and sin (T*H*W, hd)."""
+        pos = grid_positions(T, H, W, device).view(-1, 3)
+        return rope_tables(pos, self.embed_dim // self.num_heads)
+
+    def output_norm(self, layer):
+        """The norm of what block `layer` puts out."""
+        return self.norm
+
     def forward(self, video, masks=None, out_layers=None):
         """(B, 3, T*tubelet, H*patch, W*patch), ImageNet-normalised -> (B, T*N, D), ordered by t.
 
         `masks` (B, n) keeps only these token ids, at their own positions. `out_layers=[i, ...]`
         returns the normed output of each of these blocks instead. Pixels and frames that fill no
         whole patch are dropped, as upstream."""
-        x = self.patch_embed(video)
+        x = self.embed(video)
         _, _, T, H, W = x.size()
         x = x.flatten(2).transpose(1, 2)  # (B, T*N, D)
 
@@ -256,8 +277,7 @@ class Encoder(nn.Module):
         if self.table_size:
             x = x + self.position_table(T, H, W)
         else:
-            pos = grid_positions(T, H, W, x.device).view(-1, 3)
-            rope = rope_tables(pos, self.embed_dim // self.num_heads)
+            rope = self.rotary_tables(T, H, W, x.device)
 
         if masks is not None:
             x = x.gather(1, masks.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -268,8 +288,103 @@ class Encoder(nn.Module):
         for i, blk in enumerate(self.blocks):
             x, _ = run_block(self, blk, x, rope)
             if out_layers is not None and i in out_layers:
-                outputs.append(self.norm(x))
-        return self.norm(x) if out_layers is None else outputs
+                outputs.append(self.output_norm(i)(x))
+        if out_layers is not None:
+            return outputs
+        return self.output_norm(len(self.blocks) - 1)(x)
+
+
+class Encoder21(Encoder):
+    """V-JEPA 2.1: an Encoder whose RoPE is a true rotation, with rows and columns scaled to the 16
+    x 16 patches of its pretraining, so that every picture spans the same positions.
+
+    A video of one frame is a picture and has a patch embedding of its own; do not repeat it. Which
+    of the two the tokens are is added to them. In place of one norm there are four, after each
+    quarter of the blocks. `out_layers` takes those `levels` only. Meta's distilled files (ViT-B and
+    ViT-L) have trained the last norm alone: the other three are still at weight 1 and bias 0."""
+
+    def __init__(self, embed_dim, depth, num_heads, *, mlp_dim=None, patch_size=16, tubelet_size=2):
+        if depth % 4:
+            raise ValueError(
+                f"V-JEPA 2.1 has a norm after each quarter of its blocks, and {depth} blocks have"
+                " no quarters: choose a multiple of 4"
+            )
+        super().__init__(
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_dim=mlp_dim,
+            patch_size=patch_size,
+            tubelet_size=tubelet_size,
+        )
+        self.picture_frames = 1
+        self.patch_embed_img = PatchEmbed(embed_dim, patch_size, 1)
+        init_weights(self.patch_embed_img, [])
+        self.img_mod_embed = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, embed_dim))
+
+        # the blocks after which a level of features can be read, counted from 0
+        self.levels = [quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)]
+        del self.norm  # the base class's
+        self.norms_block = nn.ModuleList(nn.LayerNorm(embed_dim, eps=1e-6) for _ in self.levels)
+
+    def embed(self, video):
+        """Video, or one frame, -> patches (B, D, T, H, W)."""
+        if video.shape[2] == 1:
+            x = self.patch_embed_img(video)
+            kind = self.img_mod_embed
+        else:
+            x = self.patch_embed(video)
+            kind = self.video_mod_embed
+        return x + kind.view(-1, 1, 1, 1).to(x.dtype)
+
+    def rotary_tables(self, T, H, W, device):
+        """RoPE's cos and sin (T*H*W, hd)."""
+        pos = grid_positions(T, H, W, device).view(-1, 3)
+        # a side of one patch is at 0, whatever the factor
+        pos[:, 1] *= 15 / max(H - 1, 1)
+        pos[:, 2] *= 15 / max(W - 1, 1)
+        return rope_tables(pos, self.embed_dim // self.num_heads, tiled=False)
+
+    def output_norm(self, layer):
+        """The norm of a level."""
+        return self.norms_block[self.levels.index(layer)]
+
+    def forward(self, video, masks=None, out_layers=None):
+        """As Encoder's; (B, 3, 1, H*patch, W*patch) is a picture -> (B, N, D)."""
+        unknown = sorted(set(out_layers or ()) - set(self.levels))
+        if unknown:
+            raise ValueError(
+                f"out_layers {unknown}: this encoder has norms after blocks {self.levels} only"
+            )
+        return super().forward(video, masks, out_layers)
+
+
+class PictureEncoder(nn.Module):
+    """Somebody's transformer for pictures as an encoder: every frame is encoded alone and is a step
+    of its own.
+
+    `backbone` takes pictures (B, 3, H, W) and returns an object whose `last_hidden_state` (B,
+    extra_tokens + N, D) begins with class and register tokens. These are dropped. What remains are
+    patches, row by row."""
+
+    tubelet_size = 1
+    picture_frames = 1
+
+    def __init__(self, backbone, embed_dim, patch_size, extra_tokens):
+        super().__init__()
+        self.backbone = backbone
+        self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.extra_tokens = extra_tokens
+
+    def forward(self, video):
+        """(B, 3, T, H*patch, W*patch), ImageNet-normalised -> (B, T*N, D), ordered by t."""
+        B, _, T, _, _ = video.size()
+        pictures = video.transpose(1, 2).flatten(0, 1)  # (B*T, 3, H*patch, W*patch)
+        h = self.backbone(pictures).last_hidden_state
+        h = h[:, self.extra_tokens :]  # (B*T, N, D)
+        return h.unflatten(0, (B, T)).flatten(1, 2)
 
 
 # --- predictor ---
@@ -472,19 +587,21 @@ def imagenet(device):
 def encode_steps(encoder, video, mode, frames_per_step):
     """Features (B, T, N, D), not yet normalised, of uint8 frames (B, T*frames_per_step, 3, H, W).
 
-    `tubelet` encodes the frames of each step alone (a single frame is repeated). `frame` repeats
-    each step's first frame (Meta on DROID). `clip` encodes all frames at once: the encoder is
-    bidirectional, so there every step has seen the future."""
+    `tubelet` encodes the frames of each step alone. `frame` encodes each step's first frame (Meta
+    on DROID). A single frame is repeated, unless the encoder has a path for pictures. `clip`
+    encodes all frames at once: the encoder is bidirectional, so there every step has seen the
+    future."""
     tubelet = encoder.tubelet_size
+    picture_frames = getattr(encoder, "picture_frames", tubelet)
     B, frames = video.shape[:2]
-    repeats_one_frame = mode == "frame" or (mode == "tubelet" and frames_per_step == 1)
+    sees_one_frame = mode == "frame" or (mode == "tubelet" and frames_per_step == 1)
     if mode not in ("tubelet", "frame", "clip"):
         raise ValueError(f"encode mode {mode!r} is unknown, choose from: tubelet, frame, clip")
     if frames % frames_per_step:
         raise ValueError(
             f"{frames} frames are not a whole number of steps of {frames_per_step} frames"
         )
-    if frames_per_step != tubelet and not repeats_one_frame:
+    if frames_per_step != tubelet and not sees_one_frame:
         raise ValueError(
             f"--encode {mode} needs the encoder's {tubelet} frames a step, not {frames_per_step}:"
             " use --encode frame"
@@ -495,12 +612,12 @@ def encode_steps(encoder, video, mode, frames_per_step):
     if mode != "clip":
         video = video.unflatten(1, (T, frames_per_step))
         video = video.flatten(0, 1)  # (B*T, frames_per_step, 3, H, W)
-        if repeats_one_frame:
-            video = video[:, :1].expand(-1, tubelet, -1, -1, -1)
+        if sees_one_frame:
+            video = video[:, :1].expand(-1, picture_frames, -1, -1, -1)
 
     mean, std = imagenet(video.device)
     video = (video.float() / 255 - mean) / std
-    h = encoder(video.to(encoder.patch_embed.proj.weight.dtype).transpose(1, 2))
+    h = encoder(video.to(next(encoder.parameters()).dtype).transpose(1, 2))
     return h.reshape(B, T, -1, h.shape[-1])  # (B, T, N, D)
 
 

@@ -81,7 +81,7 @@ flag("--scaler", default="vpt_action_scaler.pkl", help="action statistics from f
 flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
 flag("--fps", type=float, default=5.0, help="sampled frames a second")
 flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
-flag("--tubelet_size", type=int, default=2, help="frames that the patch embedding merges; must be the encoder's")  # fmt: skip
+flag("--tubelet_size", type=int, help="frames that the patch embedding merges; checked (default: the encoder's)")  # fmt: skip
 flag("--crop_size", type=int, default=256, help="pixels of the square crop")
 # an action is one vector a step: mouse motion is summed over it, a key counts if pressed at all
 flag("--action_space", type=int, default=13, help="13: camera and hotbar keys, 36: all of VPT's, 38: the guides' table")  # fmt: skip
@@ -189,7 +189,7 @@ from files.remote import cached
 from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 from kernels import describe_kernels
-from model import ACModel, Predictor, channel_stats, copy_fitting, make_features_of
+from model import ACModel, Encoder, Predictor, channel_stats, copy_fitting, make_features_of
 from weights import decoder_of, open_source
 
 
@@ -421,10 +421,15 @@ if __name__ == "__main__":
 
     # in bfloat16 the encoder takes half the memory; a copy of it in checkpoints must stay exact
     if encoder is not None:
-        if encoder.tubelet_size != args.tubelet_size:
+        if args.tubelet_size not in (None, encoder.tubelet_size):
             raise ValueError(
                 f"--tubelet_size {args.tubelet_size}, but this encoder merges"
                 f" {encoder.tubelet_size} frames"
+            )
+        if args.save_encoder and not isinstance(encoder, Encoder):
+            raise ValueError(
+                f"--save_encoder writes Meta's layout, and --encoder {args.encoder} is no V-JEPA"
+                " encoder: drop the flag, and keep its files"
             )
         encoder_in_bf16 = args.dtype == "bfloat16" and not args.save_encoder
         encoder.to(device, torch.bfloat16 if encoder_in_bf16 else torch.float32)

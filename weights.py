@@ -1,5 +1,5 @@
-"""Reading and writing everybody's weights: Meta's V-JEPA 1, V-JEPA 2 and AC files, jepa-wms,
-Hugging Face VJEPA2, PEFT adapters, and our own.
+"""Reading and writing everybody's weights: Meta's V-JEPA 1, 2, 2.1 and AC files, jepa-wms, Hugging
+Face VJEPA2 and DINO, PEFT adapters, and our own.
 
 Nothing is loaded in part: a missing, unmatched or misshapen key is an error that lists it. Nothing
 is executed: `weights_only=True`. Sizes come from the tensors. Only the number of heads is in no
@@ -36,8 +36,12 @@ from files.features import feature_settings
 from files.progress import tqdm
 from model import (
     CONDITION,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Encoder,
+    Encoder21,
     Linear,
+    PictureEncoder,
     Predictor,
     add_lora,
     lora_layers,
@@ -65,6 +69,7 @@ ARCHITECTURES = {
     "vit_large_16": Architecture(1024, 24, 16, 4096),
     "vit_huge": Architecture(1280, 32, 16, 5120),
     "vit_giant_xformers": Architecture(1408, 40, 22, 6144),
+    "vit_gigantic_xformers": Architecture(1664, 48, 26, 8192),
 }
 # places of the released files on Meta's server
 RELEASED = {
@@ -73,6 +78,10 @@ RELEASED = {
     "vjepa2_vitg": "vjepa2/vitg.pt",
     "vjepa2_vitg384": "vjepa2/vitg-384.pt",
     "vjepa2_ac_vitg": "vjepa2/vjepa2-ac-vitg.pt",
+    "vjepa2_1_vitb": "vjepa2/vjepa2_1_vitb_dist_vitG_384.pt",
+    "vjepa2_1_vitl": "vjepa2/vjepa2_1_vitl_dist_vitG_384.pt",
+    "vjepa2_1_vitg": "vjepa2/vjepa2_1_vitg_384.pt",
+    "vjepa2_1_vitG": "vjepa2/vjepa2_1_vitG_384.pt",
     "vjepa_vitl": "jepa/vitl16/vitl16.pth.tar",
     "vjepa_vith": "jepa/vith16/vith16.pth.tar",
 }
@@ -165,16 +174,23 @@ def fetch(name):
 
 # --- files of Meta, Hugging Face and ours ---
 
+# the EMA encoder in Meta's files, and what ema_part finds it by
+EMA = "target_encoder"
 
-def load_encoder(path, num_heads=None, num_frames=None, pos=None, which="target_encoder"):
-    """The frozen encoder in a weight file. Meta's files contain two: `which` "target_encoder" is
-    the EMA one, which serves evaluation and AC training, "encoder" the other.
+# names of V-JEPA 2.1's layers and no other's
+MARKS_OF_21 = ("patch_embed_img.", "img_mod_embed", "video_mod_embed", "norms_block.")
+
+
+def load_encoder(path, num_heads=None, num_frames=None, pos=None, which=EMA):
+    """The frozen encoder in a weight file. Meta's files contain two: `which` EMA is the one that
+    serves evaluation and AC training, "encoder" the other.
 
     `pos` is "rope" or "sincos". None goes by the released file's name, else by whether there is a
     `pos_embed` that is not all zero. `num_frames` is what a sincos table was made for (default 16).
-    ValueError for files that are not whole, or of another kind."""
+    V-JEPA 2.1 is known by the names of its layers. ValueError for files that are not whole, or of
+    another kind."""
     landmarks = ("patch_embed.proj.weight", "embeddings.patch_embeddings.proj.weight")
-    state = from_hugging_face(part_of(path, which, *landmarks))
+    state = from_hugging_face(part_of(path, which, *landmarks), path)
     kernel = state["patch_embed.proj.weight"]
     if kernel.ndim != 5:
         raise ValueError(
@@ -182,6 +198,14 @@ def load_encoder(path, num_heads=None, num_frames=None, pos=None, which="target_
         )
     width, _, tubelet_size, patch_size, _ = kernel.size()
     sizes = sizes_of(path, state, "blocks.", width, num_heads)
+    sizes |= {"patch_size": patch_size, "tubelet_size": tubelet_size}
+
+    if any(key.startswith(MARKS_OF_21) for key in state):
+        if pos not in (None, "rope"):
+            raise ValueError(f"{path}: pos={pos!r}, but this is a V-JEPA 2.1 file, which has rope")
+        with torch.device("meta"):
+            encoder = Encoder21(width, **sizes)
+        return load_strict(encoder, state, path).eval().requires_grad_(False)
 
     table = state.get("pos_embed")
     if pos is None:
@@ -200,7 +224,7 @@ def load_encoder(path, num_heads=None, num_frames=None, pos=None, which="target_
         sizes |= {"img_size": grid * patch_size, "num_frames": T * tubelet_size}
 
     with torch.device("meta"):
-        encoder = Encoder(width, **sizes, patch_size=patch_size, tubelet_size=tubelet_size, pos=pos)
+        encoder = Encoder(width, **sizes, pos=pos)
     return load_strict(encoder, state, path).eval().requires_grad_(False)
 
 
@@ -313,10 +337,27 @@ def unreadable(path, head, is_zip, error):
     return ValueError(f"{path}: these {path.stat().st_size} bytes are {reason}")
 
 
+def ema_part(path, state):
+    """The name of the EMA encoder in a file's dictionary: V-JEPA 2.1's distilled files, ViT-B and
+    ViT-L, call it ema_encoder, all others target_encoder."""
+    names = [name for name in (EMA, "ema_encoder") if name in state]
+    if len(names) > 1:
+        raise ValueError(
+            f"{path}: holds a target_encoder and an ema_encoder, and released files have one of"
+            " them (beside a distilled encoder the target may be its teacher): save the one you"
+            " want alone"
+        )
+    return names[0] if names else EMA
+
+
 def part_of(path, which, *landmarks):
     """The state dict `which` of the file (the file itself, when flat), without the prefix that
-    stands before the landmark key. ValueError unless exactly one key ends in a landmark."""
+    stands before the landmark key. ValueError unless exactly one key ends in a landmark, and all
+    keys of a part have its prefix."""
     state = read_file(path)
+    if which == EMA:
+        which = ema_part(path, state)
+    is_part = which in state
     state = state.get(which, state)
     if state is None:
         state = {}
@@ -339,6 +380,13 @@ def part_of(path, which, *landmarks):
             f" it has {shorten_list(state)}"
         )
     prefix = prefixes[0]
+    # a flat file may hold other models beside this one, a part of a file may not
+    outside = [key for key in state if not key.startswith(prefix)]
+    if is_part and outside:
+        raise ValueError(
+            f"{path}: {len(outside)} keys of {which!r} lack the prefix {prefix} of the others:"
+            f" {some(outside)}"
+        )
     part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     check_numbers(part, path)
     return part
@@ -368,13 +416,18 @@ def check_numbers(state, path):
             )
 
 
-def from_hugging_face(state):
-    """VJEPA2Model's encoder under Meta's names, with query, key and value merged. Any other state
-    is returned as it is."""
+def from_hugging_face(state, path):
+    """VJEPA2Model's encoder under Meta's names, with query, key and value merged. V-JEPA 2.1's
+    further layers go by the names in the open pull request (transformers #45497). Any other state
+    is returned as it is. ValueError for two keys that mean one layer."""
     merged = {}
     for key, value in state.items():
-        key = key.replace("embeddings.patch_embeddings", "patch_embed").replace("layernorm", "norm")
-        merged[key.replace("layer.", "blocks.").replace("attention.", "attn.")] = value
+        name = key.replace("embeddings.patch_embeddings", "patch_embed")
+        name = name.replace("layernorm", "norm").replace("embeddings.", "")
+        name = name.replace("layer.", "blocks.").replace("attention.", "attn.")
+        if name in merged:
+            raise ValueError(f"{path}: two of its keys, one of them {key}, mean {name}")
+        merged[name] = value
     for query in [k for k in merged if ".query." in k]:
         qkv = [query.replace("query", name) for name in ("query", "key", "value")]
         if all(k in merged for k in qkv):  # else load_strict lists them as unmatched
@@ -413,6 +466,13 @@ def load_strict(model, state, path):
         if key in expected and value.shape != expected[key].shape:
             misshapen.append(f"{key} {[*value.shape]}, not {[*expected[key].shape]}")
 
+    raise_unless_whole(path, missing, unmatched, misshapen)
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model
+
+
+def raise_unless_whole(path, missing, unmatched, misshapen):
+    """ValueError that lists the keys of a file that do not fit its model, if there are any."""
     problems = []
     lists = {"missing": missing, "unmatched": unmatched, "misshapen": misshapen}
     for kind, keys in lists.items():
@@ -420,9 +480,6 @@ def load_strict(model, state, path):
             problems.append(f"{len(keys)} {kind} keys: {shorten_list(keys)}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
-
-    model.to_empty(device="cpu").load_state_dict(state)
-    return model
 
 
 def shorten_list(names, most=20):
@@ -442,14 +499,22 @@ def shorten_list(names, most=20):
 # nn.Module in eval mode, with
 #
 #   patch_size      side of a patch, in pixels
-#   tubelet_size    frames that it merges into one step
+#   tubelet_size    frames that it merges into one step; 1 if it takes frames one by one
 #   embed_dim       D, width of its features
-#   parameters      whose dtype the input has, on whose device it lies
-#   encoder(video)  video (B, 3, T * tubelet_size, H, W), floats normalised with the mean and std of
-#                   ImageNet -> features (B, T * N, D) of N = (H / patch_size) * (W / patch_size)
-#                   patches, step by step, each row by row; not yet layer-normed
+#   picture_frames  frames that it takes for one picture, which --encode frame repeats that often;
+#                   may be left out, then tubelet_size
+#   parameters      of one float dtype, which its input has too, and on one device
+#   state_dict()    tensors by name, the same in every process: encoder_hash is made of them
+#   encoder(video)  video (B, 3, T * tubelet_size, H, W) for any B and T, or (B, 3, picture_frames,
+#                   H, W), where H = W = --crop_size is a multiple of patch_size. Pixels are 0 to 1,
+#                   less the mean and through the std of ImageNet (model.IMAGENET_MEAN, _STD); an
+#                   encoder that was trained on others converts them itself.
+#                   -> float features (B, T * N, D) of N = (H / patch_size) * (W / patch_size)
+#                   patches, step by step, each row by row, without class or register tokens; not
+#                   yet layer-normed (normalize_features does that)
 #
-# To use another one, return it from open_encoder: check_encoder says what it lacks.
+# To use another one, return it from open_encoder: check_encoder says what it lacks. PictureEncoder
+# in model.py is an example, open_dino below loads one.
 
 
 def check_encoder(encoder, name, crop_size):
@@ -457,51 +522,189 @@ def check_encoder(encoder, name, crop_size):
     not fit into crops of `crop_size` pixels."""
     lacks = []
     for attribute in ("patch_size", "tubelet_size", "embed_dim"):
-        value = getattr(encoder, attribute, None)
-        if not isinstance(value, int) or value < 1:
+        if not is_count(getattr(encoder, attribute, None)):
             lacks.append(f"{attribute} (a whole number)")
-    if not isinstance(encoder, nn.Module) or not any(True for _ in encoder.parameters()):
+    if not is_count(getattr(encoder, "picture_frames", 1)):
+        lacks.append("picture_frames that are a whole number")
+    if not isinstance(encoder, nn.Module):
         lacks.append("parameters (of an nn.Module)")
+    else:
+        lacks += missing_state(encoder)
     if lacks:
         raise ValueError(
             f"encoder {name}: {type(encoder).__name__} lacks {', '.join(lacks)}: weights.py says"
             " what an encoder must have, above check_encoder"
         )
     if crop_size % encoder.patch_size:
+        below = crop_size // encoder.patch_size * encoder.patch_size
+        fitting = [str(size) for size in (below, below + encoder.patch_size) if size]
         raise ValueError(
             f"--crop_size {crop_size} is no multiple of the encoder's patches of"
-            f" {encoder.patch_size} pixels"
+            f" {encoder.patch_size} pixels: choose {' or '.join(fitting)}"
         )
     if not isinstance(encoder, Encoder):
         check_features_of(encoder, name, crop_size)
 
 
+def is_count(value):
+    """Whether a value is a whole number from 1 on."""
+    return isinstance(value, int) and value >= 1
+
+
+def missing_state(encoder):
+    """What a module lacks to be a frozen encoder whose weights can be named: a list of phrases."""
+    lacks = []
+    if not any(True for _ in encoder.parameters()):
+        lacks.append("parameters (of an nn.Module)")
+    dtypes = sorted({str(p.dtype) for p in encoder.parameters()})
+    devices = sorted({str(p.device) for p in encoder.parameters()})
+    if len(dtypes) > 1 or len(devices) > 1:
+        lacks.append(f"one dtype and one device ({', '.join(dtypes + devices)})")
+    elif not all(p.is_floating_point() for p in encoder.parameters()):
+        lacks.append(f"float parameters (they are {dtypes[0]})")
+    if any(m.training for m in encoder.modules()):
+        lacks.append("eval mode (call .eval())")
+    if any(p.requires_grad for p in encoder.parameters()):
+        lacks.append("frozen parameters (call .requires_grad_(False))")
+    others = [k for k, v in encoder.state_dict().items() if not isinstance(v, torch.Tensor)]
+    if others:
+        lacks.append(f"a state_dict of tensors alone ({some(others, 4)})")
+    return lacks
+
+
 @torch.no_grad()
 def check_features_of(encoder, name, crop_size):
-    """Try somebody's encoder on two grey steps: ValueError unless it gives features (1, 2 N, D)."""
+    """Try somebody's encoder on two grey steps and on one picture: ValueError unless it gives
+    finite features (1, 2 N, D) and (1, N, D)."""
     weight = next(encoder.parameters())
-    video = weight.new_zeros(1, 3, 2 * encoder.tubelet_size, crop_size, crop_size)
-    features = encoder(video)
-    patches = (crop_size // encoder.patch_size) ** 2
-    expected = [1, 2 * patches, encoder.embed_dim]
-    shape = [*getattr(features, "shape", [])]
-    if shape != expected:
-        result = shape or type(features).__name__
+    N = (crop_size // encoder.patch_size) ** 2
+    tubelet = encoder.tubelet_size
+    for frames, steps in ((2 * tubelet, 2), (getattr(encoder, "picture_frames", tubelet), 1)):
+        video = weight.new_zeros(1, 3, frames, crop_size, crop_size)
+        begin = f"encoder {name}: from video {[*video.shape]}"
+        end = "weights.py says what is expected, above check_encoder"
+        try:
+            features = encoder(video)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+            raise ValueError(f"{begin} it makes no features ({reason}): {end}") from e
+
+        expected = [1, steps * N, encoder.embed_dim]
+        shape = [*getattr(features, "shape", [])]
+        if shape != expected:
+            result = shape or type(features).__name__
+            raise ValueError(f"{begin} it makes {result}, not features {expected}: {end}")
+        if not features.is_floating_point() or not features.isfinite().all():
+            kind = str(features.dtype).removeprefix("torch.")
+            raise ValueError(f"{begin} it makes {kind} that are no finite floats: {end}")
+
+
+# model_type in the config.json of models for pictures that transformers opens
+DINO = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+
+
+def model_type_of(path):
+    """What the config.json of a Hugging Face folder calls its model; None for a file, or a folder
+    without one. ValueError if it cannot be read."""
+    config = os.path.join(path, "config.json")
+    if not os.path.exists(config):
+        return None
+    with open(config, "rb") as f:
+        text = f.read()
+    try:
+        kind = json.loads(text)["model_type"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{config}: no JSON with a model_type: copy the folder again") from e
+    return str(kind)
+
+
+def open_dino(folder):
+    """DINOv2 or DINOv3 of a Hugging Face folder (config.json, model.safetensors) as a frozen
+    encoder of single frames, in fp32. ValueError unless every weight is in the file, and no
+    other."""
+    try:
+        import transformers
+    except ImportError as e:
         raise ValueError(
-            f"encoder {name}: from video {[*video.shape]} it makes {result}, not features"
-            f" {expected}: weights.py says what is expected, above check_encoder"
+            f"--encoder {folder} is opened by the package transformers, which is not here: pip"
+            " install transformers"
+        ) from e
+    check_picture_norm(folder)
+
+    # transformers reports what does not fit in a table, and fills what is missing with random
+    # numbers: the same is an error here
+    log = transformers.utils.logging
+    verbosity = log.get_verbosity()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        backbone, report = transformers.AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except SafetensorError as e:
+        raise ValueError(f"{folder}: its weights cannot be read ({e}): copy it again") from e
+    finally:
+        log.set_verbosity(verbosity)
+    misshapen = []
+    for key, shape, expected in sorted(report["mismatched_keys"]):
+        misshapen.append(f"{key} {[*shape]}, not {[*expected]}")
+    missing = sorted(report["missing_keys"])
+    raise_unless_whole(folder, missing, sorted(report["unexpected_keys"]), misshapen)
+    check_numbers(backbone.state_dict(), folder)
+
+    config = backbone.config
+    extra_tokens = 1 + getattr(config, "num_register_tokens", 0)  # the class token comes first
+    encoder = PictureEncoder(backbone, config.hidden_size, config.patch_size, extra_tokens)
+    return encoder.eval().requires_grad_(False)
+
+
+def check_picture_norm(folder):
+    """ValueError if the pictures that a folder's model was trained on were not normalised with the
+    mean and std of ImageNet, which is what encoders get."""
+    path = os.path.join(folder, "preprocessor_config.json")
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as f:
+        text = f.read()
+    try:
+        config = json.loads(text)
+        mean = [float(x) for x in config.get("image_mean", IMAGENET_MEAN)]
+        std = [float(x) for x in config.get("image_std", IMAGENET_STD)]
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: no JSON with image_mean and image_std: copy it again") from e
+    if not np.allclose([mean, std], [IMAGENET_MEAN, IMAGENET_STD], atol=1e-3):
+        raise ValueError(
+            f"{path}: its pictures have mean {mean} and std {std}, and encoders get ImageNet's:"
+            " convert them in PictureEncoder.forward (model.py)"
         )
 
 
 def open_encoder(name, crop_size, frames_per_clip):
     """The frozen encoder of a path, URL or released name (fetched once, by rank 0, into the cache
-    folder), or of an architecture with seeded random weights (a message says so)."""
+    folder), or of an architecture with seeded random weights (a message says so). A path may be a
+    Hugging Face folder: config.json says of which model."""
     if name in ARCHITECTURES:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"encoder {name}: RANDOM weights (seed 0), for demos and tests")
         encoder = build_encoder(name, crop_size, frames_per_clip)
     else:
-        encoder = load_encoder(fetch(name))
+        path = fetch(name)
+        kind = model_type_of(path)
+        if kind in DINO:
+            encoder = open_dino(path)
+        elif kind is None or kind.startswith("vjepa"):
+            encoder = load_encoder(path)
+        else:
+            raise ValueError(
+                f"--encoder {name}: its config.json says model_type {kind}, and vjepa2,"
+                f" {', '.join(DINO)} are known: write an adapter, weights.py says how above"
+                " check_encoder"
+            )
     check_encoder(encoder, name, crop_size)
     return encoder
 

@@ -253,6 +253,7 @@ class Foreign(nn.Module):
     def __init__(self):
         super().__init__()
         self.proj = nn.Linear(3 * 2 * 8 * 8, 12)
+        self.eval().requires_grad_(False)
 
     def forward(self, video):
         B, _, frames, H, W = video.size()
