@@ -385,7 +385,7 @@ def part_of(path, which, *landmarks):
     if is_part and outside:
         raise ValueError(
             f"{path}: {len(outside)} keys of {which!r} lack the prefix {prefix} of the others:"
-            f" {some(outside)}"
+            f" {shorten_list(outside)}"
         )
     part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     check_numbers(part, path)
@@ -568,7 +568,7 @@ def missing_state(encoder):
         lacks.append("frozen parameters (call .requires_grad_(False))")
     others = [k for k, v in encoder.state_dict().items() if not isinstance(v, torch.Tensor)]
     if others:
-        lacks.append(f"a state_dict of tensors alone ({some(others, 4)})")
+        lacks.append(f"a state_dict of tensors alone ({shorten_list(others, 4)})")
     return lacks
 
 
