@@ -325,6 +325,8 @@ class Encoder21(Encoder):
 
         # the blocks after which a level of features can be read, counted from 0
         self.levels = [quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)]
+        if depth == 48:
+            self.levels[2] = 37  # Meta's third level of ViT-G is no quarter
         del self.norm  # the base class's
         self.norms_block = nn.ModuleList(nn.LayerNorm(embed_dim, eps=1e-6) for _ in self.levels)
 
