@@ -4,20 +4,17 @@ against the released files' counts; DINO from a Hugging Face folder; the contrac
 import functools
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_train import fails, numbers, run
 from torch import nn
 
 import weights
 from model import Encoder, Encoder21, PictureEncoder, encode_steps, grid_positions, rope_tables
 from weights import load_encoder, open_encoder
-
-ROOT = Path(__file__).parent.parent
 
 # --- V-JEPA 2.1 ---
 
@@ -424,55 +421,45 @@ def test_folders_of_other_models_are_named(tmp_path):
 # --- from the command line ---
 
 
-def command(*flags):
-    """Run one of our scripts. (exit code, what it printed)."""
-    done = subprocess.run(
-        [sys.executable, *map(str, flags)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout
+@pytest.fixture(scope="module")
+def scaler(tmp_path_factory, shards):
+    """Action statistics of the first shard."""
+    folder = tmp_path_factory.mktemp("scaler")
+    flags = ["--data", shards / "shard-000000.tar", "--output", folder / "s.pkl"]
+    run(folder, "fit_scaler.py", *flags, "--num_workers 0")
+    return folder / "s.pkl"
 
 
+@pytest.mark.usefixtures("forkserver")
 @pytest.mark.parametrize("kind", ["dinov2", "vjepa2_1"])
-def test_a_run_on_a_frozen_encoder_of_another_kind(tmp_path, shards, kind):
+def test_a_run_on_a_frozen_encoder_of_another_kind(tmp_path, shards, scaler, kind):
     """Bug: a script asks an encoder for what only V-JEPA 1 and 2 have (patch_embed.proj, norm), or
     features made once are not those of training on video."""
-    side = 32
     encoder = tmp_path / "encoder"
+    size = "--encode frame --crop_size 28"
     if kind == "dinov2":
         dino(encoder, "dinov2")
-        side = 28
     else:
+        # sizes of vit_tiny, so that the number of heads is known
         encoder = file_of_21(tmp_path / "tiny.pt", small_state(width=192, hidden=768))
-    video = shards / "shard-000000.tar"
-    features = tmp_path / "features"
-    scaler = tmp_path / "scaler.pkl"
-    how = ["--encode", "frame", "--crop_size", side]
-    code, text = command("fit_scaler.py", "--data", video, "--output", scaler, "--num_workers", 0)
-    assert code == 0, text
-    flags = ["--data", video, "--out", features, "--encoder", encoder, *how]
-    code, text = command("encode.py", *flags)
-    assert code == 0, text
+        size = "--encode frame --crop_size 32"
+    data = ["--data", shards / "shard-{000000..000001}.tar", "--encoder", encoder]
+    run(tmp_path, "encode.py", *data, "--out", tmp_path / "features", size)
 
-    # lr 0 and standardised features: losses depend on the features alone
-    flags = ["--scaler", scaler, *how, "--pred_dim", 24, "--pred_depth", 1, "--pred_heads", 2]
-    flags += ["--batch_size", 2, "--num_workers", 0, "--epochs", 1, "--ipe", 2, "--warmup", 0]
-    flags += ["--anneal", 0, "--log_every", 1, "--frames_per_clip", 8, "--val_clips", 8]
+    # a learning rate of 0: the losses depend on the features alone
+    flags = ["--scaler", scaler, size, "--pred_dim 24 --pred_depth 1 --pred_heads 2 --batch_size 2"]
+    flags.append("--num_workers 0 --epochs 1 --ipe 2 --warmup 0 --anneal 0 --lr 0 --start_lr 0")
+    flags.append("--frames_per_clip 8 --val_clips 16 --log_every 1")
     losses = {}
-    for name, data in (("video", video), ("features", features / "shard-000000.tar")):
-        out = tmp_path / name
-        data = ["--data", data, "--val_data", data, "--encoder", encoder]
-        code, text = command("train_ac.py", *flags, *data, "--out_dir", out, "--lr", 0)
-        assert code == 0, text
-        with open(out / "val.csv") as f:
-            header, row = (line.strip().split(",") for line in f)
-        losses[name] = float(row[header.index("jloss")])
+    for name, folder in (("video", shards), ("features", tmp_path / "features")):
+        data = ["--data", folder / "shard-000000.tar", "--val_data", folder / "shard-000001.tar"]
+        if name == "video":
+            data += ["--encoder", encoder]
+        run(tmp_path, "train_ac.py", *flags, *data, "--out_dir", tmp_path / name)
+        losses[name] = numbers(tmp_path / name, "jloss", log="val.csv").item()
     assert losses["features"] == pytest.approx(losses["video"], rel=0.02)
 
     if kind == "dinov2":
-        code, text = command("train_ac.py", *flags, *data, "--out_dir", out / "2", "--save_encoder")
-        assert code and "--save_encoder writes Meta's layout, and" in text
-        assert "Traceback" not in text
+        data = ["--data", shards / "shard-000000.tar", "--val_clips 0", "--encoder", encoder]
+        error = fails(tmp_path, "train_ac.py", *flags, *data, "--save_encoder")
+        assert f"--save_encoder writes Meta's layout, and --encoder {encoder} is no V-JEPA" in error
