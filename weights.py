@@ -548,7 +548,7 @@ def check_encoder(encoder, name, crop_size):
 
 def is_count(value):
     """Whether a value is a whole number from 1 on."""
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def missing_state(encoder):

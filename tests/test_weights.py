@@ -243,12 +243,13 @@ def test_build_encoder_is_seeded():
 
 
 class Foreign(nn.Module):
-    """Somebody's encoder: it keeps the contract."""
+    """Somebody's encoder: it keeps the contract, unless it is told to break it."""
 
     patch_size = 8
     tubelet_size = 2
     embed_dim = 12
     lost = 0
+    scale = 1.0
 
     def __init__(self):
         super().__init__()
@@ -259,26 +260,50 @@ class Foreign(nn.Module):
         B, _, frames, H, W = video.size()
         x = video.unfold(2, 2, 2).unfold(3, 8, 8).unfold(4, 8, 8)
         x = x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(1, 3)
-        return self.proj(x)[:, self.lost :]
+        return self.proj(x)[:, self.lost :] / self.scale
+
+
+class WithNotes(Foreign):
+    """Its state dict has an entry that is no tensor."""
+
+    def get_extra_state(self):
+        return {"note": "mine"}
 
 
 def test_an_encoder_of_ones_own_is_told_what_it_lacks():
-    """Bug: an encoder without patch_size, or one that adds a class token, fails somewhere inside
-    with an AttributeError or a shape that does not fit."""
+    """Bug: an encoder without patch_size, one that adds a class token, or one in training mode,
+    fails somewhere inside with an AttributeError or a shape that does not fit, or trains on
+    dropout."""
     weights.check_encoder(Foreign(), "own", 64)
     for attribute, value, reason in (
         ("patch_size", None, "lacks patch_size"),
         ("patch_size", 16.0, "lacks patch_size"),
         ("tubelet_size", 0, "lacks tubelet_size"),
         ("embed_dim", "12", "lacks embed_dim"),
+        ("embed_dim", True, "lacks embed_dim"),
+        ("picture_frames", 0, "lacks picture_frames"),
         ("embed_dim", 13, r"makes \[1, 128, 12\], not features \[1, 128, 13\]"),
         ("lost", 1, r"makes \[1, 127, 12\], not features \[1, 128, 12\]"),
-        ("patch_size", 24, "--crop_size 64 is no multiple of the encoder's patches of 24"),
+        ("scale", 0.0, "makes float32 that are no finite floats"),
+        ("scale", "x", r"makes no features \(TypeError: unsupported operand"),
+        ("picture_frames", 1, r"from video \[1, 3, 1, 64, 64\] it makes no features \(RuntimeE"),
+        ("picture_frames", 4, r"makes \[1, 128, 12\], not features \[1, 64, 12\]"),
+        (
+            "patch_size",
+            24,
+            "--crop_size 64 is no multiple .* patches of 24 pixels: choose 48 or 72",
+        ),
+        ("training", True, r"lacks eval mode \(call .eval\(\)\)"),
+        ("second", nn.Linear(1, 1), r"lacks eval mode .*frozen parameters \(call .requires_grad_"),
+        ("second", Foreign().double(), r"lacks one dtype .*\(torch.float32, torch.float64, cpu\)"),
+        ("second", WithNotes(), r"lacks a state_dict of tensors alone \(second._extra_state\)"),
     ):
         encoder = Foreign()
         setattr(encoder, attribute, value)
         with pytest.raises(ValueError, match=reason):
             weights.check_encoder(encoder, "own", 64)
+    with pytest.raises(ValueError, match=r"lacks patch_size .*, parameters \(of an nn.Module\)"):
+        weights.check_encoder(nn.Identity().eval(), "own", 64)
 
 
 # --- strictness ---
