@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import fails, numbers, run
 from torch import nn
 
 import weights
 from model import Encoder, Encoder21, PictureEncoder, encode_steps, grid_positions, rope_tables
+from tests.harness import fails, numbers, run
 from weights import load_encoder, open_encoder
 
 # --- V-JEPA 2.1 ---
