@@ -630,6 +630,11 @@ def open_dino(folder):
             " install transformers"
         ) from e
     check_picture_norm(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{folder}: quantised weights are not read: save them in float32 or bfloat16"
+        )
 
     # transformers reports what does not fit in a table, and fills what is missing with random
     # numbers: the same is an error here
@@ -640,6 +645,7 @@ def open_dino(folder):
     try:
         backbone, report = transformers.AutoModel.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
@@ -657,7 +663,6 @@ def open_dino(folder):
     raise_unless_whole(folder, missing, sorted(report["unexpected_keys"]), misshapen)
     check_numbers(backbone.state_dict(), folder)
 
-    config = backbone.config
     extra_tokens = 1 + getattr(config, "num_register_tokens", 0)  # the class token comes first
     encoder = PictureEncoder(backbone, config.hidden_size, config.patch_size, extra_tokens)
     return encoder.eval().requires_grad_(False)

@@ -392,6 +392,14 @@ def test_dino_is_loaded_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--crop_size 64 is no multiple .*14 pixels: choose 56 or"):
         open_encoder(str(tmp_path), 64, 16)
 
+    config = tmp_path / "config.json"
+    text = config.read_text()
+    eight_bits = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config.write_text(json.dumps(json.loads(text) | {"quantization_config": eight_bits}))
+    with pytest.raises(ValueError, match="quantised weights are not read"):
+        open_encoder(str(tmp_path), 28, 16)
+    config.write_text(text)
+
     norm = tmp_path / "preprocessor_config.json"
     norm.write_text(json.dumps({"image_mean": [0.43, 0.411, 0.296], "image_std": [0.2] * 3}))
     with pytest.raises(ValueError, match="preprocessor_config.json: its pictures have mean"):
