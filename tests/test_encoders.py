@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,12 +19,22 @@ from weights import load_encoder, open_encoder
 
 # --- V-JEPA 2.1 ---
 
-# ARCHITECTURES' name, heads, parameters, tensors of the encoder in each released file
+
+class Released(NamedTuple):
+    """The encoder in a released file."""
+
+    arch: str  # a key of ARCHITECTURES
+    heads: int
+    parameters: int
+    tensors: int
+    levels: list
+
+
 RELEASED_21 = {
-    "vjepa2_1_vitb": ("vit_base_16", 12, 86_833_152, 158),
-    "vjepa2_1_vitl": ("vit_large_16", 16, 304_680_960, 302),
-    "vjepa2_1_vitg": ("vit_giant_xformers", 22, 1_013_267_968, 494),
-    "vjepa2_1_vitG": ("vit_gigantic_xformers", 26, 1_845_216_768, 590),
+    "vjepa2_1_vitb": Released("vit_base_16", 12, 86_833_152, 158, [2, 5, 8, 11]),
+    "vjepa2_1_vitl": Released("vit_large_16", 16, 304_680_960, 302, [5, 11, 17, 23]),
+    "vjepa2_1_vitg": Released("vit_giant_xformers", 22, 1_013_267_968, 494, [9, 19, 29, 39]),
+    "vjepa2_1_vitG": Released("vit_gigantic_xformers", 26, 1_845_216_768, 590, [11, 23, 37, 47]),
 }
 
 
@@ -86,6 +97,12 @@ def norm64(x, weight, bias):
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
 
 
+def rotate64(x, turn):
+    """Each pair of dims (n, hd) as a complex number, times `turn` (n, hd / 2)."""
+    pairs = torch.view_as_complex(x.reshape(len(x), -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(1)
+
+
 def forward64(state, video, heads=HEADS):
     """V-JEPA 2.1 by its description, one video (3, frames, H, W): rotation as complex numbers,
     patches cut by hand. Returns the four levels (T*N, D)."""
@@ -94,7 +111,9 @@ def forward64(state, video, heads=HEADS):
     kind = "img" if video.shape[1] == 1 else "video"
     tubelet = 1 if kind == "img" else 2
     proj = "patch_embed_img.proj" if kind == "img" else "patch_embed.proj"
-    T, H, W = video.shape[1] // tubelet, video.shape[2] // 16, video.shape[3] // 16
+    T = video.shape[1] // tubelet
+    H = video.shape[2] // 16
+    W = video.shape[3] // 16
 
     tokens = []
     positions = []
@@ -108,7 +127,8 @@ def forward64(state, video, heads=HEADS):
                 x = col * 15 / (W - 1) if W > 1 else 0.0
                 positions.append((float(t), y, x))
     x = torch.stack(tokens) + w[f"{kind}_mod_embed"][0, 0]
-    hd = x.shape[1] // heads
+    width = x.shape[1]
+    hd = width // heads
 
     # one factor e^(i angle) for each pair of dims: time, rows, columns; the rest stays
     pairs = hd // 3 // 2
@@ -126,11 +146,11 @@ def forward64(state, video, heads=HEADS):
         qkv = h @ w[b + "attn.qkv.weight"].T + w[b + "attn.qkv.bias"]
         outputs = []
         for head in range(heads):
-            q, k, v = (part[:, head * hd : (head + 1) * hd] for part in qkv.chunk(3, dim=1))
-            q = torch.view_as_real(torch.view_as_complex(q.reshape(-1, hd // 2, 2)) * turn)
-            k = torch.view_as_real(torch.view_as_complex(k.reshape(-1, hd // 2, 2)) * turn)
-            score = (q.flatten(1) @ k.flatten(1).T / math.sqrt(hd)).softmax(-1)
-            outputs.append(score @ v)
+            mine = slice(head * hd, (head + 1) * hd)
+            q = rotate64(qkv[:, :width][:, mine], turn)
+            k = rotate64(qkv[:, width : 2 * width][:, mine], turn)
+            v = qkv[:, 2 * width :][:, mine]
+            outputs.append((q @ k.T / math.sqrt(hd)).softmax(-1) @ v)
         h = torch.cat(outputs, dim=1) @ w[b + "attn.proj.weight"].T + w[b + "attn.proj.bias"]
         x = x + h
         h = norm64(x, w[b + "norm2.weight"], w[b + "norm2.bias"])
@@ -145,19 +165,20 @@ def forward64(state, video, heads=HEADS):
 def test_released_21_has_these_tensors(name):
     """Bug: a layer too many, too few or of another size, so the released file is refused; ViT-g or
     ViT-G read with 16 heads, which no shape would show."""
-    arch, heads, parameters, count = RELEASED_21[name]
-    width, depth, _, hidden = weights.ARCHITECTURES[arch]
-    shapes = shapes_of_21(width, depth, hidden)
+    released = RELEASED_21[name]
+    size = weights.ARCHITECTURES[released.arch]
+    shapes = shapes_of_21(size.width, size.depth, size.mlp_dim)
     state = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-    sizes = weights.sizes_of(name, state, "blocks.", width, None)
-    assert sizes == {"depth": depth, "num_heads": heads, "mlp_dim": hidden}
+    sizes = weights.sizes_of(name, state, "blocks.", size.width, None)
+    expected = {"depth": size.depth, "num_heads": released.heads, "mlp_dim": size.mlp_dim}
+    assert sizes == expected
     with torch.device("meta"):
-        encoder = Encoder21(width, **sizes)
+        encoder = Encoder21(size.width, **sizes)
     own = {k: tuple(v.shape) for k, v in encoder.state_dict().items()}
     assert own == shapes
-    assert sum(map(math.prod, own.values())) == parameters and len(own) == count
-    levels = {12: [2, 5, 8, 11], 24: [5, 11, 17, 23], 40: [9, 19, 29, 39], 48: [11, 23, 37, 47]}
-    assert encoder.levels == levels[depth]
+    assert sum(map(math.prod, own.values())) == released.parameters
+    assert len(own) == released.tensors
+    assert encoder.levels == released.levels
 
 
 @pytest.mark.parametrize("size", [(3, 4, 48, 80), (1, 1, 48, 80), (1, 2, 16, 48), (1, 1, 48, 16)])
@@ -165,10 +186,9 @@ def test_21_is_its_description(tmp_path, size):
     """Bug: V-JEPA 2's tiled frequencies, rows and columns that are not scaled (or divided by zero
     for a side of one patch), a picture taken through the video's patch embedding or repeated, the
     wrong one of the modality embeddings, or another norm at the end."""
-    B, frames, height, width = size
     encoder = load_encoder(file_of_21(tmp_path / "a.pt", small_state()), num_heads=HEADS)
     assert isinstance(encoder, Encoder21)
-    video = torch.randn(B, 3, frames, height, width, generator=torch.Generator().manual_seed(1))
+    video = torch.randn(size[0], 3, *size[1:], generator=torch.Generator().manual_seed(1))
     expected = [forward64(small_state(), clip) for clip in video]
     levels = encoder(video, out_layers=[0, 1, 2, 3])
     for level, features in enumerate(levels):
