@@ -300,7 +300,7 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     assert [r.key for r in records] == ["new"]
     assert not bad
     assert "torn.mp4" in probed.text
-    assert "labelled 1 recordings" in probed.text
+    assert "labelled 1 recording of" in probed.text
 
     with tarfile.open(probed.labelled) as tar:
         assert tar.extractfile("new.mp4").read() == probed.video
