@@ -57,7 +57,7 @@ def parse_flags():
     flag("--task", nargs="+", choices=TASKS, help="(default: all; motion without a run)")
     flag("--horizon", type=int, default=3, help="anticipation and motion: steps ahead")
     flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
-    flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
+    flag("--lines", nargs="+", help="features: the shards they are from, for --label_field, motion")
     flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
     flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
 

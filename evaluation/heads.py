@@ -618,10 +618,10 @@ def comparison_table(reports):
 
     # names of files are long: their ends tell them apart
     width = max(12, *(min(len(name), 24) + 2 for name in columns))
-    yield f"{'the better of both heads':38}" + "".join(f"{c[-24:]:>{width}}" for c in columns)
+    yield f"{'the better of both heads':42}" + "".join(f"{c[-24:]:>{width}}" for c in columns)
     for row in names:
         cells = "".join(f"{rows.get(row, math.nan):{width}.3f}" for rows in columns.values())
-        yield f"  {row:36}" + cells
+        yield f"  {row:40}" + cells
 
 
 def classify_table(scores, column):
