@@ -54,7 +54,7 @@ def parse_flags():
 
     # what to read from them
     flag = parser.add_argument_group("tasks").add_argument
-    flag("--task", nargs="+", choices=TASKS, help="(default: all; motion without a run)")
+    flag("--task", nargs="+", choices=TASKS, help="(default: all; motion only without a run)")
     flag("--horizon", type=int, default=3, help="anticipation and motion: steps ahead")
     flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
     flag("--lines", nargs="+", help="features: the shards they are from, for --label_field, motion")
@@ -253,12 +253,6 @@ def shards_with_lines(records, lines):
     if lines:
         records, _ = open_records(lines)
     return {r.recording: r for r in records if "jsonl" in r.members}
-
-
-def labels_from_lines(field, clips, records, lines, reader):
-    """line_labels of clips; lines: shards that features were made from, or None."""
-    with_lines = shards_with_lines(records, lines)
-    return [line_labels(c, field, with_lines, reader) for c in clips]
 
 
 # --- how far the player moves ---
@@ -609,6 +603,17 @@ if __name__ == "__main__":
     encoders = args.encoder or [settings["encoder"] if has_video else None]
     if encoders == [None] and (args.label or has_video):
         raise ValueError("encoding video needs the weights: name the --encoder")
+
+    # how far the player moves is in the lines, which features do not have
+    shards = shards_with_lines(records, args.lines)
+    if "motion" in tasks and not shards:
+        remedy = "name the shards that the features were made from with --lines"
+        if tasks == ["motion"]:
+            raise ValueError(f"--task motion: features have no lines; {remedy}")
+        print(f"note: no motion, because features have no lines; {remedy}")
+        tasks.remove("motion")
+
+    # frames are cut as the run was trained on them
     decoder = decoder_for(records, None, settings)
     reader = play_reader(settings, None, decoder)
 
@@ -667,9 +672,8 @@ if __name__ == "__main__":
             if args.labels:
                 labels = labels_from_csv(args.labels, (train, val), records)
             else:
-                labels = labels_from_lines(
-                    args.label_field, (train, val), records, args.lines, reader
-                )
+                field = args.label_field
+                labels = [line_labels(c, field, shards, reader) for c in (train, val)]
 
             # from mean and std over the steps of a clip: a label is of all of it
             what = args.label_field or args.labels
@@ -702,7 +706,6 @@ if __name__ == "__main__":
 
         # --- motion: of the player, over several steps ---
         if "motion" in tasks:
-            shards = shards_with_lines(records, args.lines)
             y, y_val = (motion_labels(c, shards, reader, args.horizon) for c in (train, val))
             report["motion"] = motion(train, val, dev, y, y_val, args.steps, args.horizon)
             print(*motion_table(report["motion"], args.horizon * step_seconds), sep="\n")
