@@ -157,11 +157,13 @@ class RidgeHead:
 
         # one penalty for each column: the one with the least error on the dev rows
         ridges = [Ridge(alpha=share * fit.sum()).fit(x[fit], y[fit]) for share in PENALTIES]
-        errors = [((ridge.predict(x[dev]) - y[dev]) ** 2).mean(0) for ridge in ridges]
+        # (a ridge of one column answers (n,), not (n, 1))
+        guesses = [ridge.predict(x[dev]).reshape(y[dev].shape) for ridge in ridges]
+        errors = [((guess - y[dev]) ** 2).mean(0) for guess in guesses]
         best = np.argmin(errors, axis=0)
         columns = np.arange(len(best))
-        self.weight = np.stack([ridge.coef_ for ridge in ridges])[best, columns]
-        self.bias = np.stack([ridge.intercept_ for ridge in ridges])[best, columns]
+        self.weight = np.stack([np.atleast_2d(r.coef_) for r in ridges])[best, columns]
+        self.bias = np.stack([np.atleast_1d(r.intercept_) for r in ridges])[best, columns]
         return self
 
     def components(self, x):
