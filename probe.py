@@ -3,23 +3,27 @@ gameplay that has none.
 
     python probe.py --checkpoint out/demo --data 'demo/features/train/*.tar' \\
         --val_data 'demo/features/val/*.tar'
-    python probe.py --encoder vit_tiny --crop_size 32 --fps 10 --data 'demo/train/*.tar' \\
-        --val_data 'demo/val/*.tar' --label_field hotbar
+    python probe.py --encoder vit_tiny my_encoder.pt --crop_size 32 --fps 10 \\
+        --data 'demo/train/*.tar' --val_data 'demo/val/*.tar' --label_field hotbar
     python probe.py --checkpoint out/demo --encoder vit_tiny --task inverse \\
         --label new.tar --out labelled.tar
 
 A linear and an attentive head for each --task: inverse (steps t, t+1 -> action t, with a checkpoint
-on predicted steps too), anticipation (steps t-1, t -> the actions that follow) and classify (clip
--> label). Fitted on --data, tested on --val_data, which are other recordings; a tenth of the
-fitting recordings chooses ridge penalties and thresholds. Prints tables, writes probe.json. --label
-writes a shard of videos and the JSONL lines that the attentive inverse probe gives them."""
+on predicted steps too), anticipation (steps t-1, t -> the actions that follow), motion (two steps
+-> how far the player has turned and walked) and classify (clip -> label). Without a checkpoint
+several encoders are compared, in one table at the end.
+
+Fitted on --data, tested on --val_data, which are other recordings; a tenth of the fitting
+recordings chooses ridge penalties and thresholds. Prints tables, writes probe.json. --label writes
+a shard of videos and the JSONL lines that the attentive inverse probe gives them."""
 
 import argparse
 
 from evaluation.flags import Help
 
-# what can be read from features: the action between two steps, the actions that follow, a label
-TASKS = ["inverse", "anticipation", "classify"]
+# what can be read from features: the action between two steps, the actions that follow, how far the
+# player moves, a label
+TASKS = ["inverse", "anticipation", "motion", "classify"]
 
 # names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -43,15 +47,17 @@ def parse_flags():
     flag("--checkpoint", help="a run of train_ac.py: its predictions are probed too")
     flag("--data", "--data_path", **repeated, help="shards to fit on (default: the run's)")
     flag("--val_data", **repeated, help="shards to test on (default: the run's)")
-    flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
+    flag(
+        "--encoder", nargs="+", help="weights for video; several are compared (default: the run's)"
+    )
     flag("--out", help="folder of probe.json (default: the checkpoint's); with --label the shard")
 
     # what to read from them
     flag = parser.add_argument_group("tasks").add_argument
-    flag("--task", nargs="+", choices=TASKS, help="(default: all; classify with a label)")
-    flag("--horizon", type=int, default=3, help="anticipation: actions ahead")
+    flag("--task", nargs="+", choices=TASKS, help="(default: all; motion only without a run)")
+    flag("--horizon", type=int, default=3, help="anticipation and motion: steps ahead")
     flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
-    flag("--lines", nargs="+", help="classify features by --label_field: the shards they are from")
+    flag("--lines", nargs="+", help="features: the shards they are from, for --label_field, motion")
     flag("--labels", metavar="FILE.csv", help="classify: labels of recordings, columns key,label")
     flag("--label", metavar="IN.tar", help="write lines for this shard's videos; needs the encoder")
 
@@ -90,6 +96,8 @@ def parse_flags():
     # what is probed unless --task says so: classify needs to know what to classify
     if not args.task:
         args.task = ["inverse", "anticipation"]
+        if not args.checkpoint:
+            args.task.append("motion")
         if args.label_field or args.labels:
             args.task.append("classify")
     if "classify" in args.task and bool(args.label_field) == bool(args.labels):
@@ -100,6 +108,8 @@ def parse_flags():
     # a shard is labelled by the inverse head
     if args.label and "inverse" not in args.task:
         parser.error("--label needs --task inverse, which fits what it labels with")
+    if len(args.encoder or []) > 1 and (args.checkpoint or args.label):
+        parser.error("--encoder: a run has one encoder, and so has --label; name only one")
     if args.label and not (args.out or "").endswith(".tar"):
         parser.error("--label needs the shard to write: --out OUT.tar")
     return args
@@ -127,9 +137,12 @@ from evaluation.heads import (
     anticipation_table,
     classify,
     classify_table,
+    comparison_table,
     inverse,
     inverse_table,
     load,
+    motion,
+    motion_table,
     pool,
 )
 from evaluation.held_out import precision_of, precision_text
@@ -234,13 +247,71 @@ def labels_from_csv(path, clips, records):
     return [np.array([label_of.get(r.recording, "") for r, _ in c["place"]]) for c in clips]
 
 
-def labels_from_lines(field, clips, records, lines, reader):
-    """line_labels of clips; lines: shards that features were made from, or None."""
+def shards_with_lines(records, lines):
+    """{recording: record with lines}; lines: shards that features were made from, or None."""
     # features name the recording; the shards that they were made from have its lines
     if lines:
         records, _ = open_records(lines)
-    with_lines = {r.recording: r for r in records if "jsonl" in r.members}
-    return [line_labels(c, field, with_lines, reader) for c in clips]
+    return {r.recording: r for r in records if "jsonl" in r.members}
+
+
+# --- how far the player moves ---
+
+
+def paths_of(record):
+    """Where the player of a recording looks and stands at each tick: yaw, pitch in radians, x, z in
+    blocks (ticks, 4); nan where the lines do not say where."""
+    text, ticks = lines_of(record)
+    path = np.full((len(text), 4), math.nan)
+    path[:, :2] = ticks.motion[:, 2:]
+    for i, line in enumerate(text):
+        fields = json.loads(line)
+        if "xpos" in fields and "zpos" in fields:
+            path[i, 2:] = fields["xpos"], fields["zpos"]
+    return path
+
+
+def motion_labels(clips, shards, reader, ahead):
+    """How far the player turns and walks from each step t to step t + ahead, (n, T - ahead, 4), in
+    the order of heads.MOVES: yaw and pitch in radians, forward and to the right in blocks, as seen
+    from step t. shards: records with lines, by recording."""
+    # the tick of each step, from the start of its clip
+    each = reader.frames_per_step
+    shown = each * np.arange(reader.frames // each)
+    if reader.encode == "tubelet":
+        shown += each - 1
+
+    labels = []
+    cached = {}
+    for record, window in clips["place"]:
+        # lines are read once a recording
+        source = shards.get(record.recording)
+        if source is None:
+            raise ValueError(
+                f"{record.shard} holds features, which have no lines, and no --lines shard holds"
+                f" {record.recording}: name it, or leave motion out of --task"
+            )
+        if record.recording not in cached:
+            rate = read_ticks(source).rate
+            cached[record.recording] = paths_of(source), step_size(rate, reader.fps)
+        path, stride = cached[record.recording]
+
+        # features may start at a later tick
+        start = 0
+        if "safetensors" in record.members:
+            start = int(record.key.rpartition("@")[2])
+        ticks = start + (window * reader.frames + shown) * stride
+        before = path[ticks[:-ahead]]
+        moved = path[ticks[ahead:]] - before
+
+        # a turn over the half circle is a small one the other way; yaw 0 looks along z, as in
+        # Minecraft, and grows to the right
+        sine, cosine = np.sin(before[:, 0]), np.cos(before[:, 0])
+        x, z = moved[:, 2], moved[:, 3]
+        forward = cosine * z - sine * x
+        right = -cosine * x - sine * z
+        labels.append(np.stack([wrap(moved[:, 0]), moved[:, 1], forward, right], axis=1))
+    return np.array(labels)
 
 
 # --- labels for gameplay that has none ---
@@ -478,7 +549,7 @@ if __name__ == "__main__":
             "val_data": args.val_data,
             "val_fraction": 0.0,
             "cache_dir": None,
-            "encoder": args.encoder,
+            "encoder": None,
             "frames_per_clip": args.frames_per_clip,
             "fps": args.fps,
             "frames_per_step": args.frames_per_step,
@@ -503,7 +574,7 @@ if __name__ == "__main__":
         print(f"{dtype} on {device.type}; {kernels}")
 
     # the actions to anticipate must lie inside of a clip, after the two steps that are seen
-    if "anticipation" in tasks and steps < args.horizon + 2:
+    if {"anticipation", "motion"} & set(tasks) and steps < args.horizon + 2:
         raise ValueError(
             f"--horizon {args.horizon} needs clips of {args.horizon + 2} steps, these have {steps}:"
             " lower it, or name the --task"
@@ -529,93 +600,121 @@ if __name__ == "__main__":
     # features need the encoder only where new videos are labelled; a run may know its own
     records = train_records + val_records
     has_video = "safetensors" not in records[0].members
-    name = args.encoder
-    if has_video and not name:
-        name = settings["encoder"]
-    if not name and (args.label or has_video):
+    encoders = args.encoder or [settings["encoder"] if has_video else None]
+    if encoders == [None] and (args.label or has_video):
         raise ValueError("encoding video needs the weights: name the --encoder")
 
-    # --- clips ---
-    # cut, decoded and encoded as the run was trained on them, but with actions as recorded
+    # how far the player moves is in the lines, which features do not have
+    shards = shards_with_lines(records, args.lines)
+    if "motion" in tasks and not shards:
+        remedy = "name the shards that the features were made from with --lines"
+        if tasks == ["motion"]:
+            raise ValueError(f"--task motion: features have no lines; {remedy}")
+        print(f"note: no motion, because features have no lines; {remedy}")
+        tasks.remove("motion")
+
+    # frames are cut as the run was trained on them
     decoder = decoder_for(records, None, settings)
-    features_of = features_of_records(records, name, settings, device, dtype, state)
     reader = play_reader(settings, None, decoder)
 
-    def load_clips(of_records, limit):
-        """Tokens and actions of at most `limit` windows."""
-        return load(
-            of_records,
-            reader,
-            features_of,
-            predictor,
-            scaler,
-            limit,
-            side=args.side,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            autocast=autocast,
+    # --- the same clips for each encoder ---
+    reports = {}
+    for encoder in encoders:
+        if len(encoders) > 1:
+            print(f"\nencoder {encoder}")
+
+        # cut, decoded and encoded as the run was trained on them, but with actions as recorded
+        features_of = features_of_records(records, encoder, settings, device, dtype, state)
+
+        def load_clips(of_records, limit, features_of=features_of):
+            """Tokens and actions of at most `limit` windows."""
+            return load(
+                of_records,
+                reader,
+                features_of,
+                predictor,
+                scaler,
+                limit,
+                side=args.side,
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                autocast=autocast,
+            )
+
+        train, bad_train = load_clips(train_records, args.clips)
+        val, bad_val = load_clips(val_records, args.val_clips)
+        print_left_out(bad + bad_train + bad_val)
+
+        # which of them choose penalties and thresholds; the held-out ones must not
+        dev = dev_clips(train, train_records)
+        report = {
+            "checkpoint": run and run.path,
+            "dtype": dtype,
+            "clips": [len(c["place"]) for c in (train, val)],
+            "recordings": [len({r.recording for r, _ in c["place"]}) for c in (train, val)],
+        }
+        reports[encoder] = report
+
+        # in words: how much the numbers below stand on
+        fitted, tested = (
+            f"{count_text(n, 'clip')} of {count_text(m, 'recording')}"
+            for n, m in zip(report["clips"], report["recordings"])
         )
+        print(f"fitted on {fitted}, tested on {tested}; {train['z'].shape[2]} tokens a step")
+        if settings["encode"] == "clip" and "anticipation" in tasks:
+            print(
+                "WARNING: with --encode clip every step has seen the whole clip: anticipation is no"
+                " forecast"
+            )
 
-    train, bad_train = load_clips(train_records, args.clips)
-    val, bad_val = load_clips(val_records, args.val_clips)
-    print_left_out(bad + bad_train + bad_val)
+        # --- classify: labels of whole recordings, or of the middle of each clip ---
+        if "classify" in tasks:
+            if args.labels:
+                labels = labels_from_csv(args.labels, (train, val), records)
+            else:
+                field = args.label_field
+                labels = [line_labels(c, field, shards, reader) for c in (train, val)]
 
-    # which of them choose penalties and thresholds; the held-out ones must not
-    dev = dev_clips(train, train_records)
-    report = {
-        "checkpoint": run and run.path,
-        "dtype": dtype,
-        "clips": [len(c["place"]) for c in (train, val)],
-        "recordings": [len({r.recording for r, _ in c["place"]}) for c in (train, val)],
-    }
+            # from mean and std over the steps of a clip: a label is of all of it
+            what = args.label_field or args.labels
+            report["classify"] = classify(train, val, *labels, what, args.steps)
+            print(*classify_table(report["classify"], what), sep="\n")
 
-    # in words: how much the numbers below stand on
-    fitted, tested = (
-        f"{count_text(n, 'clip')} of {count_text(m, 'recording')}"
-        for n, m in zip(report["clips"], report["recordings"])
-    )
-    print(f"fitted on {fitted}, tested on {tested}; {train['z'].shape[2]} tokens a step")
-    if settings["encode"] == "clip" and "anticipation" in tasks:
-        print(
-            "WARNING: with --encode clip every step has seen the whole clip: anticipation is no"
-            " forecast"
-        )
+        # --- inverse dynamics, anticipation: of the actions that vary ---
+        names = ACTION_SPACES[settings["action_space"]]
+        varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
+        columns = np.flatnonzero(varies_train & varies_val)
 
-    # --- classify ---
-    # labels of whole recordings, or of the middle of each clip
-    if "classify" in tasks:
-        if args.labels:
-            labels = labels_from_csv(args.labels, (train, val), records)
-        else:
-            labels = labels_from_lines(args.label_field, (train, val), records, args.lines, reader)
+        # nothing can be learned about what never changes: such keys would look perfectly predicted
+        constant = [n for i, n in enumerate(names) if i not in columns]
+        if constant:
+            print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
+        if not len(columns) and {"inverse", "anticipation"} & set(tasks):
+            raise ValueError("no action varies in both splits: name other shards")
 
-        # from mean and std over the steps of a clip: a label is of all of it
-        what = args.label_field or args.labels
-        report["classify"] = classify(train, val, *labels, what, args.steps)
-        print(*classify_table(report["classify"], what), sep="\n")
+        # which action was it, and which ones follow? The first is in the pictures, the second is
+        # not
+        if "inverse" in tasks:
+            report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
+            print(*inverse_table(report["inverse"]), sep="\n")
+        step_seconds = settings["frames_per_step"] / settings["fps"]
+        if "anticipation" in tasks:
+            report["anticipation"] = anticipation(
+                train, val, dev, names, columns, args.steps, args.horizon
+            )
+            print(*anticipation_table(report["anticipation"], step_seconds), sep="\n")
 
-    # --- inverse dynamics, anticipation: of the actions that vary ---
-    names = ACTION_SPACES[settings["action_space"]]
-    varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
-    columns = np.flatnonzero(varies_train & varies_val)
+        # --- motion: of the player, over several steps ---
+        if "motion" in tasks:
+            y, y_val = (motion_labels(c, shards, reader, args.horizon) for c in (train, val))
+            report["motion"] = motion(train, val, dev, y, y_val, args.steps, args.horizon)
+            print(*motion_table(report["motion"], args.horizon * step_seconds), sep="\n")
 
-    # nothing can be learned about what never changes: such keys would look perfectly predicted
-    constant = [n for i, n in enumerate(names) if i not in columns]
-    if constant:
-        print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
-    if not len(columns) and {"inverse", "anticipation"} & set(tasks):
-        raise ValueError("no action varies in both splits: name other shards")
-
-    # which action was it, and which ones follow? The first is in the pictures, the second is not
-    if "inverse" in tasks:
-        report["inverse"], heads = inverse(train, val, dev, names, columns, args.steps)
-        print(*inverse_table(report["inverse"]), sep="\n")
-    if "anticipation" in tasks:
-        report["anticipation"] = anticipation(
-            train, val, dev, names, columns, args.steps, args.horizon
-        )
-        seconds = settings["frames_per_step"] / settings["fps"]
-        print(*anticipation_table(report["anticipation"], seconds), sep="\n")
+    # several encoders, side by side
+    if len(reports) > 1:
+        print()
+        print(*comparison_table(reports), sep="\n")
+        report = {"encoders": reports}
 
     # --- probe.json ---
     # beside the run, unless --out or --label name another place

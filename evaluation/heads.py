@@ -157,11 +157,13 @@ class RidgeHead:
 
         # one penalty for each column: the one with the least error on the dev rows
         ridges = [Ridge(alpha=share * fit.sum()).fit(x[fit], y[fit]) for share in PENALTIES]
-        errors = [((ridge.predict(x[dev]) - y[dev]) ** 2).mean(0) for ridge in ridges]
+        # (a ridge of one column answers (n,), not (n, 1))
+        guesses = [ridge.predict(x[dev]).reshape(y[dev].shape) for ridge in ridges]
+        errors = [((guess - y[dev]) ** 2).mean(0) for guess in guesses]
         best = np.argmin(errors, axis=0)
         columns = np.arange(len(best))
-        self.weight = np.stack([ridge.coef_ for ridge in ridges])[best, columns]
-        self.bias = np.stack([ridge.intercept_ for ridge in ridges])[best, columns]
+        self.weight = np.stack([np.atleast_2d(r.coef_) for r in ridges])[best, columns]
+        self.bias = np.stack([np.atleast_1d(r.intercept_) for r in ridges])[best, columns]
         return self
 
     def components(self, x):
@@ -406,6 +408,45 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
     ]
 
 
+# what the player does between two steps, in the order of columns
+MOVES = ["turn yaw", "turn pitch", "walk forward", "walk sideways"]
+
+
+def motion(train, val, dev, y, y_val, steps, ahead):
+    """How far does the player turn and walk from step t to step t + ahead? Scores {head: {name of
+    MOVES: {"r2"}}}, from the tokens of both steps.
+
+    y (n, T - ahead, 4): the truth of the fitting clips, y_val of the others; a column that is not
+    known (nan) or does not vary in one of them is left out, {} if none is left. dev: clips that
+    choose penalties."""
+    # rows are pairs of steps
+    y = y.reshape(-1, len(MOVES))
+    y_val = y_val.reshape(-1, len(MOVES))
+    known = np.isfinite(y).all(0) & np.isfinite(y_val).all(0)
+    columns = np.flatnonzero(known & (y.std(0) > 0) & (y_val.std(0) > 0))
+    if not len(columns):
+        return {}
+
+    # steps that lie `ahead` apart, of all clips
+    a = train["z"][:, :-ahead].flatten(0, 1)
+    b = train["z"][:, ahead:].flatten(0, 1)
+    no_keys = np.zeros(len(columns), bool)
+    dev = np.repeat(dev, train["z"].shape[1] - ahead)
+    heads = fit_heads(a, b, y[:, columns], dev, no_keys, steps)
+
+    # judged on recordings that neither head has seen
+    a_val = val["z"][:, :-ahead].flatten(0, 1)
+    b_val = val["z"][:, ahead:].flatten(0, 1)
+    scores = {}
+    for head, fitted in heads.items():
+        guess = fitted.predict(a_val, b_val)
+        scores[head] = {
+            MOVES[column]: {"r2": float(r2_score(y_val[:, column], guess[:, i]))}
+            for i, column in enumerate(columns)
+        }
+    return scores
+
+
 def classes_in_both(y, y_val, column):
     """Labels that clips to fit on and clips to test on have ("": none). Prints which only one of
     them has; ValueError if there is nothing to tell apart."""
@@ -488,11 +529,11 @@ def inverse_table(scores):
     pairs say on either."""
     # every action on real pairs
     real = scores["real -> real"]
-    yield "inverse dynamics: steps t, t+1 -> action t        linear     attentive"
+    yield "inverse dynamics: steps t, t+1 -> action t           linear     attentive"
     for name, linear in real["linear"].items():
         attentive = real["attentive"][name]
         if "r2" in linear:
-            yield f"  {name:18} R2                  {linear['r2']:11.3f} {attentive['r2']:11.3f}"
+            yield f"  {name:18} R2                     {linear['r2']:11.3f} {attentive['r2']:11.3f}"
         else:
             cells = "".join(f" {s['auroc']:7.3f} {s['f1']:.2f}" for s in (linear, attentive))
             yield f"  {name:18} AUROC, F1 (pressed {linear['share']:5.1%}) {cells}"
@@ -524,6 +565,69 @@ def anticipation_table(scores, seconds):
                 f"  {group + ' ' + metric:14} {span:26} {means['linear']:12.3f}"
                 f" {means['attentive']:10.3f} {means['repeat']:12.3f} {means['mean']:8.3f}"
             )
+
+
+def motion_table(scores, seconds):
+    """Lines for a person; seconds: between the two steps."""
+    if not scores:
+        yield "note: no motion to probe: nothing turns or walks in both splits"
+        return
+    title = f"motion: steps {seconds:.2g} s apart -> how far"
+    yield f"{title:46} {'linear':>10} {'attentive':>10}"
+    for name, linear in scores["linear"].items():
+        attentive = scores["attentive"][name]["r2"]
+        yield f"  {name:18} R2 {'':22} {linear['r2']:11.3f} {attentive:10.3f}"
+
+
+def rows_to_compare(report):
+    """{what is measured: score of the better head} of the report on one encoder: those numbers that
+    say most about features."""
+    rows = {}
+
+    def add(name, scores, metric, heads=("linear", "attentive")):
+        """The better head's, where both have one."""
+        values = [scores[head][metric] for head in heads if metric in scores.get(head, {})]
+        if values:
+            rows[name] = max(values)
+
+    # means over actions, on pairs of true steps
+    if "inverse" in report:
+        of_heads = report["inverse"]["real -> real"]
+        real = {head: group_means(s) for head, s in of_heads.items()}
+        yaws = {head: s.get("yaw_diff", {}) for head, s in of_heads.items()}
+        add("inverse: yaw R2", yaws, "r2")
+        add("inverse: camera R2", real, "camera")
+        add("inverse: keys AUROC", real, "keys")
+        add("inverse: slots, GUI AUROC", real, "slots")
+
+    # the action that follows at once
+    if "anticipation" in report:
+        first = {head: group_means(s) for head, s in report["anticipation"][0].items()}
+        add("anticipation: camera R2", first, "camera")
+        add("anticipation: keys AUROC", first, "keys")
+        add("anticipation, repeat last: keys AUROC", first, "keys", ["repeat"])
+
+    # how far, and which class
+    for name in MOVES:
+        of_move = {head: s.get(name, {}) for head, s in report.get("motion", {}).items()}
+        add(f"motion: {name} R2", of_move, "r2")
+    if "classify" in report:
+        add("classes: balanced accuracy", report["classify"], "balanced")
+        add("classes, commonest: balanced accuracy", report["classify"], "balanced", ["chance"])
+    return rows
+
+
+def comparison_table(reports):
+    """{encoder: report} -> lines for a person: the better head's score, a column an encoder."""
+    columns = {name: rows_to_compare(report) for name, report in reports.items()}
+    names = dict.fromkeys(row for rows in columns.values() for row in rows)
+
+    # names of files are long: their ends tell them apart
+    width = max(12, *(min(len(name), 24) + 2 for name in columns))
+    yield f"{'the better of both heads':42}" + "".join(f"{c[-24:]:>{width}}" for c in columns)
+    for row in names:
+        cells = "".join(f"{rows.get(row, math.nan):{width}.3f}" for rows in columns.values())
+        yield f"  {row:40}" + cells
 
 
 def classify_table(scores, column):

@@ -16,6 +16,7 @@ class LogLines:
     def __init__(self):
         self.written = time.monotonic()
         self.latest = ""
+        self.last_line = ""
 
     def write(self, text):
         is_last = text == "\n"  # what tqdm writes when a bar is closed
@@ -23,7 +24,10 @@ class LogLines:
         if not self.latest:
             return
         if is_last or time.monotonic() - self.written >= SECONDS:
-            print(self.latest, file=sys.stderr, flush=True)
+            # a bar that is closed right after its last step would stand there twice
+            if self.latest != self.last_line:
+                print(self.latest, file=sys.stderr, flush=True)
+            self.last_line = self.latest
             self.written = time.monotonic()
             self.latest = ""
 

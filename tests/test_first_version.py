@@ -58,7 +58,7 @@ def test_adapters_open_on_their_base(tmp_path, monkeypatch):
     assert len(lora_layers(predictor)) == 4  # qkv, proj, fc1, fc2 of its only block
     tensors = predictor.state_dict()
     for name, value in state["adapter"].items():
-        assert torch.equal(tensors[name], value), name
+        torch.testing.assert_close(tensors[name], value, rtol=0, atol=0, msg=name)
 
     (tmp_path / "base.pt").unlink()
     with pytest.raises(FileNotFoundError, match="base of this run is not at base.pt"):

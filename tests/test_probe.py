@@ -3,6 +3,7 @@ Gymnasium wrapper of docs/evaluate.md."""
 
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -22,7 +23,7 @@ from files.features import feature_rows
 from files.shards import read_ticks
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 from model import encode_steps, normalize_features
-from tests.harness import ROOT, contractor, fails, jsonl, run, write_tar
+from tests.harness import ROOT, contractor, fails, film, jsonl, run, write_tar
 from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -251,6 +252,71 @@ def test_video_is_probed_without_a_checkpoint(world):
     assert report["classify"]["clips"] == [140, 24]
 
 
+def test_motion_is_seen_from_the_first_step(tmp_path):
+    """Bug: walking is measured along the map's axes in place of the view, sideways has the wrong
+    sign, a turn through 180 degrees is almost a whole one the other way, or steps lie a tick
+    off."""
+    heading = math.radians(30)
+    walks = {
+        # 0.1 blocks a tick straight ahead, looking 30 degrees to the right of z
+        "ahead": {
+            "yaw": 30.0,
+            "xpos": lambda i: -0.1 * i * math.sin(heading),
+            "zpos": lambda i: 0.1 * i * math.cos(heading),
+        },
+        # to the right of z, which is against x
+        "aside": {"yaw": 0.0, "xpos": lambda i: -0.1 * i, "zpos": 0.0},
+        # turning to the right on the spot, through 180 degrees
+        "turn": {"yaw": lambda i: (170 + 1.5 * i + 180) % 360 - 180, "xpos": 0.0, "zpos": 0.0},
+    }
+    members = {}
+    for name, change in walks.items():
+        members[f"{name}.mp4"] = film(100)
+        members[f"{name}.jsonl"] = jsonl(contractor(100, pitch=0.0, **change))
+    records, bad = open_records(str(write_tar(tmp_path / "walks.tar", members)))
+    assert not bad
+
+    # two steps are 8 ticks apart
+    shards = {r.recording: r for r in records}
+    places = [(shards[name], 1) for name in walks]
+    labels = probe.motion_labels({"place": places}, shards, ClipReader(16, 10.0, 2, 32), 2)
+    assert labels.shape == (3, 6, 4)
+    np.testing.assert_allclose(labels[0], np.tile([0, 0, 0.8, 0], (6, 1)), atol=1e-9)
+    np.testing.assert_allclose(labels[1], np.tile([0, 0, 0, 0.8], (6, 1)), atol=1e-9)
+    turned = np.tile([math.radians(12), 0, 0, 0], (6, 1))
+    np.testing.assert_allclose(labels[2], turned, atol=1e-9)
+
+
+def test_encoders_are_compared(world):
+    """Bug: all columns are of the first encoder, or an encoder that sees nothing looks as good as
+    one that does; what is not known of a walk (no zpos) is probed as if it were 0."""
+    state = open_encoder("vit_tiny", 32, 16).state_dict()
+    state = {k: v * 0 if "patch_embed" in k else v for k, v in state.items()}
+    torch.save({"target_encoder": state}, world.folder / "blind.pt")
+    text = run(
+        world.folder,
+        "probe.py",
+        "--steps 10 --num_workers 0 --task inverse motion --clips 100 --val_clips 30",
+        "--crop_size 32 --fps 10 --encoder vit_tiny",
+        world.folder / "blind.pt",
+        "--data",
+        world.folder / "train" / "*.tar",
+        "--val_data",
+        world.folder / "val" / "*.tar",
+        "--out",
+        world.folder / "both",
+    )
+    report = json.loads((world.folder / "both" / "probe.json").read_text())["encoders"]
+    sees, blind = report.values()
+    assert list(report) == ["vit_tiny", str(world.folder / "blind.pt")]
+    assert sees["inverse"]["real -> real"]["linear"]["yaw_diff"]["r2"] > 0.3
+    assert blind["inverse"]["real -> real"]["linear"]["yaw_diff"]["r2"] < 0.05
+    assert list(sees["motion"]["linear"]) == ["turn yaw"]
+    assert sees["motion"]["linear"]["turn yaw"]["r2"] > blind["motion"]["linear"]["turn yaw"]["r2"]
+    row = re.search(r"inverse: yaw R2 +(\S+) +(\S+)", text)
+    assert float(row[1]) > 0.3 > float(row[2])
+
+
 def test_large_grids_are_pooled_by_place():
     """Bug: patches are averaged with those of another row or step, or a small grid is pooled
     too."""
@@ -300,7 +366,7 @@ def test_labels_of_play_are_the_true_actions(world, probed):
     assert [r.key for r in records] == ["new"]
     assert not bad
     assert "torn.mp4" in probed.text
-    assert "labelled 1 recordings" in probed.text
+    assert "labelled 1 recording of" in probed.text
 
     with tarfile.open(probed.labelled) as tar:
         assert tar.extractfile("new.mp4").read() == probed.video
