@@ -522,7 +522,9 @@ def test_bad_clips_are_skipped_listed_and_limited(world, tmp_path):
     assert "clips cannot be read" in error
     assert f"{shard} short-6.10_player-0@00000" in error
     assert "bad_clips.jsonl" in error
-    assert 25 <= len(rows_of(tmp_path / "many" / "train.csv")) + 1 < 60  # judged after 100 clips
+
+    # judged after 100 clips
+    assert 25 <= len(rows_of(tmp_path / "many" / "train.csv")) + 1 < 60
 
 
 def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
@@ -586,7 +588,9 @@ def test_validation_shares_no_recording_with_training(world, tmp_path):
     assert np.isfinite(numbers(tmp_path / "run", "jloss")).all()
     assert len(numbers(tmp_path / "run", "jloss")) == 60
     assert np.isnan(numbers(tmp_path / "run", "jloss", log="val.csv")).all()
-    assert "the scaler was fitted on recordings held out here" in text  # as it was: on all of these
+
+    # as it was: on all of these
+    assert "the scaler was fitted on recordings held out here" in text
 
 
 def test_the_scaler_is_not_blamed_for_shards_of_the_same_name(world, tmp_path):
@@ -800,7 +804,9 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
     held = ["--data", world.folder / "held" / "*.tar", "--batch_size 4"]
     run(tmp_path, "eval.py", "--checkpoint", out, *held)
     report = json.loads((out / "report.json").read_text())
-    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+
+    # null is nan
+    found = np.array([report[k] for k in METERS], dtype=float)
     np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6)
 
     plain = [*world.features, PLAN, "--ipe 4 --out_dir"]
@@ -1017,7 +1023,9 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     judged = ["--checkpoint", tmp_path / "run", "--data", data["features"], "--batch_size 4"]
     text = run(tmp_path, "eval.py", *judged)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+
+    # null is nan
+    found = np.array([report[k] for k in METERS], dtype=float)
     np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
     assert report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
     assert report["recordings"] == 2

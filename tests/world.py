@@ -163,7 +163,8 @@ def read_bytes(path):
 
 
 def read_or_nothing(path):
-    with contextlib.suppress(OSError):  # it ended meanwhile
+    # it ended meanwhile
+    with contextlib.suppress(OSError):
         return read(path)
     return ""
 
