@@ -840,26 +840,28 @@ def test_the_spread_is_that_of_the_runs(world, tmp_path):
     row than the last, counts a failed run, or trains finished runs again."""
     flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
     command = ["tests/spread.py", "--json --out", tmp_path / "runs"]
-    text = run(tmp_path, *command, "--seeds 3 4 --threads 1 2 --", *flags)
-    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]
 
-    for row in rows:
-        folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
-        last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
-        assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
-        assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
-    assert rows[0]["tf_skill"] != rows[2]["tf_skill"]
+    def spread(pairs):
+        text = run(tmp_path, *command, pairs, "--", *flags)
+        rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        for row in rows:
+            folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
+            last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
+            assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
+            assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
+        skills = [row["tf_skill"] for row in rows]
+        assert f"from {min(skills):.4f} to {max(skills):.4f}" in text
+        return rows
 
-    skills = [row["tf_skill"] for row in rows]
-    assert f"from {min(skills):.4f} to {max(skills):.4f}" in text
+    seeds = spread("--seeds 3 4 --threads 1")
+    assert [(r["seed"], r["threads"]) for r in seeds] == [(3, 1), (4, 1)]
+    assert seeds[0]["tf_skill"] != seeds[1]["tf_skill"]
 
-    # a finished run is taken as it is
-    text = run(tmp_path, *command, "--seeds 4 --threads 2 --", *flags)
-    (row,) = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    assert row == rows[3]
-
-    log = tmp_path / "runs" / "4-2" / "log.txt"
+    # the run that is finished is taken as it is
+    threads = spread("--seeds 4 --threads 1 2")
+    assert [(r["seed"], r["threads"]) for r in threads] == [(4, 1), (4, 2)]
+    assert threads[0] == seeds[1]
+    log = tmp_path / "runs" / "4-1" / "log.txt"
     assert log.read_text().count("nothing left to do") == 1
 
     # a run that fails is not counted
