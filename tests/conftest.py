@@ -25,8 +25,10 @@ from tests.harness import (  # noqa: E402
     write_shards,
 )
 
-disk.WAIT = 0.01  # seconds between tries, which are 1 to 30; programs started by tests keep them
-disk.PAUSES = (0.01, 0.01)  # and those before a disk is asked again
+# seconds between tries of a download (1 to 30 in the product), and before a disk is asked again;
+# programs that tests start keep the product's
+disk.WAIT = 0.01
+disk.PAUSES = (0.01, 0.01)
 
 
 def pytest_sessionfinish():
@@ -47,7 +49,9 @@ def forkserver():
     """Processes of our scripts start from a server that has imported them already."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)  # it finds what it imports from here
+
+        # it finds what it imports from here
+        patch.chdir(ROOT)
         multiprocessing.get_context("forkserver").set_forkserver_preload(
             [
                 "tests.harness",

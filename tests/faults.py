@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 import bench
 import checkpoint
+from tests.harness import Run, run
 from tests.seeds import tar_of
 from tests.world import (
     IPE,
-    Run,
     World,
     differs,
     lost,
@@ -44,7 +44,6 @@ from tests.world import (
     read_bytes,
     read_or_nothing,
     rows,
-    run,
     same_features,
     sentence,
     start_server,

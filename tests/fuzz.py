@@ -32,7 +32,8 @@ import zlib
 SCRATCH = tempfile.mkdtemp(
     prefix="nanojepa-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
 )
-atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)  # not of cases, which end with os._exit
+# not of cases, which end with os._exit
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 # read by data.py once, when it is imported
 os.environ["NANOJEPA_CACHE"] = os.path.join(SCRATCH, "cache")
 
@@ -54,7 +55,8 @@ from prepare.manifest import check
 from prepare.robot import record
 from tests.seeds import mutate, seeds
 
-BOMB = os.path.join(SCRATCH, "code-ran")  # what no reader may ever make
+# what no reader may ever make
+BOMB = os.path.join(SCRATCH, "code-ran")
 
 
 # --- readers ---
@@ -222,7 +224,9 @@ def work(target, first, last, seed, good, seconds, board, out):
     microseconds, outcomes ...]."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     warnings.simplefilter("ignore")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that print what is wrong with a file
+
+    # libraries that print what is wrong with a file
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)
     folder = tempfile.mkdtemp(dir=SCRATCH)
     with open("/proc/self/statm") as f:

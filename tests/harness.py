@@ -292,6 +292,9 @@ TINY = (
 )
 PLAN = "--epochs 3 --warmup 1 --anneal 1"
 
+# seconds after which a process hangs: other work on the machine, or a pause of it, is no fault
+LIMIT = 600
+
 
 def child(script, flags, log, env, file_limit):
     """In the forked process: become `python SCRIPT FLAGS > LOG 2>&1`; file_limit: bytes of the
@@ -341,7 +344,7 @@ class Run:
         )
         self.process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=LIMIT):
         """(exit code, everything printed)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -355,7 +358,7 @@ class Run:
         with open(self.log) as f:
             return f.read()
 
-    def until(self, ready, timeout=120):
+    def until(self, ready, timeout=LIMIT):
         """Wait for ready(), looking often; False if the process ended before."""
         end = time.monotonic() + timeout
         while True:
@@ -378,7 +381,7 @@ class Run:
         self.process.join()
 
 
-def run(folder, script, *flags, timeout=120, **options):
+def run(folder, script, *flags, timeout=LIMIT, **options):
     """Run to the end, which must be a good one; what it printed."""
     code, text = Run(folder, script, *flags, **options).wait(timeout)
     assert code == 0, text

@@ -121,7 +121,9 @@ def loader_rows(folder, batch_size=8):
         clip = size / batch_size / 1e6
         pids = [os.getpid(), *(w.pid for w in batches._workers)]
         most = 0
-        for _ in range(20):  # a slow model: the loader fills up
+
+        # a slow model: the loader fills up
+        for _ in range(20):
             time.sleep(0.3)
             most = max(most, shared(pids))
             batch = next(batches)

@@ -83,7 +83,9 @@ def bombs(path):
 
 def film(folder, frames, container=None):
     """Bytes of a small mp4 with B-frames."""
-    path = os.path.join(folder, "film.mp4")  # a file, since faststart reads back what it wrote
+
+    # a file, since faststart reads back what it wrote
+    path = os.path.join(folder, "film.mp4")
     with av.open(path, "w", options=container or {}) as c:
         stream = c.add_stream(
             "libx264", rate=20, options={"g": "8", "bf": "2", "threads": "1", "preset": "ultrafast"}
@@ -220,7 +222,9 @@ def seeds(folder, bomb_path):
     }
     sklearn = StandardScaler().fit(np.random.default_rng(0).normal(size=(9, 4)))
     hostile = []
-    for bomb in bombs(bomb_path):  # a scaler that is one, and one with a bomb inside
+
+    # a scaler that is one, and one with a bomb inside
+    for bomb in bombs(bomb_path):
         sklearn.bomb = bomb
         hostile += [pickle.dumps(bomb), pickle.dumps(sklearn)]
     del sklearn.bomb

@@ -120,12 +120,16 @@ def test_any_strides():
     k = torch.randn(2, 3, 72, 80, device=DEVICE)
     v = torch.randn(2, 3, 72, 80, device=DEVICE)
     plain = attention_triton(q, k, v, 24)
-    columns = q.mT.contiguous().mT  # last stride 72
+
+    # last stride 72
+    columns = q.mT.contiguous().mT
 
     # hd = 80 is computed as 128: what lies behind must not be read
     wide = torch.full((2, 3, 72, 240), float("nan"), device=DEVICE)
     wide[..., 80:160] = k
-    repeated = v[:, :1].expand(2, 3, 72, 80)  # stride 0 over heads
+
+    # stride 0 over heads
+    repeated = v[:, :1].expand(2, 3, 72, 80)
     assert torch.equal(attention_triton(columns, wide[..., 80:160], v, 24), plain)
     assert torch.equal(attention_triton(q, k, repeated, 24)[:, 0], plain[:, 0])
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]

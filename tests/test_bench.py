@@ -14,7 +14,9 @@ def test_the_baseline_step_has_our_losses(tmp_path):
     size = "--crop_size 32 --pred_dim 48 --pred_depth 2 --pred_heads 2 --steps 4 --batch_size 2"
     rows, text = run_bench(tmp_path, "step", size, "--no-compile --repeats 1")
     assert [row["step"] for row in rows] == ["reference", "ours"]
-    assert text.count("off by") == 2  # both were compared, and a difference above 1e-5 ends the run
+
+    # both were compared, and a difference above 1e-5 ends the run
+    assert text.count("off by") == 2
 
 
 @pytest.mark.slow

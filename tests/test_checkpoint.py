@@ -144,7 +144,9 @@ def test_a_restarted_rank_waits_for_the_lock_of_a_dead_node(tmp_path):
     first = start(60, "0")
     assert first.stdout.readline() == "mine\n"
     second = start(0, "1")
-    time.sleep(4)  # of which Python and torch take two
+
+    # of which Python and torch take two
+    time.sleep(4)
     assert second.poll() is None
     first.kill()
     assert second.communicate(timeout=50)[0] == "mine\n"
@@ -160,7 +162,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
     """Bug: a checkpoint from elsewhere runs code; or is refused by an exception that load_latest
     does not expect."""
     monkeypatch.chdir(tmp_path)
-    path = checkpoint.save("run", {"epoch": Bomb()}, 1)  # with a right checksum
+
+    # with a right checksum
+    path = checkpoint.save("run", {"epoch": Bomb()}, 1)
     with pytest.raises(ValueError, match="checkpoint-epoch001"):
         checkpoint.load(path)
     assert os.listdir(tmp_path) == ["run"]
@@ -229,7 +233,8 @@ def test_a_log_keeps_the_rows_before_the_checkpoint(tmp_path):
     for i in range(25):
         log({"epoch": i // 10, "itr": i % 10, "jloss": 1 / (i + 3)})
     with open(path, "a") as f:
-        f.write("1")  # the kill came in the middle of "12,0,0.1\n"
+        # the kill came in the middle of "12,0,0.1\n"
+        f.write("1")
     before = open(path).read().splitlines()
     logs.open_csv(path, header, 1, 4, keep=True)({"epoch": 1, "itr": 4, "jloss": 0.123456789})
     assert open(path).read().splitlines() == before[:15] + ["1,4,0.123456789"]

@@ -88,7 +88,9 @@ def test_gate_compiles_what_the_launcher_would(dtype, monkeypatch):
         "run",
         lambda kernel, *args, grid, warmup, **options: calls.append((kernel, args, options)),
     )
-    for L, block in ((3 * 41, 41), (3 * 16, 16)):  # multiples of 16 or not: the same kernel
+
+    # multiples of 16 or not: the same kernel
+    for L, block in ((3 * 41, 41), (3 * 16, 16)):
         x = torch.zeros(2, L, 3, 4, 64, dtype=dtype)
         q, k, v = x.permute(2, 0, 3, 1, 4)
         o, lse = torch.ops.nanojepa.attention(q, k, v, block)

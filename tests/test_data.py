@@ -157,7 +157,9 @@ def test_a_path_that_may_not_be_entered_is_not_called_unmatched(tmp_path, monkey
     long = f"{tmp_path}/{{{','.join(str(i) for i in range(200))}}}.tar"
     for i in range(200):
         (tmp_path / f"{i}.tar").touch()
-    assert len(expand(long)) == 200  # too long for a name
+
+    # too long for a name
+    assert len(expand(long)) == 200
     monkeypatch.setattr(os, "stat", denied)
     with pytest.raises(PermissionError, match=r"Permission denied: .*a\.tar"):
         expand("/other/a.tar")
@@ -287,7 +289,9 @@ def test_a_key_that_is_twice_in_a_tar_is_said(shards, tmp_path, mp4):
     """Bug: the first of two recordings of one name is gone without a word."""
     one = (shards / "shard-000001.tar").read_bytes()
     path = tmp_path / "twice.tar"
-    path.write_bytes(one + one)  # the same bytes: nothing is lost
+
+    # the same bytes: nothing is lost
+    path.write_bytes(one + one)
     assert len(records_of(path)[0]) == 2 and not records_of(path)[1]
     key = records_of(path)[0][0].key
     other = write_tar(tmp_path / "o.tar", {f"{key}.mp4": mp4, f"{key}.jsonl": jsonl(contractor(9))})
@@ -534,9 +538,12 @@ def test_an_epoch_is_spread_evenly_over_the_timeline(shards):
     assert sorted(i[1] for i in items) == list(range(240))
     assert {i[0] for i in items} == {3}
 
-    at = np.array([(i[2] + i[3]) * 300 for i in items])  # tick on the timeline of 1800
+    # tick on the timeline of 1800
+    at = np.array([(i[2] + i[3]) * 300 for i in items])
     assert (np.histogram(at, np.linspace(0, 1800, 241))[0] == 1).all()
-    assert np.abs(np.corrcoef(at[1:], at[:-1])[0, 1]) < 0.2  # and in random order
+
+    # and in random order
+    assert np.abs(np.corrcoef(at[1:], at[:-1])[0, 1]) < 0.2
 
     starts = [int(i[3] * 240) for i in items]
     assert min(starts) < 8 and max(starts) > 231
@@ -607,7 +614,9 @@ def test_clips_can_be_sent_to_workers_by_pickling(shards):
     item = (0, 0, 1, 0.3)
     clip = dataset[item]
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[item]["video"], clip["video"])
-    dataset.opened.update({i: None for i in range(100, 356)})  # as after many recordings: bounded
+
+    # as after many recordings: bounded
+    dataset.opened.update({i: None for i in range(100, 356)})
     dataset.opened.pop(1)
     dataset[item]
     assert len(dataset.opened) <= 257
@@ -665,7 +674,9 @@ def test_a_bad_clip_is_replaced_by_the_same_one_everywhere(partly_bad):
     assert "line 0" in reasons["nan"]
 
     first = [fingerprint(b) for b in runs[0]]
-    assert len({c for b in first for c in b}) == 32  # the replacements are no copies of other clips
+
+    # the replacements are no copies of other clips
+    assert len({c for b in first for c in b}) == 32
 
 
 def faulty(monkeypatch, code, count, first=1):
@@ -690,7 +701,9 @@ def test_a_disk_that_fails_in_a_run_replaces_no_clip(shards, monkeypatch, kind, 
     records = records_of(shards / "shard-000001.tar")[0]
     item = (0, 0, 1, 0)
     want = Clips(records, [1.0] * len(records), READER)[item]
-    with monkeypatch.context() as patch:  # for a moment: asked again, the disk answers
+
+    # for a moment: asked again, the disk answers
+    with monkeypatch.context() as patch:
         faulty(patch, code, 1, first)
         got = kind(records, [1.0] * len(records), READER)[item]
         clip = got[1] if kind is Windows else got
@@ -958,7 +971,9 @@ def test_one_clock_for_windows_epochs_and_shares(rates):
 
         dataset = Clips(records, [1.0], READER)
         items = [i for batch in windows(dataset, 1, 100) for i in batch]
-        assert len(items) == 12  # clips of 3.2 s in 40 s
+
+        # clips of 3.2 s in 40 s
+        assert len(items) == 12
 
         step = records[0].frames_per_line * rate // 5
         for _, _, _, place in items:
@@ -969,7 +984,9 @@ def test_one_clock_for_windows_epochs_and_shares(rates):
             ]
 
     train, shares, _, _ = open_split([[path] for path in rates.values()])
-    np.testing.assert_allclose(shares, 800, rtol=0.01)  # twentieths of a second
+
+    # twentieths of a second
+    np.testing.assert_allclose(shares, 800, rtol=0.01)
 
     loader = vpt_loader((train, shares), 1, reader=READER, num_workers=0)
     assert 49 <= loader.batch_sampler.batches <= 50
@@ -999,7 +1016,9 @@ def test_what_is_odd_in_lines_is_said_before_training(rates, tmp_path, mp4):
         "b.jsonl": jsonl(contractor(keyboard=None)),
     }
     records, _ = records_of(write_tar(tmp_path / "a.tar", strange))
-    for _ in range(2):  # from the lines, then from the cache
+
+    # from the lines, then from the cache
+    for _ in range(2):
         name, clock, keys = line_warnings(records)
         assert 'key "spacce" (nearest known name: "key.keyboard.space") on 300 lines' in name
         assert "b, have a video of 60 frames a second and lines without timestamp" in clock
@@ -1107,7 +1126,8 @@ def test_fewer_shards_than_readers_neither_repeat_nor_drop(shards, world, worker
     assert all(parts) and len(clips) == 48 == len(set(clips))
     assert set(collections.Counter(k for k, _ in clips).values()) == {8}
 
-    for key in {k for k, _ in clips}:  # eight places spread over the recording
+    # eight places spread over the recording
+    for key in {k for k, _ in clips}:
         starts = sorted(s for k, s in clips if k == key)
         assert all(30 * i <= s < 30 * (i + 1) for i, s in enumerate(starts))
 

@@ -58,7 +58,8 @@ from tests.harness import (
     write_file,
 )
 
-SMALL = {"crop_size": 64, "crop": "square"}  # the pictures are 80x64: the crop shows their numbers
+# the pictures are 80x64: the crop shows their numbers
+SMALL = {"crop_size": 64, "crop": "square"}
 
 
 pytestmark = pytest.mark.usefixtures("deadline", "forkserver")
@@ -255,7 +256,9 @@ def test_frames_states_and_actions_are_of_the_same_rows(shards):
         true = np.float32(np.hstack([pose, grip]))[numbers]
         np.testing.assert_allclose(states, true, atol=1e-6)
         np.testing.assert_allclose(actions, expected_actions(true), atol=1e-5)
-        assert actions[:, 3:6].abs().max() < 1  # though roll wraps
+
+        # though roll wraps
+        assert actions[:, 3:6].abs().max() < 1
 
 
 # --- filters and splits ---
@@ -429,7 +432,9 @@ def test_order_does_not_depend_on_workers_and_resumes_anywhere(shards):
     assert [a + b for a, b in zip(*two)] == plain[:4]
 
     seen = collections.Counter(number // 300 for batch in plain for _, number, _ in batch)
-    assert set(seen) == {0, 1, 2}  # a view of each camera
+
+    # a view of each camera
+    assert set(seen) == {0, 1, 2}
 
 
 def test_validation_windows_can_all_be_read_and_cover_the_episodes(shards):
@@ -688,7 +693,8 @@ def test_a_clip_that_cannot_be_read_is_replaced_and_reported(tmp_path):
     assert all(len(b["video"]) == 8 for b in batches)
     assert all(torch.isfinite(b["states"]).all() for b in batches)
 
-    os.truncate(path, 4000)  # while the run goes on
+    # while the run goes on
+    os.truncate(path, 4000)
     with pytest.raises(
         ValueError, match="20 clips in a row.*damaged or changed since it was indexed"
     ):
@@ -832,7 +838,9 @@ def test_http_reads_ranges_only(tmp_path, server):
     """Bug: a shard of 0.85 GB is fetched to train on eight pictures of it; or a busy server ends
     the run."""
     url, handler = server
-    big = [jpeg(0) + bytes(60000)] * 60  # what follows a JPEG's end mark is not looked at
+
+    # what follows a JPEG's end mark is not looked at
+    big = [jpeg(0) + bytes(60000)] * 60
     r = {k: np.float32(x) for k, x in tfrecord_rows(1, 60).items()}
     path = write_file(
         tmp_path / "a.tfrecord",
@@ -849,7 +857,8 @@ def test_http_reads_ranges_only(tmp_path, server):
     opened(url + "/a.tfrecord", verify=True)
     assert handler.sent > os.path.getsize(path)
 
-    train = opened(url + "/a.tfrecord", verify=True)[0]  # which knows where each picture is
+    # which knows where each picture is
+    train = opened(url + "/a.tfrecord", verify=True)[0]
     handler.sent, handler.fail = 0, 2
     batch = next(iter(loader_of(train, 2)))
     assert handler.sent < 2 * (4 * 66000 + 20000)
@@ -876,7 +885,9 @@ def test_an_outage_replaces_no_clip(tmp_path, server, fail):
     clips = DroidClips(train, DroidReader(4, 5, **SMALL))
     want = clips[0, 0, 0, 0.5]
     handler.fail = fail
-    if fail == 4:  # of five tries
+
+    # of five tries
+    if fail == 4:
         got = clips[0, 0, 0, 0.5]
         assert got["key"] == want["key"] and not got["bad"]
         assert torch.equal(got["video"], want["video"])
@@ -1060,7 +1071,8 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
         2,
     )
 
-    for r in train:  # a lone NAME.mp4 is taken for any camera
+    # a lone NAME.mp4 is taken for any camera
+    for r in train:
         with np.load(r.shard) as f:
             clip = reader(r, 7, rng)
             assert [read_number(x) for x in clip["video"]] == [7, 9, 11, 13]
@@ -1297,8 +1309,11 @@ def test_what_moves_is_not_idle():
     places = [(pose, episodes.POSE_UNITS), (grip, ["closed"])]
     assert episodes.idle_runs(v) == episodes.still_runs(v, places) == [[1, 60]]
 
-    pose[:, 3] = np.pi * np.where(np.arange(60) % 2, 1, -1)  # one angle, that wraps
-    pose[:, 0] = np.random.default_rng(0).normal(0, 1e-4, 60)  # a sensor's noise
+    # one angle, that wraps
+    pose[:, 3] = np.pi * np.where(np.arange(60) % 2, 1, -1)
+
+    # a sensor's noise
+    pose[:, 0] = np.random.default_rng(0).normal(0, 1e-4, 60)
     assert episodes.still_runs(v, places) == [[1, 60]]
 
     for moved, step in ((pose[:, 0], 0.02), (pose[:, 5], 0.05), (grip[:, 0], 0.1)):
@@ -1309,7 +1324,8 @@ def test_what_moves_is_not_idle():
         assert episodes.still_runs(v, places) == [[1, 31], [36, 60]], step
         moved[:] = saved
 
-    pose[:, 1] = 0.0004 * np.arange(60)  # 6 mm a second is seen over a clip, not over a row
+    # 6 mm a second is seen over a clip, not over a row
+    pose[:, 1] = 0.0004 * np.arange(60)
     runs = episodes.still_runs(v, places)
     assert keep_ranges(runs, 60, "light", 29) == [(0, 60)]
 
@@ -1412,7 +1428,8 @@ def test_statistics_of_poses_without_a_picture(tmp_path):
         r = tfrecord_rows(s, 60 + s)
         data = tfrecord(s, 60 + s)
         for i in range(60 + s):
-            data = data.replace(jpeg(i), bytes(len(jpeg(i))))  # no picture can be decoded
+            # no picture can be decoded
+            data = data.replace(jpeg(i), bytes(len(jpeg(i))))
         states = np.float32(
             np.hstack([r["observation/cartesian_position"], r["observation/gripper_position"]])
         ).astype(float)
@@ -1641,7 +1658,9 @@ def test_copies_under_other_names_are_taken_once(tmp_path):
     own(tmp_path / "c", pose=np.arange(50.0))
     for ending in ("npz", "mp4"):
         shutil.copy(tmp_path / f"c.{ending}", tmp_path / f"d.{ending}")
-    own(tmp_path / "e", pose=np.arange(50.0))  # the same motion in another picture
+
+    # the same motion in another picture
+    own(tmp_path / "e", pose=np.arange(50.0))
     write_file(tmp_path / "e.mp4", film(50, gop=5))
     lines = []
     train, _, bad = open_droid(

@@ -116,7 +116,9 @@ def test_int8_rounds_little_more_than_bf16(tmp_path, largest):
         torch.randn(150, 4, 48, generator=g) * torch.rand(150, 4, 1, generator=g).add(0.2)
         + torch.randn(48, generator=g)
     ) * gain
-    z[:, :, :3] = torch.tensor([0.0, 3.1, -700.3])  # channels that never change
+
+    # channels that never change
+    z[:, :, :3] = torch.tensor([0.0, 3.1, -700.3])
     rest = {"actions": torch.zeros(149, 38), "states": torch.zeros(150, 2)}
     off = {}
     for store in ("bf16", "int8"):
@@ -196,7 +198,9 @@ def test_training_sees_the_same_on_video_bf16_and_int8(encoded, shards, tmp_path
     assert len(bf16) == 6
     assert (int8 != bf16).any()
     assert bf16[-1, 0] < 0.95 * bf16[0, 0]
-    np.testing.assert_allclose(int8, bf16, rtol=4e-3)  # the same clips in the same order
+
+    # the same clips in the same order
+    np.testing.assert_allclose(int8, bf16, rtol=4e-3)
 
     refused = [*base, plans["still"], "--out_dir", tmp_path / "refused"]
     for flag in (
@@ -293,9 +297,11 @@ def test_decoding_ahead_changes_nothing(tmp_path, mp4):
                 workers,
             ]
         )
+
+        # another hash seed
         text = subprocess.run(
             [sys.executable, *flags], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout  # another hash seed
+        ).stdout
         assert text.count("left out:") == 1 and "a.tar p2" in text
 
         found[workers] = tars(out)["a.tar"]
@@ -308,7 +314,9 @@ def test_decoding_ahead_changes_nothing(tmp_path, mp4):
 
     # the same film
     assert all(torch.equal(ours[f"p{k}@00004"][0], ours["p0@00004"][0]) for k in (1, 3, 4))
-    assert not torch.equal(ours["p3@00004"][1], ours["p4@00004"][1])  # other actions
+
+    # other actions
+    assert not torch.equal(ours["p3@00004"][1], ours["p4@00004"][1])
 
 
 # --- room ---
@@ -344,7 +352,8 @@ def test_what_is_said_before_is_what_is_written(encoded, shards, tmp_path):
         assert text in encoded.log[store, "train"]
     assert feature_settings(features)["store"] == "int8"
 
-    halved = [r._replace(rate=r.rate / 2) for r in records]  # twice the time, the steps of 10 Hz
+    # twice the time, the steps of 10 Hz
+    halved = [r._replace(rate=r.rate / 2) for r in records]
     assert estimate(halved, 4, 192, [*flags, "--fps", "2.5"]) == (steps, size)
 
     of_three = estimate(records, 4, 192, [*flags, "--phases", "3"])[1]
@@ -394,7 +403,9 @@ def test_a_disk_that_fills_up_costs_the_shard_under_way(small_disk, shards, tmp_
     while not (disk / "f" / "shard-000000.tar").exists():
         assert going.process.is_alive() and time.monotonic() < end, going.text()
         time.sleep(0.0005)
-    with open(disk / "ballast", "wb", buffering=0) as f:  # another program
+
+    # another program
+    with open(disk / "ballast", "wb", buffering=0) as f:
         while f.tell() < 2_000_000:
             try:
                 f.write(bytes(4096))
@@ -484,7 +495,9 @@ def test_the_decoder_is_part_of_features(shards, tmp_path):
 
     cut = film(container={"movflags": "faststart"})
     place = cut.index(b"elst") + 12
-    cut = cut[: place + 4] + struct.pack(">i", 56_000) + cut[place + 8 :]  # 70 frames later
+
+    # 70 frames later
+    cut = cut[: place + 4] + struct.pack(">i", 56_000) + cut[place + 8 :]
     path = write_tar(tmp_path / "cut.tar", {"k.mp4": cut, "k.jsonl": jsonl(contractor(230))})
     flags = ["--data", path, HOW, "--decoder decord --out", tmp_path / "cut"]
     assert "cut.tar k: decord would show wrong pictures" in fails(tmp_path, "encode.py", *flags)
@@ -533,7 +546,8 @@ def written(out):
         try:
             total += os.path.getsize(path)
         except FileNotFoundError:
-            pass  # renamed in between
+            # renamed in between
+            pass
     return total
 
 
@@ -574,7 +588,9 @@ def test_encode_killed_at_random_moments_under_two_ranks(many, tmp_path):
         for r in ranks:
             assert r.wait()[0] == -signal.SIGKILL
     assert torn
-    run(tmp_path, "encode.py", *many.flags, out)  # one process
+
+    # one process
+    run(tmp_path, "encode.py", *many.flags, out)
     assert tars(out) == many.whole and not left_over(out)
 
 
@@ -706,7 +722,9 @@ def test_other_ways_to_encode_robots_are_refused(robots, tmp_path):
 def test_robots_that_cannot_be_encoded_are_left_out(tmp_path):
     """Bug: an episode that is damaged, too short, there twice or has no such camera ends the run,
     or takes its neighbour's frames."""
-    broken = tfrecord(5)[12:-4].replace(b"\xff\xd8\xff", bytes(3))  # the heads of its JPEGs
+
+    # the heads of its JPEGs
+    broken = tfrecord(5)[12:-4].replace(b"\xff\xd8\xff", bytes(3))
     records = [
         tfrecord(1),
         record(broken),

@@ -105,7 +105,8 @@ def test_a_robot_run_opens_as_it_was_trained(arm, name):
     np.testing.assert_allclose(found, logged, rtol=1e-5)
     assert len(set(recordings)) == 2
 
-    if name == "lora":  # the adapters do something
+    # the adapters do something
+    if name == "lora":
         base = open_run(str(arm / "base"))[0]
         z = torch.randn(1, 8, 192)
         given = z, torch.randn(1, 2, 7), torch.randn(1, 2, 7)
@@ -417,7 +418,9 @@ def test_gaps_of_groups_are_those_of_a_plain_loop(game):
             gap = np.mean(wrong[p]) / np.mean(true[p]) - 1
             assert game.report["groups"][group][p][0] == pytest.approx(gap, abs=2e-6), (group, p)
     assert game.report["groups"].keys() == groups.keys()
-    assert abs(game.report["groups"]["camera"]["ro"][0]) > 1e-5  # an untrained predictor
+
+    # an untrained predictor
+    assert abs(game.report["groups"]["camera"]["ro"][0]) > 1e-5
 
 
 def test_one_robot_recording_has_no_gaps(arm, tmp_path):
@@ -589,7 +592,9 @@ def test_retrieval_of_a_predictor_that_is_known():
     model's."""
     z = torch.stack([one_hots(0, 4), one_hots(4, 4), one_hots(0, 4), one_hots(12, 4)])
     actions = torch.tensor([1.0, 2.0, 1.0, 0.0])[:, None, None].expand(4, 3, 1)
-    places = {0: (7, 0), 1: (7, 1), 2: (9, 0), 3: (7, 3)}  # window 2 of record 7 was not evaluated
+
+    # window 2 of record 7 was not evaluated
+    places = {0: (7, 0), 1: (7, 1), 2: (9, 0), 3: (7, 3)}
 
     def load(rows):
         return z[rows], actions[rows], torch.zeros(len(rows), 4, 2)
@@ -599,8 +604,12 @@ def test_retrieval_of_a_predictor_that_is_known():
 
     found, rows = report.retrieval(Moved(), places, 4, 2, no_states, load)
     assert found[0] == [(0, 1), (0, 2), (0, 3)]
-    assert found[2] == [(2, 1), (2, 2), (2, 3)]  # not clip 0, which is alike
-    assert found[1][0] == (1, 2)  # twice as far
+
+    # not clip 0, which is alike
+    assert found[2] == [(2, 1), (2, 2), (2, 3)]
+
+    # twice as far
+    assert found[1][0] == (1, 2)
     assert found[3] == [(3, 0)] * 3
     np.testing.assert_allclose(rows["hit"], [0.5, 0.5, 0.5])
     np.testing.assert_allclose(rows["copy_hit"], [0, 0, 0])
@@ -612,7 +621,9 @@ def test_retrieval_of_a_predictor_that_is_known():
     actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)
     found, rows = report.retrieval(Moved(), {1: (7, 1), 3: (7, 3)}, 4, 2, no_states, load)
     assert found[1][0] == (3, 0) and found[3][0] == (1, 3)
-    assert rows["offset"][0] == 6  # 7 and 6: the lower median
+
+    # 7 and 6: the lower median
+    assert rows["offset"][0] == 6
 
     still, rows = report.retrieval(Moved(deaf=True), places, 4, 2, no_states, load)
     assert rows["hit"] == [0, 0, 0] and rows["offset"] == rows["copy_offset"]
@@ -630,7 +641,8 @@ def test_attention_is_what_the_model_does(adapted, state_dim):
     predictor = Predictor(24, 5, state_dim, (2, 3), pred_dim=48, depth=3, num_heads=4).eval()
     predictor.predictor_blocks.requires_grad_(False)
     for blk in predictor.predictor_blocks:
-        blk.attn.qkv.weight.mul_(10)  # else all weights are alike
+        # else all weights are alike
+        blk.attn.qkv.weight.mul_(10)
     if adapted:
         add_lora(predictor, r=4)
         for m in lora_layers(predictor).values():

@@ -47,7 +47,9 @@ def test_damaged_and_hostile_files_are_refused_in_a_sentence(tmp_path):
     found = {p.name: p.read_text() for p in tmp_path.glob("*.txt")}
     assert code == 0 and not found, found
     assert len(rows) == 15 and rows["all"]["cases"] == 2800
-    for target, r in rows.items():  # neither all refused nor all accepted, or nothing was tried
+
+    # neither all refused nor all accepted, or nothing was tried
+    for target, r in rows.items():
         assert r["refused"] > 20 and r["accepted"] > 0, target
         assert r["refused"] + r["accepted"] == r["cases"], target
 
@@ -106,7 +108,9 @@ def test_a_damaged_h5_file_is_an_oserror(tmp_path):
 
     # the float type: its exponent and mantissa overlap
     tag = raw.index(bytes([0x11, 0x20, 0x0F, 0]))
-    for at, bad in ((12, bytes([3])), (16, bytes(4))):  # and an exponent without a bias
+
+    # and an exponent without a bias
+    for at, bad in ((12, bytes([3])), (16, bytes(4))):
         path.write_bytes(raw[: tag + at] + bad + raw[tag + at + len(bad) :])
         with pytest.raises(OSError, match="a.h5 is damaged"):
             open_dataset(str(path))

@@ -46,7 +46,8 @@ def text_files():
         try:
             yield path, read(path)
         except UnicodeDecodeError:
-            pass  # a fixture
+            # a fixture
+            pass
 
 
 def flags_of(path):
@@ -82,7 +83,9 @@ def test_every_flag_is_read_and_explained(path):
         for n in ast.walk(tree)
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"
     }
-    if re.search(r"getattr\(args, \w+\)", read(path)):  # for k in ("encode", "fps", ...)
+
+    # for k in ("encode", "fps", ...)
+    if re.search(r"getattr\(args, \w+\)", read(path)):
         loops = [
             n
             for n in ast.walk(tree)
@@ -110,7 +113,9 @@ def test_every_flag_is_read_and_explained(path):
         for s in spellings
         if "-" in s.removeprefix("--no-").lstrip("-")
     ]
-    assert dashes == []  # underscores
+
+    # underscores
+    assert dashes == []
 
 
 @pytest.mark.parametrize("path", SCRIPTS)

@@ -154,8 +154,12 @@ def test_moments_survive_a_large_mean(mean, rtol):
     """Catches E[x^2] - E[x]^2, which at mean 1e9 loses every digit of a variance of 1, and chunks
     merged with wrong weights."""
     torch.manual_seed(0)
-    x = torch.randn(200_001, 3, dtype=torch.float64) + mean  # three full chunks and a rest
-    exact = x - mean  # the noise as x holds it, after rounding; its sums cancel nothing
+
+    # three full chunks and a rest
+    x = torch.randn(200_001, 3, dtype=torch.float64) + mean
+
+    # the noise as x holds it, after rounding; its sums cancel nothing
+    exact = x - mean
     n, got_mean, m2 = moments(x)
     assert n == len(x)
     atol = 2.3e-16 * max(1.0, mean)

@@ -42,9 +42,9 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 def tiny(**change):
     torch.manual_seed(0)
     model = LatentActionModel(**TINY | {"vq_warmup_steps": 0} | change)
-    for (
-        blk
-    ) in model.decoder:  # as after training: at the start the decoder does not listen to the code
+
+    # as after training: at the start the decoder does not listen to the code
+    for blk in model.decoder:
         torch.nn.init.normal_(blk.film.weight, std=0.5)
     return model.eval()
 
@@ -105,8 +105,12 @@ def test_warmup_then_kmeans_then_codes():
     assert codebook < 1e-3
     for slot in range(3):
         pairs = {(a, b) for a, b in zip(names[:, slot].tolist(), indices[:, slot].tolist())}
-        assert len(pairs) == 4  # a renaming
-    assert len({tuple(c.flatten().tolist()) for c in vq.codebook}) == 3  # one table per slot
+
+        # a renaming
+        assert len(pairs) == 4
+
+    # one table per slot
+    assert len({tuple(c.flatten().tolist()) for c in vq.codebook}) == 3
 
 
 def test_kmeans_finds_the_clusters_and_survives_few_points():
@@ -276,7 +280,8 @@ def test_the_shift_moves_what_the_encoder_sees_and_nothing_else():
             )
 
     with torch.no_grad():
-        model.to_code.weight.zero_()  # the code says nothing: only the decoder's input is left
+        # the code says nothing: only the decoder's input is left
+        model.to_code.weight.zero_()
     assert model(z, shift)["mse"] == model(z)["mse"]
 
 
@@ -707,7 +712,9 @@ def write_filtered(path, mask):
 def test_what_would_read_as_zeros_is_left_out_by_name(tmp_path):
     """Bug: HDF5 gives zeros, without an error, for what was never written and for values in files
     that are gone: such latents were trained on; or one odd file ended the manifest of all."""
-    parts = tmp_path / ".parts"  # hidden: no latents of their own
+
+    # hidden: no latents of their own
+    parts = tmp_path / ".parts"
     parts.mkdir()
     for i, name in enumerate(("a", "b")):
         write_h5(parts / f"{name}.h5", some(90 + i, n=10), name="latents")
@@ -762,7 +769,8 @@ def test_what_would_read_as_zeros_is_left_out_by_name(tmp_path):
     whole = np.concatenate([some(90, n=10), some(91, n=10)]).swapaxes(1, 2).reshape(40, 16, 8, 8)
     assert np.array_equal(latents.read_steps(str(tmp_path / "whole.h5"), 18, 23), whole[18:23])
 
-    (parts / "b.h5").unlink()  # after the manifest was made
+    # after the manifest was made
+    (parts / "b.h5").unlink()
     latents._open.cache_clear()
     with pytest.raises(ValueError, match="whole.h5, steps 0 to 3, cannot be read .*b.h5 is not"):
         latents.read_steps(str(tmp_path / "whole.h5"), 0, 4)
@@ -797,7 +805,9 @@ def test_latents_in_folders_and_labels_beside_them(tmp_path):
     _, splits = open_manifest(tmp_path / "manifest.json")
     dataset = Latents([*splits["test"], *splits["train"]], 8)
     keys = {dataset[0, 0, n, 0]["key"] for n in range(3)}
-    assert len(keys) == 3  # two files are called clip.h5
+
+    # two files are called clip.h5
+    assert len(keys) == 3
 
     import encode
 
@@ -861,7 +871,9 @@ def test_one_file_without_truth_costs_that_file_only(tmp_path):
     assert np.isnan(found["same"][found["recording"] == 0]).all()
 
     summary = code_measures.code_summary(found, 12)
-    known = found["recording"] > 0  # of 140 transitions; other rows are of clips
+
+    # of 140 transitions; other rows are of clips
+    known = found["recording"] > 0
     only = code_measures.code_summary(
         {k: v[known] for k, v in found.items() if len(v) == 140}
         | {k: v for k, v in found.items() if len(v) != 140},
@@ -926,7 +938,8 @@ def test_the_manifest_says_which_size_would_fit(tmp_path):
     assert "all for one reason: shape [8, 4, 2, 12, 8]" in error
     assert "for latents of this shape pass --channels 4 --size 12 8" in error
 
-    flags = "--channels 4 --size 12 8".split()  # the folder after the last number
+    # the folder after the last number
+    flags = "--channels 4 --size 12 8".split()
     text = run(tmp_path, "prepare/manifest.py", *flags, tmp_path, env={"PYTHONPATH": ROOT})
     assert "left out: " not in text
 
@@ -1124,14 +1137,18 @@ def test_the_bar_of_the_overfit_test_is_above_the_noise():
     assert train_lam.noise_floor(z) == (0.0, 0.0)
 
     moving = torch.randn(2, 8, 16, 32, 32, generator=rng)
-    assert train_lam.noise_floor(moving)[0] == pytest.approx(0.1, rel=0.05)  # 5 % of 2
+
+    # 5 % of 2
+    assert train_lam.noise_floor(moving)[0] == pytest.approx(0.1, rel=0.05)
 
     losses = {"mse": torch.tensor(0.025), "mae": torch.tensor(0.12), "nmse": torch.tensor(0.025)}
     passed, text = train_lam.overfit_verdict(losses, 0.5, noise, 0.5)
     assert passed and "in raw units MSE 0.00625 (< 0.0069" in text
     assert not train_lam.overfit_verdict(losses, 0.5)[0]
     assert not train_lam.overfit_verdict(losses | {"mse": torch.tensor(0.04)}, 0.9, noise)[0]
-    assert not train_lam.overfit_verdict(losses, 0.03, noise)[0]  # codes that are ignored
+
+    # codes that are ignored
+    assert not train_lam.overfit_verdict(losses, 0.03, noise)[0]
 
 
 @pytest.mark.slow
@@ -1272,7 +1289,9 @@ def test_eval_finds_the_files_of_a_run_and_judges_what_it_can(tmp_path):
     make = ["prepare/manifest.py", data, "--size 8 --train_ratio 0.5 --val_ratio 0.5"]
     run(tmp_path, *make, "--test_ratio 0 --output", split, env={"PYTHONPATH": ROOT})
     other = [*make, "--test_ratio 0 --seed 1"]
-    run(tmp_path, *other, env={"PYTHONPATH": ROOT})  # another split, beside the files
+
+    # another split, beside the files
+    run(tmp_path, *other, env={"PYTHONPATH": ROOT})
     flags = ["--data_dir", data, "--manifest_path", split, SMALL, PLAN]
     text = run(tmp_path, "train_lam.py", *flags, "--max_steps 30 --out_dir", tmp_path / "run")
     assert "purity 0." in text
@@ -1390,7 +1409,8 @@ def test_a_video_vae_writes_the_guides_format(tmp_path, shards, name):
     back = latents.vae_frames(vae, torch.from_numpy(steps[:2].swapaxes(1, 2).astype(np.float32)))
     assert back.shape == (2, 8, 3, 32, 32) and 0 <= back.min() < back.max() <= 1
 
-    class Oracle:  # knows the step that follows
+    # knows the step that follows
+    class Oracle:
         scale = torch.zeros(2)
         quantizer = True
 

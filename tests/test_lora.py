@@ -509,7 +509,9 @@ def test_adapters_are_read_whole_or_not_at_all(tmp_path, message):
     with pytest.raises(ValueError, match=message) as e:
         load_adapter(fresh, tmp_path)
     assert str(tmp_path / "adapter_") in str(e.value)
-    assert not lora_layers(fresh)  # nothing was changed before all was checked
+
+    # nothing was changed before all was checked
+    assert not lora_layers(fresh)
 
 
 def test_adapter_files_of_others_are_named(tmp_path):
@@ -563,7 +565,9 @@ def test_adapter_files_of_others_are_named(tmp_path):
         load_adapter(make(), file)
 
     again = make()
-    save_file(renamed(tensors, "base_model.model.", ""), file)  # as inject_adapter_in_model's
+
+    # as inject_adapter_in_model's
+    save_file(renamed(tensors, "base_model.model.", ""), file)
     load_adapter(again, tmp_path)
     assert torch.equal(losses(again.eval(), batch()), losses(model.eval(), batch()))
 
@@ -723,7 +727,9 @@ def test_what_a_run_leaves(world, tuned):
     options += ["--out_dir", world.folder / "nothing"]
     text = run(world.folder, "train_lora.py", *options)
     unmoved = numbers(world.folder / "nothing", "tf_true", "base_tf", log="val.csv")[-1]
-    np.testing.assert_allclose(unmoved, v[0, 2], rtol=1e-5)  # the base, however it is evaluated
+
+    # the base, however it is evaluated
+    np.testing.assert_allclose(unmoved, v[0, 2], rtol=1e-5)
     assert "of them trained" in text
 
 
@@ -1000,7 +1006,9 @@ def test_a_robot_of_other_dimension(world, tmp_path):
     ]
     options = [*flags, "--out_dir", tmp_path / "out", "--export", tmp_path / "x.pt"]
     text = run(tmp_path, "train_lora.py", *options)
-    assert "does it help" not in text  # no base to compare with
+
+    # no base to compare with
+    assert "does it help" not in text
 
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["action_encoder"]
@@ -1013,7 +1021,9 @@ def test_a_robot_of_other_dimension(world, tmp_path):
     before, after = (
         numbers(tmp_path / n, "tf_true", log="val.csv")[-1, 0] for n in ("out", "more")
     )
-    assert abs(after / before - 1) < 1e-5  # it starts where the adapter left off
+
+    # it starts where the adapter left off
+    assert abs(after / before - 1) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -1112,7 +1122,9 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
             ],
         ]
         text = run(tmp_path, "train_lora.py", *given, "--out_dir", tmp_path / name)
-        assert ("RANDOM weights" in text) == (name != "bf16")  # no encoder unless one is named
+
+        # no encoder unless one is named
+        assert ("RANDOM weights" in text) == (name != "bf16")
 
         columns = {
             "train.csv": ["jloss", "sloss"],
@@ -1198,7 +1210,9 @@ def idle(tmp_path_factory):
             velocity[20 + 7 * k : 45 + 9 * k] = 0.1
             velocity[80 : 90 + k] = 0.2
             pose = tfrecord_rows(10 * s + k, 100)["observation/cartesian_position"]
-            pose[20 + 7 * k : 45 + 9 * k] = pose[20 + 7 * k]  # so nothing moves there
+
+            # so nothing moves there
+            pose[20 + 7 * k : 45 + 9 * k] = pose[20 + 7 * k]
             pose[80 : 90 + k] = pose[80]
             change = {"observation/cartesian_position": pose}
             change |= {} if k == 3 else {"action_dict/joint_velocity": velocity}
@@ -1436,7 +1450,9 @@ def test_a_mirror_follows_rotation_and_leaves_the_rest(tmp_path):
     mirror = opened(folder, url)
     before = memory.modified("/bucket/run/train.csv")
     mirror.close()
-    assert memory.modified("/bucket/run/train.csv") == before  # nothing is new
+
+    # nothing is new
+    assert memory.modified("/bucket/run/train.csv") == before
     with pytest.raises(ValueError, match="holds an earlier run"):
         opened(tmp_path / "new", url)
 
@@ -1496,7 +1512,9 @@ def test_another_url_gets_everything(tmp_path):
     fsspec.filesystem("memory").rm_file("/first/run/train.csv")
     opened(tmp_path, "memory://first/run", said, resume=True).close()
     assert files("memory://first/run") == names(1)
-    (tmp_path / "train.csv").write_text("9,9\n")  # as long as before
+
+    # as long as before
+    (tmp_path / "train.csv").write_text("9,9\n")
     for bucket in ("first", "second"):
         opened(tmp_path, f"memory://{bucket}/run", said, resume=True).close()
         assert fsspec.filesystem("memory").cat(f"/{bucket}/run/train.csv") == b"9,9\n"
@@ -1510,7 +1528,9 @@ def test_another_run_is_never_overwritten(tmp_path):
     for name in ("one", "two", "three"):
         step(tmp_path / name, 1)
     mirror = opened(tmp_path / "one", url, said)
-    late = opened(tmp_path / "two", url, said)  # when there is nothing yet
+
+    # when there is nothing yet
+    late = opened(tmp_path / "two", url, said)
     mirror.close()
     before = {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in names(1)}
     for resume in (False, True):
@@ -1524,7 +1544,8 @@ def test_another_run_is_never_overwritten(tmp_path):
     assert said[-1].startswith("WARNING: not at")
     assert before == {n: fsspec.filesystem("memory").cat(f"/taken/run/{n}") for n in files(url)}
 
-    fsspec.filesystem("memory").rm_file("/taken/run/run_id")  # a run copied there by other means
+    # a run copied there by other means
+    fsspec.filesystem("memory").rm_file("/taken/run/run_id")
     with pytest.raises(ValueError, match="holds another run"):
         opened(tmp_path / "three", url, resume=True)
 
@@ -1558,7 +1579,9 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
         patch.undo()
         lost = opened(tmp_path / "lost", "memory://lost")
         settle(lost)
-        lost.fs.rm_file("/lost/checkpoint-epoch000-itr00002.pth.tar")  # by somebody else
+
+        # by somebody else
+        lost.fs.rm_file("/lost/checkpoint-epoch000-itr00002.pth.tar")
         os.unlink(tmp_path / "lost" / "checkpoint-epoch000-itr00001.pth.tar")
         patch.setattr(mirror.fs, "put_file", quota)
         settle(lost)
@@ -1568,7 +1591,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
 
         def slow(path, *args, put=mirror.fs.put_file, **options):
             if "checkpoint" in path:
-                step(tmp_path, 3)  # removes 2
+                # removes 2
+                step(tmp_path, 3)
             return put(path, *args, **options)
 
         patch.setattr(mirror.fs, "put_file", slow)
@@ -1579,7 +1603,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
     assert files(url) == names(3)
 
     for path in checkpoint.list_checkpoints(tmp_path):
-        os.unlink(path)  # not by rotation
+        # not by rotation
+        os.unlink(path)
     settle(mirror)
     assert files(url) == names(3)
 
@@ -1611,7 +1636,9 @@ def test_an_interrupted_fetch_loses_nothing(tmp_path, monkeypatch, breaks, stale
     disk is preferred to a bucket that is ahead."""
     url = f"memory://cut/{breaks}-{stale}-{has_id}"
     step(tmp_path / "one", 90, keep=3)
-    step(tmp_path / "one", 1, epoch=1, keep=3)  # sorts before 1-2 and after 0-90
+
+    # sorts before 1-2 and after 0-90
+    step(tmp_path / "one", 1, epoch=1, keep=3)
     settle(opened(tmp_path / "one", url))
     if stale:
         opened(tmp_path / "two", url, resume=True)
@@ -1660,7 +1687,8 @@ def test_who_is_ahead_goes_on(tmp_path, capsys):
     settle(second)
     assert files(url) == names(5)
 
-    step(tmp_path / "one", 3)  # a machine that was thought dead
+    # a machine that was thought dead
+    step(tmp_path / "one", 3)
     settle(first)
     assert "continued this one" in said[-1] and files(url) == names(5)
 
@@ -1748,9 +1776,9 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, monkeypatch):
     listings, its missing bucket."""
     boto3 = pytest.importorskip("boto3")
     moto = pytest.importorskip("moto.server")
-    pytest.importorskip(
-        "s3fs"
-    ).S3FileSystem.clear_instance_cache()  # another test's has another address
+
+    # another test's has another address
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     port = server.get_host_and_port()[1]
@@ -1804,7 +1832,9 @@ def test_resume_from_the_url(world, tuned, tmp_path):
     assert "adapter/adapter_model.safetensors" in files(url)
 
     newest = sorted(n for n in files(url) if n.startswith("checkpoint-epoch"))[-1]
-    os.unlink(tmp_path / "bucket" / newest)  # as if the machine had died before
+
+    # as if the machine had died before
+    os.unlink(tmp_path / "bucket" / newest)
     flags = [*tuned.flags, "--resume", "--out_dir", tmp_path / "two", "--sync_to", url]
     text = run(tmp_path, "train_lora.py", *flags)
     assert "fetched" in text and "resumed from" in text
@@ -1861,7 +1891,9 @@ def test_settings_of_another_type_are_refused(tmp_path, change, sentence):
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"r": 4.0}))  # as a tool without integers writes it
+
+    # as a tool without integers writes it
+    file.write_text(json.dumps(settings | {"r": 4.0}))
     model = make()
     inputs = batch()
     load_adapter(model, tmp_path)

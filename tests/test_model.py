@@ -454,7 +454,9 @@ def test_activation_checkpointing_changes_no_gradient():
         sum(ac_losses(predictor, z, actions, states)).backward()
         grads.append([p.grad for p in predictor.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
-    assert calls.count(True) == 2 * calls.count(False)  # each pass ran its blocks twice
+
+    # each pass ran its blocks twice
+    assert calls.count(True) == 2 * calls.count(False)
 
 
 def test_compile_without_graph_breaks():
@@ -496,7 +498,9 @@ def test_encode_modes_see_what_they_say(mode):
     video = torch.randint(0, 256, (2, 6, 3, 32, 48), dtype=torch.uint8)
     with torch.no_grad():
         before = encode_steps(encoder, video, mode, 2)
-        video[:, 3] = 255 - video[:, 3]  # the second frame of step 1
+
+        # the second frame of step 1
+        video[:, 3] = 255 - video[:, 3]
         after = encode_steps(encoder, video, mode, 2)
     moved = [not torch.equal(before[:, t], after[:, t]) for t in range(3)]
     expected = {"tubelet": [False, True, False], "frame": [False] * 3, "clip": [True] * 3}

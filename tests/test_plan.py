@@ -193,7 +193,8 @@ def test_energy_is_the_same_by_cache_chunk_and_hand(context):
     actions = actions[:1]
     states = states[:1]
 
-    def compose(state0, a):  # states before each action
+    # states before each action
+    def compose(state0, a):
         return (
             state0[:, None]
             + torch.nn.functional.pad(a[..., : state0.shape[1]].cumsum(1), (0, 0, 1, 0))[:, :-1]
@@ -322,7 +323,8 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
             return 1
 
         def __getitem__(self, item):
-            i = item[2] or 1  # the first recording is damaged
+            # the first recording is damaged
+            i = item[2] or 1
             return {
                 "z": z[i],
                 "actions": actions[i],

@@ -24,7 +24,8 @@ import webdataset as wds
 from files.vpt import CONTINUOUS, KEY_BIT, parse_ticks
 from prepare import shards
 
-PLAY = ["--minutes", "0.5", "--size", "160x120", "--seed", "3"]  # six recordings of five seconds
+# six recordings of five seconds
+PLAY = ["--minutes", "0.5", "--size", "160x120", "--seed", "3"]
 
 
 def demo(out, *flags, **how):
@@ -105,7 +106,9 @@ def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
     for r in recordings(play).values():
         with av.open(io.BytesIO(r["mp4"])) as container:
             gray = [f.to_ndarray(format="gray") for f in container.decode(video=0)]
-        frames = np.stack(gray)[:, 8:76].astype(float)  # above the weapon
+
+        # above the weapon
+        frames = np.stack(gray)[:, 8:76].astype(float)
         h, w = frames.shape[1:]
         frames -= frames.mean((1, 2), keepdims=True)
         frames *= np.hanning(h)[:, None] * np.hanning(w)
@@ -127,7 +130,9 @@ def test_the_picture_moves_from_frame_t_to_t_plus_1_as_line_t_says(play, axis):
 
     weights = np.linalg.lstsq(past[small], shift[small], rcond=None)[0]
     before, now, after = weights.tolist()
-    assert now < 0  # looking right moves the picture left, looking down moves it up
+
+    # looking right moves the picture left, looking down moves it up
+    assert now < 0
     assert abs(now) > 3 * max(abs(before), abs(after))
 
 
@@ -202,7 +207,9 @@ def test_actions_vary_as_in_real_play(lines):
         for d in recording:
             pressed = d["keyboard"]["keys"] or d["mouse"]["buttons"]
             still.append(not pressed and not any(motion([d])[0, :2]))
-    assert 0.01 < np.mean(still) < 0.3  # null ticks exist
+
+    # null ticks exist
+    assert 0.01 < np.mean(still) < 0.3
 
 
 def test_shards_are_pairs_and_held_out_maps_are_held_out(play):
@@ -346,7 +353,9 @@ def test_each_bad_pair_is_left_out_with_its_reason(pair, tmp_path):
     more or less."""
     mp4, jsonl = pair["mp4"], pair["jsonl"]
     rows = jsonl.splitlines(keepends=True)
-    front = tmp_path / "front.mp4"  # the index in front, as in files cut while uploading
+
+    # the index in front, as in files cut while uploading
+    front = tmp_path / "front.mp4"
     faststart = {"movflags": "faststart"}
     with (
         av.open(io.BytesIO(mp4)) as source,
@@ -433,7 +442,9 @@ def test_keys_survive_webdataset(pair, tmp_path):
 
     lengths = collections.Counter(len(s["jsonl"].splitlines()) for s in samples)
     assert lengths == dict.fromkeys(range(100, 105), 2)
-    assert "plain-name_1" in {s["__key__"] for s in samples}  # a safe name stays as it is
+
+    # a safe name stays as it is
+    assert "plain-name_1" in {s["__key__"] for s in samples}
 
 
 def packed(folder):

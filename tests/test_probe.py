@@ -188,8 +188,11 @@ def test_anticipation_and_its_baseline(world, probed):
     after = [[], [], []]
     for r in records:
         for w in range(r.length // 8):
-            yaw = feature_rows(r, 8 * w, 8 * w + 8)[1][:, 2].numpy()  # actions 0..6 of the clip
-            for t in range(1, 5):  # three actions follow
+            # actions 0..6 of the clip
+            yaw = feature_rows(r, 8 * w, 8 * w + 8)[1][:, 2].numpy()
+
+            # three actions follow
+            for t in range(1, 5):
                 last.append(yaw[t - 1])
                 for k in range(3):
                     after[k].append(yaw[t + k])
@@ -349,7 +352,9 @@ def test_lines_give_back_the_actions(space):
     assert not ticks.flaw
 
     found, _ = step_actions(ticks, ends, space)
-    if slots:  # a change of the slot is the key that makes it
+
+    # a change of the slot is the key that makes it
+    if slots:
         changed = np.flatnonzero(np.diff(actions[:, slots].argmax(1))) + 1
         actions[:, hotbar] = 0
         actions[changed, np.array(hotbar)[actions[changed][:, slots].argmax(1)]] = 1
@@ -443,7 +448,9 @@ def test_bad_input_is_one_sentence(world):
 def test_the_recipe_of_the_docs_runs(tmp_path, monkeypatch):
     """Bug: the wrapper of docs/evaluate.md does not run, crops another part of the screen than
     training does, or leaves its own observation space."""
-    monkeypatch.chdir(tmp_path)  # ViZDoom writes its settings where it starts
+
+    # ViZDoom writes its settings where it starts
+    monkeypatch.chdir(tmp_path)
     import gymnasium
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
@@ -462,7 +469,9 @@ def test_the_recipe_of_the_docs_runs(tmp_path, monkeypatch):
     first, _ = env.reset(seed=0)
     later = [env.step(action)[0] for action in (0, 1, 1, 3)]
     assert all(z.shape == (4, 192) and z in env.observation_space for z in [first, *later])
-    assert np.abs(later[-1] - first).mean() > 0.01  # the player has moved
+
+    # the player has moved
+    assert np.abs(later[-1] - first).mean() > 0.01
 
     env.close()
     screen = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)

@@ -187,7 +187,8 @@ def test_an_index_reads_ranges_only(server, shards, tmp_path, monkeypatch):
     assert index_shards([shard(f"{server.url}/shard-000001.tar", folder)])[0] == found
     assert not server.handler.sent
 
-    server.handler.ranges = False  # then it is copied for its index, once
+    # then it is copied for its index, once
+    server.handler.ranges = False
     path = shard(f"{server.url}/shard-000002.tar", folder)
     found, bad = index_shards([path])
     assert len(found) == 2
@@ -283,7 +284,9 @@ def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
 
     os.close(fd)
     os.unlink(new.copy)
-    (folder / "a.tar").write_bytes(bytes(new.size))  # as long, and another
+
+    # as long, and another
+    (folder / "a.tar").write_bytes(bytes(new.size))
     with pytest.raises(Unreachable, match="a.tar has changed since this run began: start it again"):
         new.open()
 
@@ -291,7 +294,9 @@ def test_a_shard_that_changes_is_not_mixed(server, shards, tmp_path):
     first = stream.read(1000)
     (folder / "a.tar").write_bytes(b"x" * 5000)
     stream.source.close()
-    stream.source = None  # as after a failure
+
+    # as after a failure
+    stream.source = None
     with pytest.raises(Unreachable, match="changed while it was read"):
         stream.read(1000)
     assert len(first) == 1000
@@ -311,14 +316,17 @@ def test_the_oldest_copy_goes_and_none_in_use(server, shards, tmp_path, monkeypa
     assert "3 shards at URLs" in said[0]
     assert re.search(r"WARNING: only .* about 2\d% of the clips", said[1])
 
-    for path in (a, b, a):  # b was used longest ago
+    # b was used longest ago
+    for path in (a, b, a):
         os.close(path.open())
     os.close(c.open())
     assert copies(tmp_path) == sorted(os.path.basename(p.copy) for p in (a, c))
 
     fd = a.open()
     os.close(c.open())
-    os.close(b.open())  # c goes, though a was used before it
+
+    # c goes, though a was used before it
+    os.close(b.open())
     assert copies(tmp_path) == sorted(os.path.basename(p.copy) for p in (a, b))
 
     other = b.open()
@@ -329,7 +337,9 @@ def test_the_oldest_copy_goes_and_none_in_use(server, shards, tmp_path, monkeypa
 
     threading.Timer(0.3, os.close, [other]).start()
     monkeypatch.setattr(remote, "PATIENCE", 20.0)
-    os.close(c.open())  # as soon as b is not in use
+
+    # as soon as b is not in use
+    os.close(c.open())
     os.close(fd)
     assert copies(tmp_path) == sorted(os.path.basename(p.copy) for p in (a, c))
     with pytest.raises(ValueError, match="--cache_size is .* raise it"):
@@ -368,7 +378,8 @@ def test_processes_share_one_transfer_and_survive_a_kill(server, shards, tmp_pat
     assert server.handler.gets == {name: 1}
     assert copies(tmp_path) == [os.path.basename(path.copy)]
 
-    os.truncate(path.copy, path.size - 1)  # a crash of the machine
+    # a crash of the machine
+    os.truncate(path.copy, path.size - 1)
     os.close(path.open())
     assert server.handler.gets == {name: 2}
     assert os.path.getsize(path.copy) == path.size
@@ -379,9 +390,9 @@ def test_shards_in_a_bucket(shards, tmp_path, monkeypatch):
     errors."""
     boto3 = pytest.importorskip("boto3")
     moto = pytest.importorskip("moto.server")
-    pytest.importorskip(
-        "s3fs"
-    ).S3FileSystem.clear_instance_cache()  # another test's has another address
+
+    # another test's has another address
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
     bucket = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     bucket.start()
     settings = {
@@ -483,7 +494,9 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
     same_run(tmp_path / "local", tmp_path / "url")
 
     rates = [numbers(tmp_path / f, "bytes_per_s", "clips_per_s") for f in ("local", "url")]
-    for r in rates:  # 8 steps of 16 patches x 192 x 2 bytes, actions and states, and headers
+
+    # 8 steps of 16 patches x 192 x 2 bytes, actions and states, and headers
+    for r in rates:
         per_clip = r[:, 0] / r[:, 1]
         assert (per_clip > 8 * 4 * 192 * 2).all()
         assert np.allclose(per_clip, per_clip[0])
@@ -602,7 +615,9 @@ def test_the_order_is_dealt_by_global_batch():
             iter(Order(dataset, size, 5 * accum, 2, 3 * accum, r, world_size))
             for r in range(world_size)
         ]
-        for step in range(6):  # over the end of the epoch
+
+        # over the end of the epoch
+        for step in range(6):
             clips = [item for part in parts for _ in range(accum) for item in next(part)]
             assert len(set(clips)) == 8
             steps[step].add(frozenset(clips))
@@ -687,16 +702,21 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
     def said():
         return logs[0].read_text() + logs[1].read_text()
 
-    until(80)  # of 180, saved at 60
+    # of 180, saved at 60
+    until(80)
     os.kill(worker_of(nodes[1]), signal.SIGKILL)
     while said().count("resumed from") < 1:
         until(1)
-    until(130)  # saved at 120
+
+    # saved at 120
+    until(130)
 
     # the agent that keeps the store cannot be spared
     hosts = [p for p in nodes if holds(p.pid, port)]
     lost = nodes[0] if hosts == [nodes[1]] else nodes[1]
-    for pid in (lost.pid, worker_of(lost)):  # the node is gone
+
+    # the node is gone
+    for pid in (lost.pid, worker_of(lost)):
         os.kill(pid, signal.SIGKILL)
     lost.wait()
 
@@ -719,7 +739,9 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
 def test_the_scaling_model_does_its_sums(monkeypatch):
     """Bug: what one GPU needs is taken for what all need, bits for bytes, or the encoder's work for
     that of runs on features."""
-    monkeypatch.setenv("NANOJEPA_CACHE", os.environ["NANOJEPA_CACHE"])  # bench.data sets its own
+
+    # bench.data sets its own
+    monkeypatch.setenv("NANOJEPA_CACHE", os.environ["NANOJEPA_CACHE"])
     from bench.scaling import cluster, flops, predictor_of, small
 
     args = types.SimpleNamespace(

@@ -47,9 +47,13 @@ def same(got, expected, rtol):
 def test_moments_survive_a_large_mean(mean, rtol, monkeypatch):
     """Catches E[x^2] - E[x]^2, a running mean that loses digits from tile to tile, tiles skipped or
     merged with wrong weights."""
-    monkeypatch.setattr(stats, "PROGRAMS", 2)  # of 29 and 30 tiles, the last one not full
+
+    # of 29 and 30 tiles, the last one not full
+    monkeypatch.setattr(stats, "PROGRAMS", 2)
     x = normal(60_001, 3) + mean
-    exact = x - mean  # what the rounding of x left of the noise
+
+    # what the rounding of x left of the noise
+    exact = x - mean
     n, got_mean, m2 = moments_triton(x)
     assert n == len(x)
     torch.testing.assert_close(
@@ -167,7 +171,9 @@ dist.destroy_process_group()
 def test_two_processes_get_the_moments_of_all_rows(tmp_path):
     """Catches ranks that merge their own part first and so differ in the last bit, and a rank
     without rows that poisons the others."""
-    x = normal(1000, 64).cpu() * 7  # means near 0: merging them is exact far less often than at 1e6
+
+    # means near 0: merging them is exact far less often than at 1e6
+    x = normal(1000, 64).cpu() * 7
     torch.save(x, tmp_path / "x.pt")
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [
@@ -296,7 +302,9 @@ def test_rope_plain_takes_masked_tables():
     """Catches chunks cut along the wrong dim of tables (B, 1, n, hd), those of an encoder that sees
     some of its patches."""
     cos, sin = (torch.stack([t[:700], t[700:]])[:, None] for t in tables(1400, 64))
-    qk = normal(2, 2, 5, 700, 64).float()  # larger than one chunk
+
+    # larger than one chunk
+    qk = normal(2, 2, 5, 700, 64).float()
     for x, got in zip(qk, rope_plain(qk, cos, sin)):
         torch.testing.assert_close(got, rotate_pairs(x, cos, sin), rtol=0, atol=1e-6)
 

@@ -522,7 +522,9 @@ def test_bad_clips_are_skipped_listed_and_limited(world, tmp_path):
     assert "clips cannot be read" in error
     assert f"{shard} short-6.10_player-0@00000" in error
     assert "bad_clips.jsonl" in error
-    assert 25 <= len(rows_of(tmp_path / "many" / "train.csv")) + 1 < 60  # judged after 100 clips
+
+    # judged after 100 clips
+    assert 25 <= len(rows_of(tmp_path / "many" / "train.csv")) + 1 < 60
 
 
 def test_recordings_that_cannot_be_opened_are_said(world, tmp_path, mp4):
@@ -586,7 +588,9 @@ def test_validation_shares_no_recording_with_training(world, tmp_path):
     assert np.isfinite(numbers(tmp_path / "run", "jloss")).all()
     assert len(numbers(tmp_path / "run", "jloss")) == 60
     assert np.isnan(numbers(tmp_path / "run", "jloss", log="val.csv")).all()
-    assert "the scaler was fitted on recordings held out here" in text  # as it was: on all of these
+
+    # as it was: on all of these
+    assert "the scaler was fitted on recordings held out here" in text
 
 
 def test_the_scaler_is_not_blamed_for_shards_of_the_same_name(world, tmp_path):
@@ -800,7 +804,9 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
     held = ["--data", world.folder / "held" / "*.tar", "--batch_size 4"]
     run(tmp_path, "eval.py", "--checkpoint", out, *held)
     report = json.loads((out / "report.json").read_text())
-    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+
+    # null is nan
+    found = np.array([report[k] for k in METERS], dtype=float)
     np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6)
 
     plain = [*world.features, PLAN, "--ipe 4 --out_dir"]
@@ -834,31 +840,35 @@ def test_the_spread_is_that_of_the_runs(world, tmp_path):
     row than the last, counts a failed run, or trains finished runs again."""
     flags = words([*world.features, PLAN, "--ipe 2 --epochs 2 --warmup 0 --anneal 0"])
     command = ["tests/spread.py", "--json --out", tmp_path / "runs"]
-    text = run(tmp_path, *command, "--seeds 3 4 --threads 1 2 --", *flags)
-    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    assert [(r["seed"], r["threads"]) for r in rows] == [(3, 1), (3, 2), (4, 1), (4, 2)]
 
-    for row in rows:
-        folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
-        last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
-        assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
-        assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
-    assert rows[0]["tf_skill"] != rows[2]["tf_skill"]
+    def spread(pairs):
+        text = run(tmp_path, *command, pairs, "--", *flags)
+        rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        for row in rows:
+            folder = tmp_path / "runs" / f"{row['seed']}-{row['threads']}"
+            last = numbers(folder, "epoch", "tf_skill", "tf_gap", log="val.csv")[-1]
+            assert [row["epoch"], row["tf_skill"], row["tf_gap"]] == last.tolist()
+            assert json.loads((folder / "args.json").read_text())["seed"] == row["seed"]
+        skills = [row["tf_skill"] for row in rows]
+        assert f"from {min(skills):.4f} to {max(skills):.4f}" in text
+        return rows
 
-    skills = [row["tf_skill"] for row in rows]
-    assert f"from {min(skills):.4f} to {max(skills):.4f}" in text
+    seeds = spread("--seeds 3 4 --threads 1")
+    assert [(r["seed"], r["threads"]) for r in seeds] == [(3, 1), (4, 1)]
+    assert seeds[0]["tf_skill"] != seeds[1]["tf_skill"]
 
-    # a finished run is taken as it is
-    text = run(tmp_path, *command, "--seeds 4 --threads 2 --", *flags)
-    (row,) = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    assert row == rows[3]
-
-    log = tmp_path / "runs" / "4-2" / "log.txt"
+    # the run that is finished is taken as it is
+    threads = spread("--seeds 4 --threads 1 2")
+    assert [(r["seed"], r["threads"]) for r in threads] == [(4, 1), (4, 2)]
+    assert threads[0] == seeds[1]
+    log = tmp_path / "runs" / "4-1" / "log.txt"
     assert log.read_text().count("nothing left to do") == 1
 
     # a run that fails is not counted
     failed = [*command, "--seeds 3 --threads 1 --", *flags, "--pred_dim 96"]
-    assert "read its log.txt" in fails(tmp_path, *failed)
+    code, text = Run(tmp_path, *failed).wait()
+    assert code == 1
+    assert "read its log.txt" in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -1017,7 +1027,9 @@ def test_eval_says_what_validation_said(world, trained, tmp_path):
     judged = ["--checkpoint", tmp_path / "run", "--data", data["features"], "--batch_size 4"]
     text = run(tmp_path, "eval.py", *judged)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    found = np.array([report[k] for k in METERS], dtype=float)  # null is nan
+
+    # null is nan
+    found = np.array([report[k] for k in METERS], dtype=float)
     np.testing.assert_allclose(found, [said[k] for k in METERS], rtol=1e-6, atol=1e-8)
     assert report["checkpoint"].endswith("checkpoint-epoch003.pth.tar")
     assert report["recordings"] == 2

@@ -124,7 +124,9 @@ def test_stuck_attack_of_line_0_is_released(new, expected):
     )
     keys = parse_ticks(jsonl(lines)).keys
     assert (keys & vpt.BUTTON_BIT[0] > 0).astype(int).tolist() == expected
-    assert (keys & vpt.BUTTON_BIT[1] > 0).all()  # the other buttons stay, and button 5 is ignored
+
+    # the other buttons stay, and button 5 is ignored
+    assert (keys & vpt.BUTTON_BIT[1] > 0).all()
 
 
 def test_null_mouse_and_keyboard_are_no_input():
@@ -159,7 +161,9 @@ def test_fields_in_any_order():
     expected = parse_ticks(jsonl(lines))
     rewritten = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()
     tricky = jsonl([{"note": 'a, "inventory"'} | line for line in lines])
-    late = jsonl([{"inventory": []} | line for line in lines])  # all the others come after it
+
+    # all the others come after it
+    late = jsonl([{"inventory": []} | line for line in lines])
     for data in (rewritten, tricky, late, jsonl(lines).replace(b"\n", b"\r\n")):
         ticks = parse_ticks(data)
         assert not ticks.flaw
@@ -554,7 +558,9 @@ def test_a_key_held_for_one_tick_counts_and_the_slot_is_that_of_the_steps_start(
     )
     actions, _ = step_actions(parse_ticks(jsonl(lines)), [4, 12, 19], 38)
     at = {n: i for i, n in enumerate(TABLE)}
-    assert actions[:, at["key.space"]].tolist() == [1, 0]  # tick 11 is the last of 4..11
+
+    # tick 11 is the last of 4..11
+    assert actions[:, at["key.space"]].tolist() == [1, 0]
     assert actions[:, at["key.6"]].tolist() == [1, 0]
     assert actions[:, at["slot.1"]].tolist() == [1, 0]
     assert actions[:, at["slot.6"]].tolist() == [0, 1]
@@ -613,7 +619,9 @@ def test_guide_lines_at_5_hz_go_with_every_fourth_frame(mp4):
 
     # lines 4+2t and 5+2t
     assert clip["actions"][:, 0].tolist() == [4 + 2 * t + 5 + 2 * t for t in range(7)]
-    clip = cut_clip(film(75), guide(), 3)  # a video that runs at the line rate itself
+
+    # a video that runs at the line rate itself
+    clip = cut_clip(film(75), guide(), 3)
     assert [read_number(f) for f in clip["video"]] == list(range(3, 19))
 
 
@@ -669,7 +677,9 @@ def test_frames_a_line_by_the_clocks_of_both(bad):
         times = np.arange(300) * 1000 // 37
         with pytest.raises(ValueError, match="unknown"):
             cut_clock(film(300, times=times), guide(70, rate=20) + [{}], 70)
-    with pytest.raises(ValueError, match="unknown"):  # more lines than frames
+
+    # more lines than frames
+    with pytest.raises(ValueError, match="unknown"):
         cut_clock(film(75), guide(100, rate=20) + [{}], 100)
 
 
@@ -1036,7 +1046,9 @@ def test_damaged_index_raises_what_the_loader_catches(mp4):
 
     counts = bytearray(mp4)
     at = mp4.index(b"stts") + 12
-    counts[at : at + 4] = b"\xf0\0\0\0"  # four billion frames
+
+    # four billion frames
+    counts[at : at + 4] = b"\xf0\0\0\0"
     with pytest.raises(ValueError, match="more frames than"):
         mp4_times(io.BytesIO(counts))
 

@@ -76,12 +76,16 @@ def test_position_kind_goes_by_name_then_by_content(tmp_path):
     RoPE, and the name not being trusted."""
     assert load_encoder(VJEPA2, num_heads=3).table_size is None
     assert load_encoder(VJEPA1, num_heads=3, num_frames=4).table_size == (2, 4, 4)
-    renamed = tmp_path / "vitl.pt"  # a released V-JEPA 2 file, whatever its unused pos_embed holds
+
+    # a released V-JEPA 2 file, whatever its unused pos_embed holds
+    renamed = tmp_path / "vitl.pt"
     renamed.write_bytes(VJEPA1.read_bytes())
     assert load_encoder(renamed, num_heads=3).table_size is None
     renamed = tmp_path / "vitl16.pth.tar"
     renamed.write_bytes(VJEPA1.read_bytes())
-    assert load_encoder(renamed, num_heads=3).table_size == (8, 2, 2)  # 16 frames by default
+
+    # 16 frames by default
+    assert load_encoder(renamed, num_heads=3).table_size == (8, 2, 2)
     with pytest.raises(
         ValueError, match="32 positions are not 3 steps of a square grid: give num_frames"
     ):
@@ -624,7 +628,9 @@ def test_download_gives_up_and_says_what_to_do(tmp_path, serve):
 
     server.shutdown()
     server.server_close()
-    with pytest.raises(ConnectionError, match="could not download"):  # nobody answers: offline
+
+    # nobody answers: offline
+    with pytest.raises(ConnectionError, match="could not download"):
         find_encoder(server.url + "/other.pt", tmp_path)
 
 

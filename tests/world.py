@@ -11,8 +11,7 @@ import time
 import torch
 
 import checkpoint
-from tests import harness
-from tests.harness import FORK, ROOT, TORCHRUN, error_line
+from tests.harness import FORK, ROOT, TORCHRUN, error_line, run, words
 from tests.seeds import film, lines
 
 IPE = 12
@@ -22,9 +21,6 @@ TRAIN = (
     " --val_every 3 --resume"
 )
 
-# seconds a run may take: other work on the machine, or a pause of it, is no fault
-LIMIT = 600
-
 
 def start_server():
     """Processes start from a server that has imported our scripts."""
@@ -32,22 +28,6 @@ def start_server():
     FORK.set_forkserver_preload(
         ["tests.harness", "torch._dynamo", "train_ac", "encode", "fit_scaler"]
     )
-
-
-class Run(harness.Run):
-    """A script that was started; it may take longer than those of other tests."""
-
-    def wait(self, timeout=LIMIT):
-        return super().wait(timeout)
-
-    def until(self, ready, timeout=LIMIT):
-        return super().until(ready, timeout)
-
-
-def run(folder, script, *flags):
-    code, text = Run(folder, script, *flags).wait()
-    assert code == 0, text
-    return text
 
 
 def read(path):
@@ -105,7 +85,7 @@ class World:
 
     def torchrun(self, out):
         flags = [*self.flags, *self.data(), "--batch_size 2 --out_dir", out]
-        command = [*TORCHRUN, "train_ac.py", *harness.words(flags)]
+        command = [*TORCHRUN, "train_ac.py", *words(flags)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(out + ".log", "a") as log:
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
@@ -163,7 +143,8 @@ def read_bytes(path):
 
 
 def read_or_nothing(path):
-    with contextlib.suppress(OSError):  # it ended meanwhile
+    # it ended meanwhile
+    with contextlib.suppress(OSError):
         return read(path)
     return ""
 
