@@ -23,6 +23,7 @@ import zlib
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from files.disk import write_atomically
 from files.logs import bytes_text, count_text, list_checkpoints
@@ -299,3 +300,49 @@ def newest_good(out_dir):
             " another --out_dir"
         )
     return None, None
+
+
+# --- sharded weights ---
+#
+# With FSDP each rank holds a part of every tensor. In a checkpoint tensors are whole, so that it
+# opens on any number of ranks, with FSDP or without.
+
+
+def whole(state):
+    """A tensor, or dicts and lists of them, with whole tensors in place of sharded ones, on the
+    CPU. With sharded ones a collective; other values stay as they are."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if isinstance(state, DTensor):
+        full = state.full_tensor()
+        return full.cpu() if full.ndim else full
+    return state
+
+
+def part_like(tensor, like):
+    """What this rank holds of a whole tensor that is sharded like another one."""
+    if not isinstance(like, DTensor):
+        return tensor
+    tensor = tensor.to(device=like.device, dtype=like.dtype)
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
+def load_whole(module, state):
+    """load_state_dict for a module that may be sharded, from whole tensors."""
+    own = module.state_dict()
+    module.load_state_dict({k: part_like(v, own[k]) if k in own else v for k, v in state.items()})
+
+
+def load_whole_optimizer(optimizer, state):
+    """load_state_dict for an optimizer of weights that may be sharded, from whole tensors."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = {}
+    for number, tensors in state["state"].items():
+        like = params[number]
+        parts[number] = {}
+        for name, value in tensors.items():
+            is_moment = value.shape == like.shape
+            parts[number][name] = part_like(value, like) if is_moment else value
+    optimizer.load_state_dict(state | {"state": parts})

@@ -40,7 +40,7 @@ from safetensors.numpy import save as safetensors_bytes
 from checkpoint import short_excepthook
 from files.disk import DAMAGE, READ_ERRORS, Unreachable, with_storage_retries, write_atomically
 from files.features import feature_rows
-from files.films import film_paths, index_films, read_clock
+from files.films import film_paths, index_films, is_tar, read_clock
 from files.latents import NO_LABEL, read_labels, read_steps
 from files.remote import cached
 from files.shards import (
@@ -850,6 +850,18 @@ def open_film_group(data, reader):
         reasons = "; ".join(" ".join(b) for b in bad[:3])
         raise ValueError(f"no usable video in {data}: {reasons}")
     return each_once(records), bad
+
+
+def holds_play(paths):
+    """Whether these files are shards of play: tars, the first with lines (or features) beside its
+    videos. What is streamed must be play. Anything else is plain video."""
+    if any(map(is_stream, paths)):
+        return True
+    for path in paths:
+        if not is_tar(path):
+            return False
+    records, _ = shard_index(paths[0])
+    return any({"jsonl", "safetensors"} & set(r.members) for r in records)
 
 
 def open_films(

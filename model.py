@@ -15,12 +15,14 @@ Submodules have Meta's names, so released weights load by key.
 import contextlib
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
@@ -782,6 +784,430 @@ def compose_states(state0, actions, mean, scale):
     states = state0.unsqueeze(1) + F.pad(diff.cumsum(1), (0, 0, 1, 0))[:, :-1]
     yaw, pitch = states.unbind(-1)
     return torch.stack([math.pi - (math.pi - yaw) % (2 * math.pi), pitch], dim=-1)
+
+
+# --- masked pretraining (V-JEPA 2) ---
+
+
+class Mask(NamedTuple):
+    """One kind of mask for a batch of clips."""
+
+    context: torch.Tensor  # (B, n) ids of the tokens that the encoder sees, ascending
+    predicted: torch.Tensor  # (B, m) ids of those that are predicted, ascending
+    per_step: (
+        int  # tokens of context in each step that has any; no use where clips are cut unevenly
+    )
+    whole_steps: bool  # whether all patches of a step are on one side
+
+    def to(self, device):
+        context = self.context.to(device, non_blocking=True)
+        predicted = self.predicted.to(device, non_blocking=True)
+        return self._replace(context=context, predicted=predicted)
+
+
+def sample_masks(clips, grid, blocks, scale, aspect, size_seed, place_seed, even=False):
+    """Random tubes of blocks for some clips: which tokens the encoder sees and which are predicted
+    (vjepa2 src/masks/multiseq_multiblock3d.py).
+
+    `grid` is (T, H, W) in patches. A block covers the share `scale` of a picture, has an aspect
+    ratio between the two numbers `aspect`, and lasts for all T steps. The union of `blocks` blocks
+    at random places is predicted, the rest is context; a clip without context is drawn again.
+
+    The numbers of tokens are those of the clip that has the fewest; of the other clips the last ids
+    are on neither side. With `even` they are cut in every step alike, else at the end of the clip,
+    as upstream. `size_seed` gives the size of the blocks: ranks that share it have the same.
+    `place_seed` gives the places. Both may be lists of whole numbers."""
+    T = grid[0]
+    H, W = grid[1:]
+    area = int(H * W * scale)
+    ratio = np.random.default_rng(size_seed).uniform(*aspect)
+    h = min(max(round(math.sqrt(area * ratio)), 1), H)
+    w = min(max(round(math.sqrt(area / ratio)), 1), W)
+    if (h, w) == (H, W):
+        raise ValueError(
+            f"--mask_scale {scale:g}: a block of {h}x{w} patches covers the whole picture and"
+            " leaves no context: take a smaller share, or more patches"
+        )
+
+    # a tube covers the same patches in every step
+    rng = np.random.default_rng(place_seed)
+    hidden = np.zeros((clips, H, W), dtype=bool)
+    to_draw = np.arange(clips)
+    while len(to_draw):
+        top = rng.integers(0, H - h + 1, (len(to_draw), blocks, 1))
+        left = rng.integers(0, W - w + 1, (len(to_draw), blocks, 1))
+        rows = (np.arange(H) >= top) & (np.arange(H) < top + h)  # (clips, blocks, H)
+        columns = (np.arange(W) >= left) & (np.arange(W) < left + w)
+        hidden[to_draw] = (rows[:, :, :, None] & columns[:, :, None, :]).any(1)
+        to_draw = to_draw[hidden[to_draw].all((1, 2))]
+
+    # a stable sort of False before True lists ids in ascending order
+    hidden = hidden.reshape(clips, -1)
+    if not even:
+        hidden = np.tile(hidden, (1, T))
+    sides = []
+    for is_hidden in (hidden, ~hidden):
+        count = (~is_hidden).sum(1).min()
+        ids = np.argsort(is_hidden, axis=1, kind="stable")[:, :count]
+        if even:
+            ids = (ids[:, None] + H * W * np.arange(T)[:, None]).reshape(clips, -1)
+        sides.append(torch.from_numpy(ids))
+    return Mask(*sides, per_step=sides[0].shape[1] // T, whole_steps=False)
+
+
+def sample_step_masks(clips, grid, share, place_seed):
+    """Masks of whole steps: of each clip a random `share` of the T steps of its grid (T, H, W) is
+    predicted from the others."""
+    T = grid[0]
+    N = grid[1] * grid[2]
+    hidden_steps = min(max(round(T * share), 1), T - 1)
+    rng = np.random.default_rng(place_seed)
+    order = rng.random((clips, T)).argsort(axis=1)
+    sides = []
+    for steps in (order[:, hidden_steps:], order[:, :hidden_steps]):
+        ids = np.sort(steps, axis=1)[:, :, None] * N + np.arange(N)
+        sides.append(torch.from_numpy(ids.reshape(clips, -1)))
+    return Mask(*sides, per_step=N, whole_steps=True)
+
+
+def take_tokens(x, ids):
+    """x (B, L, D), ids (B, n) -> (B, n, D)."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+class MaskPredictor(nn.Module):
+    """V-JEPA 2's predictor: from the features of context tokens to those of masked ones.
+
+    `grid` is the encoder's patch grid (H, W). A masked token starts as one of `num_mask_tokens`
+    learned vectors, one for each kind of mask; Meta's files have more of them than kinds."""
+
+    activation_checkpointing = False
+
+    def __init__(
+        self,
+        embed_dim,
+        grid,
+        *,
+        pred_dim=384,
+        depth=12,
+        num_heads=12,
+        mlp_dim=None,
+        num_mask_tokens=2,
+    ):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.head_dim = pred_dim // num_heads
+        self.predictor_embed = Linear(embed_dim, pred_dim)
+        self.mask_tokens = nn.ParameterList(
+            nn.Parameter(torch.zeros(1, 1, pred_dim)) for _ in range(num_mask_tokens)
+        )
+        self.predictor_blocks = nn.ModuleList(
+            Block(pred_dim, num_heads, mlp_dim or 4 * pred_dim) for _ in range(depth)
+        )
+        self.predictor_norm = nn.LayerNorm(pred_dim, eps=1e-6)
+        self.predictor_proj = Linear(pred_dim, embed_dim)
+        init_weights(self, self.predictor_blocks)
+
+    def forward(self, context, context_ids, predicted_ids, kind):
+        """context (B, n, E), ids (B, n) and (B, m), kind of the mask -> (B, m, E)."""
+        H, W = self.grid
+        x = self.predictor_embed(context)
+        masked = self.mask_tokens[kind].to(x.dtype).expand(*predicted_ids.shape, -1)
+        x = torch.cat([x, masked], dim=1)  # (B, n+m, D)
+
+        # sorted by position, as upstream
+        ids = torch.cat([context_ids, predicted_ids], dim=1)
+        ids, order = ids.sort(dim=1)
+        x = take_tokens(x, order)
+        pos = torch.stack([ids // (H * W), ids // W % H, ids % W], dim=-1).float()
+        rope = [table.unsqueeze(1) for table in rope_tables(pos, self.head_dim)]
+
+        for blk in self.predictor_blocks:
+            x, _ = run_block(self, blk, x, rope)
+
+        # back in the order of predicted_ids
+        places = order.argsort(dim=1)[:, context_ids.shape[1] :]
+        return self.predictor_proj(self.predictor_norm(take_tokens(x, places)))
+
+
+def pixels_to_video(frames):
+    """uint8 frames (B, F, 3, H, W) -> what an encoder takes: (B, 3, F, H, W), normalised."""
+    mean, std = imagenet(frames.device)
+    return ((frames.float() / 255 - mean) / std).transpose(1, 2)
+
+
+def random_aspect(video, aspect, seed):
+    """Clips (B, 3, F, H, W) stretched at random: of each a box whose aspect ratio is between the
+    two numbers `aspect` is cut out, as large as fits and anywhere, and resized to the whole. With
+    random crops of the loader this is upstream's random resized crop."""
+    B = len(video)
+    rng = np.random.default_rng(seed)
+    ratio = np.exp(rng.uniform(*np.log(aspect), B))  # width / height
+    share = np.stack([np.minimum(ratio, 1), np.minimum(1 / ratio, 1)], axis=1)  # of width, height
+    centre = rng.uniform(-1, 1, (B, 2)) * (1 - share)
+    theta = torch.zeros(B, 2, 3)
+    theta[:, [0, 1], [0, 1]] = torch.from_numpy(share).float()
+    theta[:, :, 2] = torch.from_numpy(centre).float()
+    frames = video.transpose(1, 2).flatten(0, 1)  # (B*F, 3, H, W)
+    theta = theta.repeat_interleave(video.shape[2], dim=0).to(video.device)
+    grid = F.affine_grid(theta, frames.shape, align_corners=False)
+    frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+    return frames.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def masked_loss(predicted, targets, predicted_ids, loss_exp=1.0):
+    """Mean |error|^loss_exp of predicted tokens (B, m, E). targets: the teacher's layer-normed
+    features of the whole clip (B, L, E), of which predicted_ids (B, m) are compared."""
+    error = predicted.float() - take_tokens(targets, predicted_ids)
+    return (error.abs() ** loss_exp).mean() / loss_exp
+
+
+class MeanOfRanks(torch.autograd.Function):
+    """The mean of a tensor over all ranks, and of its gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mean = x.clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOfRanks.forward(ctx, gradient.contiguous())
+
+
+def mean_of_ranks(x):
+    """The mean of a tensor over all ranks; gradients flow back to all of them."""
+    return MeanOfRanks.apply(x) if dist.is_initialized() else x
+
+
+def sigreg(x, directions, seed):
+    """How far vectors x (N, D) are from standard normal ones: a scalar, about 1 if they are
+    (sketched isotropic Gaussian regularisation, LeJEPA, arXiv 2511.08544).
+
+    For random unit directions the characteristic function of the projections is compared with that
+    of a Gaussian (Epps-Pulley): N times a weighted sum over 17 knots t from 0 to 3. Each step needs
+    its own `seed`, which all ranks share. N counts the vectors of all ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    u = F.normalize(torch.randn(x.shape[1], directions, generator=generator), dim=0)
+    t = torch.linspace(0, 3, 17)
+    gaussian = torch.exp(-t.square() / 2)
+    spacing = torch.full((17,), 2 * 3 / 16)
+    spacing[[0, -1]] /= 2
+
+    # float32: cosines of products in bfloat16 would be noise
+    with torch.autocast(x.device.type, enabled=False):
+        angles = (x.float() @ u.to(x.device)).unsqueeze(-1) * t.to(x.device)  # (N, directions, 17)
+        moments_of_rank = torch.stack([angles.cos().mean(0), angles.sin().mean(0)])
+        real, imaginary = mean_of_ranks(moments_of_rank)
+        error = (real - gaussian.to(x.device)).square() + imaginary.square()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        weights = (spacing * gaussian).to(x.device)
+        return len(x) * world * (error @ weights).mean()
+
+
+def variance_and_covariance(x):
+    """Two terms against collapse, for features x (n, D) of all ranks (VICReg, arXiv 2105.04906):
+    how far the std of a channel is below 1 on average, and the sum of the squared covariances
+    between channels, over D."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        mean = mean_of_ranks(x.mean(0))
+        centred = x - mean
+        covariance = mean_of_ranks(centred.T @ centred / len(x))
+    std = (covariance.diag() + 1e-4).sqrt()
+    variance_term = F.relu(1 - std).mean()
+    off_diagonal = covariance.square().sum() - covariance.diag().square().sum()
+    return variance_term, off_diagonal / x.shape[1]
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the vectors of all ranks (nn.SyncBatchNorm needs a GPU). It serves training
+    alone and keeps no running statistics."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        """(N, D) -> (N, D), float32."""
+        x = x.float()
+        mean, square = mean_of_ranks(torch.stack([x.mean(0), x.square().mean(0)]))
+        std = (square - mean.square()).clamp_min(0).add(1e-5).sqrt()
+        return (x - mean) / std * self.weight + self.bias
+
+
+class InverseDynamics(nn.Module):
+    """The action between two consecutive steps, from the tokens of both: a regulariser that keeps
+    in the features what the player does."""
+
+    def __init__(self, embed_dim, action_dim, grid, width=128, num_heads=4):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.head_dim = width // num_heads
+        self.embed = Linear(2 * embed_dim, width)
+        self.block = Block(width, num_heads, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        self.out = Linear(width, action_dim)
+
+    def forward(self, steps):
+        """Tokens of steps (B, T, N, E) -> (B, T-1, A)."""
+        pairs = torch.cat([steps[:, :-1], steps[:, 1:]], dim=-1).flatten(0, 1)  # (B*(T-1), N, 2E)
+        pos = grid_positions(1, *self.grid, pairs.device)[0]
+        x, _ = self.block(self.embed(pairs), rope_tables(pos, self.head_dim))
+        x = self.out(self.norm(x).mean(1))
+        return x.unflatten(0, (len(steps), -1))
+
+
+def inverse_loss(predicted, actions, continuous):
+    """Error of predicted actions (B, T-1, A): squared for the first `continuous` dims, which are
+    standardised, cross-entropy for keys, which are 0 or 1."""
+    predicted = predicted.float()
+    loss = F.mse_loss(predicted[..., :continuous], actions[..., :continuous])
+    if actions.shape[-1] > continuous:
+        keys = F.binary_cross_entropy_with_logits(
+            predicted[..., continuous:], actions[..., continuous:]
+        )
+        loss = loss + keys
+    return loss
+
+
+def encode_clip(encoder, video, encode, ids=None, per_step=None):
+    """Features of clips (B, 3, F, H, W): (B, T*N, E), or with ids (B, n) those of these tokens
+    alone, which then see nothing else.
+
+    encode="clip" encodes whole clips at once, "tubelet" every step alone, as later stages do. Then
+    ids must hold `per_step` tokens of each step that they name."""
+    if encode == "clip":
+        return encoder(video, masks=ids)
+    B = len(video)
+    tubelet = encoder.tubelet_size
+    steps = video.unflatten(2, (-1, tubelet)).transpose(1, 2)  # (B, T, 3, tubelet, H, W)
+    if ids is None:
+        return encoder(steps.flatten(0, 1)).unflatten(0, (B, -1)).flatten(1, 2)
+
+    # which steps they name, and which tokens of these
+    N = math.prod(video.shape[3:]) // encoder.patch_size**2
+    ids = ids.unflatten(1, (-1, per_step))  # (B, steps, per_step)
+    named = ids[:, :, 0] // N
+    steps = steps[torch.arange(B, device=ids.device)[:, None], named]
+    x = encoder(steps.flatten(0, 1), masks=(ids % N).flatten(0, 1))
+    return x.unflatten(0, (B, -1)).flatten(1, 2)
+
+
+class MaskedModel(nn.Module):
+    """Everything that masked pretraining trains, as DDP must see it: forward returns the losses.
+
+    `projector` (for SIGReg) and `inverse` (an InverseDynamics) may be None. `decorrelate` says
+    whether variance and covariance are wanted."""
+
+    def __init__(
+        self,
+        encoder,
+        predictor,
+        projector,
+        inverse,
+        *,
+        encode="clip",
+        loss_exp=1.0,
+        directions=256,
+        decorrelate=False,
+        continuous=4,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.projector = projector
+        self.inverse = inverse
+        self.encode = encode
+        self.loss_exp = loss_exp
+        self.directions = directions
+        self.decorrelate = decorrelate
+        self.continuous = continuous
+
+    def forward(self, video, targets, masks, actions=None, seed=0, regularise=True):
+        """video (B, 3, F, H, W), the teacher's targets (B, L, E), masks [Mask] of each kind,
+        actions (B, T-1, A) -> (5,): the mean masked loss of all kinds, SIGReg, variance,
+        covariance, inverse dynamics; 0 for what is off, and without `regularise` for all but the
+        masked loss. `seed` is SIGReg's, of this step."""
+        zero = video.new_zeros(())
+        losses = dict.fromkeys(("sigreg", "variance", "covariance", "inverse"), zero)
+
+        # the regularisers see what later stages see: every step encoded alone
+        tokens = None
+        projector = self.projector if regularise else None
+        inverse = self.inverse if regularise else None
+        decorrelate = self.decorrelate and regularise
+        if projector is not None or inverse is not None or decorrelate:
+            tokens = encode_clip(self.encoder, video, "tubelet")
+            T = video.shape[2] // self.encoder.tubelet_size
+            steps = tokens.unflatten(1, (T, -1))  # (B, T, N, E)
+        if projector is not None:
+            means = projector(steps.mean(2).flatten(0, 1))
+            losses["sigreg"] = sigreg(means, self.directions, seed)
+        if decorrelate:
+            variance, covariance = variance_and_covariance(tokens.flatten(0, 1))
+            losses |= {"variance": variance, "covariance": covariance}
+        if inverse is not None:
+            losses["inverse"] = inverse_loss(inverse(steps), actions, self.continuous)
+        masked = self.masked_loss(video, targets, masks, tokens) if masks else zero
+        return torch.stack([masked, *losses.values()])
+
+    def masked_loss(self, video, targets, masks, tokens=None):
+        """The mean over all kinds of masks. tokens (B, T*N, E): every step encoded alone, if that
+        is done already."""
+        losses = []
+        for kind, mask in enumerate(masks):
+            if tokens is not None and self.encode == "tubelet" and mask.whole_steps:
+                context = take_tokens(tokens, mask.context)  # it is among them
+            else:
+                context = encode_clip(self.encoder, video, self.encode, mask.context, mask.per_step)
+            predicted = self.predictor(context, mask.context, mask.predicted, kind)
+            losses.append(masked_loss(predicted, targets, mask.predicted, self.loss_exp))
+        return torch.stack(losses).mean()
+
+
+def new_projector(embed_dim, hidden, dim):
+    """The MLP before SIGReg. Its batch norm matters: a layer norm there hinders SIGReg (LeWM, arXiv
+    2603.19312)."""
+    return nn.Sequential(
+        nn.Linear(embed_dim, hidden), BatchNorm(hidden), nn.GELU(), nn.Linear(hidden, dim)
+    )
+
+
+def momentum_at(step, total_steps, start, end):
+    """The teacher's momentum in step `step` (from 1) of a run: linear from start to end."""
+    return start + (end - start) * (step - 1) / max(total_steps - 1, 1)
+
+
+@torch.no_grad()
+def update_teacher(teacher, encoder, momentum):
+    """Move the teacher's weights towards the encoder's: an exponential moving average."""
+    for mine, other in zip(teacher.parameters(), encoder.parameters(), strict=True):
+        if isinstance(mine, DTensor):
+            mine = mine.to_local()  # both are sharded alike
+            other = other.to_local()
+        mine.lerp_(other, 1 - momentum)
+
+
+@torch.no_grad()
+def feature_spread(x):
+    """Whether features x (n, D) of all ranks have collapsed: (effective rank, smallest std).
+
+    The effective rank is the participation ratio of the covariance's eigenvalues, (sum)^2 / sum of
+    squares: D if all directions vary alike, 1 if only one does. The other number is the std of the
+    channel that varies least."""
+    x = x.double()
+    sums = torch.cat([x.T @ x, x.sum(0, keepdim=True)])
+    count = torch.tensor(len(x), dtype=torch.float64, device=x.device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        dist.all_reduce(count)
+    mean = sums[-1] / count
+    covariance = sums[:-1] / count - torch.outer(mean, mean)
+    rank = covariance.trace().square() / covariance.square().sum().clamp_min(1e-30)
+    return rank.item(), covariance.diag().min().clamp_min(0).sqrt().item()
 
 
 # --- latent actions ---

@@ -41,6 +41,7 @@ from model import (
     Encoder,
     Encoder21,
     Linear,
+    MaskPredictor,
     PictureEncoder,
     Predictor,
     add_lora,
@@ -298,12 +299,49 @@ def with_extrinsics(state, predictor):
     return layer | state
 
 
+def load_mask_predictor(path, grid, num_heads=None):
+    """The trainable mask predictor of V-JEPA 2's pretraining in a weight file, for this patch grid.
+    Without num_heads it is the number that a run of train_vjepa.py wrote down, or Meta's 12."""
+    state = part_of(path, "predictor", "predictor_embed.weight")
+    if "action_encoder.weight" in state:
+        raise ValueError(
+            f"{path}: the predictor has an action_encoder, so it is an action-conditioned one"
+            " (train_ac.py) and not a mask predictor"
+        )
+    pred_dim, embed_dim = state["predictor_embed.weight"].size()
+    written_down = read_file(path).get("settings", {}).get("pred_heads", 12)
+    sizes = sizes_of(path, state, "predictor_blocks.", pred_dim, num_heads or written_down)
+    tokens = [key for key in state if key.startswith("mask_tokens.")]
+    with torch.device("meta"):
+        predictor = MaskPredictor(
+            embed_dim, grid, pred_dim=pred_dim, num_mask_tokens=len(tokens), **sizes
+        )
+    return load_strict(predictor, state, path)
+
+
+def pretraining_state(encoder, teacher, predictor):
+    """`encoder`, `target_encoder`, `predictor` as in Meta's released V-JEPA 2 files: state dicts ->
+    a dictionary that Meta's hub code and `load_encoder` read."""
+    parts = {"encoder": encoder, "target_encoder": teacher, "predictor": predictor}
+    state = {}
+    for name, tensors in parts.items():
+        state[name] = {f"module.backbone.{key}": value for key, value in tensors.items()}
+    return state
+
+
+def without_prefix(state):
+    """A part of `pretraining_state` under the names of our modules."""
+    return {key.removeprefix("module.backbone."): value for key, value in state.items()}
+
+
 def read_file(path):
     """The dictionary in a .safetensors or torch.save file, memory-mapped; of a folder, that of its
-    model.safetensors. ValueError, one clear sentence, for what is no weight file."""
+    newest checkpoint (a run) or model.safetensors. ValueError, one clear sentence, for what is no
+    weight file."""
     path = Path(path)
     if path.is_dir():
-        path = path / "model.safetensors"
+        newest = path / checkpoint.LATEST
+        path = newest if newest.exists() else path / "model.safetensors"
     with open(path, "rb") as f:
         head = f.read(64)
     is_zip = head.startswith(b"PK\3\4")  # torch.save before version 1.6 wrote no zip: not mapped
@@ -714,7 +752,7 @@ def open_encoder(name, crop_size, frames_per_clip):
     return encoder
 
 
-def build_encoder(name, img_size=256, num_frames=16, seed=0):
+def build_encoder(name, img_size=256, num_frames=16, seed=0, *, patch_size=16, tubelet_size=2):
     """A frozen V-JEPA 2 encoder with seeded random weights."""
     if name not in ARCHITECTURES:
         raise ValueError(
@@ -728,6 +766,8 @@ def build_encoder(name, img_size=256, num_frames=16, seed=0):
             size.depth,
             size.num_heads,
             mlp_dim=size.mlp_dim,
+            patch_size=patch_size,
+            tubelet_size=tubelet_size,
             img_size=img_size,
             num_frames=num_frames,
         )

@@ -68,6 +68,7 @@ def forkserver():
                 "eval_lam",
                 "prepare.manifest",
                 "train_lora",
+                "train_vjepa",
             ]
         )
         multiprocessing.forkserver.ensure_running()

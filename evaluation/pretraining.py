@@ -1,0 +1,215 @@
+"""A video encoder judged while it is trained: its loss on held-out clips, whether its features have
+collapsed, and a probe of what they say about actions (the loss says nothing about that)."""
+
+import contextlib
+import math
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from data import collate, ignore_signals_in_worker, windows
+from evaluation.heads import RidgeHead, group_means, pool, score
+from files.disk import write_atomically
+from files.logs import read_csv
+from model import (
+    encode_steps,
+    pixels_to_video,
+)
+
+# columns of val.csv: the effective rank and the smallest std of the teacher's features, R² of yaw,
+# pitch and all camera motion, mean AUROC of keys and buttons
+SPREAD = ["effective_rank", "smallest_std"]
+PROBE = ["probe_yaw", "probe_pitch", "probe_camera", "probe_keys"]
+
+# tokens of each step that are enough to see a collapse
+TOKENS = 512
+
+
+# --- collapse ---
+
+
+def some_tokens(targets):
+    """About TOKENS of the features (B, L, D) of a batch, spread over it: (n, D)."""
+    tokens = targets.flatten(0, 1)
+    return tokens[:: math.ceil(len(tokens) / TOKENS)]
+
+
+def collapse_sentence(rank, smallest_std, first_rank):
+    """A warning where features have collapsed, else None. first_rank: the effective rank at the
+    start of the run."""
+    if rank >= 2 and rank >= first_rank / 4 and smallest_std >= 0.01:
+        return None
+    return (
+        f"THE FEATURES COLLAPSE: effective rank {rank:.1f} ({first_rank:.1f} at the start),"
+        f" smallest std {smallest_std:.3f}; a falling loss means nothing now. Use a lower --lr, a"
+        " longer --warmup, or --variance, --covariance and --idm"
+    )
+
+
+# --- held-out clips ---
+
+
+def share_of_rank(batches):
+    """[(number of the batch, items, whether they count)] for this rank. Every rank gets as many, so
+    that ranks that share a model call it equally often; what fills up does not count."""
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+    share = []
+    for first in range(0, len(batches), world):
+        number = first + rank
+        counts = number < len(batches)
+        share.append((number, batches[number if counts else 0], counts))
+    return share
+
+
+def gather(rows):
+    """Rows of all ranks, each beginning with the number of its batch, in order of that number."""
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, rows)
+        rows = [row for part in everyone for row in part]
+    return sorted(rows, key=first_of)
+
+
+def first_of(row):
+    return row[0]
+
+
+@torch.no_grad()
+def read_windows(
+    dataset,
+    limit,
+    encoder,
+    device,
+    *,
+    batch_size,
+    num_workers,
+    loss_of=None,
+    with_actions=True,
+    side=4,
+    autocast=contextlib.nullcontext,
+):
+    """What an encoder makes of at most `limit` windows of Clips, over all ranks: a dict of
+
+    z (n, T, M, D) float16, every step encoded alone, on at most side x side cells; actions (n, T-1,
+    A) and recording (n,); loss, a mean over clips of loss_of(video, number of the batch); bad clips
+    of this rank."""
+    share = share_of_rank(windows(dataset, batch_size, limit))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[items for _, items, _ in share],
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_signals_in_worker,
+    )
+    rows = []
+    bad = []
+    for (number, _, counts), batch in zip(share, loader):
+        bad += batch["bad"]
+        frames = batch["video"].to(device)
+        loss = math.nan
+        with autocast():
+            if loss_of is not None:
+                loss = loss_of(pixels_to_video(frames), number).item()
+            tokens = None
+            if with_actions:
+                tokens = encode_steps(encoder, frames, "tubelet", encoder.tubelet_size)
+                tokens = pool(tokens.float(), side)
+        actions = batch["actions"].numpy() if with_actions else None
+        if counts:
+            rows.append((number, batch["key"], loss, tokens, actions))
+
+    rows = gather(rows)
+    keys = [row[1] for row in rows]
+    losses = [row[2] * len(row[1]) for row in rows]
+    out = {"recording": np.concatenate(keys), "bad": bad}
+    out["loss"] = sum(losses) / len(out["recording"])
+    if with_actions:
+        out["z"] = torch.cat([row[3] for row in rows])
+        out["actions"] = np.concatenate([row[4] for row in rows])
+    return out
+
+
+def inverse_probe(fit, test, names):
+    """How well a ridge regression tells the action between two steps from their features: {one of
+    PROBE: R² or AUROC}, nan for what does not vary. fit, test: clips of `read_windows`, of
+    different recordings; names of the actions."""
+    rows = []
+    for clips in (fit, test):
+        z = clips["z"]
+        actions = clips["actions"]
+        rows.append(
+            (z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1), actions.reshape(-1, len(names)))
+        )
+    (a, b, y), (a_test, b_test, y_test) = rows
+    columns = np.flatnonzero((y.std(0) > 0) & (y_test.std(0) > 0))
+    result = dict.fromkeys(PROBE, math.nan)
+    if not len(columns):
+        return result
+
+    # the clips of every tenth recording choose the penalties; of few recordings every tenth clip
+    recordings = np.unique(fit["recording"])
+    dev = np.isin(fit["recording"], recordings[::10])
+    if dev.all() or len(recordings) < 10:
+        dev = np.arange(len(dev)) % 10 == 0
+    dev = np.repeat(dev, fit["actions"].shape[1])
+
+    labels = [names[i] for i in columns]
+    head = RidgeHead().fit(a, b, y[:, columns], dev)
+    guesses = head.predict(a_test, b_test)
+    scores = score(y_test[:, columns], guesses, labels, np.full(len(labels), 0.5))
+    groups = group_means(scores)
+    for column, name in (("probe_yaw", "yaw_diff"), ("probe_pitch", "pitch_diff")):
+        if name in scores:
+            result[column] = scores[name]["r2"]
+    result["probe_camera"] = groups.get("camera", math.nan)
+    result["probe_keys"] = groups.get("keys", math.nan)
+    return result
+
+
+def probe_text(result):
+    """The probe's result for a person."""
+    parts = []
+    for name, value in result.items():
+        if not math.isnan(value):
+            metric = "AUROC" if name == "probe_keys" else "R2"
+            parts.append(f"{name.removeprefix('probe_')} {metric} {value:.3f}")
+    return "inverse dynamics " + (", ".join(parts) or "not given: no action varies")
+
+
+# --- curves ---
+
+
+def plot_curves(out_dir, ipe):
+    """curves.png of a run of train_vjepa.py, from train.csv and val.csv."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    train = read_csv(os.path.join(out_dir, "train.csv"))
+    val = read_csv(os.path.join(out_dir, "val.csv"))
+    fig = Figure(figsize=(13, 4.6), layout="constrained")
+    loss_ax, spread_ax, probe_ax = fig.subplots(1, 3)
+
+    # more points than the picture has pixels would take time and memory at each save
+    every = slice(None, None, len(train["itr"]) // 4000 + 1)
+    epochs = (train["epoch"] + train["itr"] / ipe)[every]
+    loss_ax.plot(epochs, train["masked_loss"][every], lw=0.5, label="masked loss, training")
+    spread_ax.plot(epochs, train["effective_rank"][every], label="effective rank")
+    if len(val["epoch"]):
+        loss_ax.plot(val["epoch"], val["masked_loss"], "o-", label="held out")
+        for name in PROBE:
+            if np.isfinite(val[name]).any():
+                probe_ax.plot(val["epoch"], val[name], "o-", label=name.removeprefix("probe_"))
+
+    loss_ax.set(title="masked loss (falls when features collapse, too)", ylabel="mean |error|")
+    spread_ax.set(title="effective rank of the targets", yscale="log")
+    probe_ax.set(title="inverse dynamics, held out", ylabel="R² (keys: AUROC)", ylim=(-0.1, 1.0))
+    for ax in (loss_ax, spread_ax, probe_ax):
+        ax.set_xlabel(f"epochs of {ipe} steps")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
