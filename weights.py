@@ -72,6 +72,8 @@ ARCHITECTURES = {
     "vit_giant_xformers": Architecture(1408, 40, 22, 6144),
     "vit_gigantic_xformers": Architecture(1664, 48, 26, 8192),
 }
+# encoders in this repository, in half precision; encoders/README.md says how they were made
+SHIPPED = {"doom_tiny": "encoders/doom_tiny.safetensors"}
 # places of the released files on Meta's server
 RELEASED = {
     "vjepa2_vitl": "vjepa2/vitl.pt",
@@ -89,8 +91,10 @@ RELEASED = {
 
 
 def find_encoder(name, cache_dir):
-    """The local file for a path, a URL or a released file's name. What is not here yet is
-    downloaded into `cache_dir`, so call it on one rank at a time."""
+    """The local file for a path, a URL, or the name of a shipped or released file. What is not here
+    yet is downloaded into `cache_dir`, so call it on one rank at a time."""
+    if name in SHIPPED:
+        return Path(__file__).parent / SHIPPED[name]
     url = str(name)
     if name in RELEASED:
         server = os.environ.get("NANOJEPA_WEIGHTS_URL", "https://dl.fbaipublicfiles.com")
@@ -102,7 +106,7 @@ def find_encoder(name, cache_dir):
     elif Path(name).exists():
         return Path(name)
     else:
-        names = ", ".join([*RELEASED, *ARCHITECTURES])
+        names = ", ".join([*SHIPPED, *RELEASED, *ARCHITECTURES])
         raise FileNotFoundError(f"encoder {url!r}: no such file, and none of the names {names}")
     return path if path.exists() else download(url, path)
 
@@ -740,6 +744,8 @@ def open_encoder(name, crop_size, frames_per_clip):
         kind = model_type_of(path)
         if kind in DINO:
             encoder = open_dino(path)
+        elif name in SHIPPED:
+            encoder = load_encoder(path).float()
         elif kind is None or kind.startswith("vjepa"):
             encoder = load_encoder(path)
         else:
