@@ -279,6 +279,20 @@ def predictor_weights(state):
     }
 
 
+def without_module(state):
+    """A state dict with "module." before each name, as Meta's files have it, under our names."""
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def ac_predictor_in(path):
+    """The state dict of the action-conditioned predictor in a weight file or run folder, or None if
+    it has none (or a mask predictor)."""
+    if "predictor" not in read_file(path):
+        return None
+    state = part_of(path, "predictor", "predictor_embed.weight")
+    return state if "action_encoder.weight" in state else None
+
+
 def meta_state(encoder, predictor):
     """`encoder`, `target_encoder`, `predictor` as in Meta's released AC file: their hub code loads
     it (the predictor where A = S = 7)."""
