@@ -10,7 +10,7 @@ On a laptop, in minutes:
 On 8 GPUs, with one vector a step as published:
 
     torchrun --nproc_per_node=8 --max_restarts=3 train_lewm.py --data VPT/*.tar --resume \\
-        --encoder_arch vit_small_16 --crop_size 224 --pool mean --sigreg 0.09 --variance 0
+        --encoder_arch vit_large_16 --crop_size 224 --pool mean --sigreg 0.09 --variance 0
 
 Reads VPT shards and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv,
 curves.png, bad_clips.jsonl, args.json and checkpoints. Later stages take the folder as their
@@ -938,12 +938,11 @@ if __name__ == "__main__":
             # DDP averages gradients once a step: on the last micro-batch
             last_micro = micro == args.grad_accum - 1
             with contextlib.nullcontext() if last_micro or world == 1 else ddp.no_sync():
-                video, actions, states = (
-                    batch[name].to(device, non_blocking=True)
-                    for name in ("video", "actions", "states")
-                )
+                inputs = []
+                for name in ("video", "actions", "states"):
+                    inputs.append(batch[name].to(device, non_blocking=True))
                 with autocast():
-                    parts, features = ddp(video, actions, states, seed=args.seed + step)
+                    parts, features = ddp(*inputs, seed=args.seed + step)
                 loss = (parts * loss_weights).sum() / args.grad_accum
                 loss_scaler.scale(loss).backward()
 

@@ -226,8 +226,9 @@ def plot_world_curves(out_dir, ipe):
     train = read_csv(os.path.join(out_dir, "train.csv"))
     val = read_csv(os.path.join(out_dir, "val.csv"))
     fig = Figure(figsize=(13, 9.2), layout="constrained")
-    axes = fig.subplots(2, 3).flatten()
-    loss_ax, error_ax, gap_ax, spread_ax, std_ax, probe_ax = axes
+    axes = fig.subplots(2, 3)
+    loss_ax, error_ax, gap_ax = list(axes[0])
+    spread_ax, std_ax, probe_ax = list(axes[1])
 
     # more points than the picture has pixels would take time and memory at each save
     every = slice(None, None, len(train["itr"]) // 4000 + 1)
@@ -254,7 +255,7 @@ def plot_world_curves(out_dir, ipe):
     spread_ax.set(title="effective rank of the features", yscale="log")
     std_ax.set(title="std of the channel that varies least", ylim=(0, None))
     probe_ax.set(title="inverse dynamics, held out", ylabel="R² (keys: AUROC)", ylim=(-0.1, 1.0))
-    for ax in axes:
+    for ax in axes.flatten():
         ax.set_xlabel(f"epochs of {ipe} steps")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
