@@ -10,7 +10,7 @@ On a laptop, in minutes:
 On 8 GPUs, with one vector a step as published:
 
     torchrun --nproc_per_node=8 --max_restarts=3 train_lewm.py --data VPT/*.tar --resume \\
-        --encoder_arch vit_large_16 --crop_size 224 --pool mean --sigreg 0.09 --variance 0
+        --encoder_arch vit_base_16 --crop_size 224 --pool mean --sigreg 0.09 --variance 0
 
 Reads VPT shards and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv,
 curves.png, bad_clips.jsonl, args.json and checkpoints. Later stages take the folder as their
