@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from files.disk import complain, write_atomically
+from files.disk import write_atomically
 from files.remote import Shard
 from files.shards import Slice, stamp
 from files.video import mp4_times, read_frames
@@ -55,9 +55,9 @@ def open_pixels(path, frames, crop):
     try:
         pixels = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as e:
-        complain(path, f"stored frames cannot be read: {e}")
+        print(f"{path} cannot be read ({e}): its recording is decoded again")
         return None
     if pixels.shape != (frames, crop, crop, 3) or pixels.dtype != np.uint8:
-        complain(path, f"stored frames are {pixels.dtype} {pixels.shape}, not those of {frames}")
+        print(f"{path} is not the {frames} frames of its recording: that is decoded again")
         return None
     return pixels
