@@ -1205,34 +1205,27 @@ class RunningBatchNorm(BatchNorm):
 
 class PooledEncoder(nn.Module):
     """An Encoder that gives one vector a step: the mean of its tokens, through an MLP with batch
-    norm (LeWM, arXiv 2603.19312, has the class token there). It is used in place of an Encoder, on
-    steps that are encoded alone."""
+    norm (LeWM, arXiv 2603.19312, has the class token there). Every step is encoded alone.
 
-    def __init__(self, encoder):
+    It keeps the contract of encoders in weights.py: a picture of `crop_size` is one patch."""
+
+    def __init__(self, encoder, crop_size):
         super().__init__()
         width = encoder.embed_dim
+        hidden = 4 * width
         self.encoder = encoder
         self.projector = nn.Sequential(
-            Linear(width, 4 * width),
-            RunningBatchNorm(4 * width),
-            nn.GELU(),
-            Linear(4 * width, width),
+            Linear(width, hidden), RunningBatchNorm(hidden), nn.GELU(), Linear(hidden, width)
         )
         self.embed_dim = width
         self.tubelet_size = encoder.tubelet_size
-        self.patch_size = encoder.patch_size
-
-    @property
-    def patch_embed(self):
-        return self.encoder.patch_embed
-
-    @property
-    def blocks(self):
-        return self.encoder.blocks
+        self.patch_size = crop_size
 
     def forward(self, video):
-        """Single steps (B, 3, tubelet, H, W) -> (B, 1, D)."""
-        return self.projector(self.encoder(video).mean(1)).unsqueeze(1)
+        """(B, 3, T*tubelet, H, W) -> (B, T, D)."""
+        steps = video.unflatten(2, (-1, self.tubelet_size)).transpose(1, 2)
+        means = self.encoder(steps.flatten(0, 1)).mean(1)  # (B*T, D)
+        return self.projector(means).unflatten(0, (len(video), -1))
 
 
 class WorldModel(nn.Module):

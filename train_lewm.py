@@ -272,6 +272,14 @@ if __name__ == "__main__":
     if not args.prediction:
         parser.error("--prediction 0 trains no predictor: give it a weight above 0")
 
+    # a rollout stays inside the clip
+    steps_of_clip = args.frames_per_clip // args.frames_per_step
+    if not 1 <= args.auto_steps < steps_of_clip:
+        parser.error(
+            f"--auto_steps {args.auto_steps} is not between 1 and {steps_of_clip - 1}: clips have"
+            f" {steps_of_clip} steps"
+        )
+
     # the encoder is a new one, or that of a file
     if args.encoder_arch and args.encoder_arch not in weights.ARCHITECTURES:
         names = ", ".join(weights.ARCHITECTURES)
@@ -479,6 +487,8 @@ if __name__ == "__main__":
     # the encoder is new, or that of a file
     if args.init_from:
         encoder = weights.load_encoder(args.init_from)
+        if isinstance(encoder, PooledEncoder):
+            encoder = encoder.encoder  # with a new MLP
         for name in ("tubelet_size", "patch_size"):
             if getattr(args, name) != getattr(encoder, name):
                 raise ValueError(
@@ -504,7 +514,7 @@ if __name__ == "__main__":
     # a step is a grid of patch tokens, or one vector
     grid = args.crop_size // args.patch_size
     if args.pool == "mean":
-        encoder = PooledEncoder(encoder)
+        encoder = PooledEncoder(encoder, args.crop_size)
         grid = 1
     encoder.train().to(device)
 
@@ -539,6 +549,12 @@ if __name__ == "__main__":
         directions=args.sigreg_directions if args.sigreg else 0,
         continuous=len(CONTINUOUS),
     ).to(device)
+
+    # features that nothing spreads become constant, which is easy to predict
+    if not (args.sigreg or args.variance or args.idm):
+        print0(
+            "WARNING: nothing keeps the features from collapsing: give --variance, --sigreg or --idm"
+        )
 
     # which kernels will run depends on dtype, GPU and these sizes
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -627,7 +643,7 @@ if __name__ == "__main__":
         token_encoder.load_state_dict(weights.without_module(state["encoder"]))
         predictor.load_state_dict(state["predictor"])
         if args.pool == "mean":
-            encoder.projector.load_state_dict(state["projector"])
+            encoder.projector.load_state_dict(state["pooling"])
         if args.idm:
             inverse.load_state_dict(state["inverse"])
         optimizer.load_state_dict(state["optimizer"])
@@ -772,7 +788,7 @@ if __name__ == "__main__":
             "encoder": encoder_state,
             "target_encoder": encoder_state,
             "encoder_hash": weights.encoder_hash(encoder),
-            "projector": encoder.projector.state_dict() if args.pool == "mean" else None,
+            "pooling": encoder.projector.state_dict() if args.pool == "mean" else None,
             "predictor": predictor.state_dict(),
             "inverse": inverse.state_dict() if args.idm else None,
             "optimizer": optimizer.state_dict(),

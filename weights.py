@@ -43,6 +43,7 @@ from model import (
     Linear,
     MaskPredictor,
     PictureEncoder,
+    PooledEncoder,
     Predictor,
     add_lora,
     lora_layers,
@@ -226,7 +227,15 @@ def load_encoder(path, num_heads=None, num_frames=None, pos=None, which=EMA):
 
     with torch.device("meta"):
         encoder = Encoder(width, **sizes, pos=pos)
-    return load_strict(encoder, state, path).eval().requires_grad_(False)
+    load_strict(encoder, state, path)
+
+    # a run of train_lewm.py --pool mean has one vector a step
+    whole_file = read_file(path)
+    pooling = whole_file.get("pooling")
+    if pooling is not None:
+        encoder = PooledEncoder(encoder, whole_file["settings"]["crop_size"])
+        load_strict(encoder.projector, pooling, path)
+    return encoder.eval().requires_grad_(False)
 
 
 def position_kind(path, table):
