@@ -1031,6 +1031,7 @@ def fill_pixels_cache(records, folder, crop, decoder, num_workers, rank=0, world
         batch_size=None,
         num_workers=min(num_workers, len(share)),
         worker_init_fn=ignore_signals_in_worker,
+        generator=torch.Generator(),  # else it would draw from the one that initialises the weights
     )
     for _ in tqdm(loader, "decode", len(share), unit=" recordings", disable=rank > 0, delay=2):
         pass
