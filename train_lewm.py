@@ -217,6 +217,7 @@ from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
 from kernels import describe_kernels
 from model import (
+    Encoder,
     InverseDynamics,
     PooledEncoder,
     Predictor,
@@ -489,6 +490,11 @@ if __name__ == "__main__":
         encoder = weights.load_encoder(args.init_from)
         if isinstance(encoder, PooledEncoder):
             encoder = encoder.encoder  # with a new MLP
+        if type(encoder) is not Encoder:
+            raise ValueError(
+                f"--init_from {args.init_from} is a {type(encoder).__name__}: only V-JEPA 1 and 2"
+                " encoders are trained here"
+            )
         for name in ("tubelet_size", "patch_size"):
             if getattr(args, name) != getattr(encoder, name):
                 raise ValueError(
@@ -745,7 +751,9 @@ if __name__ == "__main__":
         "action_space": args.action_space,
         "gui": args.gui,
         "decoder": args.decoder,
+        # later stages find the encoder in this folder, in float32 as it is trained
         "encoder": args.out_dir,
+        "save_encoder": True,
         "encoder_arch": args.encoder_arch,
         "patch_size": args.patch_size,
         "tubelet_size": args.tubelet_size,
@@ -780,7 +788,7 @@ if __name__ == "__main__":
         for name in arrays:
             action_scaler[name] = torch.tensor(action_scaler[name])
 
-        # all that --resume, eval.py and plan.py need; later stages find the encoder in this folder
+        # all that --resume, eval.py and plan.py need
         encoder_state = {f"module.{k}": v for k, v in token_encoder.state_dict().items()}
         state = {
             "format": checkpoint.FORMAT,
@@ -798,7 +806,7 @@ if __name__ == "__main__":
             "lr": args.lr,
             "batch_size": args.batch_size,
             "world_size": world,
-            "args": vars(args) | {"encoder": args.out_dir},
+            "args": vars(args),
             "first_rank": first_rank,
             "rng": torch.get_rng_state(),
             "feature_stats": feature_stats,
