@@ -33,15 +33,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from joblib.numpy_pickle import NumpyArrayWrapper, NumpyUnpickler
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from checkpoint import short_excepthook
-from files.disk import DAMAGE, READ_ERRORS, Unreachable, with_storage_retries, write_atomically
+from checkpoint import remove_leftovers, short_excepthook
+from files.disk import (
+    DAMAGE,
+    READ_ERRORS,
+    Unreachable,
+    is_storage_error,
+    storage_sentence,
+    with_storage_retries,
+    write_atomically,
+)
 from files.features import feature_rows
 from files.films import film_paths, index_films, is_tar, read_clock
 from files.latents import NO_LABEL, read_labels, read_steps
+from files.pixels import open_pixels, pixels_path, store_pixels
+from files.progress import tqdm
 from files.remote import cached
 from files.shards import (
     Slice,
@@ -346,19 +357,24 @@ class Clips(torch.utils.data.Dataset):
 
     A clip that cannot be read is replaced by the next draw of that index, at most 20 times, and is
     reported in "bad" as (file, key, reason). An error of the disk or of the network says nothing
-    about the recording: reading is tried again, then the run ends with ValueError."""
+    about the recording: reading is tried again, then the run ends with ValueError.
 
-    def __init__(self, records, shares, reader, seed=0):
+    pixels_cache: a folder of decoded recordings (`fill_pixels_cache`), cut in the centre, so that
+    the reader may not move or shrink its crop. What is not there is decoded."""
+
+    def __init__(self, records, shares, reader, seed=0, pixels_cache=None):
         self.records = records
         self.reader = reader
         self.seed = seed
+        self.pixels_cache = pixels_cache
         shards = {r.shard for r in records}
         self.stamps = {path: stamp(path) for path in shards if os.path.exists(path)}
         self.cumulative = np.cumsum(np.asarray(shares, dtype=np.float64))
         self.opened = {}  # not an lru_cache: macOS starts workers by pickling the dataset
 
     def _open(self, number):
-        """Frame times, ticks and number of valid starts of a recording, kept for 256 of them."""
+        """Frame times, ticks, number of valid starts and stored frames (or None) of a recording,
+        kept for 256 of them."""
         if number not in self.opened:
             record = self.records[number]
             with Slice(record.shard, *record.members["mp4"]) as f:
@@ -368,7 +384,11 @@ class Clips(torch.utils.data.Dataset):
             if len(self.opened) == 256:
                 self.opened.popitem()
             starts = self.reader.starts(ticks, len(times), frame_rate)
-            self.opened[number] = times, ticks, starts
+            pixels = None
+            if self.pixels_cache:
+                path = pixels_path(self.pixels_cache, record, self.reader.crop, self.reader.decoder)
+                pixels = open_pixels(path, len(times), self.reader.crop)
+            self.opened[number] = (times, ticks, starts, pixels)
         return self.opened[number]
 
     def locate(self, u):
@@ -421,7 +441,7 @@ class Clips(torch.utils.data.Dataset):
 
     def _read_video(self, number, place, rng):
         record = self.records[number]
-        times, ticks, starts = self._open(number)
+        times, ticks, starts, pixels = self._open(number)
         if isinstance(place, float):
             start = int(place * starts)
         else:
@@ -431,7 +451,7 @@ class Clips(torch.utils.data.Dataset):
                 f"window {place} starts at tick {start}, the last clip at {starts - 1}"
             )
         with Slice(record.shard, *record.members["mp4"]) as f:
-            return self.reader(f, times, ticks, start, rng, record.key)
+            return self.reader(f, times, ticks, start, rng, record.key, pixels)
 
     def _read_features(self, number, place, rng):
         record = self.records[number]
@@ -965,6 +985,60 @@ def collate(clips):
     return batch
 
 
+class PixelsToStore(torch.utils.data.Dataset):
+    """Recordings to decode into a folder (files/pixels.py). An item is what is wrong with a
+    recording, or None."""
+
+    def __init__(self, records, folder, crop, decoder):
+        self.records = records
+        self.folder = folder
+        self.crop = crop
+        self.decoder = decoder
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, number):
+        record = self.records[number]
+        path = pixels_path(self.folder, record, self.crop, self.decoder)
+        try:
+            store_pixels(path, record, self.crop, self.decoder)
+        except READ_ERRORS as e:
+            # a full disk or a lost file server is no fault of the recording
+            if is_storage_error(e):
+                raise ValueError(storage_sentence(f"{record.shard} {record.key}", e)) from e
+            return (record.shard, record.key, f"{type(e).__name__}: {e}")
+        return None
+
+
+def fill_pixels_cache(records, folder, crop, decoder, num_workers, rank=0, world=1):
+    """Decode recordings of play into a folder, a share on each rank, except those that are there
+    already. What cannot be decoded is left to Clips, which reports it. With several ranks a
+    collective; they must all see the folder."""
+    os.makedirs(folder, exist_ok=True)
+    if rank == 0:
+        remove_leftovers(folder, "*.tmp")
+    missing = []
+    for record in records:
+        path = pixels_path(folder, record, crop, decoder)
+        if open_pixels(path, record.length, crop) is None:
+            missing.append(record)
+    if dist.is_initialized():
+        dist.barrier()  # all have looked before one writes
+    share = missing[rank::world]
+    loader = torch.utils.data.DataLoader(
+        PixelsToStore(share, folder, crop, decoder),
+        batch_size=None,
+        num_workers=min(num_workers, len(share)),
+        worker_init_fn=ignore_signals_in_worker,
+        generator=torch.Generator(),  # else it would draw from the one that initialises the weights
+    )
+    for _ in tqdm(loader, "decode", len(share), unit=" recordings", disable=rank > 0, delay=2):
+        pass
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def one_pass(records, reader):
     """How many non-overlapping clips the recordings hold, about."""
     steps = reader.frames // reader.frames_per_step
@@ -988,6 +1062,7 @@ def vpt_loader(
     pin_memory=False,
     cache_dir=None,
     cache_size=100.0,
+    pixels_cache=None,
 ):
     """Endless DataLoader over shards of VPT recordings or of their features, or over plain video.
 
@@ -1028,7 +1103,7 @@ def vpt_loader(
             bad = []
         else:
             records, shares, _, bad = open_split(data, data_weights)
-        dataset = Clips(records, shares, reader, seed)
+        dataset = Clips(records, shares, reader, seed, pixels_cache)
         if batches_per_epoch is None:
             batches_per_epoch = max(one_pass(records, reader) // (batch_size * world), 1)
         order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)

@@ -1176,6 +1176,112 @@ def new_projector(embed_dim, hidden, dim):
     )
 
 
+# vectors of a batch that are enough for SIGReg, whose cost grows with them
+MOST_VECTORS = 1024
+
+
+class RunningBatchNorm(BatchNorm):
+    """A BatchNorm that can be used later: out of training it takes running means and stds."""
+
+    def __init__(self, dim, momentum=0.1):
+        super().__init__(dim)
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_std", torch.ones(dim))
+
+    def forward(self, x):
+        """(N, D) -> (N, D), float32."""
+        x = x.float()
+        if self.training:
+            mean, square = mean_of_ranks(torch.stack([x.mean(0), x.square().mean(0)]))
+            std = (square - mean.square()).clamp_min(0).add(1e-5).sqrt()
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_std.lerp_(std.detach(), self.momentum)
+        else:
+            mean = self.running_mean.float()
+            std = self.running_std.float()
+        return (x - mean) / std * self.weight + self.bias
+
+
+class PooledEncoder(nn.Module):
+    """An Encoder that gives one vector a step: the mean of its tokens, through an MLP with batch
+    norm (LeWM, arXiv 2603.19312, has the class token there). Every step is encoded alone.
+
+    It keeps the contract of encoders in weights.py: a picture of `crop_size` is one patch."""
+
+    def __init__(self, encoder, crop_size):
+        super().__init__()
+        width = encoder.embed_dim
+        hidden = 4 * width
+        self.encoder = encoder
+        self.projector = nn.Sequential(
+            Linear(width, hidden), RunningBatchNorm(hidden), nn.GELU(), Linear(hidden, width)
+        )
+        self.embed_dim = width
+        self.tubelet_size = encoder.tubelet_size
+        self.patch_size = crop_size
+
+    def forward(self, video):
+        """(B, 3, T*tubelet, H, W) -> (B, T, D)."""
+        steps = video.unflatten(2, (-1, self.tubelet_size)).transpose(1, 2)
+        means = self.encoder(steps.flatten(0, 1)).mean(1)  # (B*T, D)
+        return self.projector(means).unflatten(0, (len(video), -1))
+
+
+class WorldModel(nn.Module):
+    """Encoder and predictor that are trained together, as DDP must see them: forward returns the
+    losses (LeWM, arXiv 2603.19312, with patch tokens or one vector a step).
+
+    No gradient is stopped: features become what can be predicted. Nothing else would keep them from
+    becoming constant, so that at least one of the other terms is needed. `inverse` (an
+    InverseDynamics) may be None; `directions` 0 leaves SIGReg out."""
+
+    def __init__(
+        self,
+        encoder,
+        predictor,
+        inverse,
+        *,
+        encode="tubelet",
+        frames_per_step=2,
+        auto_steps=1,
+        loss_exp=2.0,
+        directions=0,
+        continuous=4,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.inverse = inverse
+        self.encode = encode
+        self.frames_per_step = frames_per_step
+        self.auto_steps = auto_steps
+        self.loss_exp = loss_exp
+        self.directions = directions
+        self.continuous = continuous
+
+    def forward(self, video, actions, states, seed=0):
+        """video (B, T*frames_per_step, 3, H, W) uint8, actions (B, T-1, A), states (B, T, S) ->
+        losses (6,): one step ahead, rolled out, SIGReg, variance, covariance, inverse dynamics, 0
+        for what is off; and the features (B, T, N, D). `seed` is SIGReg's, of this step."""
+        h = encode_steps(self.encoder, video, self.encode, self.frames_per_step).float()
+        z = normalize_features(h)
+        jloss, sloss = ac_losses(self.predictor, z, actions, states, self.auto_steps, self.loss_exp)
+
+        # the regularisers
+        vectors = h.flatten(0, 2)
+        variance, covariance = variance_and_covariance(vectors)
+        sigreg_loss = z.new_zeros(())
+        if self.directions:
+            some = vectors[:: math.ceil(len(vectors) / MOST_VECTORS)]
+            sigreg_loss = sigreg(some, self.directions, seed)
+        inverse = z.new_zeros(())
+        if self.inverse is not None:
+            inverse = inverse_loss(self.inverse(z), actions, self.continuous)
+        losses = [jloss, sloss, sigreg_loss, variance, covariance, inverse]
+        return torch.stack(losses), h.detach()
+
+
 def momentum_at(step, total_steps, start, end):
     """The teacher's momentum in step `step` (from 1) of a run: linear from start to end."""
     return start + (end - start) * (step - 1) / max(total_steps - 1, 1)

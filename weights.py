@@ -43,6 +43,7 @@ from model import (
     Linear,
     MaskPredictor,
     PictureEncoder,
+    PooledEncoder,
     Predictor,
     add_lora,
     lora_layers,
@@ -230,7 +231,15 @@ def load_encoder(path, num_heads=None, num_frames=None, pos=None, which=EMA):
 
     with torch.device("meta"):
         encoder = Encoder(width, **sizes, pos=pos)
-    return load_strict(encoder, state, path).eval().requires_grad_(False)
+    load_strict(encoder, state, path)
+
+    # a run of train_lewm.py --pool mean has one vector a step
+    whole_file = read_file(path)
+    pooling = whole_file.get("pooling")
+    if pooling is not None:
+        encoder = PooledEncoder(encoder, whole_file["settings"]["crop_size"])
+        load_strict(encoder.projector, pooling, path)
+    return encoder.eval().requires_grad_(False)
 
 
 def position_kind(path, table):
@@ -281,6 +290,20 @@ def predictor_weights(state):
         for k, v in state["predictor"].items()
         if "extrinsics_encoder" not in k
     }
+
+
+def without_module(state):
+    """A state dict with "module." before each name, as Meta's files have it, under our names."""
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def ac_predictor_in(path):
+    """The state dict of the action-conditioned predictor in a weight file or run folder, or None if
+    it has none (or a mask predictor)."""
+    if "predictor" not in read_file(path):
+        return None
+    state = part_of(path, "predictor", "predictor_embed.weight")
+    return state if "action_encoder.weight" in state else None
 
 
 def meta_state(encoder, predictor):

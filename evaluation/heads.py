@@ -147,8 +147,9 @@ class RidgeHead:
         fit = ~dev
         tokens = a[fit].flatten(0, 1)
         every = max(len(tokens) // 50_000, 1)
-        self.pca = PCA(min(RANK, a.shape[2]), random_state=0)
-        self.pca.fit(tokens[::every].float().numpy())
+        tokens = tokens[::every].float().numpy()
+        self.pca = PCA(min(RANK, *tokens.shape), random_state=0)
+        self.pca.fit(tokens)
 
         # all inputs in the same units, or the penalty would favour some of them
         x = self.inputs(a, b)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from data import collate, ignore_signals_in_worker, windows
 from evaluation.heads import RidgeHead, group_means, pool, score
 from files.disk import write_atomically
-from files.logs import read_csv
+from files.logs import plot_errors, plot_gap, read_csv
 from model import (
     encode_steps,
     pixels_to_video,
@@ -92,13 +92,15 @@ def read_windows(
     loss_of=None,
     with_actions=True,
     side=4,
+    encode="tubelet",
+    frames_per_step=None,
     autocast=contextlib.nullcontext,
 ):
     """What an encoder makes of at most `limit` windows of Clips, over all ranks: a dict of
 
     z (n, T, M, D) float16, every step encoded alone, on at most side x side cells; actions (n, T-1,
     A) and recording (n,); loss, a mean over clips of loss_of(video, number of the batch); bad clips
-    of this rank."""
+    of this rank. encode and frames_per_step are those of encode_steps, by default tubelets."""
     share = share_of_rank(windows(dataset, batch_size, limit))
     loader = DataLoader(
         dataset,
@@ -118,7 +120,8 @@ def read_windows(
                 loss = loss_of(pixels_to_video(frames), number).item()
             tokens = None
             if with_actions:
-                tokens = encode_steps(encoder, frames, "tubelet", encoder.tubelet_size)
+                frames_of_step = frames_per_step or encoder.tubelet_size
+                tokens = encode_steps(encoder, frames, encode, frames_of_step)
                 tokens = pool(tokens.float(), side)
         actions = batch["actions"].numpy() if with_actions else None
         if counts:
@@ -209,6 +212,50 @@ def plot_curves(out_dir, ipe):
     spread_ax.set(title="effective rank of the targets", yscale="log")
     probe_ax.set(title="inverse dynamics, held out", ylabel="R² (keys: AUROC)", ylim=(-0.1, 1.0))
     for ax in (loss_ax, spread_ax, probe_ax):
+        ax.set_xlabel(f"epochs of {ipe} steps")
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    write_atomically(os.path.join(out_dir, "curves.png"), lambda f: fig.savefig(f, dpi=110))
+
+
+def plot_world_curves(out_dir, ipe):
+    """curves.png of a run of train_lewm.py: losses, held-out errors, the action gap, and what tells
+    of a collapse and of what the features say about actions."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    train = read_csv(os.path.join(out_dir, "train.csv"))
+    val = read_csv(os.path.join(out_dir, "val.csv"))
+    fig = Figure(figsize=(13, 9.2), layout="constrained")
+    axes = fig.subplots(2, 3)
+    loss_ax, error_ax, gap_ax = list(axes[0])
+    spread_ax, std_ax, probe_ax = list(axes[1])
+
+    # more points than the picture has pixels would take time and memory at each save
+    every = slice(None, None, len(train["itr"]) // 4000 + 1)
+    epochs = (train["epoch"] + train["itr"] / ipe)[every]
+    for name in ("jloss", "inverse_loss", "variance_loss", "covariance_loss", "sigreg_loss"):
+        if train[name].any():
+            loss_ax.plot(epochs, train[name][every], lw=0.5, label=name)
+    spread_ax.plot(epochs, train["effective_rank"][every], lw=0.5, label="training")
+    std_ax.plot(epochs, train["smallest_std"][every], lw=0.5, label="training")
+
+    if len(val["epoch"]):
+        loss_ax.plot(val["epoch"], val["jloss"], "o-", label="jloss, held out")
+        plot_errors(error_ax, val["epoch"], val)
+        plot_gap(gap_ax, val["epoch"], val)
+        spread_ax.plot(val["epoch"], val["effective_rank"], "o-", label="held out")
+        std_ax.plot(val["epoch"], val["smallest_std"], "o-", label="held out")
+        for name in PROBE:
+            if np.isfinite(val[name]).any():
+                probe_ax.plot(val["epoch"], val[name], "o-", label=name.removeprefix("probe_"))
+
+    loss_ax.set(title="losses", yscale="log")
+    error_ax.set(title="held-out error one step ahead", ylabel="mean |error|, own features")
+    gap_ax.set(title="action gap (shuffled / true - 1)", ylabel="%")
+    spread_ax.set(title="effective rank of the features", yscale="log")
+    std_ax.set(title="std of the channel that varies least", ylim=(0, None))
+    probe_ax.set(title="inverse dynamics, held out", ylabel="R² (keys: AUROC)", ylim=(-0.1, 1.0))
+    for ax in axes.flatten():
         ax.set_xlabel(f"epochs of {ipe} steps")
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))

@@ -988,9 +988,10 @@ class ClipReader:
             return 1
         return self.frames_per_line(ticks, len(times), video_rate(f, times))
 
-    def __call__(self, f, times, ticks, start, rng, key):
+    def __call__(self, f, times, ticks, start, rng, key, pixels=None):
         """A clip from tick `start` of a recording, or None if gui="drop" leaves it out. f: the open
-        video; times: from mp4_times; rng: for the augmentations only."""
+        video; times: from mp4_times; rng: for the augmentations only; pixels: all frames of the
+        video as files/pixels.py stores them, in place of decoding."""
         stride = step_size(ticks.rate, self.fps)
         ratio = self.ratio(f, times, ticks)
         sampled = start + stride * np.arange(self.frames)
@@ -1007,9 +1008,12 @@ class ClipReader:
 
         # frames, larger than the crop if it is to move or to show less
         scale = rng.uniform(self.resize, 1.0) if self.resize < 1 else 1.0
-        short_side = round(self.crop / scale * (1 + self.shift))
-        video = read_frames(f, times, sampled * ratio, short_side, self.decoder)
-        video = self.cropped(video, scale, rng)
+        if pixels is not None:
+            video = pixels[sampled * ratio]
+        else:
+            short_side = round(self.crop / scale * (1 + self.shift))
+            video = read_frames(f, times, sampled * ratio, short_side, self.decoder)
+            video = self.cropped(video, scale, rng)
         if self.flip and rng.random() < 0.5:
             video = video[:, :, ::-1]
             actions, states = flip_actions(actions, states, self.action_space)

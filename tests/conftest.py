@@ -67,6 +67,7 @@ def forkserver():
                 "train_lam",
                 "eval_lam",
                 "prepare.manifest",
+                "train_lewm",
                 "train_lora",
                 "train_vjepa",
             ]

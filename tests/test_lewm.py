@@ -1,0 +1,397 @@
+"""train_lewm.py: an encoder and a predictor trained together; stored frames; collapse and blind
+spots; whole runs: resume, ranks, what later stages take from them, refusals."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import weights
+from data import Clips, fill_pixels_cache
+from evaluation.pretraining import collapse_sentence
+from files.pixels import open_pixels, pixels_path
+from files.shards import index_shards
+from files.vpt import ClipReader
+from model import (
+    Encoder,
+    InverseDynamics,
+    PooledEncoder,
+    Predictor,
+    RunningBatchNorm,
+    WorldModel,
+    encode_steps,
+    feature_spread,
+    normalize_features,
+    predict,
+    sigreg,
+)
+from tests.harness import column, fails, numbers, run, start_ranks
+
+TINY = (
+    "--crop_size 32 --frames_per_clip 8 --pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4"
+    " --num_workers 0 --log_every 1 --val_clips 6 --probe_clips 12 --lr 1e-3"
+)
+PLAN = "--epochs 2 --warmup 1 --anneal 1 --ipe 3"
+LOSSES = ("jloss", "sloss", "sigreg_loss", "variance_loss", "covariance_loss", "inverse_loss")
+LOSSES += ("grad_norm",)
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+
+# --- what is trained ---
+
+
+def small_world(**options):
+    torch.manual_seed(0)
+    encoder = Encoder(24, 1, 2, patch_size=8).requires_grad_(True)
+    predictor = Predictor(24, 5, 2, (2, 2), pred_dim=24, depth=1, num_heads=2, predict="change")
+    inverse = InverseDynamics(24, 5, (2, 2), width=16, num_heads=2)
+    return WorldModel(encoder, predictor, inverse, **options)
+
+
+def small_play():
+    generator = torch.Generator().manual_seed(1)
+    video = torch.randint(0, 256, (3, 8, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    actions = torch.rand(3, 3, 5, generator=generator).round()
+    return video, actions, torch.randn(3, 4, 2, generator=generator)
+
+
+def test_the_losses_are_those_of_their_names():
+    """Bug: the prediction is of another step or another space than later stages use; losses change
+    places, so that a weight acts on another one."""
+    model = small_world(directions=16)
+    video, actions, states = small_play()
+    losses, features = model(video, actions, states, seed=3)
+    h = encode_steps(model.encoder, video, "tubelet", 2)
+    z = normalize_features(h)
+    torch.testing.assert_close(features, h)
+    error = predict(model.predictor, z[:, :-1], actions, states) - z[:, 1:]
+    torch.testing.assert_close(losses[0], error.square().mean() / 2)
+    torch.testing.assert_close(losses[1], error[:, 0].square().mean() / 2)
+    torch.testing.assert_close(losses[2], sigreg(h.flatten(0, 2), 16, 3))
+    std = (h.flatten(0, 2).var(0, correction=0) + 1e-4).sqrt()
+    torch.testing.assert_close(losses[3], (1 - std).relu().mean())
+    without = small_world()
+    without.inverse = None
+    losses, _ = without(video, actions, states)
+    assert losses[2] == 0 and losses[5] == 0 and (losses[[0, 1, 3, 4]] > 0).all()
+
+
+def test_no_gradient_is_stopped():
+    """Bug: the target is detached, so that features need not be predictable (LeWM has no
+    stop-gradient, V-JEPA has)."""
+    model = small_world()
+    video, actions, states = small_play()
+    for p in model.predictor.parameters():
+        torch.nn.init.zeros_(p)  # a predictor that copies, without any look at its input
+    losses, _ = model(video, actions, states)
+    weight = model.encoder.blocks[0].mlp.fc1.weight
+    (gradient,) = torch.autograd.grad(losses[0], weight)
+
+    z = normalize_features(encode_steps(model.encoder, video, "tubelet", 2))
+    stopped = (normalize_features(z[:, :-1]) - z[:, 1:].detach()).square().mean() / 2
+    both = (normalize_features(z[:, :-1]) - z[:, 1:]).square().mean() / 2
+    (expected,) = torch.autograd.grad(both, weight, retain_graph=True)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-7)
+    (other,) = torch.autograd.grad(stopped, weight)
+    assert (gradient - other).abs().max() > 0.1 * gradient.abs().max()
+
+
+def test_one_vector_a_step():
+    """Bug: steps are mixed; a batch norm that later depends on what else is in the batch."""
+    torch.manual_seed(0)
+    encoder = PooledEncoder(Encoder(24, 1, 2, patch_size=8), 16)
+    video = torch.randn(6, 3, 4, 16, 16)
+    for _ in range(80):
+        encoder(video)
+    in_training = encoder(video)
+    encoder.eval()
+    assert in_training.shape == (6, 2, 24)
+    torch.testing.assert_close(encoder(video), in_training, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(encoder(video[2:3, :, 2:]), encoder(video)[2:3, 1:])
+
+    # what it keeps is in its state
+    norm = RunningBatchNorm(24)
+    x = torch.randn(64, 24) * 3 + 5
+    for _ in range(100):
+        norm(x)
+    torch.testing.assert_close(norm.running_mean, x.mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(norm.running_std, x.std(0, correction=0), rtol=1e-3, atol=1e-3)
+
+
+def test_what_sigreg_does_not_see_is_seen():
+    """Bug: half of the dimensions are dead, which SIGReg hardly notices (1.25 in place of 1.0), and
+    nobody is told."""
+    torch.manual_seed(0)
+    healthy = torch.randn(1024, 192)
+    half = healthy * (torch.arange(192) < 96) * 2**0.5
+    assert sigreg(healthy[:128], 1024, 0) == pytest.approx(1.0, abs=0.25)
+    assert sigreg(half[:128], 1024, 0) == pytest.approx(1.25, abs=0.25)
+    assert collapse_sentence(*feature_spread(healthy), 12.0) is None
+    rank, smallest = feature_spread(half)
+    assert rank < 96 and smallest < 1e-6
+    assert "smallest std 0.000" in collapse_sentence(rank, smallest, 12.0)
+
+
+# --- stored frames ---
+
+
+@pytest.fixture
+def play(shards):
+    return index_shards([str(shards / f"shard-{i:06d}.tar") for i in range(2)])[0]
+
+
+def same_clips(one, two):
+    assert one.keys() == two.keys()
+    assert one["key"] == two["key"] and one["bad"] == two["bad"]
+    for name in ("video", "actions", "states"):
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_stored_frames_are_the_decoded_ones(tmp_path, play):
+    """Bug: stored frames are cut elsewhere, shifted by one, or of another recording; augmentation
+    of actions is lost."""
+    options = {"crop_size": 32, "frames_per_clip": 8, "fps": 10.0, "temporal_jitter": 1}
+    reader = ClipReader(**options, horizontal_flip=True, action_space=36)
+    fill_pixels_cache(play, tmp_path, 32, "pyav", 0)
+    assert len(list(tmp_path.glob("*.npy"))) == len(play) == 4
+    shares = [1.0] * len(play)
+    decoded = Clips(play, shares, reader, 1)
+    stored = Clips(play, shares, reader, 1, str(tmp_path))
+    for i in range(12):
+        item = (0, i, *decoded.locate(i / 12 + 0.01))
+        same_clips(decoded[item], stored[item])
+    assert all(pixels is not None for *_, pixels in stored.opened.values())
+
+    # other crops and decoders have files of their own
+    other = {pixels_path(tmp_path, play[0], c, d) for c in (32, 48) for d in ("pyav", "decord")}
+    assert len(other) == 4
+
+
+def test_a_damaged_store_only_costs_time(tmp_path, play, capsys):
+    """Bug: a file that was cut by a full disk gives black frames, ends the run, or stays."""
+    reader = ClipReader(crop_size=32, frames_per_clip=8, fps=10.0)
+    fill_pixels_cache(play, tmp_path, 32, "pyav", 0)
+    path = pixels_path(tmp_path, play[0], 32, "pyav")
+    whole = open(path, "rb").read()
+    for damaged in (whole[:1000], whole[:40], b"", whole[:-5]):
+        open(path, "wb").write(damaged)
+        stored = Clips(play, [1.0] * 4, reader, 1, str(tmp_path))
+        same_clips(Clips(play, [1.0] * 4, reader, 1)[(0, 0, 0, 0.3)], stored[(0, 0, 0, 0.3)])
+        assert f"{path} " in capsys.readouterr().out
+    fill_pixels_cache(play, tmp_path, 32, "pyav", 0)
+    assert open(path, "rb").read() == whole and open_pixels(path, 300, 32) is not None
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, shards):
+    """Flags to train on the first two shards and validate on the third."""
+    folder = tmp_path_factory.mktemp("lewm")
+    video = shards / "shard-{000000..000001}.tar"
+    held = shards / "shard-000002.tar"
+    scaler = folder / "scaler.pkl"
+    run(folder, "fit_scaler.py", "--data", video, "--output", scaler, "--num_workers 0")
+    flags = ["--data", video, "--val_data", held, "--scaler", scaler, TINY]
+    return types.SimpleNamespace(folder=folder, flags=flags, video=video, held=held, scaler=scaler)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """A finished run of six steps with every term; its folder and what it printed."""
+    out = world.folder / "trained"
+    flags = [*world.flags, PLAN, "--sigreg 0.05 --sigreg_directions 32 --auto_steps 2"]
+    flags += ["--pixels_cache", world.folder / "pixels"]
+    text = run(world.folder, "train_lewm.py", *flags, "--out_dir", out)
+    return types.SimpleNamespace(out=out, text=text, flags=flags)
+
+
+def same_run(a, b):
+    """Two finished runs are bitwise one."""
+    assert column(a, "epoch", "itr", *LOSSES) == column(b, "epoch", "itr", *LOSSES)
+    assert (a / "val.csv").read_text() == (b / "val.csv").read_text()
+    one, two = (checkpoint.load_latest(f)[0] for f in (a, b))
+    for part in ("encoder", "predictor", "inverse", "pooling"):
+        weights_of_part = two[part] or {}
+        assert all(torch.equal(one[part][k], v) for k, v in weights_of_part.items()), part
+
+
+def test_a_run_learns_logs_and_says_what_comes_next(trained):
+    """Bug: a term that is logged and not trained; a monitor that is missing from a log."""
+    rows = numbers(trained.out, *LOSSES, "total_loss", "effective_rank", "smallest_std")
+    assert rows.shape == (6, 10) and np.isfinite(rows).all() and (rows > 0).all()
+    weighted = 2 * rows[:, 0] + 2 * rows[:, 1] + 0.05 * rows[:, 2] + rows[:, 3] + 0.01 * rows[:, 4]
+    np.testing.assert_allclose(rows[:, 7], weighted + rows[:, 5], rtol=1e-5)
+    assert rows[-1, 5] < rows[0, 5]  # inverse dynamics
+    names = ("epoch", "tf_skill", "tf_gap", "effective_rank", "smallest_std", "probe_yaw")
+    val = numbers(trained.out, *names, log="val.csv")
+    assert val[:, 0].tolist() == [1, 2] and np.isfinite(val).all()
+    for text in ("held out after epoch 2: skill", "action gap", "effective rank", "yaw R2"):
+        assert text in trained.text
+    assert "THE ACTION IS IGNORED" in trained.text
+    assert f"judge it with: python eval.py --checkpoint {trained.out}" in trained.text
+    assert (trained.out / "curves.png").stat().st_size > 10_000
+
+    # the last layer norm has no weights of its own, or features could be made small by its bias
+    state, _ = checkpoint.load_latest(trained.out)
+    assert (state["encoder"]["module.norm.weight"] == 1).all()
+    new = weights.build_encoder("vit_tiny", 32, 8, seed=239).state_dict()
+    moved = state["encoder"]["module.blocks.1.mlp.fc1.weight"]
+    assert not torch.equal(moved, new["blocks.1.mlp.fc1.weight"])
+
+
+def test_resume_is_exact_and_frames_may_be_stored_or_not(world, tmp_path, trained):
+    """Bug: a weight, Adam's state or SIGReg's directions do not survive a stop in the middle of an
+    epoch, or depend on --num_workers or on --pixels_cache."""
+    without = [flag for flag in trained.flags if "pixels" not in str(flag)]
+    run(tmp_path, "train_lewm.py", *without, "--max_steps 2 --out_dir", tmp_path / "cut")
+    again = [*trained.flags, "--resume --num_workers 2 --out_dir", tmp_path / "cut"]
+    assert "resumed from" in run(tmp_path, "train_lewm.py", *again)
+    same_run(trained.out, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", ["--sigreg 0.05 --sigreg_directions 32", "--pool mean"])
+def test_two_ranks_are_one(world, tmp_path, kind):
+    """Bug: each rank regularises its own few clips; a batch norm of half the batch; a monitor or a
+    held-out number that depends on who reads which clip."""
+    flags = [*world.flags, PLAN, kind, "--pixels_cache", tmp_path / "pixels", "--out_dir"]
+    run(tmp_path, "train_lewm.py", *flags, tmp_path / "one")
+    ranks = start_ranks(tmp_path, "train_lewm.py", *flags, tmp_path / "two", "--batch_size 2")
+    for rank in ranks:
+        code, text = rank.wait()
+        assert code == 0, text
+    one = numbers(tmp_path / "one", *LOSSES)
+    two = numbers(tmp_path / "two", *LOSSES)
+    np.testing.assert_allclose(two, one, rtol=5e-3, atol=1e-5)
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-4, atol=1e-6)
+    names = ("tf_skill", "effective_rank", "smallest_std")
+    np.testing.assert_allclose(
+        numbers(tmp_path / "two", *names, log="val.csv"),
+        numbers(tmp_path / "one", *names, log="val.csv"),
+        rtol=2e-2,
+        atol=1e-2,
+    )
+
+
+def test_later_stages_take_the_run(world, tmp_path, trained):
+    """Bug: an encoder that encodes otherwise than the trained one; a predictor that train_ac.py
+    does not know; a report that needs the encoder named."""
+    state, _ = checkpoint.load_latest(trained.out)
+    encoder = weights.load_encoder(trained.out)
+    assert weights.encoder_hash(encoder) == state["encoder_hash"]
+    own = weights.without_module(state["encoder"])
+    assert all(torch.equal(own[k], v) for k, v in encoder.state_dict().items())
+
+    report = [
+        "--checkpoint",
+        trained.out,
+        "--samples 4 --batch_size 4 --num_workers 0 --val_clips 6",
+    ]
+    text = run(tmp_path, "eval.py", *report, "--out", tmp_path / "report")
+    skill = numbers(trained.out, "tf_skill", log="val.csv")[-1, 0]
+    assert f"{skill:.3f}" in text
+
+    flags = ["--data", world.video, "--val_clips 0 --scaler", world.scaler, "--encoder"]
+    flags += [trained.out, "--crop_size 32 --frames_per_clip 8 --action_space 36 --predict change"]
+    flags += ["--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"]
+    flags += ["--epochs 1 --ipe 2 --warmup 0 --anneal 0 --init_from", trained.out]
+    text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "ac")
+    assert (
+        f"--init_from: {len(state['predictor'])} tensors taken; initialised again: nothing" in text
+    )
+    assert f"encoder {state['encoder_hash']}" in text
+
+
+def test_later_stages_take_one_vector_a_step(world, tmp_path):
+    """Bug: the MLP and its running means are lost on the way, or later stages get patch tokens."""
+    out = tmp_path / "run"
+    flags = [*world.flags, PLAN, "--pool mean --sigreg 0.09 --variance 0 --out_dir", out]
+    run(tmp_path, "train_lewm.py", *flags)
+    encoder = weights.load_encoder(out)
+    state, _ = checkpoint.load_latest(out)
+    assert isinstance(encoder, PooledEncoder) and not encoder.training
+    assert weights.encoder_hash(encoder) == state["encoder_hash"] and state["grid"] == 1
+    assert state["pooling"]["1.running_mean"].abs().max() > 0
+    report = ["--checkpoint", out, "--samples 4 --batch_size 4 --num_workers 0 --val_clips 6"]
+    text = run(tmp_path, "eval.py", *report, "--out", tmp_path / "report")
+    skill = numbers(out, "tf_skill", log="val.csv")[-1, 0]
+    assert f"{skill:.3f}" in text
+
+
+def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
+    """Bug: the loss falls, the features have died, and the log looks healthy."""
+    flags = [*world.flags, "--epochs 1 --warmup 0 --anneal 0 --ipe 60 --lr 3e-3 --idm 0"]
+    flags += ["--variance 0 --covariance 0 --pixels_cache", tmp_path / "pixels", "--out_dir"]
+    text = run(tmp_path, "train_lewm.py", *flags, tmp_path / "dead")
+    assert "WARNING: nothing keeps the features from collapsing" in text
+    assert "WARNING: THE FEATURES COLLAPSE: effective rank" in text
+    dead = numbers(tmp_path / "dead", "jloss", "smallest_std", "inverse_loss")
+    assert dead[-1, 0] < 0.1 * dead[0, 0] and (dead[:, 2] == 0).all()
+    assert checkpoint.load_latest(tmp_path / "dead")[0]["inverse"] is None
+
+
+def test_more_of_the_same_training(world, tmp_path, trained):
+    """Bug: --init_from drops the predictor, or takes the weights of another encoder."""
+    flags = [*world.flags, "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --start_lr 0 --lr 0"]
+    flags += ["--init_from", trained.out, "--out_dir", tmp_path / "on"]
+    text = run(tmp_path, "train_lewm.py", *flags)
+    assert "--init_from: the encoder in" in text and "tensors of the predictor taken" in text
+    before, after = (checkpoint.load_latest(f)[0] for f in (trained.out, tmp_path / "on"))
+    for part in ("encoder", "predictor"):
+        assert all(torch.equal(after[part][k], v) for k, v in before[part].items())
+
+
+def test_a_dry_run_writes_nothing(world, tmp_path):
+    """Bug: --dry_run leaves a folder that a real run then refuses, or skips what can go wrong."""
+    flags = [*world.flags, "--dry_run --batch_size 2 --out_dir", tmp_path / "run"]
+    text = run(tmp_path, "train_lewm.py", *flags)
+    assert not (tmp_path / "run").exists()
+    assert "dry run, nothing written; 4 recordings to train on, 2 held out" in text
+    assert "held out after 3 steps: skill" in text
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--prediction 0", "--prediction 0 trains no predictor"),
+        ("--sigreg -1", "--sigreg -1.0 is below 0"),
+        ("--encoder_arch vit_tinny", "--encoder_arch vit_tinny is none of vit_tiny,"),
+        ("--patch_size 12", "--crop_size 32 is no multiple of --patch_size 12"),
+        ("--frames_per_step 4", "--frames_per_step 4 is not --tubelet_size 2"),
+        (
+            "--pixels_cache p --motion_shift 0.1",
+            "--motion_shift moves the crop, and --pixels_cache",
+        ),
+        ("--init_from no.pt", "--init_from no.pt: no such file or run folder"),
+        ("--init_from no.pt --encoder_arch vit_tiny", "--encoder_arch: the encoder's size is that"),
+        ("--scaler no.pkl", "no action scaler at no.pkl; fit one with"),
+        ("--auto_steps 4", "--auto_steps 4"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(world, tmp_path, flags, sentence):
+    """Bug: a run that starts with flags that contradict each other."""
+    assert sentence in fails(
+        tmp_path, "train_lewm.py", *world.flags, flags, "--out_dir", tmp_path / "run"
+    )
+
+
+def test_features_are_no_video(game, tmp_path):
+    """Bug: shards of features are taken for video, and the encoder is trained on nothing."""
+    flags = ["--data", game.held, "--scaler", game.folder / "scaler.pkl", TINY, "--val_clips 0"]
+    assert "holds features: an encoder is trained on video" in fails(
+        tmp_path, "train_lewm.py", *flags, "--out_dir", tmp_path / "run"
+    )
+
+
+def test_the_schedule_is_that_of_the_other_stages():
+    """Bug: two schedules of one name drift apart."""
+    import train_ac
+    import train_lewm
+
+    for step in range(1, 41):
+        plan = (step, 40, 8, 12, 1e-4, 1e-3, 1e-6)
+        assert train_lewm.lr_at(*plan) == train_ac.lr_at(*plan)
