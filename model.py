@@ -47,6 +47,15 @@ def grid_positions(T, H, W, device=None):
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(T, H * W, 3)
 
 
+def scale_positions(pos, grid):
+    """V-JEPA 2.1's positions (..., 3): rows and columns of a patch grid (H, W) stretched to the 16
+    x 16 patches of its pretraining. Changes `pos`."""
+    # a side of one patch is at 0, whatever the factor
+    pos[..., 1] *= 15 / max(grid[0] - 1, 1)
+    pos[..., 2] *= 15 / max(grid[1] - 1, 1)
+    return pos
+
+
 def rope_tables(pos, head_dim, tiled=True):
     """cos and sin factors (..., hd) of 3-D RoPE for positions (..., 3). A third of the dims is
     rotated by time, a third by row and a third by column; the rest is not rotated. `tiled` is
@@ -344,11 +353,16 @@ class Encoder21(Encoder):
 
     def rotary_tables(self, T, H, W, device):
         """RoPE's cos and sin (T*H*W, hd)."""
-        pos = grid_positions(T, H, W, device).view(-1, 3)
-        # a side of one patch is at 0, whatever the factor
-        pos[:, 1] *= 15 / max(H - 1, 1)
-        pos[:, 2] *= 15 / max(W - 1, 1)
+        pos = scale_positions(grid_positions(T, H, W, device).view(-1, 3), (H, W))
         return rope_tables(pos, self.embed_dim // self.num_heads, tiled=False)
+
+    def freeze_unused(self, num_levels):
+        """Freeze what is not trained by video whose last level (num_levels 1) or all four levels
+        are used: DDP would wait for its gradients."""
+        self.patch_embed_img.requires_grad_(False)
+        self.img_mod_embed.requires_grad_(False)
+        if num_levels == 1:
+            self.norms_block[:-1].requires_grad_(False)
 
     def output_norm(self, layer):
         """The norm of a level."""
@@ -875,6 +889,12 @@ def take_tokens(x, ids):
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def token_positions(ids, grid):
+    """(t, row, col) of token ids (B, n) on a patch grid (H, W), as floats: (B, n, 3)."""
+    H, W = grid
+    return torch.stack([ids // (H * W), ids // W % H, ids % W], dim=-1).float()
+
+
 class MaskPredictor(nn.Module):
     """V-JEPA 2's predictor: from the features of context tokens to those of masked ones.
 
@@ -882,6 +902,9 @@ class MaskPredictor(nn.Module):
     learned vectors, one for each kind of mask; Meta's files have more of them than kinds."""
 
     activation_checkpointing = False
+
+    # levels of the encoder's features that it takes and predicts
+    num_levels = 1
 
     def __init__(
         self,
@@ -896,7 +919,9 @@ class MaskPredictor(nn.Module):
     ):
         super().__init__()
         self.grid = tuple(grid)
-        self.head_dim = pred_dim // num_heads
+        self.embed_dim = embed_dim
+        self.pred_dim = pred_dim
+        self.num_heads = num_heads
         self.predictor_embed = Linear(embed_dim, pred_dim)
         self.mask_tokens = nn.ParameterList(
             nn.Parameter(torch.zeros(1, 1, pred_dim)) for _ in range(num_mask_tokens)
@@ -908,26 +933,111 @@ class MaskPredictor(nn.Module):
         self.predictor_proj = Linear(pred_dim, embed_dim)
         init_weights(self, self.predictor_blocks)
 
-    def forward(self, context, context_ids, predicted_ids, kind):
-        """context (B, n, E), ids (B, n) and (B, m), kind of the mask -> (B, m, E)."""
-        H, W = self.grid
+    def freeze_unused(self, kinds, with_context=False):
+        """Freeze what `kinds` kinds of masks do not use: DDP would wait for its gradients."""
+        self.mask_tokens[kinds:].requires_grad_(False)
+
+    def embed(self, context, count, kind):
+        """Features of the context (B, n, E) and `count` masked tokens -> (B, n+count, D)."""
         x = self.predictor_embed(context)
-        masked = self.mask_tokens[kind].to(x.dtype).expand(*predicted_ids.shape, -1)
-        x = torch.cat([x, masked], dim=1)  # (B, n+m, D)
+        masked = self.mask_tokens[kind].to(x.dtype).expand(len(x), count, -1)
+        return torch.cat([x, masked], dim=1)
+
+    def rotary_tables(self, ids):
+        """RoPE's cos and sin (B, L, hd) for token ids (B, L)."""
+        return rope_tables(token_positions(ids, self.grid), self.pred_dim // self.num_heads)
+
+    def hidden(self, context, context_ids, predicted_ids, kind):
+        """What the heads read: (B, n+m, D), the context first, not yet normed."""
+        x = self.embed(context, predicted_ids.shape[1], kind)  # (B, n+m, D)
 
         # sorted by position, as upstream
         ids = torch.cat([context_ids, predicted_ids], dim=1)
         ids, order = ids.sort(dim=1)
         x = take_tokens(x, order)
-        pos = torch.stack([ids // (H * W), ids // W % H, ids % W], dim=-1).float()
-        rope = [table.unsqueeze(1) for table in rope_tables(pos, self.head_dim)]
+        rope = [table.unsqueeze(1) for table in self.rotary_tables(ids)]
 
         for blk in self.predictor_blocks:
             x, _ = run_block(self, blk, x, rope)
 
-        # back in the order of predicted_ids
-        places = order.argsort(dim=1)[:, context_ids.shape[1] :]
-        return self.predictor_proj(self.predictor_norm(take_tokens(x, places)))
+        # back in the order of context_ids and predicted_ids
+        return take_tokens(x, order.argsort(dim=1))
+
+    def forward(self, context, context_ids, predicted_ids, kind):
+        """context (B, n, E), ids (B, n) and (B, m), kind of the mask -> (B, m, E)."""
+        x = self.hidden(context, context_ids, predicted_ids, kind)
+        return self.predictor_proj(self.predictor_norm(x[:, context_ids.shape[1] :]))
+
+
+class MaskPredictor21(MaskPredictor):
+    """V-JEPA 2.1's predictor. It predicts the tokens of the context, too, by a head of their own.
+
+    Its RoPE is a true rotation, with rows and columns scaled as in Encoder21. So it was trained;
+    Meta's hub code leaves the scaling out, which is another model above 256 pixels. With
+    `num_levels` 4 (Meta's ViT-g and ViT-G) it takes and predicts all levels of the encoder,
+    concatenated; with 1 the last. `out_dim` is the width of both heads. Every kind of mask has the
+    first mask token: Meta counts tokens by clip lengths, and the others are at zero."""
+
+    def __init__(
+        self,
+        embed_dim,
+        grid,
+        *,
+        num_levels=1,
+        out_dim=None,
+        pred_dim=384,
+        depth=12,
+        num_heads=12,
+        mlp_dim=None,
+        num_mask_tokens=8,
+    ):
+        super().__init__(
+            embed_dim,
+            grid,
+            pred_dim=pred_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            num_mask_tokens=num_mask_tokens,
+        )
+        self.num_levels = num_levels
+        if num_levels > 1:
+            self.predictor_embed = nn.Sequential(
+                Linear(num_levels * embed_dim, embed_dim), nn.GELU(), Linear(embed_dim, pred_dim)
+            )
+            init_weights(self.predictor_embed, [])
+        self.img_mod_embed = nn.Parameter(torch.zeros(1, 1, pred_dim))
+        self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, pred_dim))
+        self.new_heads(out_dim or num_levels * embed_dim)
+
+    def new_heads(self, out_dim):
+        """Make both heads new, for targets of width `out_dim`. Returns their names."""
+        self.predictor_proj = Linear(self.pred_dim, out_dim)
+        self.predictor_proj_context = Linear(self.pred_dim, out_dim)
+        for head in (self.predictor_proj, self.predictor_proj_context):
+            init_weights(head, [])
+        return ["predictor_proj", "predictor_proj_context"]
+
+    def freeze_unused(self, kinds, with_context=False):
+        """Freeze what training on video does not use, and without the context loss its head."""
+        self.mask_tokens[1:].requires_grad_(False)
+        self.img_mod_embed.requires_grad_(False)
+        self.predictor_proj_context.requires_grad_(with_context)
+
+    def embed(self, context, count, kind):
+        x = super().embed(context, count, 0)
+        return x + self.video_mod_embed.to(x.dtype)
+
+    def rotary_tables(self, ids):
+        pos = scale_positions(token_positions(ids, self.grid), self.grid)
+        return rope_tables(pos, self.pred_dim // self.num_heads, tiled=False)
+
+    def forward(self, context, context_ids, predicted_ids, kind):
+        """As MaskPredictor's -> predicted tokens (B, m, out_dim), context tokens (B, n,
+        out_dim)."""
+        x = self.predictor_norm(self.hidden(context, context_ids, predicted_ids, kind))
+        n = context_ids.shape[1]
+        return self.predictor_proj(x[:, n:]), self.predictor_proj_context(x[:, :n])
 
 
 def pixels_to_video(frames):
@@ -960,6 +1070,34 @@ def masked_loss(predicted, targets, predicted_ids, loss_exp=1.0):
     features of the whole clip (B, L, E), of which predicted_ids (B, m) are compared."""
     error = predicted.float() - take_tokens(targets, predicted_ids)
     return (error.abs() ** loss_exp).mean() / loss_exp
+
+
+def context_weights(context_ids, predicted_ids, grid):
+    """How much each context token (B, n) counts in V-JEPA 2.1's context loss: 1 / d, where d is the
+    square root of its distance, in patches and steps, to the nearest predicted token (B, m)."""
+    seen = token_positions(context_ids, grid)
+    hidden = token_positions(predicted_ids, grid)
+    nearest = []
+    for a, b in zip(seen, hidden):  # clip by clip: a table of n x m is large
+        distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest.append(distance.amin(1))
+    return torch.stack(nearest).rsqrt()
+
+
+def context_loss(of_context, targets, context_ids, token_weights, loss_exp=1.0):
+    """Mean weighted |error|^loss_exp of context tokens (B, n, E). targets: as in masked_loss;
+    token_weights (B, n): context_weights."""
+    error = of_context.float() - take_tokens(targets, context_ids)
+    return (error.abs() ** loss_exp * token_weights.unsqueeze(-1)).mean() / loss_exp
+
+
+def context_weight_at(step, weight, start, end):
+    """Weight of the context loss in step `step` (from 1): 0 for `start` steps, then linear up to
+    `weight` after `end` steps."""
+    share = (step - 1 - start) / max(end - start, 1)
+    if step - 1 >= end:
+        share = 1.0
+    return weight * max(share, 0.0)
 
 
 class MeanOfRanks(torch.autograd.Function):
@@ -1073,34 +1211,54 @@ def inverse_loss(predicted, actions, continuous):
     return loss
 
 
-def encode_clip(encoder, video, encode, ids=None, per_step=None):
+def encode_levels(encoder, video, ids, levels):
+    """Features of the tokens `ids` (None: all), or of these levels of an Encoder21, concatenated:
+    (B, n, E * levels)."""
+    if levels is None:
+        return encoder(video, masks=ids)
+    return torch.cat(encoder(video, masks=ids, out_layers=levels), dim=-1)
+
+
+def encode_clip(encoder, video, encode, ids=None, per_step=None, levels=None):
     """Features of clips (B, 3, F, H, W): (B, T*N, E), or with ids (B, n) those of these tokens
-    alone, which then see nothing else.
+    alone, which then see nothing else. With `levels` those of an Encoder21, side by side.
 
     encode="clip" encodes whole clips at once, "tubelet" every step alone, as later stages do. Then
     ids must hold `per_step` tokens of each step that they name."""
     if encode == "clip":
-        return encoder(video, masks=ids)
+        return encode_levels(encoder, video, ids, levels)
     B = len(video)
     tubelet = encoder.tubelet_size
     steps = video.unflatten(2, (-1, tubelet)).transpose(1, 2)  # (B, T, 3, tubelet, H, W)
     if ids is None:
-        return encoder(steps.flatten(0, 1)).unflatten(0, (B, -1)).flatten(1, 2)
+        x = encode_levels(encoder, steps.flatten(0, 1), None, levels)
+        return x.unflatten(0, (B, -1)).flatten(1, 2)
 
     # which steps they name, and which tokens of these
     N = math.prod(video.shape[3:]) // encoder.patch_size**2
     ids = ids.unflatten(1, (-1, per_step))  # (B, steps, per_step)
     named = ids[:, :, 0] // N
     steps = steps[torch.arange(B, device=ids.device)[:, None], named]
-    x = encoder(steps.flatten(0, 1), masks=(ids % N).flatten(0, 1))
+    x = encode_levels(encoder, steps.flatten(0, 1), (ids % N).flatten(0, 1), levels)
     return x.unflatten(0, (B, -1)).flatten(1, 2)
+
+
+def teacher_targets(teacher, video, encode, levels=None):
+    """What is predicted: the teacher's features of all tokens of clips, layer-normed without
+    weights, (B, L, E) float32. With `levels` each of them is normed by itself, (B, L, E *
+    levels)."""
+    h = encode_clip(teacher, video, encode, levels=levels)
+    if levels is None:
+        return normalize_features(h)
+    return normalize_features(h.unflatten(-1, (len(levels), -1))).flatten(-2)
 
 
 class MaskedModel(nn.Module):
     """Everything that masked pretraining trains, as DDP must see it: forward returns the losses.
 
     `projector` (for SIGReg) and `inverse` (an InverseDynamics) may be None. `decorrelate` says
-    whether variance and covariance are wanted."""
+    whether variance and covariance are wanted, `with_context` whether the context loss is, which
+    needs a MaskPredictor21."""
 
     def __init__(
         self,
@@ -1114,6 +1272,7 @@ class MaskedModel(nn.Module):
         directions=256,
         decorrelate=False,
         continuous=4,
+        with_context=False,
     ):
         super().__init__()
         self.encoder = encoder
@@ -1125,12 +1284,14 @@ class MaskedModel(nn.Module):
         self.directions = directions
         self.decorrelate = decorrelate
         self.continuous = continuous
+        self.with_context = with_context
+        self.levels = encoder.levels if predictor.num_levels > 1 else None
 
     def forward(self, video, targets, masks, actions=None, seed=0, regularise=True):
         """video (B, 3, F, H, W), the teacher's targets (B, L, E), masks [Mask] of each kind,
-        actions (B, T-1, A) -> (5,): the mean masked loss of all kinds, SIGReg, variance,
-        covariance, inverse dynamics; 0 for what is off, and without `regularise` for all but the
-        masked loss. `seed` is SIGReg's, of this step."""
+        actions (B, T-1, A) -> (6,): the mean masked loss of all kinds, SIGReg, variance,
+        covariance, inverse dynamics, the mean context loss; 0 for what is off, and without
+        `regularise` for all but the first and the last. `seed` is SIGReg's, of this step."""
         zero = video.new_zeros(())
         losses = dict.fromkeys(("sigreg", "variance", "covariance", "inverse"), zero)
 
@@ -1140,32 +1301,47 @@ class MaskedModel(nn.Module):
         inverse = self.inverse if regularise else None
         decorrelate = self.decorrelate and regularise
         if projector is not None or inverse is not None or decorrelate:
-            tokens = encode_clip(self.encoder, video, "tubelet")
+            tokens = encode_clip(self.encoder, video, "tubelet", levels=self.levels)
             T = video.shape[2] // self.encoder.tubelet_size
-            steps = tokens.unflatten(1, (T, -1))  # (B, T, N, E)
+            last_level = tokens[..., -self.encoder.embed_dim :]
+            steps = last_level.unflatten(1, (T, -1))  # (B, T, N, E)
         if projector is not None:
             means = projector(steps.mean(2).flatten(0, 1))
             losses["sigreg"] = sigreg(means, self.directions, seed)
         if decorrelate:
-            variance, covariance = variance_and_covariance(tokens.flatten(0, 1))
+            variance, covariance = variance_and_covariance(last_level.flatten(0, 1))
             losses |= {"variance": variance, "covariance": covariance}
         if inverse is not None:
             losses["inverse"] = inverse_loss(inverse(steps), actions, self.continuous)
-        masked = self.masked_loss(video, targets, masks, tokens) if masks else zero
-        return torch.stack([masked, *losses.values()])
+        masked = context = zero
+        if masks:
+            masked, context = self.masked_losses(video, targets, masks, tokens)
+        return torch.stack([masked, *losses.values(), context])
 
-    def masked_loss(self, video, targets, masks, tokens=None):
-        """The mean over all kinds of masks. tokens (B, T*N, E): every step encoded alone, if that
-        is done already."""
-        losses = []
+    def masked_losses(self, video, targets, masks, tokens=None):
+        """The masked and the context loss, means over all kinds of masks. tokens (B, T*N, E): every
+        step encoded alone, if that is done already."""
+        masked = []
+        of_context = []
         for kind, mask in enumerate(masks):
             if tokens is not None and self.encode == "tubelet" and mask.whole_steps:
-                context = take_tokens(tokens, mask.context)  # it is among them
+                x = take_tokens(tokens, mask.context)  # it is among them
             else:
-                context = encode_clip(self.encoder, video, self.encode, mask.context, mask.per_step)
-            predicted = self.predictor(context, mask.context, mask.predicted, kind)
-            losses.append(masked_loss(predicted, targets, mask.predicted, self.loss_exp))
-        return torch.stack(losses).mean()
+                x = encode_clip(
+                    self.encoder, video, self.encode, mask.context, mask.per_step, self.levels
+                )
+            predicted = self.predictor(x, mask.context, mask.predicted, kind)
+            if isinstance(self.predictor, MaskPredictor21):
+                predicted, context = predicted
+            masked.append(masked_loss(predicted, targets, mask.predicted, self.loss_exp))
+            if self.with_context:
+                token_weights = context_weights(mask.context, mask.predicted, self.predictor.grid)
+                of_context.append(
+                    context_loss(context, targets, mask.context, token_weights, self.loss_exp)
+                )
+            else:
+                of_context.append(video.new_zeros(()))
+        return torch.stack(masked).mean(), torch.stack(of_context).mean()
 
 
 def new_projector(embed_dim, hidden, dim):

@@ -101,7 +101,7 @@ flag("--patch_size", type=int, default=16, help="side of a patch in pixels")
 flag("--pred_dim", "--pred_embed_dim", type=int, default=384, help="width of the mask predictor")
 flag("--pred_depth", type=int, default=12, help="blocks of the mask predictor")
 flag("--pred_heads", "--pred_num_heads", type=int, default=12, help="attention heads of the mask predictor")  # fmt: skip
-flag("--init_from", help="continue from the encoder, target_encoder and predictor in this file (Meta's V-JEPA 2) or run folder, in whole")  # fmt: skip
+flag("--init_from", help="continue from the encoder, target_encoder and predictor in this file (Meta's V-JEPA 2 or 2.1) or run folder, in whole")  # fmt: skip
 flag("--activation_checkpointing", "--use_activation_checkpointing", "--gradient_checkpointing", action=switch, default=False, help="recompute blocks in the backward pass to save memory")  # fmt: skip
 flag("--compile", "--compile_model", action=switch, default=False, help="torch.compile the blocks of all three networks")  # fmt: skip
 flag("--fsdp", action=switch, default=False, help="shard weights, gradients and optimizer over the ranks (torch's fully_shard), for encoders of a billion weights")  # fmt: skip
@@ -112,6 +112,8 @@ flag("--mask_aspect", type=float, nargs=2, default=[0.75, 1.5], help="least and 
 flag("--ema", type=float, nargs=2, default=[0.99, 0.999], help="the teacher's momentum in the first and the last step (Meta, 90,000 steps: 0.99925 0.99925)")  # fmt: skip
 flag("--loss_exp", type=float, default=1.0, help="1: L1, 2: half squared error")
 flag("--masked", type=float, default=1.0, help="weight of the masked loss; 0 leaves it out, and the predictor untrained")  # fmt: skip
+flag("--context_loss", type=float, help="weight of V-JEPA 2.1's loss on the tokens that the encoder sees; needs --init_from with a 2.1 file (default: 0.5 with one, otherwise off)")  # fmt: skip
+flag("--context_warmup", type=int, nargs=2, default=[15000, 30000], metavar=("START", "END"), help="steps after which the weight of the context loss begins to grow, and is whole (the default is Meta's)")  # fmt: skip
 flag("--sigreg", type=float, default=0.0, help="weight of SIGReg on the mean features of steps, against collapse; 0 is off")  # fmt: skip
 flag("--sigreg_directions", type=int, default=256, help="random directions of SIGReg")
 flag("--sigreg_dim", type=int, default=128, help="width of the projection that SIGReg sees")
@@ -172,6 +174,7 @@ from evaluation.pretraining import (
     PROBE,
     SPREAD,
     collapse_sentence,
+    context_sentence,
     inverse_probe,
     plot_curves,
     probe_text,
@@ -200,15 +203,16 @@ from model import (
     InverseDynamics,
     MaskedModel,
     MaskPredictor,
-    encode_clip,
+    MaskPredictor21,
+    context_weight_at,
     feature_spread,
     momentum_at,
     new_projector,
-    normalize_features,
     pixels_to_video,
     random_aspect,
     sample_masks,
     sample_step_masks,
+    teacher_targets,
     update_teacher,
 )
 
@@ -235,6 +239,12 @@ if __name__ == "__main__":
     for name in ("masked", "sigreg", "variance", "covariance", "idm", "probe_clips"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} {getattr(args, name)} is below 0, which turns it off")
+    if args.context_loss and args.context_loss < 0:
+        parser.error(f"--context_loss {args.context_loss} is below 0, which turns it off")
+    if args.context_loss and not args.masked:
+        parser.error("--context_loss goes with the masked loss: drop it, or --masked 0")
+    if not 0 <= args.context_warmup[0] <= args.context_warmup[1]:
+        parser.error(f"--context_warmup {args.context_warmup}: give two steps, the first one first")
     if args.warmup + args.anneal > args.epochs:
         parser.error(
             f"--warmup {args.warmup} and --anneal {args.anneal} do not fit into --epochs"
@@ -468,11 +478,6 @@ if __name__ == "__main__":
         which = "encoder" if "encoder" in parts else "target_encoder"
         encoder = weights.load_encoder(args.init_from, which=which)
         teacher = weights.load_encoder(args.init_from, which="target_encoder")
-        if isinstance(encoder, Encoder21):
-            raise ValueError(
-                f"--init_from {args.init_from} is V-JEPA 2.1, whose training has other heads and"
-                " losses: continue from a V-JEPA 2 file, or train from scratch"
-            )
         for name in ("tubelet_size", "patch_size"):
             if getattr(args, name) != getattr(encoder, name):
                 raise ValueError(
@@ -492,18 +497,19 @@ if __name__ == "__main__":
 
     # the predictor; only as many of its mask tokens are trained as there are kinds of masks
     kinds = len(args.mask_steps or args.mask_blocks)
+    is_21 = isinstance(encoder, Encoder21)
+    new_layers = []
     if args.init_from and "predictor" in parts:
-        predictor = weights.load_mask_predictor(args.init_from, (grid, grid))
-        if len(predictor.mask_tokens) < kinds:
+        predictor, new_layers = weights.load_mask_predictor(args.init_from, (grid, grid), encoder)
+        if len(predictor.mask_tokens) < kinds and not is_21:
             raise ValueError(
                 f"--init_from {args.init_from} has mask tokens for {len(predictor.mask_tokens)}"
                 f" kinds of masks, this run has {kinds}: name fewer"
             )
-        predictor.mask_tokens[kinds:].requires_grad_(False)
         own = {
-            "pred_dim": predictor.predictor_embed.out_features,
+            "pred_dim": predictor.pred_dim,
             "pred_depth": len(predictor.predictor_blocks),
-            "pred_heads": predictor.predictor_embed.out_features // predictor.head_dim,
+            "pred_heads": predictor.num_heads,
         }
         for name, value in own.items():
             if getattr(args, name) not in (parser.get_default(name), value):
@@ -512,7 +518,8 @@ if __name__ == "__main__":
                     f" {value}: leave the flag out"
                 )
     else:
-        predictor = MaskPredictor(
+        kind_of_predictor = MaskPredictor21 if is_21 else MaskPredictor
+        predictor = kind_of_predictor(
             encoder.embed_dim,
             (grid, grid),
             pred_dim=args.pred_dim,
@@ -523,6 +530,15 @@ if __name__ == "__main__":
         if args.init_from:
             print0(f"--init_from {args.init_from} holds no predictor: a new one is trained")
 
+    # V-JEPA 2.1 has a loss on the tokens of the context, too
+    if args.context_loss is None:
+        args.context_loss = 0.5 if is_21 and args.masked else 0.0
+    if args.context_loss and not is_21:
+        raise ValueError(
+            f"--context_loss {args.context_loss:g} needs --init_from with a V-JEPA 2.1 file: other"
+            " predictors have no head for it; leave the flag out"
+        )
+
     # the optional regularisers
     projector = None
     if args.sigreg:
@@ -532,6 +548,9 @@ if __name__ == "__main__":
         inverse = InverseDynamics(encoder.embed_dim, len(action_names), (grid, grid))
 
     encoder.train().requires_grad_(True)
+    predictor.freeze_unused(kinds, with_context=bool(args.context_loss))
+    if is_21:
+        encoder.freeze_unused(predictor.num_levels)
     if not args.masked:
         predictor.requires_grad_(False)  # DDP would wait for its gradients
     teacher.to(device)
@@ -545,6 +564,7 @@ if __name__ == "__main__":
         directions=args.sigreg_directions,
         decorrelate=bool(args.variance or args.covariance),
         continuous=len(CONTINUOUS),
+        with_context=bool(args.context_loss),
     ).to(device)
     encoder.activation_checkpointing = args.activation_checkpointing
     predictor.activation_checkpointing = args.activation_checkpointing
@@ -553,9 +573,9 @@ if __name__ == "__main__":
         "depth": len(encoder.blocks),
         "patch_size": encoder.patch_size,
         "tubelet_size": encoder.tubelet_size,
-        "pred_dim": predictor.predictor_embed.out_features,
+        "pred_dim": predictor.pred_dim,
         "pred_depth": len(predictor.predictor_blocks),
-        "pred_heads": predictor.predictor_embed.out_features // predictor.head_dim,
+        "pred_heads": predictor.num_heads,
         "mask_tokens": len(predictor.mask_tokens),
     }
     steps_of_clip = args.frames_per_clip // args.tubelet_size
@@ -590,9 +610,15 @@ if __name__ == "__main__":
         return masks
 
     def targets_of(video):
-        """The teacher's layer-normed features of all tokens of clips, (B, L, E) float32."""
+        """The teacher's layer-normed features of all tokens of clips, (B, L, E) float32; (B, L, 4E)
+        where V-JEPA 2.1's predictor has all four levels."""
         with torch.no_grad(), autocast():
-            return normalize_features(encode_clip(teacher, video, args.encode))
+            return teacher_targets(teacher, video, args.encode, model.levels)
+
+    def loss_weights_at(step):
+        """The weight of each loss in a step (from 1): that of the context loss grows."""
+        context = context_weight_at(step, args.context_loss, *args.context_warmup)
+        return [args.masked, args.sigreg, args.variance, args.covariance, args.idm, context]
 
     # from here on, with --fsdp, every rank holds a part of each weight
     if args.fsdp:
@@ -624,6 +650,8 @@ if __name__ == "__main__":
     # steps done so far, those before a restart included
     step = 0
     total_steps = args.epochs * args.ipe
+    if args.context_loss:
+        print0(context_sentence(total_steps, args.context_loss, *args.context_warmup))
 
     # what a resumed run must have in common with its checkpoint: otherwise the weights load and
     # mean something else
@@ -640,6 +668,7 @@ if __name__ == "__main__":
         "idm_is_on": bool(args.idm),
         "action_names": action_names if args.idm else None,
         "scaler_hash": scaler.hash if args.idm else None,
+        "context_is_on": bool(args.context_loss) or None,  # None: runs from before this flag
         "ipe": args.ipe,
     }
 
@@ -692,7 +721,13 @@ if __name__ == "__main__":
                 " step as before"
             )
     elif args.init_from:
-        print0(f"--init_from {args.init_from}: all tensors taken")
+        exceptions = ""
+        if new_layers:
+            exceptions = (
+                f" but {' and '.join(new_layers)}, which were made for another teacher's width and"
+                f" are new here, for {predictor.predictor_proj.out_features} channels"
+            )
+        print0(f"--init_from {args.init_from}: all tensors taken{exceptions}")
 
     # how far this run goes: the schedule's end, --max_steps, or three steps to try it
     last_step = min(total_steps, args.max_steps or total_steps)
@@ -723,10 +758,11 @@ if __name__ == "__main__":
     # columns of train.csv and val.csv; a resumed run drops rows after its checkpoint
     losses_of_a_row = ["masked_loss", "sigreg_loss", "variance_loss", "covariance_loss"]
     losses_of_a_row += ["inverse_loss"]
-    loss_weights = [args.masked, args.sigreg, args.variance, args.covariance, args.idm]
-    loss_weights = torch.tensor(loss_weights, device=device)
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", *SPREAD, "momentum", "lr"]
     train_columns += ["grad_norm", "clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
+    # a new column comes last: then the rows of an earlier run still fit
+    losses_of_a_row.append("context_loss")
+    train_columns.append("context_loss")
     val_columns = ["epoch", "masked_loss", *PROBE]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
@@ -764,6 +800,8 @@ if __name__ == "__main__":
         "mask_steps": args.mask_steps,
         "ema": args.ema,
         "loss_exp": args.loss_exp,
+        "context_loss": args.context_loss,
+        "context_warmup": args.context_warmup,
         "masked": args.masked,
         "sigreg": args.sigreg,
         "variance": args.variance,
@@ -912,6 +950,7 @@ if __name__ == "__main__":
 
         # forward and backward, over --grad_accum micro-batches
         losses = torch.zeros(len(losses_of_a_row), device=device)
+        loss_weights = torch.tensor(loss_weights_at(step + 1), device=device)
         keys = []
         bytes_read = 0
         for micro in range(args.grad_accum):
@@ -951,7 +990,7 @@ if __name__ == "__main__":
             targets = None
             if args.masked or not recent_targets:
                 targets = targets_of(video)
-                recent_targets.append(some_tokens(targets))
+                recent_targets.append(some_tokens(targets[..., -encoder.embed_dim :]))
 
             # DDP averages gradients once a step: on the last micro-batch
             last_micro = micro == args.grad_accum - 1
@@ -1002,20 +1041,21 @@ if __name__ == "__main__":
             spread = dict(zip(SPREAD, feature_spread(torch.cat(recent_targets))))
             recent_targets = []
             for row in mean_over_ranks(steps_to_log, world, torch.float64):
-                total = sum(w * x for w, x in zip(loss_weights.tolist(), row.losses))
+                number = row.epoch * args.ipe + row.itr + 1
+                total = sum(w * x for w, x in zip(loss_weights_at(number), row.losses))
                 place = f"epoch {row.epoch}, itr {row.itr}"
                 check_finite(row, total, place, args.out_dir, args.dtype)
                 columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
                 columns["total_loss"] = total
-                columns["momentum"] = momentum_at(
-                    row.epoch * args.ipe + row.itr + 1, total_steps, *args.ema
-                )
+                columns["momentum"] = momentum_at(number, total_steps, *args.ema)
                 columns["bytes_per_s"] = row.bytes_read / seconds
                 columns |= spread
                 if writes:
                     log("train", columns, row.epoch * args.ipe + row.itr)
             place = f"epoch {epochs_done:3d} itr {inside:4d}"
             text = f"masked {columns['masked_loss']:.4f}" if args.masked else ""
+            if args.context_loss:
+                text += f"  context {columns['context_loss']:.4f}"
             if args.sigreg:
                 text += f"  sigreg {columns['sigreg_loss']:.3f}"
             if args.variance or args.covariance:

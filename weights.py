@@ -42,6 +42,7 @@ from model import (
     Encoder21,
     Linear,
     MaskPredictor,
+    MaskPredictor21,
     PictureEncoder,
     PooledEncoder,
     Predictor,
@@ -326,24 +327,51 @@ def with_extrinsics(state, predictor):
     return layer | state
 
 
-def load_mask_predictor(path, grid, num_heads=None):
-    """The trainable mask predictor of V-JEPA 2's pretraining in a weight file, for this patch grid.
-    Without num_heads it is the number that a run of train_vjepa.py wrote down, or Meta's 12."""
-    state = part_of(path, "predictor", "predictor_embed.weight")
+def load_mask_predictor(path, grid, encoder, num_heads=None):
+    """The trainable mask predictor of V-JEPA 2's or 2.1's pretraining in a weight file, for this
+    encoder and patch grid: (predictor, names of layers that are new).
+
+    Without num_heads it is the number that a run of train_vjepa.py wrote down, or Meta's 12. New
+    are 2.1's two heads where the file's teacher had another width than this encoder, which is its
+    own teacher: Meta's ViT-B and ViT-L had ViT-G. All other keys must fit exactly."""
+    is_21 = isinstance(encoder, Encoder21)
+    landmarks = ["predictor_embed.weight"]
+    if is_21:
+        landmarks.append("predictor_embed.0.weight")  # for four levels
+    state = part_of(path, "predictor", *landmarks)
     if "action_encoder.weight" in state:
         raise ValueError(
             f"{path}: the predictor has an action_encoder, so it is an action-conditioned one"
             " (train_ac.py) and not a mask predictor"
         )
-    pred_dim, embed_dim = state["predictor_embed.weight"].size()
     written_down = read_file(path).get("settings", {}).get("pred_heads", 12)
-    sizes = sizes_of(path, state, "predictor_blocks.", pred_dim, num_heads or written_down)
-    tokens = [key for key in state if key.startswith("mask_tokens.")]
+    sizes = sizes_of(path, state, "predictor_blocks.", None, num_heads or written_down)
+    tokens = [int(key.split(".")[1]) for key in state if key.startswith("mask_tokens.")]
+    if not tokens:
+        raise ValueError(f"{path}: the predictor has no mask_tokens, so it is no mask predictor")
+    sizes |= {
+        "pred_dim": state["predictor_blocks.0.mlp.fc1.weight"].shape[1],
+        "num_mask_tokens": 1 + max(tokens),
+    }
+    if not is_21:
+        with torch.device("meta"):
+            predictor = MaskPredictor(encoder.embed_dim, grid, **sizes)
+        return load_strict(predictor, state, path), []
+
+    # the file's own width of the heads: load_strict then says whether both have it
+    num_levels = 1 if "predictor_embed.weight" in state else len(encoder.levels)
+    own_width = num_levels * encoder.embed_dim
+    out_dim = own_width
+    if "predictor_proj.bias" in state:
+        out_dim = state["predictor_proj.bias"].numel()
     with torch.device("meta"):
-        predictor = MaskPredictor(
-            embed_dim, grid, pred_dim=pred_dim, num_mask_tokens=len(tokens), **sizes
+        predictor = MaskPredictor21(
+            encoder.embed_dim, grid, num_levels=num_levels, out_dim=out_dim, **sizes
         )
-    return load_strict(predictor, state, path)
+    load_strict(predictor, state, path)
+    if out_dim == own_width:
+        return predictor, []
+    return predictor, predictor.new_heads(own_width)
 
 
 def pretraining_state(encoder, teacher, predictor):

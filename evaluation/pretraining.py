@@ -49,6 +49,24 @@ def collapse_sentence(rank, smallest_std, first_rank):
     )
 
 
+def context_sentence(total_steps, weight, start, end):
+    """What becomes of V-JEPA 2.1's context loss in a run; loud where it never gets its weight."""
+    if end == 0:
+        return f"context loss: its weight is {weight:g} from the first step on"
+    if total_steps >= end:
+        return f"context loss: its weight is 0 for {start:,} steps and {weight:g} after {end:,}"
+    remedy = f"give --context_warmup 0 {max(total_steps // 3, 1)}, or --context_loss 0"
+    if total_steps <= start:
+        return (
+            f"WARNING: THE CONTEXT LOSS NEVER STARTS: this run has {total_steps:,} steps, and"
+            f" --context_warmup {start} {end} waits for {start:,} of them; {remedy}"
+        )
+    return (
+        f"WARNING: THE CONTEXT LOSS NEVER GETS ITS WHOLE WEIGHT: this run has {total_steps:,}"
+        f" steps, and --context_warmup {start} {end} lasts for {end:,} of them; {remedy}"
+    )
+
+
 # --- held-out clips ---
 
 
