@@ -925,7 +925,7 @@ def test_a_base_that_predicts_changes(world, tmp_path):
     options = [*world.a, size, "--predict change", "--out_dir", tmp_path / "base"]
     options += ["--export", tmp_path / "base.pt"]
     text = run(tmp_path, "train_lora.py", *options)
-    assert "--base reads that, Meta's own code refuses it" in text
+    assert "our --base reads it, Meta's own code does not" in text
     assert checkpoint.load_latest(tmp_path / "base")[0]["predict"] == "change"
 
     flags = [*world.b, "--base", tmp_path / "base.pt", "--lr 1e-3 --max_steps 4 --out_dir"]
