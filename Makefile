@@ -1,8 +1,8 @@
 # make demo: play, fit, encode, train, evaluate (about ten minutes on two cores); make test: lint and tests. Both set the environment up.
 PYTHON ?= python3
 PY = .venv/bin/python
-FEATURES = --encoder doom_tiny --crop_size 48 --fps 10
-TRAIN = --action_space 36 --crop_size 48 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
+FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
+TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
 	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
 # the demo's training; what it depends on: make demo-spread
@@ -49,7 +49,7 @@ demo-clip: demo  # what --encode clip hides: half of the demo's training, on fea
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo-tubelet $(SHORT)
 
 demo-probe: demo  # what the demo's features and predictions say about actions
-	$(PY) probe.py --checkpoint out/demo --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --encoder doom_tiny \
+	$(PY) probe.py --checkpoint out/demo --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --encoder vit_tiny \
 		--label_field hotbar --lines 'demo/*/*.tar'
 
 demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning with what it taught: a quarter of an hour
@@ -60,14 +60,14 @@ demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning wi
 	$(PY) train_ac.py --data 'demo-long/features20/train/*.tar' --val_data 'demo-long/features20/val/*.tar' \
 		--scaler demo-long/scaler20.pkl --out_dir out/demo-plan $(TRAIN) --fps 20 --epochs 6 --ipe 400 --anneal 3 --val_every 2
 	$(PY) plan.py --checkpoint out/demo-plan --data 'demo-long/features20/val/*.tar' --temperature 0.01 --iterations 1 --correlation 0.9
-	$(PY) plan.py --checkpoint out/demo-plan --encoder doom_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
+	$(PY) plan.py --checkpoint out/demo-plan --encoder vit_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
 
 encoder: .venv/installed  # the encoder of the demo, trained again: two hours of play, 40 minutes on two cores
 	$(PY) -m prepare.demo --minutes 150 --seed 7 --out demo-encoder
 	$(PY) fit_scaler.py --data 'demo-encoder/train/*.tar' --fps 10 --output demo-encoder/scaler.pkl
 	$(PY) train_lewm.py --data 'demo-encoder/train/*.tar' --val_data 'demo-encoder/val/*.tar' --scaler demo-encoder/scaler.pkl \
-		--fps 10 --crop_size 48 --frames_per_clip 8 --epochs 45 --ipe 100 --warmup 2 --anneal 14 --batch_size 48 --idm 2 \
-		--num_workers 0 --val_every 9 --val_clips 128 --log_every 50 --dtype bfloat16 --pixels_cache demo-encoder/pixels \
+		--fps 10 --crop_size 48 --frames_per_clip 8 --action_space 18 --epochs 30 --ipe 100 --warmup 2 --anneal 10 --batch_size 48 --idm 2 \
+		--num_workers 0 --val_every 10 --val_clips 128 --log_every 50 --dtype bfloat16 --pixels_cache demo-encoder/pixels \
 		--out_dir out/encoder --resume
 	$(PY) -m prepare.encoder out/encoder encoders/doom_tiny.safetensors
 

@@ -32,6 +32,8 @@ CONTROL = ["key.left.control"]
 ACTION_SPACES = {
     # the guides' reduced space
     13: CONTINUOUS + HOTBAR,
+    # what moves the player or the view: no hotbar
+    18: CONTINUOUS + MOVES + CONTROL + BUTTONS,
     # VPT's 20 keys, 3 buttons, 9 slots
     36: CONTINUOUS + HOTBAR + MOVES + CONTROL + BUTTONS + SLOTS,
     # the guides' table
