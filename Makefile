@@ -62,7 +62,7 @@ demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning wi
 	$(PY) plan.py --checkpoint out/demo-plan --data 'demo-long/features20/val/*.tar' --temperature 0.01 --iterations 1 --correlation 0.9
 	$(PY) plan.py --checkpoint out/demo-plan --encoder vit_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
 
-encoder: .venv/installed  # the encoder of the demo, trained again: two hours of play, 40 minutes on two cores
+encoder: .venv/installed  # encoders/doom_tiny, trained again: 150 minutes of play, 40 minutes on two cores
 	$(PY) -m prepare.demo --minutes 150 --seed 7 --out demo-encoder
 	$(PY) fit_scaler.py --data 'demo-encoder/train/*.tar' --fps 10 --output demo-encoder/scaler.pkl
 	$(PY) train_lewm.py --data 'demo-encoder/train/*.tar' --val_data 'demo-encoder/val/*.tar' --scaler demo-encoder/scaler.pkl \

@@ -79,7 +79,7 @@ def parse_flags():
     flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
     flag("--crop_size", type=int, default=256, help="pixels of the square crop")
     flag("--encode", default="tubelet", choices=MODES, help="what the encoder sees at once")
-    flag("--action_space", type=int, default=36, choices=[13, 36, 38], help="actions to probe")
+    flag("--action_space", type=int, default=36, help="actions to probe: 13, 18, 36 or 38")
 
     # one check, one message. Without a run nothing says which recordings it was trained on
     args = parser.parse_args()
@@ -513,6 +513,9 @@ def dev_clips(train, records):
 
 if __name__ == "__main__":
     sys.excepthook = checkpoint.short_excepthook
+    if args.action_space not in ACTION_SPACES:
+        sizes = ", ".join(map(str, ACTION_SPACES))
+        raise ValueError(f"--action_space {args.action_space} is none of {sizes}")
 
     # the shard to label shows its faults before anything takes time
     tasks = args.task

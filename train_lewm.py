@@ -85,7 +85,7 @@ flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
 flag("--tubelet_size", type=int, default=2, help="frames that the patch embedding merges")  # fmt: skip
 flag("--crop_size", type=int, default=64, help="pixels of the square crop")
 # an action is one vector a step: mouse motion is summed over it, a key counts if pressed at all
-flag("--action_space", type=int, default=36, help="13: camera and hotbar keys, 36: all of VPT's, 38: the guides' table")  # fmt: skip
+flag("--action_space", type=int, default=36, help="13: camera and hotbar keys, 18: camera, moves and buttons, 36: all of VPT's, 38: the guides' table")  # fmt: skip
 # which clips are used, and how they are read
 flag("--gui", default="keep", choices=["keep", "drop"], help="drop: leave out clips with an open inventory")  # fmt: skip
 flag("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")

@@ -83,7 +83,7 @@ flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
 flag("--fps", type=float, default=5.0, help="sampled frames a second")
 flag("--tubelet_size", type=int, default=2, help="frames that the patch embedding merges into a step")  # fmt: skip
 flag("--crop_size", type=int, default=256, help="pixels of the square crop")
-flag("--action_space", type=int, default=36, help="actions of --idm and of the probe: 13, 36 or 38 (see train_ac.py)")  # fmt: skip
+flag("--action_space", type=int, default=36, help="actions of --idm and of the probe: 13, 18, 36 or 38 (see docs/data.md)")  # fmt: skip
 flag("--gui", default="keep", choices=["keep", "drop"], help="drop: leave out clips with an open inventory")  # fmt: skip
 flag("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
 flag("--num_workers", type=int, default=min(8, cpus), help="loader processes a rank; at most 8 of the usable CPUs unless given")  # fmt: skip

@@ -113,7 +113,7 @@ def test_help_is_quick_and_shows_defaults(script):
     [
         ("train_ac.py", "--batch_size 0", "--batch_size 0 is too small"),
         ("train_ac.py", "--epochs 2 --warmup 2 --anneal 1", "--warmup 2 and --anneal 1 do not fit"),
-        ("train_ac.py", "--action_space 7", "--action_space 7 is none of 13, 36, 38"),
+        ("train_ac.py", "--action_space 7", "--action_space 7 is none of 13, 18, 36, 38"),
         ("train_ac.py", "--model_name vit_l_16", "size is read from its weights"),
         ("train_ac.py", "--device cuda:x", "--device cuda:x is none of cpu"),
         ("train_lam.py", "--ipe 0", "--ipe 0 is too small"),
