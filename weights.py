@@ -108,7 +108,7 @@ def find_encoder(name, cache_dir):
     elif Path(name).exists():
         return Path(name)
     else:
-        names = ", ".join([*SHIPPED, *RELEASED, *ARCHITECTURES])
+        names = ", ".join([*RELEASED, *ARCHITECTURES, *SHIPPED])
         raise FileNotFoundError(f"encoder {url!r}: no such file, and none of the names {names}")
     return path if path.exists() else download(url, path)
 
