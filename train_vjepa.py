@@ -1,5 +1,5 @@
-"""Train a video encoder on your own video, without labels: V-JEPA 2's masked pretraining, or go on
-from released weights.
+"""Train a video encoder on your own video, without labels: V-JEPA 2's masked pretraining, new or
+continued from released weights.
 
 On a laptop, an encoder for the demo:
 
