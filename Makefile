@@ -1,15 +1,16 @@
 # make demo: play, fit, encode, train, evaluate (about ten minutes on two cores); make test: lint and tests. Both set the environment up.
 PYTHON ?= python3
 PY = .venv/bin/python
-FEATURES = --encoder vit_tiny --crop_size 32 --fps 10
-TRAIN = --action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
+FEATURES = --encoder doom_tiny --crop_size 48 --fps 10
+RANDOM = --encoder vit_tiny --crop_size 48 --fps 10
+TRAIN = --action_space 36 --crop_size 48 --fps 10 --predict change --feature_norm standardize --num_workers 0 --pred_dim 192 --pred_depth 4 --pred_heads 4 \
 	--batch_size 32 --lr 2e-3 --warmup 1 --log_every 50 --resume
 
 # the demo's training; what it depends on: make demo-spread
-DEMO = --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --scaler demo/scaler.pkl $(TRAIN) \
-	--epochs 8 --ipe 150 --anneal 3 --val_every 2 --predict change
+DEMO = --scaler demo/scaler.pkl $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
+DEMO_DATA = --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar'
 
-.PHONY: demo demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora encoder test test-all lint clean
+.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora encoder test test-all lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -25,11 +26,11 @@ demo: .venv/installed
 	$(PY) fit_scaler.py --data 'demo/train/*.tar' --fps 10 --output demo/scaler.pkl
 	$(PY) encode.py --data 'demo/train/*.tar' --out demo/features/train $(FEATURES) --phases 4
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/features/val $(FEATURES)
-	$(PY) train_ac.py --out_dir out/demo $(DEMO)
+	$(PY) train_ac.py $(DEMO_DATA) --out_dir out/demo $(DEMO)
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
 
 demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? 45 minutes
-	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO)
+	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO_DATA) $(DEMO)
 
 demo-long: .venv/installed  # an hour of play, seven times the training
 	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
@@ -48,8 +49,14 @@ demo-clip: demo  # what --encode clip hides: half of the demo's training, on fea
 	$(PY) train_ac.py --data 'demo/clip/train/*.tar' --val_data 'demo/clip/val/*.tar' --encode clip --out_dir out/demo-clip $(SHORT)
 	$(PY) train_ac.py --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --out_dir out/demo-tubelet $(SHORT)
 
+demo-random: demo  # the demo on an encoder with random weights: what does the trained one add?
+	$(PY) encode.py --data 'demo/train/*.tar' --out demo/random/train $(RANDOM) --phases 4
+	$(PY) encode.py --data 'demo/val/*.tar' --out demo/random/val $(RANDOM)
+	$(PY) train_ac.py --data 'demo/random/train/*.tar' --val_data 'demo/random/val/*.tar' --out_dir out/demo-random $(DEMO)
+	$(PY) eval.py --checkpoint out/demo-random --data 'demo/random/val/*.tar' --video 'demo/val/*.tar'
+
 demo-probe: demo  # what the demo's features and predictions say about actions
-	$(PY) probe.py --checkpoint out/demo --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar' --encoder vit_tiny \
+	$(PY) probe.py --checkpoint out/demo $(DEMO_DATA) --encoder doom_tiny \
 		--label_field hotbar --lines 'demo/*/*.tar'
 
 demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning with what it taught: a quarter of an hour
@@ -60,7 +67,7 @@ demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning wi
 	$(PY) train_ac.py --data 'demo-long/features20/train/*.tar' --val_data 'demo-long/features20/val/*.tar' \
 		--scaler demo-long/scaler20.pkl --out_dir out/demo-plan $(TRAIN) --fps 20 --epochs 6 --ipe 400 --anneal 3 --val_every 2
 	$(PY) plan.py --checkpoint out/demo-plan --data 'demo-long/features20/val/*.tar' --temperature 0.01 --iterations 1 --correlation 0.9
-	$(PY) plan.py --checkpoint out/demo-plan --encoder vit_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
+	$(PY) plan.py --checkpoint out/demo-plan --encoder doom_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
 
 encoder: .venv/installed  # encoders/doom_tiny, trained again: 150 minutes of play, 40 minutes on two cores
 	$(PY) -m prepare.demo --minutes 150 --seed 7 --out demo-encoder

@@ -5,13 +5,15 @@ gameplay that has none.
         --val_data 'demo/features/val/*.tar'
     python probe.py --encoder vit_tiny my_encoder.pt --crop_size 32 --fps 10 \\
         --data 'demo/train/*.tar' --val_data 'demo/val/*.tar' --label_field hotbar
+    python probe.py --encoder vit_tiny out/vjepa --task order --data videos/ --val_data other/
     python probe.py --checkpoint out/demo --encoder vit_tiny --task inverse \\
         --label new.tar --out labelled.tar
 
 A linear and an attentive head for each --task: inverse (steps t, t+1 -> action t, with a checkpoint
 on predicted steps too), anticipation (steps t-1, t -> the actions that follow), motion (two steps
--> how far the player has turned and walked) and classify (clip -> label). Without a checkpoint
-several encoders are compared, in one table at the end.
+-> how far the player has turned and walked), order (two steps of a clip -> which is earlier, how
+far apart; needs no actions, so plain video will do) and classify (clip -> label). Without a
+checkpoint several encoders are compared, in one table at the end.
 
 Fitted on --data, tested on --val_data, which are other recordings; a tenth of the fitting
 recordings chooses ridge penalties and thresholds. Prints tables, writes probe.json. --label writes
@@ -22,8 +24,8 @@ import argparse
 from evaluation.flags import Help
 
 # what can be read from features: the action between two steps, the actions that follow, how far the
-# player moves, a label
-TASKS = ["inverse", "anticipation", "motion", "classify"]
+# player moves, which of two steps is earlier, a label
+TASKS = ["inverse", "anticipation", "motion", "order", "classify"]
 
 # names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -54,7 +56,12 @@ def parse_flags():
 
     # what to read from them
     flag = parser.add_argument_group("tasks").add_argument
-    flag("--task", nargs="+", choices=TASKS, help="(default: all; motion only without a run)")
+    flag(
+        "--task",
+        nargs="+",
+        choices=TASKS,
+        help="(default: all but order; motion only without a run)",
+    )
     flag("--horizon", type=int, default=3, help="anticipation and motion: steps ahead")
     flag("--label_field", help="classify: a field of the JSONL lines, at a clip's middle tick")
     flag("--lines", nargs="+", help="features: the shards they are from, for --label_field, motion")
@@ -131,7 +138,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import open_records, open_split, split_records
+from data import open_films, open_records, open_split, split_records
 from evaluation.heads import (
     anticipation,
     anticipation_table,
@@ -143,6 +150,8 @@ from evaluation.heads import (
     load,
     motion,
     motion_table,
+    order,
+    order_table,
     pool,
 )
 from evaluation.held_out import precision_of, precision_text
@@ -157,6 +166,7 @@ from evaluation.runs import (
     warn_of_training_data,
 )
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
+from files.films import FilmReader
 from files.logs import count_text, to_json
 from files.progress import tqdm
 from files.shards import Slice, archive_members, member_place, read_start, read_ticks
@@ -584,12 +594,18 @@ if __name__ == "__main__":
         )
 
     # --- data ---
-    train_records, _, val_records, bad = open_split(
-        through_cache(args.data or settings["data"], settings),
-        None,
-        through_cache(args.val_data or settings["val_data"], settings),
-        settings["val_fraction"],
-    )
+    # the order of steps needs no actions: any video will do
+    plain_video = run is None and tasks == ["order"]
+    if plain_video:
+        reader = FilmReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size)
+        train_records, _, val_records, bad = open_films(args.data, reader, val_data=args.val_data)
+    else:
+        train_records, _, val_records, bad = open_split(
+            through_cache(args.data or settings["data"], settings),
+            None,
+            through_cache(args.val_data or settings["val_data"], settings),
+            settings["val_fraction"],
+        )
 
     # both are needed: heads learn recordings by heart, and a score on those says nothing
     if not (train_records and val_records):
@@ -617,8 +633,9 @@ if __name__ == "__main__":
         tasks.remove("motion")
 
     # frames are cut as the run was trained on them
-    decoder = decoder_for(records, None, settings)
-    reader = play_reader(settings, None, decoder)
+    if not plain_video:
+        decoder = decoder_for(records, None, settings)
+        reader = play_reader(settings, None, decoder)
 
     # --- the same clips for each encoder ---
     reports = {}
@@ -683,6 +700,11 @@ if __name__ == "__main__":
             report["classify"] = classify(train, val, *labels, what, args.steps)
             print(*classify_table(report["classify"], what), sep="\n")
 
+        # --- order: of two steps, without any actions ---
+        if "order" in tasks:
+            report["order"] = order(train, val, dev, args.steps)
+            print(*order_table(report["order"]), sep="\n")
+
         # --- inverse dynamics, anticipation: of the actions that vary ---
         names = ACTION_SPACES[settings["action_space"]]
         varies_train, varies_val = (c["actions"].std((0, 1)) > 0 for c in (train, val))
@@ -690,9 +712,10 @@ if __name__ == "__main__":
 
         # nothing can be learned about what never changes: such keys would look perfectly predicted
         constant = [n for i, n in enumerate(names) if i not in columns]
-        if constant:
+        asks_for_actions = bool({"inverse", "anticipation"} & set(tasks))
+        if constant and asks_for_actions:
             print(f"left out, since they do not vary in both splits: {', '.join(constant)}")
-        if not len(columns) and {"inverse", "anticipation"} & set(tasks):
+        if not len(columns) and asks_for_actions:
             raise ValueError("no action varies in both splits: name other shards")
 
         # which action was it, and which ones follow? The first is in the pictures, the second is

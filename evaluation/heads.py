@@ -104,6 +104,10 @@ def load(
 
         # features of the true steps
         batch = collate([clip | {"bad": []} for _, clip in good])
+        if "actions" not in batch:
+            # plain video: nobody knows what was done
+            nothing = torch.zeros(len(good), reader.frames // reader.frames_per_step - 1, 0)
+            batch |= {"actions": nothing, "states": nothing}
         z, actions, states = features_of(batch)
         steps.append(pool(z, side))
 
@@ -448,6 +452,42 @@ def motion(train, val, dev, y, y_val, steps, ahead):
     return scores
 
 
+def order(train, val, dev, steps):
+    """Of two different steps of a clip, which one comes first, and how many steps lie between them?
+    Scores {head: {"first": {"auroc"}, "apart": {"r2"}}}; needs no actions. Chance is an AUROC of
+    0.5 and an R² of 0. dev: clips that choose penalties."""
+    # the same pairs for every encoder: of each clip eight, in either order
+    T = train["z"].shape[1]
+    every_pair = [(i, j) for i in range(T) for j in range(T) if i != j]
+    random = np.random.default_rng(0)
+
+    def cut(clips):
+        """Tokens of both steps, and y (n, 2): whether the first one is earlier, and how many steps
+        they are apart."""
+        n = len(clips["z"])
+        pairs = random.choice(every_pair, (n, 8))
+        row = torch.arange(n)[:, None]
+        a = clips["z"][row, pairs[..., 0]].flatten(0, 1)
+        b = clips["z"][row, pairs[..., 1]].flatten(0, 1)
+        ahead = pairs[..., 1] - pairs[..., 0]
+        return a, b, np.stack([ahead > 0, abs(ahead)], axis=-1).reshape(-1, 2).astype(float)
+
+    a, b, y = cut(train)
+    a_val, b_val, y_val = cut(val)
+    is_key = np.array([True, False])
+    heads = fit_heads(a, b, y, np.repeat(dev, 8), is_key, steps)
+
+    # judged on recordings that neither head has seen
+    scores = {}
+    for head, fitted in heads.items():
+        guess = fitted.predict(a_val, b_val)
+        scores[head] = {
+            "first": {"auroc": float(roc_auc_score(y_val[:, 0], guess[:, 0]))},
+            "apart": {"r2": float(r2_score(y_val[:, 1], guess[:, 1]))},
+        }
+    return scores
+
+
 def classes_in_both(y, y_val, column):
     """Labels that clips to fit on and clips to test on have ("": none). Prints which only one of
     them has; ValueError if there is nothing to tell apart."""
@@ -580,6 +620,17 @@ def motion_table(scores, seconds):
         yield f"  {name:18} R2 {'':22} {linear['r2']:11.3f} {attentive:10.3f}"
 
 
+def order_table(scores):
+    """Lines for a person."""
+    yield f"{'order: two steps of a clip, as they come':46} {'linear':>10} {'attentive':>10}"
+    for name, metric, text in (
+        ("first", "auroc", "which is earlier: AUROC (chance 0.5)"),
+        ("apart", "r2", "how far apart: R2 (chance 0)"),
+    ):
+        linear, attentive = (scores[head][name][metric] for head in ("linear", "attentive"))
+        yield f"  {text:44} {linear:10.3f} {attentive:10.3f}"
+
+
 def rows_to_compare(report):
     """{what is measured: score of the better head} of the report on one encoder: those numbers that
     say most about features."""
@@ -612,6 +663,12 @@ def rows_to_compare(report):
     for name in MOVES:
         of_move = {head: s.get(name, {}) for head, s in report.get("motion", {}).items()}
         add(f"motion: {name} R2", of_move, "r2")
+    if "order" in report:
+        first, apart = (
+            {head: s[name] for head, s in report["order"].items()} for name in ("first", "apart")
+        )
+        add("order: which step is earlier, AUROC", first, "auroc")
+        add("order: steps between, R2", apart, "r2")
     if "classify" in report:
         add("classes: balanced accuracy", report["classify"], "balanced")
         add("classes, commonest: balanced accuracy", report["classify"], "balanced", ["chance"])

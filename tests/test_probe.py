@@ -320,6 +320,46 @@ def test_encoders_are_compared(world):
     assert float(row[1]) > 0.3 > float(row[2])
 
 
+def test_order_of_steps_in_plain_video(tmp_path):
+    """Bug: pairs do not belong to their labels, or the order of steps that are all alike is known
+    (the head sees more than two steps)."""
+
+    def write(folder, videos, brightness):
+        """Videos of 40 frames in 4 s: their brightness at each frame."""
+        os.makedirs(tmp_path / folder)
+        for n in videos:
+            with av.open(str(tmp_path / folder / f"{n}.mp4"), "w") as video:
+                stream = video.add_stream("libx264", rate=10)
+                stream.width, stream.height = 64, 48
+                stream.pix_fmt = "yuv420p"
+                for level in brightness(n):
+                    grey = np.full((48, 64, 3), level, np.uint8)
+                    video.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+                video.mux(stream.encode())
+
+    # it gets brighter, or it stays as it is
+    for split, videos in (("train", range(8)), ("val", range(8, 12))):
+        write(f"dawn/{split}", videos, lambda n: 20 + 4 * n + 4 * np.arange(40))
+        write(f"still/{split}", videos, lambda n: np.full(40, 100 + n))
+    scores = {}
+    for name in ("dawn", "still"):
+        run(
+            tmp_path,
+            "probe.py",
+            f"--task order {ENCODE} --frames_per_clip 16 --steps 100 --num_workers 0",
+            "--data",
+            tmp_path / name / "train",
+            "--val_data",
+            tmp_path / name / "val",
+            "--out",
+            tmp_path,
+        )
+        scores[name] = json.loads((tmp_path / "probe.json").read_text())["order"]["attentive"]
+    assert scores["dawn"]["first"]["auroc"] > 0.9
+    assert scores["dawn"]["apart"]["r2"] > 0.5
+    assert scores["still"]["first"]["auroc"] < 0.65
+
+
 def test_large_grids_are_pooled_by_place():
     """Bug: patches are averaged with those of another row or step, or a small grid is pooled
     too."""
