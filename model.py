@@ -898,8 +898,9 @@ def token_positions(ids, grid):
 class MaskPredictor(nn.Module):
     """V-JEPA 2's predictor: from the features of context tokens to those of masked ones.
 
-    `grid` is the encoder's patch grid (H, W). A masked token starts as one of `num_mask_tokens`
-    learned vectors, one for each kind of mask; Meta's files have more of them than kinds."""
+    `grid` is the encoder's patch grid (H, W). A masked token starts as a learned vector, the first
+    of `num_mask_tokens`, whatever kind of mask hides it: Meta counts them by clip lengths, and one
+    run has one length. The others are there because Meta's files have them."""
 
     activation_checkpointing = False
 
@@ -933,23 +934,23 @@ class MaskPredictor(nn.Module):
         self.predictor_proj = Linear(pred_dim, embed_dim)
         init_weights(self, self.predictor_blocks)
 
-    def freeze_unused(self, kinds, with_context=False):
-        """Freeze what `kinds` kinds of masks do not use: DDP would wait for its gradients."""
-        self.mask_tokens[kinds:].requires_grad_(False)
+    def freeze_unused(self, with_context=False):
+        """Freeze what training does not use: DDP would wait for its gradients."""
+        self.mask_tokens[1:].requires_grad_(False)
 
-    def embed(self, context, count, kind):
+    def embed(self, context, count):
         """Features of the context (B, n, E) and `count` masked tokens -> (B, n+count, D)."""
         x = self.predictor_embed(context)
-        masked = self.mask_tokens[kind].to(x.dtype).expand(len(x), count, -1)
+        masked = self.mask_tokens[0].to(x.dtype).expand(len(x), count, -1)
         return torch.cat([x, masked], dim=1)
 
     def rotary_tables(self, ids):
         """RoPE's cos and sin (B, L, hd) for token ids (B, L)."""
         return rope_tables(token_positions(ids, self.grid), self.pred_dim // self.num_heads)
 
-    def hidden(self, context, context_ids, predicted_ids, kind):
+    def hidden(self, context, context_ids, predicted_ids):
         """What the heads read: (B, n+m, D), the context first, not yet normed."""
-        x = self.embed(context, predicted_ids.shape[1], kind)  # (B, n+m, D)
+        x = self.embed(context, predicted_ids.shape[1])  # (B, n+m, D)
 
         # sorted by position, as upstream
         ids = torch.cat([context_ids, predicted_ids], dim=1)
@@ -963,9 +964,9 @@ class MaskPredictor(nn.Module):
         # back in the order of context_ids and predicted_ids
         return take_tokens(x, order.argsort(dim=1))
 
-    def forward(self, context, context_ids, predicted_ids, kind):
-        """context (B, n, E), ids (B, n) and (B, m), kind of the mask -> (B, m, E)."""
-        x = self.hidden(context, context_ids, predicted_ids, kind)
+    def forward(self, context, context_ids, predicted_ids):
+        """context (B, n, E), ids (B, n) and (B, m) -> (B, m, E)."""
+        x = self.hidden(context, context_ids, predicted_ids)
         return self.predictor_proj(self.predictor_norm(x[:, context_ids.shape[1] :]))
 
 
@@ -975,8 +976,7 @@ class MaskPredictor21(MaskPredictor):
     Its RoPE is a true rotation, with rows and columns scaled as in Encoder21. So it was trained;
     Meta's hub code leaves the scaling out, which is another model above 256 pixels. With
     `num_levels` 4 (Meta's ViT-g and ViT-G) it takes and predicts all levels of the encoder,
-    concatenated; with 1 the last. `out_dim` is the width of both heads. Every kind of mask has the
-    first mask token: Meta counts tokens by clip lengths, and the others are at zero."""
+    concatenated; with 1 the last. `out_dim` is the width of both heads."""
 
     def __init__(
         self,
@@ -1018,24 +1018,24 @@ class MaskPredictor21(MaskPredictor):
             init_weights(head, [])
         return ["predictor_proj", "predictor_proj_context"]
 
-    def freeze_unused(self, kinds, with_context=False):
+    def freeze_unused(self, with_context=False):
         """Freeze what training on video does not use, and without the context loss its head."""
         self.mask_tokens[1:].requires_grad_(False)
         self.img_mod_embed.requires_grad_(False)
         self.predictor_proj_context.requires_grad_(with_context)
 
-    def embed(self, context, count, kind):
-        x = super().embed(context, count, 0)
+    def embed(self, context, count):
+        x = super().embed(context, count)
         return x + self.video_mod_embed.to(x.dtype)
 
     def rotary_tables(self, ids):
         pos = scale_positions(token_positions(ids, self.grid), self.grid)
         return rope_tables(pos, self.pred_dim // self.num_heads, tiled=False)
 
-    def forward(self, context, context_ids, predicted_ids, kind):
+    def forward(self, context, context_ids, predicted_ids):
         """As MaskPredictor's -> predicted tokens (B, m, out_dim), context tokens (B, n,
         out_dim)."""
-        x = self.predictor_norm(self.hidden(context, context_ids, predicted_ids, kind))
+        x = self.predictor_norm(self.hidden(context, context_ids, predicted_ids))
         n = context_ids.shape[1]
         return self.predictor_proj(x[:, n:]), self.predictor_proj_context(x[:, :n])
 
@@ -1323,14 +1323,14 @@ class MaskedModel(nn.Module):
         step encoded alone, if that is done already."""
         masked = []
         of_context = []
-        for kind, mask in enumerate(masks):
+        for mask in masks:
             if tokens is not None and self.encode == "tubelet" and mask.whole_steps:
                 x = take_tokens(tokens, mask.context)  # it is among them
             else:
                 x = encode_clip(
                     self.encoder, video, self.encode, mask.context, mask.per_step, self.levels
                 )
-            predicted = self.predictor(x, mask.context, mask.predicted, kind)
+            predicted = self.predictor(x, mask.context, mask.predicted)
             if isinstance(self.predictor, MaskPredictor21):
                 predicted, context = predicted
             masked.append(masked_loss(predicted, targets, mask.predicted, self.loss_exp))

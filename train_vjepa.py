@@ -495,17 +495,12 @@ if __name__ == "__main__":
         )
         teacher = copy.deepcopy(encoder)
 
-    # the predictor; only as many of its mask tokens are trained as there are kinds of masks
+    # the predictor
     kinds = len(args.mask_steps or args.mask_blocks)
     is_21 = isinstance(encoder, Encoder21)
     new_layers = []
     if args.init_from and "predictor" in parts:
         predictor, new_layers = weights.load_mask_predictor(args.init_from, (grid, grid), encoder)
-        if len(predictor.mask_tokens) < kinds and not is_21:
-            raise ValueError(
-                f"--init_from {args.init_from} has mask tokens for {len(predictor.mask_tokens)}"
-                f" kinds of masks, this run has {kinds}: name fewer"
-            )
         own = {
             "pred_dim": predictor.pred_dim,
             "pred_depth": len(predictor.predictor_blocks),
@@ -548,7 +543,7 @@ if __name__ == "__main__":
         inverse = InverseDynamics(encoder.embed_dim, len(action_names), (grid, grid))
 
     encoder.train().requires_grad_(True)
-    predictor.freeze_unused(kinds, with_context=bool(args.context_loss))
+    predictor.freeze_unused(with_context=bool(args.context_loss))
     if is_21:
         encoder.freeze_unused(predictor.num_levels)
     if not args.masked:
