@@ -1,5 +1,5 @@
-"""evaluation/search.py, plan.py and evaluation/closed_loop.py: it finds what is known to be best, as the
-reference does, and does it in the game."""
+"""evaluation/search.py, plan.py and evaluation/closed_loop.py: it finds what is known to be best,
+as the reference does, and does it in the game."""
 
 import functools
 import json
