@@ -21,10 +21,7 @@ checkpoint."""
 import argparse
 import math
 
-from evaluation.flags import Help
-
-# tasks of --play: what counts as success at the end; 64 map units are two blocks
-SUCCESS = {"turn": (10, "degrees"), "walk": (64, "map units")}
+from evaluation.flags import Help, check_planner, planner_flags, search_options
 
 # names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -59,34 +56,15 @@ def parse_flags():
     flag("--state", type=float, nargs="+", help="yaw, pitch (rad) or pose at --start (default: 0)")
 
     flag = parser.add_argument_group("plan in ViZDoom").add_argument
-    flag("--play", choices=SUCCESS, help="closed loop: turn to a view, or walk to a place")
+    play_help = "closed loop: turn to a view, or walk to a place"
+    flag("--play", choices=["turn", "walk"], help=play_help)
     flag("--trials", type=int, default=50, help="trials to play")
     flag("--steps", type=int, default=8, help="steps of a trial")
 
-    # bounds of the actions
-    flag = parser.add_argument_group("what may be done").add_argument
-    flag(
-        "--keys",
-        nargs="*",
-        default=[],
-        metavar="key.w",
-        help="may be pressed (default: none; walk: key.w)",
-    )
-    flag("--reach", type=float, default=1.0, help="std of mouse motion, in the recorded ones")
-    flag("--maxnorm", type=float, default=0.05, help="robots: metres a step along each axis")
-
-    # the planner: more samples and iterations find better plans, and take longer
-    flag = parser.add_argument_group("search").add_argument
-    flag("--horizon", type=int, nargs="+", default=[1, 3], help="steps ahead; --play: the first")
-    flag("--context", type=int, default=1, help="past steps that the predictor sees")
-    flag("--num_samples", type=int, default=128, help="candidates of an iteration")
-    flag("--num_elites", type=int, default=16, help="best candidates to draw the next ones around")
-    flag("--iterations", type=int, default=2, help="times that candidates are drawn")
-    flag("--momentum_mean", type=float, default=0.0, help="share of the old mean that is kept")
-    flag("--momentum_std", type=float, default=0.0, help="share of the old std that is kept")
-    flag("--temperature", type=float, default=0.0, help="0: CEM; above: MPPI, exp(-energy / this)")
-    flag("--correlation", type=float, default=0.0, help="of a motion and the next, 0 to 1")
-    flag("--chunk", type=int, default=512, help="candidates at once: bounds memory")
+    # the planner: what may be done, and the search
+    flag = parser.add_argument_group("robots").add_argument
+    flag("--maxnorm", type=float, default=0.05, help="metres a step along each axis")
+    planner_flags(parser, [1, 3], "steps ahead; --play: the first")
 
     # what does not go together
     args = parser.parse_args()
@@ -102,29 +80,15 @@ def parse_flags():
         parser.error("--start and --play do not go together: plan to a picture, or in the game")
 
     # what makes no plan: one check, one message
-    for name in ("trials", "steps", "context", "iterations", "chunk"):
+    for name in ("trials", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 1")
-    # one clip has no interval, and one elite no spread to draw from
-    for name in ("clips", "num_elites"):
-        if getattr(args, name) < 2:
-            parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 2")
-
-    # the search itself; a nan is in no range
-    if min(args.horizon) < 1:
-        parser.error(f"--horizon {args.horizon} makes no plan: at least one step")
-    if args.num_elites > args.num_samples:
-        parser.error(f"--num_elites {args.num_elites} makes no plan: of {args.num_samples} samples")
-    if not 0 <= args.temperature < math.inf:
-        parser.error(f"--temperature {args.temperature} makes no plan: 0 (CEM) or above, finite")
-
-    # bounds of motion, and shares of what was before
-    for name in ("reach", "maxnorm"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)} makes no plan: above 0, and finite")
-    for name in ("momentum_mean", "momentum_std", "correlation"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} makes no plan: from 0 to below 1")
+    # one clip has no interval
+    if args.clips < 2:
+        parser.error(f"--clips {args.clips} makes no plan: at least 2")
+    if not 0 < args.maxnorm < math.inf:
+        parser.error(f"--maxnorm {args.maxnorm} makes no plan: above 0, and finite")
+    check_planner(parser, args)
     return args
 
 
@@ -135,7 +99,6 @@ if __name__ == "__main__":
 import contextlib
 import os
 import sys
-import tempfile
 
 import numpy as np
 import torch
@@ -143,6 +106,15 @@ import torch
 import checkpoint
 from data import collate, windows
 from droid import POSE, compose_poses
+from evaluation.closed_loop import (
+    check_steps,
+    chooser,
+    planned,
+    play_trials,
+    random_actions,
+    resting,
+    seen_from_first,
+)
 from evaluation.held_out import (
     interval_text,
     precision_text,
@@ -156,7 +128,7 @@ from files.disk import write_atomically
 from files.logs import count_text, to_json
 from files.progress import tqdm
 from files.video import open_video
-from files.vpt import SLOTS, wrap
+from files.vpt import SLOTS
 from model import compose_states
 
 # policies that need no model: what a plan must be better than, or it has found nothing
@@ -247,18 +219,6 @@ def recorded(
         # not always the recording of the item: if that is damaged, another one was read
         recordings.append(recording_of(batch["key"][0], batch))
     return torch.stack(sums), torch.stack(random), recordings
-
-
-def seen_from_first(states):
-    """States (1, c, S) as a clip that begins with the first of them has them: the yaw of VPT
-    states (yaw, pitch) counts from there, a robot's pose stays."""
-    if states.shape[-1] != 2:
-        return states
-
-    # a turn over the half circle is a small one the other way, and in float64 the difference of
-    # two angles keeps its digits
-    yaw = wrap((states[..., 0] - states[:, :1, 0]).cpu().double().numpy())
-    return torch.stack([torch.from_numpy(yaw).to(states), states[..., 1]], dim=-1)
 
 
 def compared(errors, recordings):
@@ -436,89 +396,9 @@ def play_plan(plan, scaler, names):
     return rows
 
 
-def agent(player, space, scaler, names, choose):
-    """A function act(goal) that does one step in the game. choose(seen, done, goal) returns scaled
-    actions, and the first of them is done. seen: [(z (N, E), yaw, pitch in radians)] of the steps
-    until now; done: the scaled actions [(1, A)] between them."""
-    # everything since the trial began: a policy may look back as far as it likes
-    seen, done = [], []
-
-    def act(goal):
-        # what is seen before the step; yaw and pitch as states have them, in radians
-        seen.append((player.z, math.radians(player.yaw), math.radians(player.pitch)))
-
-        # one step of the plan, then look again: what is seen corrects what was expected
-        action = choose(seen, done, goal)[:1].cpu()
-        first_step = readable(action, scaler, names)[0]
-        player.step(first_step[0], first_step[1], first_step[-1])
-        done.append(action)
-
-    return act
-
-
-def chooser(
-    predictor,
-    space,
-    compose,
-    horizon,
-    context,
-    chunk,
-    generator,
-    options,
-    autocast=contextlib.nullcontext,
-):
-    """For `agent`: plans from the last `context` steps, and rests when no plan promises less than
-    the distance of what it sees now."""
-
-    def choose(seen, done, goal):
-        # the past: yaw counts from the first step that the predictor sees
-        z, yaw, pitch = zip(*seen[-context:])
-        turned = wrap(np.subtract(yaw, yaw[0]))
-        states = torch.tensor(np.stack([turned, pitch], axis=-1), dtype=torch.float32)
-
-        # what was done between the steps that the predictor sees, on the CPU as it was sent
-        still = rest(space, horizon, goal.device)
-        all_done = torch.cat([still[:0].cpu(), *done])
-        actions = all_done[len(done) + 1 - len(z) :]
-
-        # the plan, from here to the goal, as far ahead as --horizon
-        cost = energy(
-            predictor,
-            torch.stack(z)[None],
-            actions[None].to(goal),
-            states[None].to(goal),
-            goal,
-            compose,
-            chunk,
-            autocast=autocast,
-        )
-        plan = search(cost, space, horizon, generator=generator, device=goal.device, **options)
-
-        # a plan that promises nothing is not followed: at the goal it is best to rest
-        promises_less = cost(plan[None]) < (z[-1] - goal).abs().mean()
-        return plan if promises_less else still
-
-    return choose
-
-
-def play_policies(player, policies, make_agent, task, maps, trials, steps, seed):
-    """Play a task with each policy {name: choose of `agent`}, the same trials for all -> {name:
-    [distances to the goal after 0, 1, ... steps of each trial]}. make_agent(choose) -> act."""
-    # each policy plays all trials, because some places are harder than others
-    distances = {}
-    for policy, choose in policies.items():
-        distances[policy] = []
-        for trial in tqdm(range(trials), unit=" trials", desc=policy):
-            # the same map, place and goal for every policy: the seed says which
-            rng = np.random.default_rng([seed, trial])
-            track = player.trial(task, rng, maps, make_agent(choose), steps)
-            distances[policy].append(track)
-    return distances
-
-
-def print_trials(distances, task):
-    """How the policies of play_policies did, for a person."""
-    success, unit = SUCCESS[task]
+def print_trials(distances, task, unit, success):
+    """How policies did, for a person. distances: {policy: [distances after 0, 1, ... steps of each
+    trial]}, in this unit; below `success` a trial succeeds."""
     trials = count_text(len(next(iter(distances.values()))), "trial")
     print(f"{task}: {trials} on held-out maps; success: within {success} {unit} at the end")
 
@@ -554,13 +434,7 @@ if __name__ == "__main__":
     names = state["action_names"]
     robot = state["dataset"] == "droid"
 
-    # a plan fits into the clips that the predictor was trained on: it has never seen more steps
-    T = state["frames_per_clip"] // state["frames_per_step"]
-    if args.context + max(args.horizon) > T:
-        raise ValueError(
-            f"--context {args.context} and --horizon {max(args.horizon)} are more steps than the"
-            f" clips of this run have: {T}"
-        )
+    check_steps(state, args.context, max(args.horizon))
     if robot and names != POSE:
         raise ValueError(
             f"this run's actions are {' '.join(names)}: plan.py knows those of VPT and"
@@ -570,25 +444,19 @@ if __name__ == "__main__":
     print(f"{run.path}: {precision_text(run.dtype, device, predictor, args.context)}")
 
     # --- what is searched, and how ---
-    # walking needs its key, turning needs none: fewer keys are easier to search
+    # fewer keys are easier to search: those that the task needs
     keys = args.keys
-    if args.play == "walk" and not keys:
-        keys = ["key.w"]
+    if args.play:
+        from evaluation.doom import TASKS, open_doom  # ViZDoom is needed here only
+
+        task = TASKS[args.play]
+        keys = keys or task.keys
 
     # how states follow from actions, as in training
     compose = states_from(compose_poses if robot else compose_states, scaler, device)
     generator = torch.Generator().manual_seed(args.seed)
 
-    # of the search; --temperature 0 is CEM
-    options = {
-        "num_samples": args.num_samples,
-        "num_elites": args.num_elites,
-        "iterations": args.iterations,
-        "momentum_mean": args.momentum_mean,
-        "momentum_std": args.momentum_std,
-        "correlation": args.correlation,
-        "temperature": args.temperature or None,
-    }
+    options = search_options(args)
 
     def space_of(action=None):
         """What may be done where this action was recorded: the hotbar stays as it is."""
@@ -640,52 +508,35 @@ if __name__ == "__main__":
 
     # --- in the game ---
     elif args.play:
-        from evaluation import game  # ViZDoom is needed here only
-
-        if robot or state["encode"] != "tubelet" or game.FPS % state["fps"]:
-            raise ValueError(
-                "--play needs a run on VPT shards with --encode tubelet, at a rate that divides 20"
-                " frames a second"
-            )
-
-        # the plan, and what it must be better than: chance, and not moving at all
+        # the plan, and what it must be better than: chance, and not moving at all, as a model that
+        # copies the last step has no reason to move
         space = space_of()
-        plan_ahead = chooser(
+        choose = chooser(
             predictor,
             space,
             compose,
             args.horizon[0],
             args.context,
             args.chunk,
-            generator,
             options,
             run.autocast,
         )
         policies = {
-            "plan": plan_ahead,
-            # what chance does with the same actions
-            "random": lambda seen, done, goal: draw(space, 1, 1, generator)[0],
-            # a model that copies the last step has no reason to move
-            "copy": lambda seen, done, goal: rest(space, 1),
+            "plan": planned(choose, features, scaler),
+            "random": random_actions(space, scaler),
+            "copy": resting(space, scaler),
         }
 
-        # the engine writes its settings and caches into a folder, which nobody needs afterwards
-        with tempfile.TemporaryDirectory() as folder:
-            engine = game.open_game(game.SIZE, args.seed, folder)
-            with contextlib.closing(engine):
-                stride = round(game.FPS / state["fps"])
-                player = game.Player(engine, state["frames_per_step"], stride, features)
-                report["distances"] = play_policies(
-                    player,
-                    policies,
-                    lambda choose: agent(player, space, scaler, names, choose),
-                    args.play,
-                    game.MAPS["val"],
-                    args.trials,
-                    args.steps,
-                    args.seed,
+        # each policy plays all trials, because some places are harder than others
+        (unit,) = task.limits
+        report["distances"] = {}
+        with open_doom(state, args.seed) as world:
+            for name, policy in policies.items():
+                tracks, _ = play_trials(
+                    world, args.play, policy, args.seed, args.trials, args.steps, name
                 )
-        print_trials(report["distances"], args.play)
+                report["distances"][name] = tracks[unit]
+        print_trials(report["distances"], args.play, unit, task.limits[unit])
         file_name = f"plan-{args.play}.json"
 
     # --- in recordings ---

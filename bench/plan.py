@@ -1,12 +1,16 @@
-"""How many candidates a second does the planner try, with keys and values kept and shared, and with
-the whole sequence run again for each step (as upstream does)?
+"""How many candidates a second does the planner try?
 
     python -m bench.plan
     python -m bench.plan --width 1024 --depth 24 --grid 16 --horizons 1 2     # the released size
+    python -m bench.plan --of candidates --grid 14 --repeats 3
+
+--of cache: with keys and values kept and shared, and with the whole sequence run again for each
+step (as upstream does). --of candidates: a step of one vector (train_lewm.py --pool mean), and a
+step of patch tokens, in predictors of the same size.
 
 Each timed call is one whole search (CEM), from the same noise, on a predictor with random weights.
-Prints for each horizon both rates (medians of interleaved repeats), their ratio, and the largest
-difference between the actions that the two chose."""
+Prints for each horizon both rates (medians of interleaved repeats) and their ratio. For the cache
+also the largest difference between the actions that the two ways chose."""
 
 import argparse
 import functools
@@ -54,6 +58,8 @@ if __name__ == "__main__":
         allow_abbrev=False,
     )
     flag = parser.add_argument
+    kinds = ["cache", "candidates"]
+    flag("--of", default="cache", choices=kinds, help="which comparison (default cache)")
     flag("--width", type=int, default=192, help="of the predictor (default 192)")
     flag("--depth", type=int, default=4, help="blocks of the predictor (default 4)")
     flag("--grid", type=int, default=4, help="patches along a side (default 4)")
@@ -66,22 +72,26 @@ if __name__ == "__main__":
     flag("--json", action="store_true", help="JSON lines instead of a table")
     args = parser.parse_args()
 
-    # --- a predictor, and a past and a goal of noise ---
+    # --- predictors, and a past and a goal of noise for each ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     names = ACTION_SPACES[36]
     size = {"pred_dim": args.width, "depth": args.depth, "num_heads": max(args.width // 64, 1)}
-    predictor = Predictor(192, len(names), 2, (args.grid, args.grid), **size).to(device).eval()
-    z = normalize_features(torch.randn(1, args.context + 1, args.grid**2, 192, device=device))
-    actions = torch.randn(1, args.context - 1, len(names), device=device)
-    states = torch.zeros(1, args.context, 2, device=device)
     mean = NoScaler.mean.to(device)
     scale = NoScaler.scale.to(device)
     compose = functools.partial(compose_states, mean=mean, scale=scale)
     space = vpt_space(names, NoScaler)
-    problem = (predictor, z[:, :-1], actions, states, z[0, -1], compose)
 
-    def plan(energy_of, horizon):
+    def problem_of(grid):
+        """What energy takes, for steps of grid x grid tokens."""
+        predictor = Predictor(192, len(names), 2, (grid, grid), **size).to(device).eval()
+        noise = torch.randn(1, args.context + 1, grid**2, 192, device=device)
+        z = normalize_features(noise)
+        actions = torch.randn(1, args.context - 1, len(names), device=device)
+        states = torch.zeros(1, args.context, 2, device=device)
+        return predictor, z[:, :-1], actions, states, z[0, -1], compose
+
+    def plan(energy_of, problem, horizon):
         """One search. energy_of: which of the two ways computes the energy."""
         with torch.no_grad():
             cost = energy_of(*problem)
@@ -95,18 +105,29 @@ if __name__ == "__main__":
             device=device,
         )
 
+    # two ways on one problem, or one way on two
+    patches = problem_of(args.grid)
+    if args.of == "cache":
+        sides = {"kept": (energy, patches), "again": (energy_from_scratch, patches)}
+    else:
+        sides = {"vector": (energy, problem_of(1)), "patches": (energy, patches)}
+
     # --- time ---
     rows = []
     candidates = args.samples * args.iterations
     for horizon in args.horizons:
-        kept = functools.partial(plan, energy, horizon)
-        again = functools.partial(plan, energy_from_scratch, horizon)
-        seconds = medians({"kept": kept, "again": again}, device, args.repeats, warmup=1)
-        row = {"width": args.width, "depth": args.depth, "patches": args.grid**2}
+        searches = {name: functools.partial(plan, *side, horizon) for name, side in sides.items()}
+        seconds = medians(searches, device, args.repeats, warmup=1)
+        row = {"width": args.width, "depth": args.depth, "tokens of a step": args.grid**2}
         row |= {"context": args.context, "samples": args.samples, "horizon": horizon}
-        row["kept candidates/s"] = candidates / seconds["kept"]
-        row["again candidates/s"] = candidates / seconds["again"]
-        row["again / kept"] = seconds["again"] / seconds["kept"]
-        row["actions differ by"] = (kept() - again()).abs().max().item()
+        for name in sides:
+            row[f"{name} candidates/s"] = candidates / seconds[name]
+
+        # how many times as fast the first way is
+        first, second = sides
+        row[f"{second} / {first}"] = seconds[second] / seconds[first]
+        if args.of == "cache":
+            difference = searches["kept"]() - searches["again"]()
+            row["actions differ by"] = difference.abs().max().item()
         rows.append(row)
     report(rows, args.json, device)

@@ -378,6 +378,10 @@ def blank(row):
     may_be_missing = ("shuffled", "gap", "base", "help")
     cells = {}
     for name, value in row.items():
+        # what was not measured is empty already
+        if value is None:
+            cells[name] = None
+            continue
         missing = math.isnan(value) and any(word in name for word in may_be_missing)
         cells[name] = None if missing else value
     return cells

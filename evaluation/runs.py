@@ -1,6 +1,6 @@
-"""Opening a finished run of train_ac.py, train_lora.py or train_lam.py, and the data to judge it
-on. All programs that judge a run start here, so that they see it as it was trained: with its
-encoder, decoder, precision and scale."""
+"""Opening a finished run of train_ac.py, train_lewm.py, train_lora.py or train_lam.py, and the data
+to judge it on. All programs that judge a run start here, so that they see it as it was trained:
+with its encoder, decoder, precision and scale."""
 
 import contextlib
 import os
@@ -156,6 +156,11 @@ def open_run(path):
             f"{path} is no checkpoint of train_ac.py or train_lora.py: it has no predictor, or no"
             " action_scaler"
         )
+
+    # an encoder that was trained with the predictor is in the same checkpoint. Its folder may have
+    # moved since, and may contain later ones
+    if settings_of(state, path)["stage"] == "lewm":
+        state["settings"] = state["settings"] | {"encoder": path}
 
     # what only one kind of run writes down
     if "base_hash" in state:

@@ -50,8 +50,18 @@ def text_files():
             pass
 
 
+# flags that several programs share, by the function that declares them
+SHARED_FLAGS = "evaluation/flags.py"
+
+
+def all_flags_of(path):
+    """`flags_of` a script, with the shared flags that it adds."""
+    adds = re.search(r"\bplanner_flags\(", read(path))
+    return flags_of(path) | (flags_of(SHARED_FLAGS) if adds else {})
+
+
 def flags_of(path):
-    """Declared flags of a script: {dest: (all spellings, call node)}."""
+    """Flags declared in a file: {dest: (all spellings, call node)}."""
     out = {}
     for node in ast.walk(ast.parse(read(path))):
         name = getattr(
@@ -83,6 +93,11 @@ def test_every_flag_is_read_and_explained(path):
         for n in ast.walk(tree)
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"
     }
+
+    # flags that programs share may be read by each of them
+    if path == SHARED_FLAGS:
+        programs = [p for p in SCRIPTS if "planner_flags(" in read(p)]
+        read_here |= set(re.findall(r"\bargs\.(\w+)", "".join(map(read, programs))))
 
     # for k in ("encode", "fps", ...)
     if re.search(r"getattr\(args, \w+\)", read(path)):
@@ -118,7 +133,7 @@ def test_every_flag_is_read_and_explained(path):
     assert dashes == []
 
 
-@pytest.mark.parametrize("path", SCRIPTS)
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if p != SHARED_FLAGS])
 def test_no_abbreviated_flags(path):
     """Bug: --val is taken for --val_data today and for something else when a flag is added."""
     parsers = [
@@ -130,6 +145,10 @@ def test_no_abbreviated_flags(path):
     assert all(
         any(k.arg == "allow_abbrev" and k.value.value is False for k in n.keywords) for n in parsers
     )
+
+
+# packages and modules with programs of their own: python -m bench.plan
+RUN_WITH_M = ("prepare", "bench", "tests", "data", "droid", "evaluation")
 
 
 def commands(text):
@@ -146,11 +165,7 @@ def commands(text):
             except ValueError:  # prose with an apostrophe
                 continue
             for i, word in enumerate(parts):
-                if (
-                    word == "-m"
-                    and i + 1 < len(parts)
-                    and parts[i + 1].split(".")[0] in ("prepare", "bench", "tests", "data", "droid")
-                ):
+                if word == "-m" and i + 1 < len(parts) and parts[i + 1].split(".")[0] in RUN_WITH_M:
                     yield parts[i + 1].replace(".", "/") + ".py", parts[i + 2 :]
                 elif re.fullmatch(r"[\w/]+\.py", word):
                     yield word, parts[i + 1 :]
@@ -173,7 +188,9 @@ def test_commands_name_real_scripts_and_flags(path):
 
     for script, words in found:
         assert os.path.exists(os.path.join(ROOT, script)), f"{path} runs {script}"
-        known = {s for spellings, _ in flags_of(script).values() for s in spellings} | {"--help"}
+        known = {s for spellings, _ in all_flags_of(script).values() for s in spellings} | {
+            "--help"
+        }
         unknown = [w for w in words if w.startswith("--") and w.split("=")[0] not in known]
         assert not unknown, f"{path} runs {script} with {unknown}"
 

@@ -1,5 +1,5 @@
-"""evaluation/search.py, plan.py and evaluation/game.py: it finds what is known to be best, as the
-reference does, and does it in the game."""
+"""evaluation/search.py, plan.py and evaluation/closed_loop.py: it finds what is known to be best,
+as the reference does, and does it in the game."""
 
 import functools
 import json
@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 from droid import compose_poses
-from evaluation import game as doom
+from evaluation.closed_loop import chooser, planned, play_trials
+from evaluation.doom import open_doom
 from evaluation.search import Space, draw, droid_space, energy, rest, search, vpt_space
 from files.vpt import ACTION_SPACES
 from model import compose_states, normalize_features
-from plan import agent, chooser, compared, readable, recorded
+from plan import compared, readable, recorded
 from tests.harness import (
     FIXTURES,
     B,
@@ -368,83 +369,43 @@ def test_recorded_actions_are_recovered_by_a_predictor_that_knows(horizon):
 # --- in the game ---
 
 
-@pytest.fixture(scope="module")
-def player(tmp_path_factory):
-    engine = doom.open_game(doom.SIZE, 0, str(tmp_path_factory.mktemp("doom")))
-    yield doom.Player(
-        engine,
-        2,
-        2,
-        lambda seen: torch.tensor([f.to_ndarray(format="gray").mean() for f in seen])[None],
-    )
-    engine.close()
-
-
-def test_a_step_in_the_game_is_a_step_of_a_recording(player):
-    """Bug: the mouse turns the wrong way or by another angle, motion is lost in rounding, tasks
-    start or end elsewhere."""
-    rng = np.random.default_rng(0)
-    player.begin(rng, [25])
-    yaw = player.yaw
-    player.step(101, 0)
-    assert abs((player.yaw - yaw + 180) % 360 - 180 - 101 * 0.15) < 0.1
-
-    before = player.yaw
-    _, distance = player.turn_away(rng)
-    assert 15 <= distance() <= 40
-    assert abs((player.yaw - before + 180) % 360 - 180) < 0.2
-
-    place = player.place
-    _, distance = player.walk_away(rng)
-    assert distance() > 150 and np.hypot(*(player.place - place)) < 600
-
-    at = distance()
-    player.step(keys=["w"])
-    player.step(keys=["w"])
-    assert distance() < at - 5
-
-
-def test_the_agent_turns_to_a_view_with_a_predictor_that_knows(player, monkeypatch):
-    """Bug: the agent plans from the wrong past, does another action than it planned, or does not
-    rest where it has arrived."""
+def test_the_planner_turns_to_a_view_with_a_predictor_that_knows():
+    """Bug: it plans from the wrong past, does another action than it planned, or does not rest
+    where it has arrived."""
     names = ACTION_SPACES[36]
     space = vpt_space(names, MOUSE)
 
     class Compass(Moved):
-        """Features are a bump over 72 sectors of the compass, which the action turns."""
+        """Features are a direction of the compass, which the action turns."""
 
         def extend(self, z, actions, states, extrinsics=None, past=None):
             turn = actions[..., 0] * MOUSE.scale[0] + MOUSE.mean[0]
-            heading = torch.atan2(
-                z.view(*actions.shape[:2], -1)[..., 1], z.view(*actions.shape[:2], -1)[..., 0]
-            )
-            out = torch.stack(
-                [
-                    heading.add(torch.deg2rad(0.15 * turn)).cos(),
-                    heading.add(torch.deg2rad(0.15 * turn)).sin(),
-                ],
-                -1,
-            )
+            z = z.view(*actions.shape[:2], -1)
+            heading = torch.atan2(z[..., 1], z[..., 0]) + torch.deg2rad(0.15 * turn)
+            out = torch.stack([heading.cos(), heading.sin()], -1)
             return torch.cat([out, -out], -1).flatten(1).view(len(z), -1, 4), [(z, z)]
 
-    def features(_):
-        yaw = np.radians(
-            -dict(zip(doom.VARIABLES, player.game.get_state().game_variables.tolist()))["ANGLE"]
-        )
-        found = torch.tensor([np.cos(yaw), np.sin(yaw), -np.cos(yaw), -np.sin(yaw)]).float()
-        return normalize_features(found)[None]
+    def compass_of(world):
+        """The player's features: its true direction."""
 
-    monkeypatch.setattr(player, "features", features)
+        def features(pictures):
+            looks = world.goal_yaw if pictures is world.goal else world.yaw
+            yaw = np.radians(looks)
+            found = torch.tensor([np.cos(yaw), np.sin(yaw), -np.cos(yaw), -np.sin(yaw)]).float()
+            return normalize_features(found)[None]
+
+        return features
+
     compose = functools.partial(
         compose_states, mean=torch.as_tensor(MOUSE.mean), scale=torch.as_tensor(MOUSE.scale)
     )
     options = {"num_samples": 256, "num_elites": 8, "iterations": 6}
-    choose = chooser(
-        Compass(), space, compose, 1, 1, 512, torch.Generator().manual_seed(0), options
-    )
-    track = player.trial(
-        "turn", np.random.default_rng(3), [26], agent(player, space, MOUSE, names, choose), 4
-    )
+    choose = chooser(Compass(), space, compose, 1, 1, 512, options)
+    cut = {"dataset": "vpt", "encode": "tubelet", "fps": 10, "frames_per_step": 2}
+    with open_doom(cut | {"action_names": names}, 0) as world:
+        policy = planned(choose, compass_of(world), MOUSE)
+        tracks, _ = play_trials(world, "turn", policy, 3, 1, 4, "plan")
+    (track,) = tracks["degrees"]
     assert 15 < track[0] < 41 and max(track[1:]) < 2
     assert track[-1] == pytest.approx(track[-2], abs=0.5)
 
