@@ -13,7 +13,7 @@ from data import Clips, fill_pixels_cache
 from evaluation.pretraining import collapse_sentence
 from files.pixels import open_pixels, pixels_path
 from files.shards import index_shards
-from files.vpt import ClipReader
+from files.vpt import ACTION_SPACES, ClipReader, hotbar_columns
 from model import (
     Encoder,
     InverseDynamics,
@@ -77,6 +77,26 @@ def test_the_losses_are_those_of_their_names():
     without.inverse = None
     losses, _ = without(video, actions, states)
     assert losses[2] == 0 and losses[5] == 0 and (losses[[0, 1, 3, 4]] > 0).all()
+
+
+def test_the_hotbar_is_no_target_of_inverse_dynamics():
+    """Bug: an encoder is rewarded for reading the hotbar at the bottom of the picture, or another
+    action than the hotbar is left out."""
+    names = ACTION_SPACES[36]
+    hotbar = hotbar_columns(names)
+    assert [names[i] for i in hotbar[8:10]] == ["key.9", "slot.1"] and len(hotbar) == 18
+    assert hotbar_columns(ACTION_SPACES[18]) == []
+
+    # five actions, of which the last two are the hotbar's
+    model = small_world(inverse_of=[0, 1, 2])
+    model.inverse = InverseDynamics(24, 3, (2, 2), width=16, num_heads=2)
+    video, actions, states = small_play()
+    loss = model(video, actions, states)[0][5]
+    changed = actions.clone()
+    changed[..., 3:] = 1 - changed[..., 3:]
+    assert model(video, changed, states)[0][5] == loss
+    changed[..., 2] += 1
+    assert model(video, changed, states)[0][5] != loss
 
 
 def test_no_gradient_is_stopped():
@@ -228,7 +248,7 @@ def test_a_run_learns_logs_and_says_what_comes_next(trained):
     np.testing.assert_allclose(rows[:, 7], weighted + rows[:, 5], rtol=1e-5)
     assert rows[-1, 5] < rows[0, 5]  # inverse dynamics
     names = ("epoch", "tf_skill", "tf_gap", "effective_rank", "smallest_std", "probe_yaw")
-    val = numbers(trained.out, *names, log="val.csv")
+    val = numbers(trained.out, *names, "moves_gap", log="val.csv")
     assert val[:, 0].tolist() == [1, 2] and np.isfinite(val).all()
     for text in ("held out after epoch 2: skill", "action gap", "effective rank", "yaw R2"):
         assert text in trained.text
@@ -334,6 +354,28 @@ def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
     assert checkpoint.load_latest(tmp_path / "dead")[0]["inverse"] is None
 
 
+def test_without_actions_nothing_depends_on_them(world, tmp_path):
+    """Bug: the control sees actions after all, through its states or in a later stage; resuming
+    makes its zeros random."""
+    flags = [*world.flags, PLAN, "--no-actions --out_dir", tmp_path / "blind"]
+    text = run(tmp_path, "train_lewm.py", *flags, "--max_steps 3")
+    assert "resumed" in run(tmp_path, "train_lewm.py", *flags, "--resume")
+    meter = numbers(tmp_path / "blind", "tf_gap", "ro_gap", "moves_gap", log="val.csv")
+    assert (meter == 0).all() and "THE ACTION IS IGNORED" in text
+    predictor = checkpoint.load_latest(tmp_path / "blind")[0]["predictor"]
+    for name in ("action_encoder", "state_encoder"):
+        assert not predictor[f"{name}.weight"].any() and not predictor[f"{name}.bias"].any()
+    assert predictor["predictor_embed.weight"].any()
+
+
+def test_a_run_with_another_target_does_not_resume(world, tmp_path, trained):
+    """Bug: --idm_hotbar is not read, or weights of 18 targets are taken for those of 36."""
+    state, _ = checkpoint.load_latest(trained.out)
+    assert len(state["inverse"]["out.bias"]) == 18 and len(state["action_names"]) == 36
+    flags = [*trained.flags, "--resume --idm_hotbar --out_dir", trained.out]
+    assert "was trained with inverse_of [0, 1, 2, 3, 13" in fails(tmp_path, "train_lewm.py", *flags)
+
+
 def test_more_of_the_same_training(world, tmp_path, trained):
     """Bug: --init_from drops the predictor, or takes the weights of another encoder."""
     flags = [*world.flags, "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --start_lr 0 --lr 0"]
@@ -366,6 +408,7 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
             "--pixels_cache p --motion_shift 0.1",
             "--motion_shift moves the crop, and --pixels_cache",
         ),
+        ("--init_from no.pt --no-actions", "--no-actions: the predictor of --init_from"),
         ("--init_from no.pt", "--init_from no.pt: no such file or run folder"),
         ("--init_from no.pt --encoder_arch vit_tiny", "--encoder_arch: the encoder's size is that"),
         ("--scaler no.pkl", "no action scaler at no.pkl; fit one with"),
