@@ -2,6 +2,7 @@
 ones, hand-made predictors, the page."""
 
 import base64
+import glob
 import html
 import json
 import math
@@ -20,6 +21,7 @@ import checkpoint
 import eval as report
 from data import ActionScaler, windows
 from evaluation import pictures
+from evaluation.comparable import clip_set, training_records
 from evaluation.held_out import (
     action_meter,
     another_recording,
@@ -263,6 +265,45 @@ def test_a_gap_of_the_hotbar_alone_is_no_use_of_the_action():
     # without a hotbar it is the whole gap
     plain = errors(hotbar=())
     assert "tf_moves" not in plain and moves_gap(plain, names)["moves_gap"] == whole
+
+
+def test_the_same_clips_have_the_same_mark(game):
+    """Bug: two reports are compared that were made on other clips, or are taken for reports on
+    other clips because one run reads features and the other one video."""
+    settings = {"frames_per_clip": 16, "fps": 5.0, "frames_per_step": 2}
+    video = index_shards([str(game.video)])[0]
+    features = index_shards(glob.glob(str(game.held)))[0]
+    assert features[0].is_features and not video[0].is_features
+    places = [[(r, w) for r in records for w in range(2)] for records in (video, features)]
+    of_video, of_features = (clip_set(place, settings) for place in places)
+    assert of_video == of_features and of_video[:2] == (4, 2)
+
+    # fewer clips, other windows, other lengths
+    others = [places[0][1:], [(video[0], 2)], [(video[0], 0)]]
+    marks = {clip_set(place, settings).mark for place in others}
+    marks.add(clip_set(places[0], settings | {"frames_per_clip": 8}).mark)
+    assert len(marks | {of_video.mark}) == 5
+
+
+def test_a_probe_without_training_data(game, tmp_path):
+    """Bug: a report needs the training shards, which may be gone; a probe is fitted on the very
+    recordings that it is tested on."""
+    held = index_shards(glob.glob(str(game.held)))[0]
+    gone = {"data": [[str(tmp_path / "gone.tar")]], "cache_dir": None, "val_data": None}
+    gone["val_fraction"] = 0.0
+    run_of = types.SimpleNamespace(state={"dataset": "vpt"}, settings=gone)
+    judged = types.SimpleNamespace(run=run_of)
+    dataset = types.SimpleNamespace(records=held)
+    options = {"clips": 12, "val_clips": 4, "batch_size": 4, "num_workers": 0}
+    probed, why, bad = report.probe_section(judged, dataset, None, None, None, options)
+    assert probed is None and "gone.tar" in why and "--train_data" in why and not bad
+    with pytest.raises(FileNotFoundError, match="gone.tar"):
+        missing = [str(tmp_path / "gone.tar")]
+        report.probe_section(judged, dataset, None, missing, None, options)
+    with pytest.raises(ValueError, match="no recording is left to fit the probe on"):
+        training_records(gone, [str(game.video)], held)
+    run_of.state["dataset"] = "droid"
+    assert "gameplay" in report.probe_section(judged, dataset, None, None, None, options)[1]
 
 
 @pytest.mark.parametrize("recordings", [3, 5, 12])

@@ -1,6 +1,8 @@
 """train_lewm.py: an encoder and a predictor trained together; stored frames; collapse and blind
 spots; whole runs: resume, ranks, what later stages take from them, refusals."""
 
+import json
+import shutil
 import types
 
 import numpy as np
@@ -11,6 +13,7 @@ import checkpoint
 import weights
 from data import Clips, fill_pixels_cache
 from evaluation.pretraining import collapse_sentence
+from evaluation.runs import open_run
 from files.pixels import open_pixels, pixels_path
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, ClipReader, hotbar_columns
@@ -315,6 +318,14 @@ def test_later_stages_take_the_run(world, tmp_path, trained):
     skill = numbers(trained.out, "tf_skill", log="val.csv")[-1, 0]
     assert f"{skill:.3f}" in text
 
+    # first what compares with other runs, then that the rest does not
+    lead = text.index("comparable between encoders")
+    alone = text.index("in the run's own space: this run trained its encoder")
+    assert text.index("yaw R2") < text.index("rank of the true step") < alone
+    assert lead < alone < text.index("skill (error / copying")
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["comparable"]
+    assert 0 <= found["next_step_rank"][0] <= 1 and np.isfinite(found["probe_yaw"])
+
     flags = ["--data", world.video, "--val_clips 0 --scaler", world.scaler, "--encoder"]
     flags += [trained.out, "--crop_size 32 --frames_per_clip 8 --action_space 36 --predict change"]
     flags += ["--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"]
@@ -324,6 +335,26 @@ def test_later_stages_take_the_run(world, tmp_path, trained):
         f"--init_from: {len(state['predictor'])} tensors taken; initialised again: nothing" in text
     )
     assert f"encoder {state['encoder_hash']}" in text
+
+    # a run on frozen features is judged on the same clips, by other settings
+    both = ["--checkpoint", tmp_path / "ac", "--data", world.held, "--train_data", world.video]
+    text = run(tmp_path, "eval.py", *both, *report[2:], "--out", tmp_path / "frozen")
+    assert f"in the space of encoder {state['encoder_hash']}" in text
+    frozen = json.loads((tmp_path / "frozen" / "report.json").read_text())["comparable"]
+    for name in ("fitted_on", "tested_on", "probe_yaw", "probe_keys"):
+        assert frozen[name] == pytest.approx(found[name], abs=1e-6), name
+
+
+def test_every_checkpoint_has_its_own_encoder(tmp_path, trained):
+    """Bug: an earlier checkpoint, or a run that was moved, is judged with the newest encoder of the
+    folder that it was trained in."""
+    first = tmp_path / "moved.pth.tar"
+    shutil.copy(trained.out / "checkpoint-epoch001.pth.tar", first)
+    _, state, _, path = open_run(str(first))
+    settings = checkpoint.settings_of(state)
+    assert settings["encoder"] == path == str(first)
+    hashes = {weights.encoder_hash(weights.load_encoder(p)) for p in (first, trained.out)}
+    assert state["encoder_hash"] in hashes and len(hashes) == 2
 
 
 def test_later_stages_take_one_vector_a_step(world, tmp_path):
@@ -340,6 +371,23 @@ def test_later_stages_take_one_vector_a_step(world, tmp_path):
     text = run(tmp_path, "eval.py", *report, "--out", tmp_path / "report")
     skill = numbers(out, "tf_skill", log="val.csv")[-1, 0]
     assert f"{skill:.3f}" in text
+
+    # features of it are one vector a step, and a predictor trains on them
+    same = ["--encoder", out, "--crop_size 32"]
+    run(tmp_path, "encode.py", "--data", world.video, *same, "--out", tmp_path / "features")
+    flags = ["--data", tmp_path / "features" / "*.tar", "--scaler", world.scaler, "--val_clips 0"]
+    flags += ["--crop_size 32 --frames_per_clip 8 --pred_dim 48 --pred_depth 2 --pred_heads 3"]
+    flags += ["--batch_size 4 --num_workers 0 --epochs 1 --ipe 2 --warmup 0 --anneal 0"]
+    text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "ac")
+    assert f"encoder {state['encoder_hash']}" in text
+    wrong = ["--data", world.video, "--encoder", out, "--crop_size 64 --out", tmp_path / "no"]
+    assert "give --crop_size 32" in fails(tmp_path, "encode.py", *wrong)
+
+    # and they are probed, beside other encoders
+    probe = ["--data", world.video, "--val_data", world.held, "--crop_size 32 --frames_per_clip 8"]
+    probe += ["--task inverse --steps 20 --clips 12 --val_clips 6 --num_workers 0"]
+    text = run(tmp_path, "probe.py", *probe, "--encoder", out, "vit_tiny", "--out", tmp_path)
+    assert "1 tokens a step" in text and "4 tokens a step" in text
 
 
 def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
