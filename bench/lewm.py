@@ -123,11 +123,12 @@ def row_of(name, seed, out, minutes):
 class Bench:
     """The runs in a folder, on the play in another."""
 
-    def __init__(self, data, folder, steps, num_workers, extra):
+    def __init__(self, data, folder, steps, limits, workers, extra):
         self.data = data
         self.folder = folder
         self.steps = steps
-        self.num_workers = num_workers
+        self.limits = limits  # flags for eval.py: how much it reads
+        self.workers = ["--num_workers", workers]
         self.extra = extra  # flags for train_lewm.py
         os.makedirs(folder, exist_ok=True)
 
@@ -142,8 +143,7 @@ class Bench:
         if os.path.exists(os.path.join(out, "report.json")):
             return
         data = ["--data", *self.shards("val"), "--train_data", *self.shards("train")]
-        workers = ["--num_workers", self.num_workers]
-        run(log, "eval.py", "--checkpoint", out, *data, *workers, *flags)
+        run(log, "eval.py", "--checkpoint", out, *data, *self.limits, *self.workers, *flags)
 
     def lewm(self, name, seed, flags):
         """Train and judge a row of train_lewm.py; the table's row."""
@@ -154,7 +154,7 @@ class Bench:
             files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", out]
             files += ["--pixels_cache", self.path("pixels"), "--resume"]
             plan = [*PLAN, "--ipe", max(self.steps // EPOCHS, 1), "--seed", seed]
-            options = [*CLIP, *SIZE, *plan, "--num_workers", self.num_workers, *self.extra]
+            options = [*CLIP, *SIZE, *plan, *self.workers, *self.extra]
             run(log, "train_lewm.py", *data, *files, *options, *flags)
         self.judge(log, out)
         return row_of(name, seed, out, minutes_of(out))
@@ -164,7 +164,7 @@ class Bench:
         out = self.path("features", encoder)
         note = os.path.join(out, "minutes.json")
         if not os.path.exists(note):
-            flags = ["--encoder", encoder, *CLIP[:4], "--num_workers", self.num_workers]
+            flags = ["--encoder", encoder, *CLIP[:4], *self.workers]
             seconds = 0
             for part, phases in (("train", 4), ("val", 1)):
                 shards = ["--data", *self.shards(part), "--out", os.path.join(out, part)]
@@ -182,7 +182,7 @@ class Bench:
         features, encoding = self.features(encoder)
         data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
         data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]
-        options = [*CLIP, *SIZE, *FROZEN, "--num_workers", self.num_workers]
+        options = [*CLIP, *SIZE, *FROZEN, *self.workers]
         if not os.path.exists(os.path.join(out, "report.json")):
             # how many steps is that? A run that is interrupted keeps its number
             note = out + ".steps"
@@ -220,6 +220,8 @@ if __name__ == "__main__":
     flag("--steps", type=int, default=1000, help="training steps of a row (default 1000)")
     minutes_help = "budget of frozen (default: what the default took with the first seed)"
     flag("--minutes", type=float, help=minutes_help)
+    flag("--val_clips", type=int, default=256, help="clips to judge a row on (default 256)")
+    flag("--probe_clips", type=int, default=512, help="clips to fit the probe on (default 512)")
     flag("--out", default="out/bench-lewm", help="folder of the runs (default out/bench-lewm)")
     flag("--num_workers", type=int, default=0, help="loader processes (default 0)")
     flag("--json", action="store_true", help="rows as JSON lines")
@@ -246,7 +248,8 @@ if __name__ == "__main__":
             parser.error("--of frozen takes as long as the default: add seeds, or --minutes")
 
     # --- train and judge, one after the other ---
-    bench = Bench(args.data, args.out, args.steps, args.num_workers, args.extra)
+    limits = ["--val_clips", args.val_clips, "--probe_clips", args.probe_clips]
+    bench = Bench(args.data, args.out, args.steps, limits, args.num_workers, args.extra)
     rows = []
     for name, seed, flags in tqdm(runs, desc="lewm", unit="run"):
         if flags is None:
