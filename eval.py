@@ -1,12 +1,17 @@
-"""Does the model use the action? A report on a run of train_ac.py or train_lora.py, on held-out
-gameplay or robot episodes.
+"""Does the model use the action? A report on a run of train_ac.py, train_lewm.py or train_lora.py,
+on held-out gameplay or robot episodes.
 
     python eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
+    python eval.py --checkpoint out/lewm --train_data 'demo/train/*.tar' --data 'demo/val/*.tar'
     python eval.py --checkpoint out/robot/r16 --landscape x z
 
 Reads a run folder or checkpoint and held-out data (VPT video or features of the run's encoder,
-robot episodes; default: what the run held out). Prints a table and writes report.json and
-report.html, one page with all figures in it, beside the checkpoint or to --out."""
+robot episodes; default: what the run held out). Of gameplay it also reads training clips, to fit a
+probe of actions. Prints a table and writes report.json and report.html, one page with all figures
+in it, beside the checkpoint or to --out.
+
+The first lines can be compared with those of runs on other encoders; errors, skill and gaps
+cannot."""
 
 import argparse
 
@@ -30,6 +35,7 @@ def parse_flags():
     flag = parser.add_argument_group("run and data").add_argument
     flag("--checkpoint", required=True, help="a run folder, or one of its checkpoints")
     flag("--data", "--data_path", **repeated, help="held-out data (default: the run's)")
+    flag("--train_data", **repeated, help="play to fit the probe on (default: the run's)")
     flag("--encoder", help="weights of the encoder, for video (default: what the run used)")
     flag("--video", nargs="+", help="shards that features were made from, to show their frames")
     flag("--out", help="folder for report.json and report.html (default: beside the checkpoint)")
@@ -37,6 +43,7 @@ def parse_flags():
     # how much of it, and what to look at
     flag = parser.add_argument_group("what to evaluate").add_argument
     flag("--val_clips", type=int, default=512, help="clips to evaluate, all kept in memory")
+    flag("--probe_clips", type=int, default=512, help="training clips for the probe; 0 is off")
     flag("--samples", type=int, default=256, help="actions that the true one is ranked among")
     flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
     flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
@@ -53,6 +60,11 @@ def parse_flags():
     for name, least in (("samples", 1), ("batch_size", 1), ("val_clips", 2)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least {least}")
+    # fewer could not also choose a penalty
+    if args.probe_clips and args.probe_clips < 10:
+        parser.error(f"--probe_clips {args.probe_clips} is too small: 0, or at least 10")
+    if args.train_data and not args.probe_clips:
+        parser.error("--probe_clips 0 fits no probe: drop --train_data")
     # one dimension swept twice would be a diagonal, not a landscape
     if args.landscape and args.landscape[0] == args.landscape[1]:
         parser.error(f"--landscape {' '.join(args.landscape)}: name two different dimensions")
@@ -75,6 +87,7 @@ import torch
 import checkpoint
 from data import windows
 from evaluation import pictures
+from evaluation.comparable import comparable_lines, own_space, probe_run, training_records
 from evaluation.held_out import (
     bands_of,
     from_other_recordings,
@@ -83,6 +96,7 @@ from evaluation.held_out import (
     held_out,
     interval_text,
     meter_summary,
+    moves_gap,
     precision_text,
     signed,
     states_from,
@@ -91,7 +105,7 @@ from evaluation.runs import Run, load_run, open_held_out, print_left_out
 from files.disk import write_atomically
 from files.logs import count_text, to_json
 from files.progress import tqdm
-from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader
+from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader, hotbar_columns
 from model import predict, predict_on
 
 # clips whose actions are ranked and swept: each costs some hundred predictions
@@ -274,7 +288,8 @@ def dims_to_sweep(asked, names, actions, scaler):
 class Landscapes(NamedTuple):
     """What `explore` measured on the first SAMPLED clips."""
 
-    # rank of the true last action among those of other recordings, 0 (best) to 1
+    # rank of the true last action among those of other recordings, 0 (best) to 1; all with the
+    # true hotbar
     ranks: list
 
     # energies (GRID, GRID) of the last step, the first dimension by the second
@@ -295,6 +310,7 @@ def explore(judged, dims, axes, samples):
     names = run.state["action_names"]
     plain = to_units(judged.actions, run.scaler)[..., dims]  # (n, K, 2)
     generator = torch.Generator().manual_seed(0)
+    hotbar = hotbar_columns(names)
     ranks, lands = [], []
     misses = []
 
@@ -305,7 +321,11 @@ def explore(judged, dims, axes, samples):
         true = judged.actions[i, -1]
         others = drawn_from_others(judged.actions, i, judged.recordings, samples, generator)
         grid = swept(true, names, run.scaler, dims, axes)
-        candidates = torch.cat([true[None], others, grid]).to(run.device)
+
+        # the hotbar is in every picture: with another one an action would be told too easily
+        same_hotbar = others.clone()
+        same_hotbar[:, hotbar] = true[hotbar]
+        candidates = torch.cat([true[None], same_hotbar, grid]).to(run.device)
         with run.autocast():
             e = energies(run.predictor, z, a, s, candidates).float().cpu()
 
@@ -346,29 +366,37 @@ def landscape_lines(landscapes, dims, units, samples, recordings):
 
 
 @torch.no_grad()
-def retrieve(predictions, pool):
+def retrieve(predictions, pool, true):
     """Index of the nearest pool step (P, N, E) for each prediction (..., N, E), by mean
-    |difference|, and that distance."""
+    |difference|, and the rank of the true step (its index in the pool, (...)): the share of other
+    steps that are nearer, 0 (best) to 1. Ties count half."""
     # all patches and channels of a step are one long row, so that one call compares all pairs
     rows = predictions.flatten(0, -3).flatten(1)
-    distance = torch.cdist(rows, pool.flatten(1), p=1) / pool[0].numel()
-    least, index = distance.min(1)
-    return index.view(predictions.shape[:-2]), least.view(predictions.shape[:-2])
+    distance = torch.cdist(rows, pool.flatten(1), p=1)
+
+    # its distance to itself is a tie
+    of_true = distance.gather(1, true.to(distance.device).flatten()[:, None])
+    nearer = (distance < of_true).double().sum(1)
+    ties = (distance == of_true).double().sum(1) - 1
+    rank = (nearer + 0.5 * ties) / max(len(pool) - 1, 1)
+    shape = predictions.shape[:-2]
+    return distance.argmin(1).view(shape).cpu(), rank.view(shape).cpu()
 
 
 @torch.no_grad()
 def retrieval(predictor, places, T, batch_size, compose, load):
     """For each predicted step of a rollout, find the recorded step of the same recording whose
     features are nearest, among all evaluated ones. places: clip -> (record, window); load: clips
-    -> (z, actions, states). -> {clip: K (clip, step) found}; share of hits, median steps off by
-    horizon [K], also of copying; chance of a hit."""
+    -> (z, actions, states). -> {clip: K (clip, step) found}; share of hits, median steps off and
+    rank of the true step by horizon [K], also of copying; chance of a hit."""
     # a pool holds the clips of one recording: steps of others would be easy to tell apart
     groups = {}
     for i, (number, _) in places.items():
         groups.setdefault(number, []).append(i)
 
     nearest_of = {}
-    rows = {k: [] for k in ("hit", "offset", "copy_hit", "copy_offset", "chance")}
+    names = ("hit", "offset", "rank", "copy_hit", "copy_offset", "copy_rank", "chance")
+    rows = {name: [] for name in names}
     for group in tqdm(groups.values(), "retrieval", delay=10, unit=" recordings"):
         # roll out, a batch at a time: a recording may hold more clips than fit at once
         parts = [load(group[k : k + batch_size]) for k in range(0, len(group), batch_size)]
@@ -382,8 +410,10 @@ def retrieval(predictor, places, T, batch_size, compose, load):
         true = torch.arange(len(time)).view(-1, T)[:, 1:]
 
         # nearest to the prediction, and to the first step: a model that stands still is a copy
-        copied = retrieve(z[:, :1].expand_as(ahead), pool)[0].cpu()
-        nearest = retrieve(ahead, pool)[0].cpu()
+        copied, copy_rank = retrieve(z[:, :1].expand_as(ahead), pool, true)
+        nearest, rank = retrieve(ahead, pool, true)
+        rows["rank"].append(rank)
+        rows["copy_rank"].append(copy_rank)
 
         # places in the pool as (clip, step)
         for i, row in zip(group, nearest.tolist()):
@@ -414,11 +444,17 @@ def retrieval_lines(rows, T, seconds):
         "copy_hit": "same, copying",
         "offset": "median steps off",
         "copy_offset": "same, copying",
+        "rank": "rank of the true one",
+        "copy_rank": "same, copying",
     }
 
-    # shares in percent, offsets in steps
+    # shares in percent, offsets in steps, ranks from 0 (best) to 1
     for name, label in labels.items():
-        form = "9.0f" if "offset" in name else "9.1%"
+        form = "9.1%"
+        if "offset" in name:
+            form = "9.0f"
+        elif "rank" in name:
+            form = "9.3f"
         lines.append(f"  {label:22}" + "".join(f"{x:{form}}" for x in rows[name]))
     return lines
 
@@ -525,6 +561,7 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
         run.settings["loss_exp"],
         run.autocast,
         compose=compose,
+        hotbar=hotbar_columns(run.state["action_names"]),
     )
 
     # the losses are of training; here errors count, which all models have in common
@@ -545,7 +582,7 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
         states_of=states_from(compose, run.scaler, run.device),
         errors=errors,
         recordings=recordings,
-        summary=meter_summary(errors, recordings),
+        summary=meter_summary(errors, recordings) | moves_gap(errors, recordings),
         actions=torch.stack([clip["actions"] for clip in kept.clips]),
         others_of=from_other_recordings(dataset, items),
         places=places,
@@ -561,10 +598,13 @@ def verdict_of(summary, recordings):
     """What the action meter says, in sentences: (verdict, warnings)."""
     verdict, warnings = [], []
 
-    # does it use the action? A gap without an interval above 0 is no gap
-    gap = summary["tf_gap"]
-    low = summary["tf_gap_low"]
-    cost = gap_text(gap, low, summary["tf_gap_high"], recordings)
+    # does it use the action? The hotbar does not count, because a model can read it in the picture.
+    # A gap without an interval above 0 is no gap
+    gap = summary["moves_gap"]
+    low = summary["moves_gap_low"]
+    cost = gap_text(gap, low, summary["moves_gap_high"], recordings)
+    if gap != summary["tf_gap"] and not math.isnan(gap):
+        cost += f" (with the hotbar {signed(summary['tf_gap'])})"
     if math.isnan(gap):
         verdict.append("Whether the model uses the action is not known.")
         warnings.append(f"WARNING: the action gap is {cost}")
@@ -588,6 +628,61 @@ def verdict_of(summary, recordings):
         verdict.append(f"It does not predict better than repeating the last step: {skill:.3f}.")
         warnings.append("WARNING: skill is not below 1: repeating the last step is as good")
     return verdict, warnings
+
+
+def probe_section(judged, dataset, features_of, train_data, encoder, options):
+    """Fit the probe of comparable.py on training clips, if there are any -> (Probed or None, why
+    there is none, [bad]). options: clips, val_clips, batch_size, num_workers of probe_run."""
+    # what a robot's features say about its pose is no question of this probe
+    run = judged.run
+    if run.state["dataset"] != "vpt":
+        return None, "the probe is for gameplay", []
+    if not options["clips"]:
+        return None, "--probe_clips is 0", []
+
+    # the report can be made without the training data, but not with wrong ones
+    try:
+        train, bad = training_records(run.settings, train_data, dataset.records)
+    except FileNotFoundError as e:
+        if train_data:
+            raise
+        return None, f"{e}; name shards to fit on with --train_data", []
+    except ValueError as e:
+        if train_data:
+            raise
+        return None, str(e), []
+    probed, failed = probe_run(run, dataset, features_of, train, encoder, **options)
+    return probed, "", bad + failed
+
+
+def comparable_section(judged, probed, why, rank, rows):
+    """What can be compared with runs on other encoders. probed, why: of probe_section; rank: of the
+    true action; rows: of retrieval."""
+    numbers = {"action_rank": rank}
+    numbers |= {"next_step_rank": rows["rank"], "copy_rank": rows["copy_rank"]}
+    report = dict(numbers)
+    if probed is not None:
+        numbers |= probed.scores | probed.spread
+        report |= probed.scores | probed.spread
+        report["fitted_on"] = probed.fitted._asdict()
+        report["tested_on"] = probed.tested._asdict()
+
+    facts = comparable_lines(numbers, probed, why, judged.seconds)
+    facts.append("  what it is worth to a player: python -m evaluation.benchmark")
+    facts.append(own_space(judged.run.state, judged.run.settings))
+    return Section(facts, {"comparable": report}, {})
+
+
+def comparable_sentence(numbers):
+    """The comparable numbers (of report.json) as one sentence of the verdict."""
+    parts = []
+    for name, label in (("yaw", "yaw R2"), ("pitch", "pitch R2"), ("keys", "keys AUROC")):
+        value = numbers.get(f"probe_{name}", math.nan)
+        if not math.isnan(value):
+            parts.append(f"{label} {value:.3f}")
+    parts.append(f"rank of the true action {numbers['action_rank']:.3f}")
+    parts.append(f"of the true next step {numbers['next_step_rank'][0]:.3f}")
+    return f"Comparable between encoders: {', '.join(parts)}."
 
 
 def errors_section(judged):
@@ -849,7 +944,7 @@ if __name__ == "__main__":
     has_pixels = "safetensors" not in dataset.records[0].members
     videos = pictures.find_videos(args.video, dataset.records) if args.video else None
 
-    # --- errors: what they say comes first of all ---
+    # --- errors ---
     judged, also_bad = meet(
         run,
         dataset,
@@ -859,7 +954,6 @@ if __name__ == "__main__":
         args.val_clips,
         args.num_workers,
     )
-    print_left_out(bad + also_bad)
     recordings = judged.recordings
     K = judged.errors["ro_true"].shape[1]
     about = (
@@ -868,21 +962,37 @@ if __name__ == "__main__":
         f" {precision_text(run.dtype, run.device, run.predictor, K)}"
     )
     print(about)
-    sections = [errors_section(judged)]
-    print(*sections[0].facts, sep="\n")
-    verdict, from_meter = verdict_of(judged.summary, recordings)
-    for line in from_meter:
-        warn(line)
 
     # --- actions, landscapes, retrieval ---
     # the same clips, seen from three more sides
-    sections.append(groups_section(judged))
+    groups = groups_section(judged)
     dims, axes = dims_to_sweep(args.landscape, names, judged.actions, run.scaler)
-    sections.append(landscape_section(judged, dims, axes, args.samples))
+    landscapes = landscape_section(judged, dims, axes, args.samples)
     found_nearest, nearest = retrieval_section(judged, args.batch_size)
-    sections.append(found_nearest)
-    for section in sections[1:]:
+
+    # --- a probe of the features ---
+    options = {
+        "clips": args.probe_clips,
+        "val_clips": args.val_clips,
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+    }
+    train_data = args.train_data and sum(args.train_data, [])
+    probed, why, bad_clips = probe_section(
+        judged, dataset, features_of, train_data, args.encoder, options
+    )
+    print_left_out(dict.fromkeys(bad + also_bad + bad_clips))
+
+    # first what can be compared with other runs, then what is of this one alone
+    rows = found_nearest.report["retrieval"]
+    comparable = comparable_section(judged, probed, why, landscapes.report["rank"], rows)
+    sections = [comparable, errors_section(judged), groups, landscapes, found_nearest]
+    for section in sections:
         print(*section.facts, sep="\n")
+    verdict, from_meter = verdict_of(judged.summary, recordings)
+    verdict.insert(0, comparable_sentence(comparable.report["comparable"]))
+    for line in from_meter:
+        warn(line)
 
     # --- frames, tokens, attention ---
     # frames are in the data, or in the shards that features were made from

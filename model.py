@@ -1198,9 +1198,12 @@ class InverseDynamics(nn.Module):
         return x.unflatten(0, (len(steps), -1))
 
 
-def inverse_loss(predicted, actions, continuous):
+def inverse_loss(predicted, actions, continuous, columns=None):
     """Error of predicted actions (B, T-1, A): squared for the first `continuous` dims, which are
-    standardised, cross-entropy for keys, which are 0 or 1."""
+    standardised, cross-entropy for keys, which are 0 or 1. columns: indices of the actions that
+    were predicted, the continuous ones first; None: all."""
+    if columns is not None:
+        actions = actions[..., columns]
     predicted = predicted.float()
     loss = F.mse_loss(predicted[..., :continuous], actions[..., :continuous])
     if actions.shape[-1] > continuous:
@@ -1256,9 +1259,10 @@ def teacher_targets(teacher, video, encode, levels=None):
 class MaskedModel(nn.Module):
     """Everything that masked pretraining trains, as DDP must see it: forward returns the losses.
 
-    `projector` (for SIGReg) and `inverse` (an InverseDynamics) may be None. `decorrelate` says
-    whether variance and covariance are wanted, `with_context` whether the context loss is, which
-    needs a MaskPredictor21."""
+    `projector` (for SIGReg) and `inverse` (an InverseDynamics) may be None; `inverse_of` are the
+    indices of the actions that it predicts (None: all). `decorrelate` says whether variance and
+    covariance are wanted, `with_context` whether the context loss is, which needs a
+    MaskPredictor21."""
 
     def __init__(
         self,
@@ -1272,6 +1276,7 @@ class MaskedModel(nn.Module):
         directions=256,
         decorrelate=False,
         continuous=4,
+        inverse_of=None,
         with_context=False,
     ):
         super().__init__()
@@ -1284,6 +1289,7 @@ class MaskedModel(nn.Module):
         self.directions = directions
         self.decorrelate = decorrelate
         self.continuous = continuous
+        self.inverse_of = inverse_of
         self.with_context = with_context
         self.levels = encoder.levels if predictor.num_levels > 1 else None
 
@@ -1312,7 +1318,8 @@ class MaskedModel(nn.Module):
             variance, covariance = variance_and_covariance(last_level.flatten(0, 1))
             losses |= {"variance": variance, "covariance": covariance}
         if inverse is not None:
-            losses["inverse"] = inverse_loss(inverse(steps), actions, self.continuous)
+            predicted = inverse(steps)
+            losses["inverse"] = inverse_loss(predicted, actions, self.continuous, self.inverse_of)
         masked = context = zero
         if masks:
             masked, context = self.masked_losses(video, targets, masks, tokens)
@@ -1410,7 +1417,8 @@ class WorldModel(nn.Module):
 
     No gradient is stopped: features become what can be predicted. Nothing else would keep them from
     becoming constant, so that at least one of the other terms is needed. `inverse` (an
-    InverseDynamics) may be None; `directions` 0 leaves SIGReg out."""
+    InverseDynamics) may be None; `inverse_of` are the indices of the actions that it predicts
+    (None: all); `directions` 0 leaves SIGReg out."""
 
     def __init__(
         self,
@@ -1424,6 +1432,7 @@ class WorldModel(nn.Module):
         loss_exp=2.0,
         directions=0,
         continuous=4,
+        inverse_of=None,
     ):
         super().__init__()
         self.encoder = encoder
@@ -1435,6 +1444,7 @@ class WorldModel(nn.Module):
         self.loss_exp = loss_exp
         self.directions = directions
         self.continuous = continuous
+        self.inverse_of = inverse_of
 
     def forward(self, video, actions, states, seed=0):
         """video (B, T*frames_per_step, 3, H, W) uint8, actions (B, T-1, A), states (B, T, S) ->
@@ -1453,7 +1463,7 @@ class WorldModel(nn.Module):
             sigreg_loss = sigreg(some, self.directions, seed)
         inverse = z.new_zeros(())
         if self.inverse is not None:
-            inverse = inverse_loss(self.inverse(z), actions, self.continuous)
+            inverse = inverse_loss(self.inverse(z), actions, self.continuous, self.inverse_of)
         losses = [jloss, sloss, sigreg_loss, variance, covariance, inverse]
         return torch.stack(losses), h.detach()
 

@@ -170,7 +170,15 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import weights
 from data import ActionScaler, Clips, collate, open_split, prefetch, vpt_loader, windows
-from evaluation.held_out import METERS, blank, gap_text, held_out, meter_summary
+from evaluation.held_out import (
+    METERS,
+    MOVES_GAP,
+    blank,
+    gap_text,
+    held_out,
+    meter_summary,
+    moves_gap,
+)
 from files.logs import (
     StepRow,
     append_jsonl,
@@ -187,7 +195,7 @@ from files.logs import (
 )
 from files.remote import cached
 from files.shards import expand, line_warnings
-from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
+from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader, hotbar_columns
 from kernels import describe_kernels
 from model import ACModel, Encoder, Predictor, channel_stats, copy_fitting, make_features_of
 from weights import decoder_of, open_source
@@ -324,6 +332,7 @@ if __name__ == "__main__":
 
     # a clip: how it is cut and seen; shards of features must have been made in the same way
     action_names = ACTION_SPACES[args.action_space]
+    hotbar = hotbar_columns(action_names)
     clip_settings = {
         "encode": args.encode,
         "fps": args.fps,
@@ -616,7 +625,7 @@ if __name__ == "__main__":
     losses_of_a_row = ["jloss", "sloss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
     train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
-    val_columns = ["epoch", *losses_of_a_row, *METERS]
+    val_columns = ["epoch", *losses_of_a_row, *METERS, *MOVES_GAP]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
         "val": (val_columns, *divmod(step, args.ipe)),
@@ -716,6 +725,7 @@ if __name__ == "__main__":
             args.auto_steps,
             args.loss_exp,
             autocast,
+            hotbar=hotbar,
         )
         note_bad(failed)
 
@@ -724,11 +734,14 @@ if __name__ == "__main__":
         for name in losses_of_a_row:
             row[name] = errors.pop(name).mean().item()
         row |= meter_summary(errors, recordings)
+        row |= moves_gap(errors, recordings)
 
         # the line for the terminal: is it better than copying, and does it use the action?
         gap = gap_text(row["tf_gap"], row["tf_gap_low"], row["tf_gap_high"], recordings)
         if not math.isnan(row["ro_gap"]):
             gap += f"; rolled out {row['ro_gap']:+.2%}"
+        if hotbar:
+            gap += f"; without the hotbar {row['moves_gap']:+.2%}"
         return row, f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
 
     # --- train ---
@@ -884,8 +897,9 @@ if __name__ == "__main__":
                 place = f"{step} steps" if inside else f"epoch {epochs_done}"
                 print0(f"held out after {place}: {text}")
 
-                # the usual failure: the loss falls, and the action is ignored
-                if row["tf_gap"] < 0.02 and epochs_done > args.warmup:
+                # the usual failure: the loss falls, and the action is ignored. The hotbar does not
+                # count
+                if row["moves_gap"] < 0.02 and epochs_done > args.warmup:
                     print0(
                         "WARNING: shuffled actions cost less than 2 %: the predictor hardly uses"
                         " the action (yet)"

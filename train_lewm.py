@@ -111,6 +111,7 @@ flag("--pred_dim", "--pred_embed_dim", type=int, default=192, help="width of the
 flag("--pred_depth", type=int, default=4, help="blocks of the predictor")
 flag("--pred_heads", "--pred_num_heads", type=int, default=4, help="attention heads of the predictor")  # fmt: skip
 flag("--predict", default="change", choices=["features", "change"], help="change: the output is added to the step's own features")  # fmt: skip
+flag("--actions", action=switch, default=True, help="--no-actions: the predictor sees neither actions nor states, to compare with")  # fmt: skip
 flag("--init_from", help="start from the encoder in this file or run folder, and from its AC predictor if it has one; tensors of that which do not fit are initialised again")  # fmt: skip
 # less memory, more speed
 flag("--activation_checkpointing", "--use_activation_checkpointing", "--gradient_checkpointing", action=switch, default=False, help="recompute blocks in the backward pass to save memory")  # fmt: skip
@@ -126,6 +127,7 @@ flag("--variance", type=float, default=1.0, help="weight of the variance term, a
 flag("--covariance", type=float, default=0.01, help="weight of the covariance term, against channels that say the same; 0 is off")  # fmt: skip
 # what keeps in the features what the player does
 flag("--idm", type=float, default=1.0, help="weight of inverse dynamics: the action, predicted from two consecutive steps; 0 is off")  # fmt: skip
+flag("--idm_hotbar", action=switch, default=False, help="inverse dynamics also predicts the hotbar's keys and slots, which can be read at the bottom of the picture")  # fmt: skip
 
 flag = parser.add_argument_group("optimizer").add_argument
 # a step takes --batch_size x --grad_accum x ranks clips
@@ -188,7 +190,15 @@ from data import (
     vpt_loader,
     windows,
 )
-from evaluation.held_out import METERS, blank, gap_text, held_out, meter_summary
+from evaluation.held_out import (
+    METERS,
+    MOVES_GAP,
+    blank,
+    gap_text,
+    held_out,
+    meter_summary,
+    moves_gap,
+)
 from evaluation.pretraining import (
     PROBE,
     SPREAD,
@@ -214,7 +224,7 @@ from files.logs import (
 )
 from files.remote import cached
 from files.shards import expand, line_warnings
-from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
+from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader, hotbar_columns
 from kernels import describe_kernels
 from model import (
     Encoder,
@@ -287,6 +297,8 @@ if __name__ == "__main__":
         parser.error(f"--encoder_arch {args.encoder_arch} is none of {names}")
     if args.encoder_arch and args.init_from:
         parser.error("--encoder_arch: the encoder's size is that of --init_from, leave it out")
+    if args.init_from and not args.actions:
+        parser.error("--no-actions: the predictor of --init_from knows actions, drop one of both")
     if args.crop_size % args.patch_size:
         parser.error(
             f"--crop_size {args.crop_size} is no multiple of --patch_size {args.patch_size}"
@@ -382,6 +394,7 @@ if __name__ == "__main__":
 
     # a clip: how it is cut and seen
     action_names = ACTION_SPACES[args.action_space]
+    hotbar = hotbar_columns(action_names)
     clip_settings = {
         "encode": args.encode,
         "fps": args.fps,
@@ -536,12 +549,25 @@ if __name__ == "__main__":
     ).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
 
+    # without actions: what encodes them is 0 and stays 0, here and in every later stage. States are
+    # left out as well, because they are sums of actions
+    if not args.actions:
+        for part in (predictor.action_encoder, predictor.state_encoder):
+            part.requires_grad_(False)
+            for parameter in part.parameters():
+                torch.nn.init.zeros_(parameter)
+
     token_encoder.activation_checkpointing = args.activation_checkpointing
 
-    # the action between two steps, from their features
+    # the action between two steps, from their features. What is open in the hotbar is no target:
+    # an encoder that reads the bottom of the picture could predict it, and see nothing else
     inverse = None
+    inverse_of = None  # all actions
+    if hotbar and not args.idm_hotbar:
+        inverse_of = [i for i in range(len(action_names)) if i not in hotbar]
     if args.idm:
-        inverse = InverseDynamics(encoder.embed_dim, len(action_names), (grid, grid))
+        targets = inverse_of or action_names
+        inverse = InverseDynamics(encoder.embed_dim, len(targets), (grid, grid))
 
     # one forward gives all losses: DDP synchronises the gradients of a single forward
     model = WorldModel(
@@ -554,6 +580,7 @@ if __name__ == "__main__":
         loss_exp=args.loss_exp,
         directions=args.sigreg_directions if args.sigreg else 0,
         continuous=len(CONTINUOUS),
+        inverse_of=inverse_of,
     ).to(device)
 
     # features that nothing spreads become constant, which is easy to predict
@@ -621,6 +648,9 @@ if __name__ == "__main__":
         "crop_size": args.crop_size,
         "pool": args.pool,
         "idm_is_on": bool(args.idm),
+        # None: all actions, and runs from before these flags
+        "inverse_of": inverse_of if args.idm else None,
+        "no_actions": not args.actions or None,
         "decoder": args.decoder,
         "predict": args.predict,
         "encode": args.encode,
@@ -723,7 +753,7 @@ if __name__ == "__main__":
     loss_weights = torch.tensor([*loss_weights, args.idm], device=device)
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", *SPREAD, "lr", "grad_norm"]
     train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
-    val_columns = ["epoch", "jloss", "sloss", *METERS, *SPREAD, *PROBE]
+    val_columns = ["epoch", "jloss", "sloss", *METERS, *SPREAD, *PROBE, *MOVES_GAP]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
         "val": (val_columns, *divmod(step, args.ipe)),
@@ -768,6 +798,8 @@ if __name__ == "__main__":
         "variance": args.variance,
         "covariance": args.covariance,
         "idm": args.idm,
+        "idm_hotbar": args.idm_hotbar,
+        "actions": args.actions,
         "dtype": args.dtype,
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -838,6 +870,7 @@ if __name__ == "__main__":
             args.auto_steps,
             args.loss_exp,
             autocast,
+            hotbar=hotbar,
         )
         note_bad(failed)
 
@@ -846,11 +879,14 @@ if __name__ == "__main__":
         for name in ("jloss", "sloss"):
             row[name] = errors.pop(name).mean().item()
         row |= meter_summary(errors, recordings)
+        row |= moves_gap(errors, recordings)
 
         # the line for the terminal: is it better than copying, and does it use the action?
         gap = gap_text(row["tf_gap"], row["tf_gap_low"], row["tf_gap_high"], recordings)
         if not math.isnan(row["ro_gap"]):
             gap += f"; rolled out {row['ro_gap']:+.2%}"
+        if hotbar:
+            gap += f"; without the hotbar {row['moves_gap']:+.2%}"
         text = f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
 
         # do the features vary, and do they say what the player did?
@@ -1053,8 +1089,9 @@ if __name__ == "__main__":
                 place = f"{step} steps" if inside else f"epoch {epochs_done}"
                 print0(f"held out after {place}: {text}")
 
-                # the usual failure: the loss falls, and the action is ignored
-                if row["tf_gap"] < 0.02 and epochs_done > args.warmup:
+                # the usual failure: the loss falls, and the action is ignored. The hotbar does not
+                # count
+                if row["moves_gap"] < 0.02 and epochs_done > args.warmup:
                     print0(
                         "WARNING: shuffled actions cost less than 2 %: THE ACTION IS IGNORED, or"
                         " hardly used (yet); raise --idm, or train for longer"

@@ -120,6 +120,7 @@ flag("--sigreg_dim", type=int, default=128, help="width of the projection that S
 flag("--variance", type=float, default=0.0, help="weight of the variance term, against channels that die; 0 is off")  # fmt: skip
 flag("--covariance", type=float, default=0.0, help="weight of the covariance term, against channels that say the same; 0 is off")  # fmt: skip
 flag("--idm", type=float, default=0.0, help="weight of inverse dynamics: the action, predicted from two consecutive steps; 0 is off")  # fmt: skip
+flag("--idm_hotbar", action=switch, default=False, help="inverse dynamics also predicts the hotbar's keys and slots, which can be read at the bottom of the picture")  # fmt: skip
 
 flag = parser.add_argument_group("optimizer").add_argument
 flag("--batch_size", "--per_device_batch_size", type=int, default=24, help="clips per rank and micro-batch")  # fmt: skip
@@ -197,7 +198,7 @@ from files.logs import (
 )
 from files.remote import cached
 from files.shards import line_warnings
-from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader
+from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader, hotbar_columns
 from model import (
     Encoder21,
     InverseDynamics,
@@ -538,9 +539,17 @@ if __name__ == "__main__":
     projector = None
     if args.sigreg:
         projector = new_projector(encoder.embed_dim, 4 * encoder.embed_dim, args.sigreg_dim)
+
+    # what is open in the hotbar is no target: an encoder that reads the bottom of the picture could
+    # predict it, and see nothing else
+    hotbar = hotbar_columns(action_names)
     inverse = None
+    inverse_of = None  # all actions
+    if hotbar and not args.idm_hotbar:
+        inverse_of = [i for i in range(len(action_names)) if i not in hotbar]
     if args.idm:
-        inverse = InverseDynamics(encoder.embed_dim, len(action_names), (grid, grid))
+        targets = inverse_of or action_names
+        inverse = InverseDynamics(encoder.embed_dim, len(targets), (grid, grid))
 
     encoder.train().requires_grad_(True)
     predictor.freeze_unused(with_context=bool(args.context_loss))
@@ -559,6 +568,7 @@ if __name__ == "__main__":
         directions=args.sigreg_directions,
         decorrelate=bool(args.variance or args.covariance),
         continuous=len(CONTINUOUS),
+        inverse_of=inverse_of,
         with_context=bool(args.context_loss),
     ).to(device)
     encoder.activation_checkpointing = args.activation_checkpointing
@@ -662,6 +672,8 @@ if __name__ == "__main__":
         "sigreg_is_on": bool(args.sigreg),
         "idm_is_on": bool(args.idm),
         "action_names": action_names if args.idm else None,
+        # None: all actions, and runs from before --idm_hotbar
+        "inverse_of": inverse_of if args.idm else None,
         "scaler_hash": scaler.hash if args.idm else None,
         "context_is_on": bool(args.context_loss) or None,  # None: runs from before this flag
         "ipe": args.ipe,
@@ -802,6 +814,7 @@ if __name__ == "__main__":
         "variance": args.variance,
         "covariance": args.covariance,
         "idm": args.idm,
+        "idm_hotbar": args.idm_hotbar,
         "dtype": args.dtype,
         "seed": args.seed,
         "batch_size": args.batch_size,

@@ -628,6 +628,11 @@ def check_encoder(encoder, name, crop_size):
             f"encoder {name}: {type(encoder).__name__} lacks {', '.join(lacks)}: weights.py says"
             " what an encoder must have, above check_encoder"
         )
+    if isinstance(encoder, PooledEncoder) and crop_size != encoder.patch_size:
+        raise ValueError(
+            f"--crop_size {crop_size}: encoder {name} makes one vector of a picture of"
+            f" {encoder.patch_size} pixels, give --crop_size {encoder.patch_size}"
+        )
     if crop_size % encoder.patch_size:
         below = crop_size // encoder.patch_size * encoder.patch_size
         fitting = [str(size) for size in (below, below + encoder.patch_size) if size]

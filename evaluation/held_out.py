@@ -80,19 +80,34 @@ METERS = [
 ]
 
 
+# columns of val.csv: the gap without the hotbar, and its interval
+MOVES_GAP = ["moves_gap", "moves_gap_low", "moves_gap_high"]
+
+
 @torch.no_grad()
-def action_meter(predictor, z, actions, states, others, compose):
+def action_meter(predictor, z, actions, states, others, compose, hotbar=()):
     """What wrong actions cost: mean absolute error of each clip at each of K = T-1 horizons (B, K),
     one step ahead (`tf_`) and rolled out from step 0 (`ro_`).
 
     Under the true actions, under shuffled ones (`others` (B, K, A): actions of another recording),
     under zero ones (the mean action), and of copying the last known step. One step ahead the states
     are the true ones. Rolled out they are `compose(state0, actions)`, because true states would
-    tell what the true actions were."""
+    tell what the true actions were.
+
+    With `hotbar` (columns of the actions) also `tf_moves`: shuffled actions, but the true hotbar.
+    """
     # copying needs no model
     z = z.float()
     target = z[:, 1:]
     predictions = {"tf_copy": z[:, :-1], "ro_copy": z[:, :1]}
+
+    # the hotbar is in every picture: a model may use that and no other action
+    if hotbar:
+        moves = others.clone()
+        moves[..., hotbar] = actions[..., hotbar]
+        predictions["tf_moves"] = torch.full_like(target, math.nan)
+        if not torch.isnan(moves).any():
+            predictions["tf_moves"] = predict(predictor, z[:, :-1], moves, states)
 
     # the model under three kinds of actions
     tried = {"true": actions, "shuffled": others, "zero": torch.zeros_like(actions)}
@@ -127,6 +142,13 @@ def meter_summary(errors, recordings):
         summary[f"{p}_gap_high"] = high.item() - 1
         summary[f"{p}_skill"] = summary[f"{p}_true"] / summary[f"{p}_copy"]
     return summary
+
+
+def moves_gap(errors, recordings):
+    """The gap one step ahead when all actions but the hotbar's are shuffled (the whole gap where
+    there is no hotbar) -> {name of MOVES_GAP: value}."""
+    shuffled = errors.get("tf_moves", errors["tf_shuffled"])
+    return dict(zip(MOVES_GAP, gap_of(shuffled, errors["tf_true"], recordings)))
 
 
 def gap_of(other, true, recordings):
@@ -303,12 +325,14 @@ def held_out(
     loss_exp,
     autocast=contextlib.nullcontext,
     compose=compose_states,
+    hotbar=(),
 ):
     """Losses and action meter of at most `clips` windows of a Clips dataset: ({name: (n, K)
     errors}, [recording], [bad clip of this rank]); "jloss" and "sloss" are (n, 1). Each rank
     evaluates a share; the results are gathered, and every rank returns all of them.
 
-    compose: model.compose_states, or what computes states from actions on another robot. Shuffled
+    compose: model.compose_states, or what computes states from actions on another robot. hotbar:
+    as in action_meter. Shuffled
     actions are those of another recording (`from_other_recordings`); their errors are nan where
     there is only one."""
     # each rank takes every world-th batch; dropout is off until the end
@@ -342,7 +366,7 @@ def held_out(
         # losses are those of training, errors those of the meter
         with autocast():
             jloss, sloss = ac_losses(predictor, z, actions, states, auto_steps, loss_exp)
-            errors = action_meter(predictor, z, actions, states, shuffled, states_of)
+            errors = action_meter(predictor, z, actions, states, shuffled, states_of, hotbar)
         errors["jloss"] = jloss.expand(len(z), 1)
         errors["sloss"] = sloss.expand(len(z), 1)
         rows.append(({k: x.float().cpu() for k, x in errors.items()}, recordings))

@@ -14,6 +14,7 @@ from data import collate, ignore_signals_in_worker, windows
 from evaluation.heads import RidgeHead, group_means, pool, score
 from files.disk import write_atomically
 from files.logs import plot_errors, plot_gap, read_csv
+from files.vpt import hotbar_columns
 from model import (
     encode_steps,
     pixels_to_video,
@@ -159,7 +160,8 @@ def read_windows(
 def inverse_probe(fit, test, names):
     """How well a ridge regression tells the action between two steps from their features: {one of
     PROBE: R² or AUROC}, nan for what does not vary. fit, test: clips of `read_windows`, of
-    different recordings; names of the actions."""
+    different recordings; names of the actions. Keys of the hotbar are left out: an encoder that
+    reads the bottom of the picture and nothing else could tell those."""
     rows = []
     for clips in (fit, test):
         z = clips["z"]
@@ -168,7 +170,9 @@ def inverse_probe(fit, test, names):
             (z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1), actions.reshape(-1, len(names)))
         )
     (a, b, y), (a_test, b_test, y_test) = rows
-    columns = np.flatnonzero((y.std(0) > 0) & (y_test.std(0) > 0))
+    varies = (y.std(0) > 0) & (y_test.std(0) > 0)
+    varies[hotbar_columns(names)] = False
+    columns = np.flatnonzero(varies)
     result = dict.fromkeys(PROBE, math.nan)
     if not len(columns):
         return result

@@ -141,8 +141,8 @@ def adapted_predictor(state):
 
 
 def open_run(path):
-    """A run folder or checkpoint of train_ac.py or train_lora.py -> (Predictor in eval mode, its
-    checkpoint dictionary, ActionScaler, file path).
+    """A run folder or checkpoint of train_ac.py, train_lewm.py or train_lora.py -> (Predictor in
+    eval mode, its checkpoint dictionary, ActionScaler, file path).
 
     The dictionary of either kind has: dataset ("vpt" or "droid"), encode, fps, frames_per_step,
     frames_per_clip, action_names, state_dim, held_out (names of recordings; [] if unknown).
@@ -153,8 +153,8 @@ def open_run(path):
         raise ValueError(f"{path} is a run of train_lam.py: judge it with eval_lam.py")
     if not ("adapter" in state or "predictor" in state) or "action_scaler" not in state:
         raise ValueError(
-            f"{path} is no checkpoint of train_ac.py or train_lora.py: it has no predictor, or no"
-            " action_scaler"
+            f"{path} is no checkpoint of train_ac.py, train_lewm.py or train_lora.py: it has no"
+            " predictor, or no action_scaler"
         )
 
     # an encoder that was trained with the predictor is in the same checkpoint. Its folder may have
@@ -168,6 +168,10 @@ def open_run(path):
     else:
         kind = {"dataset": "vpt"}
     state = kind | state
+
+    # a run that trains its encoder has it in every checkpoint: that of this one, wherever it is now
+    if settings_of(state, path).get("stage") == "lewm":
+        state["settings"] = state["settings"] | {"encoder": path}
 
     # strictly: every tensor has its place, and no place stays empty
     predictor = adapted_predictor(state) if "adapter" in state else whole_predictor(state)
@@ -211,8 +215,8 @@ class Run(NamedTuple):
 
 
 def load_run(path, dtype=None):
-    """Open a run of train_ac.py or train_lora.py on this machine -> Run. dtype: --dtype, None for
-    what it was trained in."""
+    """Open a run of train_ac.py, train_lewm.py or train_lora.py on this machine -> Run. dtype:
+    --dtype, None for what it was trained in."""
     # what a --dtype does not say, the run does
     predictor, state, scaler, path = open_run(path)
     device = pick_device()

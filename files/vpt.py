@@ -51,6 +51,13 @@ DEGREES_PER_PIXEL = 0.15  # 360/2400, VPT's CAMERA_SCALER
 SLACK = 5  # lines and frames of a real recording may differ by a few
 
 
+def hotbar_columns(names):
+    """Indices of the hotbar's keys and slots among the names of actions. The hotbar is at the
+    bottom of every picture, so a model can read these actions there and need not look at the
+    world."""
+    return [i for i, name in enumerate(names) if name in HOTBAR + SLOTS]
+
+
 def wrap(angle):
     """Radians to (-pi, pi]."""
     return np.pi - (np.pi - angle) % (2 * np.pi)

@@ -2,6 +2,7 @@
 ones, hand-made predictors, the page."""
 
 import base64
+import glob
 import html
 import json
 import math
@@ -20,7 +21,9 @@ import checkpoint
 import eval as report
 from data import ActionScaler, windows
 from evaluation import pictures
+from evaluation.comparable import clip_set, training_records
 from evaluation.held_out import (
+    action_meter,
     another_recording,
     compare_with_base,
     encoder_dtype,
@@ -29,6 +32,7 @@ from evaluation.held_out import (
     held_out,
     hold_state,
     meter_summary,
+    moves_gap,
     precision_of,
     precision_text,
     ratio_interval,
@@ -36,7 +40,7 @@ from evaluation.held_out import (
 from evaluation.runs import open_held_out, open_run
 from files import logs
 from files.shards import index_shards
-from files.vpt import ACTION_SPACES, ClipReader
+from files.vpt import ACTION_SPACES, HOTBAR, SLOTS, ClipReader
 from model import Predictor, add_lora, lora_layers, predict
 from tests import intervals
 from tests.harness import (
@@ -232,6 +236,74 @@ def test_the_interval_is_the_jackknifes():
     gap = report.gap_of(x, y, recordings)
     assert gap[0] == pytest.approx(x.mean().item() / y.mean().item() - 1)
     assert gap[1] < gap[0] < gap[2]
+
+
+def test_a_gap_of_the_hotbar_alone_is_no_use_of_the_action():
+    """Bug: a model that looks at the hotbar and at nothing else passes for one that uses the
+    action."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(6, 4, 2, 8, generator=g)
+    actions = torch.randint(1, 4, (6, 3, 3), generator=g).float()
+    others = actions.roll(1, 0) + 1
+    names = ["a", "b", "c"] * 2
+
+    def errors(hotbar):
+        states = torch.zeros(6, 4, 2)
+
+        def compose(state0, actions):
+            return states
+
+        return action_meter(Moved(), z, actions, states, others, compose, hotbar)
+
+    # this model moves channels by the first action, and knows no other
+    blind = errors(hotbar=[0, 1])
+    whole = meter_summary(blind, names)["tf_gap"]
+    assert moves_gap(blind, names)["moves_gap"] == 0 and whole != 0
+    seeing = errors(hotbar=[1, 2])
+    assert moves_gap(seeing, names)["moves_gap"] == whole
+
+    # without a hotbar it is the whole gap
+    plain = errors(hotbar=())
+    assert "tf_moves" not in plain and moves_gap(plain, names)["moves_gap"] == whole
+
+
+def test_the_same_clips_have_the_same_mark(game):
+    """Bug: two reports are compared that were made on other clips, or are taken for reports on
+    other clips because one run reads features and the other one video."""
+    settings = {"frames_per_clip": 16, "fps": 5.0, "frames_per_step": 2}
+    video = index_shards([str(game.video)])[0]
+    features = index_shards(glob.glob(str(game.held)))[0]
+    assert features[0].is_features and not video[0].is_features
+    places = [[(r, w) for r in records for w in range(2)] for records in (video, features)]
+    of_video, of_features = (clip_set(place, settings) for place in places)
+    assert of_video == of_features and of_video[:2] == (4, 2)
+
+    # fewer clips, other windows, other lengths
+    others = [places[0][1:], [(video[0], 2)], [(video[0], 0)]]
+    marks = {clip_set(place, settings).mark for place in others}
+    marks.add(clip_set(places[0], settings | {"frames_per_clip": 8}).mark)
+    assert len(marks | {of_video.mark}) == 5
+
+
+def test_a_probe_without_training_data(game, tmp_path):
+    """Bug: a report needs the training shards, which may be gone; a probe is fitted on the very
+    recordings that it is tested on."""
+    held = index_shards(glob.glob(str(game.held)))[0]
+    gone = {"data": [[str(tmp_path / "gone.tar")]], "cache_dir": None, "val_data": None}
+    gone["val_fraction"] = 0.0
+    run_of = types.SimpleNamespace(state={"dataset": "vpt"}, settings=gone)
+    judged = types.SimpleNamespace(run=run_of)
+    dataset = types.SimpleNamespace(records=held)
+    options = {"clips": 12, "val_clips": 4, "batch_size": 4, "num_workers": 0}
+    probed, why, bad = report.probe_section(judged, dataset, None, None, None, options)
+    assert probed is None and "gone.tar" in why and "--train_data" in why and not bad
+    with pytest.raises(FileNotFoundError, match="gone.tar"):
+        missing = [str(tmp_path / "gone.tar")]
+        report.probe_section(judged, dataset, None, missing, None, options)
+    with pytest.raises(ValueError, match="no recording is left to fit the probe on"):
+        training_records(gone, [str(game.video)], held)
+    run_of.state["dataset"] = "droid"
+    assert "gameplay" in report.probe_section(judged, dataset, None, None, None, options)[1]
 
 
 @pytest.mark.parametrize("recordings", [3, 5, 12])
@@ -566,6 +638,11 @@ def test_rank_and_landscape_in_the_report(game):
     misses = []
     for i in range(len(z)):
         others = report.drawn_from_others(actions, i, recordings, 8, generator)
+
+        # the hotbar, which is in every picture, is the true one
+        for k, name in enumerate(ACTION_SPACES[36]):
+            if name in HOTBAR + SLOTS:
+                others[:, k] = actions[i, -1, k]
         both = torch.cat([actions[i, -1:], others])
         e = report.energies(predictor, z[i], actions[i], states[i], both)
         ranks.append((e[1:] < e[0]).float().mean().item())
@@ -616,6 +693,10 @@ def test_retrieval_of_a_predictor_that_is_known():
     np.testing.assert_allclose(rows["copy_offset"], [1, 2, 3])
     assert rows["offset"][0] == 0
     assert rows["chance"] == pytest.approx((3 / 12 + 1 / 4) / 4)
+
+    # of the eleven other steps of its recording none, one or six are nearer; a copy has one nearer,
+    # the first step, and all others are as far as the true one
+    assert rows["rank"][0] >= 0 and rows["rank"][0] < rows["copy_rank"][0]
 
     # from one window into the other
     actions = torch.tensor([0.0, 8.0, 0.0, -5.0])[:, None, None].expand(4, 3, 1)
@@ -743,9 +824,10 @@ def test_the_page_begins_with_a_verdict(game):
     not."""
     head = game.page.partition("<pre>")[0]
     verdict = re.findall(r'<p class="verdict">(.*?)</p>', head)
-    assert len(verdict) == 2
-    assert "uses the action" in verdict[0]
-    assert "last step" in verdict[1]
+    assert len(verdict) == 3
+    assert "Comparable between encoders" in verdict[0]
+    assert "uses the action" in verdict[1]
+    assert "last step" in verdict[2]
     printed = re.findall(r"^WARNING: .*$", game.text, re.M)
     assert [html.unescape(x) for x in re.findall(r'class="warning">(.*?)</p>', head)] == printed
     assert printed
@@ -755,21 +837,28 @@ def test_verdicts():
     """Bug: an action gap that is not told from 0 counts as use of the action, or one that is not
     known as none."""
     names = ["a", "b", "c"]
-    meter = {"tf_gap": 0.3, "tf_gap_low": 0.2, "tf_gap_high": 0.4, "tf_skill": 0.7}
+    meter = {"moves_gap": 0.3, "moves_gap_low": 0.2, "moves_gap_high": 0.4}
+    meter |= {"tf_gap": 0.3, "tf_skill": 0.7}
     verdict, warnings = report.verdict_of(meter, names)
     assert verdict[0].startswith("The model uses the action: shuffled actions cost +30.00%")
     assert "better than repeating the last step: skill 0.700" in verdict[1]
     assert not warnings
 
     doubts = [
-        ({"tf_gap": 0.01}, "The model hardly uses the action", "cost less than 2 %"),
-        ({"tf_gap_low": -0.1}, "It is not shown", "no interval above 0"),
-        ({"tf_gap_low": math.nan, "tf_gap_high": math.nan}, "It is not shown", "no interval"),
-        ({"tf_gap": math.nan}, "Whether the model uses the action is not known", "action gap is"),
+        ({"moves_gap": 0.01}, "The model hardly uses the action", "cost less than 2 %"),
+        ({"moves_gap_low": -0.1}, "It is not shown", "no interval above 0"),
+        ({"moves_gap_low": math.nan, "moves_gap_high": math.nan}, "It is not shown", "no interval"),
+        (
+            {"moves_gap": math.nan},
+            "Whether the model uses the action is not known",
+            "action gap is",
+        ),
     ]
     for change, begin, warning in doubts:
         verdict, warnings = report.verdict_of(meter | change, names)
         assert verdict[0].startswith(begin) and warning in warnings[0], change
+    hotbar = report.verdict_of(meter | {"moves_gap": 0.01, "tf_gap": 0.6}, names)[0][0]
+    assert "hardly uses the action" in hotbar and "(with the hotbar +60.00%)" in hotbar
     assert "skill is not below 1" in report.verdict_of(meter | {"tf_skill": 1.2}, names)[1][0]
 
 

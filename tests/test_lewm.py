@@ -1,6 +1,8 @@
 """train_lewm.py: an encoder and a predictor trained together; stored frames; collapse and blind
 spots; whole runs: resume, ranks, what later stages take from them, refusals."""
 
+import json
+import shutil
 import types
 
 import numpy as np
@@ -11,9 +13,10 @@ import checkpoint
 import weights
 from data import Clips, fill_pixels_cache
 from evaluation.pretraining import collapse_sentence
+from evaluation.runs import open_run
 from files.pixels import open_pixels, pixels_path
 from files.shards import index_shards
-from files.vpt import ClipReader
+from files.vpt import ACTION_SPACES, ClipReader, hotbar_columns
 from model import (
     Encoder,
     InverseDynamics,
@@ -77,6 +80,26 @@ def test_the_losses_are_those_of_their_names():
     without.inverse = None
     losses, _ = without(video, actions, states)
     assert losses[2] == 0 and losses[5] == 0 and (losses[[0, 1, 3, 4]] > 0).all()
+
+
+def test_the_hotbar_is_no_target_of_inverse_dynamics():
+    """Bug: an encoder is rewarded for reading the hotbar at the bottom of the picture, or another
+    action than the hotbar is left out."""
+    names = ACTION_SPACES[36]
+    hotbar = hotbar_columns(names)
+    assert [names[i] for i in hotbar[8:10]] == ["key.9", "slot.1"] and len(hotbar) == 18
+    assert hotbar_columns(ACTION_SPACES[18]) == []
+
+    # five actions, of which the last two are the hotbar's
+    model = small_world(inverse_of=[0, 1, 2])
+    model.inverse = InverseDynamics(24, 3, (2, 2), width=16, num_heads=2)
+    video, actions, states = small_play()
+    loss = model(video, actions, states)[0][5]
+    changed = actions.clone()
+    changed[..., 3:] = 1 - changed[..., 3:]
+    assert model(video, changed, states)[0][5] == loss
+    changed[..., 2] += 1
+    assert model(video, changed, states)[0][5] != loss
 
 
 def test_no_gradient_is_stopped():
@@ -228,7 +251,7 @@ def test_a_run_learns_logs_and_says_what_comes_next(trained):
     np.testing.assert_allclose(rows[:, 7], weighted + rows[:, 5], rtol=1e-5)
     assert rows[-1, 5] < rows[0, 5]  # inverse dynamics
     names = ("epoch", "tf_skill", "tf_gap", "effective_rank", "smallest_std", "probe_yaw")
-    val = numbers(trained.out, *names, log="val.csv")
+    val = numbers(trained.out, *names, "moves_gap", log="val.csv")
     assert val[:, 0].tolist() == [1, 2] and np.isfinite(val).all()
     for text in ("held out after epoch 2: skill", "action gap", "effective rank", "yaw R2"):
         assert text in trained.text
@@ -295,6 +318,14 @@ def test_later_stages_take_the_run(world, tmp_path, trained):
     skill = numbers(trained.out, "tf_skill", log="val.csv")[-1, 0]
     assert f"{skill:.3f}" in text
 
+    # first what compares with other runs, then that the rest does not
+    lead = text.index("comparable between encoders")
+    alone = text.index("in the run's own space: this run trained its encoder")
+    assert text.index("yaw R2") < text.index("rank of the true step") < alone
+    assert lead < alone < text.index("skill (error / copying")
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["comparable"]
+    assert 0 <= found["next_step_rank"][0] <= 1 and np.isfinite(found["probe_yaw"])
+
     flags = ["--data", world.video, "--val_clips 0 --scaler", world.scaler, "--encoder"]
     flags += [trained.out, "--crop_size 32 --frames_per_clip 8 --action_space 36 --predict change"]
     flags += ["--pred_dim 48 --pred_depth 2 --pred_heads 3 --batch_size 4 --num_workers 0"]
@@ -304,6 +335,26 @@ def test_later_stages_take_the_run(world, tmp_path, trained):
         f"--init_from: {len(state['predictor'])} tensors taken; initialised again: nothing" in text
     )
     assert f"encoder {state['encoder_hash']}" in text
+
+    # a run on frozen features is judged on the same clips, by other settings
+    both = ["--checkpoint", tmp_path / "ac", "--data", world.held, "--train_data", world.video]
+    text = run(tmp_path, "eval.py", *both, *report[2:], "--out", tmp_path / "frozen")
+    assert f"in the space of encoder {state['encoder_hash']}" in text
+    frozen = json.loads((tmp_path / "frozen" / "report.json").read_text())["comparable"]
+    for name in ("fitted_on", "tested_on", "probe_yaw", "probe_keys"):
+        assert frozen[name] == pytest.approx(found[name], abs=1e-6), name
+
+
+def test_every_checkpoint_has_its_own_encoder(tmp_path, trained):
+    """Bug: an earlier checkpoint, or a run that was moved, is judged with the newest encoder of the
+    folder that it was trained in."""
+    first = tmp_path / "moved.pth.tar"
+    shutil.copy(trained.out / "checkpoint-epoch001.pth.tar", first)
+    _, state, _, path = open_run(str(first))
+    settings = checkpoint.settings_of(state)
+    assert settings["encoder"] == path == str(first)
+    hashes = {weights.encoder_hash(weights.load_encoder(p)) for p in (first, trained.out)}
+    assert state["encoder_hash"] in hashes and len(hashes) == 2
 
 
 def test_later_stages_take_one_vector_a_step(world, tmp_path):
@@ -321,6 +372,23 @@ def test_later_stages_take_one_vector_a_step(world, tmp_path):
     skill = numbers(out, "tf_skill", log="val.csv")[-1, 0]
     assert f"{skill:.3f}" in text
 
+    # features of it are one vector a step, and a predictor trains on them
+    same = ["--encoder", out, "--crop_size 32"]
+    run(tmp_path, "encode.py", "--data", world.video, *same, "--out", tmp_path / "features")
+    flags = ["--data", tmp_path / "features" / "*.tar", "--scaler", world.scaler, "--val_clips 0"]
+    flags += ["--crop_size 32 --frames_per_clip 8 --pred_dim 48 --pred_depth 2 --pred_heads 3"]
+    flags += ["--batch_size 4 --num_workers 0 --epochs 1 --ipe 2 --warmup 0 --anneal 0"]
+    text = run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "ac")
+    assert f"encoder {state['encoder_hash']}" in text
+    wrong = ["--data", world.video, "--encoder", out, "--crop_size 64 --out", tmp_path / "no"]
+    assert "give --crop_size 32" in fails(tmp_path, "encode.py", *wrong)
+
+    # and they are probed, beside other encoders
+    probe = ["--data", world.video, "--val_data", world.held, "--crop_size 32 --frames_per_clip 8"]
+    probe += ["--task inverse --steps 20 --clips 12 --val_clips 6 --num_workers 0"]
+    text = run(tmp_path, "probe.py", *probe, "--encoder", out, "vit_tiny", "--out", tmp_path)
+    assert "1 tokens a step" in text and "4 tokens a step" in text
+
 
 def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
     """Bug: the loss falls, the features have died, and the log looks healthy."""
@@ -332,6 +400,28 @@ def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
     dead = numbers(tmp_path / "dead", "jloss", "smallest_std", "inverse_loss")
     assert dead[-1, 0] < 0.1 * dead[0, 0] and (dead[:, 2] == 0).all()
     assert checkpoint.load_latest(tmp_path / "dead")[0]["inverse"] is None
+
+
+def test_without_actions_nothing_depends_on_them(world, tmp_path):
+    """Bug: the control sees actions after all, through its states or in a later stage; resuming
+    makes its zeros random."""
+    flags = [*world.flags, PLAN, "--no-actions --out_dir", tmp_path / "blind"]
+    text = run(tmp_path, "train_lewm.py", *flags, "--max_steps 3")
+    assert "resumed" in run(tmp_path, "train_lewm.py", *flags, "--resume")
+    meter = numbers(tmp_path / "blind", "tf_gap", "ro_gap", "moves_gap", log="val.csv")
+    assert (meter == 0).all() and "THE ACTION IS IGNORED" in text
+    predictor = checkpoint.load_latest(tmp_path / "blind")[0]["predictor"]
+    for name in ("action_encoder", "state_encoder"):
+        assert not predictor[f"{name}.weight"].any() and not predictor[f"{name}.bias"].any()
+    assert predictor["predictor_embed.weight"].any()
+
+
+def test_a_run_with_another_target_does_not_resume(world, tmp_path, trained):
+    """Bug: --idm_hotbar is not read, or weights of 18 targets are taken for those of 36."""
+    state, _ = checkpoint.load_latest(trained.out)
+    assert len(state["inverse"]["out.bias"]) == 18 and len(state["action_names"]) == 36
+    flags = [*trained.flags, "--resume --idm_hotbar --out_dir", trained.out]
+    assert "was trained with inverse_of [0, 1, 2, 3, 13" in fails(tmp_path, "train_lewm.py", *flags)
 
 
 def test_more_of_the_same_training(world, tmp_path, trained):
@@ -366,6 +456,7 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
             "--pixels_cache p --motion_shift 0.1",
             "--motion_shift moves the crop, and --pixels_cache",
         ),
+        ("--init_from no.pt --no-actions", "--no-actions: the predictor of --init_from"),
         ("--init_from no.pt", "--init_from no.pt: no such file or run folder"),
         ("--init_from no.pt --encoder_arch vit_tiny", "--encoder_arch: the encoder's size is that"),
         ("--scaler no.pkl", "no action scaler at no.pkl; fit one with"),

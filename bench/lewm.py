@@ -1,0 +1,266 @@
+"""What does each part of train_lewm.py do? Seeds, ablations, and frozen encoders beside it.
+
+    python -m bench.lewm --data demo --of seeds ablations frozen
+    python -m bench.lewm --data demo --of ablations --rows no_idm nothing --steps 300
+    python -m bench.lewm --data demo -- --dtype bfloat16      # flags for train_lewm.py after --
+
+Trains each row for the same number of steps on DATA/train, judges it with eval.py on DATA/val, and
+prints one table at the end. --of says which rows:
+
+seeds      the default with each of --seeds
+ablations  with the first seed: one thing left out or changed
+frozen     with the first seed: encode.py and train_ac.py on the same play with encoders that are
+           not trained here, for as many minutes (encoding included) as the default took
+
+Columns of the table. `yaw R2`, `pitch R2`, `keys AUROC` and both ranks compare all rows; skill and
+gap are in the space of each row's own encoder and compare none.
+
+skill, gap   error one step ahead over that of copying; what shuffled actions cost
+yaw R2, ...  ridge probe of the action between two steps, fitted on DATA/train
+action rank  of the true action among 256 others; 0 is first, 0.5 is chance
+step rank    of the true next step among those of its recording; the same
+eff. rank    effective rank of the held-out features, and the std of their weakest channel
+collapsed    whether training ended with its warning THE FEATURES COLLAPSE
+minutes      of training (frozen: and encoding), without validation
+
+A row that is finished is not run again, and one that was interrupted is continued."""
+
+import argparse
+import glob
+import json
+import os
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from bench import report
+from evaluation.pretraining import collapse_sentence
+from files.disk import write_atomically
+from files.logs import read_csv
+
+# a clip, the same for every row: marks of eval.py must agree
+CLIP = "--fps 10 --crop_size 48 --frames_per_clip 8 --action_space 18".split()
+BATCH = 48
+SIZE = f"--pred_dim 192 --pred_depth 4 --pred_heads 4 --batch_size {BATCH}".split()
+
+# flags of train_lewm.py, beside its defaults
+ABLATIONS = {
+    "no_idm": "--idm 0",
+    "idm_alone": "--variance 0 --covariance 0",
+    "nothing": "--variance 0 --covariance 0 --idm 0",
+    "no_actions": "--no-actions",
+    "times_3": "--variance 3 --covariance 0.03",
+    "by_3": "--variance 0.333 --covariance 0.00333",
+    "sigreg": "--sigreg 0.09 --variance 0 --covariance 0",
+    "sigreg_times_3": "--sigreg 0.27 --variance 0 --covariance 0",
+    "sigreg_by_3": "--sigreg 0.03 --variance 0 --covariance 0",
+    "one_vector": "--pool mean --sigreg 0.09 --variance 0 --covariance 0",
+    "published": "--pool mean --sigreg 0.09 --variance 0 --covariance 0 --idm 0",
+}
+ENCODERS = ["doom_tiny", "vit_tiny"]
+FROZEN = "--feature_norm standardize --predict change --lr 2e-3".split()
+
+# epochs of a run, of which the first warms up and the last three anneal
+EPOCHS = 10
+PLAN = f"--epochs {EPOCHS} --warmup 1 --anneal 3 --val_every {EPOCHS}".split()
+
+
+def run(log, *words):
+    """One of our scripts as a process of its own, its output added to the file `log`; seconds."""
+    began = time.perf_counter()
+    words = list(map(str, words))
+    with open(log, "a") as f:
+        done = subprocess.run([sys.executable, *words], stdout=f, stderr=subprocess.STDOUT)
+    if done.returncode:
+        with open(log) as f:
+            last_lines = "".join(f.readlines()[-20:])
+        raise SystemExit(f"{' '.join(words)} failed, see {log}:\n{last_lines}")
+    return time.perf_counter() - began
+
+
+def minutes_of(out):
+    """Minutes that the steps of a run took, also where it was interrupted."""
+    return (BATCH / read_csv(os.path.join(out, "train.csv"))["clips_per_s"]).sum() / 60
+
+
+def rate_of(out):
+    """Median clips a second of a run, without its first steps."""
+    rates = read_csv(os.path.join(out, "train.csv"))["clips_per_s"]
+    return float(sorted(rates[len(rates) // 2 :])[len(rates) // 4])
+
+
+def row_of(name, seed, out, minutes):
+    """The table's row of a finished and judged run."""
+    with open(os.path.join(out, "report.json")) as f:
+        found = json.load(f)
+    same = found["comparable"]
+    row = {"row": name, "seed": seed, "skill": found["tf_skill"], "gap": found["moves_gap"]}
+    for column in ("yaw", "pitch"):
+        row[f"{column} R2"] = same[f"probe_{column}"]
+    row["keys AUROC"] = same["probe_keys"]
+    row["action rank"] = same["action_rank"]
+    row["step rank"] = same["next_step_rank"][0]
+    row["eff. rank"] = same["effective_rank"]
+    row["std"] = same["smallest_std"]
+
+    # by the rule of the warning. The spread of frozen features does not change
+    log = read_csv(os.path.join(out, "train.csv"))
+    row["collapsed"] = "frozen"
+    if "effective_rank" in log:
+        ranks = log["effective_rank"]
+        is_dead = collapse_sentence(ranks[-1], log["smallest_std"][-1], ranks[0]) is not None
+        row["collapsed"] = "yes" if is_dead else "no"
+    row["minutes"] = minutes
+
+    # the same play in every row, or the comparable columns are not
+    row["clips"] = f"{same['fitted_on']['mark']}/{same['tested_on']['mark']}"
+    return row
+
+
+class Bench:
+    """The runs in a folder, on the play in another."""
+
+    def __init__(self, data, folder, steps, limits, workers, extra):
+        self.data = data
+        self.folder = folder
+        self.steps = steps
+        self.limits = limits  # flags for eval.py: how much it reads
+        self.workers = ["--num_workers", workers]
+        self.extra = extra  # flags for train_lewm.py
+        os.makedirs(folder, exist_ok=True)
+
+    def shards(self, part):
+        return sorted(glob.glob(os.path.join(self.data, part, "*.tar")))
+
+    def path(self, *parts):
+        return os.path.join(self.folder, *parts)
+
+    def judge(self, log, out, *flags):
+        """eval.py, if the run has no report yet."""
+        if os.path.exists(os.path.join(out, "report.json")):
+            return
+        data = ["--data", *self.shards("val"), "--train_data", *self.shards("train")]
+        run(log, "eval.py", "--checkpoint", out, *data, *self.limits, *self.workers, *flags)
+
+    def lewm(self, name, seed, flags):
+        """Train and judge a row of train_lewm.py; the table's row."""
+        out = self.path(f"{name}-{seed}")
+        log = out + ".txt"
+        if not os.path.exists(os.path.join(out, "report.json")):
+            data = ["--data", *self.shards("train"), "--val_data", *self.shards("val")]
+            files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", out]
+            files += ["--pixels_cache", self.path("pixels"), "--resume"]
+            plan = [*PLAN, "--ipe", max(self.steps // EPOCHS, 1), "--seed", seed]
+            options = [*CLIP, *SIZE, *plan, *self.workers, *self.extra]
+            run(log, "train_lewm.py", *data, *files, *options, *flags)
+        self.judge(log, out)
+        return row_of(name, seed, out, minutes_of(out))
+
+    def features(self, encoder):
+        """Encode the play; (folder, minutes)."""
+        out = self.path("features", encoder)
+        note = os.path.join(out, "minutes.json")
+        if not os.path.exists(note):
+            flags = ["--encoder", encoder, *CLIP[:4], *self.workers]
+            seconds = 0
+            for part, phases in (("train", 4), ("val", 1)):
+                shards = ["--data", *self.shards(part), "--out", os.path.join(out, part)]
+                seconds += run(
+                    self.path(f"{encoder}.txt"), "encode.py", *shards, *flags, "--phases", phases
+                )
+            write_atomically(note, json.dumps(seconds / 60).encode())
+        with open(note) as f:
+            return out, json.load(f)
+
+    def frozen(self, encoder, seed, minutes):
+        """Train and judge a predictor on frozen features, for `minutes` with the encoding."""
+        out = self.path(f"{encoder}-{seed}")
+        log = out + ".txt"
+        features, encoding = self.features(encoder)
+        data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
+        data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]
+        options = [*CLIP, *SIZE, *FROZEN, *self.workers]
+        if not os.path.exists(os.path.join(out, "report.json")):
+            # how many steps is that? A run that is interrupted keeps its number
+            note = out + ".steps"
+            if not os.path.exists(note):
+                trial = self.path(f"trial-{encoder}-{time.time():.0f}")
+                short = "--epochs 1 --ipe 40 --warmup 0 --anneal 0 --val_clips 0".split()
+                run(log, "train_ac.py", *data, *options, *short, "--out_dir", trial)
+                seconds = 60 * max(minutes - encoding, 0)
+                steps = max(int(seconds * rate_of(trial) / BATCH), EPOCHS)
+                write_atomically(note, str(steps).encode())
+            with open(note) as f:
+                steps = int(f.read())
+            plan = [*PLAN, "--ipe", steps // EPOCHS, "--out_dir", out, "--resume"]
+            run(log, "train_ac.py", *data, *options, *plan)
+        self.judge(log, out, "--encoder", encoder)
+        return row_of(encoder, seed, out, minutes_of(out) + encoding)
+
+
+if __name__ == "__main__":
+    # --- flags ---
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    parts = ["seeds", "ablations", "frozen"]
+    flag("--data", default="demo", help="folder of prepare.demo, with scaler.pkl (default demo)")
+    flag("--of", nargs="+", default=parts, choices=parts, help="which rows (default: all)")
+    rows_help = f"some of the ablations: {', '.join(ABLATIONS)} (default: all)"
+    flag("--rows", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help=rows_help)
+    flag("--encoders", nargs="+", default=ENCODERS, help="of frozen (default: doom_tiny vit_tiny)")
+    seeds_help = "the first one is that of ablations and frozen (default 0 1 2)"
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds_help)
+    flag("--steps", type=int, default=1000, help="training steps of a row (default 1000)")
+    minutes_help = "budget of frozen (default: what the default took with the first seed)"
+    flag("--minutes", type=float, help=minutes_help)
+    flag("--val_clips", type=int, default=256, help="clips to judge a row on (default 256)")
+    flag("--probe_clips", type=int, default=512, help="clips to fit the probe on (default 512)")
+    flag("--out", default="out/bench-lewm", help="folder of the runs (default out/bench-lewm)")
+    flag("--num_workers", type=int, default=0, help="loader processes (default 0)")
+    flag("--json", action="store_true", help="rows as JSON lines")
+    flag("extra", nargs="*", metavar="-- FLAGS", help="further flags for train_lewm.py")
+    args = parser.parse_args()
+    if args.steps < EPOCHS:
+        parser.error(f"--steps {args.steps} is too small: at least {EPOCHS}")
+    if not os.path.exists(os.path.join(args.data, "scaler.pkl")):
+        raise SystemExit(
+            f"--data {args.data} holds no demo: make one with make demo, or name its folder"
+        )
+
+    # --- the runs: (name, seed, flags of train_lewm.py, or None: a frozen encoder) ---
+    first = args.seeds[0]
+    runs = []
+    if "seeds" in args.of:
+        runs += [("default", seed, "") for seed in args.seeds]
+    if "ablations" in args.of:
+        runs += [(name, first, ABLATIONS[name]) for name in args.rows]
+    if "frozen" in args.of:
+        runs += [(encoder, first, None) for encoder in args.encoders]
+        default = os.path.join(args.out, f"default-{first}")
+        if not (args.minutes or "seeds" in args.of or os.path.exists(default)):
+            parser.error("--of frozen takes as long as the default: add seeds, or --minutes")
+
+    # --- train and judge, one after the other ---
+    limits = ["--val_clips", args.val_clips, "--probe_clips", args.probe_clips]
+    bench = Bench(args.data, args.out, args.steps, limits, args.num_workers, args.extra)
+    rows = []
+    for name, seed, flags in tqdm(runs, desc="lewm", unit="run"):
+        if flags is None:
+            minutes = args.minutes or minutes_of(default)
+            rows.append(bench.frozen(name, seed, minutes))
+        else:
+            rows.append(bench.lewm(name, seed, flags.split()))
+        tqdm.write(f"{name} {seed}: yaw R2 {rows[-1]['yaw R2']:.3f}, see {args.out}")
+
+    # --- the table ---
+    marks = {row["clips"] for row in rows}
+    if len(marks) > 1:
+        print(f"WARNING: rows are of different clips ({', '.join(sorted(marks))})")
+    report(rows, as_json=args.json, device=torch.device("cpu"))
