@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness import ROOT
 
-FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
+FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels", "examples")
 SOURCES = sorted(
     os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py"))
 )
@@ -149,7 +149,8 @@ def commands(text):
                 if (
                     word == "-m"
                     and i + 1 < len(parts)
-                    and parts[i + 1].split(".")[0] in ("prepare", "bench", "tests", "data", "droid")
+                    and parts[i + 1].split(".")[0]
+                    in ("prepare", "bench", "examples", "tests", "data", "droid")
                 ):
                     yield parts[i + 1].replace(".", "/") + ".py", parts[i + 2 :]
                 elif re.fullmatch(r"[\w/]+\.py", word):
