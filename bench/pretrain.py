@@ -124,9 +124,8 @@ def reference_networks(folder, encoder, predictor, frames, crop_size):
     return OfEncoder(theirs), OfPredictor(their_predictor), apply_masks
 
 
-def reference_step(networks, pixels, all_masks, autocast, device):
+def reference_step(encoder, predictor, apply_masks, pixels, all_masks, autocast, device):
     """A function that makes one step of app/vjepa/train.py and returns the loss."""
-    encoder, predictor, apply_masks = networks
     encoder.to(device)
     predictor.to(device)
     teacher = copy.deepcopy(encoder).requires_grad_(False)
@@ -294,13 +293,15 @@ if __name__ == "__main__":
         return torch.autocast(device.type, dtype)
 
     # --- both must compute the same ---
-    networks = reference_networks(
+    theirs, their_predictor, apply_masks = reference_networks(
         args.vjepa2, encoder, predictor, args.frames_per_clip, args.crop_size
     )
-    reference = reference_step(networks, pixels, all_masks, autocast, device)
+    reference = reference_step(
+        theirs, their_predictor, apply_masks, pixels, all_masks, autocast, device
+    )
     ours = our_step(encoder, predictor, pixels, grid, autocast, device)
     wanted, wanted_gradients = loss_and_gradients(
-        reference, networks[0].backbone, networks[1].backbone
+        reference, theirs.backbone, their_predictor.backbone
     )
     loss, gradients = loss_and_gradients(ours, encoder, predictor)
 
