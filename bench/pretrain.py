@@ -276,9 +276,7 @@ if __name__ == "__main__":
     grid = (args.frames_per_clip // encoder.tubelet_size, side, side)
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     predictor = MaskPredictor(encoder.embed_dim, grid[1:], **size, num_mask_tokens=len(KINDS))
-
-    # the reference's kinds of masks share the first mask token, because it counts lengths of clips
-    predictor.mask_tokens[1] = predictor.mask_tokens[0]
+    predictor.freeze_unused()
     frames = (args.batch_size, args.frames_per_clip, 3, args.crop_size, args.crop_size)
     pixels = torch.randint(256, frames, dtype=torch.uint8)
 
