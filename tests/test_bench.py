@@ -3,7 +3,7 @@ equal before it is timed."""
 
 import pytest
 
-from tests.harness import run_bench
+from tests.harness import fails, run_bench
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -38,3 +38,9 @@ def test_scaling_measures_each_row_by_itself(tmp_path):
     assert [r["size"] for r in rows] == [3, 6, 12, 24, 128, 256, 512, 1024]
     assert rows[4]["MiB"] < rows[3]["MiB"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pretrain_needs_a_checkout_of_the_reference(tmp_path):
+    """Bug: an ImportError about "src" where the folder of the reference is wrong."""
+    line = fails(tmp_path, "bench/pretrain.py", "--vjepa2", tmp_path)
+    assert "--vjepa2" in line and "git clone" in line

@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness import ROOT
 
-FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels")
+FOLDERS = ("", "files", "evaluation", "prepare", "bench", "kernels", "examples")
 SOURCES = sorted(
     os.path.relpath(p, ROOT) for d in FOLDERS for p in glob.glob(os.path.join(ROOT, d, "*.py"))
 )
@@ -148,7 +148,7 @@ def test_no_abbreviated_flags(path):
 
 
 # packages and modules with programs of their own: python -m bench.plan
-RUN_WITH_M = ("prepare", "bench", "tests", "data", "droid", "evaluation")
+RUN_WITH_M = ("prepare", "bench", "examples", "tests", "data", "droid", "evaluation")
 
 
 def commands(text):
