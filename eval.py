@@ -668,7 +668,8 @@ def comparable_section(judged, probed, why, rank, rows):
         report["tested_on"] = probed.tested._asdict()
 
     facts = comparable_lines(numbers, probed, why, judged.seconds)
-    facts.append("  what it is worth to a player: python -m evaluation.benchmark")
+    play = f"python -m evaluation.benchmark --checkpoint {judged.run.path}"
+    facts.append(f"  can it plan? {play}")
     facts.append(own_space(judged.run.state, judged.run.settings))
     return Section(facts, {"comparable": report}, {})
 

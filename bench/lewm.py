@@ -2,7 +2,6 @@
 
     python -m bench.lewm --data demo --of seeds ablations frozen
     python -m bench.lewm --data demo --of ablations --rows no_idm nothing --steps 300
-    python -m bench.lewm --data demo -- --dtype bfloat16      # flags for train_lewm.py after --
 
 Trains each row for the same number of steps on DATA/train, judges it with eval.py on DATA/val, and
 prints one table at the end. --of says which rows:
@@ -23,14 +22,17 @@ eff. rank    effective rank of the held-out features, and the std of their weake
 collapsed    whether training ended with its warning THE FEATURES COLLAPSE
 minutes      of training (frozen: and encoding), without validation
 
-A row that is finished is not run again, and one that was interrupted is continued."""
+A row that is finished is not run again, and one that was interrupted is continued. What follows
+`--` goes to train_lewm.py in every row."""
 
 import argparse
 import glob
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import torch
@@ -87,9 +89,9 @@ def minutes_of(out):
 
 
 def rate_of(out):
-    """Median clips a second of a run, without its first steps."""
+    """Median clips a second of a run, without the first half of its steps."""
     rates = read_csv(os.path.join(out, "train.csv"))["clips_per_s"]
-    return float(sorted(rates[len(rates) // 2 :])[len(rates) // 4])
+    return statistics.median(rates[len(rates) // 2 :])
 
 
 def row_of(name, seed, out, minutes):
@@ -175,6 +177,13 @@ class Bench:
         with open(note) as f:
             return out, json.load(f)
 
+    def trial_rate(self, log, options):
+        """Clips a second of train_ac.py in a short run, of which nothing is kept."""
+        short = "--epochs 1 --ipe 40 --warmup 0 --anneal 0 --val_clips 0".split()
+        with tempfile.TemporaryDirectory(prefix="nanojepa-bench-") as scratch:
+            run(log, "train_ac.py", *options, *short, "--out_dir", os.path.join(scratch, "run"))
+            return rate_of(os.path.join(scratch, "run"))
+
     def frozen(self, encoder, seed, minutes):
         """Train and judge a predictor on frozen features, for `minutes` with the encoding."""
         out = self.path(f"{encoder}-{seed}")
@@ -187,11 +196,9 @@ class Bench:
             # how many steps is that? A run that is interrupted keeps its number
             note = out + ".steps"
             if not os.path.exists(note):
-                trial = self.path(f"trial-{encoder}-{time.time():.0f}")
-                short = "--epochs 1 --ipe 40 --warmup 0 --anneal 0 --val_clips 0".split()
-                run(log, "train_ac.py", *data, *options, *short, "--out_dir", trial)
                 seconds = 60 * max(minutes - encoding, 0)
-                steps = max(int(seconds * rate_of(trial) / BATCH), EPOCHS)
+                rate = self.trial_rate(log, data + options)
+                steps = max(int(seconds * rate / BATCH), EPOCHS)
                 write_atomically(note, str(steps).encode())
             with open(note) as f:
                 steps = int(f.read())

@@ -1,9 +1,13 @@
 """The benchmarks of kernels and step, shrunk, from the command line: what they compare must be
 equal before it is timed."""
 
+import json
+import shutil
+
 import pytest
 
-from tests.harness import fails, run_bench
+from bench import lewm
+from tests.harness import fails, run, run_bench
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -17,6 +21,47 @@ def test_the_baseline_step_has_our_losses(tmp_path):
 
     # both were compared, and a difference above 1e-5 ends the run
     assert text.count("off by") == 2
+
+
+def test_a_row_says_whether_training_ended_in_a_collapse(tmp_path):
+    """Bug: a run whose features died is a row like any other; minutes leave out what was trained
+    before an interruption."""
+    clips = {"clips": 3, "recordings": 2}
+    same = {"probe_yaw": 0.4, "probe_pitch": 0.3, "probe_keys": 0.6, "action_rank": 0.2}
+    same |= {"next_step_rank": [0.1, 0.2], "effective_rank": 5.0, "smallest_std": 0.4}
+    same |= {"fitted_on": clips | {"mark": "a"}, "tested_on": clips | {"mark": "b"}}
+    report = {"tf_skill": 0.8, "moves_gap": 0.1, "comparable": same}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+
+    # 48 clips at 0.8 a second take a minute
+    log = tmp_path / "train.csv"
+    log.write_text("effective_rank,smallest_std,clips_per_s\n12,0.3,0.8\n1.2,0.3,1.6\n")
+    row = lewm.row_of("nothing", 0, tmp_path, lewm.minutes_of(tmp_path))
+    assert row["collapsed"] == "yes" and row["minutes"] == pytest.approx(1.5)
+    assert [row["yaw R2"], row["step rank"], row["clips"]] == [0.4, 0.1, "a/b"]
+    log.write_text("effective_rank,smallest_std,clips_per_s\n12,0.3,0.8\n5,0.3,1.6\n")
+    assert lewm.row_of("default", 0, tmp_path, 1.0)["collapsed"] == "no"
+    log.write_text("clips_per_s\n0.8\n")
+    assert lewm.row_of("vit_tiny", 0, tmp_path, 1.0)["collapsed"] == "frozen"
+
+
+@pytest.mark.slow
+def test_the_ablation_table_from_the_command_line(tmp_path, shards):
+    """Bug: rows are trained or judged on other clips; a finished row is trained again; frozen
+    features are made otherwise than the run expects."""
+    for part, number in (("train", 0), ("val", 1)):
+        (tmp_path / "play" / part).mkdir(parents=True)
+        shutil.copy(shards / f"shard-00000{number}.tar", tmp_path / "play" / part)
+    fit = ["--data", tmp_path / "play" / "train" / "*.tar", "--fps 10 --num_workers 0 --output"]
+    run(tmp_path, "fit_scaler.py", *fit, tmp_path / "play" / "scaler.pkl")
+    flags = ["--data", tmp_path / "play", "--out", tmp_path / "runs", "--rows nothing --seeds 0"]
+    flags += ["--steps 10 --minutes 0.1 --encoders doom_tiny --val_clips 4 --probe_clips 12"]
+    rows, text = run_bench(tmp_path, "lewm", *flags)
+    assert [row["row"] for row in rows] == ["default", "nothing", "doom_tiny"]
+    assert len({row["clips"] for row in rows}) == 1 and "WARNING" not in text
+    before = (tmp_path / "runs" / "nothing-0.txt").read_text()
+    again, _ = run_bench(tmp_path, "lewm", *flags)
+    assert again == rows and (tmp_path / "runs" / "nothing-0.txt").read_text() == before
 
 
 @pytest.mark.slow
