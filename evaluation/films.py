@@ -513,7 +513,7 @@ def mp4_bytes(pages, rate):
 def gif_bytes(pages, seconds):
     """Pictures -> a GIF that shows each for some seconds, again and again."""
     file = io.BytesIO()
-    small = [page.quantize(128) for page in pages]
+    small = [page.quantize(64) for page in pages]
     small[0].save(
         file,
         format="GIF",

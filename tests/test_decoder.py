@@ -1,8 +1,10 @@
 """train_decoder.py and films: the right picture for a step; distances between pictures; networks of
 others; whole runs: resume, ranks, refusals; what eval.py makes of a decoder."""
 
+import json
 import types
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,11 @@ from torch import nn
 
 import checkpoint
 import weights
-from data import Clips, PicturedClips, fill_pixels_cache
+from data import Clips, PicturedClips, fill_pixels_cache, windows
 from evaluation.decoded import Decoder, Pictures, psnr_of, squared_error, ssim
+from evaluation.films import Wishes, frechet, halves, mmd, shift_of
 from evaluation.pictures import find_videos
+from evaluation.runs import load_run, open_held_out
 from files.shards import index_shards
 from files.vpt import ClipReader
 from model import DecoderModel, PictureDecoder, TinyAutoencoder, growth_of
@@ -197,7 +201,7 @@ def test_autoencoders_that_are_none_are_refused(tmp_path):
     for part in ("encoder", "decoder"):
         state = TinyAutoencoder(4).state_dict()
         whole = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(part)}
-        torch.save(dict(list(whole.items())[1:]), tmp_path / f"x_{part}.pth")
+        torch.save(dict(list(whole.items())[:-1]), tmp_path / f"x_{part}.pth")
     with pytest.raises(ValueError, match="missing keys"):
         weights.open_picture_vae(f"taesd:{tmp_path}")
 
@@ -392,3 +396,138 @@ def test_the_schedule_is_that_of_the_other_stages():
     for step in range(1, 41):
         plan = (step, 40, 8, 12, 1e-4, 1e-3, 1e-6)
         assert train_decoder.lr_at(*plan) == train_ac.lr_at(*plan)
+
+
+# --- films ---
+
+
+def panorama(shift, steps=6):
+    """A film (steps, 3, 96, 96) in which a scene of soft blobs moves by `shift` pixels to the right
+    in each step."""
+    generator = torch.Generator().manual_seed(7)
+    wide = torch.rand(1, 3, 24, 120, generator=generator)
+    wide = nn.functional.interpolate(wide, size=(96, 480), mode="bilinear")[0]
+    starts = [200 - shift * t for t in range(steps)]
+    return torch.stack([(255 * wide[:, :, s : s + 96]).byte() for s in starts])
+
+
+def test_a_turn_to_the_right_moves_the_scene_to_the_left():
+    """Bug: a sign that is the wrong way round, or a film that stands still counted as a turn."""
+    films = torch.stack([panorama(shift) for shift in (-16, -4, 0, 4, 16)])
+    assert shift_of(films).tolist() == [-8, -2, 0, 2, 8]  # in 48ths of 96 pixels
+
+
+def test_distances_of_films_are_those_of_the_papers():
+    """Bug: a kernel without the division by D, an unbiased estimate, means without covariances."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, generator=generator).double()
+    y = torch.randn(7, 4, generator=generator).double() + 1
+
+    def mean_kernel(a, b):
+        return np.mean([[(float(p @ q) / 4) ** 2 for q in b] for p in a])
+
+    expected = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+    assert abs(mmd(x, y) - 100 * expected) < 1e-9 and abs(mmd(x, x)) < 1e-9
+
+    # the same spread around another mean: the squared distance of the means
+    many = torch.randn(400, 3, generator=generator)
+    moved = many + torch.tensor([1.0, 2.0, 0.0])
+    assert abs(frechet(many, moved) - 5) < 1e-3
+    assert abs(frechet(many, 2 * many) - frechet(many, many) - 3) < 0.6
+    one, two = halves(["a", "a", "b", "c", "b"])
+    assert (one, two) == ([0, 1], [2, 4])
+
+
+class FileOfI3D(nn.Module):
+    """What StyleGAN-V's i3d_torchscript.pt takes and gives, in little: a file for tests."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = True,
+        resize: bool = True,
+        return_features: bool = False,
+    ):
+        if x.shape[2] < 16:
+            raise ValueError("I3D needs 16 frames")
+        return torch.stack([x.mean([1, 2, 3, 4]), x.std([1, 2, 3, 4])], dim=1)
+
+
+def test_a_report_with_films(game, trained, vgg, tmp_path):
+    """Bug: predictions are compared with another clip or another step; the ceiling is not the
+    decoder on true features; a film that no player opens."""
+    torch.jit.script(FileOfI3D()).save(str(tmp_path / "i3d.pt"))
+    judged = ["--checkpoint", game.out, "--data", game.held, "--video", game.video]
+    judged += ["--samples 2 --batch_size 4 --num_workers 0 --val_clips 6 --encoder vit_tiny"]
+    judged += ["--decoder", trained.out, "--lpips", vgg, "--i3d", tmp_path / "i3d.pt"]
+    text = run(tmp_path, "eval.py", *judged, "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["pictures"]
+    errors = report["errors"]
+    clips = report["clips"]
+    assert clips >= 4 and set(errors) == {"predicted", "decoded", "copy"}
+    for of_kind in errors.values():
+        assert {k: len(v) for k, v in of_kind.items()} == {"psnr": 7, "ssim": 7, "lpips": 7}
+    assert "true features, decoded" in text and "JEDi-style MMD on vit_tiny" in text
+    assert "FVD by i3d.pt (few films make it large)" in text
+    turns = report["turns"]
+    assert turns["left"][1] == clips and turns["control"][1] == clips
+    assert report["mmd"]["recorded"] != report["mmd"]["still"]
+
+    # the copy, from the numbers in the frames: blocks of 16 x 16 that differ between two numbers
+    records, _ = index_shards(sorted(map(str, game.held.parent.glob("*.tar"))))
+    videos = find_videos([str(game.video)], records)
+    reader = ClipReader(crop_size=32, action_space=38)
+    dataset = PicturedClips(records, [1.0] * len(records), reader, videos, 64)
+    films = []
+    for items in windows(dataset, 4, 6):
+        films += [dataset[item]["pictures"][:, 0].float() / 255 for item in items]
+    film = torch.stack(films)
+    for k in (1, 7):
+        expected = psnr_of(squared_error(film[:, 0], film[:, k]))
+        assert abs(errors["copy"]["psnr"][k - 1] - expected) < 1e-3
+
+    # the film: three clips of eight steps, the first and the last of each shown three times
+    with av.open(str(tmp_path / "report" / "film.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 3 * 12 and frames[0].shape[1] == 5 * 168
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "data:image/gif;base64" in page and "Error in pixels" in page
+
+
+def test_a_decoder_of_other_features_is_refused(game, world, tmp_path):
+    """Bug: features of another norm are decoded into nonsense; the old name of a flag is taken for
+    a folder."""
+    plan = "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --val_clips 0 --feature_norm standardize"
+    run(tmp_path, "train_decoder.py", *world, plan, "--out_dir", tmp_path / "run")
+    judged = ["--checkpoint", game.out, "--data", game.held, "--video", game.video]
+    judged += ["--samples 2 --batch_size 4 --num_workers 0 --val_clips 4 --out", tmp_path / "r"]
+    text = fails(tmp_path, "eval.py", *judged, "--decoder", tmp_path / "run")
+    assert "was trained with feature_norm standardize, the predictor with layer" in text
+    text = fails(tmp_path, "eval.py", *judged, "--decoder", game.out)
+    assert "is no run of train_decoder.py" in text
+    text = fails(tmp_path, "eval.py", *judged, "--decoder decord")
+    assert "--decoder decord is now --video_decoder decord" in text
+    text = fails(tmp_path, "eval.py", *judged, "--i3d x.pt")
+    assert "--i3d judges pictures: name a run of train_decoder.py with --decoder" in text
+
+
+def test_wished_turns_are_turns_and_hold_the_hotbar(game):
+    """Bug: left and right exchanged, a mouse that does not move with the camera, another weapon."""
+    judged_run = load_run(str(game.out))
+    names = judged_run.state["action_names"]
+    dataset = open_held_out(
+        judged_run.state, judged_run.scaler, [str(game.held)], None, judged_run.device
+    )[0]
+    actions = torch.stack([dataset[i]["actions"] for i in sum(windows(dataset, 2, 4), [])])
+    wishes = Wishes(types.SimpleNamespace(run=judged_run, actions=actions))
+    left, right, walk = (of(1) for of in wishes.kinds().values())
+    plain = {k: wishes.raw(a) for k, a in {"left": left, "right": right, "walk": walk}.items()}
+    yaw = names.index("yaw_diff")
+    assert (plain["left"][:, yaw] < 0).all() and (plain["right"][:, yaw] > 0).all()
+    np.testing.assert_allclose(plain["left"][:, yaw], -wishes.turn, rtol=1e-4)
+    degrees = np.degrees(plain["right"][:, yaw])
+    np.testing.assert_allclose(plain["right"][:, names.index("mouse_dx")] * 0.15, degrees, 1e-3)
+    assert (plain["walk"][:, names.index("key.w")] == 1).all()
+    np.testing.assert_allclose(plain["walk"][:, yaw], 0, atol=1e-6)
+    slots = [i for i, name in enumerate(names) if name.startswith("slot.")]
+    assert (plain["left"][:, slots] == actions[1, 0, slots].numpy()).all()
