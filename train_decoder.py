@@ -516,19 +516,19 @@ if __name__ == "__main__":
             changed_flags(state["args"], vars(args)),
         )
 
-    # a new run measures the channels on 256 clips, shared among the ranks, as train_ac.py does on
-    # the same data, and the mean picture: the decoder starts there
+    # a new run measures the channels on 256 clips, as train_ac.py does on the same data, and the
+    # mean picture on 64, because the decoder starts there; the ranks share the clips
     else:
 
-        def sample():
-            """Batches of up to 256 training clips, a share of them for each rank."""
-            for items in windows(train_set, args.batch_size, 256, rank, world):
+        def sample(count):
+            """Batches of up to `count` training clips, a share of them for each rank."""
+            for items in windows(train_set, args.batch_size, count, rank, world):
                 yield collate([train_set[i] for i in items])
 
         if args.feature_norm == "standardize":
-            raw = (features_of(batch, normalize=False)[0] for batch in sample())
+            raw = (features_of(batch, normalize=False)[0] for batch in sample(256))
             feature_stats |= channel_stats(raw, feature_source["embed_dim"], device)
-        targets = (pictures.targets(batch).flatten(1)[None, :, None] for batch in sample())
+        targets = (pictures.targets(batch).flatten(1)[None, :, None] for batch in sample(64))
         mean = channel_stats(targets, decoder.mean.numel(), device)["mean"]
         decoder.mean.copy_(mean.view_as(decoder.mean))
 

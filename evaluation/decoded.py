@@ -144,7 +144,8 @@ def decoded_rows(model, dataset, features_of, pictures, batch_size, clips, num_w
         worker_init_fn=ignore_signals_in_worker,
     )
     model.eval()
-    rows, bad, shown = [], [], {}
+    rows, bad = [], []
+    shown = {}
     for batch in loader:
         # all steps at once
         bad += batch["bad"]

@@ -101,7 +101,9 @@ def true_actions(judged):
 @torch.no_grad()
 def make_films(judged, decoder, frames, clips):
     """The Films of some clips."""
-    recorded, decoded, predicted = [], [], []
+    recorded = []
+    decoded = []
+    predicted = []
     ahead = rollouts(judged, clips, true_actions(judged))
     for i in tqdm(clips, "films", delay=10, unit=" clips"):
         recorded.append(recorded_film(frames, i, decoder.pictures.size))
@@ -538,7 +540,7 @@ def film_report(judged, decoder, frames, shown, folder, encoder=None, lpips=None
     decoder.check(judged.run)
     seconds = judged.seconds
     others = [i for i in judged.places if i not in shown]
-    clips = [*shown, *others][: max(COMPARED, len(shown))]
+    clips = shown + others[: max(COMPARED - len(shown), 0)]
     films = make_films(judged, decoder, frames, clips)
     recordings = [judged.recordings[i] for i in clips]
 
