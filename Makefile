@@ -106,7 +106,7 @@ KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their o
 
 AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2  # as on processors without AVX-512
 # files that compare results bit by bit
-BITS = tests/test_first_version.py tests/test_checkpoint.py tests/test_compile.py tests/test_data.py tests/test_droid.py tests/test_encode.py tests/test_eval.py tests/test_faults.py \
+BITS = tests/test_first_version.py tests/test_checkpoint.py tests/test_compile.py tests/test_data.py tests/test_decoder.py tests/test_droid.py tests/test_encode.py tests/test_eval.py tests/test_faults.py \
 	tests/test_kernels.py tests/test_lam.py tests/test_lewm.py tests/test_lora.py tests/test_model.py tests/test_plan.py tests/test_probe.py \
 	tests/test_encoders.py tests/test_examples.py tests/test_stats.py tests/test_train.py tests/test_vjepa.py tests/test_weights.py
 

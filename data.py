@@ -68,8 +68,8 @@ from files.shards import (
     stamp,
 )
 from files.streams import StreamedClips
-from files.video import WrongDecoder, mp4_times, video_rate
-from files.vpt import ACTION_SPACES, ClipReader, step_size, wrap
+from files.video import WrongDecoder, mp4_times, read_frames, video_rate
+from files.vpt import ACTION_SPACES, ClipReader, step_actions, step_size, wrap
 
 # --- action scaler ---
 
@@ -453,14 +453,21 @@ class Clips(torch.utils.data.Dataset):
         with Slice(record.shard, *record.members["mp4"]) as f:
             return self.reader(f, times, ticks, start, rng, record.key, pixels)
 
+    def first_step(self, number, place):
+        """The step of a member of features at which a clip starts. ValueError if it is too
+        short."""
+        record = self.records[number]
+        steps = self.reader.frames // self.reader.frames_per_step
+        starts = record.length - steps + 1
+        if starts < 1:
+            raise ValueError(f"too short: {record.length} steps of features, a clip needs {steps}")
+        return int(place * starts) if isinstance(place, float) else place * steps
+
     def _read_features(self, number, place, rng):
         record = self.records[number]
         reader = self.reader
         steps = reader.frames // reader.frames_per_step
-        starts = record.length - steps + 1
-        if starts < 1:
-            raise ValueError(f"too short: {record.length} steps of features, a clip needs {steps}")
-        start = int(place * starts) if isinstance(place, float) else place * steps
+        start = self.first_step(number, place)
         z, actions, states = feature_rows(record, start, start + steps)
         actions = actions.numpy()
         states = states.double().numpy()
@@ -528,6 +535,96 @@ class Clips(torch.utils.data.Dataset):
         raise ValueError(
             f"20 clips in a row cannot be used, the last from {record.shard}: {reason}"
         )
+
+
+# --- features and the pictures they were made from ---
+
+
+def shown_frames(frames, encode, every_frame):
+    """Places of the frames of a step that are its pictures: the last one of `frames`, the first
+    where the encoder has seen no other (--encode frame), or with `every_frame` all of them."""
+    if every_frame:
+        return list(range(frames))
+    return [frames - 1 if encode == "tubelet" else 0]
+
+
+class PicturedClips(Clips):
+    """Clips of features of play, with the frames that they were made from: "pictures" (T, frames,
+    3, size, size) uint8 of each step (`shown_frames`).
+
+    videos: {recording: Record with an mp4}. The reader has no scaler and no noise: the actions of
+    features and video are compared, since another recording of the same name would be learned as
+    well. pixels_cache as in Clips, of frames of this size."""
+
+    def __init__(
+        self, records, shares, reader, videos, size, every_frame=False, seed=0, pixels_cache=None
+    ):
+        super().__init__(records, shares, reader, seed, pixels_cache)
+        self.videos = videos
+        self.size = size
+        self.shown = shown_frames(reader.frames_per_step, reader.encode, every_frame)
+        shards = {v.shard for v in videos.values()}
+        self.stamps |= {path: stamp(path) for path in shards if os.path.exists(path)}
+        self.sources = {}
+
+    def _open_source(self, name):
+        """Frame times, ticks, frames of a line and stored frames (or None) of the recording that
+        features were made from, kept for 256 of them."""
+        if name not in self.sources:
+            record = self.videos[name]
+            self._check_unchanged(record.shard)
+            with Slice(record.shard, *record.members["mp4"]) as f:
+                times = mp4_times(f)
+                frame_rate = video_rate(f, times)
+            ticks = read_ticks(record)
+            ratio = self.reader.frames_per_line(ticks, len(times), frame_rate)
+            pixels = None
+            if self.pixels_cache:
+                path = pixels_path(self.pixels_cache, record, self.size, self.reader.decoder)
+                pixels = open_pixels(path, len(times), self.size)
+            if len(self.sources) == 256:
+                self.sources.popitem()
+            self.sources[name] = (times, ticks, ratio, pixels)
+        return self.sources[name]
+
+    def _read_features(self, number, place, rng):
+        clip = super()._read_features(number, place, rng)
+        if clip is None:
+            return None
+
+        # the key of features names the tick that they start from
+        record = self.records[number]
+        reader = self.reader
+        times, ticks, ratio, pixels = self._open_source(record.recording)
+        stride = step_size(ticks.rate, reader.fps)
+        first_tick = int(record.key.rpartition("@")[2])
+        first_tick += self.first_step(number, place) * reader.frames_per_step * stride
+        sampled = first_tick + stride * np.arange(reader.frames)
+        steps = sampled.reshape(-1, reader.frames_per_step)
+
+        # the same actions, or it is another recording of that name
+        ends = steps[:, -1] if reader.encode == "tubelet" else steps[:, 0]
+        actions, _ = step_actions(ticks, ends, reader.action_space)
+        if not np.allclose(actions, clip["actions"].numpy(), atol=1e-4):
+            video = self.videos[record.recording]
+            raise ValueError(
+                f"--video: {video.shard} {video.key} has other actions than the features of that"
+                " name: it is not what they show"
+            )
+
+        # only the frames that are shown are decoded
+        wanted = steps[:, self.shown].ravel() * ratio
+        if pixels is not None:
+            frames = np.asarray(pixels[wanted])
+        else:
+            video = self.videos[record.recording]
+            with Slice(video.shard, *video.members["mp4"]) as f:
+                frames = read_frames(f, times, wanted, self.size, reader.decoder)
+            top = (frames.shape[1] - self.size) // 2
+            left = (frames.shape[2] - self.size) // 2
+            frames = frames[:, top : top + self.size, left : left + self.size]
+        pictures = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
+        return clip | {"pictures": pictures.unflatten(0, (len(steps), len(self.shown)))}
 
 
 # --- windows of latents ---
@@ -1070,10 +1167,11 @@ def vpt_loader(
     "actions" (B, T-1, A), "states" (B, T, 2), "key", "bad", "bytes". Plain video has no actions and
     no states.
 
-    data: patterns, or (records, shares) of open_split or open_films. cache_dir: URLs among the
-    patterns are copied there, at most cache_size GB. reader: a ClipReader, default ClipReader(), or
-    a FilmReader for plain video. batches_per_epoch: by default one pass of non-overlapping clips.
-    loader.bad lists the recordings that were left out while indexing."""
+    data: patterns, (records, shares) of open_split or open_films, or Clips, which have their own
+    reader and seed. cache_dir: URLs among the patterns are copied there, at most cache_size GB.
+    reader: a ClipReader, default ClipReader(), or a FilmReader for plain video. batches_per_epoch:
+    by default one pass of non-overlapping clips. loader.bad lists the recordings that were left out
+    while indexing."""
     reader = reader or ClipReader()
     if cache_dir:
         groups = [data] if isinstance(data, str) else data
@@ -1086,7 +1184,7 @@ def vpt_loader(
         "worker_init_fn": ignore_signals_in_worker,
     }
 
-    is_opened = isinstance(data, tuple)
+    is_opened = isinstance(data, tuple | Clips)
     urls = [] if is_opened else expand(data)
     if any(map(is_stream, urls)):
         if data_weights or not all(map(is_stream, urls)):
@@ -1098,14 +1196,17 @@ def vpt_loader(
         dataset = StreamedClips(urls, reader, seed, epoch, rank, world)
         options |= {"batch_size": batch_size, "drop_last": True}
     else:
-        if is_opened:
-            records, shares = data
-            bad = []
+        bad = []
+        if isinstance(data, Clips):
+            dataset = data
+        elif is_opened:
+            dataset = Clips(*data, reader, seed, pixels_cache)
         else:
             records, shares, _, bad = open_split(data, data_weights)
-        dataset = Clips(records, shares, reader, seed, pixels_cache)
+            dataset = Clips(records, shares, reader, seed, pixels_cache)
         if batches_per_epoch is None:
-            batches_per_epoch = max(one_pass(records, reader) // (batch_size * world), 1)
+            clips = one_pass(dataset.records, dataset.reader)
+            batches_per_epoch = max(clips // (batch_size * world), 1)
         order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
         options["batch_sampler"] = order
 

@@ -48,11 +48,19 @@ def parse_flags():
     flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
     flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
 
+    # features as pictures
+    flag = parser.add_argument_group("films").add_argument
+    flag("--decoder", help="a run of train_decoder.py: predictions as pictures and as a film")
+    flag("--lpips", help="also measure LPIPS: NVIDIA's vgg16.pt, a TorchScript file")
+    flag("--i3d", help="also measure FVD: an I3D in a TorchScript file")
+
     # what changes speed and memory, but no number beyond rounding
     flag = parser.add_argument_group("how").add_argument
     flag("--batch_size", type=int, default=32, help="clips at once")
     flag("--dtype", choices=DTYPES, help="autocast precision (default: what the run trained in)")
-    flag("--decoder", choices=["pyav", "decord"], help="video decoder (default: the run's)")
+    flag(
+        "--video_decoder", choices=["pyav", "decord"], help="what reads video (default: the run's)"
+    )
     flag("--num_workers", type=int, default=2, help="loader processes")
 
     # one check, one message
@@ -68,6 +76,12 @@ def parse_flags():
     # one dimension swept twice would be a diagonal, not a landscape
     if args.landscape and args.landscape[0] == args.landscape[1]:
         parser.error(f"--landscape {' '.join(args.landscape)}: name two different dimensions")
+    # what reads video had this name once
+    if args.decoder in ("pyav", "decord"):
+        parser.error(f"--decoder {args.decoder} is now --video_decoder {args.decoder}")
+    for name in ("lpips", "i3d"):
+        if getattr(args, name) and not args.decoder:
+            parser.error(f"--{name} judges pictures: name a run of train_decoder.py with --decoder")
     return args
 
 
@@ -88,6 +102,8 @@ import checkpoint
 from data import windows
 from evaluation import pictures
 from evaluation.comparable import comparable_lines, own_space, probe_run, training_records
+from evaluation.decoded import Decoder
+from evaluation.films import film_report
 from evaluation.held_out import (
     bands_of,
     from_other_recordings,
@@ -107,6 +123,7 @@ from files.logs import count_text, to_json
 from files.progress import tqdm
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader, hotbar_columns
 from model import predict, predict_on
+from weights import Lpips
 
 # clips whose actions are ranked and swept: each costs some hundred predictions
 SAMPLED = 96
@@ -810,7 +827,7 @@ class Frames:
     """The pictures that the steps of a clip end with: of the clips themselves, or with `videos`
     (of pictures.find_videos) those that features were made from."""
 
-    def __init__(self, judged, dataset, videos):
+    def __init__(self, judged, dataset, videos, size=FRAME_SIZE):
         # where clips and their recordings are
         self.judged = judged
         self.records = dataset.records
@@ -824,7 +841,7 @@ class Frames:
                 reader.frames,
                 reader.fps,
                 reader.frames_per_step,
-                FRAME_SIZE,
+                size,
                 reader.action_space,
                 reader.scaler,
                 reader.encode,
@@ -940,7 +957,14 @@ if __name__ == "__main__":
         warnings.append(line)
 
     dataset, features_of, compose, bad = open_held_out(
-        run.state, run.scaler, args.data, args.encoder, run.device, run.dtype, args.decoder, warn
+        run.state,
+        run.scaler,
+        args.data,
+        args.encoder,
+        run.device,
+        run.dtype,
+        args.video_decoder,
+        warn,
     )
     has_pixels = "safetensors" not in dataset.records[0].members
     videos = pictures.find_videos(args.video, dataset.records) if args.video else None
@@ -1009,6 +1033,29 @@ if __name__ == "__main__":
     figures["Patch tokens as colours"] = [token_colors(judged, shown[0], frames)]
     figures["Attention"] = [attention_figure(judged, shown[0], heads, frames)]
 
+    # --- films ---
+    # the same rollouts as pictures, by a run of train_decoder.py
+    folder = args.out or os.path.dirname(run.path) or "."
+    if args.decoder:
+        decoder = Decoder(args.decoder, run.device)
+        if frames is None:
+            raise ValueError("--decoder: name the shards that features were made from with --video")
+        section = Section(
+            *film_report(
+                judged,
+                decoder,
+                Frames(judged, dataset, videos, decoder.pictures.size),
+                shown,
+                folder,
+                args.encoder or run.settings["encoder"],
+                Lpips(args.lpips).to(run.device) if args.lpips else None,
+                args.i3d,
+            )
+        )
+        print(*section.facts, sep="\n")
+        sections.append(section)
+        figures |= section.figures
+
     # --- report.json, report.html ---
     # the same numbers for programs and for people
     report = {
@@ -1025,7 +1072,6 @@ if __name__ == "__main__":
         facts += section.facts
 
     # both files are whole or not there, and beside the checkpoint unless told otherwise
-    folder = args.out or os.path.dirname(run.path) or "."
     write_atomically(os.path.join(folder, "report.json"), to_json(report).encode())
     pictures.write_page(
         os.path.join(folder, "report.html"),

@@ -2,7 +2,7 @@
 action-conditioned predictor (V-JEPA 2-AC), latent actions and LoRA layers.
 
 The file reads from top to bottom: positions, transformer, encoder, predictor, features (from a
-batch to what the losses compare), losses, latent actions, LoRA.
+batch to what the losses compare), losses, pictures, latent actions, LoRA.
 
 Shapes, one alphabet for the whole project:
     B clips · T steps · H, W patch grid · N = H*W patches of a step
@@ -675,8 +675,11 @@ def make_features_of(
     def features_of(batch, normalize=True):
         is_encoded = "z" in batch
         h = batch["z" if is_encoded else "video"].to(device, non_blocking=True)
-        actions = batch["actions"].to(device, non_blocking=True)
-        states = batch["states"].to(device, non_blocking=True)
+        # plain video has none of these
+        actions, states = batch.get("actions"), batch.get("states")
+        if actions is not None:
+            actions = actions.to(device, non_blocking=True)
+            states = states.to(device, non_blocking=True)
 
         if not is_encoded:
             # weights in bf16 need no autocast, it would only cast back and forth
@@ -1500,6 +1503,236 @@ def feature_spread(x):
     covariance = sums[:-1] / count - torch.outer(mean, mean)
     rank = covariance.trace().square() / covariance.square().sum().clamp_min(1e-30)
     return rank.item(), covariance.diag().min().clamp_min(0).sqrt().item()
+
+
+# --- pictures ---
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions on top of their input. (B, C, H, W) -> the same shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.gelu(self.conv1(F.gelu(self.norm(x)))))
+
+
+def growth_of(factor):
+    """By what a grid of patches grows to a picture that is `factor` times as large: (first step,
+    number of doublings, last step). The last step makes 4, 2 or 1 pixels of one place, the first
+    one takes what is no power of two."""
+    last = math.gcd(factor, 4)
+    rest = factor // last
+    doublings = 0
+    while rest % 2 == 0:
+        rest //= 2
+        doublings += 1
+    return rest, doublings, last
+
+
+class PictureDecoder(nn.Module):
+    """Layer-normed features of single steps (B, N, E) -> pictures (B, C, size, size).
+
+    Transformer blocks let the patches of a step agree. Convolutions then double the side of the
+    grid until it is a quarter of the picture's, and a last one gives the pixels of each place.
+    Every doubling halves the channels, down to `least_width`. The output is added to a mean picture
+    (`mean`), so that an untrained decoder shows that."""
+
+    def __init__(
+        self, embed_dim, grid, channels, size, width=192, depth=2, num_heads=4, least_width=48
+    ):
+        super().__init__()
+        if size % grid:
+            raise ValueError(
+                f"a picture of {size} pixels cannot be cut into {grid} x {grid} patches: choose a"
+                f" multiple of {grid}"
+            )
+        self.grid = grid
+        self.size = size
+        self.embed = Linear(embed_dim, width)
+        self.pos = nn.Parameter(torch.zeros(1, grid**2, width))
+        self.blocks = nn.ModuleList(Block(width, num_heads, 4 * width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+        # from the grid of patches to the picture
+        first, doublings, self.last = growth_of(size // grid)
+        self.first = first
+        self.spread = Linear(width, first**2 * width)
+        stages = [ConvBlock(width)]
+        for _ in range(doublings):
+            narrower = max(width // 2, least_width)
+            stages.append(nn.Upsample(scale_factor=2))
+            stages.append(nn.Conv2d(width, narrower, 3, padding=1))
+            stages.append(ConvBlock(narrower))
+            width = narrower
+        self.stages = nn.Sequential(*stages)
+        self.out = nn.Conv2d(width, channels * self.last**2, 3, padding=1)
+        self.register_buffer("mean", torch.zeros(channels, size, size))
+        self.activation_checkpointing = False
+
+        # positions as in other transformers, pictures from the mean one on
+        init_weights(self, self.blocks)
+        nn.init.trunc_normal_(self.pos, std=0.02)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, z):
+        x = self.embed(z) + self.pos
+        for blk in self.blocks:
+            x, _ = run_block(self, blk, x)
+
+        # each patch becomes first x first places of the grid
+        x = self.spread(self.norm(x)).transpose(1, 2)  # (B, first^2 * width, N)
+        x = F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), self.first)
+        x = self.stages(x)
+        x = F.pixel_shuffle(self.out(F.gelu(x)), self.last)  # (B, C, size, size)
+        return self.mean + x
+
+
+def picture_gradients(x):
+    """Differences (..., H, W) -> of neighbours below each other, and beside each other."""
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+class DecoderModel(nn.Module):
+    """Losses of a PictureDecoder. One forward gives all: DDP synchronises a single forward.
+
+    noise: features get Gaussian noise of a std drawn from 0 to this for every step, so that
+    predictions, which are blurred, decode too. Features are layer-normed, so their own std is 1.
+    perceptual: a function from two batches of pictures (B, 3, H, W) in [0, 1] to distances (B,), or
+    None."""
+
+    def __init__(self, decoder, noise=0.0, perceptual=None):
+        super().__init__()
+        self.decoder = decoder
+        self.noise = noise
+        self.perceptual = perceptual
+
+    def forward(self, z, targets, seed=0):
+        """z (B, N, E), targets (B, C, size, size) -> losses (3,): mean absolute error, that of the
+        gradients of the picture, and LPIPS (0 without `perceptual`)."""
+        if self.noise:
+            generator = torch.Generator(z.device).manual_seed(seed)
+            std = self.noise * torch.rand(len(z), 1, 1, generator=generator, device=z.device)
+            noise = torch.randn(z.shape, generator=generator, device=z.device)
+            # predictions are layer-normed, too
+            z = normalize_features(z + std * noise)
+        return self.losses(self.decoder(z), targets)
+
+    def losses(self, pictures, targets):
+        """The three losses of decoded pictures."""
+        # edges, where a mean over possible pictures would be grey
+        error = (pictures - targets).abs().mean()
+        edges = torch.zeros_like(error)
+        for a, b in zip(picture_gradients(pictures), picture_gradients(targets)):
+            edges = edges + (a - b).abs().mean() / 2
+
+        # what a network for pictures finds different; it sees three channels at once
+        distance = torch.zeros_like(error)
+        if self.perceptual is not None:
+            frames = pictures.unflatten(1, (-1, 3)).flatten(0, 1)
+            of_targets = targets.unflatten(1, (-1, 3)).flatten(0, 1)
+            distance = self.perceptual(frames, of_targets).mean()
+        return torch.stack([error, edges, distance])
+
+
+class TinyBlock(nn.Module):
+    """A residual block of TAESD (madebyollin/taesd, MIT), with its names. With `pooled` a wider
+    1x1 part comes first, as in the newer models."""
+
+    def __init__(self, pooled=False, width=64):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.pool = None
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
+
+    def forward(self, x):
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(self.conv(x) + x)
+
+
+class SoftClamp(nn.Module):
+    """TAESD's bound on latents, at 3."""
+
+    def forward(self, x):
+        return 3 * torch.tanh(x / 3)
+
+
+class TinyAutoencoder(nn.Module):
+    """TAESD: a small autoencoder for pictures, with the names of its files. Latents are an eighth
+    of the picture's side."""
+
+    factor = 8
+
+    def __init__(self, channels, pooled=False):
+        super().__init__()
+        self.channels = channels
+
+        # each halving is a convolution without a bias, then three blocks
+        layers = [nn.Conv2d(3, 64, 3, padding=1), TinyBlock()]
+        for deep in (False, False, pooled):
+            layers.append(nn.Conv2d(64, 64, 3, padding=1, stride=2, bias=False))
+            layers += [TinyBlock(deep) for _ in range(3)]
+        layers.append(nn.Conv2d(64, channels, 3, padding=1))
+        self.encoder = nn.Sequential(*layers)
+
+        # each doubling is three blocks, then a convolution without a bias
+        layers = [SoftClamp(), nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU()]
+        for deep in (pooled, False, False):
+            layers += [TinyBlock(deep) for _ in range(3)]
+            layers.append(nn.Upsample(scale_factor=2))
+            layers.append(nn.Conv2d(64, 64, 3, padding=1, bias=False))
+        layers += [TinyBlock(), nn.Conv2d(64, 3, 3, padding=1)]
+        self.decoder = nn.Sequential(*layers)
+
+    def encode(self, pictures):
+        """(B, 3, H, W) in [0, 1] -> latents (B, channels, H / 8, W / 8)."""
+        return self.encoder(pictures)
+
+    def decode(self, latents):
+        """The inverse; pictures may leave [0, 1] a little."""
+        return self.decoder(latents)
+
+
+class DiffusersPictures(nn.Module):
+    """AutoencoderTiny or AutoencoderKL of diffusers, with the interface of TinyAutoencoder."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+        self.channels = vae.config.latent_channels
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if hasattr(vae.config, "encoder_block_out_channels"):
+            self.factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+
+        # KL latents have any size: their config brings them to a std of 1
+        self.is_kl = type(vae).__name__ == "AutoencoderKL"
+        self.scale = vae.config.scaling_factor if self.is_kl else 1.0
+
+    def encode(self, pictures):
+        encoded = self.vae.encode(2 * pictures - 1)
+        latents = encoded.latent_dist.mode() if self.is_kl else encoded.latents
+        return latents * self.scale
+
+    def decode(self, latents):
+        return self.vae.decode(latents / self.scale).sample / 2 + 0.5
 
 
 # --- latent actions ---

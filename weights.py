@@ -6,9 +6,10 @@ is executed: `weights_only=True`. Sizes come from the tensors. Only the number o
 tensor: it is that of a known architecture, or must be given.
 
 In this order: names and downloads · files of Meta, Hugging Face and ours · opening an encoder ·
-PEFT adapters · bases and exports."""
+autoencoders and judges of pictures · PEFT adapters · bases and exports."""
 
 import datetime
+import glob
 import hashlib
 import http.client
 import json
@@ -38,6 +39,7 @@ from model import (
     CONDITION,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    DiffusersPictures,
     Encoder,
     Encoder21,
     Linear,
@@ -46,6 +48,7 @@ from model import (
     PictureEncoder,
     PooledEncoder,
     Predictor,
+    TinyAutoencoder,
     add_lora,
     lora_layers,
     merged_state,
@@ -902,6 +905,93 @@ def decoder_of(records, decoder):
             f" {made_with}; leave the flag out"
         )
     return made_with
+
+
+# --- autoencoders of pictures ---
+
+
+def open_picture_vae(spec):
+    """A frozen autoencoder of pictures from the disk -> an object with encode, decode, `channels`
+    and `factor` (see model.TinyAutoencoder).
+
+    spec: "diffusers:FOLDER" with config.json and weights of AutoencoderTiny or AutoencoderKL, or
+    "taesd:FOLDER" with NAME_encoder.pth and NAME_decoder.pth of madebyollin/taesd (taesd, taef1,
+    taef2 and their relatives). ValueError for anything else."""
+    kind, _, folder = spec.partition(":")
+    if kind == "diffusers" and os.path.exists(os.path.join(folder, "config.json")):
+        vae = open_diffusers_pictures(spec, folder)
+    elif kind == "taesd" and os.path.isdir(folder):
+        vae = open_tiny_autoencoder(spec, folder)
+    else:
+        raise ValueError(
+            f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of AutoencoderTiny"
+            " or AutoencoderKL, or taesd:FOLDER, with NAME_encoder.pth and NAME_decoder.pth"
+        )
+    return vae.requires_grad_(False).eval()
+
+
+def open_diffusers_pictures(spec, folder):
+    """open_picture_vae for a folder of diffusers."""
+    with open(os.path.join(folder, "config.json")) as f:
+        name = json.load(f).get("_class_name")
+    if name not in ("AutoencoderTiny", "AutoencoderKL"):
+        raise ValueError(f"--vae {spec} is a {name}: AutoencoderTiny and AutoencoderKL are known")
+    try:
+        import diffusers
+    except ImportError as e:
+        raise ValueError("--vae diffusers: needs: pip install diffusers") from e
+    vae = getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
+    return DiffusersPictures(vae.float())
+
+
+def open_tiny_autoencoder(spec, folder):
+    """open_picture_vae for the two files of a TAESD model."""
+    parts = {}
+    for part in ("encoder", "decoder"):
+        files = glob.glob(os.path.join(glob.escape(folder), f"*_{part}.pth"))
+        if len(files) != 1:
+            raise ValueError(f"--vae {spec}: {len(files)} files *_{part}.pth there, not one")
+        parts[part] = read_file(files[0])
+    if "1.weight" not in parts["decoder"]:
+        raise ValueError(f"--vae {spec}: its decoder has no 1.weight: no TAESD model")
+
+    # the number of channels and the wider blocks differ between models
+    channels = parts["decoder"]["1.weight"].shape[1]
+    vae = TinyAutoencoder(channels, "3.pool.0.weight" in parts["decoder"])
+    state = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+    return load_strict(vae, state, f"--vae {spec}")
+
+
+# --- networks that judge pictures ---
+
+
+def open_torchscript(flag, path):
+    """A network in a TorchScript file, frozen. flag: that names it. ValueError for another file,
+    and OSError where there is none."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    try:
+        network = torch.jit.load(path, map_location="cpu")
+    except RuntimeError as e:
+        reason = str(e).strip().splitlines()[-1]
+        raise ValueError(f"{flag} {path} is no TorchScript file: {reason}") from e
+    return network.requires_grad_(False).eval()
+
+
+class Lpips(nn.Module):
+    """LPIPS of two batches of pictures (B, 3, H, W) in [0, 1] -> distances (B,), by NVIDIA's
+    vgg16.pt (stylegan2-ada-pytorch): a TorchScript file that takes pictures from 0 to 255 and gives
+    vectors whose squared distance is LPIPS."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.network = open_torchscript("--lpips", path)
+
+    def forward(self, a, b):
+        # VGG was made for pictures of 224 pixels: below 32 its last layers have nothing left
+        of_a = self.network(255 * a, resize_images=False, return_lpips=True)
+        of_b = self.network(255 * b, resize_images=False, return_lpips=True)
+        return (of_a - of_b).square().sum(1)
 
 
 # --- PEFT adapters ---

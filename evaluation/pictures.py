@@ -40,6 +40,14 @@ CAPTIONS = {
     "Rollout as frames": "Above: what was recorded. Below: the recorded frame whose features are"
     " nearest to the prediction. Shown are clips in which much changes. Look for: the same turns"
     " above and below. One frame over and over means that the prediction stands still.",
+    "Predicted as pictures": "What the decoder makes of features: recorded ones, those of a rollout"
+    " from the first step under the recorded actions, and rollouts from the same step under other"
+    " actions. Look for: the same scene in the first three rows, turns to the left and to the right"
+    " that go apart, and a walk that comes closer. What is blurred in the second row is the"
+    " decoder's fault, what is wrong in the third alone the predictor's.",
+    "Error in pixels": "Against what was recorded. No predictor can be better than the decoder on"
+    " true features, the ceiling. Look for: predictions near the ceiling and above the copy. PSNR"
+    " likes blur: a grey mean of all that may come is not punished.",
     "Patch tokens as colours": "Patches in the colours of three principal components, fitted on"
     " recorded and predicted ones together. Look for: the same changes in both rows, and colours"
     " that do not fade.",
@@ -496,8 +504,15 @@ def write_page(path, title, verdict, warnings, run, facts, figures):
 
 
 def picture_tag(figure, heading):
-    """A figure as an <img> that carries its data; its heading is what is read aloud."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=80)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{heading}" src="data:image/png;base64,{data}">'
+    """A figure, or the bytes of a GIF, as an <img> that carries its data; its heading is what is
+    read aloud."""
+    if isinstance(figure, bytes):
+        kind = "gif"
+        raw = figure
+    else:
+        kind = "png"
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=80)
+        raw = file.getvalue()
+    data = base64.b64encode(raw).decode()
+    return f'<img alt="{heading}" src="data:image/{kind};base64,{data}">'

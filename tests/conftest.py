@@ -69,6 +69,7 @@ def forkserver():
                 "prepare.manifest",
                 "train_lewm",
                 "train_lora",
+                "train_decoder",
                 "train_vjepa",
             ]
         )

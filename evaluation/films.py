@@ -1,0 +1,590 @@
+"""Films of what a predictor predicts, made visible by a decoder: recorded beside predicted beside
+"what if", pixel errors by horizon, distances between sets of films, and whether a turn to the left
+looks like one."""
+
+import io
+import os
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluation import pictures
+from evaluation.decoded import as_image, psnr_of, squared_error, ssim
+from evaluation.held_out import encoder_dtype
+from evaluation.runs import check_encoder
+from files.disk import write_atomically
+from files.progress import tqdm
+from files.vpt import DEGREES_PER_PIXEL
+from model import encode_steps, normalize_features
+from weights import encoder_hash, open_encoder, open_torchscript
+
+# clips whose pictures are compared: each costs two films and some decoding of video
+COMPARED = 96
+
+# held-out starts from which the model turns left and right, and how strong that turn is: this
+# quantile of recorded turns
+STARTS = 50
+STRONG = 0.75
+
+# how the measure of turns is checked on what was recorded: so many steps in a row that turn one
+# way, by more than this share of such a turn
+STRETCH = 3
+CLEAR = 0.5
+
+# side of the small pictures that are compared to see which way a film turns
+COARSE = 48
+
+# side of a picture in film.mp4 and film.gif, in pixels
+SHOWN = 160
+
+# frames that I3D looks at
+I3D_FRAMES = 16
+
+
+# --- films ---
+
+
+class Films(NamedTuple):
+    """Films of n clips as uint8 (n, T, 3, size, size), all from the same first steps."""
+
+    # the frames that steps end with
+    recorded: torch.Tensor
+
+    # their features decoded: the best that any predictor can get
+    decoded: torch.Tensor
+
+    # a rollout from the first step under the true actions, decoded; its first picture is decoded
+    # from the true features
+    predicted: torch.Tensor
+
+
+def to_bytes(x):
+    """Pictures in [0, 1] -> uint8."""
+    return (x.clamp(0, 1) * 255).round().byte()
+
+
+def recorded_film(frames, i, size):
+    """Pictures (T, 3, size, size) uint8 of the i-th clip of eval.Frames."""
+    film = torch.from_numpy(np.ascontiguousarray(frames.of(i))).permute(0, 3, 1, 2)
+    if film.shape[-1] != size:
+        film = to_bytes(F.interpolate(film.float() / 255, size=(size, size), mode="area"))
+    return film
+
+
+@torch.no_grad()
+def rollouts(judged, clips, actions_of, batch_size=16):
+    """Features (T, N, E) of rollouts from the first step of clips, one after another, that step
+    included. actions_of: number of a clip -> scaled actions (K, A)."""
+    run = judged.run
+    for first in range(0, len(clips), batch_size):
+        part = clips[first : first + batch_size]
+        z, _, states = judged.kept.load(part)
+        actions = torch.stack([actions_of(i) for i in part]).to(run.device)
+        with run.autocast():
+            ahead = run.predictor.rollout(
+                z[:, :1], actions, judged.states_of(states[:, 0], actions)
+            )
+        yield from torch.cat([z[:, :1], ahead.to(z.dtype)], dim=1)
+
+
+def true_actions(judged):
+    """Of a clip of `judged`, for rollouts."""
+    return lambda i: judged.actions[i]
+
+
+@torch.no_grad()
+def make_films(judged, decoder, frames, clips):
+    """The Films of some clips."""
+    recorded = []
+    decoded = []
+    predicted = []
+    ahead = rollouts(judged, clips, true_actions(judged))
+    for i in tqdm(clips, "films", delay=10, unit=" clips"):
+        recorded.append(recorded_film(frames, i, decoder.pictures.size))
+        decoded.append(to_bytes(decoder(judged.kept.load([i])[0][0])))
+        predicted.append(to_bytes(decoder(next(ahead))))
+    return Films(torch.stack(recorded), torch.stack(decoded), torch.stack(predicted))
+
+
+# --- errors in pixels ---
+
+
+@torch.no_grad()
+def pixel_errors(films, lpips=None):
+    """{name: {metric: [K]}} of predicted, decoded (the ceiling) and copy (the first recorded
+    picture), against what was recorded, by horizon. Metrics: psnr, ssim, and lpips with a function
+    of two batches of pictures."""
+    K = films.recorded.shape[1] - 1
+    first = films.recorded[:, :1].expand_as(films.recorded)
+    guesses = {"predicted": films.predicted, "decoded": films.decoded, "copy": first}
+    errors = {}
+    for name, guess in guesses.items():
+        rows = {"psnr": [], "ssim": []}
+        if lpips is not None:
+            rows["lpips"] = []
+        for k in range(1, K + 1):
+            a = guess[:, k].float() / 255
+            b = films.recorded[:, k].float() / 255
+            rows["psnr"].append(psnr_of(squared_error(a, b)))
+            rows["ssim"].append(ssim(a, b).mean().item())
+            if lpips is not None:
+                rows["lpips"].append(
+                    torch.cat([lpips(x, y) for x, y in pairs_of(a, b)]).mean().item()
+                )
+        errors[name] = rows
+    return errors
+
+
+def pairs_of(a, b, size=16):
+    """Two batches of pictures, a few at once."""
+    return zip(a.split(size), b.split(size))
+
+
+def pixel_lines(errors, seconds, count):
+    """Errors in pixels for a person, a column for each horizon."""
+    K = len(errors["copy"]["psnr"])
+    header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, K + 1))
+    labels = {"predicted": "predicted, decoded", "decoded": "true features, decoded"}
+    labels["copy"] = "copy of the first picture"
+    units = {"psnr": "PSNR in dB, higher is better", "ssim": "SSIM, higher is better"}
+    units["lpips"] = "LPIPS, lower is better"
+    lines = []
+    for metric, title in units.items():
+        if metric not in errors["copy"]:
+            continue
+        lines.append(f"pictures of {count} clips: {title}".ljust(48) + header)
+        form = "9.2f" if metric == "psnr" else "9.3f"
+        for name, label in labels.items():
+            cells = "".join(f"{x:{form}}" for x in errors[name][metric])
+            lines.append(f"  {label:46}" + cells)
+    return lines
+
+
+def plot_pixels(errors, seconds):
+    """PSNR and SSIM against seconds ahead."""
+    styles = {"decoded": "^:", "predicted": "o-", "copy": "x-"}
+    labels = {
+        "decoded": "true features, decoded (the ceiling)",
+        "predicted": "predicted, decoded",
+        "copy": "copy of the first recorded picture",
+    }
+    colors = {"decoded": "C2", "predicted": "C0", "copy": "0.4"}
+    metrics = [m for m in ("psnr", "ssim", "lpips") if m in errors["copy"]]
+    fig = Figure(figsize=(5.2 * len(metrics) + 1, 4.2), layout="constrained")
+    axes = fig.subplots(1, len(metrics))
+    titles = {"psnr": "PSNR in dB (higher is better)", "ssim": "SSIM (higher is better)"}
+    titles["lpips"] = "LPIPS (lower is better)"
+    for ax, metric in zip(axes, metrics):
+        for name, style in styles.items():
+            values = errors[name][metric]
+            ahead = seconds * np.arange(1, len(values) + 1)
+            ax.plot(ahead, values, style, color=colors[name], label=labels[name])
+        ax.set_title(titles[metric], fontsize=12)
+        ax.set_xlabel("seconds ahead", fontsize=11)
+    pictures.legend_below(fig, axes[0])
+    return fig
+
+
+# --- what if ---
+
+
+class Wishes:
+    """Actions that nobody recorded: standing still, turning left and right, walking, from the first
+    step of a clip on. For play, whose actions are named as in files/vpt.py."""
+
+    def __init__(self, judged):
+        self.judged = judged
+        self.names = judged.run.state["action_names"]
+        self.scaler = judged.run.scaler
+
+        # how strong a turn is: what recorded turns reach
+        yaw = self.raw(judged.actions)[..., self.names.index("yaw_diff")]
+        self.turn = float(np.quantile(np.abs(yaw), STRONG))
+
+    def raw(self, actions):
+        """Scaled actions -> as they were recorded, float64."""
+        plain = actions.double().numpy().copy()
+        scaled = len(self.scaler.mean)
+        plain[..., :scaled] = plain[..., :scaled] * self.scaler.scale + self.scaler.mean
+        return plain
+
+    def of(self, i, turn=0.0, walk=False):
+        """Scaled actions (K, A) for the i-th clip: turn in radians a step, positive to the right;
+        walk: forward is pressed. What is held in the hotbar stays."""
+        plain = np.zeros(self.judged.actions[i].shape)
+        first = self.raw(self.judged.actions[i])[0]
+        for j, name in enumerate(self.names):
+            if name.startswith("slot."):
+                plain[:, j] = first[j]
+
+        # the mouse turns the camera: both are in an action
+        plain[:, self.names.index("yaw_diff")] = turn
+        plain[:, self.names.index("mouse_dx")] = turn / np.radians(DEGREES_PER_PIXEL)
+        if walk and "key.w" in self.names:
+            plain[:, self.names.index("key.w")] = 1
+        return torch.from_numpy(self.scaler.transform(plain)).float()
+
+    def kinds(self):
+        """{what the player does: function from the number of a clip to its actions}."""
+        kinds = {
+            "turn left": lambda i: self.of(i, turn=-self.turn),
+            "turn right": lambda i: self.of(i, turn=self.turn),
+        }
+        if "key.w" in self.names:
+            kinds["walk"] = lambda i: self.of(i, walk=True)
+        return kinds
+
+
+def can_turn(run):
+    """Whether the actions of a run have a camera that turns."""
+    return {"yaw_diff", "mouse_dx"} <= set(run.state["action_names"])
+
+
+@torch.no_grad()
+def what_if(judged, decoder, clips):
+    """{what the player does: films (n, T, 3, size, size) uint8}, from the first steps of clips."""
+    films = {}
+    for name, actions_of in Wishes(judged).kinds().items():
+        films[name] = torch.stack(
+            [to_bytes(decoder(z)) for z in rollouts(judged, clips, actions_of)]
+        )
+    return films
+
+
+# --- which way does a film turn? ---
+
+
+def shift_of(films):
+    """Horizontal shift (n,) of films (n, T, 3, H, W), in 48ths of their width: by how much the
+    scene moves to the right from one picture to the next, the same in all of a film. It is the
+    shift, of up to half of the width, at which neighbouring pictures differ least. A camera that
+    turns right moves the scene to the left."""
+    # small and grey, without the floor and what the player holds, which do not turn with the camera
+    x = films.float().mean(2)
+    x = F.adaptive_avg_pool2d(x, (COARSE, COARSE))
+    x = x[:, :, COARSE // 5 : 2 * COARSE // 3]  # (n, T, rows, COARSE)
+    reach = COARSE // 2
+    differences = []
+    for s in range(-reach, reach + 1):
+        # what the picture before shows at column c, the next one shows at c + s
+        before = x[:, :-1, :, max(-s, 0) : COARSE - max(s, 0)]
+        after = x[:, 1:, :, max(s, 0) : COARSE - max(-s, 0)]
+        differences.append((before - after).abs().mean((1, 2, 3)))
+    return torch.stack(differences, dim=1).argmin(1) - reach
+
+
+@torch.no_grad()
+def turn_test(judged, decoder, films, clips):
+    """Does the decoded film of a turn move the right way? -> {name: (right, of how many)} for
+    turns to the left and to the right from the same starts; under actions of another recording,
+    judged as if they were such turns, by turns; and for recorded films of clear turns, which says
+    how often the measure itself is right."""
+    wishes = Wishes(judged)
+    starts = pictures.spread_over(clips, judged.recordings, STARTS)
+    correct = {}
+    sides = {"left": 1, "right": -1}  # where the scene goes: the other way
+    both = torch.ones(len(starts), dtype=torch.bool)
+    for name, direction in sides.items():
+        films_of_turn = torch.stack(
+            [to_bytes(decoder(z)) for z in rollouts(judged, starts, wishes.kinds()[f"turn {name}"])]
+        )
+        is_right = shift_of(films_of_turn).sign() == direction
+        both &= is_right
+        correct[name] = (int(is_right.sum()), len(starts))
+    correct["both"] = (int(both.sum()), len(starts))
+
+    # the control: actions of other recordings, from the same starts
+    others = judged.others_of(
+        [judged.recordings[i] for i in starts], judged.actions[torch.tensor(starts)]
+    )
+    if not torch.isnan(others).any():
+        place = {i: k for k, i in enumerate(starts)}
+        random = rollouts(judged, starts, lambda i: others[place[i]])
+        signs = shift_of(torch.stack([to_bytes(decoder(z)) for z in random])).sign()
+        asked = torch.ones(len(starts), dtype=signs.dtype)
+        asked[1::2] = -1
+        correct["control"] = (int((signs == asked).sum()), len(starts))
+
+    # the measure itself: recorded stretches that turn one way, clearly
+    yaw = wishes.raw(judged.actions[torch.tensor(clips)])[..., wishes.names.index("yaw_diff")]
+    stretches, directions = [], []
+    for film, turns in zip(films.recorded, torch.from_numpy(yaw)):
+        for t in range(0, len(turns) - STRETCH + 1, STRETCH):
+            part = turns[t : t + STRETCH]
+            one_way = abs(int(part.sign().sum())) == STRETCH
+            if one_way and part.mean().abs() > CLEAR * wishes.turn:
+                stretches.append(film[t : t + STRETCH + 1])
+                directions.append(-int(part[0].sign()))
+    if stretches:
+        signs = shift_of(torch.stack(stretches)).sign()
+        correct["recorded"] = (int((signs == torch.tensor(directions)).sum()), len(stretches))
+    return correct, wishes.turn
+
+
+def turn_lines(correct, turn):
+    """The turns for a person."""
+
+    def share(name):
+        right, count = correct[name]
+        return f"{right / count:.0%} of {count}"
+
+    lines = [
+        f"turns of {np.degrees(turn):.0f} degrees a step, decoded: the scene moves the right way in"
+        f" {share('left')} (left) and {share('right')} (right), both from the same start"
+        f" {share('both')}"
+    ]
+    if "control" in correct:
+        lines.append(f"  actions of other recordings in their place: {share('control')}")
+    if "recorded" in correct:
+        lines.append(
+            f"  recorded pictures of clear turns, as a check of the measure: {share('recorded')}"
+        )
+    return lines
+
+
+# --- distances between sets of films ---
+
+
+def halves(recordings):
+    """Two lists of clips of equal length, of different recordings where there are several."""
+    names = list(dict.fromkeys(recordings))
+    first = set(names[::2])
+    one = [i for i, name in enumerate(recordings) if name in first]
+    two = [i for i, name in enumerate(recordings) if name not in first]
+    if not two:
+        half = len(recordings) // 2
+        one = list(range(half))
+        two = list(range(half, len(recordings)))
+    count = min(len(one), len(two))
+    return one[:count], two[:count]
+
+
+def mmd(x, y):
+    """MMD^2 of features x (n, D) and y (m, D) with the kernel (x.y / D)^2, times 100: biased, with
+    the diagonal, as in JEDi (arXiv 2410.05203)."""
+    D = x.shape[1]
+
+    def kernel(a, b):
+        return (a.double() @ b.double().T / D).square().mean()
+
+    return float(100 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)))
+
+
+def frechet(x, y):
+    """Frechet distance of Gaussians fitted to features x (n, D) and y (m, D)."""
+    from scipy.linalg import sqrtm  # takes a second to import
+
+    x = x.double().numpy()
+    y = y.double().numpy()
+    cov_x = np.cov(x, rowvar=False)
+    cov_y = np.cov(y, rowvar=False)
+    root = np.real(sqrtm(cov_x @ cov_y))
+    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cov_x + cov_y - 2 * root))
+
+
+@torch.no_grad()
+def encoder_features(judged, name, films):
+    """Mean tokens (n, E) of films (n, T, 3, size, size) by the run's encoder, each step alone: its
+    picture stands for all frames of the step."""
+    run = judged.run
+    settings = run.settings
+    encoder = open_encoder(name, settings["crop_size"], settings["frames_per_clip"])
+    check_encoder(run.state, encoder_hash(encoder), f"--encoder {name} gives")
+    encoder.to(run.device, encoder_dtype(run.dtype, settings)).eval()
+    crop = settings["crop_size"]
+    rows = []
+    for film in films:
+        video = film.to(run.device)
+        if film.shape[-1] != crop:
+            small = F.interpolate(
+                video.float() / 255, size=(crop, crop), mode="bilinear", antialias=True
+            )
+            video = to_bytes(small)
+        video = video.repeat_interleave(run.state["frames_per_step"], dim=0)[None]
+        h = encode_steps(encoder, video, settings["encode"], run.state["frames_per_step"])
+        rows.append(normalize_features(h).mean((0, 1, 2)).cpu())
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def i3d_features(network, films, device):
+    """Features (n, 400) of films by an I3D in a TorchScript file (StyleGAN-V's, which repeats the
+    original FVD): it takes videos (n, 3, T, H, W) from 0 to 255. Shorter films are shown slower."""
+    times = -(-I3D_FRAMES // films.shape[1])
+    rows = []
+    for film in films.split(8):
+        video = film.repeat_interleave(times, dim=1).transpose(1, 2).float().to(device)
+        rows.append(network(video, rescale=True, resize=True, return_features=True).cpu())
+    return torch.cat(rows)
+
+
+def distances(films, recordings, features, distance):
+    """A distance from the recorded films of half of the recordings to films of the other half:
+    recorded ones (the floor), decoded from true features, predicted, and still pictures. features:
+    films -> (n, D)."""
+    one, two = halves(recordings)
+    still = films.recorded[two, :1].expand_as(films.recorded[two])
+    base = features(films.recorded[one])
+    sets = {
+        "recorded": films.recorded[two],
+        "decoded": films.decoded[two],
+        "predicted": films.predicted[two],
+        "still": still,
+    }
+    return {name: distance(base, features(of_set)) for name, of_set in sets.items()}, len(one)
+
+
+def distance_line(title, values, count):
+    """Distances for a person."""
+    return (
+        f"{title}, recorded films of half of the recordings to those of the other half ({count}"
+        f" films each): recorded {values['recorded']:.4g} (the floor), true features decoded"
+        f" {values['decoded']:.4g}, predicted {values['predicted']:.4g}, still pictures"
+        f" {values['still']:.4g}"
+    )
+
+
+# --- strips, film.mp4, film.gif ---
+
+
+def strip_of(films, others, i, titles):
+    """A figure of one clip: a row for each kind of film, a column for each step."""
+    rows = {
+        "recorded": films.recorded[i],
+        "recorded,\ndecoded": films.decoded[i],
+        "predicted": films.predicted[i],
+    }
+    rows |= {f"what if:\n{name}": film[i] for name, film in others.items()}
+    images = {name: [as_image(x / 255) for x in film.float()] for name, film in rows.items()}
+    return pictures.plot_rows(images, titles)
+
+
+def labelled(image, text, font):
+    """A picture (H, W, 3) enlarged to SHOWN pixels, with a line of text above it."""
+    side = Image.fromarray(image).resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
+    page = Image.new("RGB", (SHOWN + 8, SHOWN + 28), "white")
+    page.paste(side, (4, 24))
+    ImageDraw.Draw(page).text((6, 4), text, fill="black", font=font)
+    return page
+
+
+def film_pages(films, others, count, seconds):
+    """Pictures of a film of the first `count` clips, side by side: recorded, predicted, what
+    if."""
+    font = ImageFont.load_default(14)
+    kinds = {"recorded": films.recorded, "predicted": films.predicted}
+    kinds |= {f"if: {name}": film for name, film in others.items()}
+    pages = []
+    for i in range(count):
+        T = films.recorded.shape[1]
+        for t in range(T):
+            columns = []
+            for name, film in kinds.items():
+                text = f"{name}  +{t * seconds:.1f} s" if name == "recorded" else name
+                columns.append(labelled(as_image(film[i, t].float() / 255), text, font))
+            page = Image.new("RGB", (len(columns) * (SHOWN + 8), SHOWN + 28), "white")
+            for j, column in enumerate(columns):
+                page.paste(column, (j * (SHOWN + 8), 0))
+
+            # the start, which all share, and the end stay for a moment
+            pages += [page] * (3 if t in (0, T - 1) else 1)
+    return pages
+
+
+def mp4_bytes(pages, rate):
+    """Pictures of one size, with even sides -> an H.264 film of `rate` pictures a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width = pages[0].width
+        stream.height = pages[0].height
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18", "threads": "1"}
+        for page in pages:
+            container.mux(stream.encode(av.VideoFrame.from_image(page)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def gif_bytes(pages, seconds):
+    """Pictures -> a GIF that shows each for some seconds, again and again."""
+    file = io.BytesIO()
+    small = [page.quantize(64) for page in pages]
+    small[0].save(
+        file,
+        format="GIF",
+        save_all=True,
+        append_images=small[1:],
+        duration=int(1000 * seconds),
+        loop=0,
+    )
+    return file.getvalue()
+
+
+# --- the sections of a report ---
+
+
+def film_report(judged, decoder, frames, shown, folder, encoder=None, lpips=None, i3d=None):
+    """All about films for eval.py: (lines for a person, entries of report.json, {heading: [Figure
+    or bytes of a GIF]}). Writes film.mp4 and film.gif to the folder.
+
+    decoder: evaluation.decoded.Decoder; frames: eval.Frames; shown: clips for the eye; encoder: its
+    name, for the distance between sets of films; lpips: weights.Lpips; i3d: path of a TorchScript
+    file."""
+    decoder.check(judged.run)
+    seconds = judged.seconds
+    others = [i for i in judged.places if i not in shown]
+    clips = shown + others[: max(COMPARED - len(shown), 0)]
+    films = make_films(judged, decoder, frames, clips)
+    recordings = [judged.recordings[i] for i in clips]
+
+    # pixels: the predictor's share of the error is what is below the ceiling
+    errors = pixel_errors(films, lpips)
+    facts = pixel_lines(errors, seconds, len(clips))
+    report = {"pictures": {"clips": len(clips), "errors": errors}}
+
+    # sets of films
+    if encoder:
+        found, count = distances(
+            films, recordings, lambda x: encoder_features(judged, encoder, x), mmd
+        )
+        title = f"JEDi-style MMD on {encoder} (x 100; not comparable with published JEDi)"
+        facts.append(distance_line(title, found, count))
+        report["pictures"]["mmd"] = found | {"films": count, "encoder": encoder}
+    if i3d:
+        network = open_torchscript("--i3d", i3d).to(judged.run.device)
+        found, count = distances(
+            films, recordings, lambda x: i3d_features(network, x, judged.run.device), frechet
+        )
+        title = f"FVD by {os.path.basename(i3d)} (few films make it large)"
+        facts.append(distance_line(title, found, count))
+        report["pictures"]["fvd"] = found | {"films": count}
+
+    # other actions from the same start
+    wished = {}
+    if can_turn(judged.run):
+        wished = what_if(judged, decoder, shown)
+        correct, turn = turn_test(judged, decoder, films, clips)
+        facts += turn_lines(correct, turn)
+        report["pictures"]["turns"] = {"radians": turn, **correct}
+
+    # for the eye
+    T = films.recorded.shape[1]
+    titles = ["start", *(f"+{k * seconds:.3g} s" for k in range(1, T))]
+    strips = [strip_of(films, wished, k, titles) for k in range(len(shown))]
+    pages = film_pages(films, wished, len(shown), seconds)
+    rate = Fraction(seconds).limit_denominator(1000)
+    gif = gif_bytes(pages, seconds)
+    write_atomically(os.path.join(folder, "film.mp4"), mp4_bytes(pages, 1 / rate))
+    write_atomically(os.path.join(folder, "film.gif"), gif)
+    figures = {
+        "Predicted as pictures": [gif, *strips],
+        "Error in pixels": [plot_pixels(errors, seconds)],
+    }
+    return facts, report, figures

@@ -1,0 +1,533 @@
+"""train_decoder.py and films: the right picture for a step; distances between pictures; networks of
+others; whole runs: resume, ranks, refusals; what eval.py makes of a decoder."""
+
+import json
+import types
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import weights
+from data import Clips, PicturedClips, fill_pixels_cache, windows
+from evaluation.decoded import Decoder, Pictures, psnr_of, squared_error, ssim
+from evaluation.films import Wishes, frechet, halves, mmd, shift_of
+from evaluation.pictures import find_videos
+from evaluation.runs import load_run, open_held_out
+from files.shards import index_shards
+from files.vpt import ClipReader
+from model import DecoderModel, PictureDecoder, TinyAutoencoder, growth_of
+from tests.harness import column, fails, numbers, read_number, run, start_ranks
+
+LOSSES = ("l1_loss", "gradient_loss", "grad_norm")
+TINY = (
+    "--crop_size 32 --width 24 --depth 1 --num_heads 2 --least_width 12 --batch_size 4"
+    " --num_workers 0 --log_every 1 --val_clips 6 --lr 3e-3"
+)
+PLAN = "--epochs 2 --warmup 0 --anneal 1 --ipe 3"
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+
+# --- the picture of a step ---
+
+
+@pytest.fixture(scope="module")
+def encoded(game):
+    """Records of features, and {recording: its video}."""
+    records, _ = index_shards(sorted(map(str, game.held.parent.glob("*.tar"))))
+    return records, find_videos([str(game.video)], records)
+
+
+@pytest.mark.parametrize("every_frame", [False, True])
+def test_a_step_gets_the_frame_that_it_ends_with(encoded, tmp_path, every_frame):
+    """Bug: pictures are of the first frame of a step, one step late, or of another recording."""
+    records, videos = encoded
+    reader = ClipReader(crop_size=32, action_space=38)
+    fill_pixels_cache(list(videos.values()), tmp_path, 64, "pyav", 0)
+    options = {"videos": videos, "size": 64, "every_frame": every_frame}
+    decoded = PicturedClips(records, [1.0] * len(records), reader, **options)
+    stored = PicturedClips(
+        records, [1.0] * len(records), reader, **options, pixels_cache=str(tmp_path)
+    )
+    for number, record in enumerate(records):
+        for window in range(decoded.windows_in(record)):
+            clip = decoded[(0, 0, number, window)]
+            first = int(record.key.rpartition("@")[2]) + window * 16 * 4
+            ticks = (first + 4 * np.arange(16)).reshape(8, 2)
+            shown = ticks if every_frame else ticks[:, 1:]
+            read = [[read_number(frame) for frame in step] for step in clip["pictures"]]
+            assert read == shown.tolist()
+            assert torch.equal(stored[(0, 0, number, window)]["pictures"], clip["pictures"])
+
+
+def test_a_video_of_another_recording_is_refused(encoded):
+    """Bug: features and the video of another recording that has the same name train a decoder."""
+    records, videos = encoded
+    first, second = sorted(videos)[:2]
+    swapped = videos | {first: videos[second], second: videos[first]}
+    clips = PicturedClips(
+        records, [1.0] * len(records), ClipReader(crop_size=32, action_space=38), swapped, 64
+    )
+    with pytest.raises(ValueError, match="has other actions than the features"):
+        clips[(0, 0, 0, 0)]
+
+
+def test_pictures_of_video_are_its_own_frames(shards):
+    """Bug: on the fly, a step gets its first frame, or pictures are mixed up between steps."""
+    records, _ = index_shards([str(shards / "shard-000000.tar")])
+    clips = Clips(records, [1.0] * len(records), ClipReader(crop_size=64))
+    clip = clips[(0, 0, 0, 1)]
+    batch = {"video": clip["video"][None]}
+    for every_frame in (False, True):
+        pictures = Pictures(64, 2, "tubelet", every_frame, None, torch.device("cpu"))
+        frames = pictures.frames(batch)
+        last = [read_number((255 * x[-3:]).numpy()) for x in frames]
+        assert last == list(range(64 + 4, 64 + 64, 8))
+        assert frames.shape[1] == (6 if every_frame else 3)
+    halved = Pictures(32, 2, "tubelet", False, None, torch.device("cpu")).frames(batch)
+    torch.testing.assert_close(halved.mean((1, 2, 3)), frames[:, 3:].mean((1, 2, 3)))
+
+
+# --- distances ---
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics():
+    """Bug: another window, another constant."""
+    image = pytest.importorskip("torchmetrics.image")
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(3, 3, 40, 48, generator=generator)
+    b = (a + 0.2 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
+    theirs = image.StructuralSimilarityIndexMeasure(data_range=1.0, reduction="none")(b, a)
+
+    # theirs mirrors the edges, ours leaves them out
+    padded = [torch.nn.functional.pad(x, (5, 5, 5, 5), mode="reflect") for x in (b, a)]
+    torch.testing.assert_close(ssim(*padded), theirs, rtol=0, atol=1e-5)
+    whole = image.PeakSignalNoiseRatio(data_range=1.0)(b, a).item()
+    assert abs(psnr_of(squared_error(a, b)) - whole) < 1e-4
+    assert psnr_of(squared_error(a, a)) == np.inf
+
+
+# --- the network ---
+
+
+@pytest.mark.parametrize(
+    "grid, size, growth",
+    [(3, 96, (1, 3, 4)), (16, 224, (7, 0, 2)), (1, 48, (3, 2, 4)), (4, 20, (5, 0, 1))],
+)
+def test_any_grid_becomes_a_picture_whose_places_are_its_patches(grid, size, growth):
+    """Bug: a pixel shuffle that mixes rows and columns of the grid; sizes that are no power of
+    two."""
+    assert growth_of(size // grid) == growth
+    torch.manual_seed(0)
+    decoder = PictureDecoder(8, grid, 3, size, width=8, depth=0, num_heads=2, least_width=4)
+    nn.init.normal_(decoder.out.weight)
+    decoder.mean.fill_(0.25)
+    z = torch.zeros(2, grid**2, 8)
+    assert decoder(z).shape == (2, 3, size, size)
+    if grid == 1:
+        return
+
+    # convolutions look at neighbours, so the largest change marks the place
+    changed = z.clone()
+    changed[0, grid + grid - 1] = 5 * torch.randn(8)  # the last patch of the second row
+    moved = (decoder(changed) - decoder(z)).abs().sum(1)
+    assert moved[1].max() == 0
+    patch = size // grid
+    row, column_ = divmod(int(moved[0].argmax()), size)
+    assert (row // patch, column_ // patch) == (1, grid - 1)
+
+
+def test_an_untrained_decoder_shows_the_mean_picture_and_noise_is_repeatable():
+    """Bug: the start is grey noise; the noise of a step is another one after a restart; a seed that
+    changes nothing."""
+    decoder = PictureDecoder(8, 2, 3, 16, width=8, depth=1, num_heads=2)
+    decoder.mean.uniform_()
+    z = torch.randn(5, 4, 8)
+    assert torch.equal(decoder(z), decoder.mean.expand(5, -1, -1, -1))
+    nn.init.normal_(decoder.out.weight)
+    model = DecoderModel(decoder, 0.8)
+    target = torch.rand(5, 3, 16, 16)
+    assert torch.equal(model(z, target, seed=3), model(z, target, seed=3))
+    assert not torch.equal(model(z, target, seed=3), model(z, target, seed=4))
+    quiet = DecoderModel(decoder, 0.0)
+    assert torch.equal(quiet(z, target, seed=3), quiet(z, target, seed=4))
+
+
+# --- networks of others ---
+
+
+def taesd_folder(vae, folder, pooled_from=None):
+    """Weights of diffusers' AutoencoderTiny as madebyollin writes them: numbers without `layers`,
+    and one more in the decoder, for the clamp."""
+    parts = {"encoder": {}, "decoder": {}}
+    for name, value in vae.state_dict().items():
+        part, _, number, rest = name.split(".", 3)
+        shift = int(part == "decoder")
+        parts[part][f"{int(number) + shift}.{rest}"] = value
+    folder.mkdir()
+    for part, state in parts.items():
+        torch.save(state, folder / f"taesd_{part}.pth")
+    return folder
+
+
+def test_an_autoencoder_gives_the_same_from_both_kinds_of_folder(tmp_path):
+    """Bug: a layer in the wrong place, a clamp or a range (-1 to 1) that is forgotten."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderTiny(latent_channels=4).eval()
+    vae.save_pretrained(tmp_path / "hf")
+    ours = weights.open_picture_vae(f"taesd:{taesd_folder(vae, tmp_path / 'taesd')}")
+    theirs = weights.open_picture_vae(f"diffusers:{tmp_path / 'hf'}")
+    assert ours.channels == theirs.channels == 4 and ours.factor == theirs.factor == 8
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        latents = theirs.encode(x)
+        torch.testing.assert_close(ours.encode(x), latents)
+        torch.testing.assert_close(ours.decode(latents), theirs.decode(latents))
+        assert not any(p.requires_grad for p in [*ours.parameters(), *theirs.parameters()])
+
+
+def test_autoencoders_that_are_none_are_refused(tmp_path):
+    """Bug: a folder of something else gives a KeyError, or an autoencoder with random weights."""
+    for spec in ("no", f"diffusers:{tmp_path}", "taesd:no/folder"):
+        with pytest.raises(ValueError, match="give diffusers:FOLDER"):
+            weights.open_picture_vae(spec)
+    with pytest.raises(ValueError, match=r"0 files \*_encoder.pth there"):
+        weights.open_picture_vae(f"taesd:{tmp_path}")
+    for part in ("encoder", "decoder"):
+        state = TinyAutoencoder(4).state_dict()
+        whole = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(part)}
+        torch.save(dict(list(whole.items())[:-1]), tmp_path / f"x_{part}.pth")
+    with pytest.raises(ValueError, match="missing keys"):
+        weights.open_picture_vae(f"taesd:{tmp_path}")
+
+
+class FileOfNvidia(nn.Module):
+    """What vgg16.pt takes and gives, with one convolution for VGG: a file for tests."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, x: torch.Tensor, resize_images: bool = True, return_lpips: bool = False):
+        return self.conv(x / 255).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pt"
+    torch.jit.script(FileOfNvidia()).save(str(path))
+    return path
+
+
+def test_lpips_is_a_squared_distance_of_pictures_up_to_255(vgg, tmp_path):
+    """Bug: pictures are given from 0 to 1, or the file's own weights are trained."""
+    lpips = weights.Lpips(str(vgg))
+    network = torch.jit.load(str(vgg))
+    a, b = torch.rand(2, 2, 3, 16, 16)
+    expected = (network(255 * a) - network(255 * b)).square().sum(1)
+    torch.testing.assert_close(lpips(a, b), expected)
+    assert not any(p.requires_grad for p in lpips.parameters())
+    with pytest.raises(FileNotFoundError, match="--lpips no.pt: no such file"):
+        weights.Lpips("no.pt")
+    (tmp_path / "text.pt").write_text("no network")
+    with pytest.raises(ValueError, match="is no TorchScript file"):
+        weights.Lpips(str(tmp_path / "text.pt"))
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def world(game):
+    """Flags to train on the features of the game fixture."""
+    flags = ["--data", game.folder / "train" / "*.tar", "--val_data", game.held, TINY]
+    flags += ["--video", game.video.parent / "shard-{000000..000001}.tar", "--picture_size 64"]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """A finished run, its folder and what it printed."""
+    out = tmp_path_factory.mktemp("decoder") / "run"
+    text = run(out.parent, "train_decoder.py", *world, PLAN, "--out_dir", out)
+    return types.SimpleNamespace(out=out, text=text)
+
+
+def same_run(a, b):
+    """Two finished runs are bitwise one."""
+    assert column(a, "epoch", "itr", *LOSSES) == column(b, "epoch", "itr", *LOSSES)
+    assert (a / "val.csv").read_text() == (b / "val.csv").read_text()
+    one, two = (checkpoint.load_latest(f)[0]["picture_decoder_weights"] for f in (a, b))
+    assert all(torch.equal(one[k], v) for k, v in two.items())
+
+
+def test_a_run_learns_logs_and_shows_pictures(world, tmp_path):
+    """Bug: a decoder that stays at the mean picture; numbers in the log that are of other
+    pictures."""
+    out = tmp_path / "run"
+    plan = "--epochs 1 --warmup 0 --anneal 0 --ipe 40 --noise 0 --lr 1e-2"
+    text = run(tmp_path, "train_decoder.py", *world, plan, "--out_dir", out)
+    rows = numbers(out, "l1_loss", "gradient_loss", "total_loss")
+    assert rows.shape == (40, 3) and np.isfinite(rows).all()
+    np.testing.assert_allclose(rows[:, 2], rows[:, 0] + rows[:, 1], rtol=1e-4)
+    assert rows[-5:, 0].mean() < 0.95 * rows[:5, 0].mean()
+    names = ("psnr", "ssim", "mean_psnr", "mean_ssim", "copy_psnr", "l1_loss")
+    val = dict(zip(names, numbers(out, *names, log="val.csv")[0]))
+    assert val["psnr"] > val["mean_psnr"] and val["ssim"] > val["mean_ssim"]
+    assert f"held out after epoch 1: PSNR {val['psnr']:.2f} dB" in text
+    assert f"python eval.py --checkpoint RUN --decoder {out}" in text
+    for name in ("curves.png", "pictures.png"):
+        assert (out / name).stat().st_size > 10_000
+
+    # the run opens again, and its pictures are as good as those that were validated
+    decoder = Decoder(str(out), torch.device("cpu"))
+    z = torch.randn(2, 3, 4, 192)
+    shown = decoder(z)
+    assert shown.shape == (2, 3, 3, 64, 64) and 0 <= shown.min() and shown.max() <= 1
+    torch.testing.assert_close(shown[1, 2], decoder(z[1:, 2:])[0, 0])
+
+
+def test_resume_is_exact_and_frames_may_be_stored_or_not(world, tmp_path, trained):
+    """Bug: a weight, the noise or the mean picture does not survive a stop in the middle of an
+    epoch, or depends on --num_workers or on --pixels_cache."""
+    run(tmp_path, "train_decoder.py", *world, PLAN, "--max_steps 2 --out_dir", tmp_path / "cut")
+    again = [*world, PLAN, "--pixels_cache", tmp_path / "pixels", "--resume --num_workers 2"]
+    text = run(tmp_path, "train_decoder.py", *again, "--out_dir", tmp_path / "cut")
+    assert "resumed from" in text
+    same_run(trained.out, tmp_path / "cut")
+    assert "nothing left to do" in run(
+        tmp_path, "train_decoder.py", *again, "--out_dir", tmp_path / "cut"
+    )
+    other = fails(tmp_path, "train_decoder.py", *again, "--noise 0 --out_dir", tmp_path / "cut")
+    assert "was trained with noise 0.8, this run has 0.0" in other
+
+
+def test_two_ranks_are_one(world, tmp_path):
+    """Bug: the mean picture or the channels of one rank's clips alone; held-out pictures that are
+    counted twice."""
+    flags = [*world, PLAN, "--noise 0 --feature_norm standardize --out_dir"]
+    run(tmp_path, "train_decoder.py", *flags, tmp_path / "one")
+    ranks = start_ranks(tmp_path, "train_decoder.py", *flags, tmp_path / "two", "--batch_size 2")
+    for rank in ranks:
+        code, text = rank.wait()
+        assert code == 0, text
+    one = numbers(tmp_path / "one", *LOSSES)
+    two = numbers(tmp_path / "two", *LOSSES)
+    np.testing.assert_allclose(two, one, rtol=5e-3, atol=1e-5)
+    names = ("psnr", "ssim", "copy_psnr", "copy_ssim", "mean_psnr")
+    held = [numbers(tmp_path / name, *names, log="val.csv") for name in ("one", "two")]
+    np.testing.assert_allclose(held[1], held[0], rtol=1e-3)
+
+
+def test_latents_of_an_autoencoder_are_learned(world, tmp_path):
+    """Bug: latents are taken for pixels, or pictures of the run cannot be made without training's
+    objects."""
+    torch.manual_seed(0)
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    state = TinyAutoencoder(4, pooled=True).state_dict()
+    for part in ("encoder", "decoder"):
+        whole = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(part)}
+        torch.save(whole, folder / f"x_{part}.pth")
+    flags = [*world, "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --every_frame"]
+    flags += ["--picture_size 32 --batch_size 2 --val_clips 2"]
+    flags += ["--vae", f"taesd:{folder}", "--out_dir", tmp_path / "run"]
+    run(tmp_path, "train_decoder.py", *flags)
+    decoder = Decoder(str(tmp_path / "run"), torch.device("cpu"))
+    assert decoder.state["picture_decoder"]["channels"] == 8
+    assert decoder.state["picture_decoder"]["size"] == 4
+    assert decoder(torch.randn(2, 4, 192)).shape == (2, 3, 32, 32)
+
+
+def test_on_the_fly_from_video_and_a_dry_run(shards, vgg, tmp_path):
+    """Bug: without feature shards the encoder's own crop is not what is decoded; --dry_run leaves a
+    folder; LPIPS is not in the loss."""
+    flags = ["--data", shards / "shard-{000000..000001}.tar", TINY, "--encoder vit_tiny"]
+    flags += ["--val_data", shards / "shard-000002.tar", "--lpips", vgg, "--lpips_weight 2"]
+    plan = "--epochs 1 --warmup 0 --anneal 0 --ipe 2"
+    text = run(tmp_path, "train_decoder.py", *flags, plan, "--dry_run --out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert "dry run, nothing written; 4 recordings to train on, 2 held out" in text
+    run(tmp_path, "train_decoder.py", *flags, plan, "--out_dir", tmp_path / "run")
+    names = ("l1_loss", "gradient_loss", "lpips_loss", "total_loss")
+    rows = numbers(tmp_path / "run", *names)
+    np.testing.assert_allclose(rows[:, 3], rows[:, 0] + rows[:, 1] + 2 * rows[:, 2], rtol=1e-4)
+    assert (rows[:, 2] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--noise -1", "--noise -1.0 is below 0"),
+        ("--lpips x --vae y", "--lpips compares pictures, and --vae learns latents"),
+        ("--vae y", "--vae y: give diffusers:FOLDER"),
+        ("--picture_size 63", "a picture of 63 pixels cannot be cut into 2 x 2 patches"),
+        ("--warmup 2 --anneal 9 --epochs 10", "do not fit into --epochs 10"),
+        ("--fps 10", "was made with --fps 5.0, this run has 10.0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(world, tmp_path, flags, sentence):
+    """Bug: a run that starts with flags that contradict each other or the data."""
+    out = tmp_path / "run"
+    assert sentence in fails(tmp_path, "train_decoder.py", *world, flags, "--out_dir", out)
+
+
+def test_pictures_must_come_from_somewhere(game, shards, tmp_path):
+    """Bug: features without video train on nothing; small frames are blown up without a word."""
+    flags = [TINY, "--out_dir", tmp_path / "run", "--data"]
+    features = [*flags, game.folder / "train" / "*.tar"]
+    text = fails(tmp_path, "train_decoder.py", *features, "--val_clips 0")
+    assert "name the shards of video that they were made from with --video" in text
+    video = [*flags, shards / "*.tar", "--encoder vit_tiny --picture_size 64"]
+    text = fails(tmp_path, "train_decoder.py", *video)
+    assert "--picture_size 64 is larger than --crop_size 32" in text
+
+
+def test_the_schedule_is_that_of_the_other_stages():
+    """Bug: two schedules of one name drift apart."""
+    import train_ac
+    import train_decoder
+
+    for step in range(1, 41):
+        plan = (step, 40, 8, 12, 1e-4, 1e-3, 1e-6)
+        assert train_decoder.lr_at(*plan) == train_ac.lr_at(*plan)
+
+
+# --- films ---
+
+
+def panorama(shift, steps=6):
+    """A film (steps, 3, 96, 96) in which a scene of soft blobs moves by `shift` pixels to the right
+    in each step."""
+    generator = torch.Generator().manual_seed(7)
+    wide = torch.rand(1, 3, 24, 120, generator=generator)
+    wide = nn.functional.interpolate(wide, size=(96, 480), mode="bilinear")[0]
+    starts = [200 - shift * t for t in range(steps)]
+    return torch.stack([(255 * wide[:, :, s : s + 96]).byte() for s in starts])
+
+
+def test_a_turn_to_the_right_moves_the_scene_to_the_left():
+    """Bug: a sign that is the wrong way round, or a film that stands still counted as a turn."""
+    films = torch.stack([panorama(shift) for shift in (-16, -4, 0, 4, 16)])
+    assert shift_of(films).tolist() == [-8, -2, 0, 2, 8]  # in 48ths of 96 pixels
+
+
+def test_distances_of_films_are_those_of_the_papers():
+    """Bug: a kernel without the division by D, an unbiased estimate, means without covariances."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, generator=generator).double()
+    y = torch.randn(7, 4, generator=generator).double() + 1
+
+    def mean_kernel(a, b):
+        return np.mean([[(float(p @ q) / 4) ** 2 for q in b] for p in a])
+
+    expected = mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
+    assert abs(mmd(x, y) - 100 * expected) < 1e-9 and abs(mmd(x, x)) < 1e-9
+
+    # the same spread around another mean: the squared distance of the means
+    many = torch.randn(400, 3, generator=generator)
+    moved = many + torch.tensor([1.0, 2.0, 0.0])
+    assert abs(frechet(many, moved) - 5) < 1e-3
+    assert abs(frechet(many, 2 * many) - frechet(many, many) - 3) < 0.6
+    one, two = halves(["a", "a", "b", "c", "b"])
+    assert (one, two) == ([0, 1], [2, 4])
+
+
+class FileOfI3D(nn.Module):
+    """What StyleGAN-V's i3d_torchscript.pt takes and gives, in little: a file for tests."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rescale: bool = True,
+        resize: bool = True,
+        return_features: bool = False,
+    ):
+        if x.shape[2] < 16:
+            raise ValueError("I3D needs 16 frames")
+        return torch.stack([x.mean([1, 2, 3, 4]), x.std([1, 2, 3, 4])], dim=1)
+
+
+def test_a_report_with_films(game, trained, vgg, tmp_path):
+    """Bug: predictions are compared with another clip or another step; the ceiling is not the
+    decoder on true features; a film that no player opens."""
+    torch.jit.script(FileOfI3D()).save(str(tmp_path / "i3d.pt"))
+    judged = ["--checkpoint", game.out, "--data", game.held, "--video", game.video]
+    judged += ["--samples 2 --batch_size 4 --num_workers 0 --val_clips 6 --encoder vit_tiny"]
+    judged += ["--decoder", trained.out, "--lpips", vgg, "--i3d", tmp_path / "i3d.pt"]
+    text = run(tmp_path, "eval.py", *judged, "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["pictures"]
+    errors = report["errors"]
+    clips = report["clips"]
+    assert clips >= 4 and set(errors) == {"predicted", "decoded", "copy"}
+    for of_kind in errors.values():
+        assert {k: len(v) for k, v in of_kind.items()} == {"psnr": 7, "ssim": 7, "lpips": 7}
+    assert "true features, decoded" in text and "JEDi-style MMD on vit_tiny" in text
+    assert "FVD by i3d.pt (few films make it large)" in text
+    turns = report["turns"]
+    assert turns["left"][1] == clips and turns["control"][1] == clips
+    assert report["mmd"]["recorded"] != report["mmd"]["still"]
+
+    # the copy, from the numbers in the frames: blocks of 16 x 16 that differ between two numbers
+    records, _ = index_shards(sorted(map(str, game.held.parent.glob("*.tar"))))
+    videos = find_videos([str(game.video)], records)
+    reader = ClipReader(crop_size=32, action_space=38)
+    dataset = PicturedClips(records, [1.0] * len(records), reader, videos, 64)
+    films = []
+    for items in windows(dataset, 4, 6):
+        films += [dataset[item]["pictures"][:, 0].float() / 255 for item in items]
+    film = torch.stack(films)
+    for k in (1, 7):
+        expected = psnr_of(squared_error(film[:, 0], film[:, k]))
+        assert abs(errors["copy"]["psnr"][k - 1] - expected) < 1e-3
+
+    # the film: three clips of eight steps, the first and the last of each shown three times
+    with av.open(str(tmp_path / "report" / "film.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 3 * 12 and frames[0].shape[1] == 5 * 168
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "data:image/gif;base64" in page and "Error in pixels" in page
+
+
+def test_a_decoder_of_other_features_is_refused(game, world, tmp_path):
+    """Bug: features of another norm are decoded into nonsense; the old name of a flag is taken for
+    a folder."""
+    plan = "--epochs 1 --warmup 0 --anneal 0 --ipe 1 --val_clips 0 --feature_norm standardize"
+    run(tmp_path, "train_decoder.py", *world, plan, "--out_dir", tmp_path / "run")
+    judged = ["--checkpoint", game.out, "--data", game.held, "--video", game.video]
+    judged += ["--samples 2 --batch_size 4 --num_workers 0 --val_clips 4 --out", tmp_path / "r"]
+    text = fails(tmp_path, "eval.py", *judged, "--decoder", tmp_path / "run")
+    assert "was trained with feature_norm standardize, the predictor with layer" in text
+    text = fails(tmp_path, "eval.py", *judged, "--decoder", game.out)
+    assert "is no run of train_decoder.py" in text
+    text = fails(tmp_path, "eval.py", *judged, "--decoder decord")
+    assert "--decoder decord is now --video_decoder decord" in text
+    text = fails(tmp_path, "eval.py", *judged, "--i3d x.pt")
+    assert "--i3d judges pictures: name a run of train_decoder.py with --decoder" in text
+
+
+def test_wished_turns_are_turns_and_hold_the_hotbar(game):
+    """Bug: left and right exchanged, a mouse that does not move with the camera, another weapon."""
+    judged_run = load_run(str(game.out))
+    names = judged_run.state["action_names"]
+    dataset = open_held_out(
+        judged_run.state, judged_run.scaler, [str(game.held)], None, judged_run.device
+    )[0]
+    actions = torch.stack([dataset[i]["actions"] for i in sum(windows(dataset, 2, 4), [])])
+    wishes = Wishes(types.SimpleNamespace(run=judged_run, actions=actions))
+    plain = {name.split()[-1]: wishes.raw(of(1)) for name, of in wishes.kinds().items()}
+    yaw = names.index("yaw_diff")
+    assert (plain["left"][:, yaw] < 0).all() and (plain["right"][:, yaw] > 0).all()
+    np.testing.assert_allclose(plain["left"][:, yaw], -wishes.turn, rtol=1e-4)
+    degrees = np.degrees(plain["right"][:, yaw])
+    np.testing.assert_allclose(plain["right"][:, names.index("mouse_dx")] * 0.15, degrees, 1e-3)
+    assert (plain["walk"][:, names.index("key.w")] == 1).all()
+    np.testing.assert_allclose(plain["walk"][:, yaw], 0, atol=1e-6)
+    slots = [i for i, name in enumerate(names) if name.startswith("slot.")]
+    assert slots and (plain["left"][:, slots] == actions[1, 0, slots].numpy()).all()
