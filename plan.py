@@ -76,6 +76,8 @@ def parse_flags():
         parser.error("--state is that of the picture --start: name it, or drop --state")
     if not all(map(math.isfinite, args.state or [])):
         parser.error(f"--state {' '.join(map(str, args.state))}: give finite numbers")
+    if args.start and args.energy != "distance":
+        parser.error("--start prints distances: leave --energy out")
     if args.start and args.play:
         parser.error("--start and --play do not go together: plan to a picture, or in the game")
 
@@ -155,6 +157,7 @@ def recorded(
     generator,
     options,
     autocast=contextlib.nullcontext,
+    measure="distance",
 ):
     """Plans in held-out clips to the features `horizon` steps later -> sums over the horizon of the
     continuous actions, unscaled: (n, 5, d) as recorded, as planned, and of the policies that need
@@ -196,6 +199,7 @@ def recorded(
             compose,
             chunk,
             autocast=autocast,
+            measure=measure,
         )
         plan = search(cost, space, horizon, generator=generator, device=device, **options)
 
@@ -520,6 +524,7 @@ if __name__ == "__main__":
             args.chunk,
             options,
             run.autocast,
+            args.energy,
         )
         policies = {
             "plan": planned(choose, features, scaler),
@@ -565,6 +570,7 @@ if __name__ == "__main__":
                 generator,
                 options,
                 run.autocast,
+                args.energy,
             )
 
         report["recorded"] = plan_in_recordings(plan_in_clips, args.horizon, robot)

@@ -243,6 +243,7 @@ def plan_policy(run, encoder, space, horizon, args):
         args.chunk,
         search_options(args),
         run.autocast,
+        args.energy,
     )
     return planned(choose, features_of_pictures(run, encoder), run.scaler)
 
@@ -289,6 +290,7 @@ if __name__ == "__main__":
         "context": args.context,
         "reach": args.reach,
         "keys": args.keys,
+        "energy": args.energy,
         **search_options(args),
     }
     out = args.out or os.path.join(os.path.dirname(first.path), "benchmark.json")

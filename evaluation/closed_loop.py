@@ -163,6 +163,7 @@ def chooser(
     chunk,
     options,
     autocast=contextlib.nullcontext,
+    measure="distance",
 ):
     """For `planned`: a function choose(seen, done, goal, generator) -> scaled actions (H, A).
 
@@ -191,6 +192,7 @@ def chooser(
             compose,
             chunk,
             autocast=autocast,
+            measure=measure,
         )
         plan = search(cost, space, horizon, generator=generator, device=goal.device, **options)
 

@@ -26,6 +26,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 # --- the planner ---
 
+# what a plan is judged by: see evaluation.search.energy
+MEASURES = ["distance", "direction"]
+
 
 def planner_flags(parser, horizon, horizon_help):
     """Add the flags of the planner: what may be done, and how it is searched. horizon: its default,
@@ -39,6 +42,8 @@ def planner_flags(parser, horizon, horizon_help):
     # more samples and iterations find better plans, and take longer
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=horizon, help=horizon_help)
+    energy_help = "distance of its end to the goal, or whether it changes what is seen that way"
+    flag("--energy", default="distance", choices=MEASURES, help=energy_help)
     flag("--context", type=int, default=1, help="past steps that the predictor sees")
     flag("--num_samples", type=int, default=128, help="candidates of an iteration")
     flag("--num_elites", type=int, default=16, help="best candidates to draw the next ones around")

@@ -110,9 +110,14 @@ def energy(
     compose,
     chunk=512,
     autocast=contextlib.nullcontext,
+    measure="distance",
 ):
-    """A function from candidates (n, H, A) to their energies (n,): mean |difference| between the
-    step predicted after the last action and the goal.
+    """A function from candidates (n, H, A) to their energies (n,), low where the step predicted
+    after the last action is like the goal.
+
+    measure "distance": the mean |difference| of the two. "direction": minus the cosine between the
+    predicted change since the last seen step and the change that is wanted. Predictions far ahead
+    are blurred, which changes how large a predicted change is more than where it points to.
 
     z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S), goal
     (N, E). compose(state0, actions) gives the states before each action. The past is computed once,
@@ -136,7 +141,12 @@ def energy(
             # only where a candidate ends is compared with the goal
             with autocast():
                 last = predictor.rollout(steps, all_actions, all_states, cache=cache)[:, -1]
-            energies.append((last - goal).abs().mean((1, 2)))
+            if measure == "distance":
+                energies.append((last - goal).abs().mean((1, 2)))
+            else:
+                change = (last - z[:, -1]).flatten(1)
+                wanted = (goal - z[:, -1]).flatten(1)
+                energies.append(-torch.cosine_similarity(change, wanted, dim=1))
         return torch.cat(energies)
 
     return cost

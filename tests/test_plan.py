@@ -187,7 +187,7 @@ def test_search_finds_a_known_optimum(temperature):
 @pytest.mark.parametrize("context", [1, 3])
 def test_energy_is_the_same_by_cache_chunk_and_hand(context):
     """Bug: the shared cache stands at other positions, chunks lose or reorder candidates, states
-    are not the candidate's."""
+    are not the candidate's; the wanted change is not from the last step that is seen."""
     predictor = small_predictor()
     z, actions, states = small_batch()
     z = normalize_features(z[:1])
@@ -206,12 +206,17 @@ def test_energy_is_the_same_by_cache_chunk_and_hand(context):
     with torch.no_grad():
         whole = energy(predictor, *given)(candidates)
         close(energy(predictor, *given, chunk=2)(candidates), whole)
+        by_direction = energy(predictor, *given, chunk=2, measure="direction")(candidates)
         future = compose(states[:, context - 1].expand(5, -1), candidates)
         s = torch.cat([states[:, : context - 1].expand(5, -1, -1), future], dim=1)
         a = torch.cat([actions[:, : context - 1].expand(5, -1, -1), candidates], dim=1)
         past = z[:, :context].expand(5, -1, -1, -1)
         ahead = rollout_from_scratch(predictor, past, a, s)
     close(whole, (ahead[:, -1] - z[0, -1]).abs().mean((1, 2)))
+    change = (ahead[:, -1] - z[:, context - 1]).flatten(1)
+    wanted = (z[:, -1] - z[:, context - 1]).flatten(1)
+    cosine = (change * wanted).sum(1) / (change.norm(dim=1) * wanted.norm(dim=1))
+    close(by_direction, -cosine)
     assert whole.std() > 1e-4 and B > 1
 
 
