@@ -183,22 +183,27 @@ def chooser(
         actions = all_done[len(done) + 1 - len(z) :]
 
         # the plan, from here to the goal
-        cost = energy(
-            predictor,
-            torch.stack(z)[None],
-            actions[None].to(goal),
-            states.to(goal),
-            goal,
-            compose,
-            chunk,
-            autocast=autocast,
-            measure=measure,
+        costs = {}
+        for name in {measure, "distance"}:
+            costs[name] = energy(
+                predictor,
+                torch.stack(z)[None],
+                actions[None].to(goal),
+                states.to(goal),
+                goal,
+                compose,
+                chunk,
+                autocast=autocast,
+                measure=name,
+            )
+        plan = search(
+            costs[measure], space, horizon, generator=generator, device=goal.device, **options
         )
-        plan = search(cost, space, horizon, generator=generator, device=goal.device, **options)
 
-        # a plan that promises nothing is not followed: at the goal it is best to rest. Both are
-        # predictions, because a predicted step is never exactly what will be seen
-        after_plan, after_rest = cost(torch.stack([plan, still])).tolist()
+        # a plan that does not come nearer is not followed: at the goal it is best to rest, and
+        # there no direction is better than another. Both are predictions, because a predicted step
+        # is never exactly what will be seen
+        after_plan, after_rest = costs["distance"](torch.stack([plan, still])).tolist()
         return plan if after_plan < after_rest else still
 
     return choose
