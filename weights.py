@@ -975,7 +975,11 @@ def open_torchscript(flag, path):
     except RuntimeError as e:
         reason = str(e).strip().splitlines()[-1]
         raise ValueError(f"{flag} {path} is no TorchScript file: {reason}") from e
-    return network.requires_grad_(False).eval()
+
+    # such a network has no requires_grad_ of its own
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network.eval()
 
 
 class Lpips(nn.Module):

@@ -32,8 +32,8 @@ COMPARED = 96
 STARTS = 50
 STRONG = 0.75
 
-# how the measure of turns is checked on what was recorded: so many steps in a row that turn one
-# way, by more than this share of such a turn
+# steps of a turn that are looked at: later ones show what was not in sight at the start. The
+# measure is checked on recorded turns of as many steps, by more than this share of such a turn
 STRETCH = 3
 CLEAR = 0.5
 
@@ -260,23 +260,46 @@ def what_if(judged, decoder, clips):
 # --- which way does a film turn? ---
 
 
-def shift_of(films):
-    """Horizontal shift (n,) of films (n, T, 3, H, W), in 48ths of their width: by how much the
-    scene moves to the right from one picture to the next, the same in all of a film. It is the
-    shift, of up to half of the width, at which neighbouring pictures differ least. A camera that
-    turns right moves the scene to the left."""
-    # small and grey, without the floor and what the player holds, which do not turn with the camera
-    x = films.float().mean(2)
-    x = F.adaptive_avg_pool2d(x, (COARSE, COARSE))
-    x = x[:, :, COARSE // 5 : 2 * COARSE // 3]  # (n, T, rows, COARSE)
-    reach = COARSE // 2
-    differences = []
-    for s in range(-reach, reach + 1):
-        # what the picture before shows at column c, the next one shows at c + s
-        before = x[:, :-1, :, max(-s, 0) : COARSE - max(s, 0)]
-        after = x[:, 1:, :, max(s, 0) : COARSE - max(-s, 0)]
-        differences.append((before - after).abs().mean((1, 2, 3)))
-    return torch.stack(differences, dim=1).argmin(1) - reach
+def side_of(films):
+    """Which way the scene of films (n, T, 3, H, W) moves: 1 to the right, -1 to the left (n,). A
+    camera that turns right moves the scene to the left.
+
+    It is the side on which a shift, between an eighth and half of the width and the same in all
+    steps, makes neighbouring pictures differ least. A forced choice: where nothing moves it is
+    chance, because decoded pictures are blurred and what never changes would otherwise decide."""
+    # small and grey, without the floor and what the player holds, which do not turn with the
+    # camera, and without the brightness, which changes with the light
+    x = F.adaptive_avg_pool2d(films.float().mean(2), (COARSE, COARSE))
+    x = x[:, :, : 2 * COARSE // 3]  # (n, T, rows, COARSE)
+    x = x - x.mean((2, 3), keepdim=True)
+
+    least = {}
+    for side in (1, -1):
+        differences = []
+        for s in range(COARSE // 8, COARSE // 2 + 1):
+            # what the picture before shows at column c, the next one shows s columns further on
+            inner = x[..., : COARSE - s]
+            outer = x[..., s:]
+            before, after = (inner, outer) if side == 1 else (outer, inner)
+            differences.append((before[:, :-1] - after[:, 1:]).abs().mean((1, 2, 3)))
+        least[side] = torch.stack(differences).min(0).values
+    return torch.where(least[1] < least[-1], 1, -1)
+
+
+def clear_turns(films, yaw, least):
+    """Stretches (m, STRETCH + 1, 3, H, W) of films (n, T, 3, H, W) that turn one way in all of
+    their steps, by more than `least` radians a step on average, and the side (m,) to which their
+    scene moves. yaw (n, T-1): radians of each step, positive to the right."""
+    stretches = []
+    sides = []
+    for film, turns in zip(films, torch.as_tensor(yaw)):
+        for t in range(0, len(turns) - STRETCH + 1, STRETCH):
+            part = turns[t : t + STRETCH]
+            one_way = abs(int(part.sign().sum())) == STRETCH
+            if one_way and part.mean().abs() > least:
+                stretches.append(film[t : t + STRETCH + 1])
+                sides.append(-int(part[0].sign()))
+    return stretches, torch.tensor(sides)
 
 
 @torch.no_grad()
@@ -294,7 +317,7 @@ def turn_test(judged, decoder, films, clips):
         films_of_turn = torch.stack(
             [to_bytes(decoder(z)) for z in rollouts(judged, starts, wishes.kinds()[f"turn {name}"])]
         )
-        is_right = shift_of(films_of_turn).sign() == direction
+        is_right = side_of(films_of_turn[:, : STRETCH + 1]) == direction
         both &= is_right
         correct[name] = (int(is_right.sum()), len(starts))
     correct["both"] = (int(both.sum()), len(starts))
@@ -306,24 +329,19 @@ def turn_test(judged, decoder, films, clips):
     if not torch.isnan(others).any():
         place = {i: k for k, i in enumerate(starts)}
         random = rollouts(judged, starts, lambda i: others[place[i]])
-        signs = shift_of(torch.stack([to_bytes(decoder(z)) for z in random])).sign()
-        asked = torch.ones(len(starts), dtype=signs.dtype)
+        films_of_others = torch.stack([to_bytes(decoder(z)) for z in random])
+        sides_of_others = side_of(films_of_others[:, : STRETCH + 1])
+        asked = torch.ones(len(starts), dtype=sides_of_others.dtype)
         asked[1::2] = -1
-        correct["control"] = (int((signs == asked).sum()), len(starts))
+        correct["control"] = (int((sides_of_others == asked).sum()), len(starts))
 
-    # the measure itself: recorded stretches that turn one way, clearly
+    # the measure itself, on recorded turns: as they were recorded, and decoded
     yaw = wishes.raw(judged.actions[torch.tensor(clips)])[..., wishes.names.index("yaw_diff")]
-    stretches, directions = [], []
-    for film, turns in zip(films.recorded, torch.from_numpy(yaw)):
-        for t in range(0, len(turns) - STRETCH + 1, STRETCH):
-            part = turns[t : t + STRETCH]
-            one_way = abs(int(part.sign().sum())) == STRETCH
-            if one_way and part.mean().abs() > CLEAR * wishes.turn:
-                stretches.append(film[t : t + STRETCH + 1])
-                directions.append(-int(part[0].sign()))
-    if stretches:
-        signs = shift_of(torch.stack(stretches)).sign()
-        correct["recorded"] = (int((signs == torch.tensor(directions)).sum()), len(stretches))
+    for name, of_kind in (("recorded", films.recorded), ("decoded", films.decoded)):
+        stretches, sides = clear_turns(of_kind, yaw, CLEAR * wishes.turn)
+        if stretches:
+            is_right = side_of(torch.stack(stretches)) == sides
+            correct[name] = (int(is_right.sum()), len(stretches))
     return correct, wishes.turn
 
 
@@ -335,15 +353,16 @@ def turn_lines(correct, turn):
         return f"{right / count:.0%} of {count}"
 
     lines = [
-        f"turns of {np.degrees(turn):.0f} degrees a step, decoded: the scene moves the right way in"
-        f" {share('left')} (left) and {share('right')} (right), both from the same start"
+        f"turns of {np.degrees(turn):.0f} degrees a step, {STRETCH} steps, decoded: the scene moves"
+        f" the right way in {share('left')} (left) and {share('right')} (right), both from the same start"
         f" {share('both')}"
     ]
     if "control" in correct:
         lines.append(f"  actions of other recordings in their place: {share('control')}")
     if "recorded" in correct:
         lines.append(
-            f"  recorded pictures of clear turns, as a check of the measure: {share('recorded')}"
+            "  the measure on clear turns that were recorded:"
+            f" {share('recorded')}, on their features decoded {share('decoded')}"
         )
     return lines
 
@@ -475,10 +494,10 @@ def labelled(image, text, font):
 
 
 def film_pages(films, others, count, seconds):
-    """Pictures of a film of the first `count` clips, side by side: recorded, predicted, what
-    if."""
+    """Pictures of a film of the first `count` clips, side by side: recorded, its features
+    decoded, predicted, what if."""
     font = ImageFont.load_default(14)
-    kinds = {"recorded": films.recorded, "predicted": films.predicted}
+    kinds = {"recorded": films.recorded, "decoded": films.decoded, "predicted": films.predicted}
     kinds |= {f"if: {name}": film for name, film in others.items()}
     pages = []
     for i in range(count):
@@ -515,7 +534,7 @@ def mp4_bytes(pages, rate):
 def gif_bytes(pages, seconds):
     """Pictures -> a GIF that shows each for some seconds, again and again."""
     file = io.BytesIO()
-    small = [page.quantize(64) for page in pages]
+    small = [page.quantize(128) for page in pages]
     small[0].save(
         file,
         format="GIF",

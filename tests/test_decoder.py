@@ -14,7 +14,7 @@ import checkpoint
 import weights
 from data import Clips, PicturedClips, fill_pixels_cache, windows
 from evaluation.decoded import Decoder, Pictures, psnr_of, squared_error, ssim
-from evaluation.films import Wishes, frechet, halves, mmd, shift_of
+from evaluation.films import Wishes, clear_turns, frechet, halves, mmd, side_of
 from evaluation.pictures import find_videos
 from evaluation.runs import load_run, open_held_out
 from files.shards import index_shards
@@ -413,9 +413,20 @@ def panorama(shift, steps=6):
 
 
 def test_a_turn_to_the_right_moves_the_scene_to_the_left():
-    """Bug: a sign that is the wrong way round, or a film that stands still counted as a turn."""
-    films = torch.stack([panorama(shift) for shift in (-16, -4, 0, 4, 16)])
-    assert shift_of(films).tolist() == [-8, -2, 0, 2, 8]  # in 48ths of 96 pixels
+    """Bug: a sign that is the wrong way round; the brightness or the floor decide; stretches that
+    turn both ways, or hardly, count as turns."""
+    films = torch.stack([panorama(shift) for shift in (-32, -14, 14, 32)])
+    assert side_of(films).tolist() == [-1, -1, 1, 1]
+    brighter = films.float() * torch.linspace(0.5, 1, 6).view(6, 1, 1, 1)
+    brighter[:, :, :, 64:] = 255
+    assert side_of(brighter).tolist() == [-1, -1, 1, 1]
+
+    # yaw grows to the right
+    yaw = [[0.3, 0.2, 0.3, -0.2, -0.3, -0.1], [0.3, -0.3, 0.3, 0.01, 0.01, 0.01]]
+    numbered = torch.arange(2 * 7).view(2, 7, 1, 1, 1).expand(-1, -1, 3, 2, 2)
+    stretches, sides = clear_turns(numbered, np.array(yaw), 0.1)
+    assert [s[:, 0, 0, 0].tolist() for s in stretches] == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    assert sides.tolist() == [-1, 1]
 
 
 def test_distances_of_films_are_those_of_the_papers():
@@ -490,7 +501,7 @@ def test_a_report_with_films(game, trained, vgg, tmp_path):
     # the film: three clips of eight steps, the first and the last of each shown three times
     with av.open(str(tmp_path / "report" / "film.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(frames) == 3 * 12 and frames[0].shape[1] == 5 * 168
+    assert len(frames) == 3 * 12 and frames[0].shape[1] == 6 * 168
     page = (tmp_path / "report" / "report.html").read_text()
     assert "data:image/gif;base64" in page and "Error in pixels" in page
 
