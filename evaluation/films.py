@@ -354,8 +354,8 @@ def turn_lines(correct, turn):
 
     lines = [
         f"turns of {np.degrees(turn):.0f} degrees a step, {STRETCH} steps, decoded: the scene moves"
-        f" the right way in {share('left')} (left) and {share('right')} (right), both from the same start"
-        f" {share('both')}"
+        f" the right way in {share('left')} (left) and {share('right')} (right), both from the"
+        f" same start {share('both')}"
     ]
     if "control" in correct:
         lines.append(f"  actions of other recordings in their place: {share('control')}")

@@ -19,7 +19,13 @@ from evaluation.pictures import find_videos
 from evaluation.runs import load_run, open_held_out
 from files.shards import index_shards
 from files.vpt import ClipReader
-from model import DecoderModel, PictureDecoder, TinyAutoencoder, growth_of
+from model import (
+    DecoderModel,
+    PictureDecoder,
+    TinyAutoencoder,
+    growth_of,
+    normalize_features,
+)
 from tests.harness import column, fails, numbers, read_number, run, start_ranks
 
 LOSSES = ("l1_loss", "gradient_loss", "grad_norm")
@@ -267,21 +273,43 @@ def same_run(a, b):
     assert all(torch.equal(one[k], v) for k, v in two.items())
 
 
-def test_a_run_learns_logs_and_shows_pictures(world, tmp_path):
-    """Bug: a decoder that stays at the mean picture; numbers in the log that are of other
-    pictures."""
-    out = tmp_path / "run"
-    plan = "--epochs 1 --warmup 0 --anneal 0 --ipe 40 --noise 0 --lr 1e-2"
-    text = run(tmp_path, "train_decoder.py", *world, plan, "--out_dir", out)
+def test_a_decoder_learns_what_features_say():
+    """Bug: a layer that gets no gradient, patches that decode into the wrong quarter."""
+    torch.manual_seed(0)
+    decoder = PictureDecoder(12, 2, 3, 16, width=24, depth=1, num_heads=2, least_width=12)
+    model = DecoderModel(decoder, 0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def examples():
+        """Features whose first three channels are the colour of their quarter of the picture."""
+        z = torch.rand(32, 4, 12)
+        colours = z[..., :3].transpose(1, 2).unflatten(2, (2, 2))
+        return normalize_features(z), nn.functional.interpolate(colours, scale_factor=8)
+
+    losses = []
+    for seed in range(150):
+        loss = model(*examples(), seed=seed)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        losses.append(loss[0].item())
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+
+
+def test_a_run_logs_and_shows_pictures(trained):
+    """Bug: columns that are of other pictures, a total that leaves out a term, a picture that is
+    missing."""
+    out = trained.out
     rows = numbers(out, "l1_loss", "gradient_loss", "total_loss")
-    assert rows.shape == (40, 3) and np.isfinite(rows).all()
+    assert rows.shape == (6, 3) and np.isfinite(rows).all()
     np.testing.assert_allclose(rows[:, 2], rows[:, 0] + rows[:, 1], rtol=1e-4)
-    assert rows[-5:, 0].mean() < 0.95 * rows[:5, 0].mean()
-    names = ("psnr", "ssim", "mean_psnr", "mean_ssim", "copy_psnr", "l1_loss")
-    val = dict(zip(names, numbers(out, *names, log="val.csv")[0]))
-    assert val["psnr"] > val["mean_psnr"] and val["ssim"] > val["mean_ssim"]
-    assert f"held out after epoch 1: PSNR {val['psnr']:.2f} dB" in text
-    assert f"python eval.py --checkpoint RUN --decoder {out}" in text
+    names = ("psnr", "ssim", "mean_psnr", "copy_psnr", "l1_loss")
+    val = dict(zip(names, numbers(out, *names, log="val.csv")[-1]))
+    assert np.isfinite(list(val.values())).all()
+    assert abs(val["psnr"] - val["mean_psnr"]) < 3  # it starts there
+    assert f"held out after epoch 2: PSNR {val['psnr']:.2f} dB" in trained.text
+    assert f"python eval.py --checkpoint RUN --decoder {out}" in trained.text
     for name in ("curves.png", "pictures.png"):
         assert (out / name).stat().st_size > 10_000
 
@@ -460,9 +488,8 @@ class FileOfI3D(nn.Module):
         resize: bool = True,
         return_features: bool = False,
     ):
-        if x.shape[2] < 16:
-            raise ValueError("I3D needs 16 frames")
-        return torch.stack([x.mean([1, 2, 3, 4]), x.std([1, 2, 3, 4])], dim=1)
+        # fewer than 16 frames have no sixteenth
+        return torch.stack([x.mean([1, 2, 3, 4]), x[:, :, 15].std([1, 2, 3])], dim=1)
 
 
 def test_a_report_with_films(game, trained, vgg, tmp_path):
