@@ -29,10 +29,10 @@ demo: .venv/installed
 	$(PY) train_ac.py $(DEMO_DATA) --out_dir out/demo $(DEMO)
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
 
-demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? 45 minutes
+demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? hours
 	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO_DATA) $(DEMO)
 
-demo-long: .venv/installed  # an hour of play, seven times the training
+demo-long: .venv/installed  # an hour of play, seven times the training: more than an hour on two cores
 	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
 	$(PY) fit_scaler.py --data 'demo-long/train/*.tar' --fps 10 --output demo-long/scaler.pkl
 	$(PY) encode.py --data 'demo-long/train/*.tar' --out demo-long/features/train $(FEATURES) --phases 2
@@ -59,15 +59,10 @@ demo-probe: demo  # what the demo's features and predictions say about actions
 	$(PY) probe.py --checkpoint out/demo $(DEMO_DATA) --encoder doom_tiny \
 		--label_field hotbar --lines 'demo/*/*.tar'
 
-demo-plan: .venv/installed  # an hour of play in steps of 0.1 s, and planning with what it taught: a quarter of an hour
-	$(PY) -m prepare.demo --minutes 60 --seed 1 --out demo-long
-	$(PY) fit_scaler.py --data 'demo-long/train/*.tar' --fps 20 --output demo-long/scaler20.pkl
-	$(PY) encode.py --data 'demo-long/train/*.tar' --out demo-long/features20/train $(FEATURES) --fps 20
-	$(PY) encode.py --data 'demo-long/val/*.tar' --out demo-long/features20/val $(FEATURES) --fps 20
-	$(PY) train_ac.py --data 'demo-long/features20/train/*.tar' --val_data 'demo-long/features20/val/*.tar' \
-		--scaler demo-long/scaler20.pkl --out_dir out/demo-plan $(TRAIN) --fps 20 --epochs 6 --ipe 400 --anneal 3 --val_every 2
-	$(PY) plan.py --checkpoint out/demo-plan --data 'demo-long/features20/val/*.tar' --temperature 0.01 --iterations 1 --correlation 0.9
-	$(PY) plan.py --checkpoint out/demo-plan --encoder doom_tiny --play turn --temperature 0.01 --reach 1.4 --steps 12 --out out/demo-plan/turn.json
+demo-plan: demo  # planning with what the demo taught: in recordings, and turning to a view in the game
+	$(PY) plan.py --checkpoint out/demo --data 'demo/features/val/*.tar' --temperature 0.01 --iterations 1
+	$(PY) -m evaluation.benchmark --checkpoint out/demo --encoder doom_tiny --tasks turn --horizon 2 --energy direction \
+		--temperature 0.02 --iterations 1 --reach 1.4
 
 encoder: .venv/installed  # encoders/doom_tiny, trained again: 150 minutes of play, 40 minutes on two cores
 	$(PY) -m prepare.demo --minutes 150 --seed 7 --out demo-encoder
