@@ -50,7 +50,7 @@ def clip_set(place, settings):
     # features have the first tick of a recording in their key, video begins at 0
     lines = []
     for record, window in place:
-        start = record.key.rpartition("@")[2] if record.is_features else "0"
+        start = int(record.key.rpartition("@")[2]) if record.is_features else 0
         lines.append(f"{record.recording}@{start}/{window}")
 
     # the same windows of other lengths are other clips
