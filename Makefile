@@ -61,8 +61,7 @@ demo-probe: demo  # what the demo's features and predictions say about actions
 
 demo-plan: demo  # planning with what the demo taught: in recordings, and turning to a view in the game
 	$(PY) plan.py --checkpoint out/demo --data 'demo/features/val/*.tar' --temperature 0.01 --iterations 1
-	$(PY) -m evaluation.benchmark --checkpoint out/demo --encoder doom_tiny --tasks turn --horizon 2 --energy direction \
-		--temperature 0.02 --iterations 1 --reach 1.4
+	$(PY) -m evaluation.benchmark --checkpoint out/demo --encoder doom_tiny --tasks turn --horizon 2 --temperature 0.01 --iterations 1 --reach 1.4
 
 encoder: .venv/installed  # encoders/doom_tiny, trained again: 150 minutes of play, 40 minutes on two cores
 	$(PY) -m prepare.demo --minutes 150 --seed 7 --out demo-encoder
