@@ -63,14 +63,14 @@ demo-plan: demo  # planning with what the demo taught: in recordings, and turnin
 	$(PY) plan.py --checkpoint out/demo --data 'demo/features/val/*.tar' --temperature 0.01 --iterations 1
 	$(PY) -m evaluation.benchmark --checkpoint out/demo --encoder doom_tiny --tasks turn --horizon 2 --temperature 0.01 --iterations 1 --reach 1.4
 
-encoder: .venv/installed  # encoders/doom_tiny, trained again: 150 minutes of play, 40 minutes on two cores
+encoder: .venv/installed  # an encoder like encoders/doom_tiny, from 150 minutes of play; copy the file there to ship it
 	$(PY) -m prepare.demo --minutes 150 --seed 7 --out demo-encoder
 	$(PY) fit_scaler.py --data 'demo-encoder/train/*.tar' --fps 10 --output demo-encoder/scaler.pkl
 	$(PY) train_lewm.py --data 'demo-encoder/train/*.tar' --val_data 'demo-encoder/val/*.tar' --scaler demo-encoder/scaler.pkl \
 		--fps 10 --crop_size 48 --frames_per_clip 8 --action_space 18 --epochs 30 --ipe 100 --warmup 2 --anneal 10 --batch_size 48 --idm 2 \
 		--num_workers 0 --val_every 10 --val_clips 128 --log_every 50 --dtype bfloat16 --pixels_cache demo-encoder/pixels \
 		--out_dir out/encoder --resume
-	$(PY) -m prepare.encoder out/encoder encoders/doom_tiny.safetensors
+	$(PY) -m prepare.encoder out/encoder out/encoder/doom_tiny.safetensors
 
 demo-lam: .venv/installed  # latent actions of nine known moves: do the codes name them? 3 minutes
 	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --chunks 256

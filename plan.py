@@ -7,11 +7,11 @@ Recorded: are the recorded actions found?
 
 Between two pictures:
 
-    python plan.py --checkpoint out/demo --encoder vit_tiny --start a.png --goal b.png
+    python plan.py --checkpoint out/demo --encoder doom_tiny --start a.png --goal b.png
 
 Closed loop in ViZDoom, on held-out maps:
 
-    python plan.py --checkpoint out/demo --encoder vit_tiny --play turn --trials 50
+    python plan.py --checkpoint out/demo --encoder doom_tiny --play turn --trials 50
 
 Reads a run of train_ac.py or train_lora.py. The energy of a candidate is the mean |difference|
 between the layer-normed features predicted for its last step and the goal's; all candidates share

@@ -3,10 +3,10 @@ gameplay that has none.
 
     python probe.py --checkpoint out/demo --data 'demo/features/train/*.tar' \\
         --val_data 'demo/features/val/*.tar'
-    python probe.py --encoder vit_tiny my_encoder.pt --crop_size 32 --fps 10 \\
+    python probe.py --encoder vit_tiny doom_tiny --crop_size 48 --fps 10 \\
         --data 'demo/train/*.tar' --val_data 'demo/val/*.tar' --label_field hotbar
     python probe.py --encoder vit_tiny out/vjepa --task order --data videos/ --val_data other/
-    python probe.py --checkpoint out/demo --encoder vit_tiny --task inverse \\
+    python probe.py --checkpoint out/demo --encoder doom_tiny --task inverse \\
         --label new.tar --out labelled.tar
 
 A linear and an attentive head for each --task: inverse (steps t, t+1 -> action t, with a checkpoint

@@ -1,11 +1,11 @@
 """Train a frame-causal, action-conditioned predictor on the features of a frozen V-JEPA encoder
 (V-JEPA 2-AC, on gameplay).
 
-On a laptop, with a small random encoder:
+On a laptop, on the play of make demo, with a small trained encoder:
 
-    python train_ac.py --data demo/train/*.tar --val_data demo/val/*.tar --encoder vit_tiny \\
-        --crop_size 64 --epochs 4 --ipe 100 --warmup 1 --anneal 1 --batch_size 16 \\
-        --pred_dim 128 --pred_depth 4 --pred_heads 4
+    python train_ac.py --data demo/train/*.tar --val_data demo/val/*.tar --fps 10 \\
+        --scaler demo/scaler.pkl --encoder doom_tiny --crop_size 48 --epochs 4 --ipe 100 \\
+        --warmup 1 --anneal 1 --batch_size 16 --pred_dim 128 --pred_depth 4 --pred_heads 4
 
 On 8 GPUs, with the released ViT-L:
 

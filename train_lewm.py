@@ -1,5 +1,5 @@
-"""Train a world model from pixels alone: an encoder and a frame-causal, action-conditioned
-predictor, together (LeWorldModel, on gameplay).
+"""Train an encoder and a frame-causal, action-conditioned predictor together, on recordings with
+actions (LeWorldModel, on gameplay).
 
 On a laptop, in minutes:
 

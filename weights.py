@@ -68,7 +68,7 @@ class Architecture(NamedTuple):
     mlp_dim: int
 
 
-# vit_tiny is ours, for the demo and the tests
+# vit_tiny is ours: the size of doom_tiny, or random weights
 ARCHITECTURES = {
     "vit_tiny": Architecture(192, 4, 3, 768),
     "vit_base_16": Architecture(768, 12, 12, 3072),
@@ -140,7 +140,7 @@ def download(url, path, tries=5, timeout=60):
             return part.replace(path)
         reason = f"the transfer ended at {size} of {total} bytes"
     raise ConnectionError(
-        f"could not download {url} ({reason}). Put the file at {path}, or use --encoder vit_tiny"
+        f"could not download {url} ({reason}). Put the file at {path}, or try --encoder doom_tiny"
         " (--base none --full)"
     )
 
