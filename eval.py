@@ -657,9 +657,11 @@ def probe_section(judged, dataset, features_of, train_data, encoder, options):
     if not options["clips"]:
         return None, "--probe_clips is 0", []
 
-    # the report can be made without the training data, but not with wrong ones
+    # the report can be made without the training data, or without the encoder that would see them,
+    # but not with wrong ones
     try:
         train, bad = training_records(run.settings, train_data, dataset.records)
+        probed, failed = probe_run(run, dataset, features_of, train, encoder, **options)
     except FileNotFoundError as e:
         if train_data:
             raise
@@ -668,7 +670,6 @@ def probe_section(judged, dataset, features_of, train_data, encoder, options):
         if train_data:
             raise
         return None, str(e), []
-    probed, failed = probe_run(run, dataset, features_of, train, encoder, **options)
     return probed, "", bad + failed
 
 
@@ -685,8 +686,14 @@ def comparable_section(judged, probed, why, rank, rows):
         report["tested_on"] = probed.tested._asdict()
 
     facts = comparable_lines(numbers, probed, why, judged.seconds)
-    play = f"python -m evaluation.benchmark --checkpoint {judged.run.path}"
-    facts.append(f"  can it plan? {play}")
+
+    # the game plays what was trained on play, step by step
+    state = judged.run.state
+    if state["dataset"] == "vpt" and state["encode"] == "tubelet":
+        play = f"python -m evaluation.benchmark --checkpoint {judged.run.path}"
+        if "key.w" not in state["action_names"]:
+            play += " --tasks turn"
+        facts.append(f"  can it plan? {play}")
     facts.append(own_space(judged.run.state, judged.run.settings))
     return Section(facts, {"comparable": report}, {})
 

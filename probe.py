@@ -138,7 +138,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import open_films, open_records, open_split, split_records
+from data import holds_play, open_films, open_records, open_split, split_records
 from evaluation.heads import (
     anticipation,
     anticipation_table,
@@ -166,7 +166,7 @@ from evaluation.runs import (
     warn_of_training_data,
 )
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
-from files.films import FilmReader
+from files.films import FilmReader, film_paths
 from files.logs import count_text, to_json
 from files.progress import tqdm
 from files.shards import Slice, archive_members, member_place, read_start, read_ticks
@@ -596,6 +596,8 @@ if __name__ == "__main__":
     # --- data ---
     # the order of steps needs no actions: any video will do
     plain_video = run is None and tasks == ["order"]
+    if plain_video:
+        plain_video = not holds_play(film_paths([*args.data, *args.val_data]))
     if plain_video:
         reader = FilmReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size)
         train_records, _, val_records, bad = open_films(args.data, reader, val_data=args.val_data)

@@ -230,7 +230,11 @@ if __name__ == "__main__":
     # weights of losses, and noise
     for name in ("noise", "gradient", "lpips_weight"):
         if getattr(args, name) < 0:
-            parser.error(f"--{name} {getattr(args, name)} is below 0, which turns it off")
+            parser.error(f"--{name} {getattr(args, name)} is negative: 0 turns it off")
+
+    # SSIM, which validation prints, looks at windows of 11 pixels
+    if (args.picture_size or args.crop_size) < 11:
+        parser.error(f"--picture_size {args.picture_size or args.crop_size} is too small: from 11")
 
     # the schedule must fit into the run
     if args.warmup + args.anneal > args.epochs:

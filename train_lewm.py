@@ -549,8 +549,8 @@ if __name__ == "__main__":
     ).to(device)
     predictor.activation_checkpointing = args.activation_checkpointing
 
-    # without actions: what encodes them is 0 and stays 0, here and in every later stage. States are
-    # left out as well, because they are sums of actions
+    # without actions: what encodes them is 0 and stays 0 in this run. States are left out as well,
+    # because they are sums of actions
     if not args.actions:
         for part in (predictor.action_encoder, predictor.state_encoder):
             part.requires_grad_(False)
@@ -1091,7 +1091,7 @@ if __name__ == "__main__":
 
                 # the usual failure: the loss falls, and the action is ignored. The hotbar does not
                 # count
-                if row["moves_gap"] < 0.02 and epochs_done > args.warmup:
+                if args.actions and row["moves_gap"] < 0.02 and epochs_done > args.warmup:
                     print0(
                         "WARNING: shuffled actions cost less than 2 %: THE ACTION IS IGNORED, or"
                         " hardly used (yet); raise --idm, or train for longer"

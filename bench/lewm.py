@@ -147,10 +147,23 @@ class Bench:
         data = ["--data", *self.shards("val"), "--train_data", *self.shards("train")]
         run(log, "eval.py", "--checkpoint", out, *data, *self.limits, *self.workers, *flags)
 
+    def check_flags(self, out, words):
+        """Remember what a row is made with. Ends the program if it was made with other flags: its
+        numbers would mean something else."""
+        path = out + ".flags.json"
+        words = json.dumps(list(map(str, [self.data, *self.limits, *words])))
+        if not os.path.exists(path):
+            write_atomically(path, words.encode())
+        with open(path) as f:
+            before = f.read()
+        if before != words:
+            raise SystemExit(f"{out} was made with {before}, now it is {words}: give another --out")
+
     def lewm(self, name, seed, flags):
         """Train and judge a row of train_lewm.py; the table's row."""
         out = self.path(f"{name}-{seed}")
         log = out + ".txt"
+        self.check_flags(out, [self.steps, *self.extra, *flags])
         if not os.path.exists(os.path.join(out, "report.json")):
             data = ["--data", *self.shards("train"), "--val_data", *self.shards("val")]
             files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", out]
@@ -188,6 +201,7 @@ class Bench:
         """Train and judge a predictor on frozen features, for `minutes` with the encoding."""
         out = self.path(f"{encoder}-{seed}")
         log = out + ".txt"
+        self.check_flags(out, FROZEN)
         features, encoding = self.features(encoder)
         data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
         data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]

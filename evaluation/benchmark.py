@@ -23,7 +23,7 @@ TASKS = ["turn", "walk", "turn-and-walk", "find-again"]
 DTYPES = ["float32", "bfloat16", "float16"]
 
 # of the file: raised when its fields change
-FORMAT = 1
+FORMAT = 2
 
 
 # --- flags ---
@@ -257,7 +257,9 @@ if __name__ == "__main__":
         sys.exit()
 
     # --- runs ---
-    from evaluation.doom import open_doom  # ViZDoom is needed here only
+    # ViZDoom is needed here only
+    from evaluation.doom import TASKS as TASKS_OF_DOOM
+    from evaluation.doom import open_doom
 
     runs = {}
     for path in args.checkpoint:
@@ -296,23 +298,37 @@ if __name__ == "__main__":
     out = args.out or os.path.join(os.path.dirname(first.path), "benchmark.json")
     results = continued(out, settings)
 
-    # --- play ---
+    # --- policies ---
+    # of every task, before the first is played: what cannot be played shows now
     horizons = dict(zip(args.tasks, args.horizon * len(args.tasks)))
+    policies_of = {}
+    for name in args.tasks:
+        keys = args.keys or TASKS_OF_DOOM[name].keys
+        lacking = [key for key in keys if key not in names]
+        if lacking:
+            raise ValueError(
+                f"{name} needs {' '.join(lacking)}, which the actions of {first.path} lack: leave"
+                " it out of --tasks"
+            )
+
+        # in the units of each run: a std of mouse motion is that of what it was trained on
+        space = vpt_space(names, first.scaler, keys, args.reach)
+        policies_of[name] = {
+            "random": random_actions(space, first.scaler),
+            "rest": resting(space, first.scaler),
+            "same action": same_action(space, first.scaler),
+            "oracle": oracle(),
+        }
+        for plan, run in runs.items():
+            own_space = vpt_space(names, run.scaler, keys, args.reach)
+            policies_of[name][plan] = plan_policy(
+                run, args.encoder, own_space, horizons[name], args
+            )
+
+    # --- play ---
     with open_doom(first.state, args.seed) as world:
-        for name in args.tasks:
-            # in the units of each run: a std of mouse motion is that of what it was trained on
+        for name, policies in policies_of.items():
             task = world.tasks[name]
-            keys = args.keys or task.keys
-            space = vpt_space(names, first.scaler, keys, args.reach)
-            policies = {
-                "random": random_actions(space, first.scaler),
-                "rest": resting(space, first.scaler),
-                "same action": same_action(space, first.scaler),
-                "oracle": oracle(),
-            }
-            for plan, run in runs.items():
-                own_space = vpt_space(names, run.scaler, keys, args.reach)
-                policies[plan] = plan_policy(run, args.encoder, own_space, horizons[name], args)
 
             # a task's results so far, plans last: the oracle and the bar are known early
             steps = round(task.seconds / seconds_of_step)
@@ -325,6 +341,7 @@ if __name__ == "__main__":
                 if policy in runs:
                     weights = encoder_hash(runs[policy].predictor)
                     identity = {"horizon": horizons[name], "predictor": weights}
+                    identity["dtype"] = runs[policy].dtype
 
                 # a file of before may have it
                 played = kept["policies"].get(policy)

@@ -287,10 +287,12 @@ class Decoder:
         """ValueError unless this decoder reads the features of a Run of evaluation/runs.py: of the
         same encoder, cut and normalised in the same way."""
         for name in ("encoder_hash", "encode", "fps", "frames_per_step", "feature_norm"):
-            if self.state[name] != run.state[name]:
+            # runs of train_lora.py have some of them among their settings only
+            of_run = run.state.get(name, run.settings.get(name))
+            if self.state[name] != of_run:
                 raise ValueError(
                     f"--decoder {self.path} was trained with {name} {self.state[name]}, the"
-                    f" predictor with {run.state[name]}: train a decoder on the predictor's"
+                    f" predictor with {of_run}: train a decoder on the predictor's"
                     " features"
                 )
 

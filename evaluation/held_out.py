@@ -332,9 +332,8 @@ def held_out(
     evaluates a share; the results are gathered, and every rank returns all of them.
 
     compose: model.compose_states, or what computes states from actions on another robot. hotbar:
-    as in action_meter. Shuffled
-    actions are those of another recording (`from_other_recordings`); their errors are nan where
-    there is only one."""
+    as in action_meter. Shuffled actions are those of another recording (`from_other_recordings`);
+    their errors are nan where there is only one."""
     # each rank takes every world-th batch; dropout is off until the end
     rank, world = 0, 1
     if dist.is_initialized():

@@ -169,10 +169,6 @@ def open_run(path):
         kind = {"dataset": "vpt"}
     state = kind | state
 
-    # a run that trains its encoder has it in every checkpoint: that of this one, wherever it is now
-    if settings_of(state, path).get("stage") == "lewm":
-        state["settings"] = state["settings"] | {"encoder": path}
-
     # strictly: every tensor has its place, and no place stays empty
     predictor = adapted_predictor(state) if "adapter" in state else whole_predictor(state)
     state["state_dim"] = 0

@@ -228,6 +228,10 @@ def plot_curves(out_dir, scenario):
 
 if __name__ == "__main__":
     sys.excepthook = short_excepthook
+    counts = ("random_episodes", "num_games", "num_steps", "epochs", "minibatches", "width")
+    for name in counts:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is too small: at least 1")
     per_update = args.num_games * args.num_steps
     updates = args.total_steps // per_update
     if updates < 1:
@@ -235,8 +239,12 @@ if __name__ == "__main__":
             f"--total_steps {args.total_steps} is less than one update: give at least"
             f" {per_update} (--num_games times --num_steps)"
         )
-    if per_update < args.minibatches:
-        parser.error(f"--minibatches {args.minibatches}: an update has {per_update} decisions")
+    # one decision has no spread to scale advantages by
+    if per_update % args.minibatches or per_update < 2 * args.minibatches:
+        parser.error(
+            f"--minibatches {args.minibatches}: the {per_update} decisions of an update do not make"
+            " equal parts of at least 2"
+        )
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
