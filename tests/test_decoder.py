@@ -392,7 +392,7 @@ def test_on_the_fly_from_video_and_a_dry_run(shards, vgg, tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ("--noise -1", "--noise -1.0 is below 0"),
+        ("--noise -1", "--noise -1.0 is negative"),
         ("--lpips x --vae y", "--lpips compares pictures, and --vae learns latents"),
         ("--vae y", "--vae y: give diffusers:FOLDER"),
         ("--picture_size 63", "a picture of 63 pixels cannot be cut into 2 x 2 patches"),
