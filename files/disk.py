@@ -7,9 +7,13 @@ import os
 import random
 import re
 import struct
+import threading
 import time
 import zipfile
 import zlib
+from collections.abc import Mapping
+
+import numpy as np
 
 # --- atomic writes ---
 
@@ -43,6 +47,43 @@ def write_atomically(path, data):
     finally:
         if os.path.exists(tmp):
             os.unlink(tmp)
+
+
+# --- arrays of an npz file ---
+
+# Python before 3.11.8 fails with a SystemError if two threads parse headers of arrays at once
+# (cpython issue 106905)
+one_header_at_a_time = threading.Lock()
+
+
+class Npz(Mapping):
+    """The arrays of an npz file by name, as np.load gives them, for any number of threads. What
+    np.load raises, it raises; TypeError for a file of numpy.save."""
+
+    def __init__(self, file):
+        with one_header_at_a_time:
+            self.arrays = np.load(file)
+        if not isinstance(self.arrays, np.lib.npyio.NpzFile):
+            raise TypeError("an array of numpy.save, not an npz file: write it with numpy.savez")
+
+    def __getitem__(self, name):
+        with one_header_at_a_time:
+            return self.arrays[name]
+
+    def __contains__(self, name):
+        return name in self.arrays.files
+
+    def __iter__(self):
+        return iter(self.arrays.files)
+
+    def __len__(self):
+        return len(self.arrays.files)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.arrays.close()
 
 
 # --- cache entries with a checksum ---

@@ -28,6 +28,7 @@ from PIL import Image
 from files.disk import (
     CACHE,
     DAMAGE,
+    Npz,
     Unreachable,
     is_storage_error,
     read_cache,
@@ -615,14 +616,13 @@ def metadata_value(raw, kind):
 
 
 def open_npz(path):
-    """np.load of an npz; ValueError for what is none."""
+    """The Npz of a file; ValueError for what is none."""
     try:
-        f = np.load(path)
+        return Npz(path)
+    except TypeError as e:
+        raise ValueError(str(e)) from e
     except (ValueError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"no npz file, or only a part of it ({e})") from e
-    if not isinstance(f, np.lib.npyio.NpzFile):
-        raise ValueError("an array of numpy.save, not an npz file: write it with numpy.savez")
-    return f
 
 
 def npz_identity(path, files):

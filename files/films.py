@@ -20,6 +20,7 @@ import torch
 from files.disk import (
     CACHE,
     READ_ERRORS,
+    Npz,
     Unreachable,
     is_storage_error,
     read_cache,
@@ -329,7 +330,7 @@ def read_clock(record):
     path = cache_path("clock v1", os.path.abspath(record.shard), identity(record))
     raw = read_cache(path) if place[1] > COSTLY else None
     if raw is not None:
-        with np.load(io.BytesIO(raw)) as z:
+        with Npz(io.BytesIO(raw)) as z:
             return Clock(z["times"], float(z["unit"]), float(z["rate"]))
 
     with Slice(record.shard, *place) as f:

@@ -21,6 +21,7 @@ from braceexpand import braceexpand
 from files.disk import (
     CACHE,
     READ_ERRORS,
+    Npz,
     Unreachable,
     is_storage_error,
     read_cache,
@@ -639,7 +640,7 @@ def read_ticks(record):
     path = os.path.join(CACHE, "ticks", hashlib.sha256(name.encode()).hexdigest()[:32])
     raw = read_cache(path)
     if raw is not None:
-        with np.load(io.BytesIO(raw)) as z:
+        with Npz(io.BytesIO(raw)) as z:
             return Ticks.of(z)
 
     with Slice(record.shard, *record.members["jsonl"]) as f:

@@ -4,6 +4,7 @@ episodes -> batches and statistics."""
 import collections
 import errno
 import functools
+import gc
 import gzip
 import http.server
 import io
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import h5py
@@ -42,6 +44,7 @@ from droid import (
     pose_actions,
 )
 from files import episodes
+from files.disk import Npz
 from prepare.robot import droid_example, example, record, varint
 from tests.harness import (
     CAMERAS,
@@ -1095,6 +1098,33 @@ def test_ones_own_episodes_of_any_dimension(tmp_path):
             str(tmp_path),
             DroidReader(4, 5, camera="front", state_keys=["joints"], action_keys=["wheel"]),
         )
+
+
+def test_many_threads_read_arrays(tmp_path):
+    """Bug: Python before 3.11.8 raises SystemError where two threads parse headers of arrays, which
+    happens when garbage is collected in the middle (cpython issue 106905)."""
+    path = tmp_path / "arrays.npz"
+    np.savez(path, **{f"field{i}": np.arange(3.0) for i in range(50)})
+
+    def read(_):
+        with Npz(path) as f:
+            return sum(len(f[name]) for name in f)
+
+    def look(*_):  # Python code in the middle of a collection lets other threads run
+        pass
+
+    # garbage is collected often, and threads change often
+    usual = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(look)
+    gc.set_threshold(20)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(read, range(60))) == [150] * 60
+    finally:
+        gc.callbacks.remove(look)
+        gc.set_threshold(*usual[0])
+        sys.setswitchinterval(usual[1])
 
 
 # --- fields by what they are ---

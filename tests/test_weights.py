@@ -622,7 +622,7 @@ def test_download_gives_up_and_says_what_to_do(tmp_path, serve):
         place = tmp_path / (
             server.url.removeprefix("http://").replace(":", "_") + name.replace("/", "_")
         )
-        for part in (server.url + name, str(place), "--encoder vit_tiny"):
+        for part in (server.url + name, str(place), "--encoder doom_tiny"):
             assert part in str(e.value)
         assert len(server.seen) - before == requests and not place.exists()
 
