@@ -45,6 +45,7 @@ def parse_flags():
     flag("--val_clips", type=int, default=512, help="clips to evaluate, all kept in memory")
     flag("--probe_clips", type=int, default=512, help="training clips for the probe; 0 is off")
     flag("--samples", type=int, default=256, help="actions that the true one is ranked among")
+    flag("--ranked_clips", type=int, default=96, help="clips to rank in: the slowest part")
     flag("--landscape", nargs=2, metavar="NAME", help="two action dimensions to sweep, such as x z")
     flag("--heads", nargs="+", metavar="BLOCK:HEAD", help="attention (default: of the last block)")
 
@@ -65,7 +66,7 @@ def parse_flags():
 
     # one check, one message
     args = parser.parse_args()
-    for name, least in (("samples", 1), ("batch_size", 1), ("val_clips", 2)):
+    for name, least in (("samples", 1), ("ranked_clips", 1), ("batch_size", 1), ("val_clips", 2)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} is too small: at least {least}")
     # fewer could not also choose a penalty
@@ -124,9 +125,6 @@ from files.progress import tqdm
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader, hotbar_columns
 from model import predict, predict_on
 from weights import Lpips
-
-# clips whose actions are ranked and swept: each costs some hundred predictions
-SAMPLED = 96
 
 # points along an axis of a landscape; odd, because no motion must be one of them
 GRID = 17
@@ -303,7 +301,7 @@ def dims_to_sweep(asked, names, actions, scaler):
 
 
 class Landscapes(NamedTuple):
-    """What `explore` measured on the first SAMPLED clips."""
+    """What `explore` measured on the first clips."""
 
     # rank of the true last action among those of other recordings, 0 (best) to 1; all with the
     # true hotbar
@@ -319,9 +317,10 @@ class Landscapes(NamedTuple):
     random: np.ndarray
 
 
-def explore(judged, dims, axes, samples):
-    """Rank and landscape of the last action of each of the first SAMPLED clips -> Landscapes. dims:
-    indices of the two dimensions; axes: values of each; samples: actions to rank among."""
+def explore(judged, dims, axes, samples, clips):
+    """Rank and landscape of the last action of each of the first `clips` clips -> Landscapes. dims:
+    indices of the two dimensions; axes: values of each; samples: actions to rank among. Each clip
+    costs GRID x GRID + samples predictions."""
     # seeded: a second report ranks among the same actions, and differs by the model alone
     run = judged.run
     names = run.state["action_names"]
@@ -331,7 +330,7 @@ def explore(judged, dims, axes, samples):
     ranks, lands = [], []
     misses = []
 
-    count = min(len(judged.actions), SAMPLED)
+    count = min(len(judged.actions), clips)
     for i in tqdm(range(count), "rank, landscape", delay=10, unit=" clips"):
         # the truth, actions of other recordings and the grid, all at once
         z, a, s = one_clip(judged.kept, i)
@@ -781,15 +780,15 @@ def group_lines(gaps, summary, gap, recordings):
     return lines
 
 
-def landscape_section(judged, dims, axes, samples):
-    """Is the true action told from others? Its rank, and the error around it. dims: names of the
-    two dimensions that are swept through axes."""
+def landscape_section(judged, dims, axes, samples, clips):
+    """Is the true action told from others? Its rank, and the error around it, in so many clips.
+    dims: names of the two dimensions that are swept through axes."""
     # dimensions by name for the reader, by index for the model
     scaler = judged.run.scaler
     names = judged.run.state["action_names"]
     index = [names.index(d) for d in dims]
     units = dict(zip(names, scaler.meta.get("units", [])))
-    landscapes = explore(judged, index, axes, samples)
+    landscapes = explore(judged, index, axes, samples, clips)
 
     # what was found, for a person and for a program. The rank is over clips, so their number is
     # given beside it
@@ -999,7 +998,7 @@ if __name__ == "__main__":
     # the same clips, seen from three more sides
     groups = groups_section(judged)
     dims, axes = dims_to_sweep(args.landscape, names, judged.actions, run.scaler)
-    landscapes = landscape_section(judged, dims, axes, args.samples)
+    landscapes = landscape_section(judged, dims, axes, args.samples, args.ranked_clips)
     found_nearest, nearest = retrieval_section(judged, args.batch_size)
 
     # --- a probe of the features ---

@@ -14,21 +14,23 @@ frozen     with the first seed: encode.py and train_ac.py on the same play with 
 Columns of the table. `yaw R2`, `pitch R2`, `keys AUROC` and both ranks compare all rows; skill and
 gap are in the space of each row's own encoder and compare none.
 
-skill, gap   error one step ahead over that of copying; what shuffled actions cost
+minutes      of training (frozen: and encoding), without validation and stored frames
+skill, gap   error one step ahead over that of copying; what shuffled actions cost, and its 95 %
+             interval over recordings
 yaw R2, ...  ridge probe of the action between two steps, fitted on DATA/train
-action rank  of the true action among 256 others; 0 is first, 0.5 is chance
+action rank  of the true action among --samples others; 0 is first, 0.5 is chance
 step rank    of the true next step among those of its recording; the same
 eff. rank    effective rank of the held-out features, and the std of their weakest channel
 collapsed    whether training ended with its warning THE FEATURES COLLAPSE
-minutes      of training (frozen: and encoding), without validation
 
-A row that is finished is not run again, and one that was interrupted is continued. What follows
-`--` goes to train_lewm.py in every row."""
+A row that is finished is not run again, and one that was interrupted is continued: give the same
+command again. What follows `--` goes to train_lewm.py in every row."""
 
 import argparse
 import glob
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,19 +38,19 @@ import tempfile
 import time
 
 import torch
-from tqdm import tqdm
 
 from bench import report
 from evaluation.pretraining import collapse_sentence
 from files.disk import write_atomically
 from files.logs import read_csv
+from files.progress import tqdm
 
 # a clip, the same for every row: marks of eval.py must agree
-CLIP = "--fps 10 --crop_size 48 --frames_per_clip 8 --action_space 18".split()
-BATCH = 48
-SIZE = f"--pred_dim 192 --pred_depth 4 --pred_heads 4 --batch_size {BATCH}".split()
+CLIP = "--fps 10 --frames_per_clip 8 --action_space 18".split()
+SIZE = "--pred_dim 192 --pred_depth 4 --pred_heads 4".split()
 
-# flags of train_lewm.py, beside its defaults
+# flags of train_lewm.py, beside its defaults. The first rows are run unless --rows names others:
+# each leaves one thing out, or changes the weight of what spreads the features
 ABLATIONS = {
     "no_idm": "--idm 0",
     "idm_alone": "--variance 0 --covariance 0",
@@ -56,14 +58,21 @@ ABLATIONS = {
     "no_actions": "--no-actions",
     "times_3": "--variance 3 --covariance 0.03",
     "by_3": "--variance 0.333 --covariance 0.00333",
+}
+DEFAULT_ROWS = list(ABLATIONS)
+
+# the same with SIGReg in place of variance and covariance, and one vector a step
+ABLATIONS |= {
     "sigreg": "--sigreg 0.09 --variance 0 --covariance 0",
     "sigreg_times_3": "--sigreg 0.27 --variance 0 --covariance 0",
     "sigreg_by_3": "--sigreg 0.03 --variance 0 --covariance 0",
     "one_vector": "--pool mean --sigreg 0.09 --variance 0 --covariance 0",
     "published": "--pool mean --sigreg 0.09 --variance 0 --covariance 0 --idm 0",
 }
+
+# encoders that are not trained here, at the crop that doom_tiny was trained at
 ENCODERS = ["doom_tiny", "vit_tiny"]
-FROZEN = "--feature_norm standardize --predict change --lr 2e-3".split()
+FROZEN = "--crop_size 48 --feature_norm standardize --predict change --lr 2e-3".split()
 
 # epochs of a run, of which the first warms up and the last three anneal
 EPOCHS = 10
@@ -83,9 +92,9 @@ def run(log, *words):
     return time.perf_counter() - began
 
 
-def minutes_of(out):
+def minutes_of(out, batch_size):
     """Minutes that the steps of a run took, also where it was interrupted."""
-    return (BATCH / read_csv(os.path.join(out, "train.csv"))["clips_per_s"]).sum() / 60
+    return (batch_size / read_csv(os.path.join(out, "train.csv"))["clips_per_s"]).sum() / 60
 
 
 def rate_of(out):
@@ -94,12 +103,22 @@ def rate_of(out):
     return statistics.median(rates[len(rates) // 2 :])
 
 
+def interval_of(low, high):
+    """An interval as text; None, None where there are too few recordings for one."""
+    if low is None or high is None:
+        return "not given"
+    return f"{low:.3f} to {high:.3f}"
+
+
 def row_of(name, seed, out, minutes):
     """The table's row of a finished and judged run."""
     with open(os.path.join(out, "report.json")) as f:
-        found = json.load(f)
-    same = found["comparable"]
-    row = {"row": name, "seed": seed, "skill": found["tf_skill"], "gap": found["moves_gap"]}
+        judged = json.load(f)
+    same = judged["comparable"]
+    row = {"row": name, "seed": seed, "minutes": minutes}
+    row["skill"] = judged["tf_skill"]
+    row["gap"] = judged["moves_gap"]
+    row["interval"] = interval_of(judged["moves_gap_low"], judged["moves_gap_high"])
     for column in ("yaw", "pitch"):
         row[f"{column} R2"] = same[f"probe_{column}"]
     row["keys AUROC"] = same["probe_keys"]
@@ -115,7 +134,6 @@ def row_of(name, seed, out, minutes):
         ranks = log["effective_rank"]
         is_dead = collapse_sentence(ranks[-1], log["smallest_std"][-1], ranks[0]) is not None
         row["collapsed"] = "yes" if is_dead else "no"
-    row["minutes"] = minutes
 
     # the same play in every row, or the comparable columns are not
     row["clips"] = f"{same['fitted_on']['mark']}/{same['tested_on']['mark']}"
@@ -125,10 +143,12 @@ def row_of(name, seed, out, minutes):
 class Bench:
     """The runs in a folder, on the play in another."""
 
-    def __init__(self, data, folder, steps, limits, workers, extra):
+    def __init__(self, data, folder, steps, crop_size, batch_size, limits, workers, extra):
         self.data = data
         self.folder = folder
         self.steps = steps
+        self.crop_size = crop_size  # of rows that train their encoder
+        self.batch_size = batch_size
         self.limits = limits  # flags for eval.py: how much it reads
         self.workers = ["--num_workers", workers]
         self.extra = extra  # flags for train_lewm.py
@@ -139,6 +159,10 @@ class Bench:
 
     def path(self, *parts):
         return os.path.join(self.folder, *parts)
+
+    def is_finished(self, name, seed):
+        """Whether a row is trained and judged."""
+        return os.path.exists(self.path(f"{name}-{seed}", "report.json"))
 
     def judge(self, log, out, *flags):
         """eval.py, if the run has no report yet."""
@@ -151,7 +175,7 @@ class Bench:
         """Remember what a row is made with. Ends the program if it was made with other flags: its
         numbers would mean something else."""
         path = out + ".flags.json"
-        words = json.dumps(list(map(str, [self.data, *self.limits, *words])))
+        words = json.dumps(list(map(str, [self.data, self.batch_size, *self.limits, *words])))
         if not os.path.exists(path):
             write_atomically(path, words.encode())
         with open(path) as f:
@@ -163,23 +187,27 @@ class Bench:
         """Train and judge a row of train_lewm.py; the table's row."""
         out = self.path(f"{name}-{seed}")
         log = out + ".txt"
-        self.check_flags(out, [self.steps, *self.extra, *flags])
+        self.check_flags(out, [self.steps, self.crop_size, *self.extra, *flags])
         if not os.path.exists(os.path.join(out, "report.json")):
             data = ["--data", *self.shards("train"), "--val_data", *self.shards("val")]
             files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", out]
             files += ["--pixels_cache", self.path("pixels"), "--resume"]
             plan = [*PLAN, "--ipe", max(self.steps // EPOCHS, 1), "--seed", seed]
+            plan += ["--crop_size", self.crop_size, "--batch_size", self.batch_size]
             options = [*CLIP, *SIZE, *plan, *self.workers, *self.extra]
             run(log, "train_lewm.py", *data, *files, *options, *flags)
         self.judge(log, out)
-        return row_of(name, seed, out, minutes_of(out))
+        return row_of(name, seed, out, minutes_of(out, self.batch_size))
 
     def features(self, encoder):
         """Encode the play; (folder, minutes)."""
         out = self.path("features", encoder)
         note = os.path.join(out, "minutes.json")
         if not os.path.exists(note):
-            flags = ["--encoder", encoder, *CLIP[:4], *self.workers]
+            flags = ["--encoder", encoder, *CLIP[:2], *FROZEN[:2], *self.workers]
+
+            # of an encoding that was interrupted the minutes are not known: it begins again
+            shutil.rmtree(out, ignore_errors=True)
             seconds = 0
             for part, phases in (("train", 4), ("val", 1)):
                 shards = ["--data", *self.shards(part), "--out", os.path.join(out, part)]
@@ -205,21 +233,21 @@ class Bench:
         features, encoding = self.features(encoder)
         data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
         data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]
-        options = [*CLIP, *SIZE, *FROZEN, *self.workers]
+        options = [*CLIP, *SIZE, *FROZEN, *self.workers, "--batch_size", self.batch_size]
         if not os.path.exists(os.path.join(out, "report.json")):
             # how many steps is that? A run that is interrupted keeps its number
             note = out + ".steps"
             if not os.path.exists(note):
                 seconds = 60 * max(minutes - encoding, 0)
                 rate = self.trial_rate(log, data + options)
-                steps = max(int(seconds * rate / BATCH), EPOCHS)
+                steps = max(int(seconds * rate / self.batch_size), EPOCHS)
                 write_atomically(note, str(steps).encode())
             with open(note) as f:
                 steps = int(f.read())
             plan = [*PLAN, "--ipe", steps // EPOCHS, "--out_dir", out, "--resume"]
             run(log, "train_ac.py", *data, *options, *plan)
         self.judge(log, out, "--encoder", encoder)
-        return row_of(encoder, seed, out, minutes_of(out) + encoding)
+        return row_of(encoder, seed, out, minutes_of(out, self.batch_size) + encoding)
 
 
 if __name__ == "__main__":
@@ -233,16 +261,23 @@ if __name__ == "__main__":
     parts = ["seeds", "ablations", "frozen"]
     flag("--data", default="demo", help="folder of prepare.demo, with scaler.pkl (default demo)")
     flag("--of", nargs="+", default=parts, choices=parts, help="which rows (default: all)")
-    rows_help = f"some of the ablations: {', '.join(ABLATIONS)} (default: all)"
-    flag("--rows", nargs="+", default=list(ABLATIONS), choices=ABLATIONS, help=rows_help)
+    rows_help = f"ablations, of {', '.join(ABLATIONS)} (default: the first {len(DEFAULT_ROWS)})"
+    flag("--rows", nargs="+", default=DEFAULT_ROWS, choices=ABLATIONS, help=rows_help)
     flag("--encoders", nargs="+", default=ENCODERS, help="of frozen (default: doom_tiny vit_tiny)")
     seeds_help = "the first one is that of ablations and frozen (default 0 1 2)"
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds_help)
+    # how long a row takes
     flag("--steps", type=int, default=1000, help="training steps of a row (default 1000)")
+    flag("--batch_size", type=int, default=24, help="clips a step, in every row (default 24)")
+    crop_help = "pixels of rows that train their encoder; frozen ones see 48 (default 32)"
+    flag("--crop_size", type=int, default=32, help=crop_help)
     minutes_help = "budget of frozen (default: what the default took with the first seed)"
     flag("--minutes", type=float, help=minutes_help)
+    # how long it takes to judge one
     flag("--val_clips", type=int, default=256, help="clips to judge a row on (default 256)")
     flag("--probe_clips", type=int, default=512, help="clips to fit the probe on (default 512)")
+    flag("--samples", type=int, default=64, help="actions to rank the true one among (default 64)")
+    flag("--ranked_clips", type=int, default=64, help="clips to rank it in (default 64)")
     flag("--out", default="out/bench-lewm", help="folder of the runs (default out/bench-lewm)")
     flag("--num_workers", type=int, default=0, help="loader processes (default 0)")
     flag("--json", action="store_true", help="rows as JSON lines")
@@ -254,6 +289,11 @@ if __name__ == "__main__":
         raise SystemExit(
             f"--data {args.data} holds no demo: make one with make demo, or name its folder"
         )
+
+    # minutes are counted in clips of --batch_size
+    for word in args.extra:
+        if word.split("=")[0] in ("--batch_size", "--crop_size"):
+            parser.error(f"{word} stands behind --: it is a flag of every row, give it before")
 
     # --- the runs: (name, seed, flags of train_lewm.py, or None: a frozen encoder) ---
     first = args.seeds[0]
@@ -270,15 +310,35 @@ if __name__ == "__main__":
 
     # --- train and judge, one after the other ---
     limits = ["--val_clips", args.val_clips, "--probe_clips", args.probe_clips]
-    bench = Bench(args.data, args.out, args.steps, limits, args.num_workers, args.extra)
+    limits += ["--samples", args.samples, "--ranked_clips", args.ranked_clips]
+    bench = Bench(
+        args.data,
+        args.out,
+        args.steps,
+        args.crop_size,
+        args.batch_size,
+        limits,
+        args.num_workers,
+        args.extra,
+    )
+
+    # the bar counts rows that are not finished yet: its ETA is that of the rest
+    waiting = [(name, seed) for name, seed, _ in runs if not bench.is_finished(name, seed)]
+    bar = tqdm(total=len(waiting), desc="lewm", unit="row", smoothing=0)
     rows = []
-    for name, seed, flags in tqdm(runs, desc="lewm", unit="run"):
+    for name, seed, flags in runs:
+        is_new = (name, seed) in waiting
+        if is_new:
+            place = f"row {bar.n + 1} of {len(waiting)}"
+            bar.write(f"{place}: {name} {seed}, see {bench.path(name)}-{seed}.txt", sys.stderr)
         if flags is None:
-            minutes = args.minutes or minutes_of(default)
+            minutes = args.minutes or minutes_of(default, args.batch_size)
             rows.append(bench.frozen(name, seed, minutes))
         else:
             rows.append(bench.lewm(name, seed, flags.split()))
-        tqdm.write(f"{name} {seed}: yaw R2 {rows[-1]['yaw R2']:.3f}, see {args.out}")
+        if is_new:
+            bar.update()
+    bar.close()
 
     # --- the table ---
     marks = {row["clips"] for row in rows}

@@ -31,12 +31,14 @@ def test_a_row_says_whether_training_ended_in_a_collapse(tmp_path):
     same |= {"next_step_rank": [0.1, 0.2], "effective_rank": 5.0, "smallest_std": 0.4}
     same |= {"fitted_on": clips | {"mark": "a"}, "tested_on": clips | {"mark": "b"}}
     report = {"tf_skill": 0.8, "moves_gap": 0.1, "comparable": same}
+    report |= {"moves_gap_low": 0.05, "moves_gap_high": 0.15}
     (tmp_path / "report.json").write_text(json.dumps(report))
 
     # 48 clips at 0.8 a second take a minute
     log = tmp_path / "train.csv"
     log.write_text("effective_rank,smallest_std,clips_per_s\n12,0.3,0.8\n1.2,0.3,1.6\n")
-    row = lewm.row_of("nothing", 0, tmp_path, lewm.minutes_of(tmp_path))
+    row = lewm.row_of("nothing", 0, tmp_path, lewm.minutes_of(tmp_path, 48))
+    assert row["interval"] == "0.050 to 0.150"
     assert row["collapsed"] == "yes" and row["minutes"] == pytest.approx(1.5)
     assert [row["yaw R2"], row["step rank"], row["clips"]] == [0.4, 0.1, "a/b"]
     log.write_text("effective_rank,smallest_std,clips_per_s\n12,0.3,0.8\n5,0.3,1.6\n")
