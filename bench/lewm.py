@@ -140,6 +140,11 @@ def row_of(name, seed, out, minutes):
     return row
 
 
+def is_trained(out):
+    """Whether the last checkpoint of a run exists: it may still have to be judged."""
+    return os.path.exists(os.path.join(out, f"checkpoint-epoch{EPOCHS:03d}.pth.tar"))
+
+
 class Bench:
     """The runs in a folder, on the play in another."""
 
@@ -188,7 +193,7 @@ class Bench:
         out = self.path(f"{name}-{seed}")
         log = out + ".txt"
         self.check_flags(out, [self.steps, self.crop_size, *self.extra, *flags])
-        if not os.path.exists(os.path.join(out, "report.json")):
+        if not is_trained(out):
             data = ["--data", *self.shards("train"), "--val_data", *self.shards("val")]
             files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", out]
             files += ["--pixels_cache", self.path("pixels"), "--resume"]
@@ -234,7 +239,7 @@ class Bench:
         data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
         data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]
         options = [*CLIP, *SIZE, *FROZEN, *self.workers, "--batch_size", self.batch_size]
-        if not os.path.exists(os.path.join(out, "report.json")):
+        if not is_trained(out):
             # how many steps is that? A run that is interrupted keeps its number
             note = out + ".steps"
             if not os.path.exists(note):
