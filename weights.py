@@ -892,16 +892,16 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
     return encoder, opened
 
 
-def decoder_of(records, decoder):
+def decoder_of(records, decoder, flag="--decoder"):
     """The video decoder whose pictures a run sees: for features the one that made them (encode.py
-    writes down all but PyAV), for video the one that is named. ValueError if --decoder names
-    another one than that of features."""
+    writes down all but PyAV), for video the one that is named. flag: that names it. ValueError if
+    it names another one than that of features."""
     if not records or "safetensors" not in records[0].members:
         return decoder
     made_with = feature_settings(records[:1]).get("decoder", "pyav")
     if decoder not in ("pyav", made_with):
         raise ValueError(
-            f"--decoder {decoder}: {records[0].shard} holds features that were made with"
+            f"{flag} {decoder}: {records[0].shard} holds features that were made with"
             f" {made_with}; leave the flag out"
         )
     return made_with
