@@ -44,18 +44,18 @@ def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_checkpoint(path):
-    """--checkpoint, a run folder or a file -> (its dictionary, file path). FileNotFoundError or
-    ValueError for what is no checkpoint, or one that this version cannot read."""
+def read_checkpoint(path, flag="--checkpoint"):
+    """A run folder or a file -> (its dictionary, file path). flag: that names it. FileNotFoundError
+    or ValueError for what is no checkpoint, or one that this version cannot read."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
+        raise FileNotFoundError(f"{flag} {path}: no such run folder or file")
 
     # of a folder the newest good one
     if os.path.isdir(path):
         folder = path
         state, path = checkpoint.load_latest(folder)
         if state is None:
-            raise FileNotFoundError(f"--checkpoint: no checkpoint in {folder}")
+            raise FileNotFoundError(f"{flag}: no checkpoint in {folder}")
     else:
         state = checkpoint.load(path)
     settings_of(state, path)
@@ -229,8 +229,8 @@ def check_encoder(state, features_hash, what):
     hash it is, as a sentence begins."""
     if features_hash != state["encoder_hash"]:
         raise ValueError(
-            f"{what} features of encoder {features_hash}, but the run was trained on features of encoder"
-            f" {state['encoder_hash']}"
+            f"{what} features of encoder {features_hash}, but the run was trained on features of"
+            f" encoder {state['encoder_hash']}"
         )
 
 
