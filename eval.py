@@ -103,8 +103,7 @@ import checkpoint
 from data import windows
 from evaluation import pictures
 from evaluation.comparable import comparable_lines, own_space, probe_run, training_records
-from evaluation.decoded import Decoder
-from evaluation.films import film_report
+from evaluation.films import film_report, open_networks
 from evaluation.held_out import (
     bands_of,
     from_other_recordings,
@@ -124,7 +123,6 @@ from files.logs import count_text, to_json
 from files.progress import tqdm
 from files.vpt import CONTINUOUS, DEGREES_PER_PIXEL, HOTBAR, SLOTS, ClipReader, hotbar_columns
 from model import predict, predict_on
-from weights import Lpips
 
 # points along an axis of a landscape; odd, because no motion must be one of them
 GRID = 17
@@ -829,6 +827,33 @@ def retrieval_section(judged, batch_size):
     return Section(facts, {"retrieval": rows}, figures), nearest
 
 
+def reader_of_frames(reader, size):
+    """A ClipReader of the same clips as another one, in frames of another size: those for the eye
+    are larger than those for a small encoder."""
+    return ClipReader(
+        reader.frames,
+        reader.fps,
+        reader.frames_per_step,
+        size,
+        reader.action_space,
+        reader.scaler,
+        reader.encode,
+    )
+
+
+def check_videos(dataset, videos):
+    """ValueError if videos (of pictures.find_videos) show other play than the features of that
+    name. Looks at one clip, before anything slow."""
+    item = windows(dataset, 1, 1)[0][0]
+    clip = dataset[item]
+    record = dataset.records[item[2]]
+
+    # in place of a damaged clip another one was read, whose time is not known
+    if clip["key"] == record.key:
+        reader = reader_of_frames(dataset.reader, FRAME_SIZE)
+        pictures.look_up(clip, record, item[3], videos, reader)
+
+
 class Frames:
     """The pictures that the steps of a clip end with: of the clips themselves, or with `videos`
     (of pictures.find_videos) those that features were made from."""
@@ -839,19 +864,7 @@ class Frames:
         self.records = dataset.records
         self.videos = videos
 
-        # frames for the eye are larger than those for a small encoder; the clip is the same
-        self.reader = dataset.reader
-        if videos:
-            reader = dataset.reader
-            self.reader = ClipReader(
-                reader.frames,
-                reader.fps,
-                reader.frames_per_step,
-                size,
-                reader.action_space,
-                reader.scaler,
-                reader.encode,
-            )
+        self.reader = reader_of_frames(dataset.reader, size) if videos else dataset.reader
 
         # several figures show the same clip
         self.cache = {}
@@ -954,6 +967,9 @@ if __name__ == "__main__":
         if name not in names:
             raise ValueError(f"--landscape {name}: no such action; the run has {', '.join(names)}")
     heads = pictures.check_heads(run.predictor, args.heads)
+    networks = None
+    if args.decoder:
+        networks = open_networks(run, args.decoder, args.encoder, args.lpips, args.i3d)
 
     # the page shows the warnings that the terminal shows, because it is sent to others
     warnings = []
@@ -973,7 +989,12 @@ if __name__ == "__main__":
         warn,
     )
     has_pixels = "safetensors" not in dataset.records[0].members
-    videos = pictures.find_videos(args.video, dataset.records) if args.video else None
+    videos = None
+    if args.video:
+        videos = pictures.find_videos(args.video, dataset.records)
+        check_videos(dataset, videos)
+    if args.decoder and not has_pixels and not videos:
+        raise ValueError("--decoder: name the shards that features were made from with --video")
 
     # --- errors ---
     judged, also_bad = meet(
@@ -1043,21 +1064,8 @@ if __name__ == "__main__":
     # the same rollouts as pictures, by a run of train_decoder.py
     folder = args.out or os.path.dirname(run.path) or "."
     if args.decoder:
-        decoder = Decoder(args.decoder, run.device)
-        if frames is None:
-            raise ValueError("--decoder: name the shards that features were made from with --video")
-        section = Section(
-            *film_report(
-                judged,
-                decoder,
-                Frames(judged, dataset, videos, decoder.pictures.size),
-                shown,
-                folder,
-                args.encoder or run.settings["encoder"],
-                Lpips(args.lpips).to(run.device) if args.lpips else None,
-                args.i3d,
-            )
-        )
+        frames = Frames(judged, dataset, videos, networks.decoder.pictures.size)
+        section = Section(*film_report(judged, networks, frames, shown, folder))
         print(*section.facts, sep="\n")
         sections.append(section)
         figures |= section.figures

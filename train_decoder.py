@@ -376,7 +376,7 @@ if __name__ == "__main__":
 
     # stored frames: of the pictures, or of what the encoder sees
     videos = find_videos(args.video, train + val) if args.video else {}
-    decoder_name = decoder_of(train + val, args.video_decoder)
+    decoder_name = decoder_of(train + val, args.video_decoder, "--video_decoder")
     reader.decoder = decoder_name
     if args.pixels_cache and not is_play:
         raise ValueError("--pixels_cache is for shards of play: drop the flag for plain video")

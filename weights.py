@@ -892,16 +892,16 @@ def open_source(records, name, *, encode, fps, frames_per_step, crop_size, frame
     return encoder, opened
 
 
-def decoder_of(records, decoder):
+def decoder_of(records, decoder, flag="--decoder"):
     """The video decoder whose pictures a run sees: for features the one that made them (encode.py
-    writes down all but PyAV), for video the one that is named. ValueError if --decoder names
-    another one than that of features."""
+    writes down all but PyAV), for video the one that is named. flag: that names it. ValueError if
+    it names another one than that of features."""
     if not records or "safetensors" not in records[0].members:
         return decoder
     made_with = feature_settings(records[:1]).get("decoder", "pyav")
     if decoder not in ("pyav", made_with):
         raise ValueError(
-            f"--decoder {decoder}: {records[0].shard} holds features that were made with"
+            f"{flag} {decoder}: {records[0].shard} holds features that were made with"
             f" {made_with}; leave the flag out"
         )
     return made_with
@@ -968,7 +968,7 @@ def open_tiny_autoencoder(spec, folder):
 def open_torchscript(flag, path):
     """A network in a TorchScript file, frozen. flag: that names it. ValueError for another file,
     and OSError where there is none."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{flag} {path}: no such file")
     try:
         network = torch.jit.load(path, map_location="cpu")
@@ -985,11 +985,21 @@ def open_torchscript(flag, path):
 class Lpips(nn.Module):
     """LPIPS of two batches of pictures (B, 3, H, W) in [0, 1] -> distances (B,), by NVIDIA's
     vgg16.pt (stylegan2-ada-pytorch): a TorchScript file that takes pictures from 0 to 255 and gives
-    vectors whose squared distance is LPIPS."""
+    vectors whose squared distance is LPIPS. ValueError for another file."""
 
     def __init__(self, path):
         super().__init__()
         self.network = open_torchscript("--lpips", path)
+
+        # tried at once, because pictures are judged at the end of long runs
+        grey = torch.full((1, 3, 32, 32), 0.5)
+        try:
+            self(grey, grey)
+        except RuntimeError as e:
+            reason = str(e).strip().splitlines()[-1]
+            raise ValueError(
+                f"--lpips {path} makes no features of pictures ({reason}): NVIDIA's vgg16.pt does"
+            ) from e
 
     def forward(self, a, b):
         # VGG was made for pictures of 224 pixels: below 32 its last layers have nothing left

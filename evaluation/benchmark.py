@@ -105,7 +105,10 @@ FEASIBLE = 0.9
 
 
 def read_results(path):
-    """A file of this program -> its dictionary. ValueError for another one."""
+    """A file of this program -> its dictionary. FileNotFoundError if there is none, ValueError for
+    another one."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file of evaluation.benchmark")
     with open(path) as f:
         try:
             results = json.load(f)
@@ -230,9 +233,9 @@ def print_comparison(paths):
 # --- one run ---
 
 
-def plan_policy(run, encoder, space, horizon, args):
-    """The Policy that plans with a Run. encoder: --encoder; args: flags of the planner."""
-    check_steps(run.state, args.context, horizon)
+def plan_policy(run, features, space, horizon, args):
+    """The Policy that plans with a Run. features: of features_of_pictures; args: flags of the
+    planner."""
     compose = states_from(compose_states, run.scaler, run.device)
     choose = chooser(
         run.predictor,
@@ -245,7 +248,7 @@ def plan_policy(run, encoder, space, horizon, args):
         run.autocast,
         args.energy,
     )
-    return planned(choose, features_of_pictures(run, encoder), run.scaler)
+    return planned(choose, features, run.scaler)
 
 
 if __name__ == "__main__":
@@ -259,11 +262,12 @@ if __name__ == "__main__":
     # --- runs ---
     # ViZDoom is needed here only
     from evaluation.doom import TASKS as TASKS_OF_DOOM
-    from evaluation.doom import open_doom
+    from evaluation.doom import check_playable, open_doom
 
     runs = {}
     for path in args.checkpoint:
         run = load_run(path, args.dtype)
+        check_playable(run.state, run.path)
         runs[f"plan {os.path.normpath(path)}"] = run
         print(f"{run.path}: {precision_text(run.dtype, run.device, run.predictor, args.context)}")
 
@@ -295,22 +299,28 @@ if __name__ == "__main__":
         "energy": args.energy,
         **search_options(args),
     }
-    out = args.out or os.path.join(os.path.dirname(first.path), "benchmark.json")
-    results = continued(out, settings)
+    file = args.out or os.path.join(os.path.dirname(first.path), "benchmark.json")
+    results = continued(file, settings)
 
     # --- policies ---
-    # of every task, before the first is played: what cannot be played shows now
+    # what cannot be played shows before encoders are opened and the first task is played
     horizons = dict(zip(args.tasks, args.horizon * len(args.tasks)))
-    policies_of = {}
+    keys_of = {}
     for name in args.tasks:
-        keys = args.keys or TASKS_OF_DOOM[name].keys
-        lacking = [key for key in keys if key not in names]
+        for run in runs.values():
+            check_steps(run.state, args.context, horizons[name])
+        keys_of[name] = args.keys or TASKS_OF_DOOM[name].keys
+        lacking = [key for key in keys_of[name] if key not in names]
         if lacking:
             raise ValueError(
                 f"{name} needs {' '.join(lacking)}, which the actions of {first.path} lack: leave"
                 " it out of --tasks"
             )
 
+    # an encoder is opened once for all tasks
+    features_of = {plan: features_of_pictures(run, args.encoder) for plan, run in runs.items()}
+    policies_of = {}
+    for name, keys in keys_of.items():
         # in the units of each run: a std of mouse motion is that of what it was trained on
         space = vpt_space(names, first.scaler, keys, args.reach)
         policies_of[name] = {
@@ -322,7 +332,7 @@ if __name__ == "__main__":
         for plan, run in runs.items():
             own_space = vpt_space(names, run.scaler, keys, args.reach)
             policies_of[name][plan] = plan_policy(
-                run, args.encoder, own_space, horizons[name], args
+                run, features_of[plan], own_space, horizons[name], args
             )
 
     # --- play ---
@@ -332,7 +342,7 @@ if __name__ == "__main__":
 
             # a task's results so far, plans last: the oracle and the bar are known early
             steps = round(task.seconds / seconds_of_step)
-            kept = results["tasks"].setdefault(
+            results_of_task = results["tasks"].setdefault(
                 name, {"limits": task.limits, "steps": steps, "policies": {}}
             )
             for policy in policies:
@@ -344,25 +354,25 @@ if __name__ == "__main__":
                     identity["dtype"] = runs[policy].dtype
 
                 # a file of before may have it
-                played = kept["policies"].get(policy)
+                played = results_of_task["policies"].get(policy)
                 if played is not None:
                     if played["identity"] != identity:
                         raise ValueError(
-                            f"{out} has {policy} in {name} with {played['identity']}, now it is"
+                            f"{file} has {policy} in {name} with {played['identity']}, now it is"
                             f" {identity}: give another --out"
                         )
                     continue
 
-                # play, and keep it whatever comes next
+                # play, and write it whatever comes next
                 tracks, seconds = play_trials(
                     world, name, policies[policy], args.seed, args.trials, steps, f"{name} {policy}"
                 )
-                kept["policies"][policy] = {
+                results_of_task["policies"][policy] = {
                     "identity": identity,
                     "seconds": seconds,
                     "tracks": tracks,
                 }
-                write_atomically(out, to_json(results).encode())
+                write_atomically(file, to_json(results).encode())
 
     # --- report ---
     print(
@@ -379,4 +389,6 @@ if __name__ == "__main__":
             "\nWARNING: not shown to be better than the best policy without a model (the interval"
             f" is not above 0): {', '.join(doubts)}"
         )
-    print(f"\nwritten to {out}; compare two: python -m evaluation.benchmark --compare {out} OTHER")
+    print(
+        f"\nwritten to {file}; compare two: python -m evaluation.benchmark --compare {file} OTHER"
+    )

@@ -43,24 +43,27 @@ class World:
     # {name: Task}
     tasks = {}
 
-    # pictures of a step at the goal, set by `begin`
+    # what `seen` would give at the goal, set by `begin`
     goal = None
 
     def begin(self, task, seed, trial, look=True):
-        """Begin a trial. It depends on these numbers alone, so that all policies begin alike.
-        look=False: nobody will ask what is seen, so no picture need be made."""
+        """Begin a trial of a task (its name). It depends on these numbers alone, so that all
+        policies begin alike. Afterwards a first step has been seen. look=False: nobody will ask
+        what is seen, so no picture need be made."""
         raise NotImplementedError
 
     def act(self, action):
-        """One step: do an action (A,)."""
+        """One step: do an action (A,), in the units of recordings."""
         raise NotImplementedError
 
     def seen(self):
-        """Pictures of the last step."""
+        """Pictures of the last step, as many as the run has in a step, the latest last: arrays (H,
+        W, 3) uint8 or av.VideoFrames."""
         raise NotImplementedError
 
     def state(self):
-        """State (S,) after the last step, as recordings have it."""
+        """State (S,) after the last step, as recordings have it: of play yaw and pitch in radians,
+        positive to the right and down."""
         raise NotImplementedError
 
     def distance(self):

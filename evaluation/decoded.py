@@ -255,7 +255,7 @@ class Decoder:
     """A finished run of train_decoder.py: features -> pictures."""
 
     def __init__(self, path, device):
-        state, self.path = read_checkpoint(path)
+        state, self.path = read_checkpoint(path, "--decoder")
         if "picture_decoder" not in state:
             raise ValueError(f"--decoder {self.path} is no run of train_decoder.py")
         self.state = state
@@ -288,21 +288,21 @@ class Decoder:
         same encoder, cut and normalised in the same way."""
         for name in ("encoder_hash", "encode", "fps", "frames_per_step", "feature_norm"):
             # runs of train_lora.py have some of them among their settings only
-            of_run = run.state.get(name, run.settings.get(name))
-            if self.state[name] != of_run:
+            trained_with = run.state.get(name, run.settings.get(name))
+            if self.state[name] != trained_with:
                 raise ValueError(
                     f"--decoder {self.path} was trained with {name} {self.state[name]}, the"
-                    f" predictor with {of_run}: train a decoder on the predictor's"
+                    f" predictor with {trained_with}: train a decoder on the predictor's"
                     " features"
                 )
 
         # both measured a sample of the data: means and stds of channels differ a little at most
-        theirs = stats_on(run.state, self.pictures.device)
-        if theirs["mean"] is None:
+        of_run = stats_on(run.state, self.pictures.device)
+        if of_run["mean"] is None:
             return
-        ours = self.feature_stats
-        shift = ((ours["mean"] - theirs["mean"]) / theirs["std"]).abs().max().item()
-        stretch = (ours["std"] / theirs["std"]).log().abs().max().item()
+        of_decoder = self.feature_stats
+        shift = ((of_decoder["mean"] - of_run["mean"]) / of_run["std"]).abs().max().item()
+        stretch = (of_decoder["std"] / of_run["std"]).log().abs().max().item()
         if max(shift, stretch) > 0.25:
             raise ValueError(
                 f"--decoder {self.path}: its --feature_norm standardize measured other channels"

@@ -276,15 +276,27 @@ class Doom(World):
         return math.dist(place + speed / (1 - FRICTION), self.goal_place)
 
 
+def check_playable(state, path="this run"):
+    """ValueError for a run that cannot be played in the game. state: of its checkpoint."""
+    if state["dataset"] != "vpt":
+        raise ValueError(f"{path} was trained on robot episodes: the game needs a run on play")
+    if state["encode"] != "tubelet":
+        raise ValueError(
+            f"{path} was trained with --encode {state['encode']}: the game needs --encode tubelet,"
+            " because it shows the pictures of one step at a time"
+        )
+    if FPS % state["fps"]:
+        raise ValueError(
+            f"{path} was trained with --fps {state['fps']:g}: the game needs a rate that divides"
+            f" {FPS} frames a second"
+        )
+
+
 @contextlib.contextmanager
 def open_doom(state, seed):
     """The game for a run with this checkpoint -> Doom. ValueError for a run that it does not
     serve."""
-    if state["dataset"] != "vpt" or state["encode"] != "tubelet" or FPS % state["fps"]:
-        raise ValueError(
-            "the game needs a run on VPT shards with --encode tubelet, at a rate that divides 20"
-            " frames a second"
-        )
+    check_playable(state)
 
     # the engine writes its settings and caches into a folder, which nobody needs afterwards
     with tempfile.TemporaryDirectory() as folder:

@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation import pictures
-from evaluation.decoded import as_image, psnr_of, squared_error, ssim
+from evaluation.decoded import Decoder, as_image, psnr_of, squared_error, ssim
 from evaluation.held_out import encoder_dtype
 from evaluation.runs import check_encoder
 from files.disk import write_atomically
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
 from model import encode_steps, normalize_features
-from weights import encoder_hash, open_encoder, open_torchscript
+from weights import Lpips, encoder_hash, open_encoder, open_torchscript
 
 # clips whose pictures are compared: each costs two films and some decoding of video
 COMPARED = 96
@@ -45,6 +45,74 @@ SHOWN = 160
 
 # frames that I3D looks at
 I3D_FRAMES = 16
+
+
+# --- the networks ---
+
+
+class Networks(NamedTuple):
+    """What films need beside the predictor."""
+
+    decoder: Decoder
+
+    # the run's encoder and its name, for a distance between sets of films; None where the run does
+    # not say which it is
+    encoder: torch.nn.Module | None
+    encoder_name: str | None
+
+    # weights.Lpips, None without --lpips
+    lpips: torch.nn.Module | None
+
+    # a network in a TorchScript file and the file's name, None without --i3d
+    i3d: torch.nn.Module | None
+    i3d_name: str | None
+
+
+def open_networks(run, decoder, encoder=None, lpips=None, i3d=None):
+    """The Networks for films of a Run. They are opened before an evaluation that takes long: a
+    mistake in their flags shows at once.
+
+    decoder, lpips, i3d: paths of eval.py's flags; encoder: --encoder, None for what the run used.
+    FileNotFoundError or ValueError for what is missing, what is another kind of file, and for a
+    decoder or an encoder of other features than the run's."""
+    decoder = Decoder(decoder, run.device)
+    decoder.check(run)
+
+    # judges of pictures
+    judge_of_pictures = Lpips(lpips).to(run.device) if lpips else None
+    judge_of_films = open_i3d(i3d, run.device) if i3d else None
+
+    # in the precision in which it made the run's features
+    encoder_name = encoder or run.settings["encoder"]
+    network = None
+    if encoder_name:
+        settings = run.settings
+        network = open_encoder(encoder_name, settings["crop_size"], settings["frames_per_clip"])
+        check_encoder(run.state, encoder_hash(network), f"--encoder {encoder_name} gives")
+        network.to(run.device, encoder_dtype(run.dtype, settings)).eval()
+    return Networks(
+        decoder,
+        network,
+        encoder_name,
+        judge_of_pictures,
+        judge_of_films,
+        os.path.basename(i3d) if i3d else None,
+    )
+
+
+def open_i3d(path, device):
+    """--i3d, a TorchScript file -> its network. ValueError for a network of something else."""
+    network = open_torchscript("--i3d", path).to(device)
+    grey = torch.full((1, I3D_FRAMES, 3, 32, 32), 128, dtype=torch.uint8)
+    try:
+        i3d_features(network, grey, device)
+    except (AttributeError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[-1]
+        raise ValueError(
+            f"--i3d {path} makes no features of films ({reason}): StyleGAN-V's i3d_torchscript.pt"
+            " does"
+        ) from e
+    return network
 
 
 # --- films ---
@@ -408,23 +476,22 @@ def frechet(x, y):
 
 
 @torch.no_grad()
-def encoder_features(judged, name, films):
-    """Mean tokens (n, E) of films (n, T, 3, size, size) by the run's encoder, each step alone: its
-    picture stands for all frames of the step."""
-    run = judged.run
+def encoder_features(run, encoder, films):
+    """Mean tokens (n, E) of films (n, T, 3, size, size) by the encoder of a Run, each step alone:
+    its picture stands for all frames of the step."""
     settings = run.settings
-    encoder = open_encoder(name, settings["crop_size"], settings["frames_per_clip"])
-    check_encoder(run.state, encoder_hash(encoder), f"--encoder {name} gives")
-    encoder.to(run.device, encoder_dtype(run.dtype, settings)).eval()
     crop = settings["crop_size"]
     rows = []
     for film in films:
+        # pictures as large as those that the encoder knows
         video = film.to(run.device)
         if film.shape[-1] != crop:
             small = F.interpolate(
                 video.float() / 255, size=(crop, crop), mode="bilinear", antialias=True
             )
             video = to_bytes(small)
+
+        # a still step, its tokens and their mean
         video = video.repeat_interleave(run.state["frames_per_step"], dim=0)[None]
         h = encode_steps(encoder, video, settings["encode"], run.state["frames_per_step"])
         rows.append(normalize_features(h).mean((0, 1, 2)).cpu())
@@ -549,14 +616,14 @@ def gif_bytes(pages, seconds):
 # --- the sections of a report ---
 
 
-def film_report(judged, decoder, frames, shown, folder, encoder=None, lpips=None, i3d=None):
+def film_report(judged, networks, frames, shown, folder):
     """All about films for eval.py: (lines for a person, entries of report.json, {heading: [Figure
     or bytes of a GIF]}). Writes film.mp4 and film.gif to the folder.
 
-    decoder: evaluation.decoded.Decoder; frames: eval.Frames; shown: clips for the eye; encoder: its
-    name, for the distance between sets of films; lpips: weights.Lpips; i3d: path of a TorchScript
-    file."""
-    decoder.check(judged.run)
+    networks: of open_networks; frames: eval.Frames; shown: clips for the eye."""
+    # those that are shown are among those that are measured
+    run = judged.run
+    decoder = networks.decoder
     seconds = judged.seconds
     others = [i for i in judged.places if i not in shown]
     clips = shown + others[: max(COMPARED - len(shown), 0)]
@@ -564,30 +631,32 @@ def film_report(judged, decoder, frames, shown, folder, encoder=None, lpips=None
     recordings = [judged.recordings[i] for i in clips]
 
     # pixels: the predictor's share of the error is what is below the ceiling
-    errors = pixel_errors(films, lpips)
+    errors = pixel_errors(films, networks.lpips)
     facts = pixel_lines(errors, seconds, len(clips))
     report = {"pictures": {"clips": len(clips), "errors": errors}}
 
-    # sets of films
-    if encoder:
-        found, count = distances(
-            films, recordings, lambda x: encoder_features(judged, encoder, x), mmd
+    # sets of films, as the run's encoder sees them
+    if networks.encoder is not None:
+        name = networks.encoder_name
+        mmds, count = distances(
+            films, recordings, lambda x: encoder_features(run, networks.encoder, x), mmd
         )
-        title = f"JEDi-style MMD on {encoder} (x 100; not comparable with published JEDi)"
-        facts.append(distance_line(title, found, count))
-        report["pictures"]["mmd"] = found | {"films": count, "encoder": encoder}
-    if i3d:
-        network = open_torchscript("--i3d", i3d).to(judged.run.device)
-        found, count = distances(
-            films, recordings, lambda x: i3d_features(network, x, judged.run.device), frechet
+        title = f"JEDi-style MMD on {name} (x 100; not comparable with published JEDi)"
+        facts.append(distance_line(title, mmds, count))
+        report["pictures"]["mmd"] = mmds | {"films": count, "encoder": name}
+
+    # and as an I3D does
+    if networks.i3d is not None:
+        fvds, count = distances(
+            films, recordings, lambda x: i3d_features(networks.i3d, x, run.device), frechet
         )
-        title = f"FVD by {os.path.basename(i3d)} (few films make it large)"
-        facts.append(distance_line(title, found, count))
-        report["pictures"]["fvd"] = found | {"films": count}
+        title = f"FVD by {networks.i3d_name} (few films make it large)"
+        facts.append(distance_line(title, fvds, count))
+        report["pictures"]["fvd"] = fvds | {"films": count}
 
     # other actions from the same start
     wished = {}
-    if can_turn(judged.run):
+    if can_turn(run):
         wished = what_if(judged, decoder, shown)
         correct, turn = turn_test(judged, decoder, films, clips)
         facts += turn_lines(correct, turn)

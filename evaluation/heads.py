@@ -26,7 +26,7 @@ from data import Clips, collate, ignore_signals_in_worker, windows
 from files.disk import READ_ERRORS, Unreachable, with_storage_retries
 from files.progress import tqdm
 from files.video import WrongDecoder
-from files.vpt import CONTINUOUS
+from files.vpt import CONTINUOUS, HOTBAR, SLOTS
 from model import Block, predict
 
 # principal components of a token whose products the linear head gets
@@ -322,17 +322,20 @@ def score(y, p, names, threshold):
 
 
 def group_means(scores):
-    """{"camera": mean R² of mouse and angles, "keys": mean AUROC of keys and buttons, "slots": of
-    hotbar slots and the GUI}; nothing for a group without scores."""
-    # one number for each kind of action
-    groups = {"camera": [], "keys": [], "slots": []}
+    """{"camera": mean R² of mouse and angles, "keys": mean AUROC of keys and buttons, "hotbar": of
+    its keys and slots, "gui": of an open GUI}; nothing for a group without scores.
+
+    The hotbar is apart because it can be read at the bottom of every picture."""
+    groups = {"camera": [], "keys": [], "hotbar": [], "gui": []}
     for name, s in scores.items():
         if "r2" in s:
             groups["camera"].append(s["r2"])
-        elif name.startswith(("key.", "mouse.")):
+        elif name in HOTBAR + SLOTS:
+            groups["hotbar"].append(s["auroc"])
+        elif name == "gui_open":
+            groups["gui"].append(s["auroc"])
+        else:
             groups["keys"].append(s["auroc"])
-        elif name.startswith(("slot.", "gui")):
-            groups["slots"].append(s["auroc"])
     return {k: float(np.mean(v)) for k, v in groups.items() if v}
 
 
@@ -651,7 +654,8 @@ def rows_to_compare(report):
         add("inverse: yaw R2", yaws, "r2")
         add("inverse: camera R2", real, "camera")
         add("inverse: keys AUROC", real, "keys")
-        add("inverse: slots, GUI AUROC", real, "slots")
+        add("inverse: hotbar AUROC", real, "hotbar")
+        add("inverse: GUI AUROC", real, "gui")
 
     # the action that follows at once
     if "anticipation" in report:

@@ -44,18 +44,18 @@ def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_checkpoint(path):
-    """--checkpoint, a run folder or a file -> (its dictionary, file path). FileNotFoundError or
-    ValueError for what is no checkpoint, or one that this version cannot read."""
+def read_checkpoint(path, flag="--checkpoint"):
+    """A run folder or a file -> (its dictionary, file path). flag: that names it. FileNotFoundError
+    or ValueError for what is no checkpoint, or one that this version cannot read."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"--checkpoint {path}: no such run folder or file")
+        raise FileNotFoundError(f"{flag} {path}: no such run folder or file")
 
     # of a folder the newest good one
     if os.path.isdir(path):
         folder = path
         state, path = checkpoint.load_latest(folder)
         if state is None:
-            raise FileNotFoundError(f"--checkpoint: no checkpoint in {folder}")
+            raise FileNotFoundError(f"{flag}: no checkpoint in {folder}")
     else:
         state = checkpoint.load(path)
     settings_of(state, path)
@@ -224,13 +224,13 @@ def load_run(path, dtype=None):
 # --- its encoder ---
 
 
-def check_encoder(state, found, what):
-    """ValueError unless the run was trained on features of the encoder with hash `found`. what:
-    whose hash that is, as a sentence begins."""
-    if found != state["encoder_hash"]:
+def check_encoder(state, features_hash, what):
+    """ValueError unless the run was trained on features of the encoder with this hash. what: whose
+    hash it is, as a sentence begins."""
+    if features_hash != state["encoder_hash"]:
         raise ValueError(
-            f"{what} features of encoder {found}, but the run was trained on features of encoder"
-            f" {state['encoder_hash']}"
+            f"{what} features of encoder {features_hash}, but the run was trained on features of"
+            f" encoder {state['encoder_hash']}"
         )
 
 
@@ -376,16 +376,16 @@ def through_cache(groups, settings):
 
 
 def decoder_for(records, asked, settings, print0=print):
-    """The video decoder to judge a run with: `asked`, or the run's. Other decoders give other
-    pixels, so a warning is printed for another one."""
+    """The video decoder to judge a run with: `asked` (--video_decoder), or the run's. Other
+    decoders give other pixels, so a warning is printed for another one."""
     # features say which decoder made them; video is decoded as in training
     trained_with = settings["decoder"]
-    judged_with = decoder_of(records, asked or "pyav")
+    judged_with = decoder_of(records, asked or "pyav", "--video_decoder")
     if not asked and records and "mp4" in records[0].members:
         judged_with = trained_with
     if judged_with != trained_with:
         print0(
-            f"WARNING: the run was trained on pictures of --decoder {trained_with}, these are of"
+            f"WARNING: the run was trained on video that {trained_with} decoded, this is decoded by"
             f" {judged_with}, whose pixels differ"
         )
     return judged_with

@@ -10,12 +10,14 @@ was made for. All have the same head, two layers, and the same settings.
 
 First some episodes are played at random. Their score is what has to be beaten, and their features
 give each channel's mean and std. Writes OUT_DIR/SCENARIO-ENCODER-SEED.csv, a row an update, and
-draws OUT_DIR/SCENARIO.png from all such files. After cleanrl's ppo_atari.py (vwxyzjn/cleanrl)."""
+draws OUT_DIR/SCENARIO.png from all such files. Prints a line for each encoder: its seeds' scores
+and their mean. After cleanrl's ppo_atari.py (vwxyzjn/cleanrl)."""
 
 import argparse
 import atexit
 import csv
 import glob
+import math
 import os
 import sys
 import tempfile
@@ -59,6 +61,7 @@ from torch.distributions import Categorical
 
 from checkpoint import short_excepthook
 from files.disk import write_atomically
+from files.logs import count_text
 from files.progress import tqdm
 from model import channel_stats, encode_steps, normalize_features
 from weights import open_encoder
@@ -68,7 +71,7 @@ from matplotlib import pyplot as plt
 
 CROP = 48  # pixels of a picture
 TICS = 4  # of the engine, in a decision; there are 35 a second
-RECENT = 40  # finished episodes that a score is the mean of
+RECENT = 40  # finished episodes of training that a score is the mean of, the last ones
 COLUMNS = ["step", "score", "random", "entropy", "seconds"]
 
 
@@ -195,17 +198,30 @@ def look(encoder, pictures, feature_stats):
 # --- curves ---
 
 
-def plot_curves(out_dir, scenario):
-    """Draw every run of a scenario in a folder: a thin line a seed, a thick one for their mean."""
+def read_runs(out_dir, scenario):
+    """Every run of a scenario in a folder: {encoder: [columns by name, of each seed]}."""
     runs = {}
     for path in sorted(glob.glob(f"{glob.escape(out_dir)}/{scenario}-*.csv")):
         encoder = os.path.basename(path)[len(scenario) + 1 :].rpartition("-")[0]
         rows = np.genfromtxt(path, delimiter=",", names=True)
         runs.setdefault(encoder, []).append(np.atleast_1d(rows))
+    return runs
 
+
+def print_runs(runs):
+    """A line for each encoder. Seeds differ a lot, so each score is shown."""
+    for encoder, seeds in runs.items():
+        scores = [rows["score"][-1] for rows in seeds]
+        each = " ".join(f"{score:.0f}" for score in scores)
+        seeds_text = count_text(len(scores), "seed")
+        print(f"{encoder}: score {np.mean(scores):.0f}, mean over {seeds_text} ({each})")
+
+
+def plot_curves(runs, path, title):
+    """Draw `runs` (of read_runs): a thin line for each seed, a thick one for their mean."""
     fig, ax = plt.subplots(figsize=(7, 4))
     for color, (encoder, seeds) in enumerate(runs.items()):
-        # runs that go on are as long as the shortest
+        # a mean over all seeds ends where the shortest run ends
         length = min(map(len, seeds))
         steps = seeds[0]["step"][:length]
         scores = np.stack([rows["score"][:length] for rows in seeds])
@@ -213,17 +229,15 @@ def plot_curves(out_dir, scenario):
             ax.plot(steps, score, color=f"C{color}", alpha=0.3, linewidth=0.8)
         label = f"{encoder} ({len(seeds)} seeds)"
         ax.plot(steps, scores.mean(0), color=f"C{color}", label=label)
-    played = np.mean([rows["random"][0] for seeds in runs.values() for rows in seeds])
-    ax.axhline(played, color="gray", linestyle=":", label="random play")
+    random_score = np.mean([rows["random"][0] for seeds in runs.values() for rows in seeds])
+    ax.axhline(random_score, color="gray", linestyle=":", label="random play")
     ax.set_xlabel("decisions of the agent")
     ax.set_ylabel(f"score, mean of {RECENT} episodes")
-    ax.set_title(scenario)
+    ax.set_title(title)
     ax.legend()
     fig.tight_layout()
-    path = f"{out_dir}/{scenario}.png"
     write_atomically(path, lambda f: fig.savefig(f, dpi=120, format="png"))
     plt.close(fig)
-    return path
 
 
 if __name__ == "__main__":
@@ -293,7 +307,7 @@ if __name__ == "__main__":
     ends = torch.zeros(shape)
 
     # --- train ---
-    recent = random_scores[-RECENT:]
+    recent = []
     rows = []
     csv_path = f"{args.out_dir}/{args.scenario}-{args.encoder.replace('/', '_')}-{args.seed}.csv"
     os.makedirs(args.out_dir, exist_ok=True)
@@ -319,9 +333,9 @@ if __name__ == "__main__":
         advantages = torch.zeros(shape)
         advantage = torch.zeros(args.num_games)
         for t in reversed(range(args.num_steps)):
-            goes_on = 1 - ends[t]
-            error = rewards[t] + args.gamma * next_value * goes_on - values[t]
-            advantage = error + args.gamma * args.gae_lambda * goes_on * advantage
+            continues = 1 - ends[t]
+            error = rewards[t] + args.gamma * next_value * continues - values[t]
+            advantage = error + args.gamma * args.gae_lambda * continues * advantage
             advantages[t] = advantage
             next_value = values[t]
         returns = advantages + values
@@ -335,10 +349,10 @@ if __name__ == "__main__":
                 ratio = (log_prob - log_probs.flatten()[ids]).exp()
 
                 # good actions become more likely, but not by more than --clip
-                better = advantages.flatten()[ids]
-                better = (better - better.mean()) / (better.std() + 1e-8)
+                gain = advantages.flatten()[ids]
+                gain = (gain - gain.mean()) / (gain.std() + 1e-8)
                 clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-                policy_loss = -torch.min(ratio * better, clipped * better).mean()
+                policy_loss = -torch.min(ratio * gain, clipped * gain).mean()
 
                 value_loss = 0.5 * (value - returns.flatten()[ids]).square().mean()
                 entropy = policy.entropy().mean()
@@ -349,8 +363,8 @@ if __name__ == "__main__":
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
                 optimizer.step()
 
-        # log
-        score = np.mean(recent)
+        # log; before the first episode of training ends there is no score
+        score = np.mean(recent) if recent else math.nan
         bar.set_postfix_str(f"score {score:.1f}")
         seconds = time.perf_counter() - began
         rows.append([(update + 1) * per_update, score, random_score, entropy.item(), seconds])
@@ -366,4 +380,10 @@ if __name__ == "__main__":
         f"{args.encoder}, seed {args.seed}: score {score:.1f}, mean of the last {len(recent)}"
         f" episodes; random play {random_score:.1f}; {seconds / 60:.1f} minutes"
     )
-    print(f"{csv_path}; all runs in {plot_curves(args.out_dir, args.scenario)}")
+
+    # beside all other runs in the folder
+    runs = read_runs(args.out_dir, args.scenario)
+    picture_path = f"{args.out_dir}/{args.scenario}.png"
+    print_runs(runs)
+    plot_curves(runs, picture_path, args.scenario)
+    print(f"{csv_path}; all runs in {picture_path}")

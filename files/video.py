@@ -401,7 +401,7 @@ def read_with_decord(f, times, wanted, short_side):
     try:
         import decord
     except ImportError as e:
-        raise RuntimeError("--decoder decord needs: pip install decord2") from e
+        raise RuntimeError("reading video with decord needs: pip install decord2") from e
 
     f.seek(0)
     raw = f.read()
@@ -420,15 +420,15 @@ def read_with_decord(f, times, wanted, short_side):
     except (decord.DECORDError, IndexError, RuntimeError, AssertionError) as e:
         read_frames(f, times, wanted, short_side)  # raises if the recording itself is damaged
         text = str(e).partition("\n")[0]
-        raise WrongDecoder(f"decord cannot read what PyAV can ({text}): use --decoder pyav") from e
+        raise WrongDecoder(f"decord cannot read what PyAV can ({text}): read it with pyav") from e
     if count != len(times):
         raise WrongDecoder(
-            f"decord counts {count} frames, the mp4's index has {len(times)}: use --decoder pyav"
+            f"decord counts {count} frames, the mp4's index has {len(times)}: read it with pyav"
         )
     if pictures.shape[1:] != (height, width, 3):
         raise WrongDecoder(
             f"decord makes pictures of {pictures.shape[1:]} in place of {width} x {height} pixels:"
-            " use --decoder pyav"
+            " read it with pyav"
         )
 
     # once a video: see whether its pictures are PyAV's
@@ -437,7 +437,7 @@ def read_with_decord(f, times, wanted, short_side):
         if difference > 6:
             raise WrongDecoder(
                 f"decord shows other pictures than PyAV, which differ by {difference:.0f} of 255:"
-                " use --decoder pyav"
+                " read it with pyav"
             )
         if len(COMPARED) == 100_000:
             COMPARED.clear()
@@ -480,7 +480,7 @@ def decord_starts(raw, times):
     or show other frames than the index says."""
 
     def refused(reason):
-        return WrongDecoder(f"decord would show wrong pictures, since {reason}: use --decoder pyav")
+        return WrongDecoder(f"decord would show wrong pictures, since {reason}: read it with pyav")
 
     with open_video(io.BytesIO(raw)) as container:
         tracks = len(container.streams.video)

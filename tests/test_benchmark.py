@@ -2,15 +2,17 @@
 are kept; runs of train_lewm.py plan, with patch tokens and with one vector a step."""
 
 import json
+import os
+import re
 
 import numpy as np
 import pytest
 
 from evaluation.closed_loop import oracle, play_trials
-from evaluation.doom import TASKS, angle_between, open_doom
+from evaluation.doom import TASKS, angle_between, check_playable, open_doom
 from evaluation.trials import paired_difference, successes, wilson
 from files.vpt import ACTION_SPACES
-from tests.harness import fails, run
+from tests.harness import ROOT, fails, run
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -93,6 +95,18 @@ def test_the_oracle_does_the_task(world, name):
     assert abs(world.distance()[unit] - tracks[unit][2][0]) > 0.1
 
 
+def test_runs_that_cannot_be_played_are_refused():
+    """Bug: one sentence for three mistakes, after minutes of opening a large encoder."""
+    for change, sentence in [
+        ({"dataset": "droid"}, "out/x was trained on robot episodes: the game needs a run on play"),
+        ({"encode": "clip"}, "out/x was trained with --encode clip: the game needs --encode tubel"),
+        ({"fps": 6}, "out/x was trained with --fps 6: the game needs a rate that divides 20"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            check_playable(CUT | change, "out/x")
+    check_playable(CUT)
+
+
 # --- the program ---
 
 
@@ -129,6 +143,30 @@ def test_runs_of_train_lewm_plan(lewm, tmp_path, shards, pool):
     assert tracks["plan"][0][0] == pytest.approx(tracks["copy"][0][0], abs=1e-2)
 
 
+def test_the_world_of_the_docs_is_played(lewm, capsys):
+    """Bug: the world of docs/evaluate.md does not run, or is one that nobody can solve, or that
+    differs from policy to policy."""
+    with open(os.path.join(ROOT, "docs", "evaluate.md")) as f:
+        blocks = re.findall(r"```python\n(.*?)```", f.read(), re.S)
+    code = next(block for block in blocks if "class Wall" in block)
+    small = code.replace("out/ac", str(lewm / "none")).replace("trials=20", "trials=3")
+    scope = {}
+    exec(small, scope)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("]")]
+    rates = {row[0]: row[1] for row in rows}
+    assert list(rates) == ["plan", "random", "rest", "oracle"]
+    assert rates["oracle"] == "100%" and rates["rest"] == "0%"
+
+    # to the right is positive, for the mouse as for the picture
+    world = scope["world"]
+    world.begin("turn", 0, 0)
+    before = world.seen()[-1]
+    action = np.zeros(len(world.names))
+    action[0] = 10 / 0.15
+    world.act(action)
+    assert np.array_equal(world.seen()[-1][:, :140], before[:, 20:])
+
+
 def test_the_benchmark_keeps_what_it_played(lewm, tmp_path):
     """Bug: a rerun plays again, or mixes results of other flags or another model; two files of
     other trials are compared."""
@@ -158,6 +196,9 @@ def test_the_benchmark_keeps_what_it_played(lewm, tmp_path):
     run(tmp_path, "evaluation/benchmark.py", "--checkpoint", lewm / "mean", *flags)
     refused = fails(tmp_path, "evaluation/benchmark.py", "--compare", out, other)
     assert "only the same trials can be compared" in refused
+
+    refused = fails(tmp_path, "evaluation/benchmark.py", "--compare", out, tmp_path / "no.json")
+    assert "no.json: no such file of evaluation.benchmark" in refused
 
     text = run(tmp_path, "evaluation/benchmark.py", "--compare", out, out)
     assert text.count("= +0 points [+0, +0]") >= 2

@@ -14,7 +14,7 @@ import checkpoint
 import weights
 from data import Clips, PicturedClips, fill_pixels_cache, windows
 from evaluation.decoded import Decoder, Pictures, psnr_of, squared_error, ssim
-from evaluation.films import Wishes, clear_turns, frechet, halves, mmd, side_of
+from evaluation.films import Wishes, clear_turns, frechet, halves, mmd, open_networks, side_of
 from evaluation.pictures import find_videos
 from evaluation.runs import load_run, open_held_out
 from files.shards import index_shards
@@ -26,7 +26,7 @@ from model import (
     growth_of,
     normalize_features,
 )
-from tests.harness import column, fails, numbers, read_number, run, start_ranks
+from tests.harness import Run, column, error_line, fails, numbers, read_number, run, start_ranks
 
 LOSSES = ("l1_loss", "gradient_loss", "grad_norm")
 TINY = (
@@ -548,6 +548,39 @@ def test_a_decoder_of_other_features_is_refused(game, world, tmp_path):
     assert "--decoder decord is now --video_decoder decord" in text
     text = fails(tmp_path, "eval.py", *judged, "--i3d x.pt")
     assert "--i3d judges pictures: name a run of train_decoder.py with --decoder" in text
+
+
+def test_flags_of_films_are_checked_before_the_evaluation(game, trained, vgg, tmp_path):
+    """Bug: a file that is missing, or of another kind, is noticed at the end of a long evaluation,
+    or under the name of another flag."""
+    (tmp_path / "text.pt").write_text("no network")
+    judged_run = load_run(str(game.out))
+    for decoder, options, sentence in [
+        ("none", {}, "--decoder none: no such run folder or file"),
+        (str(trained.out), {"lpips": "no.pt"}, "--lpips no.pt: no such file"),
+        (str(trained.out), {"i3d": "no.pt"}, "--i3d no.pt: no such file"),
+        (str(trained.out), {"i3d": str(tmp_path / "text.pt")}, "text.pt is no TorchScript file"),
+        (str(trained.out), {"i3d": str(vgg)}, "vgg16.pt makes no features of films"),
+        (str(trained.out), {"encoder": "doom_tiny"}, "--encoder doom_tiny gives features of"),
+    ]:
+        with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+            open_networks(judged_run, decoder, **options)
+
+    # a network of films does not judge pictures
+    torch.jit.script(FileOfI3D()).save(str(tmp_path / "i3d.pt"))
+    with pytest.raises(ValueError, match="i3d.pt makes no features of pictures"):
+        weights.Lpips(str(tmp_path / "i3d.pt"))
+
+    # the evaluation prints how many clips it has measured
+    judged = ["--checkpoint", game.out, "--data", game.held, "--decoder", trained.out]
+    for flags, sentence in [
+        (["--video", game.video, "--i3d", vgg], "vgg16.pt makes no features of films"),
+        ([], "--decoder: name the shards that features were made from with --video"),
+        (["--video", game.video.parent / "shard-000001.tar"], "--video holds no recording"),
+    ]:
+        code, text = Run(tmp_path, "eval.py", *judged, *flags, "--num_workers 0").wait()
+        assert sentence in error_line(code, text)
+        assert "clips of" not in text
 
 
 def test_wished_turns_are_turns_and_hold_the_hotbar(game):

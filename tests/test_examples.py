@@ -1,5 +1,7 @@
 """The scripts of examples/, shrunk, from the command line."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
-# two updates of PPO on two games
-SHORT = "--num_games 2 --num_steps 8 --total_steps 32 --random_episodes 2 --minibatches 2 --seed 3"
+# two updates of PPO on two games; each game lasts longer than an episode, which is 75 decisions
+SHORT = "--num_games 2 --num_steps 40 --total_steps 160 --random_episodes 8 --seed 3"
 
 
 def table(path):
@@ -28,18 +30,22 @@ def games():
 
 def test_rl_writes_every_run_and_draws_them_together(tmp_path):
     """Bug: a run writes over that of another encoder; a column that stays empty; the score of
-    random play depends on the encoder."""
+    random play depends on the encoder, or is counted as a score of the agent."""
     for encoder in ("doom_tiny", "pixels"):
         text = run(
             tmp_path, "examples/rl.py", SHORT, "--encoder", encoder, f"--out_dir={tmp_path}/"
         )
-        assert "random play" in text
+        # random play was 8 episodes: fewer were finished since
+        episodes = int(re.search(r"mean of the last (\d+) episodes", text)[1])
+        assert 2 <= episodes < 8
     frozen = table(tmp_path / "basic-doom_tiny-3.csv")
     pixels = table(tmp_path / "basic-pixels-3.csv")
-    assert frozen["step"].tolist() == [16, 32]
+    assert frozen["step"].tolist() == [80, 160]
     assert frozen["random"].tolist() == pixels["random"].tolist()
     # three actions: a policy that has hardly learned is close to log 3
     assert np.allclose(frozen["entropy"], np.log(3), atol=0.1)
+    assert np.isfinite([frozen["score"][-1], pixels["score"][-1]]).all()
+    assert f"pixels: score {pixels['score'][-1]:.0f}, mean over 1 seed" in text
     assert (tmp_path / "basic.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -320,6 +320,23 @@ def test_encoders_are_compared(world):
     assert float(row[1]) > 0.3 > float(row[2])
 
 
+def test_the_hotbar_is_no_part_of_the_mean_over_keys():
+    """Bug: features that show the bottom of the picture and nothing else look as if they told
+    keys."""
+    scores = {
+        "mouse_dx": {"r2": 0.1},
+        "yaw_diff": {"r2": 0.3},
+        "key.w": {"auroc": 0.5},
+        "mouse.0": {"auroc": 0.6},
+        "key.3": {"auroc": 0.9},
+        "slot.7": {"auroc": 1.0},
+        "gui_open": {"auroc": 0.8},
+    }
+    expected = {"camera": 0.2, "keys": 0.55, "hotbar": 0.95, "gui": 0.8}
+    assert heads.group_means(scores) == pytest.approx(expected)
+    assert heads.group_means({"key.1": {"auroc": 0.7}}) == {"hotbar": 0.7}
+
+
 def test_order_of_steps_in_plain_video(tmp_path):
     """Bug: pairs do not belong to their labels, or the order of steps that are all alike is known
     (the head sees more than two steps)."""
