@@ -102,7 +102,14 @@ import torch
 import checkpoint
 from data import windows
 from evaluation import pictures
-from evaluation.comparable import comparable_lines, own_space, probe_run, training_records
+from evaluation.comparable import (
+    comparable_lines,
+    features_of_training,
+    own_space,
+    probe_run,
+    training_records,
+)
+from evaluation.decoded_actions import decoded_training
 from evaluation.films import film_report, open_networks
 from evaluation.held_out import (
     bands_of,
@@ -1065,7 +1072,16 @@ if __name__ == "__main__":
     folder = args.out or os.path.dirname(run.path) or "."
     if args.decoder:
         frames = Frames(judged, dataset, videos, networks.decoder.pictures.size)
-        section = Section(*film_report(judged, networks, frames, shown, folder))
+
+        # pictures are shown to an inverse model, too, which needs training data and the encoder
+        training = None
+        if probed is not None and networks.encoder is not None:
+            train, _ = training_records(run.settings, train_data, dataset.records)
+            features_of_train = features_of_training(run, dataset, features_of, train, args.encoder)
+            options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+            training = decoded_training(run, networks, train, features_of_train, options)
+
+        section = Section(*film_report(judged, networks, frames, shown, folder, training))
         print(*section.facts, sep="\n")
         sections.append(section)
         figures |= section.figures

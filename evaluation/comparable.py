@@ -86,6 +86,16 @@ def training_records(settings, data, held_out):
     return records, bad
 
 
+def features_of_training(run, dataset, features_of, train, encoder):
+    """features_of for training Records: they may be video where the held-out ones are features, or
+    the other way round. dataset, features_of: of runs.open_held_out; encoder: weights for video, or
+    None: the run's."""
+    if train[0].is_features == dataset.records[0].is_features:
+        return features_of
+    name = encoder_name(train, encoder, run.state)
+    return features_of_records(train, name, run.settings, run.device, run.dtype, run.state)
+
+
 class Probed(NamedTuple):
     """What a probe read from the features of a run."""
 
@@ -106,13 +116,7 @@ def probe_run(run, dataset, features_of, train, encoder, clips, val_clips, batch
     dataset, features_of: of runs.open_held_out. train: of training_records, at most `clips` windows
     are read; of the held-out ones at most val_clips. encoder: weights for video, or None: the
     run's."""
-    # training data may be video where held-out data are features, or the other way round
-    features_of_train = features_of
-    if train[0].is_features != dataset.records[0].is_features:
-        name = encoder_name(train, encoder, run.state)
-        features_of_train = features_of_records(
-            train, name, run.settings, run.device, run.dtype, run.state
-        )
+    features_of_train = features_of_training(run, dataset, features_of, train, encoder)
 
     # cut as the run was trained on them, with the same actions for every run
     reader = play_reader(run.settings | {"action_space": PROBED}, None, dataset.reader.decoder)

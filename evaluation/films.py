@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from evaluation import pictures
 from evaluation.decoded import Decoder, as_image, psnr_of, squared_error, ssim
+from evaluation.decoded_actions import action_lines, action_scores, see_again
 from evaluation.held_out import encoder_dtype
 from evaluation.runs import check_encoder
 from files.disk import write_atomically
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
-from model import encode_steps, normalize_features
 from weights import Lpips, encoder_hash, open_encoder, open_torchscript
 
 # clips whose pictures are compared: each costs two films and some decoding of video
@@ -262,6 +262,14 @@ def plot_pixels(errors, seconds):
 # --- what if ---
 
 
+def unscaled(scaler, actions):
+    """Scaled actions (..., A) -> as they were recorded, float64 numpy."""
+    plain = actions.double().numpy().copy()
+    scaled = len(scaler.mean)
+    plain[..., :scaled] = plain[..., :scaled] * scaler.scale + scaler.mean
+    return plain
+
+
 class Wishes:
     """Actions that nobody recorded: standing still, turning left and right, walking, from the first
     step of a clip on. For play, whose actions are named as in files/vpt.py."""
@@ -272,21 +280,14 @@ class Wishes:
         self.scaler = judged.run.scaler
 
         # how strong a turn is: what recorded turns reach
-        yaw = self.raw(judged.actions)[..., self.names.index("yaw_diff")]
+        yaw = unscaled(self.scaler, judged.actions)[..., self.names.index("yaw_diff")]
         self.turn = float(np.quantile(np.abs(yaw), STRONG))
-
-    def raw(self, actions):
-        """Scaled actions -> as they were recorded, float64."""
-        plain = actions.double().numpy().copy()
-        scaled = len(self.scaler.mean)
-        plain[..., :scaled] = plain[..., :scaled] * self.scaler.scale + self.scaler.mean
-        return plain
 
     def of(self, i, turn=0.0, walk=False):
         """Scaled actions (K, A) for the i-th clip: turn in radians a step, positive to the right;
         walk: forward is pressed. What is held in the hotbar stays."""
         plain = np.zeros(self.judged.actions[i].shape)
-        first = self.raw(self.judged.actions[i])[0]
+        first = unscaled(self.scaler, self.judged.actions[i])[0]
         for j, name in enumerate(self.names):
             if name.startswith("slot."):
                 plain[:, j] = first[j]
@@ -404,7 +405,9 @@ def turn_test(judged, decoder, films, clips):
         correct["control"] = (int((sides_of_others == asked).sum()), len(starts))
 
     # the measure itself, on recorded turns: as they were recorded, and decoded
-    yaw = wishes.raw(judged.actions[torch.tensor(clips)])[..., wishes.names.index("yaw_diff")]
+    yaw = unscaled(judged.run.scaler, judged.actions[torch.tensor(clips)])[
+        ..., wishes.names.index("yaw_diff")
+    ]
     for name, of_kind in (("recorded", films.recorded), ("decoded", films.decoded)):
         stretches, sides = clear_turns(of_kind, yaw, CLEAR * wishes.turn)
         if stretches:
@@ -433,6 +436,27 @@ def turn_lines(correct, turn):
             f" {share('recorded')}, on their features decoded {share('decoded')}"
         )
     return lines
+
+
+# --- what an inverse model sees in films ---
+
+
+def scores_of_actions(judged, networks, films, clips, training):
+    """action_scores of decoded true features (the best that any predictor can get), of predictions,
+    and of predictions that got the actions of another recording: they should show those, and not
+    the true ones."""
+    recordings = [judged.recordings[i] for i in clips]
+    actions = judged.actions[torch.tensor(clips)]
+    sets = {"decoded": films.decoded, "predicted": films.predicted}
+
+    others = judged.others_of(recordings, actions)
+    if not torch.isnan(others).any():
+        place = {i: k for k, i in enumerate(clips)}
+        ahead = rollouts(judged, clips, lambda i: others[place[i]])
+        sets["others"] = torch.stack([to_bytes(networks.decoder(z)) for z in ahead])
+
+    raw = unscaled(judged.run.scaler, actions)
+    return action_scores(judged.run, networks.encoder, training, sets, raw, recordings)
 
 
 # --- distances between sets of films ---
@@ -475,27 +499,9 @@ def frechet(x, y):
     return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cov_x + cov_y - 2 * root))
 
 
-@torch.no_grad()
 def encoder_features(run, encoder, films):
-    """Mean tokens (n, E) of films (n, T, 3, size, size) by the encoder of a Run, each step alone:
-    its picture stands for all frames of the step."""
-    settings = run.settings
-    crop = settings["crop_size"]
-    rows = []
-    for film in films:
-        # pictures as large as those that the encoder knows
-        video = film.to(run.device)
-        if film.shape[-1] != crop:
-            small = F.interpolate(
-                video.float() / 255, size=(crop, crop), mode="bilinear", antialias=True
-            )
-            video = to_bytes(small)
-
-        # a still step, its tokens and their mean
-        video = video.repeat_interleave(run.state["frames_per_step"], dim=0)[None]
-        h = encode_steps(encoder, video, settings["encode"], run.state["frames_per_step"])
-        rows.append(normalize_features(h).mean((0, 1, 2)).cpu())
-    return torch.stack(rows)
+    """Mean tokens (n, E) of films (n, T, 3, size, size), as the encoder of a Run sees them."""
+    return torch.stack([see_again(run, encoder, film).mean((0, 1)) for film in films])
 
 
 @torch.no_grad()
@@ -616,11 +622,12 @@ def gif_bytes(pages, seconds):
 # --- the sections of a report ---
 
 
-def film_report(judged, networks, frames, shown, folder):
+def film_report(judged, networks, frames, shown, folder, training=None):
     """All about films for eval.py: (lines for a person, entries of report.json, {heading: [Figure
     or bytes of a GIF]}). Writes film.mp4 and film.gif to the folder.
 
-    networks: of open_networks; frames: eval.Frames; shown: clips for the eye."""
+    networks: of open_networks; frames: eval.Frames; shown: clips for the eye; training: of
+    decoded_actions.decoded_training, for an inverse model of pictures, None: there is none."""
     # those that are shown are among those that are measured
     run = judged.run
     decoder = networks.decoder
@@ -661,6 +668,12 @@ def film_report(judged, networks, frames, shown, folder):
         correct, turn = turn_test(judged, decoder, films, clips)
         facts += turn_lines(correct, turn)
         report["pictures"]["turns"] = {"radians": turn, **correct}
+
+    # do pictures show the actions?
+    if training is not None:
+        scores = scores_of_actions(judged, networks, films, clips, training)
+        facts += action_lines(scores, len(training["z"]), len(clips))
+        report["pictures"]["actions"] = scores
 
     # for the eye
     T = films.recorded.shape[1]

@@ -14,7 +14,18 @@ import checkpoint
 import weights
 from data import Clips, PicturedClips, fill_pixels_cache, windows
 from evaluation.decoded import Decoder, Pictures, psnr_of, squared_error, ssim
-from evaluation.films import Wishes, clear_turns, frechet, halves, mmd, open_networks, side_of
+from evaluation.decoded_actions import action_scores, see_again
+from evaluation.films import (
+    Wishes,
+    clear_turns,
+    frechet,
+    halves,
+    mmd,
+    open_networks,
+    side_of,
+    unscaled,
+)
+from evaluation.heads import pool
 from evaluation.pictures import find_videos
 from evaluation.runs import load_run, open_held_out
 from files.shards import index_shards
@@ -511,6 +522,8 @@ def test_a_report_with_films(game, trained, vgg, tmp_path):
     turns = report["turns"]
     assert turns["left"][1] == clips and turns["control"][1] == clips
     assert report["mmd"]["recorded"] != report["mmd"]["still"]
+    assert "actions that an inverse model reads from decoded pictures" in text
+    assert set(report["actions"]) == {"decoded", "predicted", "others"}
 
     # the copy, from the numbers in the frames: blocks of 16 x 16 that differ between two numbers
     records, _ = index_shards(sorted(map(str, game.held.parent.glob("*.tar"))))
@@ -592,7 +605,9 @@ def test_wished_turns_are_turns_and_hold_the_hotbar(game):
     )[0]
     actions = torch.stack([dataset[i]["actions"] for i in sum(windows(dataset, 2, 4), [])])
     wishes = Wishes(types.SimpleNamespace(run=judged_run, actions=actions))
-    plain = {name.split()[-1]: wishes.raw(of(1)) for name, of in wishes.kinds().items()}
+    plain = {
+        name.split()[-1]: unscaled(wishes.scaler, of(1)) for name, of in wishes.kinds().items()
+    }
     yaw = names.index("yaw_diff")
     assert (plain["left"][:, yaw] < 0).all() and (plain["right"][:, yaw] > 0).all()
     np.testing.assert_allclose(plain["left"][:, yaw], -wishes.turn, rtol=1e-4)
@@ -602,3 +617,42 @@ def test_wished_turns_are_turns_and_hold_the_hotbar(game):
     np.testing.assert_allclose(plain["walk"][:, yaw], 0, atol=1e-6)
     slots = [i for i, name in enumerate(names) if name.startswith("slot.")]
     assert slots and (plain["left"][:, slots] == actions[1, 0, slots].numpy()).all()
+
+
+def test_an_inverse_model_reads_turns_from_pictures():
+    """Bug: pictures of another clip, actions of another step, a fit on the clips that are tested:
+    films of noise would tell turns, or films of turns would not."""
+    random = np.random.default_rng(0)
+    names = ["yaw_diff", "pitch_diff"]
+
+    def film_of(turns):
+        """A bright bar that turns move to the side (T, 3, 48, 48)."""
+        place = 24 + np.concatenate([[0], np.cumsum(turns)])
+        x = np.arange(48)
+        bar = 255 * np.exp(-np.square((x - place[:, None]) / 6))
+        return torch.from_numpy(bar).byte()[:, None, None].expand(-1, 3, 48, -1)
+
+    def clips_of(n):
+        actions = random.uniform(-8, 8, (n, 3, 2))
+        return torch.stack([film_of(turns) for turns in actions[..., 0]]), actions
+
+    # the encoder sees the films that the inverse model learns from
+    settings = {"crop_size": 48, "encode": "tubelet"}
+    state = {"frames_per_step": 2, "action_names": names}
+    device = torch.device("cpu")
+    judged_run = types.SimpleNamespace(settings=settings, state=state, device=device)
+    torch.manual_seed(0)
+    encoder = weights.open_encoder("vit_tiny", 48, 8)
+    films, actions = clips_of(60)
+    tokens = [pool(see_again(judged_run, encoder, film), 4) for film in films]
+    recordings = [str(i) for i in range(60)]
+    training = {"z": torch.stack(tokens), "actions": actions, "recording": np.array(recordings)}
+
+    # other films: the turn shows, what moves nothing does not, and noise shows nothing
+    films, actions = clips_of(20)
+    noise = torch.from_numpy(random.integers(0, 256, tuple(films.shape), np.uint8))
+    sets = {"turns": films, "noise": noise}
+    scores = action_scores(judged_run, encoder, training, sets, actions, recordings[:20])
+    assert scores["turns"]["probe_yaw"] > 0.5
+    assert scores["turns"]["probe_pitch"] < 0.2
+    assert scores["noise"]["probe_yaw"] < 0.2
