@@ -830,9 +830,9 @@ if __name__ == "__main__":
         shapes = [f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)]
 
         # checkpoints on the disk at the end: the last ones, and those kept for good
-        kept = args.keep_last
+        checkpoints = args.keep_last
         if args.save_every_freq:
-            kept += args.epochs // args.save_every_freq
+            checkpoints += args.epochs // args.save_every_freq
         print0(
             f"dry run, nothing written; {count_text(len(train), 'recording')} to train on,"
             f" {len(val)} held out, {len(bad)} unusable; a batch: {' '.join(shapes)}"
@@ -844,7 +844,7 @@ if __name__ == "__main__":
 
         # bytes: weights and two moments of Adam, 4 each
         with_adam = 12 * num_parameters
-        print0(checkpoint.disk_text(args.out_dir, kept, with_adam))
+        print0(checkpoint.disk_text(args.out_dir, checkpoints, with_adam))
 
         # the next command
         print0("to train, run the same command without --dry_run")

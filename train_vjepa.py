@@ -1102,9 +1102,9 @@ if __name__ == "__main__":
     print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
     if args.dry_run:
         shapes = [f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor)]
-        kept = args.keep_last
+        checkpoints = args.keep_last
         if args.save_every_freq:
-            kept += args.epochs // args.save_every_freq
+            checkpoints += args.epochs // args.save_every_freq
         print0(
             f"dry run, nothing written; {count_text(len(train), 'recording')} to train on,"
             f" {len(val)} held out, {len(bad)} unusable; a batch: {' '.join(shapes)}"
@@ -1114,7 +1114,7 @@ if __name__ == "__main__":
             f" {bytes_text(memory * 2**20)} of memory at the peak"
         )
         size_of_one = 12 * num_parameters + 4 * encoder_parameters  # with two moments; the teacher
-        print0(checkpoint.disk_text(args.out_dir, kept, size_of_one))
+        print0(checkpoint.disk_text(args.out_dir, checkpoints, size_of_one))
         print0("to train, run the same command without --dry_run")
     elif halt:
         print0(

@@ -37,26 +37,42 @@ def dense(layer, x):
 
 def rotate(x, pos):
     """x (B, nh, L, d) turned by the angles of integer positions (L,), all of them computed here."""
-    pairs = torch.arange(x.shape[-1] // 2, dtype=x.dtype, device=x.device)
+    # a frequency for each pair of channels
+    half = x.shape[-1] // 2
+    pairs = torch.arange(half, dtype=x.dtype, device=x.device)
     omega = 1.0 / 10000 ** (pairs / (x.shape[-1] / 2))
+
+    # angles of all positions, for both channels of a pair
     angle = torch.einsum("l,f->lf", pos.to(x.dtype), omega)
-    sin, cos = (t.repeat(1, 2) for t in (angle.sin(), angle.cos()))
+    sin = angle.sin().repeat(1, 2)
+    cos = angle.cos().repeat(1, 2)
+
+    # upstream repeats the table, but pairs neighbours: so the weights were trained
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack((-x2, x1), dim=-1).flatten(-2) * sin
+    turned = torch.stack((-x2, x1), dim=-1).flatten(-2)
+    return x * cos + turned * sin
 
 
 def rotate_all(x, *positions):
     """The leading dims by time, the next by row, the next by column; the rest stay."""
+    # a third of the channels each, an even number
     d = x.shape[-1] // 3 // 2 * 2
-    parts = [rotate(x[..., i * d : (i + 1) * d], pos) for i, pos in enumerate(positions)]
-    return torch.cat([*parts, x[..., len(parts) * d :]], dim=-1)
+    parts = []
+    for i, pos in enumerate(positions):
+        channels = x[..., i * d : (i + 1) * d]
+        parts.append(rotate(channels, pos))
+    rest = x[..., len(parts) * d :]
+    return torch.cat([*parts, rest], dim=-1)
 
 
 def attention(layer, x, T, H, W, conditions=0, mask=None):
     """One attention layer on (B, T*(conditions + H*W), D), as the reference computes it."""
     # step, row and column of every patch token
     token = torch.arange(T * H * W, device=x.device)
-    positions = token // (H * W), token % (H * W) // W, token % W
+    step = token // (H * W)
+    row = token % (H * W) // W
+    column = token % W
+    positions = (step, row, column)
 
     def project(tokens, *pos):
         qkv = dense(layer.qkv, tokens).unflatten(-1, (3, layer.num_heads, -1))
@@ -69,6 +85,8 @@ def attention(layer, x, T, H, W, conditions=0, mask=None):
         times = torch.arange(T, device=x.device)
         apart = [project(steps[:, :, i], times) for i in range(conditions)]
         patches = project(steps[:, :, conditions:].flatten(1, 2), *positions)
+
+        # back in order: the condition tokens of a step, then its patches
         qkv = []
         for i in range(3):
             condition_part = torch.stack([parts[i] for parts in apart], dim=3)
@@ -76,57 +94,71 @@ def attention(layer, x, T, H, W, conditions=0, mask=None):
             qkv.append(torch.cat([condition_part, patch_part], dim=3).flatten(2, 3))
     else:
         qkv = project(x, *positions)
-    out = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-    return dense(layer.proj, out.transpose(1, 2).flatten(2))
+    x = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+    return dense(layer.proj, x.transpose(1, 2).flatten(2))
 
 
 def blocks(layers, x, *args):
     """Transformer blocks: attention, then the MLP, each added to its input."""
     for blk in layers:
         x = x + attention(blk.attn, blk.norm1(x), *args)
-        x = x + dense(blk.mlp.fc2, F.gelu(dense(blk.mlp.fc1, blk.norm2(x))))
+        hidden = F.gelu(dense(blk.mlp.fc1, blk.norm2(x)))
+        x = x + dense(blk.mlp.fc2, hidden)
     return x
 
 
 @torch.no_grad()
 def reference_encode(encoder, video):
     """uint8 (B, T*2, 3, H, W) -> layer-normed features (B, T, N, D), each step alone."""
+    # pixels as the encoder was trained on them
     B, frames = video.shape[:2]
-    mean, std = (
-        torch.tensor(c, device=video.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean = torch.tensor(IMAGENET_MEAN, device=video.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=video.device).view(3, 1, 1)
     video = (video.float() / 255 - mean) / std
-    clip = video.unflatten(1, (frames // 2, 2)).flatten(0, 1).transpose(1, 2)  # (B*T, 3, 2, H, W)
-    x = encoder.patch_embed(clip)
+
+    # every step is a clip of two frames
+    clip = video.unflatten(1, (frames // 2, 2)).flatten(0, 1)
+    x = encoder.patch_embed(clip.transpose(1, 2))  # (B*T, D, 1, H, W)
     _, _, T, H, W = x.size()
-    h = encoder.norm(blocks(encoder.blocks, x.flatten(2).transpose(1, 2), T, H, W))
-    return F.layer_norm(h.float(), h.shape[-1:]).view(B, frames // 2, H * W, -1)
+    x = x.flatten(2).transpose(1, 2)
+    h = encoder.norm(blocks(encoder.blocks, x, T, H, W))
+    h = F.layer_norm(h.float(), h.shape[-1:])
+    return h.view(B, frames // 2, H * W, -1)
 
 
 def reference_predict(predictor, z, actions, states, mask):
     """(B, T, N, E) -> the layer-normed prediction of the next steps; `mask` is cut from the one for
     the longest clip."""
+    # two condition tokens, then the patches of each step
     B, T = z.shape[:2]
     a = predictor.action_encoder(actions[:, :T])
     s = predictor.state_encoder(states[:, :T])
     tokens = torch.stack([a, s], dim=2)
-    x = torch.cat([tokens, dense(predictor.predictor_embed, z)], dim=2).flatten(1, 2)
+    patches = dense(predictor.predictor_embed, z)
+    x = torch.cat([tokens, patches], dim=2).flatten(1, 2)
 
     # one mask for the longest clip, cut to this one
     mask = mask[: x.shape[1], : x.shape[1]].to(x.device, non_blocking=True)
     x = blocks(predictor.predictor_blocks, x, T, *predictor.grid, 2, mask)
     x = x.unflatten(1, (T, -1))[:, :, 2:]  # patches only
-    out = dense(predictor.predictor_proj, predictor.predictor_norm(x))
-    return F.layer_norm(out.float(), z.shape[-1:])
+    x = dense(predictor.predictor_proj, predictor.predictor_norm(x))
+    return F.layer_norm(x.float(), z.shape[-1:])
 
 
 def reference_losses(predictor, z, actions, states, mask):
     """(teacher-forcing loss, rollout loss of two steps)."""
+    # on true steps
     z_tf = reference_predict(predictor, z[:, :-1], actions, states, mask)
+
+    # and on its own first prediction, all of it run again
     start = torch.cat([z[:, :1], z_tf[:, :1]], dim=1)
     second = reference_predict(predictor, start, actions, states, mask)[:, -1:]
     z_ar = torch.cat([z_tf[:, :1], second], dim=1)
-    return (z_tf - z[:, 1:]).abs().mean(), (z_ar - z[:, 1:3]).abs().mean()
+
+    # mean absolute errors
+    jloss = (z_tf - z[:, 1:]).abs().mean()
+    sloss = (z_ar - z[:, 1:3]).abs().mean()
+    return jloss, sloss
 
 
 def useful_flops(encoder, predictor, B, T):
@@ -142,10 +174,13 @@ def useful_flops(encoder, predictor, B, T):
 
     # the encoder: its weights on every token, and all scores inside a step
     token_flops = 2 * (weights(encoder.blocks) + weights(encoder.patch_embed))
-    encode = B * T * N * (token_flops + 4 * D * N * len(encoder.blocks))
+    token_flops += 4 * D * N * len(encoder.blocks)
+    encode = B * T * N * token_flops
 
     # the predictor: the scores of teacher forcing that the mask lets through, and of the rollout
-    scores = 4 * width * (N + 2) ** 2 * len(predictor.predictor_blocks) * B * ((T - 1) * T / 2 + 2)
+    pairs_of_steps = (T - 1) * T / 2 + 2
+    scores = 4 * width * (N + 2) ** 2 * pairs_of_steps
+    scores *= B * len(predictor.predictor_blocks)
 
     # its weights, for each step; embedding and projection see patches only
     step_flops = 2 * weights(predictor.predictor_blocks) * (N + 2) + 4 * D * width * N
@@ -159,15 +194,20 @@ def reference_step(encoder, predictor, batch, autocast):
     """A function that makes one step on a batch and returns both losses."""
     device = next(predictor.parameters()).device
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=1e-4)
+
+    # the dense mask: a token sees its own step and those before
     T = batch["states"].shape[1]
     step_of = torch.arange(T).repeat_interleave(math.prod(predictor.grid) + 2)
     mask = step_of[None, :] <= step_of[:, None]
 
     def step(update=True):
+        # both forward passes
         inputs = {k: v.to(device) for k, v in batch.items()}
         with autocast():
             z = reference_encode(encoder, inputs["video"])
             jloss, sloss = reference_losses(predictor, z, inputs["actions"], inputs["states"], mask)
+
+        # upstream reads the losses back in every step, which makes a GPU wait
         (jloss + sloss).backward()
         if update:
             optimizer.step()
@@ -183,6 +223,8 @@ def our_step(encoder, predictor, batch, autocast, dtype, is_compiled):
     model = ACModel(predictor)
     frozen = copy.deepcopy(encoder).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    # one size of input: nothing need be compiled again
     if is_compiled:
         model.compile(dynamic=False)
         frozen.compile(dynamic=False)
@@ -239,13 +281,19 @@ if __name__ == "__main__":
     dtype = getattr(torch, args.dtype)
     B = args.batch_size
     T = args.steps
+
+    # random weights: time does not depend on them
     torch.manual_seed(0)
     encoder = build_encoder(args.encoder).to(device)
     grid = (args.crop_size // 16, args.crop_size // 16)
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     base = Predictor(encoder.embed_dim, 13, 2, grid, **size).to(device)
-    video = torch.randint(256, (B, 2 * T, 3, args.crop_size, args.crop_size), dtype=torch.uint8)
-    batch = {"video": video, "actions": torch.randn(B, T - 1, 13), "states": torch.randn(B, T, 2)}
+
+    # a batch as the loader gives it
+    frames = (B, 2 * T, 3, args.crop_size, args.crop_size)
+    batch = {"video": torch.randint(256, frames, dtype=torch.uint8)}
+    batch["actions"] = torch.randn(B, T - 1, 13)
+    batch["states"] = torch.randn(B, T, 2)
 
     def autocast():
         if dtype == torch.float32:
@@ -258,12 +306,15 @@ if __name__ == "__main__":
         names.append("ours, --compile")
     steps = {}
     for name in names:
+        # each has weights of its own, equal at the start
         predictor = copy.deepcopy(base)
         if name == "reference":
             step = reference_step(encoder, predictor, batch, autocast)
         else:
             step = our_step(encoder, predictor, batch, autocast, dtype, name != "ours")
         losses, gradients = losses_and_gradients(step, predictor)
+
+        # the reference comes first, and is what the others are compared with
         if name == "reference":
             wanted_losses = losses
             wanted_gradients = gradients
@@ -273,12 +324,17 @@ if __name__ == "__main__":
             f"{name}: losses {losses.tolist()}, off by {losses_off:.1e}, gradients by"
             f" {gradients_off:.1e}"
         )
-        if max(losses_off, gradients_off) > (1e-5 if args.dtype == "float32" else 5e-2):
+
+        # rounding explains no more than this
+        bound = 1e-5 if args.dtype == "float32" else 5e-2
+        if max(losses_off, gradients_off) > bound:
             raise SystemExit(f"{name} computes something else than the reference")
         steps[name] = step
 
     # --- time ---
     seconds = bench.medians(steps, device, args.repeats)
+
+    # a row each, beside the peak that a large matmul reaches in this run
     useful = sum(useful_flops(encoder, base, B, T))
     matmul_flops, _ = bench.ceilings(device, dtype)
     rows = []

@@ -93,11 +93,15 @@ class Pictures:
 
     def frames(self, batch):
         """Pictures (B*T, 3*F, size, size) in [0, 1] of the steps of a batch."""
+        # stored pictures are those of a step already, video has all frames of a clip
         if "pictures" in batch:
             x = batch["pictures"]  # (B, T, F, 3, H, W)
         else:
             x = batch["video"].unflatten(1, (-1, self.frames_per_step))[:, :, self.shown]
-        x = x.to(self.device, non_blocking=True).flatten(0, 1).flatten(1, 2).float() / 255
+        x = x.to(self.device, non_blocking=True)
+
+        # the frames of a step side by side, as channels
+        x = x.flatten(0, 1).flatten(1, 2).float() / 255
         if x.shape[-1] != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="area")
         return x
@@ -108,16 +112,20 @@ class Pictures:
         x = self.frames(batch)
         if self.vae is None:
             return x
+
+        # the autoencoder takes frames one by one
         latents = self.vae.encode(x.unflatten(1, (-1, 3)).flatten(0, 1))
         return latents.unflatten(0, (len(x), -1)).flatten(1, 2)
 
     @torch.no_grad()
     def of(self, decoded):
         """What the decoder gives (n, C, h, w) -> pictures (n, 3*F, size, size) in [0, 1]."""
+        # latents become pictures, frame by frame
         x = decoded.float()
         if self.vae is not None:
             latents = x.unflatten(1, (-1, self.vae.channels)).flatten(0, 1)
-            x = self.vae.decode(latents).unflatten(0, (len(decoded), -1)).flatten(1, 2)
+            x = self.vae.decode(latents)
+            x = x.unflatten(0, (len(decoded), -1)).flatten(1, 2)
         return x.clamp(0, 1)
 
 
@@ -143,6 +151,8 @@ def decoded_rows(model, dataset, features_of, pictures, batch_size, clips, num_w
         collate_fn=collate,
         worker_init_fn=ignore_signals_in_worker,
     )
+
+    # errors of all clips, and a few pictures
     model.eval()
     rows, bad = [], []
     shown = {}
@@ -152,16 +162,23 @@ def decoded_rows(model, dataset, features_of, pictures, batch_size, clips, num_w
         z = features_of(batch)[0]
         B, T = z.shape[:2]
         with autocast():
-            given = model.decoder(z.flatten(0, 1)).float()
-            losses = model.losses(given, pictures.targets(batch))
+            output = model.decoder(z.flatten(0, 1)).float()
+            losses = model.losses(output, pictures.targets(batch))
 
         # in pixels, without the first step: that has no step before it
         true = pictures.frames(batch).unflatten(0, (B, T))
-        decoded = pictures.of(given).unflatten(0, (B, T))
-        mean = pictures.of(model.decoder.mean[None]).expand(B * (T - 1), -1, -1, -1)
+        decoded = pictures.of(output).unflatten(0, (B, T))
         target = true[:, 1:].flatten(0, 1)
-        guesses = {"": decoded[:, 1:].flatten(0, 1), "copy_": true[:, :-1].flatten(0, 1)}
-        guesses["mean_"] = mean
+
+        # beside it what needs no features: the step before, and the mean picture
+        mean = pictures.of(model.decoder.mean[None])
+        guesses = {
+            "": decoded[:, 1:].flatten(0, 1),
+            "copy_": true[:, :-1].flatten(0, 1),
+            "mean_": mean.expand(B * (T - 1), -1, -1, -1),
+        }
+
+        # a number for each picture
         row = {}
         for name, guess in guesses.items():
             row[name + "mse"] = squared_error(guess, target).cpu()
@@ -190,6 +207,8 @@ def picture_summary(errors):
     row = {}
     for name in ("l1_loss", "gradient_loss", "lpips_loss"):
         row[name] = errors[name].mean().item()
+
+    # of the decoder, and of the two that need no features
     for name in ("", "copy_", "mean_"):
         row[name + "psnr"] = psnr_of(errors[name + "mse"])
         row[name + "ssim"] = errors[name + "ssim"].mean().item()
@@ -228,9 +247,13 @@ def plot_decoder_curves(out_dir, ipe):
     # more points than the picture has pixels would take time and memory at each save
     every = slice(None, None, len(train["itr"]) // 4000 + 1)
     epochs = (train["epoch"] + train["itr"] / ipe)[every]
+
+    # losses of training; those that are off are 0 everywhere
     for name in ("l1_loss", "gradient_loss", "lpips_loss"):
         if train[name].any():
             loss_ax.plot(epochs, train[name][every], lw=0.5, label=f"{name}, training (noise)")
+
+    # held-out pictures, beside the two that need no features
     if len(val["epoch"]):
         loss_ax.plot(val["epoch"], val["l1_loss"], "o-", label="l1_loss, held out")
         labels = {"": "decoded", "copy_": "the step before", "mean_": "the mean picture"}
@@ -241,6 +264,8 @@ def plot_decoder_curves(out_dir, ipe):
     loss_ax.set(title="losses", yscale="log")
     psnr_ax.set(title="held-out PSNR of true features (higher is better)", ylabel="dB")
     ssim_ax.set(title="held-out SSIM of true features (higher is better)")
+
+    # legends stand below, where they hide no curve
     for ax in (loss_ax, psnr_ax, ssim_ax):
         ax.set_xlabel(f"epochs of {ipe} steps")
         if ax.get_legend_handles_labels()[0]:
@@ -260,6 +285,8 @@ class Decoder:
             raise ValueError(f"--decoder {self.path} is no run of train_decoder.py")
         self.state = state
         self.settings = settings_of(state, self.path)
+
+        # the network, and the autoencoder whose latents it may give
         self.network = PictureDecoder(**state["picture_decoder"])
         self.network.load_state_dict(state["picture_decoder_weights"])
         self.network.to(device).eval()
@@ -278,9 +305,11 @@ class Decoder:
     def __call__(self, z):
         """Layer-normed features of steps (..., N, E) -> their last pictures (..., 3, size, size) in
         [0, 1], on the CPU."""
+        # a part at a time, because pictures are larger than features; of a step its last frame
         parts = []
         for part in z.flatten(0, -3).split(64):
-            parts.append(self.pictures.of(self.network(part.float()))[:, -3:].cpu())
+            decoded = self.pictures.of(self.network(part.float()))
+            parts.append(decoded[:, -3:].cpu())
         return torch.cat(parts).unflatten(0, z.shape[:-2])
 
     def check(self, run):
@@ -300,6 +329,8 @@ class Decoder:
         of_run = stats_on(run.state, self.pictures.device)
         if of_run["mean"] is None:
             return
+
+        # how far apart the means are, in stds, and the stds, as logarithms of their ratios
         of_decoder = self.feature_stats
         shift = ((of_decoder["mean"] - of_run["mean"]) / of_run["std"]).abs().max().item()
         stretch = (of_decoder["std"] / of_run["std"]).log().abs().max().item()

@@ -140,6 +140,8 @@ def to_bytes(x):
 def recorded_film(frames, i, size):
     """Pictures (T, 3, size, size) uint8 of the i-th clip of eval.Frames."""
     film = torch.from_numpy(np.ascontiguousarray(frames.of(i))).permute(0, 3, 1, 2)
+
+    # as large as decoded pictures, with which it is compared
     if film.shape[-1] != size:
         film = to_bytes(F.interpolate(film.float() / 255, size=(size, size), mode="area"))
     return film
@@ -151,13 +153,15 @@ def rollouts(judged, clips, actions_of, batch_size=16):
     included. actions_of: number of a clip -> scaled actions (K, A)."""
     run = judged.run
     for first in range(0, len(clips), batch_size):
+        # the first steps of a batch, and what is done from there
         part = clips[first : first + batch_size]
         z, _, states = judged.kept.load(part)
         actions = torch.stack([actions_of(i) for i in part]).to(run.device)
+
+        # states follow from these actions: recorded ones would tell what was really done
         with run.autocast():
-            ahead = run.predictor.rollout(
-                z[:, :1], actions, judged.states_of(states[:, 0], actions)
-            )
+            states = judged.states_of(states[:, 0], actions)
+            ahead = run.predictor.rollout(z[:, :1], actions, states)
         yield from torch.cat([z[:, :1], ahead.to(z.dtype)], dim=1)
 
 
@@ -172,6 +176,8 @@ def make_films(judged, decoder, frames, clips):
     recorded = []
     decoded = []
     predicted = []
+
+    # clip by clip, because only pictures are kept: features of all clips are much larger
     ahead = rollouts(judged, clips, true_actions(judged))
     for i in tqdm(clips, "films", delay=10, unit=" clips"):
         recorded.append(recorded_film(frames, i, decoder.pictures.size))
@@ -188,6 +194,7 @@ def pixel_errors(films, lpips=None):
     """{name: {metric: [K]}} of predicted, decoded (the ceiling) and copy (the first recorded
     picture), against what was recorded, by horizon. Metrics: psnr, ssim, and lpips with a function
     of two batches of pictures."""
+    # beside the ceiling stands what needs no model: the first picture again
     K = films.recorded.shape[1] - 1
     first = films.recorded[:, :1].expand_as(films.recorded)
     guesses = {"predicted": films.predicted, "decoded": films.decoded, "copy": first}
@@ -196,15 +203,16 @@ def pixel_errors(films, lpips=None):
         rows = {"psnr": [], "ssim": []}
         if lpips is not None:
             rows["lpips"] = []
+
+        # the first picture is the same in all films: errors begin one step later
         for k in range(1, K + 1):
             a = guess[:, k].float() / 255
             b = films.recorded[:, k].float() / 255
             rows["psnr"].append(psnr_of(squared_error(a, b)))
             rows["ssim"].append(ssim(a, b).mean().item())
             if lpips is not None:
-                rows["lpips"].append(
-                    torch.cat([lpips(x, y) for x, y in pairs_of(a, b)]).mean().item()
-                )
+                of_parts = [lpips(x, y) for x, y in pairs_of(a, b)]
+                rows["lpips"].append(torch.cat(of_parts).mean().item())
         errors[name] = rows
     return errors
 
@@ -220,12 +228,16 @@ def pixel_lines(errors, seconds, count):
     header = "".join(f"{f'+{k * seconds:.3g} s':>9}" for k in range(1, K + 1))
     labels = {"predicted": "predicted, decoded", "decoded": "true features, decoded"}
     labels["copy"] = "copy of the first picture"
+
+    # a block for each metric that was measured
     units = {"psnr": "PSNR in dB, higher is better", "ssim": "SSIM, higher is better"}
     units["lpips"] = "LPIPS, lower is better"
     lines = []
     for metric, title in units.items():
         if metric not in errors["copy"]:
             continue
+
+        # a row for each kind of film
         lines.append(f"pictures of {count} clips: {title}".ljust(48) + header)
         form = "9.2f" if metric == "psnr" else "9.3f"
         for name, label in labels.items():
@@ -243,11 +255,15 @@ def plot_pixels(errors, seconds):
         "copy": "copy of the first recorded picture",
     }
     colors = {"decoded": "C2", "predicted": "C0", "copy": "0.4"}
+
+    # a picture for each metric that was measured
     metrics = [m for m in ("psnr", "ssim", "lpips") if m in errors["copy"]]
     fig = Figure(figsize=(5.2 * len(metrics) + 1, 4.2), layout="constrained")
     axes = fig.subplots(1, len(metrics))
     titles = {"psnr": "PSNR in dB (higher is better)", "ssim": "SSIM (higher is better)"}
     titles["lpips"] = "LPIPS (lower is better)"
+
+    # a line for each kind of film
     for ax, metric in zip(axes, metrics):
         for name, style in styles.items():
             values = errors[name][metric]
@@ -286,6 +302,7 @@ class Wishes:
     def of(self, i, turn=0.0, walk=False):
         """Scaled actions (K, A) for the i-th clip: turn in radians a step, positive to the right;
         walk: forward is pressed. What is held in the hotbar stays."""
+        # another slot would change the picture without any motion
         plain = np.zeros(self.judged.actions[i].shape)
         first = unscaled(self.scaler, self.judged.actions[i])[0]
         for j, name in enumerate(self.names):
@@ -297,6 +314,8 @@ class Wishes:
         plain[:, self.names.index("mouse_dx")] = turn / np.radians(DEGREES_PER_PIXEL)
         if walk and "key.w" in self.names:
             plain[:, self.names.index("key.w")] = 1
+
+        # scaled, as the predictor takes them
         return torch.from_numpy(self.scaler.transform(plain)).float()
 
     def kinds(self):
@@ -342,6 +361,7 @@ def side_of(films):
     x = x[:, :, : 2 * COARSE // 3]  # (n, T, rows, COARSE)
     x = x - x.mean((2, 3), keepdim=True)
 
+    # the least difference under a shift to either side
     least = {}
     for side in (1, -1):
         differences = []
@@ -362,6 +382,7 @@ def clear_turns(films, yaw, least):
     stretches = []
     sides = []
     for film, turns in zip(films, torch.as_tensor(yaw)):
+        # stretches do not overlap: each turn is counted once
         for t in range(0, len(turns) - STRETCH + 1, STRETCH):
             part = turns[t : t + STRETCH]
             one_way = abs(int(part.sign().sum())) == STRETCH
@@ -380,15 +401,18 @@ def turn_test(judged, decoder, films, clips):
     wishes = Wishes(judged)
     starts = pictures.spread_over(clips, judged.recordings, STARTS)
     correct = {}
+
+    # a turn to the left and one to the right from each start
     sides = {"left": 1, "right": -1}  # where the scene goes: the other way
     both = torch.ones(len(starts), dtype=torch.bool)
     for name, direction in sides.items():
-        films_of_turn = torch.stack(
-            [to_bytes(decoder(z)) for z in rollouts(judged, starts, wishes.kinds()[f"turn {name}"])]
-        )
+        turned = rollouts(judged, starts, wishes.kinds()[f"turn {name}"])
+        films_of_turn = torch.stack([to_bytes(decoder(z)) for z in turned])
         is_right = side_of(films_of_turn[:, : STRETCH + 1]) == direction
         both &= is_right
         correct[name] = (int(is_right.sum()), len(starts))
+
+    # who always answers "left" is right in half of the turns, and never in both
     correct["both"] = (int(both.sum()), len(starts))
 
     # the control: actions of other recordings, from the same starts
@@ -400,6 +424,8 @@ def turn_test(judged, decoder, films, clips):
         random = rollouts(judged, starts, lambda i: others[place[i]])
         films_of_others = torch.stack([to_bytes(decoder(z)) for z in random])
         sides_of_others = side_of(films_of_others[:, : STRETCH + 1])
+
+        # every other one is judged as if it were a turn to the right
         asked = torch.ones(len(starts), dtype=sides_of_others.dtype)
         asked[1::2] = -1
         correct["control"] = (int((sides_of_others == asked).sum()), len(starts))
@@ -464,14 +490,19 @@ def scores_of_actions(judged, networks, films, clips, training):
 
 def halves(recordings):
     """Two lists of clips of equal length, of different recordings where there are several."""
+    # recordings in turn, so that both halves are of the whole set
     names = list(dict.fromkeys(recordings))
     first = set(names[::2])
     one = [i for i, name in enumerate(recordings) if name in first]
     two = [i for i, name in enumerate(recordings) if name not in first]
+
+    # one recording alone is cut in two
     if not two:
         half = len(recordings) // 2
         one = list(range(half))
         two = list(range(half, len(recordings)))
+
+    # distances depend on the number of films
     count = min(len(one), len(two))
     return one[:count], two[:count]
 
@@ -491,6 +522,7 @@ def frechet(x, y):
     """Frechet distance of Gaussians fitted to features x (n, D) and y (m, D)."""
     from scipy.linalg import sqrtm  # takes a second to import
 
+    # in float64, because the root of a nearly singular matrix loses digits
     x = x.double().numpy()
     y = y.double().numpy()
     cov_x = np.cov(x, rowvar=False)
@@ -508,6 +540,7 @@ def encoder_features(run, encoder, films):
 def i3d_features(network, films, device):
     """Features (n, 400) of films by an I3D in a TorchScript file (StyleGAN-V's, which repeats the
     original FVD): it takes videos (n, 3, T, H, W) from 0 to 255. Shorter films are shown slower."""
+    # each picture is repeated, until there are enough
     times = -(-I3D_FRAMES // films.shape[1])
     rows = []
     for film in films.split(8):
@@ -520,6 +553,7 @@ def distances(films, recordings, features, distance):
     """A distance from the recorded films of half of the recordings to films of the other half:
     recorded ones (the floor), decoded from true features, predicted, and still pictures. features:
     films -> (n, D)."""
+    # all sets are compared with the same films of other recordings
     one, two = halves(recordings)
     still = films.recorded[two, :1].expand_as(films.recorded[two])
     base = features(films.recorded[one])
@@ -547,11 +581,14 @@ def distance_line(title, values, count):
 
 def strip_of(films, others, i, titles):
     """A figure of one clip: a row for each kind of film, a column for each step."""
+    # what was recorded, what can be seen of it at best, what was expected
     rows = {
         "recorded": films.recorded[i],
         "recorded,\ndecoded": films.decoded[i],
         "predicted": films.predicted[i],
     }
+
+    # and what would have come of other actions
     rows |= {f"what if:\n{name}": film[i] for name, film in others.items()}
     images = {name: [as_image(x / 255) for x in film.float()] for name, film in rows.items()}
     return pictures.plot_rows(images, titles)
@@ -569,9 +606,12 @@ def labelled(image, text, font):
 def film_pages(films, others, count, seconds):
     """Pictures of a film of the first `count` clips, side by side: recorded, its features
     decoded, predicted, what if."""
+    # the columns of a page
     font = ImageFont.load_default(14)
     kinds = {"recorded": films.recorded, "decoded": films.decoded, "predicted": films.predicted}
     kinds |= {f"if: {name}": film for name, film in others.items()}
+
+    # a page for each step of each clip
     pages = []
     for i in range(count):
         T = films.recorded.shape[1]
@@ -580,6 +620,8 @@ def film_pages(films, others, count, seconds):
             for name, film in kinds.items():
                 text = f"{name}  +{t * seconds:.1f} s" if name == "recorded" else name
                 columns.append(labelled(as_image(film[i, t].float() / 255), text, font))
+
+            # side by side
             page = Image.new("RGB", (len(columns) * (SHOWN + 8), SHOWN + 28), "white")
             for j, column in enumerate(columns):
                 page.paste(column, (j * (SHOWN + 8), 0))
@@ -593,11 +635,14 @@ def mp4_bytes(pages, rate):
     """Pictures of one size, with even sides -> an H.264 film of `rate` pictures a second."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
+        # what every player shows
         stream = container.add_stream("libx264", rate=rate)
         stream.width = pages[0].width
         stream.height = pages[0].height
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18", "threads": "1"}
+
+        # all pages, then what the encoder still holds
         for page in pages:
             container.mux(stream.encode(av.VideoFrame.from_image(page)))
         container.mux(stream.encode())
@@ -606,6 +651,7 @@ def mp4_bytes(pages, rate):
 
 def gif_bytes(pages, seconds):
     """Pictures -> a GIF that shows each for some seconds, again and again."""
+    # a GIF has 256 colours at most, and half of them are enough
     file = io.BytesIO()
     small = [page.quantize(128) for page in pages]
     small[0].save(
@@ -680,6 +726,8 @@ def film_report(judged, networks, frames, shown, folder, training=None):
     titles = ["start", *(f"+{k * seconds:.3g} s" for k in range(1, T))]
     strips = [strip_of(films, wished, k, titles) for k in range(len(shown))]
     pages = film_pages(films, wished, len(shown), seconds)
+
+    # one step a picture, as fast as it was played
     rate = Fraction(seconds).limit_denominator(1000)
     gif = gif_bytes(pages, seconds)
     write_atomically(os.path.join(folder, "film.mp4"), mp4_bytes(pages, 1 / rate))

@@ -63,7 +63,8 @@ def pool(z, side):
     grid = math.isqrt(z.shape[-2])
     if grid > side:
         cells = z.flatten(0, -3).transpose(1, 2).unflatten(2, (grid, grid))
-        z = F.adaptive_avg_pool2d(cells, side).flatten(2).transpose(1, 2).unflatten(0, z.shape[:-2])
+        means = F.adaptive_avg_pool2d(cells, side).flatten(2).transpose(1, 2)
+        z = means.unflatten(0, z.shape[:-2])
     return z.half().cpu()
 
 
@@ -162,10 +163,14 @@ class RidgeHead:
 
         # one penalty for each column: the one with the least error on the dev rows
         ridges = [Ridge(alpha=share * fit.sum()).fit(x[fit], y[fit]) for share in PENALTIES]
-        # (a ridge of one column answers (n,), not (n, 1))
-        guesses = [ridge.predict(x[dev]).reshape(y[dev].shape) for ridge in ridges]
-        errors = [((guess - y[dev]) ** 2).mean(0) for guess in guesses]
+        errors = []
+        for ridge in ridges:
+            # a ridge of one column answers (n,), not (n, 1)
+            guess = ridge.predict(x[dev]).reshape(y[dev].shape)
+            errors.append(((guess - y[dev]) ** 2).mean(0))
         best = np.argmin(errors, axis=0)
+
+        # weights and bias of each column, of the ridge with that penalty
         columns = np.arange(len(best))
         self.weight = np.stack([np.atleast_2d(r.coef_) for r in ridges])[best, columns]
         self.bias = np.stack([np.atleast_1d(r.intercept_) for r in ridges])[best, columns]
@@ -192,9 +197,9 @@ class RidgeHead:
 
 class Attentive(nn.Module):
     """V-JEPA's attentive probe in miniature: a token of both steps -> one block -> learned queries
-    attend to all tokens -> linear."""
+    attend to all tokens -> linear, with so many outputs."""
 
-    def __init__(self, tokens, dim, out, width=128, queries=4, heads=4):
+    def __init__(self, tokens, dim, outputs, width=128, queries=4, heads=4):
         super().__init__()
         # tokens of both steps, side by side, with their place
         self.embed = nn.Linear(dim, width)
@@ -207,21 +212,23 @@ class Attentive(nn.Module):
         self.query = nn.Parameter(0.02 * torch.randn(queries, width))
         self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
         self.out_norm = nn.LayerNorm(queries * width)
-        self.head = nn.Linear(queries * width, out)
+        self.head = nn.Linear(queries * width, outputs)
 
         # of the columns that are no keys; where trust is 0 the mean is the better guess
-        self.register_buffer("mean", torch.zeros(out))
-        self.register_buffer("std", torch.ones(out))
-        self.register_buffer("trust", torch.ones(out))
+        self.register_buffer("mean", torch.zeros(outputs))
+        self.register_buffer("std", torch.ones(outputs))
+        self.register_buffer("trust", torch.ones(outputs))
 
     def forward(self, x):
         # one block over the tokens, then the queries attend to them
-        x = self.norm(self.block(self.embed(self.drop(x)) + self.pos)[0])
-        x = self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0].flatten(1)
-        return self.head(self.drop(self.out_norm(x)))
+        x = self.embed(self.drop(x)) + self.pos
+        x = self.norm(self.block(x)[0])
+        queries = self.query.expand(len(x), -1, -1)
+        x = self.attend(queries, x, x, need_weights=False)[0]
+        return self.head(self.drop(self.out_norm(x.flatten(1))))
 
     def train_on(self, inputs, n, loss, steps):
-        """AdamW on random batches; inputs(rows) -> (rows, tokens, dim), loss(out, rows)."""
+        """AdamW on random batches; inputs(rows) -> (rows, tokens, dim), loss(outputs, rows)."""
         # strong decay and short runs: heads learn small data by heart
         optimizer = torch.optim.AdamW(self.parameters(), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -251,13 +258,17 @@ class Attentive(nn.Module):
         def inputs(rows):
             return torch.cat([a[fit[rows]], b[fit[rows]]], dim=2).float().to(device)
 
-        def loss(out, rows):
+        def loss(outputs, rows):
+            truth = y[rows]
             camera, pressed = 0, 0
             if (~keys).any():
-                camera = F.mse_loss(out[:, ~keys], y[rows][:, ~keys])
+                camera = F.mse_loss(outputs[:, ~keys], truth[:, ~keys])
             if keys.any():
-                pressed = F.binary_cross_entropy_with_logits(out[:, keys], y[rows][:, keys])
-            return camera + 3 * pressed  # at 1 the camera is all that is learned, at 10 the keys
+                logits = outputs[:, keys]
+                pressed = F.binary_cross_entropy_with_logits(logits, truth[:, keys])
+
+            # at 1 the camera is all that is learned, at 10 the keys
+            return camera + 3 * pressed
 
         self.train_on(inputs, len(y), loss, steps)
 
@@ -274,13 +285,17 @@ class Attentive(nn.Module):
     def predict(self, a, b):
         # in parts, because the features of all clips need not fit on the GPU
         device = self.mean.device
-        parts = zip(a.split(1024), b.split(1024))
-        out = torch.cat([self(torch.cat(part, 2).float().to(device)) for part in parts])
+        outputs = []
+        for part in zip(a.split(1024), b.split(1024)):
+            x = torch.cat(part, 2).float().to(device)
+            outputs.append(self(x))
+        outputs = torch.cat(outputs)
 
         # camera in its units, keys as probabilities
-        camera = out * self.std * self.trust + self.mean
+        camera = outputs * self.std * self.trust + self.mean
         keys = torch.from_numpy(self.keys).to(device)
-        return torch.where(keys, out.sigmoid(), camera).cpu().double().numpy()
+        scores = torch.where(keys, outputs.sigmoid(), camera)
+        return scores.cpu().double().numpy()
 
 
 def fit_heads(a, b, y, dev, keys, steps):
@@ -375,10 +390,11 @@ def inverse(train, val, dev, names, columns, steps):
             on_real = heads
         for tested, test_kind in kinds.items():
             a, b, y = pairs(val, test_kind)
-            scores[f"{fitted} -> {tested}"] = {
-                name: score(y[:, columns], head.predict(a, b), labels, head.threshold)
-                for name, head in heads.items()
-            }
+            of_heads = {}
+            for name, head in heads.items():
+                guess = head.predict(a, b)
+                of_heads[name] = score(y[:, columns], guess, labels, head.threshold)
+            scores[f"{fitted} -> {tested}"] = of_heads
     return scores, on_real
 
 
@@ -396,7 +412,9 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
         actions = clips["actions"]
         following = [actions[:, 1 + k : 1 + k + last, columns] for k in range(-1, horizon)]
         y = np.stack(following, axis=2).reshape(-1, horizon + 1, A)
-        return clips["z"][:, :last].flatten(0, 1), clips["z"][:, 1 : last + 1].flatten(0, 1), y
+        before = clips["z"][:, :last].flatten(0, 1)
+        now = clips["z"][:, 1 : last + 1].flatten(0, 1)
+        return before, now, y
 
     a, b, y = cut(train)
     a_val, b_val, y_val = cut(val)
@@ -410,10 +428,14 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
     levels["repeat"] = levels["mean"] = np.full((horizon, A), 0.5)
 
     # a row for each action ahead
-    return [
-        {k: score(y_val[:, 1 + t], p[:, t], labels, levels[k][t]) for k, p in guesses.items()}
-        for t in range(horizon)
-    ]
+    rows = []
+    for t in range(horizon):
+        truth = y_val[:, 1 + t]
+        row = {}
+        for name, guess in guesses.items():
+            row[name] = score(truth, guess[:, t], labels, levels[name][t])
+        rows.append(row)
+    return rows
 
 
 # what the player does between two steps, in the order of columns
@@ -430,8 +452,9 @@ def motion(train, val, dev, y, y_val, steps, ahead):
     # rows are pairs of steps
     y = y.reshape(-1, len(MOVES))
     y_val = y_val.reshape(-1, len(MOVES))
-    known = np.isfinite(y).all(0) & np.isfinite(y_val).all(0)
-    columns = np.flatnonzero(known & (y.std(0) > 0) & (y_val.std(0) > 0))
+    is_known = np.isfinite(y).all(0) & np.isfinite(y_val).all(0)
+    varies = (y.std(0) > 0) & (y_val.std(0) > 0)
+    columns = np.flatnonzero(is_known & varies)
     if not len(columns):
         return {}
 
@@ -473,7 +496,8 @@ def order(train, val, dev, steps):
         a = clips["z"][row, pairs[..., 0]].flatten(0, 1)
         b = clips["z"][row, pairs[..., 1]].flatten(0, 1)
         ahead = pairs[..., 1] - pairs[..., 0]
-        return a, b, np.stack([ahead > 0, abs(ahead)], axis=-1).reshape(-1, 2).astype(float)
+        y = np.stack([ahead > 0, abs(ahead)], axis=-1)
+        return a, b, y.reshape(-1, 2).astype(float)
 
     a, b, y = cut(train)
     a_val, b_val, y_val = cut(val)

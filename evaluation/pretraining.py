@@ -34,6 +34,7 @@ TOKENS = 512
 
 def some_tokens(targets):
     """About TOKENS of the features (B, L, D) of a batch, spread over it: (n, D)."""
+    # neighbouring tokens are alike: take them far apart
     tokens = targets.flatten(0, 1)
     return tokens[:: math.ceil(len(tokens) / TOKENS)]
 
@@ -52,10 +53,13 @@ def collapse_sentence(rank, smallest_std, first_rank):
 
 def context_sentence(total_steps, weight, start, end):
     """What becomes of V-JEPA 2.1's context loss in a run; loud where it never gets its weight."""
+    # it gets its weight
     if end == 0:
         return f"context loss: its weight is {weight:g} from the first step on"
     if total_steps >= end:
         return f"context loss: its weight is 0 for {start:,} steps and {weight:g} after {end:,}"
+
+    # it does not, and whoever expects it must read so
     remedy = f"give --context_warmup 0 {max(total_steps // 3, 1)}, or --context_loss 0"
     if total_steps <= start:
         return (
@@ -78,6 +82,8 @@ def share_of_rank(batches):
     if dist.is_initialized():
         rank = dist.get_rank()
         world = dist.get_world_size()
+
+    # every world-th batch; where there is none left, the first one again
     share = []
     for first in range(0, len(batches), world):
         number = first + rank
@@ -88,6 +94,7 @@ def share_of_rank(batches):
 
 def gather(rows):
     """Rows of all ranks, each beginning with the number of its batch, in order of that number."""
+    # ranks take turns, so their rows are put in order again
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, rows)
@@ -120,6 +127,7 @@ def read_windows(
     z (n, T, M, D) float16, every step encoded alone, on at most side x side cells; actions (n, T-1,
     A) and recording (n,); loss, a mean over clips of loss_of(video, number of the batch); bad clips
     of this rank. encode and frames_per_step are those of encode_steps, by default tubelets."""
+    # every rank reads a share of the windows
     share = share_of_rank(windows(dataset, batch_size, limit))
     loader = DataLoader(
         dataset,
@@ -133,6 +141,8 @@ def read_windows(
     for (number, _, counts), batch in zip(share, loader):
         bad += batch["bad"]
         frames = batch["video"].to(device)
+
+        # the loss on whole clips, tokens of every step alone
         loss = math.nan
         with autocast():
             if loss_of is not None:
@@ -146,15 +156,16 @@ def read_windows(
         if counts:
             rows.append((number, batch["key"], loss, tokens, actions))
 
+    # all ranks know all rows; the last batch may be smaller, so a loss counts by its clips
     rows = gather(rows)
-    keys = [row[1] for row in rows]
+    recordings = np.concatenate([row[1] for row in rows])
     losses = [row[2] * len(row[1]) for row in rows]
-    out = {"recording": np.concatenate(keys), "bad": bad}
-    out["loss"] = sum(losses) / len(out["recording"])
+    clips = {"recording": recordings, "bad": bad}
+    clips["loss"] = sum(losses) / len(recordings)
     if with_actions:
-        out["z"] = torch.cat([row[3] for row in rows])
-        out["actions"] = np.concatenate([row[4] for row in rows])
-    return out
+        clips["z"] = torch.cat([row[3] for row in rows])
+        clips["actions"] = np.concatenate([row[4] for row in rows])
+    return clips
 
 
 def inverse_probe(fit, test, names):
@@ -162,14 +173,15 @@ def inverse_probe(fit, test, names):
     PROBE: R² or AUROC}, nan for what does not vary. fit, test: clips of `read_windows`, of
     different recordings; names of the actions. Keys of the hotbar are left out: an encoder that
     reads the bottom of the picture and nothing else could tell those."""
+    # rows are pairs of steps, and the action between them
     rows = []
     for clips in (fit, test):
-        z = clips["z"]
-        actions = clips["actions"]
-        rows.append(
-            (z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1), actions.reshape(-1, len(names)))
-        )
+        before = clips["z"][:, :-1].flatten(0, 1)
+        after = clips["z"][:, 1:].flatten(0, 1)
+        rows.append((before, after, clips["actions"].reshape(-1, len(names))))
     (a, b, y), (a_test, b_test, y_test) = rows
+
+    # what does not vary can be told from nothing
     varies = (y.std(0) > 0) & (y_test.std(0) > 0)
     varies[hotbar_columns(names)] = False
     columns = np.flatnonzero(varies)
@@ -184,10 +196,13 @@ def inverse_probe(fit, test, names):
         dev = np.arange(len(dev)) % 10 == 0
     dev = np.repeat(dev, fit["actions"].shape[1])
 
+    # judged on recordings that the head has not seen
     labels = [names[i] for i in columns]
     head = RidgeHead().fit(a, b, y[:, columns], dev)
     guesses = head.predict(a_test, b_test)
     scores = score(y_test[:, columns], guesses, labels, np.full(len(labels), 0.5))
+
+    # single angles, and means over actions of a kind
     groups = group_means(scores)
     for column, name in (("probe_yaw", "yaw_diff"), ("probe_pitch", "pitch_diff")):
         if name in scores:
@@ -199,6 +214,7 @@ def inverse_probe(fit, test, names):
 
 def probe_text(result):
     """The probe's result for a person."""
+    # what does not vary in the recordings has no score
     parts = []
     for name, value in result.items():
         if not math.isnan(value):
@@ -222,6 +238,8 @@ def plot_curves(out_dir, ipe):
     # more points than the picture has pixels would take time and memory at each save
     every = slice(None, None, len(train["itr"]) // 4000 + 1)
     epochs = (train["epoch"] + train["itr"] / ipe)[every]
+
+    # training as a thin line, held-out clips as points
     loss_ax.plot(epochs, train["masked_loss"][every], lw=0.5, label="masked loss, training")
     spread_ax.plot(epochs, train["effective_rank"][every], label="effective rank")
     if len(val["epoch"]):
@@ -230,6 +248,7 @@ def plot_curves(out_dir, ipe):
             if np.isfinite(val[name]).any():
                 probe_ax.plot(val["epoch"], val[name], "o-", label=name.removeprefix("probe_"))
 
+    # what each picture shows
     loss_ax.set(title="masked loss (falls when features collapse, too)", ylabel="mean |error|")
     spread_ax.set(title="effective rank of the targets", yscale="log")
     probe_ax.set(title="inverse dynamics, held out", ylabel="R² (keys: AUROC)", ylim=(-0.1, 1.0))
@@ -255,12 +274,15 @@ def plot_world_curves(out_dir, ipe):
     # more points than the picture has pixels would take time and memory at each save
     every = slice(None, None, len(train["itr"]) // 4000 + 1)
     epochs = (train["epoch"] + train["itr"] / ipe)[every]
+
+    # training as a thin line; terms that are off are 0 everywhere
     for name in ("jloss", "inverse_loss", "variance_loss", "covariance_loss", "sigreg_loss"):
         if train[name].any():
             loss_ax.plot(epochs, train[name][every], lw=0.5, label=name)
     spread_ax.plot(epochs, train["effective_rank"][every], lw=0.5, label="training")
     std_ax.plot(epochs, train["smallest_std"][every], lw=0.5, label="training")
 
+    # held-out clips as points
     if len(val["epoch"]):
         loss_ax.plot(val["epoch"], val["jloss"], "o-", label="jloss, held out")
         plot_errors(error_ax, val["epoch"], val)
@@ -271,6 +293,7 @@ def plot_world_curves(out_dir, ipe):
             if np.isfinite(val[name]).any():
                 probe_ax.plot(val["epoch"], val[name], "o-", label=name.removeprefix("probe_"))
 
+    # what each picture shows
     loss_ax.set(title="losses", yscale="log")
     error_ax.set(title="held-out error one step ahead", ylabel="mean |error|, own features")
     gap_ax.set(title="action gap (shuffled / true - 1)", ylabel="%")
