@@ -338,7 +338,7 @@ def explore(judged, dims, axes, samples, clips):
     count = min(len(judged.actions), clips)
     for i in tqdm(range(count), "rank, landscape", delay=10, unit=" clips"):
         # the truth, actions of other recordings and the grid, all at once
-        z, a, s = one_clip(judged.kept, i)
+        z, a, s = one_clip(judged.clips, i)
         true = judged.actions[i, -1]
         others = drawn_from_others(judged.actions, i, judged.recordings, samples, generator)
         grid = swept(true, names, run.scaler, dims, axes)
@@ -483,13 +483,13 @@ def retrieval_lines(rows, T, seconds):
 # --- what the sections of the report share ---
 
 
-class KeptClips:
+class StoredClips:
     """Every clip that the meter has seen, as it was read, for what comes after it. keep and load
     return (z, actions, states) on the device."""
 
     def __init__(self, features_of):
         self.features_of = features_of
-        self.clips = []
+        self.as_read = []
         self.sizes = []  # of the meter's batches
 
     def keep(self, batch):
@@ -505,7 +505,7 @@ class KeptClips:
                     continue
                 # a copy, because loader processes use their memory again
                 clip[name] = values[i].clone() if torch.is_tensor(values) else values[i]
-            self.clips.append(clip)
+            self.as_read.append(clip)
         return self.features_of(batch)
 
     def load(self, numbers):
@@ -513,22 +513,22 @@ class KeptClips:
         # what a clip holds beside tensors, such as its key, is not needed for features. Frames are
         # encoded again: to keep features of all clips would take more memory
         batch = {}
-        for name, value in self.clips[0].items():
+        for name, value in self.as_read[0].items():
             if torch.is_tensor(value):
-                batch[name] = torch.stack([self.clips[i][name] for i in numbers])
+                batch[name] = torch.stack([self.as_read[i][name] for i in numbers])
         return self.features_of(batch)
 
 
-def one_clip(kept, i):
-    """z (T, N, E), actions (K, A) and states (T, S) of a clip of KeptClips."""
-    return tuple(x[0] for x in kept.load([i]))
+def one_clip(clips, i):
+    """z (T, N, E), actions (K, A) and states (T, S) of a clip of StoredClips."""
+    return tuple(x[0] for x in clips.load([i]))
 
 
 class Judged(NamedTuple):
     """A run and the n held-out clips that all sections look at."""
 
     run: Run
-    kept: KeptClips
+    clips: StoredClips
 
     # state0, actions -> states
     states_of: Callable
@@ -570,11 +570,11 @@ class Section(NamedTuple):
 def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers):
     """Read the held-out clips once and measure their errors -> (Judged, [bad clip])."""
     # the meter reads each clip once, and all later sections take it from memory
-    kept = KeptClips(features_of)
+    stored = StoredClips(features_of)
     errors, recordings, bad = held_out(
         run.predictor,
         dataset,
-        kept.keep,
+        stored.keep,
         batch_size,
         val_clips,
         num_workers,
@@ -593,18 +593,18 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
     items = sum(windows(dataset, max(batch_size, 2), val_clips), [])
     places = {}
     for i, item in enumerate(items):
-        if kept.clips[i]["key"] == dataset.records[item[2]].key:
+        if stored.as_read[i]["key"] == dataset.records[item[2]].key:
             places[i] = item[2:]
 
     # together, for the sections: each gets this and nothing else of the run
     judged = Judged(
         run=run,
-        kept=kept,
+        clips=stored,
         states_of=states_from(compose, run.scaler, run.device),
         errors=errors,
         recordings=recordings,
         summary=meter_summary(errors, recordings) | moves_gap(errors, recordings),
-        actions=torch.stack([clip["actions"] for clip in kept.clips]),
+        actions=torch.stack([clip["actions"] for clip in stored.as_read]),
         others_of=from_other_recordings(dataset, items),
         places=places,
         seconds=run.state["frames_per_step"] / run.state["fps"],
@@ -744,8 +744,8 @@ def groups_section(judged):
     # groups together is then the meter's
     rows = []
     first = 0
-    for size in tqdm(judged.kept.sizes, "groups of actions", delay=10, unit=" batches"):
-        z, actions, states = judged.kept.load(range(first, first + size))
+    for size in tqdm(judged.clips.sizes, "groups of actions", delay=10, unit=" batches"):
+        z, actions, states = judged.clips.load(range(first, first + size))
         others = judged.others_of(recordings[first : first + size], actions)
         with run.autocast():
             errors = group_errors(
@@ -827,7 +827,7 @@ def retrieval_section(judged, batch_size):
     T = judged.errors["ro_true"].shape[1] + 1
     with run.autocast():
         nearest, rows = retrieval(
-            run.predictor, judged.places, T, batch_size, judged.states_of, judged.kept.load
+            run.predictor, judged.places, T, batch_size, judged.states_of, judged.clips.load
         )
     facts = retrieval_lines(rows, T, judged.seconds)
     figures = {"Nearest step": [pictures.plot_retrieval(rows, judged.seconds)]}
@@ -880,7 +880,7 @@ class Frames:
         """Frames (T, H, W, 3) uint8 of a clip."""
         if i not in self.cache:
             record, window = self.judged.places[i]
-            clip = self.judged.kept.clips[i]
+            clip = self.judged.clips.as_read[i]
             self.cache[i] = pictures.look_up(
                 clip, self.records[record], window, self.videos, self.reader
             )
@@ -923,7 +923,7 @@ def token_colors(judged, i, frames):
     None without pixels."""
     # a rollout from the first step under the true actions: what the model makes of them
     run = judged.run
-    z, a, s = one_clip(judged.kept, i)
+    z, a, s = one_clip(judged.clips, i)
     with run.autocast(), torch.no_grad():
         states = judged.states_of(s[None, 0], a[None])
         ahead = run.predictor.rollout(z[None, :1], a[None], states)[0]
@@ -951,7 +951,7 @@ def attention_figure(judged, i, heads, frames):
     # the patch that changed most from the step before the last known one to that: there the clip
     # moves, and the action should matter
     predictor = judged.run.predictor
-    z, a, s = one_clip(judged.kept, i)
+    z, a, s = one_clip(judged.clips, i)
     patch = 0
     if len(z) > 2:
         patch = int((z[-2] - z[-3]).abs().mean(1).argmax())
@@ -1027,7 +1027,7 @@ if __name__ == "__main__":
     groups = groups_section(judged)
     dims, axes = dims_to_sweep(args.landscape, names, judged.actions, run.scaler)
     landscapes = landscape_section(judged, dims, axes, args.samples, args.ranked_clips)
-    found_nearest, nearest = retrieval_section(judged, args.batch_size)
+    nearest_section, nearest = retrieval_section(judged, args.batch_size)
 
     # --- a probe of the features ---
     options = {
@@ -1043,9 +1043,9 @@ if __name__ == "__main__":
     print_left_out(dict.fromkeys(bad + also_bad + bad_clips))
 
     # first what can be compared with other runs, then what is of this one alone
-    rows = found_nearest.report["retrieval"]
+    rows = nearest_section.report["retrieval"]
     comparable = comparable_section(judged, probed, why, landscapes.report["rank"], rows)
-    sections = [comparable, errors_section(judged), groups, landscapes, found_nearest]
+    sections = [comparable, errors_section(judged), groups, landscapes, nearest_section]
     for section in sections:
         print(*section.facts, sep="\n")
     verdict, from_meter = verdict_of(judged.summary, recordings)

@@ -155,7 +155,7 @@ def rollouts(judged, clips, actions_of, batch_size=16):
     for first in range(0, len(clips), batch_size):
         # the first steps of a batch, and what is done from there
         part = clips[first : first + batch_size]
-        z, _, states = judged.kept.load(part)
+        z, _, states = judged.clips.load(part)
         actions = torch.stack([actions_of(i) for i in part]).to(run.device)
 
         # states follow from these actions: recorded ones would tell what was really done
@@ -181,7 +181,7 @@ def make_films(judged, decoder, frames, clips):
     ahead = rollouts(judged, clips, true_actions(judged))
     for i in tqdm(clips, "films", delay=10, unit=" clips"):
         recorded.append(recorded_film(frames, i, decoder.pictures.size))
-        decoded.append(to_bytes(decoder(judged.kept.load([i])[0][0])))
+        decoded.append(to_bytes(decoder(judged.clips.load([i])[0][0])))
         predicted.append(to_bytes(decoder(next(ahead))))
     return Films(torch.stack(recorded), torch.stack(decoded), torch.stack(predicted))
 
