@@ -451,8 +451,9 @@ if __name__ == "__main__":
     # fewer keys are easier to search: those that the task needs
     keys = args.keys
     if args.play:
-        from evaluation.doom import TASKS, open_doom  # ViZDoom is needed here only
+        from evaluation.doom import TASKS, check_playable, open_doom  # ViZDoom is needed here only
 
+        check_playable(state, run.path)
         task = TASKS[args.play]
         keys = keys or task.keys
 
