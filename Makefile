@@ -10,6 +10,11 @@ TRAIN = --action_space 36 --crop_size 48 --fps 10 --predict change --feature_nor
 DEMO = --scaler demo/scaler.pkl $(TRAIN) --epochs 8 --ipe 150 --anneal 3 --val_every 2
 DEMO_DATA = --data 'demo/features/train/*.tar' --val_data 'demo/features/val/*.tar'
 
+# a decoder beside it, so that its predictions can be seen
+DECODER = --crop_size 48 --fps 10 --frames_per_clip 4 --picture_size 96 --feature_norm standardize --width 96 --least_width 24 \
+	--batch_size 16 --lr 2e-3 --epochs 4 --ipe 100 --warmup 1 --anneal 2 --val_clips 64 --val_every 4 --log_every 50 --num_workers 0 \
+	--pixels_cache demo/pixels --resume
+
 .PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora encoder test test-all lint clean
 
 .venv/installed: requirements.txt
@@ -27,7 +32,9 @@ demo: .venv/installed
 	$(PY) encode.py --data 'demo/train/*.tar' --out demo/features/train $(FEATURES) --phases 4
 	$(PY) encode.py --data 'demo/val/*.tar' --out demo/features/val $(FEATURES)
 	$(PY) train_ac.py $(DEMO_DATA) --out_dir out/demo $(DEMO)
-	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
+	$(PY) train_decoder.py $(DEMO_DATA) --video 'demo/train/*.tar' 'demo/val/*.tar' --out_dir out/decoder $(DECODER)
+	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar' --encoder doom_tiny --decoder out/decoder
+	@echo 'open out/demo/report.html; watch out/demo/film.mp4; play in it with: make play'
 
 demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? hours
 	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO_DATA) $(DEMO)

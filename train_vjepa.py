@@ -87,6 +87,7 @@ flag("--action_space", type=int, default=36, help="actions of --idm and of the p
 flag("--gui", default="keep", choices=["keep", "drop"], help="drop: leave out clips with an open inventory")  # fmt: skip
 flag("--decoder", default="pyav", choices=["pyav", "decord"], help="video decoder")
 flag("--num_workers", type=int, default=min(8, cpus), help="loader processes a rank; at most 8 of the usable CPUs unless given")  # fmt: skip
+flag("--pixels_cache", help="decode each recording once into this folder, at --crop_size; its frames take crop x crop x 3 bytes each")  # fmt: skip
 flag("--max_bad_fraction", type=float, default=0.01, help="stop if more than this share of clips cannot be read (after 100 clips)")  # fmt: skip
 flag("--horizontal_flip", action=switch, default=False, help="mirror half of the clips; not with --idm")  # fmt: skip
 flag("--random_resize_scale", type=float, default=1.0, help="smallest random crop as a share of the short side (Meta: 0.55)")  # fmt: skip
@@ -164,6 +165,7 @@ import weights
 from data import (
     ActionScaler,
     Clips,
+    fill_pixels_cache,
     holds_play,
     open_films,
     open_split,
@@ -232,6 +234,14 @@ def lr_at(step, total_steps, warmup, anneal, start_lr, lr, final_lr):
 
 if __name__ == "__main__":
     sys.excepthook = checkpoint.short_excepthook
+
+    # stored frames are of the centre of the picture
+    if args.pixels_cache:
+        for name in ("random_resize_scale", "random_aspect", "motion_shift"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(
+                    f"--{name} moves the crop, and --pixels_cache holds the centre alone: drop one"
+                )
 
     # one check, one message
     for name in ("batch_size", "grad_accum", "epochs", "ipe", "log_every", "val_every"):
@@ -462,13 +472,29 @@ if __name__ == "__main__":
                 "warning: the scaler was fitted on recordings held out here; fit it on the training"
                 " shards only (fit_scaler.py --val_fraction)"
             )
-    val_set = Clips(val, [1.0] * len(val), val_reader, args.seed)
+    val_set = Clips(val, [1.0] * len(val), val_reader, args.seed, args.pixels_cache)
     probes = bool(is_play and args.probe_clips and train and val)
     validates = bool(val and (probes or args.masked))
-    probe_set = Clips(train, [1.0] * len(train), val_reader, args.seed)
+    probe_set = Clips(train, [1.0] * len(train), val_reader, args.seed, args.pixels_cache)
     if val and not windows(val_set, 1, 1):
         raise ValueError(
             "the held-out recordings hold no whole clip: hold out more, or pass --val_clips 0"
+        )
+
+    # decoding would take most of the time of a small encoder: do it once
+    if args.pixels_cache and not is_play:
+        raise ValueError("--pixels_cache is for shards of play: drop the flag for plain video")
+    if args.pixels_cache and not train:
+        raise ValueError("--pixels_cache needs local shards: streams are decoded as they come")
+    if args.pixels_cache:
+        fill_pixels_cache(
+            train + val,
+            args.pixels_cache,
+            args.crop_size,
+            args.decoder,
+            args.num_workers,
+            rank,
+            world,
         )
 
     # --- model ---
@@ -917,6 +943,7 @@ if __name__ == "__main__":
         rank=rank,
         world=world,
         pin_memory=device.type == "cuda",
+        pixels_cache=args.pixels_cache,
     )
     note_bad(bad if rank == 0 else [])
 

@@ -687,10 +687,10 @@ def test_a_run_learns_logs_and_says_what_comes_next(trained):
 
 def test_resume_is_exact(world, tmp_path, trained):
     """Bug: teacher, heads, masks, momentum or Adam's state do not survive a stop in the middle of
-    an epoch, or depend on --num_workers."""
+    an epoch, or depend on --num_workers or on --pixels_cache."""
     flags = [*world.all, PLAN, "--out_dir", tmp_path / "cut"]
     run(tmp_path, "train_vjepa.py", *flags, "--max_steps 2 --num_workers 2")
-    text = run(tmp_path, "train_vjepa.py", *flags, "--resume")
+    text = run(tmp_path, "train_vjepa.py", *flags, "--resume --pixels_cache", tmp_path / "pixels")
     assert "resumed from" in text and "held out before training" not in text
     same_run(trained.out, tmp_path / "cut")
 
@@ -1029,6 +1029,7 @@ def test_steps_encoded_alone(world, tmp_path):
         ("--context_warmup 5 3", "--context_warmup [5, 3]: give two steps, the first one first"),
         ("--context_loss -1", "--context_loss -1.0 is below 0"),
         ("--sigreg -1", "--sigreg -1.0 is below 0"),
+        ("--pixels_cache p --motion_shift 0.1", "--pixels_cache holds the centre alone"),
         ("--init_from no.pt", "--encoder_arch: the encoder's size is that of --init_from"),
     ],
 )
