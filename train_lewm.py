@@ -242,6 +242,7 @@ from evaluation.held_out import (
     moves_gap,
 )
 from evaluation.pretraining import (
+    ALIVE_STD,
     SPREAD,
     collapse_sentence,
     inverse_probe,
@@ -1201,10 +1202,11 @@ if __name__ == "__main__":
             text += f"  rank {spread['effective_rank']:.1f} std {spread['smallest_std']:.3f}"
             print0(log_line(place, text, columns, (last_step - step) * seconds))
 
-            # the loss falls when features collapse, so something else must tell
+            # the loss falls when features collapse, so something else must tell. During the warm-up
+            # healthy features are as narrow for a while
             first_rank = first_rank or spread["effective_rank"]
-            warning = collapse_sentence(*spread.values(), first_rank)
-            if warning:
+            warning = collapse_sentence(*spread.values(), first_rank, ALIVE_STD)
+            if warning and step > args.warmup * args.ipe:
                 print0(f"WARNING: {warning}")
 
             # start the next stretch
