@@ -657,7 +657,7 @@ def probe_section(judged, dataset, features_of, train_data, encoder, options):
     # what a robot's features say about its pose is no question of this probe
     run = judged.run
     if run.state["dataset"] != "vpt":
-        return None, "the probe is for gameplay", []
+        return None, "the probe is for gameplay; train_lewm.py writes a robot's into val.csv", []
     if not options["clips"]:
         return None, "--probe_clips is 0", []
 

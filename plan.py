@@ -13,10 +13,10 @@ Closed loop in ViZDoom, on held-out maps:
 
     python plan.py --checkpoint out/demo --encoder doom_tiny --play turn --trials 50
 
-Reads a run of train_ac.py or train_lora.py. The energy of a candidate is the mean |difference|
-between the layer-normed features predicted for its last step and the goal's; all candidates share
-the keys and values of the past (KV cache). Prints a table and writes plan.json beside the
-checkpoint."""
+Reads a run of train_ac.py, train_lewm.py or train_lora.py. The energy of a candidate is the mean
+|difference| between the layer-normed features predicted for its last step and the goal's; all
+candidates share the keys and values of the past (KV cache). Prints a table and writes plan.json
+beside the checkpoint."""
 
 import argparse
 import math

@@ -541,8 +541,13 @@ if __name__ == "__main__":
     run = load_run(args.checkpoint, args.dtype) if args.checkpoint else None
     if run is not None:
         settings = run.settings
+        if run.state["dataset"] != "vpt":
+            raise ValueError(
+                f"{run.path} was trained on robot episodes, and probe.py reads gameplay: a run of"
+                " train_lewm.py has the probe of its actions in val.csv; judge others with eval.py"
+            )
         names = ACTION_SPACES.get(settings.get("action_space"), [])
-        if run.state["dataset"] != "vpt" or run.state["action_names"] != names:
+        if run.state["action_names"] != names:
             raise ValueError(
                 f"{run.path} has actions {run.state['action_names'][:4]}..., gameplay shards none"
                 " such: probe a run of train_ac.py"

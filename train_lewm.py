@@ -12,7 +12,11 @@ On 8 GPUs, with one vector a step as published:
     torchrun --nproc_per_node=8 --max_restarts=3 train_lewm.py --data VPT/*.tar --resume \\
         --encoder_arch vit_base_16 --crop_size 224 --pool mean --sigreg 0.09 --variance 0
 
-Reads VPT shards and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv,
+On a robot, whose episodes train_lora.py reads as well:
+
+    python train_lewm.py --dataset droid --data robot/*.tfrecord* --scaler robot.pkl --crop square
+
+Reads VPT shards or robot episodes, and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv,
 curves.png, bad_clips.jsonl, args.json and checkpoints. Later stages take the folder as their
 --encoder. You can stop it at any time and continue with --resume."""
 
@@ -68,7 +72,8 @@ cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 # --- flags of this stage ---
 flag = parser.add_argument_group("data").add_argument
 # what to train on, and what to hold out
-flag("--data", "--data_path", nargs="+", action="append", help="training shards: paths, globs, {a..b} ranges, URLs; may be repeated (default: VPT/*.tar)")  # fmt: skip
+flag("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
+flag("--data", "--data_path", nargs="+", action="append", help="training shards, or robot episodes: paths, globs, {a..b} ranges, URLs; may be repeated (default: VPT/*.tar)")  # fmt: skip
 flag("--data_weights", type=float, nargs="+", help="share of the clips from each --data (default: by length)")  # fmt: skip
 flag("--val_data", nargs="+", action="append", help="held-out shards; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the shards held out (below ten shards: of the recordings)")  # fmt: skip
@@ -77,11 +82,11 @@ flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 
 flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed; without it they are streamed")  # fmt: skip
 flag("--cache_size", type=float, default=100.0, help="size limit of --cache_dir in GB; the least recently used shards are deleted first")  # fmt: skip
 # actions are given to the predictor with mean 0 and std 1
-flag("--scaler", default="vpt_action_scaler.pkl", help="action statistics from fit_scaler.py")
+flag("--scaler", default="vpt_action_scaler.pkl", help="action statistics from fit_scaler.py (droid: droid_action_scaler.pkl)")  # fmt: skip
 # a clip: by default 8 frames in 1.6 s, which are 4 steps of two frames
 flag("--frames_per_clip", type=int, default=8, help="sampled frames of a clip")
-flag("--fps", type=float, default=5.0, help="sampled frames a second")
-flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
+flag("--fps", type=float, default=5.0, help="sampled frames a second (droid: 4)")
+flag("--frames_per_step", type=int, default=2, help="sampled frames a step (droid: 1)")
 flag("--tubelet_size", type=int, default=2, help="frames that the patch embedding merges")  # fmt: skip
 flag("--crop_size", type=int, default=64, help="pixels of the square crop")
 # an action is one vector a step: mouse motion is summed over it, a key counts if pressed at all
@@ -100,11 +105,25 @@ flag("--motion_shift", type=float, default=0.0, help="let the crop drift during 
 flag("--temporal_jitter", type=int, default=0, help="move each sampled frame by up to this many ticks (1/20 s)")  # fmt: skip
 flag("--action_noise", type=float, default=0.0, help="std of noise on the scaled continuous actions")  # fmt: skip
 
+flag = parser.add_argument_group("robots (--dataset droid)").add_argument
+# as in train_lora.py: how a clip is cut
+flag("--stride", type=int, help="rows between sampled frames in place of --fps; 15 is Meta's on raw DROID")  # fmt: skip
+flag("--crop", default="reference", choices=["reference", "square"], help="reference: the centre, at most 1.35:1, squeezed to a square as Meta does")  # fmt: skip
+# which parts of an episode are used, and seen by which camera
+flag("--camera", "--camera_view", nargs="+", action="extend", help="cameras; each clip draws one of them (default: exterior_1)")  # fmt: skip
+flag("--idle_filter", default="light", choices=["off", "openpi", "light"], help="leave out stretches without motion (droid.py)")  # fmt: skip
+flag("--success", default="all", choices=["all", "only"], help="only: leave out failed episodes")
+# a robot whose actions are no poses of a gripper
+flag("--state_keys", nargs="+", action="extend", help="fields of the state (default: the 7-D pose); other ones need --action_keys")  # fmt: skip
+flag("--action_keys", nargs="+", action="extend", help="fields of the action (default: differences of the pose)")  # fmt: skip
+# reading
+flag("--verify", action=switch, help="first read all TFRecords once to check their checksums (default: for files up to 50 GB)")  # fmt: skip
+
 flag = parser.add_argument_group("model and loss").add_argument
 # the encoder is trained; these say what it is and what it sees
 flag("--encoder_arch", help="size of a new encoder (default: vit_tiny)")
 flag("--patch_size", type=int, default=16, help="side of a patch in pixels")
-flag("--encode", default="tubelet", choices=["tubelet", "frame"], help="what the encoder sees at once: the frames of a step, or one frame")  # fmt: skip
+flag("--encode", default="tubelet", choices=["tubelet", "frame"], help="what the encoder sees at once: the frames of a step, or one frame (droid: frame)")  # fmt: skip
 flag("--pool", default="none", choices=["none", "mean"], help="mean: one vector a step, the mean of its patch tokens through an MLP with batch norm (LeWM)")  # fmt: skip
 # the predictor
 flag("--pred_dim", "--pred_embed_dim", type=int, default=192, help="width of the predictor")
@@ -168,9 +187,22 @@ flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
 
+# flags of one dataset only
+OF_PLAY = ["data_weights", "cache_dir", "cache_size", "frames_per_step", "action_space", "gui"]
+OF_PLAY += ["decoder", "pixels_cache", "horizontal_flip", "random_resize_scale", "motion_shift"]
+OF_PLAY += ["temporal_jitter", "action_noise", "idm_hotbar"]
+OF_ROBOTS = ["stride", "crop", "camera", "idle_filter", "success", "state_keys", "action_keys"]
+OF_ROBOTS += ["verify"]
+
 if __name__ == "__main__":
     # tests and loader processes import this file without our flags
     args = parser.parse_args()
+    robots = args.dataset == "droid"
+    if robots:
+        # a step is one frame; the flags are read again over these defaults
+        parser.set_defaults(scaler="droid_action_scaler.pkl", fps=4.0)
+        parser.set_defaults(frames_per_step=1, encode="frame")
+        args = parser.parse_args()
 
 # heavy imports come after parsing: --help answers at once
 import torch
@@ -190,21 +222,32 @@ from data import (
     vpt_loader,
     windows,
 )
+from droid import (
+    POSE,
+    DroidClips,
+    DroidReader,
+    compose_poses,
+    droid_clips,
+    find_episodes,
+    open_droid,
+)
 from evaluation.held_out import (
     METERS,
     MOVES_GAP,
     blank,
     gap_text,
     held_out,
+    hold_state,
     meter_summary,
     moves_gap,
 )
 from evaluation.pretraining import (
-    PROBE,
+    ALIVE_STD,
     SPREAD,
     collapse_sentence,
     inverse_probe,
     plot_world_curves,
+    probe_columns,
     probe_text,
     read_windows,
     some_tokens,
@@ -232,6 +275,7 @@ from model import (
     PooledEncoder,
     Predictor,
     WorldModel,
+    compose_states,
     copy_fitting,
     feature_spread,
     make_features_of,
@@ -270,6 +314,13 @@ if __name__ == "__main__":
             f"--warmup {args.warmup} and --anneal {args.anneal} do not fit into --epochs"
             f" {args.epochs}"
         )
+
+    # a flag of the other dataset would do nothing
+    for name in OF_PLAY if robots else OF_ROBOTS:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --dataset {'vpt' if robots else 'droid'}")
+    if robots and not args.data:
+        parser.error("--dataset droid needs --data: episodes, folders of them, or URLs")
 
     # action spaces are tables in files/vpt.py
     if args.action_space not in ACTION_SPACES:
@@ -373,8 +424,17 @@ if __name__ == "__main__":
     val_data = args.val_data if args.val_clips else None
     val_fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
 
-    # a pattern or a path without a file is an error now, not after the model is built
-    shards = [expand(group) for group in [*data, *(val_data or [])]]
+    # a pattern or a path without a file is an error now, not after the model is built. Of episodes
+    # at URLs it comes later: asking a server takes time
+    patterns = [*data, *(val_data or [])]
+    if robots:
+        for pattern in sum(patterns, []):
+            if "://" not in pattern:
+                find_episodes(pattern)
+        reading = " ".join(sum(data, []))
+    else:
+        shards = [expand(group) for group in patterns]
+        reading = count_text(len(sum(shards, [])), "shard")
     if args.init_from and not os.path.exists(args.init_from):
         raise FileNotFoundError(f"--init_from {args.init_from}: no such file or run folder")
 
@@ -384,17 +444,16 @@ if __name__ == "__main__":
         f"--data {' '.join(sum(data, []))} --fps {args.fps:g} --frames_per_step"
         f" {args.frames_per_step} --val_fraction {val_fraction:g}"
     )
+    if robots:
+        suggested_flags = f"--dataset droid {suggested_flags}"
     scaler = ActionScaler.load(args.scaler, suggested_flags)
-    scaler.check(args.scaler, CONTINUOUS, args.fps, args.frames_per_step)
 
     # one process at a time may write to the folder
     if rank == 0 and not args.dry_run:
         checkpoint.lock(args.out_dir)
-    print0(f"reading {count_text(len(sum(shards, [])), 'shard')}")
+    print0(f"reading {reading}")
 
     # a clip: how it is cut and seen
-    action_names = ACTION_SPACES[args.action_space]
-    hotbar = hotbar_columns(action_names)
     clip_settings = {
         "encode": args.encode,
         "fps": args.fps,
@@ -403,45 +462,89 @@ if __name__ == "__main__":
         "frames_per_clip": args.frames_per_clip,
     }
 
-    # how actions and frames are read
-    reader_options = {
-        "action_space": args.action_space,
-        "scaler": scaler,
-        "decoder": args.decoder,
-        "gui": args.gui,
-    }
+    # recordings and episodes are held out whole: clips of one resemble each other
+    if robots:
+        reader = DroidReader(
+            args.frames_per_clip,
+            args.fps,
+            args.crop_size,
+            args.crop,
+            args.camera or ["exterior_1"],
+            args.stride,
+            args.state_keys,
+            args.action_keys,
+        )
+        val_reader = reader
+        data = sum(data, [])
+        val_data = val_data and sum(val_data, [])
+        train, val, bad = open_droid(
+            data,
+            val_data,
+            val_fraction,
+            reader,
+            idle_filter=args.idle_filter,
+            success=args.success,
+            max_bad_fraction=args.max_bad_fraction,
+            verify=args.verify,
+            log=print0,
+        )
 
-    # augmentation is for training; validation takes clips as they are
-    augmentation = {
-        "horizontal_flip": args.horizontal_flip,
-        "random_resize_scale": args.random_resize_scale,
-        "motion_shift": args.motion_shift,
-        "temporal_jitter": args.temporal_jitter,
-        "action_noise": args.action_noise,
-    }
-    reader = ClipReader(**clip_settings, **reader_options, **augmentation)
-    val_reader = ClipReader(**clip_settings, **reader_options)
+        # what the files call the dims of an action; all of them are scaled
+        action_names = reader.names
+        scaled_names = action_names
+        state_dim = reader.state_dim
+        scaler.check(args.scaler, action_names, args.fps, 1, args.stride or 0)
+        reader.scaler = scaler
 
-    # shards at URLs are copied to a local disk when they are first needed
-    groups = data
-    if args.cache_dir:
-        local = cached(shards, args.cache_dir, args.cache_size, print0)
-        groups = local[: len(data)]
-        val_data = local[len(data) :] or None
+        # what the actions of another robot do to its state is unknown, so that it stays
+        compose = compose_poses if (action_names, state_dim) == (POSE, 7) else hold_state
+    else:
+        action_names = ACTION_SPACES[args.action_space]
+        scaled_names = CONTINUOUS
+        state_dim = 2
+        scaler.check(args.scaler, CONTINUOUS, args.fps, args.frames_per_step)
+        compose = compose_states
 
-    # recordings are held out whole: clips of one recording resemble each other
-    train, shares, val, bad = open_split(
-        groups, args.data_weights, val_data, val_fraction, args.max_bad_fraction
-    )
+        # how actions and frames are read
+        reader_options = {
+            "action_space": args.action_space,
+            "scaler": scaler,
+            "decoder": args.decoder,
+            "gui": args.gui,
+        }
+
+        # augmentation is for training; validation takes clips as they are
+        augmentation = {
+            "horizontal_flip": args.horizontal_flip,
+            "random_resize_scale": args.random_resize_scale,
+            "motion_shift": args.motion_shift,
+            "temporal_jitter": args.temporal_jitter,
+            "action_noise": args.action_noise,
+        }
+        reader = ClipReader(**clip_settings, **reader_options, **augmentation)
+        val_reader = ClipReader(**clip_settings, **reader_options)
+
+        # shards at URLs are copied to a local disk when they are first needed
+        groups = data
+        if args.cache_dir:
+            local = cached(shards, args.cache_dir, args.cache_size, print0)
+            groups = local[: len(data)]
+            val_data = local[len(data) :] or None
+        train, shares, val, bad = open_split(
+            groups, args.data_weights, val_data, val_fraction, args.max_bad_fraction
+        )
+    hotbar = hotbar_columns(action_names)
     if bad:
+        noun = "episode" if robots else "recording"
         print0(
-            f"{count_text(len(bad), 'recording')} cannot be used, {' '.join(bad[0])} among them;"
+            f"{count_text(len(bad), noun)} cannot be used, {' '.join(bad[0])} among them;"
             " all are listed in bad_clips.jsonl"
         )
 
     # recordings that can be read may still be odd: no key is ever held, or its name is unknown
-    for line in line_warnings(train + val) if rank == 0 else []:
-        print0(f"WARNING: {line}")
+    if rank == 0 and not robots:
+        for line in line_warnings(train + val):
+            print0(f"WARNING: {line}")
 
     # training goes ahead without validation, but then nothing shows whether the action is used
     if args.val_clips and not val:
@@ -467,7 +570,13 @@ if __name__ == "__main__":
 
     # validation sees each clip once, in the same order whatever the number of ranks. Its action gap
     # gives a clip the actions of another one, so two clips are the least
-    val_set = Clips(val, [1.0] * len(val), val_reader, args.seed, args.pixels_cache)
+    def clips_of(records):
+        """Clips of recordings or episodes, as they are."""
+        if robots:
+            return DroidClips(records, reader, args.seed)
+        return Clips(records, [1.0] * len(records), val_reader, args.seed, args.pixels_cache)
+
+    val_set = clips_of(val)
     if val and sum(map(len, windows(val_set, 1, 2))) < 2:
         raise ValueError(
             "the held-out recordings contain fewer than two clips: hold out more, or pass"
@@ -480,7 +589,7 @@ if __name__ == "__main__":
             raise ValueError(f"{record.shard} holds features: an encoder is trained on video")
 
     # the probe of actions is fitted on training clips
-    probe_set = Clips(train, [1.0] * len(train), val_reader, args.seed, args.pixels_cache)
+    probe_set = clips_of(train)
     probes = bool(args.probe_clips and train and val)
 
     # decoding would take most of the time of a small model: do it once
@@ -542,7 +651,7 @@ if __name__ == "__main__":
     predictor = Predictor(
         encoder.embed_dim,
         len(action_names),
-        2,  # dims of the state
+        state_dim,
         (grid, grid),
         predict=args.predict,
         **size,
@@ -579,7 +688,7 @@ if __name__ == "__main__":
         auto_steps=args.auto_steps,
         loss_exp=args.loss_exp,
         directions=args.sigreg_directions if args.sigreg else 0,
-        continuous=len(CONTINUOUS),
+        continuous=len(scaled_names),
         inverse_of=inverse_of,
     ).to(device)
 
@@ -652,6 +761,9 @@ if __name__ == "__main__":
         "inverse_of": inverse_of if args.idm else None,
         "no_actions": not args.actions or None,
         "decoder": args.decoder,
+        # None: play
+        "stride": args.stride,
+        "crop": args.crop if robots else None,
         "predict": args.predict,
         "encode": args.encode,
         "fps": args.fps,
@@ -753,7 +865,8 @@ if __name__ == "__main__":
     loss_weights = torch.tensor([*loss_weights, args.idm], device=device)
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", *SPREAD, "lr", "grad_norm"]
     train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
-    val_columns = ["epoch", "jloss", "sloss", *METERS, *SPREAD, *PROBE, *MOVES_GAP]
+    val_columns = ["epoch", "jloss", "sloss", *METERS, *SPREAD]
+    val_columns += [*probe_columns(action_names), *MOVES_GAP]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
         "val": (val_columns, *divmod(step, args.ipe)),
@@ -769,17 +882,31 @@ if __name__ == "__main__":
         )
 
     # what a judge of the checkpoint must know, by names that stay when a flag is renamed
+    settings_of_dataset = {
+        "val_data": args.val_data,
+        "action_space": args.action_space,
+        "gui": args.gui,
+    }
+    if robots:
+        settings_of_dataset = {
+            "val_data": sum(args.val_data or [], []) or None,
+            "stride": args.stride,
+            "crop": args.crop,
+            "cameras": list(reader.camera),
+            "state_keys": args.state_keys,
+            "action_keys": args.action_keys,
+            "idle_filter": args.idle_filter,
+            "success": args.success,
+        }
     settings = {
         "stage": "lewm",
         "data": data,
-        "val_data": args.val_data,
         "val_fraction": args.val_fraction,
         "val_clips": args.val_clips,
         "cache_dir": args.cache_dir,
         "cache_size": args.cache_size,
         **clip_settings,
-        "action_space": args.action_space,
-        "gui": args.gui,
+        **settings_of_dataset,
         "decoder": args.decoder,
         # later stages find the encoder in this folder, in float32 as it is trained
         "encoder": args.out_dir,
@@ -824,6 +951,7 @@ if __name__ == "__main__":
         encoder_state = {f"module.{k}": v for k, v in token_encoder.state_dict().items()}
         state = {
             "format": checkpoint.FORMAT,
+            "dataset": args.dataset,
             "settings": settings,
             "encoder": encoder_state,
             "target_encoder": encoder_state,
@@ -870,7 +998,8 @@ if __name__ == "__main__":
             args.auto_steps,
             args.loss_exp,
             autocast,
-            hotbar=hotbar,
+            compose,
+            hotbar,
         )
         note_bad(failed)
 
@@ -901,7 +1030,7 @@ if __name__ == "__main__":
         note_bad(test["bad"])
         spread = feature_spread(test["z"].float().flatten(0, 2))
         row |= dict(zip(SPREAD, spread))
-        row |= dict.fromkeys(PROBE)
+        row |= dict.fromkeys(probe_columns(action_names))
         text += f"; effective rank {spread[0]:.1f}, smallest std {spread[1]:.3f}"
         if probes:
             fit = read_windows(probe_set, args.probe_clips, encoder, device, **options)
@@ -922,21 +1051,27 @@ if __name__ == "__main__":
             signal.signal(number, lambda *_: stop.fill_(1))
 
     # the loader starts where the checkpoint stopped: the order of clips depends on the seed alone
-    loader = vpt_loader(
-        (train, shares) if train else groups,
-        args.batch_size,
-        reader=reader,
-        data_weights=args.data_weights,
-        num_workers=args.num_workers,
-        batches_per_epoch=args.ipe * args.grad_accum,
-        epoch=step // args.ipe,
-        itr=step % args.ipe * args.grad_accum,
-        seed=args.seed,
-        rank=rank,
-        world=world,
-        pin_memory=device.type == "cuda",
-        pixels_cache=args.pixels_cache,
-    )
+    loader_options = {
+        "reader": reader,
+        "num_workers": args.num_workers,
+        "batches_per_epoch": args.ipe * args.grad_accum,
+        "epoch": step // args.ipe,
+        "itr": step % args.ipe * args.grad_accum,
+        "seed": args.seed,
+        "rank": rank,
+        "world": world,
+        "pin_memory": device.type == "cuda",
+    }
+    if robots:
+        loader = droid_clips(train, args.batch_size, **loader_options)
+    else:
+        loader = vpt_loader(
+            (train, shares) if train else groups,
+            args.batch_size,
+            data_weights=args.data_weights,
+            pixels_cache=args.pixels_cache,
+            **loader_options,
+        )
     note_bad(bad if rank == 0 else [])
 
     # the next batch is copied to the GPU while this one is computed on
@@ -1067,10 +1202,11 @@ if __name__ == "__main__":
             text += f"  rank {spread['effective_rank']:.1f} std {spread['smallest_std']:.3f}"
             print0(log_line(place, text, columns, (last_step - step) * seconds))
 
-            # the loss falls when features collapse, so something else must tell
+            # the loss falls when features collapse, so something else must tell. During the warm-up
+            # healthy features are as narrow for a while
             first_rank = first_rank or spread["effective_rank"]
-            warning = collapse_sentence(*spread.values(), first_rank)
-            if warning:
+            warning = collapse_sentence(*spread.values(), first_rank, ALIVE_STD)
+            if warning and step > args.warmup * args.ipe:
                 print0(f"WARNING: {warning}")
 
             # start the next stretch

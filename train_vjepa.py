@@ -6,7 +6,7 @@ On a laptop, an encoder for the demo:
     python train_vjepa.py --data demo/train/*.tar --val_data demo/val/*.tar --fps 10 \\
         --encoder_arch vit_tiny --crop_size 64 --pred_dim 128 --pred_depth 3 --pred_heads 4 \\
         --epochs 10 --ipe 100 --warmup 1 --anneal 3 --batch_size 32 --lr 1e-3 \\
-        --scaler demo/scaler.pkl --idm 1 --variance 1 --covariance 0.04
+        --scaler demo/scaler.pkl --idm 1 --variance 1 --covariance 0.04 --pixels_cache out/pixels
 
 On 8 GPUs, a ViT-L from scratch, or from Meta's file with --init_from vitl.pt:
 

@@ -8,22 +8,28 @@ import os
 import numpy as np
 import torch
 import torch.distributed as dist
+from sklearn.metrics import r2_score
 from torch.utils.data import DataLoader
 
 from data import collate, ignore_signals_in_worker, windows
 from evaluation.heads import RidgeHead, group_means, pool, score
 from files.disk import write_atomically
 from files.logs import plot_errors, plot_gap, read_csv
-from files.vpt import hotbar_columns
+from files.vpt import CONTINUOUS, hotbar_columns
 from model import (
     encode_steps,
     pixels_to_video,
 )
 
-# columns of val.csv: the effective rank and the smallest std of the teacher's features, R² of yaw,
-# pitch and all camera motion, mean AUROC of keys and buttons
+# columns of val.csv: the effective rank and the smallest std of the teacher's features; of play
+# R² of yaw, pitch and all camera motion, mean AUROC of keys and buttons
 SPREAD = ["effective_rank", "smallest_std"]
 PROBE = ["probe_yaw", "probe_pitch", "probe_camera", "probe_keys"]
+
+# of train_lewm.py, for collapse_sentence. Its features begin with a rank of 5 to 17 by chance, and
+# healthy ones go down to 2.5 before they rise: their weakest channel had 0.16 at the least, that of
+# features without regularisers 0.06
+ALIVE_STD = 0.1
 
 # tokens of each step that are enough to see a collapse
 TOKENS = 512
@@ -39,10 +45,11 @@ def some_tokens(targets):
     return tokens[:: math.ceil(len(tokens) / TOKENS)]
 
 
-def collapse_sentence(rank, smallest_std, first_rank):
+def collapse_sentence(rank, smallest_std, first_rank, alive_std=math.inf):
     """A warning where features have collapsed, else None. first_rank: the effective rank at the
-    start of the run."""
-    if rank >= 2 and rank >= first_rank / 4 and smallest_std >= 0.01:
+    start of the run; that it falls counts only where some channel varies less than alive_std."""
+    is_alive = rank >= first_rank / 4 or smallest_std >= alive_std
+    if rank >= 2 and smallest_std >= 0.01 and is_alive:
         return None
     return (
         f"THE FEATURES COLLAPSE: effective rank {rank:.1f} ({first_rank:.1f} at the start),"
@@ -168,9 +175,17 @@ def read_windows(
     return clips
 
 
+def probe_columns(names):
+    """Columns of val.csv for a probe of these actions: PROBE for play; for a robot their mean, and
+    one for each action."""
+    if names[: len(CONTINUOUS)] == CONTINUOUS:
+        return PROBE
+    return ["probe_mean", *(f"probe_{name}" for name in names)]
+
+
 def inverse_probe(fit, test, names):
     """How well a ridge regression tells the action between two steps from their features: {one of
-    PROBE: R² or AUROC}, nan for what does not vary. fit, test: clips of `read_windows`, of
+    probe_columns: R² or AUROC}, nan for what does not vary. fit, test: clips of `read_windows`, of
     different recordings; names of the actions. Keys of the hotbar are left out: an encoder that
     reads the bottom of the picture and nothing else could tell those."""
     # rows are pairs of steps, and the action between them
@@ -181,11 +196,11 @@ def inverse_probe(fit, test, names):
         rows.append((before, after, clips["actions"].reshape(-1, len(names))))
     (a, b, y), (a_test, b_test, y_test) = rows
 
-    # what does not vary can be told from nothing
-    varies = (y.std(0) > 0) & (y_test.std(0) > 0)
+    # what does not vary can be told from nothing; differences of a constant are rounding errors
+    varies = (y.std(0) > 1e-6) & (y_test.std(0) > 1e-6)
     varies[hotbar_columns(names)] = False
     columns = np.flatnonzero(varies)
-    result = dict.fromkeys(PROBE, math.nan)
+    result = dict.fromkeys(probe_columns(names), math.nan)
     if not len(columns):
         return result
 
@@ -200,6 +215,14 @@ def inverse_probe(fit, test, names):
     labels = [names[i] for i in columns]
     head = RidgeHead().fit(a, b, y[:, columns], dev)
     guesses = head.predict(a_test, b_test)
+
+    # all actions of a robot are numbers
+    if "probe_mean" in result:
+        r2 = {}
+        for i, label in enumerate(labels):
+            r2[f"probe_{label}"] = float(r2_score(y_test[:, columns[i]], guesses[:, i]))
+        return result | r2 | {"probe_mean": float(np.mean(list(r2.values())))}
+
     scores = score(y_test[:, columns], guesses, labels, np.full(len(labels), 0.5))
 
     # single angles, and means over actions of a kind
@@ -289,8 +312,8 @@ def plot_world_curves(out_dir, ipe):
         plot_gap(gap_ax, val["epoch"], val)
         spread_ax.plot(val["epoch"], val["effective_rank"], "o-", label="held out")
         std_ax.plot(val["epoch"], val["smallest_std"], "o-", label="held out")
-        for name in PROBE:
-            if np.isfinite(val[name]).any():
+        for name in val:
+            if name.startswith("probe_") and np.isfinite(val[name]).any():
                 probe_ax.plot(val["epoch"], val[name], "o-", label=name.removeprefix("probe_"))
 
     # what each picture shows
