@@ -40,7 +40,7 @@ import time
 import torch
 
 from bench import report
-from evaluation.pretraining import ALIVE_STD, collapse_sentence
+from evaluation.pretraining import OF_WORLDS, collapse_sentence
 from files.disk import write_atomically
 from files.logs import read_csv
 from files.progress import tqdm
@@ -133,7 +133,7 @@ def row_of(name, seed, out, minutes):
     if "effective_rank" in log:
         ranks = log["effective_rank"]
         last = (ranks[-1], log["smallest_std"][-1])
-        is_dead = collapse_sentence(*last, ranks[0], ALIVE_STD) is not None
+        is_dead = collapse_sentence(*last, ranks[0], **OF_WORLDS) is not None
         row["collapsed"] = "yes" if is_dead else "no"
 
     # the same play in every row, or the comparable columns are not
