@@ -156,12 +156,12 @@ def read_windows(
     rows = gather(rows)
     keys = [row[1] for row in rows]
     losses = [row[2] * len(row[1]) for row in rows]
-    out = {"recording": np.concatenate(keys), "bad": bad}
-    out["loss"] = sum(losses) / len(out["recording"])
+    result = {"recording": np.concatenate(keys), "bad": bad}
+    result["loss"] = sum(losses) / len(result["recording"])
     if with_actions:
-        out["z"] = torch.cat([row[3] for row in rows])
-        out["actions"] = np.concatenate([row[4] for row in rows])
-    return out
+        result["z"] = torch.cat([row[3] for row in rows])
+        result["actions"] = np.concatenate([row[4] for row in rows])
+    return result
 
 
 def probe_columns(names):
