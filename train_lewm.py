@@ -242,7 +242,7 @@ from evaluation.held_out import (
     moves_gap,
 )
 from evaluation.pretraining import (
-    ALIVE_STD,
+    OF_WORLDS,
     SPREAD,
     collapse_sentence,
     inverse_probe,
@@ -1205,7 +1205,7 @@ if __name__ == "__main__":
             # the loss falls when features collapse, so something else must tell. During the warm-up
             # healthy features are as narrow for a while
             first_rank = first_rank or spread["effective_rank"]
-            warning = collapse_sentence(*spread.values(), first_rank, ALIVE_STD)
+            warning = collapse_sentence(*spread.values(), first_rank, **OF_WORLDS)
             if warning and step > args.warmup * args.ipe:
                 print0(f"WARNING: {warning}")
 

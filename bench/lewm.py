@@ -40,7 +40,7 @@ import time
 import torch
 
 from bench import report
-from evaluation.pretraining import ALIVE_STD, collapse_sentence
+from evaluation.pretraining import OF_WORLDS, collapse_sentence
 from files.disk import write_atomically
 from files.logs import read_csv
 from files.progress import tqdm
@@ -92,14 +92,14 @@ def run(log, *words):
     return time.perf_counter() - began
 
 
-def minutes_of(out, batch_size):
+def minutes_of(run_folder, batch_size):
     """Minutes that the steps of a run took, also where it was interrupted."""
-    return (batch_size / read_csv(os.path.join(out, "train.csv"))["clips_per_s"]).sum() / 60
+    return (batch_size / read_csv(os.path.join(run_folder, "train.csv"))["clips_per_s"]).sum() / 60
 
 
-def rate_of(out):
+def rate_of(run_folder):
     """Median clips a second of a run, without the first half of its steps."""
-    rates = read_csv(os.path.join(out, "train.csv"))["clips_per_s"]
+    rates = read_csv(os.path.join(run_folder, "train.csv"))["clips_per_s"]
     return statistics.median(rates[len(rates) // 2 :])
 
 
@@ -110,9 +110,9 @@ def interval_of(low, high):
     return f"{low:.3f} to {high:.3f}"
 
 
-def row_of(name, seed, out, minutes):
+def row_of(name, seed, run_folder, minutes):
     """The table's row of a finished and judged run."""
-    with open(os.path.join(out, "report.json")) as f:
+    with open(os.path.join(run_folder, "report.json")) as f:
         judged = json.load(f)
     same = judged["comparable"]
     row = {"row": name, "seed": seed, "minutes": minutes}
@@ -128,12 +128,12 @@ def row_of(name, seed, out, minutes):
     row["std"] = same["smallest_std"]
 
     # by the rule of the warning. The spread of frozen features does not change
-    log = read_csv(os.path.join(out, "train.csv"))
+    log = read_csv(os.path.join(run_folder, "train.csv"))
     row["collapsed"] = "frozen"
     if "effective_rank" in log:
         ranks = log["effective_rank"]
         last = (ranks[-1], log["smallest_std"][-1])
-        is_dead = collapse_sentence(*last, ranks[0], ALIVE_STD) is not None
+        is_dead = collapse_sentence(*last, ranks[0], **OF_WORLDS) is not None
         row["collapsed"] = "yes" if is_dead else "no"
 
     # the same play in every row, or the comparable columns are not
@@ -141,9 +141,9 @@ def row_of(name, seed, out, minutes):
     return row
 
 
-def is_trained(out):
+def is_trained(run_folder):
     """Whether the last checkpoint of a run exists: it may still have to be judged."""
-    return os.path.exists(os.path.join(out, f"checkpoint-epoch{EPOCHS:03d}.pth.tar"))
+    return os.path.exists(os.path.join(run_folder, f"checkpoint-epoch{EPOCHS:03d}.pth.tar"))
 
 
 class Bench:
@@ -170,59 +170,61 @@ class Bench:
         """Whether a row is trained and judged."""
         return os.path.exists(self.path(f"{name}-{seed}", "report.json"))
 
-    def judge(self, log, out, *flags):
+    def judge(self, log, run_folder, *flags):
         """eval.py, if the run has no report yet."""
-        if os.path.exists(os.path.join(out, "report.json")):
+        if os.path.exists(os.path.join(run_folder, "report.json")):
             return
         data = ["--data", *self.shards("val"), "--train_data", *self.shards("train")]
-        run(log, "eval.py", "--checkpoint", out, *data, *self.limits, *self.workers, *flags)
+        run(log, "eval.py", "--checkpoint", run_folder, *data, *self.limits, *self.workers, *flags)
 
-    def check_flags(self, out, words):
+    def check_flags(self, run_folder, words):
         """Remember what a row is made with. Ends the program if it was made with other flags: its
         numbers would mean something else."""
-        path = out + ".flags.json"
+        path = run_folder + ".flags.json"
         words = json.dumps(list(map(str, [self.data, self.batch_size, *self.limits, *words])))
         if not os.path.exists(path):
             write_atomically(path, words.encode())
         with open(path) as f:
             before = f.read()
         if before != words:
-            raise SystemExit(f"{out} was made with {before}, now it is {words}: give another --out")
+            raise SystemExit(
+                f"{run_folder} was made with {before}, now it is {words}: give another --out"
+            )
 
     def lewm(self, name, seed, flags):
         """Train and judge a row of train_lewm.py; the table's row."""
-        out = self.path(f"{name}-{seed}")
-        log = out + ".txt"
-        self.check_flags(out, [self.steps, self.crop_size, *self.extra, *flags])
-        if not is_trained(out):
+        run_folder = self.path(f"{name}-{seed}")
+        log = run_folder + ".txt"
+        self.check_flags(run_folder, [self.steps, self.crop_size, *self.extra, *flags])
+        if not is_trained(run_folder):
             data = ["--data", *self.shards("train"), "--val_data", *self.shards("val")]
-            files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", out]
+            files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", run_folder]
             files += ["--pixels_cache", self.path("pixels"), "--resume"]
             plan = [*PLAN, "--ipe", max(self.steps // EPOCHS, 1), "--seed", seed]
             plan += ["--crop_size", self.crop_size, "--batch_size", self.batch_size]
             options = [*CLIP, *SIZE, *plan, *self.workers, *self.extra]
             run(log, "train_lewm.py", *data, *files, *options, *flags)
-        self.judge(log, out)
-        return row_of(name, seed, out, minutes_of(out, self.batch_size))
+        self.judge(log, run_folder)
+        return row_of(name, seed, run_folder, minutes_of(run_folder, self.batch_size))
 
     def features(self, encoder):
         """Encode the play; (folder, minutes)."""
-        out = self.path("features", encoder)
-        note = os.path.join(out, "minutes.json")
+        features = self.path("features", encoder)
+        note = os.path.join(features, "minutes.json")
         if not os.path.exists(note):
             flags = ["--encoder", encoder, *CLIP[:2], *FROZEN[:2], *self.workers]
 
             # of an encoding that was interrupted the minutes are not known: it begins again
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(features, ignore_errors=True)
             seconds = 0
             for part, phases in (("train", 4), ("val", 1)):
-                shards = ["--data", *self.shards(part), "--out", os.path.join(out, part)]
+                shards = ["--data", *self.shards(part), "--out", os.path.join(features, part)]
                 seconds += run(
                     self.path(f"{encoder}.txt"), "encode.py", *shards, *flags, "--phases", phases
                 )
             write_atomically(note, json.dumps(seconds / 60).encode())
         with open(note) as f:
-            return out, json.load(f)
+            return features, json.load(f)
 
     def trial_rate(self, log, options):
         """Clips a second of train_ac.py in a short run, of which nothing is kept."""
@@ -233,16 +235,16 @@ class Bench:
 
     def frozen(self, encoder, seed, minutes):
         """Train and judge a predictor on frozen features, for `minutes` with the encoding."""
-        out = self.path(f"{encoder}-{seed}")
-        log = out + ".txt"
-        self.check_flags(out, FROZEN)
+        run_folder = self.path(f"{encoder}-{seed}")
+        log = run_folder + ".txt"
+        self.check_flags(run_folder, FROZEN)
         features, encoding = self.features(encoder)
         data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
         data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]
         options = [*CLIP, *SIZE, *FROZEN, *self.workers, "--batch_size", self.batch_size]
-        if not is_trained(out):
+        if not is_trained(run_folder):
             # how many steps is that? A run that is interrupted keeps its number
-            note = out + ".steps"
+            note = run_folder + ".steps"
             if not os.path.exists(note):
                 seconds = 60 * max(minutes - encoding, 0)
                 rate = self.trial_rate(log, data + options)
@@ -250,10 +252,10 @@ class Bench:
                 write_atomically(note, str(steps).encode())
             with open(note) as f:
                 steps = int(f.read())
-            plan = [*PLAN, "--ipe", steps // EPOCHS, "--out_dir", out, "--resume"]
+            plan = [*PLAN, "--ipe", steps // EPOCHS, "--out_dir", run_folder, "--resume"]
             run(log, "train_ac.py", *data, *options, *plan)
-        self.judge(log, out, "--encoder", encoder)
-        return row_of(encoder, seed, out, minutes_of(out, self.batch_size) + encoding)
+        self.judge(log, run_folder, "--encoder", encoder)
+        return row_of(encoder, seed, run_folder, minutes_of(run_folder, self.batch_size) + encoding)
 
 
 if __name__ == "__main__":
