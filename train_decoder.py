@@ -11,9 +11,13 @@ On 8 GPUs, from video, with the released ViT-L:
 
     torchrun --nproc_per_node=8 --max_restarts=3 train_decoder.py --data VPT/*.tar --resume
 
+From robot episodes, which train_lora.py reads as well:
+
+    python train_decoder.py --dataset droid --data droid/*.tfrecord* --encoder vjepa2_ac_vitg
+
 The encoder never sees the decoder. Features get noise in training, so that predictions decode, too.
-Reads feature shards of play and their video, or with --encoder video alone (VPT shards, or plain
-video without lines). Writes to --out_dir: train.csv, val.csv, curves.png, pictures.png (recorded
+Reads feature shards of play and their video, or with --encoder video alone (VPT shards, plain video
+without lines, robot episodes). Writes to --out_dir: train.csv, val.csv, curves.png, pictures.png (recorded
 above decoded, on held-out recordings), bad_clips.jsonl, args.json and checkpoints. eval.py shows
 what a predictor predicts with it. You can stop it at any time and continue with --resume."""
 
@@ -69,7 +73,8 @@ cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 # --- flags of this stage ---
 flag = parser.add_argument_group("data").add_argument
 # what to train on, and what to hold out
-flag("--data", "--data_path", nargs="+", action="append", help="training shards or videos: paths, globs, {a..b} ranges; may be repeated (default: VPT/*.tar)")  # fmt: skip
+flag("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or plain video, or robot episodes")  # fmt: skip
+flag("--data", "--data_path", nargs="+", action="append", help="training shards, videos or episodes: paths, globs, {a..b} ranges; may be repeated (default: VPT/*.tar)")  # fmt: skip
 flag("--data_weights", type=float, nargs="+", help="share of the clips from each --data (default: by length)")  # fmt: skip
 flag("--val_data", nargs="+", action="append", help="held-out shards or videos; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the shards held out (below ten shards: of the recordings)")  # fmt: skip
@@ -81,18 +86,27 @@ flag("--every_frame", action=switch, default=False, help="decode every frame of 
 flag("--pixels_cache", help="decode each recording once into this folder; its frames take picture x picture x 3 bytes each")  # fmt: skip
 # a clip: by default 16 frames in 3.2 s, which are 8 steps of two frames
 flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
-flag("--fps", type=float, default=5.0, help="sampled frames a second")
-flag("--frames_per_step", type=int, default=2, help="sampled frames a step")
+flag("--fps", type=float, default=5.0, help="sampled frames a second (droid: 4)")
+flag("--frames_per_step", type=int, default=2, help="sampled frames a step (droid: 1)")
 flag("--crop_size", type=int, default=256, help="pixels of the square crop that the encoder sees")
 # how it is read
 flag("--video_decoder", default="pyav", choices=["pyav", "decord"], help="what reads video; --decoder of other programs")  # fmt: skip
 flag("--num_workers", type=int, default=min(8, cpus), help="loader processes of each rank; the default is the usable CPUs, at most 8")  # fmt: skip
 flag("--max_bad_fraction", type=float, default=0.01, help="stop if more than this share of clips cannot be read (after 100 clips)")  # fmt: skip
 
+flag = parser.add_argument_group("robots (--dataset droid)").add_argument
+# as in train_lora.py: how a clip is cut, and seen by which camera
+flag("--stride", type=int, help="rows between sampled frames in place of --fps; 15 is Meta's on raw DROID")  # fmt: skip
+flag("--crop", default="reference", choices=["reference", "square"], help="reference: the centre, at most 1.35:1, squeezed to a square as Meta does")  # fmt: skip
+flag("--camera", "--camera_view", nargs="+", action="extend", help="cameras; each clip draws one of them (default: exterior_1)")  # fmt: skip
+# a robot whose actions are no poses of a gripper: its clips are not read without them
+flag("--state_keys", nargs="+", action="extend", help="fields of the state (default: the 7-D pose); other ones need --action_keys")  # fmt: skip
+flag("--action_keys", nargs="+", action="extend", help="fields of the action (default: differences of the pose)")  # fmt: skip
+
 flag = parser.add_argument_group("model and loss").add_argument
 # the encoder is frozen; these say what it is and what it sees
-flag("--encoder", "--encoder_path", help="weights of the frozen encoder, for video: a path, URL or name, or vit_tiny, random weights (default: vjepa2_vitl)")  # fmt: skip
-flag("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once: the frames of a step, one frame, or the whole clip")  # fmt: skip
+flag("--encoder", "--encoder_path", help="weights of the frozen encoder, for video: a path, URL or name, or vit_tiny, random weights (default: vjepa2_vitl; droid: vjepa2_ac_vitg)")  # fmt: skip
+flag("--encode", default="tubelet", choices=["tubelet", "frame", "clip"], help="what the encoder sees at once: the frames of a step, one frame, or the whole clip (droid: frame)")  # fmt: skip
 flag("--feature_norm", default="layer", choices=["layer", "standardize"], help="that of the predictor whose predictions will be decoded")  # fmt: skip
 # size of the decoder
 flag("--width", type=int, default=192, help="width of the decoder's blocks, and of its convolutions at the patch grid")  # fmt: skip
@@ -148,9 +162,18 @@ flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
 
+# flags of one dataset only
+OF_PLAY = ["data_weights", "frames_per_step", "video", "video_decoder", "pixels_cache"]
+OF_ROBOTS = ["stride", "crop", "camera", "state_keys", "action_keys"]
+
 if __name__ == "__main__":
     # tests and loader processes import this file without our flags
     args = parser.parse_args()
+    robots = args.dataset == "droid"
+    if robots:
+        # a step is one frame; the flags are read again over these defaults
+        parser.set_defaults(fps=4.0, frames_per_step=1, encode="frame")
+        args = parser.parse_args()
 
 # heavy imports come after parsing: --help answers at once
 import torch
@@ -173,6 +196,7 @@ from data import (
     vpt_loader,
     windows,
 )
+from droid import DroidClips, DroidReader, find_episodes, open_droid
 from evaluation.decoded import (
     PICTURES,
     Pictures,
@@ -247,6 +271,13 @@ if __name__ == "__main__":
     if args.vae and args.lpips:
         parser.error("--lpips compares pictures, and --vae learns latents: give one of them")
 
+    # a flag of the other dataset would do nothing
+    for name in OF_PLAY if robots else OF_ROBOTS:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --dataset {'vpt' if robots else 'droid'}")
+    if robots and not args.data:
+        parser.error("--dataset droid needs --data: episodes, folders of them, or URLs")
+
     # W&B is optional; say now that it is missing, not after minutes of reading
     if args.wandb_project and not importlib.util.find_spec("wandb"):
         parser.error("--wandb_project needs the package wandb: pip install wandb")
@@ -304,7 +335,8 @@ if __name__ == "__main__":
     val_fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
 
     # a pattern or a path without a file is an error now, not after the model is built
-    paths = [film_paths(group) for group in [*data, *(val_data or [])]]
+    find_files = find_episodes if robots else film_paths
+    paths = [find_files(group) for group in [*data, *(val_data or [])]]
     vae = weights.open_picture_vae(args.vae).to(device) if args.vae else None
     lpips = weights.Lpips(args.lpips).to(device) if args.lpips else None
 
@@ -323,28 +355,49 @@ if __name__ == "__main__":
         "frames_per_clip": args.frames_per_clip,
     }
 
-    # shards of play have lines, plain video has none. All 38 dims of an action: features are
-    # compared with the video that they were made from
-    is_play = holds_play(sum(paths, []))
-    if is_play:
+    # shards of play have lines, plain video and robots have none. All 38 dims of an action: features
+    # are compared with the video that they were made from
+    is_play = not robots and holds_play(sum(paths, []))
+    if robots:
+        reader = DroidReader(
+            args.frames_per_clip,
+            args.fps,
+            args.crop_size,
+            args.crop,
+            args.camera or ["exterior_1"],
+            args.stride,
+            args.state_keys,
+            args.action_keys,
+        )
+    elif is_play:
         reader = ClipReader(
             **clip_settings, encode=args.encode, decoder=args.video_decoder, action_space=38
         )
-        open_data = open_split
     else:
         if args.video_decoder != "pyav":
             raise ValueError("--video_decoder is for shards of play: plain video is read by PyAV")
         reader = FilmReader(**clip_settings)
-        open_data = functools.partial(open_films, reader=reader)
 
     # recordings are held out whole: clips of one recording resemble each other
-    train, shares, val, bad = open_data(
-        groups,
-        data_weights=args.data_weights,
-        val_data=val_data,
-        val_fraction=val_fraction,
-        max_bad_fraction=args.max_bad_fraction,
-    )
+    if robots:
+        train, val, bad = open_droid(
+            sum(groups, []),
+            val_data and sum(val_data, []),
+            val_fraction,
+            reader,
+            max_bad_fraction=args.max_bad_fraction,
+            log=print0,
+        )
+        shares = None
+    else:
+        open_data = open_split if is_play else functools.partial(open_films, reader=reader)
+        train, shares, val, bad = open_data(
+            groups,
+            data_weights=args.data_weights,
+            val_data=val_data,
+            val_fraction=val_fraction,
+            max_bad_fraction=args.max_bad_fraction,
+        )
     if bad:
         print0(
             f"{count_text(len(bad), 'recording')} cannot be used, {' '.join(bad[0])} among them;"
@@ -362,7 +415,12 @@ if __name__ == "__main__":
     # features need the video they were made from; pictures of video are its own frames, which
     # can be made smaller but not larger
     size = args.picture_size or args.crop_size
-    has_features = train[0].is_features
+    has_features = "safetensors" in train[0].members
+    if robots and has_features:
+        raise ValueError(
+            f"{train[0].shard} holds features of a robot: a decoder is trained on the episodes that"
+            " they were made from"
+        )
     if has_features and not args.video:
         raise ValueError(
             f"{train[0].shard} holds features: name the shards of video that they were made from"
@@ -376,8 +434,10 @@ if __name__ == "__main__":
 
     # stored frames: of the pictures, or of what the encoder sees
     videos = find_videos(args.video, train + val) if args.video else {}
-    decoder_name = decoder_of(train + val, args.video_decoder, "--video_decoder")
-    reader.decoder = decoder_name
+    decoder_name = None
+    if not robots:
+        decoder_name = decoder_of(train + val, args.video_decoder, "--video_decoder")
+        reader.decoder = decoder_name
     if args.pixels_cache and not is_play:
         raise ValueError("--pixels_cache is for shards of play: drop the flag for plain video")
     if args.pixels_cache:
@@ -393,6 +453,8 @@ if __name__ == "__main__":
 
     def clips_of(records, shares):
         """A dataset of these records."""
+        if robots:
+            return DroidClips(records, reader, args.seed)
         if not has_features:
             return Clips(records, shares, reader, args.seed, args.pixels_cache)
         return PicturedClips(
@@ -405,9 +467,8 @@ if __name__ == "__main__":
 
     # --- model ---
     # the frozen encoder; shards of features need none
-    encoder, feature_source = open_source(
-        train + val, args.encoder, encode=args.encode, **clip_settings
-    )
+    name = args.encoder or ("vjepa2_ac_vitg" if robots else None)
+    encoder, feature_source = open_source(train + val, name, encode=args.encode, **clip_settings)
     if encoder is not None:
         encoder.to(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
 
@@ -489,6 +550,9 @@ if __name__ == "__main__":
         "decoder": decoder_name,
         "encode": args.encode,
         **clip_settings,
+        # None: play
+        "stride": args.stride,
+        "crop": args.crop if robots else None,
         "feature_norm": args.feature_norm,
         "noise": args.noise,
         "ipe": args.ipe,
@@ -585,6 +649,7 @@ if __name__ == "__main__":
     # what a judge of the checkpoint must know, by names that stay when a flag is renamed
     settings = {
         "stage": "decoder",
+        "dataset": args.dataset,
         "data": data,
         "val_data": args.val_data,
         "val_fraction": args.val_fraction,

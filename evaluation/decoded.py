@@ -315,12 +315,15 @@ class Decoder:
     def check(self, run):
         """ValueError unless this decoder reads the features of a Run of evaluation/runs.py: of the
         same encoder, cut and normalised in the same way."""
-        for name in ("encoder_hash", "encode", "fps", "frames_per_step", "feature_norm"):
+        names = ["encoder_hash", "encode", "fps", "frames_per_step", "feature_norm"]
+        if run.state["dataset"] == "droid":
+            names += ["stride", "crop"]
+        for name in names:
             # runs of train_lora.py have some of them among their settings only
             trained_with = run.state.get(name, run.settings.get(name))
-            if self.state[name] != trained_with:
+            if self.state.get(name) != trained_with:
                 raise ValueError(
-                    f"--decoder {self.path} was trained with {name} {self.state[name]}, the"
+                    f"--decoder {self.path} was trained with {name} {self.state.get(name)}, the"
                     f" predictor with {trained_with}: train a decoder on the predictor's"
                     " features"
                 )

@@ -619,6 +619,38 @@ def test_wished_turns_are_turns_and_hold_the_hotbar(game):
     assert slots and (plain["left"][:, slots] == actions[1, 0, slots].numpy()).all()
 
 
+def test_a_robots_predictions_are_decoded(arm, tmp_path):
+    """Bug: robots refused, or cut in another way than their predictor's; flags of play ignored."""
+    robot = ["--dataset droid --data", arm / "a", "--encoder vit_tiny --crop_size 32"]
+    robot += ["--frames_per_clip 5 --val_fraction 0.4 --width 24 --depth 1 --num_heads 2"]
+    robot += ["--least_width 8 --batch_size 2 --epochs 1 --ipe 4 --warmup 0 --anneal 0"]
+    robot += ["--val_clips 4 --num_workers 0 --out_dir"]
+    run(tmp_path, "train_decoder.py", *robot, tmp_path / "run", "--max_steps 2")
+    text = run(tmp_path, "train_decoder.py", *robot, tmp_path / "run", "--resume")
+    assert "resumed from" in text and "held out after epoch 1: PSNR" in text
+
+    # a rollout of the arm as a film
+    judged = ["--checkpoint", arm / "base", "--encoder vit_tiny --samples 2 --ranked_clips 2"]
+    judged += ["--data", arm / "a", "--val_clips 6 --num_workers 0 --out", tmp_path / "report"]
+    text = run(tmp_path, "eval.py", *judged, "--decoder", tmp_path / "run")
+    assert "pictures of 6 clips: PSNR in dB" in text and "turns" not in text
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["pictures"]
+    assert len(report["errors"]["predicted"]["psnr"]) == 4
+    with av.open(str(tmp_path / "report" / "film.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) > 4
+
+    # another cut of the picture, and what is for play alone
+    run(tmp_path, "train_decoder.py", *robot, tmp_path / "other", "--crop square --val_clips 0")
+    wrong = fails(tmp_path, "eval.py", *judged, "--decoder", tmp_path / "other")
+    assert "was trained with crop square, the predictor with reference" in wrong
+    for flags, sentence in [
+        ("--pixels_cache p", "--pixels_cache is for --dataset vpt"),
+        ("--dataset vpt --stride 2", "--stride is for --dataset droid"),
+    ]:
+        flags = [*robot, tmp_path / "no", flags]
+        assert sentence in fails(tmp_path, "train_decoder.py", *flags)
+
+
 def test_an_inverse_model_reads_turns_from_pictures():
     """Bug: pictures of another clip, actions of another step, a fit on the clips that are tested:
     films of noise would tell turns, or films of turns would not."""
