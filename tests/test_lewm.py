@@ -665,7 +665,7 @@ def test_a_dry_run_of_a_robot_writes_nothing(robot, tmp_path):
         ("--action_space 18", "--action_space is for --dataset vpt"),
         ("--frames_per_step 2", "--frames_per_step is for --dataset vpt"),
         ("--camera wrist_2", "no camera wrist_2 in it (--camera)"),
-        ("--fps 5", "--fps 4.0"),
+        ("--fps 5", "was fitted with --fps 4, this run has 5"),
     ],
 )
 def test_what_makes_no_sense_for_a_robot_is_refused(robot, tmp_path, flags, sentence):
