@@ -1,0 +1,490 @@
+"""play.py and evaluation/playing.py: the sliding window is the plain predictor; keys mean what they
+meant in recordings; a server that keeps strangers out and forgets what is late; a real browser."""
+
+import asyncio
+import contextlib
+import io
+import json
+import socket
+import types
+
+import aiohttp
+import av
+import numpy as np
+import pytest
+import torch
+from aiohttp.test_utils import TestClient, TestServer
+
+from evaluation.closed_loop import seen_from_first
+from evaluation.decoded import Decoder
+from evaluation.held_out import states_from
+from evaluation.playing import LONGEST_FILM, Keyboard, Limits, Player, Sliders, Window
+from evaluation.runs import load_run
+from files.vpt import ACTION_SPACES
+from model import Predictor, compose_states, normalize_features, predict
+from play import Server, Session, is_allowed, open_ground
+from tests.harness import fails, run
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+LIMITS = Limits(turn=100.0, most=300.0, pitch=(-0.5, 0.25))
+
+
+# --- the window ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@torch.no_grad()
+def test_the_window_is_the_plain_predictor_on_its_steps(size):
+    """Bug: keys and values of steps that were forgotten, positions that do not start from 0, yaw
+    that counts from the start of play, the cache of the action that was not done."""
+    torch.manual_seed(0)
+    predictor = Predictor(24, 5, 2, (2, 3), pred_dim=24, depth=2, num_heads=2)
+    for p in predictor.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    scaler = types.SimpleNamespace(mean=np.full(4, 0.1), scale=np.full(4, 0.5))
+    compose = states_from(compose_states, scaler, torch.device("cpu"))
+    run = types.SimpleNamespace(predictor=predictor, autocast=contextlib.nullcontext)
+
+    # half a window of true steps, then three windows of imagined ones
+    count = (size + 1) // 2
+    z = normalize_features(torch.randn(count, 6, 24))
+    states = torch.tensor([[0.3, 0.1]]).repeat(count, 1)
+    window = Window(run, compose, size)
+    window.begin(z, torch.randn(count - 1, 5), states)
+    history = list(z)
+    lengths = []
+    for _ in range(3 * size + 2):
+        actions = torch.randn(2, 5)
+        state = window.states[-1:]
+        both = window.step(actions)
+        history.append(both[0])
+        seen = len(window.z) - 1
+        lengths.append(seen)
+        torch.testing.assert_close(window.z, torch.stack(history[-seen - 1 :]))
+        for action, predicted in zip(actions, both):
+            of_window = torch.cat([window.actions[:-1], action[None]])[None]
+            yaw = seen_from_first(window.states[None, :-1])
+            expected = predict(predictor, window.z[None, :-1], of_window, yaw)[0, -1]
+            torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-5)
+
+        # where the player looks follows from what was done
+        moved = actions[:1, 2:4] * 0.5 + 0.1
+        torch.testing.assert_close(window.states[-1:, 1], state[:, 1] + moved[:, 1])
+    assert max(lengths) == size and min(lengths[size:]) == count
+
+
+# --- what a player does ---
+
+
+def test_keys_mean_what_they_meant_in_recordings():
+    """Bug: left is right, a camera that does not follow the mouse, a tap between two steps that is
+    lost, a slot that opens in the step of its key."""
+    names = ACTION_SPACES[36]
+    keyboard = Keyboard(names, LIMITS)
+    recorded = np.zeros(36)
+    recorded[names.index("slot.3")] = 1
+    keyboard.begin(recorded)
+
+    def take(state=(0.0, 0.0)):
+        return [dict(zip(names, row)) for row in keyboard.take(state)]
+
+    # held for a moment, and two motions
+    keyboard.hear({"type": "held", "names": ["key.w", "mouse.0", "key.7"]})
+    keyboard.hear({"type": "held", "names": ["key.w"]})
+    keyboard.hear({"type": "mouse", "dx": 20, "dy": 4})
+    keyboard.hear({"type": "mouse", "dx": 20.5, "dy": 6})
+    now, rest = take()
+    pressed = {name for name, x in now.items() if name.startswith(("key", "mouse.")) and x}
+    assert pressed == {"key.w", "mouse.0", "key.7"} and now["slot.3"] == 1 and now["slot.7"] == 0
+    assert (now["mouse_dx"], now["mouse_dy"]) == (40.5, 10)
+    assert np.isclose(now["yaw_diff"], np.radians(40.5 * 0.15))
+    assert np.isclose(now["pitch_diff"], np.radians(1.5))
+    assert {name for name, x in rest.items() if x} == {"slot.3"}
+
+    # what is held stays, what was tapped and moved does not
+    now, _ = take()
+    assert {name for name, x in now.items() if x} == {"key.w", "slot.7"}
+    keyboard.hear({"type": "held", "names": []})
+    assert take()[0]["key.w"] == 1 and take()[0]["key.w"] == 0
+
+    # arrows turn; nothing turns further than recorded play did
+    keyboard.hear({"type": "held", "names": ["turn.left", "turn.down"]})
+    now, _ = take((0.0, 0.2))
+    assert now["mouse_dx"] == -100 and now["yaw_diff"] < 0
+    assert now["mouse_dy"] == 100 and np.isclose(now["pitch_diff"], 0.05)
+    keyboard.hear({"type": "mouse", "dx": 5000, "dy": 0})
+    assert take()[0]["mouse_dx"] == 300
+
+
+def test_limits_are_those_of_recorded_play():
+    """Bug: the limit of one axis, or of scaled actions."""
+    names = ACTION_SPACES[13]
+    actions = np.zeros((5, 13))
+    actions[:, 0] = [0, -4, 8, -12, 16]
+    actions[2, 1] = -20
+    limits = Limits.of(names, actions, np.array([[9, -1], [9, 2]]))
+    assert limits == Limits(12.0, 20.0, (-1.0, 2.0))
+    assert Keyboard(names, limits).can_hold[:9] == [f"key.{n}" for n in range(1, 10)]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "held"},
+        {"type": "held", "names": "key.w"},
+        {"type": "held", "names": [["key.w"]]},
+        {"type": "held", "names": ["key.b"]},
+        {"type": "mouse", "dx": 1},
+        {"type": "mouse", "dx": True, "dy": 0},
+        {"type": "mouse", "dx": float("nan"), "dy": 0},
+        {"type": "mouse", "dx": 0, "dy": 10**400},
+        {"type": "sliders", "values": [0.0] * 7},
+    ],
+)
+def test_a_keyboard_refuses_what_makes_no_sense(message):
+    """Bug: nan in the features, a key that no action has, a number that no float holds."""
+    keyboard = Keyboard(ACTION_SPACES[36], LIMITS)
+    with pytest.raises(ValueError):
+        keyboard.hear(message)
+    done, rest = keyboard.take((0.0, 0.0))
+    assert (done == rest).all()
+
+
+def test_sliders_are_in_recorded_units_and_stay():
+    """Bug: sliders that fall back to rest after a step, or reach further than the data."""
+    sliders = Sliders(["x", "gripper"], np.array([0.1, 0.5]))
+    sliders.hear({"type": "sliders", "values": [0.3, -1]})
+    for _ in range(2):
+        assert sliders.take(None).tolist() == [[0.3, -1], [0, 0]]
+    for values in ([0.31, 0], [0], "xx", [0, None]):
+        with pytest.raises(ValueError):
+            sliders.hear({"type": "sliders", "values": values})
+    with pytest.raises(ValueError, match="no message of type 'held' is known"):
+        sliders.hear({"type": "held", "names": []})
+
+
+# --- a server ---
+
+
+@pytest.fixture(scope="module")
+def decoder(game, tmp_path_factory):
+    """A run of train_decoder.py on the features of the game fixture."""
+    out = tmp_path_factory.mktemp("decoder") / "run"
+    flags = ["--data", game.folder / "train" / "*.tar", "--val_clips 0 --picture_size 32"]
+    flags += ["--video", game.video.parent / "shard-{000000..000001}.tar", "--crop_size 32"]
+    flags += ["--width 24 --depth 1 --num_heads 2 --least_width 12 --batch_size 4 --lr 1e-2"]
+    flags += ["--num_workers 0 --epochs 1 --warmup 0 --anneal 0 --ipe 30"]
+    run(out.parent, "train_decoder.py", *flags, "--out_dir", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ground(game, decoder):
+    """What play.py opens: the run, its decoder, held-out features and their video."""
+    played = load_run(str(game.out))
+    return open_ground(
+        played,
+        Decoder(str(decoder), played.device),
+        [str(game.held)],
+        [str(game.video)],
+        None,
+        None,
+        8,
+        0,
+    )
+
+
+class Page:
+    """A page without a screen: what play.html does with its socket."""
+
+    def __init__(self, channel, hello):
+        self.channel = channel
+        self.hello = hello
+        self.input = 0
+
+    @classmethod
+    async def open(cls, client, **options):
+        channel = await client.ws_connect("/play", **options)
+        hello, _ = await receive(channel)
+        return cls(channel, hello)
+
+    async def say(self, kind, **fields):
+        await self.channel.send_str(json.dumps({"type": kind} | fields))
+
+    async def act(self, kind, **fields):
+        self.input += 1
+        await self.say(kind, input=self.input, **fields)
+
+    async def picture(self):
+        """The next picture, which is said to be shown."""
+        status, blobs = await receive(self.channel)
+        assert status["type"] == "picture"
+        await self.say("shown")
+        return status, blobs
+
+
+async def receive(channel):
+    """(status, {name: bytes}); AssertionError with the reason if the socket was closed."""
+    message = await channel.receive(timeout=60)
+    assert message.type == aiohttp.WSMsgType.TEXT, (message.type, message.data, message.extra)
+    status = json.loads(message.data)
+    return status, {name: await channel.receive_bytes(timeout=60) for name in status["binary"]}
+
+
+def with_server(ground, scenario, rate=5.0, clients=4):
+    """Run scenario(client, server) against a real server on a free port."""
+
+    async def main():
+        server = Server(ground, rate, "127.0.0.1", clients)
+        async with TestClient(TestServer(server.app(), host="127.0.0.1")) as client:
+            return await scenario(client, server)
+
+    return asyncio.run(main())
+
+
+def test_strangers_are_kept_out(ground):
+    """Bug: a page of another site plays, and reads, through the browser of somebody who has play.py
+    open; a name that points to this machine is taken for its own."""
+
+    async def scenario(client, server):
+        here = f"127.0.0.1:{client.port}"
+        answers = {}
+        for name, headers in {
+            "plain": {},
+            "tunnel": {"Host": "localhost:9000", "Origin": "http://localhost:9000"},
+            "own": {"Origin": f"http://{here}"},
+            "rebound": {"Host": f"evil.example:{client.port}"},
+            "address": {"Host": "192.168.1.5"},
+            "cross": {"Origin": "http://evil.example"},
+            "port": {"Origin": "http://127.0.0.1:1"},
+            "null": {"Origin": "null"},
+            "broken": {"Host": "[::1"},
+        }.items():
+            async with client.get("/", headers=headers) as response:
+                answers[name] = response.status
+            if answers[name] == 200:
+                page = await Page.open(client, headers=headers)
+                await page.channel.close()
+            else:
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                    await client.ws_connect("/play", headers=headers)
+                assert refused.value.status == 403
+        return answers
+
+    answers = with_server(ground, scenario)
+    allowed = {"plain", "tunnel", "own"}
+    assert answers == {name: 200 if name in allowed else 403 for name in answers}
+
+    # with --host, names that were asked for and plain addresses
+    assert is_allowed("192.168.1.5:8000", "0.0.0.0", "box") and is_allowed("box", "0.0.0.0", "box")
+    assert is_allowed("a.example:80", "a.example", "box")
+    assert not is_allowed("evil.example", "0.0.0.0", "box") and not is_allowed("", "::", "box")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "a message is no JSON"),
+        ("[" * 4000, "a message is no JSON"),
+        ("[1]", "a message is a JSON object with a type"),
+        ('{"type": "start", "number": 99}', "number of a start"),
+        ('{"type": "start", "number": true}', "number of a start"),
+        ('{"type": "pause", "on": 1}', "pause: on is true or false"),
+        ('{"type": "held", "names": []}', "input of a message"),
+        ('{"type": "held", "names": ["key.b"], "input": 1}', "names of held keys"),
+        ('{"type": "mouse", "dx": NaN, "dy": 0, "input": 1}', "nan is not within"),
+        ('{"type": "fly", "input": 1}', "no message of type 'fly' is known"),
+    ],
+)
+def test_wrong_messages_close_the_socket_with_a_reason(ground, text, reason):
+    """Bug: a wrong message ends the server, or is swallowed so that nobody finds the fault."""
+
+    async def scenario(client, server):
+        page = await Page.open(client)
+        await page.channel.send_str(text)
+        while (message := await page.channel.receive(timeout=60)).type != aiohttp.WSMsgType.CLOSE:
+            pass
+        other = await Page.open(client)
+        await other.picture()
+        return message.data, message.extra
+
+    code, said = with_server(ground, scenario)
+    assert code == 1008 and reason in said
+
+
+def test_long_and_binary_messages_and_one_player_too_many(ground):
+    """Bug: a message of any length is kept in memory; a number of players that has no bound."""
+
+    async def scenario(client, server):
+        async def code_after(send):
+            page = await Page.open(client)
+            await send(page.channel)
+            while not page.channel.closed:
+                await page.channel.receive(timeout=60)
+            return page.channel.close_code
+
+        codes = [
+            await code_after(lambda channel: channel.send_bytes(b"key.w")),
+            await code_after(lambda channel: channel.send_str("x" * 5000)),
+        ]
+        pages = [await Page.open(client) for _ in range(2)]
+        full = await client.ws_connect("/play")
+        message = await full.receive(timeout=60)
+        codes.append(full.close_code)
+
+        # who leaves makes room
+        await pages[0].channel.close()
+        while len(server.sessions) > 1:
+            await asyncio.sleep(0.01)
+        await Page.open(client)
+        return codes, message.extra
+
+    codes, reason = with_server(ground, scenario, clients=2)
+    assert codes == [1003, 1009, 1013] and reason.startswith("2 players at once are enough")
+
+
+async def steps_of(page, start, names, count):
+    """Start somewhere, then single steps with these keys held: [(status, blobs)]."""
+    await page.say("pause", on=True)
+    await page.say("start", number=start)
+    pictures = []
+    while not pictures or pictures[-1][0]["step"]:
+        pictures = [await page.picture()]
+    await page.act("held", names=names)
+    for _ in range(count):
+        await page.say("step")
+        pictures.append(await page.picture())
+    return pictures
+
+
+def test_players_are_independent_and_their_actions_matter(ground):
+    """Bug: two browsers share a window, hotbar or keys; a start is another recording's; keys that
+    reach no prediction."""
+
+    async def scenario(client, server):
+        one = await Page.open(client)
+        two = await Page.open(client)
+        left = await steps_of(one, 3, ["turn.left"], 4)
+        right = await steps_of(two, 3, ["turn.right"], 4)
+        again = await steps_of(one, 3, ["turn.left"], 4)
+        elsewhere = await steps_of(two, 0, ["turn.left"], 4)
+        rest = await steps_of(two, 3, [], 1)
+        return left, right, again, elsewhere, rest, one.hello
+
+    left, right, again, elsewhere, rest, hello = with_server(ground, scenario)
+
+    def pictures(steps):
+        return [blobs["predicted"] for _, blobs in steps]
+
+    assert pictures(left) == pictures(again)
+    assert left[0][1] == right[0][1] and left[0][1] != elsewhere[0][1]
+    assert len({*pictures(left)[1:], *pictures(right)[1:]}) == 8
+    status = left[1][0]
+    assert status["gap"] > 0 and rest[1][0]["gap"] == 0 and left[0][0]["gap"] is None
+    assert [s["step"] for s, _ in left] == [0, 1, 2, 3, 4] and status["input"] == 1
+    assert again[1][0]["input"] == 2
+
+    # play starts with half a window of true steps, so step 0 is itself its nearest
+    T = ground.real.z.shape[1]
+    number = 3 * T + (ground.window + 1) // 2 - 1
+    assert left[0][1]["nearest"] == ground.real.frames[number]
+    start = hello["starts"][3]
+    nearest = left[0][0]["nearest"]
+    assert nearest["recording"] == start["recording"]
+    assert np.isclose(nearest["seconds"] - start["seconds"], (number % T) * 0.4, atol=0.11)
+
+
+def test_a_slow_page_gets_the_newest_picture(ground):
+    """Bug: pictures pile up for a page that does not fetch them, which then shows old ones."""
+
+    async def scenario(client, server):
+        page = await Page.open(client)
+        first, _ = await receive(page.channel)
+
+        # what the others play is not held up
+        other = await Page.open(client)
+        while (await other.picture())[0]["step"] < 30:
+            pass
+        await page.say("shown")
+        second, _ = await receive(page.channel)
+        return first["step"], second["step"]
+
+    first, second = with_server(ground, scenario, rate=500.0)
+    assert first == 0 and second >= 15
+
+
+def test_a_session_is_bounded_whatever_it_is_told(ground):
+    """Bug: wishes, keys, motion or film grow for as long as a page talks."""
+
+    async def main():
+        session = Session(ground, 5.0, None)
+        for i in range(3000):
+            session.hear(json.dumps({"type": "mouse", "dx": 9999, "dy": -9999, "input": i}))
+            session.hear(json.dumps({"type": "held", "names": ["key.w"] * 50, "input": i}))
+            session.hear('{"type": "step"}')
+            session.hear('{"type": "start", "number": 1}')
+        hand = session.player.hand
+        assert hand.dx == 1e4 and hand.dy == -1e4 and hand.tapped == {"key.w"}
+        assert session.one_step is True and session.wanted_start == 1
+        assert session.last_input == 2999
+
+    asyncio.run(main())
+
+    # the film stops, the window slides
+    player = Player(ground)
+    player.begin(0)
+    player.start_film()
+    for _ in range(LONGEST_FILM + 5):
+        player.step(player.take())
+    assert len(player.film) == LONGEST_FILM and player.film_is_full()
+    assert len(player.window.z) <= ground.window + 1
+    tokens = player.window.past[0][0].shape[2]
+    assert tokens <= ground.window * (ground.real.z.shape[2] + 2)
+
+
+def test_a_film_can_be_played(ground):
+    """Bug: a film that no player opens, one picture too many, the wrong speed."""
+
+    async def scenario(client, server):
+        page = await Page.open(client)
+        await page.say("pause", on=True)
+        await page.picture()
+        await page.say("film", on=True)
+        for _ in range(7):
+            await page.say("step")
+            status, _ = await page.picture()
+        assert status["filmed"] == 7
+        await page.say("film", on=False)
+        return await receive(page.channel)
+
+    status, blobs = with_server(ground, scenario)
+    assert status["type"] == "film"
+    with av.open(io.BytesIO(blobs["film"])) as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert film.streams.video[0].average_rate == 2.5  # steps of 0.4 s
+    assert len(frames) == 7 and frames[0].shape == (188, 2 * 168, 3)
+    halves = [frame[28:, :168].astype(int) - frame[28:, 168:] for frame in frames]
+    assert all(np.abs(half).mean() > 1 for half in halves)
+
+
+# --- the program ---
+
+
+def test_what_cannot_be_played_is_refused(game, decoder, tmp_path):
+    """Bug: a traceback, or a page without a picture."""
+    played = ["--checkpoint", game.out, "--data", game.held, "--port 0"]
+    text = fails(tmp_path, "play.py", *played)
+    assert "features without pictures: name a run of train_decoder.py with --decoder" in text
+    text = fails(tmp_path, "play.py", *played, "--decoder", game.out)
+    assert "is no run of train_decoder.py" in text
+    text = fails(tmp_path, "play.py", *played, "--decoder", tmp_path / "no")
+    assert "no such run folder or file" in text
+    text = fails(tmp_path, "play.py", *played, "--decoder", decoder, "--window 8")
+    assert "--window 8: choose 1 to 7 steps" in text
+    text = fails(tmp_path, "play.py", *played, "--clips 1")
+    assert "--clips 1 is too small: at least 2" in text
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = ["--decoder", decoder, "--clips 2", "--port", port]
+        text = fails(tmp_path, "play.py", *played, *flags)
+    assert f"--port {port} is taken on 127.0.0.1" in text
