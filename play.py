@@ -82,22 +82,16 @@ import webbrowser
 from aiohttp import WSCloseCode, WSMsgType, web
 
 import checkpoint
-from evaluation.closed_loop import in_recorded_units
 from evaluation.decoded import Decoder
-from evaluation.held_out import precision_text, states_from
-from evaluation.pictures import find_videos
+from evaluation.held_out import precision_text
 from evaluation.playing import (
-    FRAME_SIZE,
     LONGEST_FILM,
-    Keyboard,
-    Limits,
     Player,
-    Playground,
-    RealSteps,
     Sliders,
     film_of,
+    open_playground,
 )
-from evaluation.runs import load_run, open_held_out, print_left_out
+from evaluation.runs import load_run
 from files.logs import count_text
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "evaluation", "play.html")
@@ -114,54 +108,7 @@ HEADERS = {
 }
 
 
-# --- the ground ---
-
-
-def open_ground(run, decoder, data, video, encoder, window, clips, seed):
-    """A Run and its held-out data -> Playground. Arguments as the flags say."""
-    state = run.state
-    T = state["frames_per_clip"] // state["frames_per_step"]
-    window = window or T - 1
-    if not 1 <= window < T:
-        raise ValueError(
-            f"--window {window}: choose 1 to {T - 1} steps, because the predictor was never trained"
-            " on more"
-        )
-    if decoder is not None:
-        decoder.check(run)
-
-    # held-out recordings, and their frames
-    dataset, features_of, compose, bad = open_held_out(
-        state, run.scaler, data, encoder, run.device, run.dtype
-    )
-    print_left_out(bad)
-    is_features = "safetensors" in dataset.records[0].members
-    if is_features and not video and decoder is None:
-        raise ValueError(
-            "these data are features without pictures: name a run of train_decoder.py with"
-            " --decoder, or with --video the shards that they were made from"
-        )
-    videos = find_videos(video, dataset.records) if video else None
-    size = decoder.pictures.size if decoder is not None else FRAME_SIZE
-    real = RealSteps(run, dataset, features_of, videos, size, clips, seed)
-
-    # keys and mouse for a game, sliders for a robot
-    names = state["action_names"]
-    if state["dataset"] == "droid":
-        new_hand = functools.partial(Sliders, names, run.scaler.scale)
-    else:
-        recorded = in_recorded_units(real.actions.flatten(0, 1), run.scaler)
-        limits = Limits.of(names, recorded, real.states.flatten(0, 1).cpu().numpy())
-        new_hand = functools.partial(Keyboard, names, limits)
-    return Playground(
-        run=run,
-        compose=states_from(compose, run.scaler, run.device),
-        decoder=decoder,
-        real=real,
-        window=window,
-        seconds=state["frames_per_step"] / state["fps"],
-        new_hand=new_hand,
-    )
+# --- what the page says and is told ---
 
 
 def introduction(ground, rate):
@@ -331,6 +278,7 @@ class Session:
             "type": "picture",
             "step": shown.step,
             "drift": shown.drift,
+            "detail": shown.detail,
             "gap": shown.gap,
             "nearest": {"recording": recording, "seconds": round(seconds, 1)},
             "input": self.known_input,
@@ -528,7 +476,7 @@ if __name__ == "__main__":
     # --- run and data ---
     run = load_run(args.checkpoint, args.dtype)
     decoder = Decoder(args.decoder, run.device) if args.decoder else None
-    ground = open_ground(
+    ground = open_playground(
         run,
         decoder,
         args.data,

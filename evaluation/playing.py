@@ -2,6 +2,7 @@
 and sliders do, and the real steps that predicted ones are compared with. play.py shows it on a
 page."""
 
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from data import collate, windows
 from evaluation.closed_loop import in_recorded_units, seen_from_first
 from evaluation.decoded import Decoder, as_image
 from evaluation.films import STRONG, labelled, mp4_bytes, side_by_side
-from evaluation.held_out import recording_of
-from evaluation.pictures import look_up
-from evaluation.runs import Run, play_reader
+from evaluation.held_out import recording_of, states_from
+from evaluation.pictures import find_videos, look_up
+from evaluation.runs import Run, open_held_out, play_reader, print_left_out
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL, HOTBAR, SLOTS
 from model import predict_on
@@ -331,10 +332,13 @@ class RealSteps:
 
     @torch.no_grad()
     def measure(self):
-        """How far apart real steps are, and how much they change in a step."""
+        """How far apart real steps are, how much they change in a step, and how far they are from
+        their mean."""
         T = self.z.shape[1]
         self.rows = self.z.flatten(0, 1).flatten(1)
         self.change = (self.z[:, 1:] - self.z[:, :-1]).abs().mean().item()
+        self.mean = self.z.mean((0, 1))
+        self.spread = (self.z - self.mean).abs().mean().item()
 
         # the neighbours of a step are in other recordings, because those of its own are the same
         # moment again; where there is only one recording, in other clips
@@ -362,6 +366,11 @@ class RealSteps:
         outside = distance.masked_fill(self.groups == group, math.inf)
         return int(distance.argmin()), float(outside.min())
 
+    def detail(self, z):
+        """How far features (N, E) are from the mean of all real steps, as a share of how far real
+        steps are: 0 is no picture in particular."""
+        return (z - self.mean).abs().mean().item() / self.spread
+
     def name_of(self, number, seconds):
         """(recording, seconds since its start) of a real step; seconds: of a step."""
         clip, t = divmod(number, self.z.shape[1])
@@ -387,6 +396,53 @@ class Playground(NamedTuple):
     new_hand: Callable
 
 
+def open_playground(run, decoder, data, video, encoder, window, clips, seed):
+    """A Run and its held-out data -> Playground. Arguments as the flags say."""
+    state = run.state
+    T = state["frames_per_clip"] // state["frames_per_step"]
+    window = window or T - 1
+    if not 1 <= window < T:
+        raise ValueError(
+            f"--window {window}: choose 1 to {T - 1} steps, because the predictor was never trained"
+            " on more"
+        )
+    if decoder is not None:
+        decoder.check(run)
+
+    # held-out recordings, and their frames
+    dataset, features_of, compose, bad = open_held_out(
+        state, run.scaler, data, encoder, run.device, run.dtype
+    )
+    print_left_out(bad)
+    is_features = "safetensors" in dataset.records[0].members
+    if is_features and not video and decoder is None:
+        raise ValueError(
+            "these data are features without pictures: name a run of train_decoder.py with"
+            " --decoder, or with --video the shards that they were made from"
+        )
+    videos = find_videos(video, dataset.records) if video else None
+    size = decoder.pictures.size if decoder is not None else FRAME_SIZE
+    real = RealSteps(run, dataset, features_of, videos, size, clips, seed)
+
+    # keys and mouse for a game, sliders for a robot
+    names = state["action_names"]
+    if state["dataset"] == "droid":
+        new_hand = functools.partial(Sliders, names, run.scaler.scale)
+    else:
+        recorded = in_recorded_units(real.actions.flatten(0, 1), run.scaler)
+        limits = Limits.of(names, recorded, real.states.flatten(0, 1).cpu().numpy())
+        new_hand = functools.partial(Keyboard, names, limits)
+    return Playground(
+        run=run,
+        compose=states_from(compose, run.scaler, run.device),
+        decoder=decoder,
+        real=real,
+        window=window,
+        seconds=state["frames_per_step"] / state["fps"],
+        new_hand=new_hand,
+    )
+
+
 class Shown(NamedTuple):
     """A step as it is shown."""
 
@@ -402,6 +458,9 @@ class Shown(NamedTuple):
     # distance to real steps of other recordings: 1 is what real steps usually have; None where
     # theirs is 0
     drift: float | None
+
+    # how far from the mean of real steps, as a share of what real steps are
+    detail: float
 
     # how far the action moved the prediction away from the one under rest, as a share of what
     # real steps change; None at the start
@@ -454,7 +513,7 @@ class Player:
         real = self.ground.real
         nearest, distance = real.nearest(z, self.group)
         drift = distance / real.usual if real.usual > 0 else None
-        shown = Shown(self.step_number, predicted, nearest, drift, gap)
+        shown = Shown(self.step_number, predicted, nearest, drift, real.detail(z), gap)
         if self.is_filming and not self.film_is_full():
             self.film.append(shown)
         return shown

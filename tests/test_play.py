@@ -18,11 +18,19 @@ from aiohttp.test_utils import TestClient, TestServer
 from evaluation.closed_loop import seen_from_first
 from evaluation.decoded import Decoder
 from evaluation.held_out import states_from
-from evaluation.playing import LONGEST_FILM, Keyboard, Limits, Player, Sliders, Window
+from evaluation.playing import (
+    LONGEST_FILM,
+    Keyboard,
+    Limits,
+    Player,
+    Sliders,
+    Window,
+    open_playground,
+)
 from evaluation.runs import load_run
 from files.vpt import ACTION_SPACES
 from model import Predictor, compose_states, normalize_features, predict
-from play import Server, Session, is_allowed, open_ground
+from play import Server, Session, is_allowed
 from tests.harness import fails, run
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -182,7 +190,7 @@ def decoder(game, tmp_path_factory):
 def ground(game, decoder):
     """What play.py opens: the run, its decoder, held-out features and their video."""
     played = load_run(str(game.out))
-    return open_ground(
+    return open_playground(
         played,
         Decoder(str(decoder), played.device),
         [str(game.held)],
