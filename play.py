@@ -102,7 +102,8 @@ LONGEST_MESSAGE = 4096
 # the page is one file that loads nothing from anywhere
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src"
-    " 'unsafe-inline'; img-src blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    " 'unsafe-inline'; img-src blob: data:; connect-src 'self'; frame-ancestors 'none'; base-uri"
+    " 'none'",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
 }
@@ -255,8 +256,10 @@ class Session:
             shown = await loop.run_in_executor(self.thread, work)
             self.tell(shown, loop.time() - now)
 
-            # what comes late makes nothing later, and is not made up for
-            due = max(due + self.period, now)
+            # a little late makes nothing later; what was missed is not made up for
+            due += self.period
+            if due < now:
+                due = now + self.period
 
     async def finish_film(self):
         """The film so far becomes an mp4 for the page."""
@@ -276,6 +279,7 @@ class Session:
             blobs["nearest"] = real.frames[shown.nearest]
         status = {
             "type": "picture",
+            "start": shown.start,
             "step": shown.step,
             "drift": shown.drift,
             "detail": shown.detail,

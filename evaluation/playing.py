@@ -446,7 +446,8 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
 class Shown(NamedTuple):
     """A step as it is shown."""
 
-    # steps since the start, whose own number is 0
+    # the clip that play started from, and steps since then: the start itself is step 0
+    start: int
     step: int
 
     # JPEG; None without a decoder
@@ -489,6 +490,7 @@ class Player:
         self.group = real.groups[clip * real.z.shape[1]]
         following = real.actions[clip, count - 1]
         self.hand.begin(in_recorded_units(following, self.ground.run.scaler))
+        self.start = clip
         self.step_number = 0
         return self.show(self.window.z[-1], None)
 
@@ -513,7 +515,7 @@ class Player:
         real = self.ground.real
         nearest, distance = real.nearest(z, self.group)
         drift = distance / real.usual if real.usual > 0 else None
-        shown = Shown(self.step_number, predicted, nearest, drift, real.detail(z), gap)
+        shown = Shown(self.start, self.step_number, predicted, nearest, drift, real.detail(z), gap)
         if self.is_filming and not self.film_is_full():
             self.film.append(shown)
         return shown

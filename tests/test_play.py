@@ -5,7 +5,10 @@ import asyncio
 import contextlib
 import io
 import json
+import re
+import shutil
 import socket
+import subprocess
 import types
 
 import aiohttp
@@ -31,7 +34,7 @@ from evaluation.runs import load_run
 from files.vpt import ACTION_SPACES
 from model import Predictor, compose_states, normalize_features, predict
 from play import Server, Session, is_allowed
-from tests.harness import fails, run
+from tests.harness import Run, fails, run
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 LIMITS = Limits(turn=100.0, most=300.0, pitch=(-0.5, 0.25))
@@ -356,12 +359,13 @@ async def steps_of(page, start, names, count):
     await page.say("pause", on=True)
     await page.say("start", number=start)
     pictures = []
-    while not pictures or pictures[-1][0]["step"]:
+    while not pictures or (pictures[0][0]["start"], pictures[0][0]["step"]) != (start, 0):
         pictures = [await page.picture()]
     await page.act("held", names=names)
     for _ in range(count):
         await page.say("step")
         pictures.append(await page.picture())
+    await page.act("held", names=[])
     return pictures
 
 
@@ -375,7 +379,7 @@ def test_players_are_independent_and_their_actions_matter(ground):
         left = await steps_of(one, 3, ["turn.left"], 4)
         right = await steps_of(two, 3, ["turn.right"], 4)
         again = await steps_of(one, 3, ["turn.left"], 4)
-        elsewhere = await steps_of(two, 0, ["turn.left"], 4)
+        elsewhere = await steps_of(two, 1, ["turn.left"], 4)
         rest = await steps_of(two, 3, [], 1)
         return left, right, again, elsewhere, rest, one.hello
 
@@ -390,16 +394,14 @@ def test_players_are_independent_and_their_actions_matter(ground):
     status = left[1][0]
     assert status["gap"] > 0 and rest[1][0]["gap"] == 0 and left[0][0]["gap"] is None
     assert [s["step"] for s, _ in left] == [0, 1, 2, 3, 4] and status["input"] == 1
-    assert again[1][0]["input"] == 2
+    assert again[1][0]["input"] == 3
 
     # play starts with half a window of true steps, so step 0 is itself its nearest
     T = ground.real.z.shape[1]
     number = 3 * T + (ground.window + 1) // 2 - 1
     assert left[0][1]["nearest"] == ground.real.frames[number]
-    start = hello["starts"][3]
-    nearest = left[0][0]["nearest"]
-    assert nearest["recording"] == start["recording"]
-    assert np.isclose(nearest["seconds"] - start["seconds"], (number % T) * 0.4, atol=0.11)
+    since = left[0][0]["nearest"]["seconds"] - hello["starts"][3]["seconds"]
+    assert np.isclose(since, (number % T) * 0.4, atol=0.11)
 
 
 def test_a_slow_page_gets_the_newest_picture(ground):
@@ -496,3 +498,164 @@ def test_what_cannot_be_played_is_refused(game, decoder, tmp_path):
         flags = ["--decoder", decoder, "--clips 2", "--port", port]
         text = fails(tmp_path, "play.py", *played, *flags)
     assert f"--port {port} is taken on 127.0.0.1" in text
+
+
+def test_a_robot_is_played_with_sliders(arm, tmp_path):
+    """Bug: episodes have no window, no frames or no pose that follows; sliders in stds."""
+    played = load_run(str(arm / "base"))
+    ground = open_playground(played, None, None, None, None, None, 6, 0)
+    assert len(ground.real.frames) == ground.real.z.shape[0] * ground.real.z.shape[1]
+
+    async def scenario(client, server):
+        page = await Page.open(client)
+        await page.say("pause", on=True)
+        await page.picture()
+        most = [s["most"] for s in page.hello["sliders"]]
+        await page.act("sliders", values=[most[0], 0, 0, 0, 0, 0, -most[6]])
+        await page.say("step")
+        return page.hello, await page.picture()
+
+    hello, (status, blobs) = with_server(ground, scenario)
+    assert [s["unit"] for s in hello["sliders"]] == ["m"] * 3 + ["rad"] * 3 + ["closed"]
+    assert hello["can_hold"] == [] and hello["decoded"] is False
+    assert set(blobs) == {"nearest"} and status["gap"] > 0
+
+    # the pose follows the action
+    player = Player(ground)
+    player.begin(0)
+    before = player.window.states[-1].clone()
+    player.hand.hear({"type": "sliders", "values": [0.01, 0, 0, 0, 0, 0, 0]})
+    player.step(player.take())
+    moved = player.window.states[-1] - before
+    torch.testing.assert_close(moved, torch.tensor([0.01, 0, 0, 0, 0, 0, 0]), rtol=0, atol=1e-5)
+
+
+# --- a browser ---
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Browser:
+    """One tab of a headless Chromium, by its DevTools protocol."""
+
+    def __init__(self, channel):
+        self.channel = channel
+        self.count = 0
+        self.tab = None
+        self.complaints = []
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, folder):
+        """A Chromium with its profile in a folder."""
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        flags += ["--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([CHROMIUM, *flags], **silent)
+        try:
+            # it writes where it listens
+            lines = []
+            while len(lines) < 2:
+                await asyncio.sleep(0.05)
+                assert process.poll() is None, "Chromium has ended"
+                if (folder / "DevToolsActivePort").exists():
+                    lines = (folder / "DevToolsActivePort").read_text().splitlines()
+            url = f"ws://127.0.0.1:{lines[0]}{lines[1]}"
+            async with aiohttp.ClientSession() as session:
+                async with session.ws_connect(url, max_msg_size=0) as channel:
+                    yield cls(channel)
+        finally:
+            process.terminate()
+            process.wait()
+
+    async def call(self, method, **params):
+        """A command of the protocol -> its result."""
+        self.count += 1
+        command = {"id": self.count, "method": method, "params": params}
+        if self.tab:
+            command["sessionId"] = self.tab
+        await self.channel.send_str(json.dumps(command))
+        while True:
+            answer = json.loads(await self.channel.receive_str(timeout=60))
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.complaints.append(answer["params"])
+            if answer.get("id") == self.count:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    async def visit(self, url):
+        """Open a page in a new tab."""
+        target = await self.call("Target.createTarget", url=url)
+        attached = await self.call(
+            "Target.attachToTarget", targetId=target["targetId"], flatten=True
+        )
+        self.tab = attached["sessionId"]
+        await self.call("Runtime.enable")
+        await self.call("Log.enable")
+
+    async def value(self, expression):
+        """What an expression of JavaScript is in the page."""
+        result = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    async def until(self, expression):
+        """Wait until an expression is true."""
+        while not await self.value(expression):
+            await asyncio.sleep(0.02)
+
+    async def key(self, kind, code):
+        """A key goes down ("keyDown") or up ("keyUp")."""
+        await self.call("Input.dispatchKeyEvent", type=kind, code=code)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
+def test_the_page_plays_in_a_browser(game, decoder, tmp_path, deadline):
+    """Bug: a page that does not load, that its own security header forbids, whose keys do nothing,
+    or whose left is its right."""
+    flags = ["--checkpoint", game.out, "--data", game.held, "--video", game.video]
+    server = Run(tmp_path, "play.py", *flags, "--decoder", decoder, "--clips 4 --port 0")
+
+    async def steps(browser, code):
+        """Pictures of three single steps from the start with a key held."""
+        await browser.key("keyDown", "KeyT")
+        await browser.key("keyUp", "KeyT")
+        await browser.until("$('main').dataset.step === '0'")
+        await browser.key("keyDown", code)
+        pictures = []
+        for step in (1, 2, 3):
+            await browser.key("keyDown", "KeyN")
+            await browser.key("keyUp", "KeyN")
+            await browser.until(f"$('main').dataset.step === '{step}'")
+            pictures.append(await browser.value("$('main').toDataURL()"))
+        await browser.key("keyUp", code)
+        return pictures
+
+    async def main():
+        url = re.search(r"play at (http\S+)", server.text())[1]
+        async with Browser.open(tmp_path) as browser:
+            await browser.visit(url)
+
+            # it runs by itself, then step by step
+            await browser.until("typeof hello !== 'undefined' && $('main').dataset.step > 1")
+            await browser.key("keyDown", "KeyP")
+            await browser.until("$('pause').textContent === 'Continue'")
+            left = await steps(browser, "ArrowLeft")
+            right = await steps(browser, "ArrowRight")
+            again = await steps(browser, "ArrowLeft")
+            facts = await browser.value(
+                "[$('main-caption').textContent, $('nearest-caption').textContent,"
+                " $('nearest').width, $('gap').textContent, $('keys').textContent]"
+            )
+            return left, right, again, facts, browser.complaints
+
+    try:
+        assert server.until(lambda: "play at http" in server.text()), server.text()
+        left, right, again, facts, complaints = asyncio.run(main())
+    finally:
+        server.kill()
+    assert complaints == []
+    assert left == again and len({*left, *right}) == 6
+    assert facts[0].startswith("Predicted by ") and "1.2 s after the start" in facts[0]
+    assert facts[1].startswith("Nearest real frame: ") and facts[2] == 32
+    assert facts[3].endswith("%") and "space" in facts[4]
