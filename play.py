@@ -282,7 +282,7 @@ class Session:
             "start": shown.start,
             "step": shown.step,
             "drift": shown.drift,
-            "detail": shown.detail,
+            "sharpness": shown.sharpness,
             "gap": shown.gap,
             "nearest": {"recording": recording, "seconds": round(seconds, 1)},
             "input": self.known_input,

@@ -22,13 +22,16 @@ from evaluation.pictures import find_videos, look_up
 from evaluation.runs import Run, open_held_out, play_reader, print_left_out
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL, HOTBAR, SLOTS
-from model import predict_on
+from model import picture_gradients, predict_on
 
 # side of real frames in pixels where no decoder says how large its pictures are
 FRAME_SIZE = 144
 
 # real steps whose own nearest neighbour is looked for, to know how far apart real steps are
 NEIGHBOURS = 256
+
+# real steps that are decoded, to know how sharp such pictures are
+DECODED = 64
 
 # steps of a film: what is recorded is kept in memory
 LONGEST_FILM = 300
@@ -38,6 +41,12 @@ AT_ONCE = 8
 
 # arrow keys, which turn as the mouse does: (dx, dy)
 ARROWS = {"turn.left": (-1, 0), "turn.right": (1, 0), "turn.up": (0, -1), "turn.down": (0, 1)}
+
+
+def edges(pictures):
+    """Mean |difference| of neighbouring pixels of pictures (..., H, W): little in blurred ones."""
+    below, beside = picture_gradients(pictures)
+    return (below.abs().mean() + beside.abs().mean()).item()
 
 
 def jpeg_bytes(image):
@@ -332,13 +341,10 @@ class RealSteps:
 
     @torch.no_grad()
     def measure(self):
-        """How far apart real steps are, how much they change in a step, and how far they are from
-        their mean."""
+        """How far apart real steps are, and how much they change in a step."""
         T = self.z.shape[1]
         self.rows = self.z.flatten(0, 1).flatten(1)
         self.change = (self.z[:, 1:] - self.z[:, :-1]).abs().mean().item()
-        self.mean = self.z.mean((0, 1))
-        self.spread = (self.z - self.mean).abs().mean().item()
 
         # the neighbours of a step are in other recordings, because those of its own are the same
         # moment again; where there is only one recording, in other clips
@@ -366,11 +372,6 @@ class RealSteps:
         outside = distance.masked_fill(self.groups == group, math.inf)
         return int(distance.argmin()), float(outside.min())
 
-    def detail(self, z):
-        """How far features (N, E) are from the mean of all real steps, as a share of how far real
-        steps are: 0 is no picture in particular."""
-        return (z - self.mean).abs().mean().item() / self.spread
-
     def name_of(self, number, seconds):
         """(recording, seconds since its start) of a real step; seconds: of a step."""
         clip, t = divmod(number, self.z.shape[1])
@@ -388,6 +389,9 @@ class Playground(NamedTuple):
     decoder: Decoder | None
     real: RealSteps
 
+    # of decoded real steps; None without a decoder
+    usual_edges: float | None
+
     # steps in a window, and seconds of a step
     window: int
     seconds: float
@@ -400,7 +404,7 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
     """A Run and its held-out data -> Playground. Arguments as the flags say."""
     state = run.state
     T = state["frames_per_clip"] // state["frames_per_step"]
-    window = window or T - 1
+    window = T - 1 if window is None else window
     if not 1 <= window < T:
         raise ValueError(
             f"--window {window}: choose 1 to {T - 1} steps, because the predictor was never trained"
@@ -424,6 +428,12 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
     size = decoder.pictures.size if decoder is not None else FRAME_SIZE
     real = RealSteps(run, dataset, features_of, videos, size, clips, seed)
 
+    # how sharp decoded pictures are where nothing had to be predicted
+    usual_edges = None
+    if decoder is not None:
+        every = -(-len(real.rows) // DECODED)
+        usual_edges = edges(decoder(real.z.flatten(0, 1)[::every]))
+
     # keys and mouse for a game, sliders for a robot
     names = state["action_names"]
     if state["dataset"] == "droid":
@@ -436,6 +446,7 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
         run=run,
         compose=states_from(compose, run.scaler, run.device),
         decoder=decoder,
+        usual_edges=usual_edges,
         real=real,
         window=window,
         seconds=state["frames_per_step"] / state["fps"],
@@ -460,8 +471,8 @@ class Shown(NamedTuple):
     # theirs is 0
     drift: float | None
 
-    # how far from the mean of real steps, as a share of what real steps are
-    detail: float
+    # edges of the picture, as a share of those of decoded real steps; None without a decoder
+    sharpness: float | None
 
     # how far the action moved the prediction away from the one under rest, as a share of what
     # real steps change; None at the start
@@ -509,13 +520,25 @@ class Player:
 
     def show(self, z, gap):
         """Features (N, E) -> Shown."""
+        ground = self.ground
         predicted = None
-        if self.ground.decoder is not None:
-            predicted = jpeg_bytes(as_image(self.ground.decoder(z[None])[0]))
-        real = self.ground.real
-        nearest, distance = real.nearest(z, self.group)
-        drift = distance / real.usual if real.usual > 0 else None
-        shown = Shown(self.start, self.step_number, predicted, nearest, drift, real.detail(z), gap)
+        sharpness = None
+        if ground.decoder is not None:
+            picture = ground.decoder(z[None])[0]
+            predicted = jpeg_bytes(as_image(picture))
+            sharpness = edges(picture) / ground.usual_edges
+
+        nearest, distance = ground.real.nearest(z, self.group)
+        usual = ground.real.usual
+        shown = Shown(
+            start=self.start,
+            step=self.step_number,
+            predicted=predicted,
+            nearest=nearest,
+            drift=distance / usual if usual > 0 else None,
+            sharpness=sharpness,
+            gap=gap,
+        )
         if self.is_filming and not self.film_is_full():
             self.film.append(shown)
         return shown
