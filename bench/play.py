@@ -6,9 +6,9 @@
 From a few starts the model is played for --seconds of its own time: at rest, and by a player who
 presses random keys and arrows, new ones about every second. Prints for some moments, as means over
 the starts: the distance to the nearest real step of another recording (1 is usual for real steps),
-the sharpness of the picture (1 is usual for decoded real steps), what the action did (a share of
-what real steps change), the resident memory, and the median time of a step with all that play.py
-does in it: prediction, rest beside it, decoder, nearest step, JPEG."""
+how much patches differ (structure, 1 is usual for real steps), what the action did (a share of what
+real steps change), the resident memory, and the median time of a step with all that play.py does in
+it: prediction, rest beside it, decoder, nearest step, JPEG."""
 
 import argparse
 import os
@@ -90,7 +90,7 @@ if __name__ == "__main__":
                 track.append(player.step(player.take()))
                 times.append(time.perf_counter() - began)
                 memory.append(resident())
-            shown = [[s.drift, s.sharpness, s.gap or 0, m] for s, m in zip(track, memory)]
+            shown = [[s.distance, s.structure, s.gap or 0, m] for s, m in zip(track, memory)]
             tracks[policy].append(shown)
 
     # --- rows ---
@@ -104,13 +104,13 @@ if __name__ == "__main__":
     for policy in POLICIES:
         means = np.mean(tracks[policy], axis=0)
         for step in moments:
-            distance, sharpness, gap, mib = tuple(means[step].tolist())
+            distance, structure, gap, mib = tuple(means[step].tolist())
             rows.append(
                 {
                     "play": policy,
                     "seconds": round(step * ground.seconds, 2),
                     "distance": distance,
-                    "sharpness": sharpness,
+                    "structure": structure,
                     "gap": gap,
                     "resident MiB": mib,
                     "ms a step": 1000 * statistics.median(times),

@@ -22,16 +22,13 @@ from evaluation.pictures import find_videos, look_up
 from evaluation.runs import Run, open_held_out, play_reader, print_left_out
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL, HOTBAR, SLOTS
-from model import picture_gradients, predict_on
+from model import predict_on
 
 # side of real frames in pixels where no decoder says how large its pictures are
 FRAME_SIZE = 144
 
 # real steps whose own nearest neighbour is looked for, to know how far apart real steps are
 NEIGHBOURS = 256
-
-# real steps that are decoded, to know how sharp such pictures are
-DECODED = 64
 
 # steps of a film: what is recorded is kept in memory
 LONGEST_FILM = 300
@@ -43,10 +40,25 @@ AT_ONCE = 8
 ARROWS = {"turn.left": (-1, 0), "turn.right": (1, 0), "turn.up": (0, -1), "turn.down": (0, 1)}
 
 
-def edges(pictures):
-    """Mean |difference| of neighbouring pixels of pictures (..., H, W): little in blurred ones."""
-    below, beside = picture_gradients(pictures)
-    return (below.abs().mean() + beside.abs().mean()).item()
+def structure(z):
+    """How much the patches of features (..., N, E) differ: their mean |difference| from the mean
+    patch (...). Where all patches are alike, nothing is left to see."""
+    return (z - z.mean(-2, keepdim=True)).abs().mean((-2, -1))
+
+
+def usual_and_band(values):
+    """The median of what real steps have, and what four of five of them are within, as shares of
+    the median; None where that is 0."""
+    usual = float(np.median(values))
+    band = None
+    if usual > 0:
+        band = [float(np.quantile(values, q)) / usual for q in (0.1, 0.9)]
+    return usual, band
+
+
+def share(value, usual):
+    """A value in units of what is usual for real steps; None where that is 0."""
+    return value / usual if usual > 0 else None
 
 
 def jpeg_bytes(image):
@@ -357,12 +369,10 @@ class RealSteps:
         for i in range(0, len(self.rows), -(-len(self.rows) // NEIGHBOURS)):
             apart.append(self.nearest(self.rows[i], self.groups[i])[1])
 
-        # what is usual, and what four of five real steps are within, as shares of that; where most
-        # steps have a twin there is no such unit
-        self.usual = float(np.median(apart))
-        self.band = None
-        if self.usual > 0:
-            self.band = [float(np.quantile(apart, q)) / self.usual for q in (0.1, 0.9)]
+        # where most steps have a twin, or features are of one patch, there is no such unit
+        self.usual_distance, self.distance_band = usual_and_band(apart)
+        of_patches = structure(self.z).flatten().cpu().numpy()
+        self.usual_structure, self.structure_band = usual_and_band(of_patches)
 
     @torch.no_grad()
     def nearest(self, z, group):
@@ -388,9 +398,6 @@ class Playground(NamedTuple):
     compose: Callable
     decoder: Decoder | None
     real: RealSteps
-
-    # of decoded real steps; None without a decoder
-    usual_edges: float | None
 
     # steps in a window, and seconds of a step
     window: int
@@ -428,12 +435,6 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
     size = decoder.pictures.size if decoder is not None else FRAME_SIZE
     real = RealSteps(run, dataset, features_of, videos, size, clips, seed)
 
-    # how sharp decoded pictures are where nothing had to be predicted
-    usual_edges = None
-    if decoder is not None:
-        every = -(-len(real.rows) // DECODED)
-        usual_edges = edges(decoder(real.z.flatten(0, 1)[::every]))
-
     # keys and mouse for a game, sliders for a robot
     names = state["action_names"]
     if state["dataset"] == "droid":
@@ -446,7 +447,6 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
         run=run,
         compose=states_from(compose, run.scaler, run.device),
         decoder=decoder,
-        usual_edges=usual_edges,
         real=real,
         window=window,
         seconds=state["frames_per_step"] / state["fps"],
@@ -467,12 +467,10 @@ class Shown(NamedTuple):
     # number of the nearest real step
     nearest: int
 
-    # distance to real steps of other recordings: 1 is what real steps usually have; None where
-    # theirs is 0
-    drift: float | None
-
-    # edges of the picture, as a share of those of decoded real steps; None without a decoder
-    sharpness: float | None
+    # distance to real steps of other recordings, and how much patches differ: 1 is what real steps
+    # usually have, None where that is 0
+    distance: float | None
+    structure: float | None
 
     # how far the action moved the prediction away from the one under rest, as a share of what
     # real steps change; None at the start
@@ -520,23 +518,18 @@ class Player:
 
     def show(self, z, gap):
         """Features (N, E) -> Shown."""
-        ground = self.ground
         predicted = None
-        sharpness = None
-        if ground.decoder is not None:
-            picture = ground.decoder(z[None])[0]
-            predicted = jpeg_bytes(as_image(picture))
-            sharpness = edges(picture) / ground.usual_edges
-
-        nearest, distance = ground.real.nearest(z, self.group)
-        usual = ground.real.usual
+        if self.ground.decoder is not None:
+            predicted = jpeg_bytes(as_image(self.ground.decoder(z[None])[0]))
+        real = self.ground.real
+        nearest, distance = real.nearest(z, self.group)
         shown = Shown(
             start=self.start,
             step=self.step_number,
             predicted=predicted,
             nearest=nearest,
-            drift=distance / usual if usual > 0 else None,
-            sharpness=sharpness,
+            distance=share(distance, real.usual_distance),
+            structure=share(structure(z).item(), real.usual_structure),
             gap=gap,
         )
         if self.is_filming and not self.film_is_full():

@@ -29,12 +29,15 @@ from evaluation.playing import (
     Sliders,
     Window,
     open_playground,
+    share,
+    structure,
+    usual_and_band,
 )
 from evaluation.runs import load_run
 from files.vpt import ACTION_SPACES
 from model import Predictor, compose_states, normalize_features, predict
 from play import Server, Session, is_allowed
-from tests.harness import Run, fails, run
+from tests.harness import LIMIT, Run, fails, run
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 LIMITS = Limits(turn=100.0, most=300.0, pitch=(-0.5, 0.25))
@@ -172,6 +175,15 @@ def test_sliders_are_in_recorded_units_and_stay():
             sliders.hear({"type": "sliders", "values": values})
     with pytest.raises(ValueError, match="no message of type 'held' is known"):
         sliders.hear({"type": "held", "names": []})
+
+
+def test_structure_is_what_differs_among_patches():
+    """Bug: what all patches share counts; a step counts for another one."""
+    z = torch.tensor([[[0.0, 4], [2, 4]], [[7, 7], [7, 7]]])
+    assert structure(z).tolist() == [0.5, 0]
+    usual, band = usual_and_band([1.0, 2, 3])
+    assert usual == 2 and np.allclose(band, [0.6, 1.4])
+    assert usual_and_band([0.0, 0, 1]) == (0, None) and share(3, 0.0) is None
 
 
 # --- a server ---
@@ -428,7 +440,7 @@ def test_a_session_is_bounded_whatever_it_is_told(ground):
 
     async def main():
         session = Session(ground, 5.0, None)
-        for i in range(3000):
+        for i in range(500):
             session.hear(json.dumps({"type": "mouse", "dx": 9999, "dy": -9999, "input": i}))
             session.hear(json.dumps({"type": "held", "names": ["key.w"] * 50, "input": i}))
             session.hear('{"type": "step"}')
@@ -436,7 +448,7 @@ def test_a_session_is_bounded_whatever_it_is_told(ground):
         hand = session.player.hand
         assert hand.dx == 1e4 and hand.dy == -1e4 and hand.tapped == {"key.w"}
         assert session.one_step is True and session.wanted_start == 1
-        assert session.last_input == 2999
+        assert session.last_input == 499
 
     asyncio.run(main())
 
@@ -505,6 +517,16 @@ def test_a_robot_is_played_with_sliders(arm, tmp_path):
     played = load_run(str(arm / "base"))
     ground = open_playground(played, None, None, None, None, None, 6, 0)
     assert len(ground.real.frames) == ground.real.z.shape[0] * ground.real.z.shape[1]
+
+    # the unit of distances, by hand: the median of each step's nearest one in another episode
+    real = ground.real
+    nearest = []
+    for row, group in zip(real.rows, real.groups):
+        others = real.rows[real.groups != group]
+        nearest.append((others - row).abs().mean(1).min().item())
+    assert len(set(real.groups.tolist())) == len(set(real.recordings)) > 1
+    assert np.isclose(real.usual_distance, np.median(nearest), rtol=1e-4)
+    assert np.allclose(real.distance_band, np.quantile(nearest, [0.1, 0.9]) / np.median(nearest))
 
     async def scenario(client, server):
         page = await Page.open(client)
@@ -610,7 +632,7 @@ class Browser:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
-def test_the_page_plays_in_a_browser(game, decoder, tmp_path, deadline):
+def test_the_page_plays_in_a_browser(game, decoder, tmp_path):
     """Bug: a page that does not load, that its own security header forbids, whose keys do nothing,
     or whose left is its right."""
     flags = ["--checkpoint", game.out, "--data", game.held, "--video", game.video]
@@ -651,7 +673,7 @@ def test_the_page_plays_in_a_browser(game, decoder, tmp_path, deadline):
 
     try:
         assert server.until(lambda: "play at http" in server.text()), server.text()
-        left, right, again, facts, complaints = asyncio.run(main())
+        left, right, again, facts, complaints = asyncio.run(asyncio.wait_for(main(), LIMIT))
     finally:
         server.kill()
     assert complaints == []
