@@ -315,7 +315,9 @@ class RealSteps:
             reader = play_reader(run.settings | {"crop_size": size}, run.scaler, "pyav")
         robot = run.state["dataset"] == "droid"
 
-        steps, actions, states = [], [], []
+        # of each clip: its steps, their frames, where it is from
+        steps, actions = [], []
+        states = []
         self.frames = []
         self.recordings = []
         self.seconds = []

@@ -501,7 +501,7 @@ def test_what_cannot_be_played_is_refused(game, decoder, tmp_path):
     text = fails(tmp_path, "play.py", *played, "--decoder", game.out)
     assert "is no run of train_decoder.py" in text
     text = fails(tmp_path, "play.py", *played, "--decoder", tmp_path / "no")
-    assert "no such run folder or file" in text
+    assert f"--decoder {tmp_path / 'no'}: no such run folder or file" in text
     text = fails(tmp_path, "play.py", *played, "--decoder", decoder, "--window 8")
     assert "--window 8: choose 1 to 7 steps" in text
     text = fails(tmp_path, "play.py", *played, "--clips 1")
