@@ -323,13 +323,14 @@ class RealSteps:
         self.seconds = []
         batches = windows(dataset, AT_ONCE, count, seed=seed)
         for items in tqdm(batches, "real steps", delay=5, unit=f" x {AT_ONCE} clips"):
-            batch = collate([dataset[item] for item in items])
+            clips = [dataset[item] for item in items]
+            batch = collate(clips)
             z, a, s = features_of(batch)
             for i, (_, _, number, place) in enumerate(items):
-                # of a clip that was replaced because it is damaged, the place is not known
-                record = dataset.records[number]
-                if batch["key"][i] != record.key:
+                # in place of a damaged clip another one was read, from an unknown place
+                if clips[i]["bad"]:
                     continue
+                record = dataset.records[number]
                 steps.append(z[i])
                 actions.append(a[i])
                 states.append(s[i])
@@ -338,9 +339,7 @@ class RealSteps:
 
                 # as JPEGs: they are shown again and again
                 if videos or "video" in batch:
-                    clip = {k: v[i] for k, v in batch.items() if isinstance(v, torch.Tensor)}
-                    clip["actions"] = clip["actions"].cpu()
-                    frames = look_up(clip, record, place, videos, reader)
+                    frames = look_up(clips[i], record, place, videos, reader)
                     self.frames += [jpeg_bytes(np.ascontiguousarray(x)) for x in frames]
         if len(steps) < 2:
             raise ValueError(
