@@ -7,8 +7,8 @@ From a few starts the model is played for --seconds of its own time: at rest, an
 presses random keys and arrows, new ones about every second. Prints for some moments, as means over
 the starts: the distance to the nearest real step of another recording (1 is usual for real steps),
 how much patches differ (structure, 1 is usual for real steps), what the action did (a share of what
-real steps change), the resident memory, and the median time of a step with all that play.py does in
-it: prediction, rest beside it, decoder, nearest step, JPEG."""
+real steps change), the resident memory, and the median time of a step, and of the processors in it,
+with all that play.py does: prediction, rest beside it, decoder, nearest step, JPEG."""
 
 import argparse
 import os
@@ -73,7 +73,7 @@ if __name__ == "__main__":
         run, decoder, args.data, None, None, args.window, args.clips, args.seed
     )
     steps = max(round(args.seconds / ground.seconds), 1)
-    times = []
+    times, cpu_times = [], []
     tracks = {}
     for policy in POLICIES:
         tracks[policy] = []
@@ -87,8 +87,10 @@ if __name__ == "__main__":
                     names = random_keys(player.hand.can_hold, rng)
                     player.hand.hear({"type": "held", "names": names})
                 began = time.perf_counter()
+                cpu_began = time.process_time()
                 track.append(player.step(player.take()))
                 times.append(time.perf_counter() - began)
+                cpu_times.append(time.process_time() - cpu_began)
                 memory.append(resident())
             shown = [[s.distance, s.structure, s.gap or 0, m] for s, m in zip(track, memory)]
             tracks[policy].append(shown)
@@ -114,6 +116,7 @@ if __name__ == "__main__":
                     "gap": gap,
                     "resident MiB": mib,
                     "ms a step": 1000 * statistics.median(times),
+                    "CPU ms a step": 1000 * statistics.median(cpu_times),
                     "starts": args.starts,
                 }
             )
