@@ -15,7 +15,7 @@ DECODER = --crop_size 48 --fps 10 --frames_per_clip 4 --picture_size 96 --featur
 	--batch_size 16 --lr 2e-3 --epochs 4 --ipe 100 --warmup 1 --anneal 2 --val_clips 64 --val_every 4 --log_every 50 --num_workers 0 \
 	--pixels_cache demo/pixels --resume
 
-.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora encoder test test-all lint clean
+.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora play encoder test test-all lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ demo: .venv/installed
 	$(PY) train_decoder.py $(DEMO_DATA) --video 'demo/train/*.tar' 'demo/val/*.tar' --out_dir out/decoder $(DECODER)
 	$(PY) eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar' --encoder doom_tiny --decoder out/decoder
 	@echo 'open out/demo/report.html; watch out/demo/film.mp4; play in it with: make play'
+
+play: .venv/installed  # play inside the demo's model in a browser, after make demo
+	$(PY) play.py --checkpoint out/demo --decoder out/decoder --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
 
 demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? hours
 	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO_DATA) $(DEMO)

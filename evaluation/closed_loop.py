@@ -86,10 +86,10 @@ class Policy(NamedTuple):
 
 
 def in_recorded_units(action, scaler):
-    """A scaled action (A,) as a world takes it, float64."""
+    """A scaled action (..., A) as a world takes it, float64."""
     action = action.double().cpu().numpy()
     continuous = len(scaler.mean)
-    action[:continuous] = action[:continuous] * scaler.scale + scaler.mean
+    action[..., :continuous] = action[..., :continuous] * scaler.scale + scaler.mean
     return action
 
 

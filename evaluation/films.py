@@ -603,6 +603,14 @@ def labelled(image, text, font):
     return page
 
 
+def side_by_side(columns):
+    """Pictures of `labelled` as one."""
+    page = Image.new("RGB", (len(columns) * (SHOWN + 8), SHOWN + 28), "white")
+    for j, column in enumerate(columns):
+        page.paste(column, (j * (SHOWN + 8), 0))
+    return page
+
+
 def film_pages(films, others, count, seconds):
     """Pictures of a film of the first `count` clips, side by side: recorded, its features
     decoded, predicted, what if."""
@@ -620,11 +628,7 @@ def film_pages(films, others, count, seconds):
             for name, film in kinds.items():
                 text = f"{name}  +{t * seconds:.1f} s" if name == "recorded" else name
                 columns.append(labelled(as_image(film[i, t].float() / 255), text, font))
-
-            # side by side
-            page = Image.new("RGB", (len(columns) * (SHOWN + 8), SHOWN + 28), "white")
-            for j, column in enumerate(columns):
-                page.paste(column, (j * (SHOWN + 8), 0))
+            page = side_by_side(columns)
 
             # the start, which all share, and the end stay for a moment
             pages += [page] * (3 if t in (0, T - 1) else 1)

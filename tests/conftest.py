@@ -60,6 +60,7 @@ def forkserver():
                 "av",
                 "probe",
                 "plan",
+                "play",
                 "train_ac",
                 "encode",
                 "eval",
