@@ -165,7 +165,7 @@ class Session:
         self.wanted_start = 0
         self.paused = False
         self.one_step = False
-        self.film_ends = False
+        self.ended_film = None  # of Player.take_film, and whether it was full
 
         # number of the last key or motion, and of the one that the newest picture knows of
         self.last_input = 0
@@ -209,7 +209,8 @@ class Session:
             elif on:
                 self.player.start_film()
             else:
-                self.film_ends = True
+                # taken at once: another film may begin before this one is encoded
+                self.ended_film = (self.player.take_film(), False)
         elif kind == "step":
             self.paused = True
             self.one_step = True
@@ -231,7 +232,7 @@ class Session:
         while True:
             # until the next step is due, or the page wants something
             idle = self.paused and not self.one_step
-            if self.wanted_start is None and not self.film_ends:
+            if self.wanted_start is None and self.ended_film is None:
                 try:
                     await asyncio.wait_for(self.wake.wait(), None if idle else due - loop.time())
                 except asyncio.TimeoutError:
@@ -239,8 +240,9 @@ class Session:
             self.wake.clear()
 
             # a film ends when it is asked for, or when it is full
-            if self.film_ends or self.player.film_is_full():
-                self.film_ends = False
+            if self.player.film_is_full():
+                self.ended_film = (self.player.take_film(), True)
+            if self.ended_film is not None:
                 await self.finish_film()
 
             # start again, or one step
@@ -259,14 +261,16 @@ class Session:
 
             # a little late makes nothing later; what was missed is not made up for
             due += self.period
-            if due < now:
+            if not now <= due <= now + self.period:
                 due = now + self.period
 
     async def finish_film(self):
         """The film so far becomes an mp4 for the page."""
-        film = self.player.take_film()
+        film, full = self.ended_film
+        self.ended_film = None
         if film:
-            self.film = await asyncio.to_thread(film_of, film, self.ground)
+            mp4 = await asyncio.to_thread(film_of, film, self.ground)
+            self.film = (mp4, full)
             self.news.set()
 
     def tell(self, shown, took):
@@ -302,9 +306,9 @@ class Session:
             await self.news.wait()
             self.news.clear()
             if self.film is not None:
-                film = self.film
+                film, full = self.film
                 self.film = None
-                await send(channel, {"type": "film"}, {"film": film})
+                await send(channel, {"type": "film", "full": full}, {"film": film})
             if self.newest is not None:
                 newest = self.newest
                 self.newest = None
@@ -341,7 +345,7 @@ def is_allowed(host, served, own_name):
         return True
     if served in ("localhost", "127.0.0.1", "::1"):
         return False
-    if name in (served, own_name):
+    if name in (served.lower(), own_name.lower()):
         return True
     try:
         ipaddress.ip_address(name or "")
@@ -378,7 +382,10 @@ class Server:
         """403 for what another site asks for: see is_allowed."""
         host = request.headers.get("Host", "")
         if not is_allowed(host, self.host, socket.gethostname()):
-            raise web.HTTPForbidden(text=f"Host {host[:80]!r} is not served here\n")
+            remedy = (
+                "use the machine's address in numbers, or start play.py with --host and this name"
+            )
+            raise web.HTTPForbidden(text=f"Host {host[:80]!r} is not served here: {remedy}\n")
         origin = request.headers.get("Origin")
         if origin is not None and address_of(origin).netloc != host:
             raise web.HTTPForbidden(text=f"Origin {origin[:80]!r} is another site\n")

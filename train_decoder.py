@@ -17,9 +17,10 @@ From robot episodes, which train_lora.py reads as well:
 
 The encoder never sees the decoder. Features get noise in training, so that predictions decode, too.
 Reads feature shards of play and their video, or with --encoder video alone (VPT shards, plain video
-without lines, robot episodes). Writes to --out_dir: train.csv, val.csv, curves.png, pictures.png (recorded
-above decoded, on held-out recordings), bad_clips.jsonl, args.json and checkpoints. eval.py shows
-what a predictor predicts with it. You can stop it at any time and continue with --resume."""
+without lines, robot episodes). Writes to --out_dir: train.csv, val.csv, curves.png, pictures.png
+(recorded above decoded, on held-out recordings), bad_clips.jsonl, args.json and checkpoints.
+eval.py shows what a predictor predicts with it. You can stop it at any time and continue with
+--resume."""
 
 import argparse
 import contextlib
@@ -99,6 +100,9 @@ flag = parser.add_argument_group("robots (--dataset droid)").add_argument
 flag("--stride", type=int, help="rows between sampled frames in place of --fps; 15 is Meta's on raw DROID")  # fmt: skip
 flag("--crop", default="reference", choices=["reference", "square"], help="reference: the centre, at most 1.35:1, squeezed to a square as Meta does")  # fmt: skip
 flag("--camera", "--camera_view", nargs="+", action="extend", help="cameras; each clip draws one of them (default: exterior_1)")  # fmt: skip
+# which parts of an episode are used: what is held out depends on it, too
+flag("--idle_filter", default="light", choices=["off", "openpi", "light"], help="leave out stretches without motion (droid.py)")  # fmt: skip
+flag("--success", default="all", choices=["all", "only"], help="only: leave out failed episodes")
 # a robot whose actions are no poses of a gripper: its clips are not read without them
 flag("--state_keys", nargs="+", action="extend", help="fields of the state (default: the 7-D pose); other ones need --action_keys")  # fmt: skip
 flag("--action_keys", nargs="+", action="extend", help="fields of the action (default: differences of the pose)")  # fmt: skip
@@ -164,7 +168,7 @@ flag("--dry_run", action=switch, default=False, help="check everything, run thre
 
 # flags of one dataset only
 OF_PLAY = ["data_weights", "frames_per_step", "video", "video_decoder", "pixels_cache"]
-OF_ROBOTS = ["stride", "crop", "camera", "state_keys", "action_keys"]
+OF_ROBOTS = ["stride", "crop", "camera", "idle_filter", "success", "state_keys", "action_keys"]
 
 if __name__ == "__main__":
     # tests and loader processes import this file without our flags
@@ -355,8 +359,8 @@ if __name__ == "__main__":
         "frames_per_clip": args.frames_per_clip,
     }
 
-    # shards of play have lines, plain video and robots have none. All 38 dims of an action: features
-    # are compared with the video that they were made from
+    # shards of play have lines, plain video and robots have none. All 38 dims of an action:
+    # features are compared with the video that they were made from
     is_play = not robots and holds_play(sum(paths, []))
     if robots:
         reader = DroidReader(
@@ -385,6 +389,8 @@ if __name__ == "__main__":
             val_data and sum(val_data, []),
             val_fraction,
             reader,
+            idle_filter=args.idle_filter,
+            success=args.success,
             max_bad_fraction=args.max_bad_fraction,
             log=print0,
         )

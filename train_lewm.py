@@ -16,9 +16,9 @@ On a robot, whose episodes train_lora.py reads as well:
 
     python train_lewm.py --dataset droid --data robot/*.tfrecord* --scaler robot.pkl --crop square
 
-Reads VPT shards or robot episodes, and the scaler of fit_scaler.py. Writes to --out_dir: train.csv, val.csv,
-curves.png, bad_clips.jsonl, args.json and checkpoints. Later stages take the folder as their
---encoder. You can stop it at any time and continue with --resume."""
+Reads VPT shards or robot episodes, and the scaler of fit_scaler.py. Writes to --out_dir:
+train.csv, val.csv, curves.png, bad_clips.jsonl, args.json and checkpoints. Later stages take the
+folder as their --encoder. You can stop it at any time and continue with --resume."""
 
 import argparse
 import contextlib

@@ -313,7 +313,7 @@ if __name__ == "__main__":
     if "frozen" in args.of:
         runs += [(encoder, first, None) for encoder in args.encoders]
         default = os.path.join(args.out, f"default-{first}")
-        if not (args.minutes or "seeds" in args.of or os.path.exists(default)):
+        if not (args.minutes or "seeds" in args.of or is_trained(default)):
             parser.error("--of frozen takes as long as the default: add seeds, or --minutes")
 
     # --- train and judge, one after the other ---

@@ -72,6 +72,13 @@ if __name__ == "__main__":
     ground = open_playground(
         run, decoder, args.data, None, None, args.window, args.clips, args.seed
     )
+    if run.state["dataset"] == "droid":
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} is a robot's run: bench.play presses keys"
+        )
+    count = len(ground.real.recordings)
+    if not 1 <= args.starts <= count:
+        raise ValueError(f"--starts {args.starts}: choose 1 to {count}, the clips that were read")
     steps = max(round(args.seconds / ground.seconds), 1)
     times, cpu_times = [], []
     tracks = {}
@@ -92,8 +99,10 @@ if __name__ == "__main__":
                 times.append(time.perf_counter() - began)
                 cpu_times.append(time.process_time() - cpu_began)
                 memory.append(resident())
-            shown = [[s.distance, s.structure, s.gap or 0, m] for s, m in zip(track, memory)]
-            tracks[policy].append(shown)
+            measured = []
+            for step, mib in zip(track, memory):
+                measured.append([step.distance, step.structure, step.gap or 0, mib])
+            tracks[policy].append(measured)
 
     # --- rows ---
     # at the start, and after ever longer times
@@ -106,15 +115,15 @@ if __name__ == "__main__":
     for policy in POLICIES:
         means = np.mean(tracks[policy], axis=0)
         for step in moments:
-            distance, structure, gap, mib = tuple(means[step].tolist())
+            mean = means[step].tolist()
             rows.append(
                 {
                     "play": policy,
                     "seconds": round(step * ground.seconds, 2),
-                    "distance": distance,
-                    "structure": structure,
-                    "gap": gap,
-                    "resident MiB": mib,
+                    "distance": mean[0],
+                    "structure": mean[1],
+                    "gap": mean[2],
+                    "resident MiB": mean[3],
                     "ms a step": 1000 * statistics.median(times),
                     "CPU ms a step": 1000 * statistics.median(cpu_times),
                     "starts": args.starts,
