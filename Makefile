@@ -1,4 +1,4 @@
-# make demo: play, fit, encode, train, evaluate (10 to 15 minutes on two cores); make test: lint and tests. Both set the environment up.
+# make demo: play, fit, encode, train a predictor and a decoder, evaluate (22 minutes on two cores); make test: lint and tests. Both set the environment up.
 PYTHON ?= python3
 PY = .venv/bin/python
 FEATURES = --encoder doom_tiny --crop_size 48 --fps 10
