@@ -29,7 +29,7 @@ from evaluation.heads import pool
 from evaluation.pictures import find_videos
 from evaluation.runs import load_run, open_held_out
 from files.shards import index_shards
-from files.vpt import ClipReader
+from files.vpt import CONTINUOUS, ClipReader
 from model import (
     DecoderModel,
     PictureDecoder,
@@ -655,7 +655,7 @@ def test_an_inverse_model_reads_turns_from_pictures():
     """Bug: pictures of another clip, actions of another step, a fit on the clips that are tested:
     films of noise would tell turns, or films of turns would not."""
     random = np.random.default_rng(0)
-    names = ["yaw_diff", "pitch_diff"]
+    yaw = CONTINUOUS.index("yaw_diff")
 
     def film_of(turns):
         """A bright bar that turns move to the side (T, 3, 48, 48)."""
@@ -665,12 +665,12 @@ def test_an_inverse_model_reads_turns_from_pictures():
         return torch.from_numpy(bar).byte()[:, None, None].expand(-1, 3, 48, -1)
 
     def clips_of(n):
-        actions = random.uniform(-8, 8, (n, 3, 2))
-        return torch.stack([film_of(turns) for turns in actions[..., 0]]), actions
+        actions = random.uniform(-8, 8, (n, 3, len(CONTINUOUS)))
+        return torch.stack([film_of(turns) for turns in actions[..., yaw]]), actions
 
     # the encoder sees the films that the inverse model learns from
     settings = {"crop_size": 48, "encode": "tubelet"}
-    state = {"frames_per_step": 2, "action_names": names}
+    state = {"frames_per_step": 2, "action_names": CONTINUOUS}
     device = torch.device("cpu")
     judged_run = types.SimpleNamespace(settings=settings, state=state, device=device)
     torch.manual_seed(0)
