@@ -410,6 +410,7 @@ def test_later_stages_take_one_vector_a_step(world, tmp_path):
     assert "1 tokens a step" in text and "4 tokens a step" in text
 
 
+@pytest.mark.slow
 def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
     """Bug: the loss falls, the features have died, and the log looks healthy."""
     flags = [*world.flags, "--epochs 1 --warmup 0 --anneal 0 --ipe 60 --lr 3e-3 --idm 0"]
@@ -555,6 +556,7 @@ def test_pose_actions_are_probed_as_numbers():
     assert result["probe_mean"] == pytest.approx((result["probe_x"] + result["probe_y"]) / 2)
 
 
+@pytest.mark.slow
 def test_a_robots_losses_are_of_its_poses(robot, tmp_path):
     """Bug: dimensions of a pose are taken for keys that are pressed; actions are not scaled; a step
     is two frames; states are those of play."""
@@ -593,6 +595,7 @@ def test_a_robots_run_resumes_exactly(robot, tmp_path):
     assert "was trained with crop reference" in fails(tmp_path, "train_lewm.py", *wrong)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_robot_are_one(robot, tmp_path):
     """Bug: both ranks read the same episodes, or validate on their own share alone."""
     flags = [*robot.flags, PLAN, "--auto_steps 2 --batch_size 2 --out_dir", tmp_path / "two"]
@@ -612,6 +615,7 @@ def test_two_ranks_of_a_robot_are_one(robot, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_later_stages_take_a_robots_run(robot, tmp_path):
     """Bug: held-out errors are of other states, frames or episodes than those of training; features
     of a robot's encoder are those of gameplay; a traceback where a stage knows play alone."""
