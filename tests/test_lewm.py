@@ -410,7 +410,6 @@ def test_later_stages_take_one_vector_a_step(world, tmp_path):
     assert "1 tokens a step" in text and "4 tokens a step" in text
 
 
-@pytest.mark.slow
 def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
     """Bug: the loss falls, the features have died, and the log looks healthy."""
     flags = [*world.flags, "--epochs 1 --warmup 0 --anneal 0 --ipe 60 --lr 3e-3 --idm 0"]
