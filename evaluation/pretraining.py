@@ -28,9 +28,9 @@ PROBE = ["probe_yaw", "probe_pitch", "probe_camera", "probe_keys"]
 
 # of train_lewm.py, for collapse_sentence, from the rows default and idm_alone of bench.lewm: its
 # features begin with a rank of 5 to 17 by chance, and healthy ones go down to 2.5 before they rise.
-# So a falling rank tells nothing. The std of their weakest channel is 0.16 at the least; without
-# regularisers it stays between 0.02 and 0.09
-OF_WORLDS = {"least_std": 0.1, "least_share": 0.0}
+# So a rank tells little, unless one direction is all that is left. The std of their weakest channel
+# is 0.16 at the least; without regularisers it stays between 0.02 and 0.09
+OF_WORLDS = {"least_rank": 1.2, "least_share": 0.0, "least_std": 0.1}
 
 # tokens of each step that are enough to see a collapse
 TOKENS = 512
@@ -46,10 +46,13 @@ def some_tokens(targets):
     return tokens[:: math.ceil(len(tokens) / TOKENS)]
 
 
-def collapse_sentence(rank, smallest_std, first_rank, least_std=0.01, least_share=0.25):
+def collapse_sentence(
+    rank, smallest_std, first_rank, least_rank=2.0, least_share=0.25, least_std=0.01
+):
     """A warning where features have collapsed, else None. first_rank: the effective rank at the
     start of the run, of which least_share must be left."""
-    if rank >= 2 and rank >= least_share * first_rank and smallest_std >= least_std:
+    least_rank = max(least_rank, least_share * first_rank)
+    if rank >= least_rank and smallest_std >= least_std:
         return None
     return (
         f"THE FEATURES COLLAPSE: effective rank {rank:.1f} ({first_rank:.1f} at the start),"

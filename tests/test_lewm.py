@@ -419,8 +419,7 @@ def test_without_regularisers_it_collapses_and_says_so(world, tmp_path):
     assert "WARNING: THE FEATURES COLLAPSE: effective rank" in text
 
     # the same training with the regularisers is no collapse
-    healthy = "--variance 3 --covariance 0.1 --idm 1 --epochs 2 --ipe 60 --warmup 1"
-    healthy += " --out_dir"
+    healthy = "--variance 1 --covariance 0.01 --idm 1 --epochs 2 --ipe 20 --warmup 1 --out_dir"
     text = run(tmp_path, "train_lewm.py", *flags[:-1], healthy, tmp_path / "alive")
     assert "COLLAPSE" not in text
 
