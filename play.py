@@ -122,11 +122,11 @@ def introduction(ground, rate):
         starts.append({"recording": recording, "seconds": round(seconds, 1)})
 
     # what the player may do
-    hand = ground.new_hand()
+    controls = ground.new_controls()
     sliders = []
-    if isinstance(hand, Sliders):
-        units = ground.run.scaler.meta.get("units") or [""] * len(hand.names)
-        for name, unit, most in zip(hand.names, units, hand.most):
+    if isinstance(controls, Sliders):
+        units = ground.run.scaler.meta.get("units") or [""] * len(controls.names)
+        for name, unit, most in zip(controls.names, units, controls.most):
             sliders.append({"name": name, "unit": unit, "most": most})
     return {
         "type": "hello",
@@ -136,7 +136,7 @@ def introduction(ground, rate):
         "window": ground.window,
         "decoded": ground.decoder is not None,
         "frames": bool(ground.real.frames),
-        "can_hold": getattr(hand, "can_hold", []),
+        "can_hold": getattr(controls, "can_hold", []),
         "sliders": sliders,
         "starts": starts,
         "distance_band": ground.real.distance_band,
@@ -219,7 +219,7 @@ class Session:
             number = message.get("input")
             if type(number) is not int or not 0 <= number < 2**53:
                 raise ValueError("input of a message: its number, from 0 on")
-            self.player.hand.hear(message)
+            self.player.controls.hear(message)
             self.last_input = number
         self.wake.set()
 

@@ -25,7 +25,7 @@ from files.progress import tqdm
 
 POLICIES = ["rest", "random"]
 
-# chance that a random player changes what is pressed, in each step of 0.2 s
+# chance that a random player changes what is pressed, in each step
 CHANGE = 0.2
 
 
@@ -91,8 +91,8 @@ if __name__ == "__main__":
             memory = [resident()]
             for _ in range(steps):
                 if policy == "random" and rng.random() < CHANGE:
-                    names = random_keys(player.hand.can_hold, rng)
-                    player.hand.hear({"type": "held", "names": names})
+                    names = random_keys(player.controls.can_hold, rng)
+                    player.controls.hear({"type": "held", "names": names})
                 began = time.perf_counter()
                 cpu_began = time.process_time()
                 track.append(player.step(player.take()))

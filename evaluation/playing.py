@@ -405,7 +405,7 @@ class Playground(NamedTuple):
     seconds: float
 
     # a function that gives a player something to act with
-    new_hand: Callable
+    new_controls: Callable
 
 
 def open_playground(run, decoder, data, video, encoder, window, clips, seed):
@@ -428,9 +428,12 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
     print_left_out(bad)
     is_features = "safetensors" in dataset.records[0].members
     if is_features and not video and decoder is None:
+        remedy = "with --video the shards that they were made from"
+        if state["dataset"] == "droid":
+            remedy = "with --data the episodes that they were made from"
         raise ValueError(
             "these data are features without pictures: name a run of train_decoder.py with"
-            " --decoder, or with --video the shards that they were made from"
+            f" --decoder, or {remedy}"
         )
     videos = find_videos(video, dataset.records) if video else None
     size = decoder.pictures.size if decoder is not None else FRAME_SIZE
@@ -439,11 +442,11 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
     # keys and mouse for a game, sliders for a robot
     names = state["action_names"]
     if state["dataset"] == "droid":
-        new_hand = functools.partial(Sliders, names, run.scaler.scale)
+        new_controls = functools.partial(Sliders, names, run.scaler.scale)
     else:
         recorded = in_recorded_units(real.actions.flatten(0, 1), run.scaler)
         limits = Limits.of(names, recorded, real.states.flatten(0, 1).cpu().numpy())
-        new_hand = functools.partial(Keyboard, names, limits)
+        new_controls = functools.partial(Keyboard, names, limits)
     return Playground(
         run=run,
         compose=states_from(compose, run.scaler, run.device),
@@ -451,7 +454,7 @@ def open_playground(run, decoder, data, video, encoder, window, clips, seed):
         real=real,
         window=window,
         seconds=state["frames_per_step"] / state["fps"],
-        new_hand=new_hand,
+        new_controls=new_controls,
     )
 
 
@@ -484,7 +487,7 @@ class Player:
     def __init__(self, ground):
         self.ground = ground
         self.window = Window(ground.run, ground.compose, ground.window)
-        self.hand = ground.new_hand()
+        self.controls = ground.new_controls()
 
         # what is filmed, and whether it is filmed now
         self.film = []
@@ -499,7 +502,7 @@ class Player:
         )
         self.group = real.groups[clip * real.z.shape[1]]
         following = real.actions[clip, count - 1]
-        self.hand.begin(in_recorded_units(following, self.ground.run.scaler))
+        self.controls.begin(in_recorded_units(following, self.ground.run.scaler))
         self.start = clip
         self.step_number = 0
         return self.show(self.window.z[-1], None)
@@ -507,7 +510,7 @@ class Player:
     def take(self):
         """What the player does now, and rest: scaled (2, A)."""
         state = self.window.states[-1].tolist()
-        both = self.ground.run.scaler.transform(self.hand.take(state))
+        both = self.ground.run.scaler.transform(self.controls.take(state))
         return torch.from_numpy(both).float().to(self.window.z.device)
 
     def step(self, actions):

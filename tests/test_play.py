@@ -445,8 +445,8 @@ def test_a_session_is_bounded_whatever_it_is_told(ground):
             session.hear(json.dumps({"type": "held", "names": ["key.w"] * 50, "input": i}))
             session.hear('{"type": "step"}')
             session.hear('{"type": "start", "number": 1}')
-        hand = session.player.hand
-        assert hand.dx == 1e4 and hand.dy == -1e4 and hand.tapped == {"key.w"}
+        controls = session.player.controls
+        assert controls.dx == 1e4 and controls.dy == -1e4 and controls.tapped == {"key.w"}
         assert session.one_step is True and session.wanted_start == 1
         assert session.last_input == 499
 
@@ -547,7 +547,7 @@ def test_a_robot_is_played_with_sliders(arm, tmp_path):
     player = Player(ground)
     player.begin(0)
     before = player.window.states[-1].clone()
-    player.hand.hear({"type": "sliders", "values": [0.01, 0, 0, 0, 0, 0, 0]})
+    player.controls.hear({"type": "sliders", "values": [0.01, 0, 0, 0, 0, 0, 0]})
     player.step(player.take())
     moved = player.window.states[-1] - before
     torch.testing.assert_close(moved, torch.tensor([0.01, 0, 0, 0, 0, 0, 0]), rtol=0, atol=1e-5)
