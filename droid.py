@@ -264,8 +264,10 @@ def open_episodes(data, reader, idle_filter, success, verify, log):
         out += stretches(r, to_steps(ranges, first_row, every), reader)
     out = [r for r in out if reader.starts(r)]
     if not out:
+        patterns = [data] if isinstance(data, str) else list(data)
+        place = patterns[0] + (f" and {len(patterns) - 1} more" if len(patterns) > 1 else "")
         raise ValueError(
-            f"no usable episode in {data}: {why_nothing(bad, count, len(found), reader)}"
+            f"no usable episode in {place}: {why_nothing(bad, count, len(found), reader)}"
         )
 
     kind = "segments of features" if out[0].kind == "features" else "episodes"

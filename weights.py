@@ -969,7 +969,7 @@ def open_torchscript(flag, path):
     """A network in a TorchScript file, frozen. flag: that names it. ValueError for another file,
     and OSError where there is none."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{flag} {path}: no such file")
+        raise FileNotFoundError(f"{flag} {path}: no such file (it names a TorchScript file)")
     try:
         network = torch.jit.load(path, map_location="cpu")
     except RuntimeError as e:
