@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files.disk import write_atomically
+from files.disk import make_folder, write_atomically
 from files.logs import bytes_text, count_text, list_checkpoints
 
 LATEST = "checkpoint-latest.pth.tar"
@@ -92,7 +92,7 @@ def remove_leftovers(out_dir, pattern):
 def lock(out_dir):
     """Make the folder of a run and hold it while this process lives, however it ends. ValueError if
     another process holds it."""
-    os.makedirs(out_dir, exist_ok=True)
+    make_folder("--out_dir", out_dir)
     f = open(os.path.join(out_dir, "lock"), "a+")
     open_locks.append(f)
 

@@ -44,6 +44,7 @@ from files.disk import (
     READ_ERRORS,
     Unreachable,
     is_storage_error,
+    make_folder,
     storage_sentence,
     with_storage_retries,
     write_atomically,
@@ -1112,7 +1113,7 @@ def fill_pixels_cache(records, folder, crop, decoder, num_workers, rank=0, world
     """Decode recordings of play into a folder, a share on each rank, except those that are there
     already. What cannot be decoded is left to Clips, which reports it. With several ranks a
     collective; they must all see the folder."""
-    os.makedirs(folder, exist_ok=True)
+    make_folder("--pixels_cache", folder)
     if rank == 0:
         remove_leftovers(folder, "*.tmp")
     missing = []

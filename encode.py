@@ -138,7 +138,13 @@ from safetensors.torch import save as safetensors_bytes
 
 from checkpoint import lock, peak_memory, short_excepthook
 from droid import DroidReader, find_episodes, index_episodes
-from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
+from files.disk import (
+    READ_ERRORS,
+    is_storage_error,
+    make_folder,
+    storage_sentence,
+    write_atomically,
+)
 from files.episodes import index_file
 from files.features import (
     PLAY,
@@ -284,7 +290,7 @@ def check_room(records, what, steps, size, tokens, width, store, phases, out):
     hours, steps, size = total.tolist()
 
     # the folder is made first: free space is that of its disk
-    os.makedirs(out, exist_ok=True)
+    make_folder("--out", out)
     free = shutil.disk_usage(out).free
     # the same sentence in the log and in the error
     text = (

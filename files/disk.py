@@ -18,6 +18,14 @@ import numpy as np
 # --- atomic writes ---
 
 
+def make_folder(flag, folder):
+    """Make the folder that a flag names, if it is not there. OSError says what to change."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"{flag} {folder}: {e.strerror}; name a folder that can be written") from e
+
+
 def write_atomically(path, data):
     """Write bytes to a file, which is then either the old one or the new one, whatever happens.
     data may be a function that writes to an open file."""

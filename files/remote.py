@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 
-from files.disk import Unreachable, with_retries, write_atomically
+from files.disk import Unreachable, make_folder, with_retries, write_atomically
 from files.streams import Stream
 
 BLOCK = 1 << 18  # what an index asks for at once
@@ -272,7 +272,7 @@ def cached(groups, folder, gigabytes, print0=print):
     """[[path or URL]] -> the same with a Shard for each URL. Prints how much will be copied, and
     warns if it does not fit into the cache."""
     for kind in ("shards", "notes"):
-        os.makedirs(os.path.join(folder, kind), exist_ok=True)
+        make_folder("--cache_dir", os.path.join(folder, kind))
     urls = []
     for group in groups:
         urls += [path for path in group if "://" in path or path.startswith("pipe:")]

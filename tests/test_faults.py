@@ -14,6 +14,7 @@ import torch
 import checkpoint
 import tests.faults as faults
 from data import Clips
+from files.disk import make_folder
 from files.shards import index_shards
 from files.vpt import ClipReader
 from tests.world import ROOT, World
@@ -158,3 +159,13 @@ def test_peak_memory_is_a_peak():
         for c in (code, plain)
     )
     assert 390 < most - least < 460
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    """Bug: `[Errno 17] File exists`, without the flag that it is about."""
+    (tmp_path / "here").write_text("a file")
+    for folder in (tmp_path / "here", "/proc/nobody/can/write/here"):
+        with pytest.raises(
+            OSError, match=f"--out_dir {folder}: .*name a folder that can be written"
+        ):
+            make_folder("--out_dir", folder)
