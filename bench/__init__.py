@@ -57,10 +57,12 @@ def peak_memory(call, device):
     return {"MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
 
 
-def ceilings(device, dtype):
+def ceilings(device, dtype, sizes=None):
     """(FLOP/s of a large square matmul, bytes/s of a large copy, read and write), measured now.
-    Shares of the hardware are shares of these."""
-    n, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    Shares of the hardware are shares of these. sizes: (side of the matrices, bytes copied), if the
+    usual ones take too long."""
+    usual = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    n, size = sizes or usual
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)

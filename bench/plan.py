@@ -50,6 +50,38 @@ def energy_from_scratch(predictor, z, actions, states, goal, compose):
     return cost
 
 
+def problem_of(width, depth, grid, context, device):
+    """What energy takes, of noise: a predictor of this size with random weights, `context` steps of
+    grid x grid tokens and a goal."""
+    names = ACTION_SPACES[36]
+    size = {"pred_dim": width, "depth": depth, "num_heads": max(width // 64, 1)}
+    predictor = Predictor(192, len(names), 2, (grid, grid), **size).to(device).eval()
+    z = normalize_features(torch.randn(1, context + 1, grid**2, 192, device=device))
+    actions = torch.randn(1, context - 1, len(names), device=device)
+    states = torch.zeros(1, context, 2, device=device)
+
+    # units of the actions
+    mean = NoScaler.mean.to(device)
+    scale = NoScaler.scale.to(device)
+    compose = functools.partial(compose_states, mean=mean, scale=scale)
+    return predictor, z[:, :-1], actions, states, z[0, -1], compose
+
+
+def plan(energy_of, problem, horizon, samples, iterations, device):
+    """One search. energy_of: which of the ways computes the energy."""
+    with torch.no_grad():
+        cost = energy_of(*problem)
+    return search(
+        cost,
+        vpt_space(ACTION_SPACES[36], NoScaler),
+        horizon,
+        num_samples=samples,
+        iterations=iterations,
+        generator=torch.Generator().manual_seed(0),
+        device=device,
+    )
+
+
 if __name__ == "__main__":
     # --- flags ---
     parser = argparse.ArgumentParser(
@@ -75,48 +107,24 @@ if __name__ == "__main__":
     # --- predictors, and a past and a goal of noise for each ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    names = ACTION_SPACES[36]
-    size = {"pred_dim": args.width, "depth": args.depth, "num_heads": max(args.width // 64, 1)}
-    mean = NoScaler.mean.to(device)
-    scale = NoScaler.scale.to(device)
-    compose = functools.partial(compose_states, mean=mean, scale=scale)
-    space = vpt_space(names, NoScaler)
-
-    def problem_of(grid):
-        """What energy takes, for steps of grid x grid tokens."""
-        predictor = Predictor(192, len(names), 2, (grid, grid), **size).to(device).eval()
-        noise = torch.randn(1, args.context + 1, grid**2, 192, device=device)
-        z = normalize_features(noise)
-        actions = torch.randn(1, args.context - 1, len(names), device=device)
-        states = torch.zeros(1, args.context, 2, device=device)
-        return predictor, z[:, :-1], actions, states, z[0, -1], compose
-
-    def plan(energy_of, problem, horizon):
-        """One search. energy_of: which of the two ways computes the energy."""
-        with torch.no_grad():
-            cost = energy_of(*problem)
-        return search(
-            cost,
-            space,
-            horizon,
-            num_samples=args.samples,
-            iterations=args.iterations,
-            generator=torch.Generator().manual_seed(0),
-            device=device,
-        )
 
     # two ways on one problem, or one way on two
-    patches = problem_of(args.grid)
+    size = args.width, args.depth
+    patches = problem_of(*size, args.grid, args.context, device)
     if args.of == "cache":
         sides = {"kept": (energy, patches), "again": (energy_from_scratch, patches)}
     else:
-        sides = {"vector": (energy, problem_of(1)), "patches": (energy, patches)}
+        sides = {
+            "vector": (energy, problem_of(*size, 1, args.context, device)),
+            "patches": (energy, patches),
+        }
 
     # --- time ---
     rows = []
     candidates = args.samples * args.iterations
     for horizon in args.horizons:
-        searches = {name: functools.partial(plan, *side, horizon) for name, side in sides.items()}
+        numbers = horizon, args.samples, args.iterations, device
+        searches = {name: functools.partial(plan, *side, *numbers) for name, side in sides.items()}
         seconds = medians(searches, device, args.repeats, warmup=1)
         row = {"width": args.width, "depth": args.depth, "tokens of a step": args.grid**2}
         row |= {"context": args.context, "samples": args.samples, "horizon": horizon}

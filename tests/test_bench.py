@@ -87,6 +87,34 @@ def test_scaling_measures_each_row_by_itself(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_gpu_day_without_a_gpu(tmp_path):
+    """Bug: a section that breaks is found on the day when there is a GPU; what was measured before
+    an interruption is measured again, or lost; a section that takes too long takes the others'
+    time."""
+    day = tmp_path / "day"
+    run(tmp_path, "bench/gpu.py", "--out", day, "--minutes 20")
+    sections = {path.stem: json.loads(path.read_text()) for path in day.glob("*.json")}
+    assert len(sections) == 9
+    assert {name: s["error"] for name, s in sections.items() if not s["is_finished"]} == {}
+    checked = sections["checks"]["rows"]
+    assert {row["check"] for row in checked} == {"attention", "moments", "rope"}
+    assert all(row["ok"] and 0 < row["error"] < row["bound"] for row in checked)
+    table = (day / "table.md").read_text()
+    assert all(f"## {name}" in table for name in sections)
+
+    # one has no time, one is there, and one was measured on another machine
+    other = sections["planning"] | {"machine": {"device": "another"}}
+    (day / "planning.json").write_text(json.dumps(other))
+    (day / "loader.json").unlink()
+    text = run(
+        tmp_path, "bench/gpu.py", "--out", day, "--only planning facts loader --minutes 0.01"
+    )
+    assert "facts: measured before" in text and "planning: measured before" not in text
+    loader = json.loads((day / "loader.json").read_text())
+    assert not loader["is_finished"] and "--minutes" in loader["error"]
+    assert "continues with them" in text
+
+
 def test_pretrain_needs_a_checkout_of_the_reference(tmp_path):
     """Bug: an ImportError about "src" where the folder of the reference is wrong."""
     line = fails(tmp_path, "bench/pretrain.py", "--vjepa2", tmp_path)
