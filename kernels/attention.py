@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-HEAD_DIMS = (32, 64, 80, 128)  # 80 is computed as 128, the rest of every row masked at the load
+# those between powers of two are computed as the next one, the rest of every row masked at the load
+HEAD_DIMS = (32, 48, 64, 80, 88, 96, 112, 128, 256)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRET)  # numpy has no bf16: the interpreter would multiply bit patterns
 GROUP = tl.constexpr(
@@ -33,27 +34,32 @@ TILES = {
     (80, 32): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
     (80, 64): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
     (80, 128): ((128, 64, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2)),
+    (80, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     (90, 32): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
     (90, 64): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
     (90, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    (90, 256): ((128, 64, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
     (100, 32): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
     (100, 64): ((128, 64, 4, 2), (64, 128, 8, 2), (128, 64, 8, 3)),
     (100, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+    (100, 256): ((128, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
     # any architecture: up to two steps, where tiles of 128 would compute half as many scores again
     # as are needed ...
     ("short", 32): ((64, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2)),
     ("short", 64): ((64, 64, 4, 3), (32, 64, 4, 2), (64, 64, 4, 2)),
     ("short", 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+    ("short", 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     # ... and fp32, multiplied without tensor cores: TF32 keeps 11 bits, three of them 22 and round
     # every sum towards zero
     ("fp32", 32): ((32, 32, 4, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("fp32", 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     ("fp32", 128): ((32, 16, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2)),
+    ("fp32", 256): ((16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
 }
 
 
-def tiles(device, dtype, head_dim, length, block):
-    """The row of the table for these inputs. sm_86, 89 and 120 have the instructions of sm_80,
+def tile_key(device, dtype, head_dim, length, block):
+    """Which row of the table serves these inputs. sm_86, 89 and 120 have the instructions of sm_80,
     whose rows fit their shared memory too."""
     kind = 80
     if dtype == torch.float32:
@@ -62,7 +68,12 @@ def tiles(device, dtype, head_dim, length, block):
         kind = "short"
     elif device.type == "cuda":
         kind = {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
-    return TILES[kind, triton.next_power_of_2(head_dim)]
+    return kind, triton.next_power_of_2(head_dim)
+
+
+def tiles(device, dtype, head_dim, length, block):
+    """The row of the table for these inputs."""
+    return TILES[tile_key(device, dtype, head_dim, length, block)]
 
 
 def runs_triton(device):
@@ -103,12 +114,23 @@ def _limit(rows, block, L):
 
 
 @triton.jit
-def _base(X, head, nh, stride_b, stride_h):
-    return X + (head // nh).to(tl.int64) * stride_b + (head % nh).to(tl.int64) * stride_h
+def _eights(stride, HD: tl.constexpr):
+    """A stride that the compiler knows to be a multiple of eight: for heads of 88 it is seldom one
+    of sixteen, which is all that Triton looks for, and rows would be read two bytes at a time."""
+    if HD % 16 != 0:
+        return stride // 8 * 8
+    return stride
 
 
 @triton.jit
-def _pointers(X, first, stride, ROWS: tl.constexpr, BD: tl.constexpr):
+def _base(X, head, nh, stride_b, stride_h, HD: tl.constexpr):
+    batch, head = (head // nh).to(tl.int64), (head % nh).to(tl.int64)
+    return X + batch * _eights(stride_b, HD) + head * _eights(stride_h, HD)
+
+
+@triton.jit
+def _pointers(X, first, stride, ROWS: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr):
+    stride = _eights(stride, HD)
     offsets = (
         tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BD)[None, :]
     )  # 32 bit: half the registers
@@ -125,14 +147,14 @@ def _load(
     if CHECK:
         inside = inside & (first + tl.arange(0, ROWS)[:, None] < L)
     if CHECK or HD != BD:
-        return tl.load(_pointers(X, first, stride, ROWS, BD), mask=inside, other=0.0)
-    return tl.load(_pointers(X, first, stride, ROWS, BD))
+        return tl.load(_pointers(X, first, stride, ROWS, HD, BD), mask=inside, other=0.0)
+    return tl.load(_pointers(X, first, stride, ROWS, HD, BD))
 
 
 @triton.jit
 def _store(X, value, first, stride, L, ROWS: tl.constexpr, HD: tl.constexpr, BD: tl.constexpr):
     inside = (tl.arange(0, BD)[None, :] < HD) & (first + tl.arange(0, ROWS)[:, None] < L)
-    tl.store(_pointers(X, first, stride, ROWS, BD), value.to(X.dtype.element_ty), mask=inside)
+    tl.store(_pointers(X, first, stride, ROWS, HD, BD), value.to(X.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -163,8 +185,8 @@ def _forward(Q, K, V, OUT, LSE, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b
     rows = first + tl.arange(0, BM)
     limit = _limit(rows, block, L)
     seen_by_all = _limit(first, block, L) // BN * BN
-    q = _load(_base(Q, head, nh, q_b, q_h), first, q_l, L, BM, HD, BD, True)
-    K, V = _base(K, head, nh, k_b, k_h), _base(V, head, nh, v_b, v_h)
+    q = _load(_base(Q, head, nh, q_b, q_h, HD), first, q_l, L, BM, HD, BD, True)
+    K, V = _base(K, head, nh, k_b, k_h, HD), _base(V, head, nh, v_b, v_h, HD)
     acc = tl.zeros((BM, BD), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -175,7 +197,7 @@ def _forward(Q, K, V, OUT, LSE, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b
     acc, top, total = _forward_range(
         acc, top, total, q, K, V, k_l, v_l, seen_by_all, last, limit, L, scale, HD, BD, BN, True
     )
-    _store(_base(OUT, head, nh, o_b, o_h), acc / total[:, None], first, o_l, L, BM, HD, BD)
+    _store(_base(OUT, head, nh, o_b, o_h, HD), acc / total[:, None], first, o_l, L, BM, HD, BD)
     tl.store(LSE + head.to(tl.int64) * L + rows, top + tl.math.log2(total), mask=rows < L)
 
 
@@ -186,8 +208,12 @@ def _delta(OUT, DO, LSE, LSE_PAD, DELTA, o_b, o_h, o_l, do_b, do_h, do_l, nh, he
     row that is not there zero."""
     tile, head = _place(padded // BM, heads)
     rows = tile * BM + tl.arange(0, BM)
-    o = _load(_base(OUT, head, nh, o_b, o_h), tile * BM, o_l, L, BM, HD, BD, True).to(tl.float32)
-    do = _load(_base(DO, head, nh, do_b, do_h), tile * BM, do_l, L, BM, HD, BD, True).to(tl.float32)
+    o = _load(_base(OUT, head, nh, o_b, o_h, HD), tile * BM, o_l, L, BM, HD, BD, True).to(
+        tl.float32
+    )
+    do = _load(_base(DO, head, nh, do_b, do_h, HD), tile * BM, do_l, L, BM, HD, BD, True).to(
+        tl.float32
+    )
     lse = tl.load(LSE + head.to(tl.int64) * L + rows, mask=rows < L, other=float("inf"))
     tl.store(LSE_PAD + head.to(tl.int64) * padded + rows, lse)
     tl.store(DELTA + head.to(tl.int64) * padded + rows, tl.sum(o * do, 1))
@@ -224,9 +250,9 @@ def _dkdv(Q, K, V, DO, DK, DV, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_
         (first + tl.arange(0, BN)) // block * block
     )  # key j is seen by the rows from the start of its step
     all_see = tl.cdiv((tl.minimum(first + BN, L) - 1) // block * block, BM) * BM
-    k = _load(_base(K, head, nh, k_b, k_h), first, k_l, L, BN, HD, BD, True)
-    v = _load(_base(V, head, nh, v_b, v_h), first, v_l, L, BN, HD, BD, True)
-    Q, DO = _base(Q, head, nh, q_b, q_h), _base(DO, head, nh, do_b, do_h)
+    k = _load(_base(K, head, nh, k_b, k_h, HD), first, k_l, L, BN, HD, BD, True)
+    v = _load(_base(V, head, nh, v_b, v_h, HD), first, v_l, L, BN, HD, BD, True)
+    Q, DO = _base(Q, head, nh, q_b, q_h, HD), _base(DO, head, nh, do_b, do_h, HD)
     LSE += head.to(tl.int64) * padded
     DELTA += head.to(tl.int64) * padded
     dk = tl.zeros((BN, BD), tl.float32)
@@ -238,8 +264,8 @@ def _dkdv(Q, K, V, DO, DK, DV, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_
     dk, dv = _dkdv_range(
         dk, dv, k, v, Q, DO, LSE, DELTA, q_l, do_l, all_see, L, start, L, scale, HD, BD, BM, False
     )
-    _store(_base(DK, head, nh, d_b, d_h), dk * softmax_scale, first, d_l, L, BN, HD, BD)
-    _store(_base(DV, head, nh, d_b, d_h), dv, first, d_l, L, BN, HD, BD)
+    _store(_base(DK, head, nh, d_b, d_h, HD), dk * softmax_scale, first, d_l, L, BN, HD, BD)
+    _store(_base(DV, head, nh, d_b, d_h, HD), dv, first, d_l, L, BN, HD, BD)
 
 
 @triton.jit
@@ -266,11 +292,11 @@ def _dq(Q, K, V, DO, DQ, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l
     rows = first + tl.arange(0, BM)
     limit = _limit(rows, block, L)
     seen_by_all = _limit(first, block, L) // BN * BN
-    q = _load(_base(Q, head, nh, q_b, q_h), first, q_l, L, BM, HD, BD, True)
-    do = _load(_base(DO, head, nh, do_b, do_h), first, do_l, L, BM, HD, BD, True)
+    q = _load(_base(Q, head, nh, q_b, q_h, HD), first, q_l, L, BM, HD, BD, True)
+    do = _load(_base(DO, head, nh, do_b, do_h, HD), first, do_l, L, BM, HD, BD, True)
     lse = tl.load(LSE + head.to(tl.int64) * padded + rows)
     delta = tl.load(DELTA + head.to(tl.int64) * padded + rows)
-    K, V = _base(K, head, nh, k_b, k_h), _base(V, head, nh, v_b, v_h)
+    K, V = _base(K, head, nh, k_b, k_h, HD), _base(V, head, nh, v_b, v_h, HD)
     dq = tl.zeros((BM, BD), tl.float32)
     dq = _dq_range(
         dq, q, do, lse, delta, K, V, k_l, v_l, 0, seen_by_all, limit, L, scale, HD, BD, BN, False
@@ -279,7 +305,7 @@ def _dq(Q, K, V, DO, DQ, LSE, DELTA, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l
     dq = _dq_range(
         dq, q, do, lse, delta, K, V, k_l, v_l, seen_by_all, last, limit, L, scale, HD, BD, BN, True
     )
-    _store(_base(DQ, head, nh, d_b, d_h), dq * softmax_scale, first, d_l, L, BM, HD, BD)
+    _store(_base(DQ, head, nh, d_b, d_h, HD), dq * softmax_scale, first, d_l, L, BM, HD, BD)
 
 
 def _empty(x):
@@ -290,7 +316,14 @@ def _empty(x):
 
 
 def _dense_rows(*tensors):
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """The tensors, or copies: rows without gaps, and for heads of 88 strides that are multiples of
+    eight (`_eights`)."""
+    dense = []
+    for x in tensors:
+        unit = 1 if x.shape[-1] % 16 == 0 else 8
+        fits = x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:3])
+        dense.append(x if fits else x.contiguous())
+    return dense
 
 
 def _strides(*tensors):
@@ -390,8 +423,8 @@ def attention_triton(q, k, v, block):
     """Attention over (B, nh, L, hd), any strides, where token i sees the keys j < (i // block + 1)
     * block; gradients for all three.
 
-    fp32, fp16 or bf16 (sums in fp32), hd 32, 64, 80 or 128; under autocast the inputs are cast as
-    for SDPA. Returns (B, nh, L, hd) in the memory order (B, L, nh, hd). Raises ValueError for
+    fp32, fp16 or bf16 (sums in fp32), hd one of HEAD_DIMS; under autocast the inputs are cast as for
+    SDPA. Returns (B, nh, L, hd) in the memory order (B, L, nh, hd). Raises ValueError for
     anything that the kernels do not compute."""
     if q.dim() != 4 or q.numel() == 0 or not q.shape == k.shape == v.shape:
         raise ValueError(
@@ -450,6 +483,8 @@ def compile_rows(arch):
                     whole = [
                         a for a in types if types[a] != "fp32" and a not in kernel.do_not_specialize
                     ]
+                    if hd % 16:
+                        whole = [a for a in whole if not a.endswith("_h")]
                     needs = dtype != "fp32" and kernel is not _delta
                     yield (
                         f"attention.{kernel.__name__}",

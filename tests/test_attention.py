@@ -83,13 +83,30 @@ def test_forward_and_gradients(T, block, hd, cut, dtype):
     check(2, 1, T * block - cut, hd, block, dtype)
 
 
+@pytest.mark.parametrize("hd", [hd for hd in HEAD_DIMS if hd not in (32, 64, 80, 128)])
+def test_other_head_dims(hd):
+    """Catches columns of the padding that are read or written: heads of no power of two."""
+    check(1, 2, 3 * 13, hd, 13, torch.float32 if hd != 88 else torch.bfloat16)
+
+
+def test_heads_of_88_with_odd_strides():
+    """Catches strides that the kernels take for multiples of eight where they are none."""
+    wide = torch.randn(3, 1, 2, 21, 91, device=DEVICE)
+    apart = [x[..., :88] for x in wide]
+    expected = attention_triton(*(x.contiguous() for x in apart), 7)
+    assert torch.equal(attention_triton(*apart, 7), expected)
+
+
 @pytest.mark.parametrize("kind, width", TILES)
 def test_every_tile(kind, width, monkeypatch):
     """Catches a tile whose loops miss the keys between the unmasked and the masked range, where
     block, L and tile share no divisor."""
     dtype = torch.float32 if INTERPRET or kind == "fp32" else torch.bfloat16
     monkeypatch.setattr(attention, "tiles", lambda *_: TILES[kind, width])
-    for L, block in ((201, 67), (150, 31), (3, 2)):
+    shapes = ((201, 67), (150, 31), (3, 2))
+    if width == 256:
+        shapes = ((70 if kind == "fp32" else 150, 31),)
+    for L, block in shapes:
         check(1, 1, L, width, block, dtype)
     if width == 128:
         check(1, 1, 140, 80, 45, dtype)
@@ -386,8 +403,8 @@ def test_gradients_of_gradients_are_refused():
         ({"q": (2, 12, 32)}, r"\(B, nh, L, hd\)"),
         ({"q": (1, 2, 0, 32), "k": (1, 2, 0, 32), "v": (1, 2, 0, 32)}, "non-empty"),
         (
-            {name: (1, 2, 12, 48) for name in "qkv"},
-            r"head dim 48 is not one of \(32, 64, 80, 128\).*prefix",
+            {name: (1, 2, 12, 40) for name in "qkv"},
+            r"head dim 40 is not one of \(32, 48, 64, 80, .*256\).*prefix",
         ),
         ({"dtype": torch.float64}, "torch.float64.*cast all three"),
         ({"v_dtype": torch.bfloat16}, "torch.float32, torch.float32, torch.bfloat16"),
@@ -417,4 +434,7 @@ def test_served_is_what_runs():
         attention.supports(DEVICE, dtype, hd) for dtype in attention.DTYPES for hd in HEAD_DIMS
     )
     assert not attention.supports(DEVICE, torch.float64, 64)
-    assert not attention.supports(DEVICE, torch.float32, 48)
+    assert not attention.supports(DEVICE, torch.float32, 40)
+
+    # the guides' predictor on ViT-g features
+    assert attention.supports(DEVICE, torch.bfloat16, 1408 // 16)
