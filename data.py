@@ -23,6 +23,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -1279,6 +1280,53 @@ def prefetch(batches, device):
         ready = batch
     if ready is not None:
         yield ready
+
+
+class Stopped(BaseException):
+    """A signal came while a batch was awaited. No Exception, or what tries again would take it for
+    a failure of the network."""
+
+
+class StopSignal:
+    """SIGTERM (SLURM's) and Ctrl-C: the loop ends its step and saves. A wait for clips ends at
+    once, since a server that is down would be asked for a minute."""
+
+    def __init__(self):
+        # on the CPU, where reading it never waits for the GPU
+        self.flag = torch.zeros(1)
+        self.is_waiting = False
+
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.flag.fill_(1)
+        if self.is_waiting:
+            raise Stopped
+
+    def agreed(self, world):
+        """Whether any rank has been asked to stop. A signal may reach the ranks in different
+        steps."""
+        flag = self.flag.clone()
+        if world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def next_batch(self, batches, world):
+        """(the next batch, or None if there is none; whether all ranks are to stop without it)."""
+        batch = None
+        try:
+            self.is_waiting = True
+            batch = next(batches, None)
+        except Stopped:
+            # loaders that try again need not be waited for, and their end is no error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for process in multiprocessing.active_children():
+                process.terminate()
+        finally:
+            self.is_waiting = False
+        return batch, self.agreed(world)
 
 
 def on_device(batch, device):

@@ -23,7 +23,6 @@ import importlib.util
 import math
 import os
 import re
-import signal
 import sys
 import time
 
@@ -169,7 +168,7 @@ from torch.nn.parallel import DistributedDataParallel
 # opens other people's weights, checkpoint.py saves and finds those of this run
 import checkpoint
 import weights
-from data import ActionScaler, Clips, collate, open_split, prefetch, vpt_loader, windows
+from data import ActionScaler, Clips, StopSignal, collate, open_split, prefetch, vpt_loader, windows
 from evaluation.held_out import (
     METERS,
     MOVES_GAP,
@@ -745,12 +744,10 @@ if __name__ == "__main__":
         return row, f"skill {row['tf_skill']:.3f} (error / copying), action gap {gap}"
 
     # --- train ---
-    # SLURM's SIGTERM and Ctrl-C set this: the loop ends its step and saves. It is on the CPU, where
-    # reading it never waits for the GPU
-    stop = torch.zeros(1)
+    # SLURM's SIGTERM and Ctrl-C: the loop ends its step and saves
+    stop = StopSignal()
     if not args.dry_run:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.fill_(1))
+        stop.listen()
 
     # the loader starts where the checkpoint stopped: the order of clips depends on the seed alone
     loader = vpt_loader(
@@ -804,8 +801,10 @@ if __name__ == "__main__":
         for micro in range(args.grad_accum):
             # how long the GPU waits for data is a column of train.csv: data_wait
             asked = time.perf_counter()
-            batch = next(batches, None)
+            batch, halt = stop.next_batch(batches, world)
             data_seconds += time.perf_counter() - asked
+            if halt:
+                break
             if batch is None:
                 raise ValueError(
                     f"rank {rank} got no clip: there are fewer recordings than ranks x workers; use"
@@ -836,25 +835,24 @@ if __name__ == "__main__":
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
 
-        # clip the gradient; with inf its norm is only measured, for the log
-        loss_scaler.unscale_(optimizer)
-        max_norm = args.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        # a signal that came while it waited for clips: what there is of this step is dropped
+        if not halt:
+            # clip the gradient; with inf its norm is only measured, for the log
+            loss_scaler.unscale_(optimizer)
+            max_norm = args.grad_clip or math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
-        # step; in float16 a step with overflowed gradients is skipped
-        loss_scaler.step(optimizer)
-        loss_scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            # step; in float16 a step with overflowed gradients is skipped
+            loss_scaler.step(optimizer)
+            loss_scaler.update()
+            optimizer.zero_grad(set_to_none=True)
 
-        # tensors go into the row as they are; the next log line reads them
-        steps_to_log.append(StepRow(epoch, itr, lr, losses, grad_norm, keys, bytes_read))
-        step += 1
+            # tensors go into the row as they are; the next log line reads them
+            steps_to_log.append(StepRow(epoch, itr, lr, losses, grad_norm, keys, bytes_read))
+            step += 1
 
-        # a signal may reach the ranks in different steps: they must agree where to stop
-        halt = stop.clone()
-        if world > 1:
-            dist.all_reduce(halt, dist.ReduceOp.MAX)
-        halt = bool(halt)
+            # a signal may reach the ranks in different steps: they must agree where to stop
+            halt = stop.agreed(world)
 
         # save at the end of each epoch and wherever the run ends
         epochs_done, inside = divmod(step, args.ipe)
@@ -862,7 +860,7 @@ if __name__ == "__main__":
 
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
-        if must_save or step % args.log_every == 0:
+        if steps_to_log and (must_save or step % args.log_every == 0):
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)

@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 
+import checkpoint
 from data import Clips, Order, open_split, vpt_loader
 from files import disk, remote
 from files.disk import Unreachable
@@ -510,6 +511,35 @@ def test_train_ac_reads_urls_through_the_cache(world, server, tmp_path):
         f"error: {server.url}/shard-000001.tar cannot be read: ClientResponseError: 403,"
         " message='Forbidden'"
     ), line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_the_wait_for_a_server(world, server, tmp_path, workers):
+    """Bug: a run whose shard is being tried again hears of SIGTERM a minute later, when SLURM has
+    killed it, or takes the signal for a failure and tries on; or the steps since the last
+    checkpoint are lost."""
+    # every recording of a shard gives eight clips: the loader asks for a shard again and again
+    flags = [TINY, f"--val_clips 0 --batch_size 2 --log_every 1 --num_workers {workers}"]
+    flags += ["--encoder vit_tiny --epochs 2 --ipe 999 --warmup 0 --anneal 0 --scaler"]
+    flags += [world.folder / "scaler.pkl", "--data", server.url + "/shard-{000000..000001}.tar"]
+    waiting = Run(tmp_path, "train_ac.py", *flags, "--out_dir", tmp_path / "run")
+    csv = tmp_path / "run" / "train.csv"
+    assert waiting.until(lambda: csv.exists() and len(rows_of(csv)) >= 2), waiting.text()
+
+    # the server is down from now on: every GET fails
+    down = [503] * 999
+    faults = {f"shard-{i:06}.tar": down for i in range(2)}
+    server.handler.faults.update(faults)
+    assert waiting.until(lambda: len(down) < 999), waiting.text()
+    os.kill(waiting.process.pid, signal.SIGTERM)
+    code, text = waiting.wait()
+    assert code == 0 and "Traceback" not in text, text
+    assert "stopped at epoch 0" in text and "continue with --resume" in text
+
+    # five tries would be an error, and the run would end with that
+    assert len(down) > 999 - 5
+    state, _ = checkpoint.load_latest(tmp_path / "run")
+    assert state["itr"] == len(rows_of(csv)) > 1
 
 
 def test_encode_reads_urls_through_the_cache(world, shards, server, tmp_path):
