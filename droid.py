@@ -1,5 +1,5 @@
 """Everything between robot episodes and a batch: DROID's RLDS TFRecords (without TensorFlow), raw
-DROID, and episodes of one's own.
+DROID, LeRobot data sets, and episodes of one's own.
 
     python -m droid --inspect droid/r2d2_faceblur-train.tfrecord-00000-of-00031
 
@@ -7,6 +7,8 @@ DROID, and episodes of one's own.
                   (gs://gresearch/robotics/droid/1.0.1/*.tfrecord*)
   trajectory.h5   raw DROID, with recordings/MP4/*.mp4 and metadata_*.json beside it; or folders of
                   them, or Meta's .csv of folders
+  FOLDER          a LeRobot data set, 3.0 or 2.1: the folder that contains meta/info.json, also at
+                  any fsspec URL (hf://datasets/lerobot/droid_1.0.1)
   NAME.npz        one's own robot (prepare/robot.py says what is in it), with NAME.mp4 or
                   NAME.CAMERA.mp4 beside it
   *.tar           features of any of them (encode.py --dataset droid)
@@ -30,10 +32,12 @@ from scipy.spatial.transform import Rotation
 
 from checkpoint import short_excepthook
 from data import Clips, Order, check_fraction, collate, ignore_signals_in_worker
+from files import lerobot
 from files.disk import DAMAGE, is_storage_error, storage_sentence, with_retries
 from files.episodes import (
     STATES,
     Episode,
+    camera_name,
     filesystem,
     index_file,
     read_fields,
@@ -75,21 +79,37 @@ def find_episodes(data):
 def no_episode(pattern):
     return FileNotFoundError(
         f"no episode at {pattern}: name *.tfrecord* files, trajectory.h5, NAME.npz, features"
-        " (.tar), or folders"
+        " (.tar), the folder of a LeRobot data set (that of meta/info.json), or folders of them"
     )
 
 
 def episodes_at_url(url):
-    """The files that a URL with * and ? matches, or a folder's TFRecords."""
-    if url.endswith("/"):
-        url += "*.tfrecord*"
+    """The files that a URL with * and ? matches, the data files of LeRobot data sets among them, or
+    a folder's TFRecords."""
     fs, name = filesystem(url)
     if "*" not in name and "?" not in name:
-        return [url]
+        data_files = data_files_of(url)
+        if data_files or not url.endswith("/"):
+            return data_files or [url]
+        url += "*.tfrecord*"
+        name += "/*.tfrecord*"
     found = with_retries(url, lambda: fs.glob(name))
     if not found:
         raise no_episode(url)
-    return sorted(map(fs.unstrip_protocol, found))
+    out = []
+    for match in sorted(map(fs.unstrip_protocol, found)):
+        out += data_files_of(match) or [match]
+    return out
+
+
+def data_files_of(place):
+    """The data files of the LeRobot data set in a folder or at a URL, [] where there is none."""
+    folder = place.removesuffix("meta/info.json").rstrip("/")
+    if ".tfrecord" in os.path.basename(folder) or folder.endswith((".parquet", ".tar")):
+        return []
+    if not lerobot.is_set(folder):
+        return []
+    return lerobot.data_files(folder)
 
 
 def episodes_in(path):
@@ -98,8 +118,9 @@ def episodes_in(path):
     if path.endswith(".csv"):  # Meta's list: a folder a line, then a label
         with open(path) as f:
             return find_episodes([line.split()[0] for line in f if line.strip()])
-    if not os.path.isdir(path):
-        return [path]
+    data_files = data_files_of(path)
+    if data_files or not os.path.isdir(path):
+        return data_files or [path]
     files = []
     for file in files_below(path):
         parts = os.path.relpath(file, path).split(os.sep)
@@ -107,6 +128,8 @@ def episodes_in(path):
         kinds = ("*.tfrecord*", "trajectory.h5", "*.npz", "*.tar")
         if not hidden and any(fnmatch.fnmatchcase(parts[-1], kind) for kind in kinds):
             files.append(file)
+        elif not hidden and parts[-2:] == ["meta", "info.json"]:
+            files += data_files_of(file)
     return sorted(files)
 
 
@@ -152,6 +175,8 @@ def choose_verify(paths, verify, log):
     """The `verify` of index_file; what is not checked goes to the log."""
     if verify is not None:
         return verify
+    # parquet has no checksums that are looked at
+    paths = [p for p in paths if not p.endswith(".parquet")]
     size = sum(os.path.getsize(p) for p in paths if "://" not in p)
     why = ""
     if size > VERIFY:  # all of DROID is 1.7 TB
@@ -181,6 +206,8 @@ def episode_of(path, kind, entry, reader):
                 detail = np.array(detail, np.uint32)  # sizes of pictures
             if name in needed:
                 members[name] = (at, size, detail)
+    if kind == "lerobot":
+        members = {name: members[name] for name in reader.cameras if name in members}
     steps = entry["steps"]
     return Episode(
         path,
@@ -193,6 +220,7 @@ def episode_of(path, kind, entry, reader):
         last=entry.get("last", steps),
         length=0,
         identity=entry.get("identity", ""),
+        place=tuple(entry.get("place", ())),
     )
 
 
@@ -479,7 +507,8 @@ class DroidReader:
     raw DROID, whose mp4s claim 60 fps.
     crop: "reference" or "square".
     camera: names, one of which is drawn for each clip: exterior_1, exterior_2, wrist; raw also
-    left, right. An own NAME.mp4 serves for any. () reads actions only.
+    left, right. An own NAME.mp4 serves for any; LeRobot's are named by their feature, with or
+    without "observation.images.". () reads actions only.
     state_keys, action_keys: fields instead of the pose and its differences; actions given by key
     are means over the rows between two frames.
     scaler: ActionScaler or None.
@@ -529,12 +558,21 @@ class DroidReader:
         """Number of rows at which a clip can start."""
         return max(r.last - r.first - (self.frames - 1) * self.stride_of(r), 0)
 
+    @property
+    def cameras(self):
+        """The cameras by short names, which LeRobot's features also go by."""
+        return [camera_name(c) for c in self.camera]
+
     def views(self, r):
         """Those of the cameras that an episode has."""
+        if r.kind == "lerobot":
+            return [c for c in self.cameras if r.members.get(c, ["missing"])[0] != "missing"]
         return [c for c in self.camera if c in r.members] or [c for c in r.members if c == "video"]
 
     def flaw(self, r):
         """Why an episode cannot be used, or ''."""
+        if r.kind == "lerobot":
+            return self.lerobot_flaw(r)
         needed = []
         if r.kind == "rlds":
             needed = [*(self.state_keys or STATES["rlds"]), *(self.action_keys or ())]
@@ -552,6 +590,23 @@ class DroidReader:
             has = f", but {', '.join(named)}" if named else ""
             return f"no camera {' or '.join(self.camera)} in it{has} (--camera)"
         return ""
+
+    def lerobot_flaw(self, r):
+        """`flaw` of an episode of a LeRobot data set."""
+        if not r.steps:
+            return "no steps in it"
+        dataset = lerobot.open_set(r.place[0])
+        for key in [*(self.state_keys or STATES["lerobot"]), *(self.action_keys or ())]:
+            if key not in dataset.numbers:
+                has = ", ".join(f"{name} ({size})" for name, size in dataset.numbers.items())
+                return f"no {key} in it, but {has or 'no numbers'} (--state_keys, --action_keys)"
+        if not self.camera or self.views(r):
+            return ""
+        for camera in self.cameras:
+            if camera in r.members:
+                return f"{r.members[camera][1]} is not there, in which {camera} was recorded"
+        has = ", ".join(dataset.cameras) or "none"
+        return f"no camera {' or '.join(self.camera)} in it, but {has} (--camera)"
 
     def motion(self, r, sampled):
         """Episode, increasing rows (T,) -> actions (T-1, A) unscaled, states (T, S), float64. Reads

@@ -1,5 +1,5 @@
 """What a robot's episode is in files: RLDS TFRecords as DROID released them (without TensorFlow),
-raw DROID, and a form for one's own.
+raw DROID, and a form for one's own. files/lerobot.py reads LeRobot data sets.
 
 An episode has rows ("steps") at `rate` Hz, and a picture of each camera a step.
 
@@ -61,14 +61,26 @@ STATES = {
         "observation/robot_state/gripper_position",
     ],
     "robot": ["cartesian_position", "gripper_position"],
+    "lerobot": ["observation.state.cartesian_position", "observation.state.gripper_position"],
+}
+# DROID's cameras as LeRobot data sets call them
+LEROBOT_CAMERAS = {
+    "exterior_1_left": "exterior_1",
+    "exterior_2_left": "exterior_2",
+    "wrist_left": "wrist",
+    "exterior_image_1_left": "exterior_1",
+    "exterior_image_2_left": "exterior_2",
+    "wrist_image_left": "wrist",
 }
 VELOCITY = {
     "rlds": "action_dict/joint_velocity",
     "raw": "action/joint_velocity",
     "robot": "joint_velocity",
+    "lerobot": "action.joint_velocity",
 }
-# how far a pose may drift while "nothing moves": more than sensors make up, less than one sees
-DRIFT = {"m": 0.002, "rad": 0.01, "closed": 0.05}
+# how far a pose may drift while "nothing moves": more than sensors make up, less than one sees.
+# range: of a number without a known unit, as a share of its range
+DRIFT = {"m": 0.002, "rad": 0.01, "closed": 0.05, "range": 0.005}
 POSE_UNITS = ["m"] * 3 + ["rad"] * 3
 # what shows that an arm moves, and the units of its numbers
 PLACES = {
@@ -86,6 +98,11 @@ PLACES = {
         "cartesian_position": POSE_UNITS,
         "gripper_position": ["closed"],
         "joint_position": ["rad"],
+    },
+    "lerobot": {
+        "observation.state.cartesian_position": POSE_UNITS,
+        "observation.state.gripper_position": ["closed"],
+        "observation.state.joint_position": ["rad"],
     },
 }
 # the first bytes of a TFRecord that was written with compression, or of an archive
@@ -106,9 +123,10 @@ class Episode(NamedTuple):
     shard: str  # the file that holds it
     # RLDS: recording_folderpath--file_path, as in openpi's list of ranges; features: KEY@CAMERA-ROW
     key: str
-    kind: str  # rlds, raw, robot or features
+    kind: str  # rlds, raw, robot, lerobot or features
     # RLDS: camera -> (offset, size, sizes of its JPEGs or None), other feature -> (offset, size,
-    # one of KINDS); features: of a Record; else camera -> file
+    # one of KINDS); features: of a Record; LeRobot: camera -> ("video", mp4, ...), ("image",
+    # column) or ("missing", mp4); else camera -> file
     members: dict
     steps: int  # of the whole episode
     rate: float  # steps a second
@@ -119,6 +137,7 @@ class Episode(NamedTuple):
     length: int
     # equal for two copies of an episode, different for others; "": not known
     identity: str = ""
+    place: tuple = ()  # LeRobot: (folder of the data set, first row in its data file)
 
     @property
     def is_features(self):
@@ -150,7 +169,8 @@ def filesystem(url):
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as e:
         raise ValueError(
-            f"{url} cannot be read: {e} (pip install gcsfs for gs://), or copy the shards to a disk"
+            f"{url} cannot be read: {e} (pip install gcsfs for gs://, huggingface_hub for hf://), or"
+            " copy it to a disk"
         ) from e
 
 
@@ -444,6 +464,14 @@ def path_success(text):
     if named:
         return named[1] == "success"
     return re.search(r"(?<![a-z])(?<!no[_-])(?<!not[_-])success", text) is not None
+
+
+def camera_name(feature):
+    """The feature of a camera in a LeRobot data set -> the short name that --camera takes."""
+    name = feature
+    for start in ("observation.images.", "observation."):
+        name = name.removeprefix(start)
+    return LEROBOT_CAMERAS.get(name, name)
 
 
 # --- the index ---
@@ -859,11 +887,13 @@ def index_file(path, verify):
     """One file -> (kind, [episode], [(file, key, reason)]), cached until one of its files changes.
     verify: of index_rlds; None does so for what is on a disk. A URL that cannot be reached is an
     OSError: it says nothing about the episodes."""
-    kinds = {".h5": "raw", ".npz": "robot", ".tar": "features"}
+    kinds = {".h5": "raw", ".npz": "robot", ".tar": "features", ".parquet": "lerobot"}
     kind = kinds.get(os.path.splitext(path)[1], "rlds")
     remote = "://" in path
     deep = not remote if verify is None else verify
     try:
+        if kind == "lerobot":
+            return kind, *index_data_file(path)
         if remote:
             files = []
             end, stamp = url_stamp(path, kind)
@@ -896,14 +926,21 @@ def index_file(path, verify):
     return kind, *orjson.loads(raw)
 
 
+def index_data_file(path):
+    """lerobot.index_data_file: that file imports this one."""
+    from files import lerobot
+
+    return lerobot.index_data_file(path)
+
+
 def url_stamp(url, kind):
     """(bytes of a TFRecord on a server, what changes when it does)."""
     fs, _ = filesystem(url)
     info = with_retries(url, lambda: fs.info(url))
     if kind != "rlds" or info.get("size") is None:
         raise OSError(
-            "only TFRecords on a server that says how long they are can be read from a URL;"
-            " copy it to a disk"
+            "only LeRobot data sets, and TFRecords on a server that says how long they are, can be"
+            " read from a URL; copy it to a disk"
         )
     stamp = {}
     for name, value in info.items():
@@ -918,6 +955,10 @@ def url_stamp(url, kind):
 def read_fields(r, names):
     """Low-dimensional fields of an Episode by name -> [(steps, d) float64]. ValueError, with its
     name, for one that is not there or not numbers."""
+    if r.kind == "lerobot":
+        from files import lerobot
+
+        return lerobot.read_fields(r, names)
     if r.kind == "rlds":
         lists = fetch(r.shard, [r.members[k][:2] for k in names])
         return [field_rows(x, r.members[k][2], r.steps, k) for k, x in zip(names, lists)]
@@ -939,6 +980,10 @@ def read_fields(r, names):
 def read_pictures(r, camera, wanted):
     """Pictures by increasing number -> [(H, W, 3) uint8]. Other JPEGs are not touched (at a URL: if
     the index knows their sizes)."""
+    if r.kind == "lerobot":
+        from files import lerobot
+
+        return lerobot.read_pictures(r, camera, wanted)
     if r.kind != "rlds":
         video = r.members[camera]
         with Slice(video, 0, os.path.getsize(video)) as f:

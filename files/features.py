@@ -218,13 +218,19 @@ class Source(NamedTuple):
 
 def tar_names(paths):
     """Files of episodes -> ({file: name of its tar}, the folder that the names are relative to).
-    For TFRecords the folder is "": their own names are enough."""
+    For TFRecords the folder is "": their own names are enough. Those of LeRobot data sets begin
+    with the name of the data set."""
+    from files.lerobot import root_of  # it imports files/episodes.py, which imports this file
+
     single = [os.path.abspath(p) for p in paths if p.endswith((".h5", ".npz"))]
     top = os.path.commonpath([os.path.dirname(p) for p in single]) if single else ""
     names = {}
     for p in paths:
         if p.endswith((".h5", ".npz")):
             name = os.path.relpath(p, top).replace(os.sep, "--")
+        elif p.endswith(".parquet"):
+            root = root_of(p).rstrip("/")
+            name = (os.path.basename(root) + p[len(root) :]).replace("/", "--")
         else:
             name = os.path.basename(p)
         names[p] = name + ".tar"
