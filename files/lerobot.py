@@ -2,10 +2,10 @@
 
 A data set is the folder that contains meta/info.json:
 
-  meta/info.json        version, rows a second, the name, type and shape of every feature, and where
-                        files are: templates such as data/chunk-{chunk_index:03d}/...
-  meta/episodes/        3.0: parquet, a row an episode: its length, its data file, and for each camera
-                        the mp4 and the second at which the episode begins in it
+  meta/info.json        version, rows a second, the name, type and shape of every feature, and
+                        where files are: templates such as data/chunk-{chunk_index:03d}/...
+  meta/episodes/        3.0: parquet, a row an episode: its length, its data file, and for each
+                        camera the mp4 and the second at which the episode begins in it
   meta/episodes.jsonl   2.1: a line an episode; each has a data file and mp4s of its own
   data/                 parquet, a row a step: numbers, and pictures of type "image" as PNG
   videos/               mp4
@@ -73,7 +73,7 @@ class DataSet(NamedTuple):
 
     @property
     def numbers(self):
-        """{name: numbers a row} of the features that are numbers, without LeRobot's own counters."""
+        """{name: numbers a row} of the features that are numbers, less LeRobot's counters."""
         counters = ("timestamp", "frame_index", "episode_index", "index", "task_index")
         out = {}
         for name, feature in self.features.items():
@@ -393,7 +393,9 @@ def open_set_of_version(root, version):
         files = files_of_3(root, info)
         layout = "3.0"
     if not files:
-        raise ValueError(f"{root}/meta lists no episode: nothing was recorded, or meta/ is not whole")
+        raise ValueError(
+            f"{root}/meta lists no episode: nothing was recorded, or meta/ is not whole"
+        )
     return DataSet(root, layout, info, float(info["fps"]), files)
 
 
@@ -712,7 +714,9 @@ def read_episodes(dataset, path, ranges):
             raise ValueError(f"no column {needed} in it, but {', '.join(columns)}")
     motion = [n for n in MOTION if n in columns and n in dataset.numbers]
     if not motion:
-        motion = [n for n in columns if n in dataset.numbers and re.match(r"observation\.|action", n)]
+        motion = [
+            n for n in columns if n in dataset.numbers and re.match(r"observation\.|action", n)
+        ]
     positions = [n for n in PLACES["lerobot"] if n in columns]
     success = [n for n in ("is_episode_successful", "next.success") if n in columns][:1]
     velocity = [n for n in [VELOCITY["lerobot"]] if n in columns]
@@ -787,9 +791,9 @@ def identity(dataset, motion):
 
 
 def still_rows(of_episode, motion, ranges, of_file):
-    """The "idle" and "still" runs of an episode: from commanded joint velocities and positions where
-    they have DROID's names, else rows in which no number of the state moves by more than a share of
-    its range (files.episodes.DRIFT)."""
+    """The "idle" and "still" runs of an episode: from commanded joint velocities and positions
+    where they have DROID's names, else rows in which no number of the state moves by more than a
+    share of its range (files.episodes.DRIFT)."""
     velocity = of_episode.get(VELOCITY["lerobot"])
     if velocity is not None:
         places = []
@@ -813,8 +817,8 @@ def still_rows(of_episode, motion, ranges, of_file):
 
 
 def read_fields(r, names):
-    """Fields of an Episode by name -> [(steps, d) float64]. ValueError for one that is not there, is
-    not numbers or has another shape than the metadata say."""
+    """Fields of an Episode by name -> [(steps, d) float64]. ValueError for one that is not there,
+    is not numbers or has another shape than the metadata say."""
     root, first = r.place
     sizes = open_set(root).numbers
     out = []

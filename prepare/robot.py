@@ -9,13 +9,16 @@ every field of DROID 1.0.1.
 Writes OUT/droid_101-train.tfrecord-00000-of-00008 and so on, one tf.train.Example an episode (15
 Hz, three cameras of 320x180 as JPEG).
 
-With --form npz it writes the form in which droid.py reads one's own robot: NAME.npz and
+With --format npz it writes the form in which droid.py reads one's own robot: NAME.npz and
 NAME.CAMERA.mp4 (H.264, a frame a row). The npz contains, in T rows each:
   cartesian_position (T, 6)  xyz in metres, then extrinsic xyz Euler angles in radians
   gripper_position (T,)      0 open to 1 closed
   joint_velocity (T, 7)      commanded, rad/s; the idle filter needs it
   rate, success              one number each (if absent: 15, true)
 and whatever else --state_keys and --action_keys should find.
+
+With --format lerobot it writes a LeRobot data set (3.0) with the columns of lerobot/droid_1.0.1, in
+--shards parts: an mp4 contains all episodes of its part.
 
 OUT/robot.json contains the arguments. Run it again after a kill: finished files are kept.
 prepare/arm.py describes the worlds. Some episodes fail, and in all of them the operator rests.
@@ -40,8 +43,27 @@ from checkpoint import short_excepthook
 from files.disk import write_atomically
 from files.episodes import CAMERAS, masked_crc
 from files.progress import tqdm
-from prepare.arm import HEIGHT, RATE, WIDTH, WORLDS, play
+from prepare import lerobot
+from prepare.arm import COLOURS, HEIGHT, RATE, WIDTH, WORLDS, play
 
+# DROID's cameras and fields as lerobot/droid_1.0.1 calls them
+VIEWS = {
+    "exterior_1": "observation.images.exterior_1_left",
+    "exterior_2": "observation.images.exterior_2_left",
+    "wrist": "observation.images.wrist_left",
+}
+COLUMNS = {
+    "observation/cartesian_position": "observation.state.cartesian_position",
+    "observation/gripper_position": "observation.state.gripper_position",
+    "observation/joint_position": "observation.state.joint_position",
+    "action_dict/cartesian_position": "action.cartesian_position",
+    "action_dict/cartesian_velocity": "action.cartesian_velocity",
+    "action_dict/joint_position": "action.joint_position",
+    "action_dict/joint_velocity": "action.joint_velocity",
+    "action_dict/gripper_position": "action.gripper_position",
+    "action_dict/gripper_velocity": "action.gripper_velocity",
+    "action": "action.original",
+}
 X264 = {"preset": "veryfast", "crf": "20", "g": "15", "x264-params": "mbtree=0"}
 
 
@@ -142,12 +164,14 @@ def mp4(pictures):
 # --- an episode ---
 
 
-def make_episode(world, seed, number, steps, folder):
-    """Play an episode. With a folder, write it there as NAME.npz and its videos and return None;
-    with folder=None, return its record for a TFRecord."""
+def make_episode(world, seed, number, steps, form, folder):
+    """Play an episode. form "npz": write it to the folder as NAME.npz and its videos, return None;
+    "rlds": return its record for a TFRecord; "lerobot": return it as lerobot.Recorded."""
     rows, pictures, colour, success = play(world, seed, number, steps)
-    if folder is None:
+    if form == "rlds":
         return tfrecord(rows, pictures, colour, success, f"world-{world}-seed-{seed}", number)
+    if form == "lerobot":
+        return recorded(rows, pictures, colour, success)
     write_npz(os.path.join(folder, f"episode-{number:05d}"), rows, pictures, success)
 
 
@@ -166,6 +190,21 @@ def tfrecord(rows, pictures, colour, success, name, number):
     jpegs = {camera: [jpeg(x) for x in frames] for camera, frames in pictures.items()}
     folder = f"{place}/recordings/MP4"
     return record(droid_example(rows, jpegs, folder, f"{place}/trajectory.h5", texts, success))
+
+
+def recorded(rows, pictures, colour, success):
+    """An episode of a LeRobot data set."""
+    # the state is joints and gripper, the action their commanded positions
+    steps = len(rows["action"])
+    fields = {}
+    for kind, group in (("observation.state", "observation"), ("action", "action_dict")):
+        parts = [rows[f"{group}/{name}"] for name in ("joint_position", "gripper_position")]
+        fields[kind] = np.concatenate([x.reshape(steps, -1) for x in parts], axis=1)
+    for name, column in COLUMNS.items():
+        fields[column] = rows[name]
+    fields["is_episode_successful"] = np.full(steps, success)
+    videos = {VIEWS[camera]: mp4(frames) for camera, frames in pictures.items()}
+    return lerobot.Recorded(fields, videos, list(COLOURS).index(colour))
 
 
 def write_npz(stem, rows, pictures, success):
@@ -197,11 +236,12 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="robot", help="folder; its finished files are kept")
     parser.add_argument("--episodes", type=int, default=60, help="how many")
     parser.add_argument("--world", choices=WORLDS, default="a", help="which arm and cameras")
-    parser.add_argument("--form", choices=["rlds", "npz"], default="rlds", help="kind of files")
+    forms = ["rlds", "npz", "lerobot"]
+    parser.add_argument("--form", "--format", choices=forms, default="rlds", help="kind of files")
     parser.add_argument(
         "--steps", type=int, nargs=2, default=[100, 150], help="least and most rows"
     )
-    parser.add_argument("--shards", type=int, default=8, help="rlds: number of TFRecords")
+    parser.add_argument("--shards", type=int, default=8, help="number of TFRecords, or parts")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
@@ -234,7 +274,7 @@ if __name__ == "__main__":
     write_atomically(note, json.dumps(arguments).encode() + b"\n")
 
     # what a run that was killed left behind
-    for path in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):
+    for path in glob.glob(os.path.join(glob.escape(args.out), "**/*.tmp"), recursive=True):
         os.unlink(path)
 
     # --- which episodes go into which file ---
@@ -242,10 +282,12 @@ if __name__ == "__main__":
     rng = np.random.default_rng([args.seed, ord(args.world)])
     lengths = rng.integers(least, most + 1, args.episodes)
 
-    # rlds: episodes share TFRecords; npz: each has files of its own
+    # rlds and lerobot: episodes share files; npz: each has files of its own
+    files = min(args.shards, args.episodes)
     if args.form == "rlds":
-        files = min(args.shards, args.episodes)
         names = [f"droid_101-train.tfrecord-{i:05d}-of-{files:05d}" for i in range(files)]
+    elif args.form == "lerobot":
+        names = [lerobot.part_name(i) for i in range(files)]
     else:
         files = args.episodes
         names = [f"episode-{i:05d}.npz" for i in range(files)]
@@ -258,11 +300,11 @@ if __name__ == "__main__":
             todo[path] = [int(i) for i in episodes]
 
     # --- play ---
-    # npz: a worker writes its episode; rlds: it returns the record, and files are written in order
+    # npz: a worker writes its episode; others return it, and files are written in order
     started = time.time()
     numbers = [i for episodes in todo.values() for i in episodes]
-    folder = args.out if args.form == "npz" else None
-    make = functools.partial(make_episode, args.world, args.seed, folder=folder)
+    make = functools.partial(make_episode, args.world, args.seed, form=args.form, folder=args.out)
+    tasks = [f"pick up the {colour} block and put it elsewhere" for colour in COLOURS]
     bar = tqdm(total=int(lengths[numbers].sum()), unit=" steps")
     with concurrent.futures.ProcessPoolExecutor(args.workers) as pool, bar:
         results = pool.map(make, numbers, map(int, lengths[numbers]))  # in the order of `numbers`
@@ -275,10 +317,19 @@ if __name__ == "__main__":
                 bar.update(int(lengths[i]))
             if args.form == "rlds":
                 write_atomically(path, b"".join(records))
+            if args.form == "lerobot":
+                first = episodes[0]
+                part = names.index(os.path.relpath(path, args.out))
+                first_row = int(lengths[:first].sum())
+                lerobot.write_part(args.out, part, first, first_row, records, tasks, RATE)
+
+    # what says that the data set is whole comes last
+    if args.form == "lerobot":
+        lerobot.finish(args.out, files, tasks, RATE, "Franka")
 
     # --- report ---
-    paths = glob.glob(os.path.join(glob.escape(args.out), "*"))
-    size = sum(map(os.path.getsize, paths)) / 2**20
+    paths = glob.glob(os.path.join(glob.escape(args.out), "**"), recursive=True)
+    size = sum(map(os.path.getsize, filter(os.path.isfile, paths))) / 2**20
     print(
         f"{args.out}: {args.episodes} episodes of world {args.world} in {files} files,"
         f" {files - len(todo)} there already; {int(lengths.sum())} steps, {size:.0f} MiB,"
