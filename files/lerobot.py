@@ -164,10 +164,14 @@ def listed_at(folder):
     if folder.startswith("http"):
         return None
     fs, name = filesystem(folder)
-    try:
-        return {os.path.basename(x) for x in with_retries(folder, lambda: fs.ls(name, False))}
-    except FileNotFoundError:
-        return set()
+
+    def ask():
+        try:
+            return fs.ls(name, False)
+        except FileNotFoundError:
+            return []  # many stores have no folders, only names with slashes
+
+    return {os.path.basename(x) for x in with_retries(folder, ask)}
 
 
 @functools.lru_cache(1 << 16)
@@ -855,13 +859,16 @@ class Clock(NamedTuple):
 
 @functools.lru_cache(64)
 def clock_of_version(path, version):
-    with open_file(path) as f:
-        times, unit = film_times(f)
-        f.seek(0)
-        with open_video(f) as container:
-            stream = container.streams.video[0]
-            size = (stream.width, stream.height)
-            return Clock(times, unit, min(size), stream.codec_context.name, size)
+    try:
+        with open_file(path) as f:
+            times, unit = film_times(f)
+            f.seek(0)
+            with open_video(f) as container:
+                stream = container.streams.video[0]
+                size = (stream.width, stream.height)
+                return Clock(times, unit, min(size), stream.codec_context.name, size)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
 
 
 def video_clock(path):

@@ -90,7 +90,7 @@ def join_mp4s(videos):
             with av.open(io.BytesIO(video)) as container:
                 source = container.streams.video[0]
                 if stream is None:
-                    stream = joined.add_stream_from_template(source)
+                    stream = joined.add_stream_from_template(source, opaque=True)
                     stream.time_base = source.time_base
                 frame = int(1 / (source.average_rate * source.time_base))
                 frames = 0
