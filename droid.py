@@ -19,6 +19,7 @@ mixes everything, resumes exactly and costs nothing. A shuffle buffer of 100,000
 
 import argparse
 import collections
+import copy
 import fnmatch
 import hashlib
 import math
@@ -50,6 +51,8 @@ from files.shards import braces, files_below, matches, spread, without_links
 # of a state, and of the action to the next one
 POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 POSE_UNITS = ["m"] * 3 + ["rad"] * 3 + ["closed"]
+# least and most width/height of what --crop cuts from the centre
+ASPECTS = {"reference": (0.75, 1.35), "square": (1.0, 1.0)}
 VERIFY = 50e9  # bytes; above them checking all checksums takes longer than it is worth
 
 # --- the episodes of a run ---
@@ -484,18 +487,55 @@ def compose_poses(state0, actions, mean, scale):
     return torch.from_numpy(np.stack(poses, axis=1)).to(state0)
 
 
-def crop_resize(frames, size, low, high):
+def crop_resize(frames, size, low, high, share=1.0, place=(0.5, 0.5)):
     """[(H, W, 3)] uint8 -> (T, 3, size, size) uint8: the centre, cut to a width/height within [low,
     high], squeezed to a square, bilinear without antialias. That is what vjepa2's
-    random_resized_crop does with its settings for DROID (0.75, 1.35)."""
+    random_resized_crop does with its settings for DROID (0.75, 1.35).
+
+    share: of the sides of that cut, which is then the part at `place`: from (0, 0), its upper left
+    corner, to (1, 1)."""
     h, w = frames[0].shape[:2]
     height = min(h, round(w / low))
     width = min(w, round(h * high))
     top = (h - height) // 2
     left = (w - width) // 2
+
+    # a part of it, for augmentation
+    if share < 1:
+        part = (max(round(share * height), 1), max(round(share * width), 1))
+        top += math.floor(place[0] * (height - part[0]))
+        left += math.floor(place[1] * (width - part[1]))
+        height, width = part
+
     cut = np.stack([f[top : top + height, left : left + width] for f in frames])
     video = torch.from_numpy(cut).permute(0, 3, 1, 2).float()  # (T, 3, height, width)
     video = torch.nn.functional.interpolate(video, (size, size), mode="bilinear")
+    return video.round_().to(torch.uint8)
+
+
+def jittered(sampled, most, last, rng):
+    """Rows (T,) moved by up to `most` at random. They stay in order, different, and within 0 to
+    `last`."""
+    order = np.arange(len(sampled))
+    moved = sampled + rng.integers(-most, most + 1, len(sampled))
+    moved = np.maximum.accumulate(moved - order)
+    return np.clip(moved, 0, last - len(sampled) + 1) + order
+
+
+def recoloured(video, most, rng):
+    """(T, 3, H, W) uint8 with brightness, contrast and saturation each changed by up to `most`, all
+    frames alike: in place of x, grey + (1 + change) * (x - grey). Grey is black, the clip's mean,
+    and the pixel's own."""
+    video = video.float()
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    for kind in ("brightness", "contrast", "saturation"):
+        grey = torch.zeros(1)
+        if kind != "brightness":
+            grey = (video * weights).sum(1, keepdim=True)
+        if kind == "contrast":
+            grey = grey.mean()
+        video = torch.lerp(grey.expand_as(video), video, 1 + rng.uniform(-most, most))
+        video = video.clamp(0, 255)
     return video.round_().to(torch.uint8)
 
 
@@ -539,7 +579,7 @@ class DroidReader:
         self.stride = stride
         self.crop_size = crop_size
         self.crop = crop
-        self.aspect = {"reference": (0.75, 1.35), "square": (1.0, 1.0)}[crop]
+        self.aspect = ASPECTS[crop]
         self.camera = (camera,) if isinstance(camera, str) else tuple(camera)
         self.state_keys = state_keys
         self.action_keys = action_keys
@@ -547,6 +587,41 @@ class DroidReader:
         self.names = POSE
         self.units = POSE_UNITS
         self.state_dim = 7
+
+        # augmentation is off: see `augmented`
+        self.resize = 1.0
+        self.color = 0.0
+        self.jitter = 0
+        self.noise = 0.0
+
+    def augmented(self, random_resize_scale, color_jitter, temporal_jitter, action_noise):
+        """The same reader with augmentation, for training alone. ValueError for impossible values.
+
+        random_resize_scale: the smallest part of the crop that is shown, as a share of its sides.
+        color_jitter: brightness, contrast and saturation change by up to this share.
+        temporal_jitter: each sampled row moves by up to that many; actions are those between the
+        moved rows. action_noise: std of noise on the actions, in scaled units."""
+        values = {
+            "random_resize_scale": (random_resize_scale, 0 < random_resize_scale <= 1),
+            "color_jitter": (color_jitter, 0 <= color_jitter < 1),
+            "temporal_jitter": (temporal_jitter, temporal_jitter >= 0),
+            "action_noise": (action_noise, 0 <= action_noise < math.inf),
+        }
+        ranges = {
+            "random_resize_scale": "above 0, at most 1",
+            "color_jitter": "from 0 to below 1",
+            "temporal_jitter": "0 or more rows",
+            "action_noise": "0 or more",
+        }
+        for name, (value, possible) in values.items():
+            if not possible:
+                raise ValueError(f"--{name} {value}: give {ranges[name]}")
+        reader = copy.copy(self)
+        reader.resize = random_resize_scale
+        reader.color = color_jitter
+        reader.jitter = temporal_jitter
+        reader.noise = action_noise
+        return reader
 
     def stride_of(self, r):
         """Rows from one frame to the next; features have all their steps."""
@@ -645,12 +720,20 @@ class DroidReader:
         self.state_dim = states.shape[1]
         return actions, states
 
-    def pictures(self, r, camera, sampled):
-        """(T, 3, size, size) uint8 of increasing rows, as the encoder takes them."""
-        return crop_resize(read_pictures(r, camera, sampled), self.crop_size, *self.aspect)
+    def pictures(self, r, camera, sampled, rng=None):
+        """(T, 3, size, size) uint8 of increasing rows, as the encoder takes them. rng: for the
+        augmentations; None leaves them out."""
+        part = ()
+        if rng is not None and self.resize < 1:
+            part = (rng.uniform(self.resize, 1), rng.uniform(0, 1, 2))
+        video = read_pictures(r, camera, sampled)
+        video = crop_resize(video, self.crop_size, *self.aspect, *part)
+        if rng is not None and self.color:
+            video = recoloured(video, self.color, rng)
+        return video
 
     def __call__(self, r, start, rng):
-        """A clip from row `start`; rng draws the camera."""
+        """A clip from row `start`; rng draws the camera and the augmentations."""
         sampled = start + self.stride_of(r) * np.arange(self.frames)
         if r.kind == "features":
             z, actions, states = feature_rows(r, start, start + self.frames)
@@ -658,12 +741,16 @@ class DroidReader:
             states = states.numpy()
             seen = {"z": z}
         else:
+            if self.jitter:
+                sampled = jittered(sampled, self.jitter, r.steps - 1, rng)
             actions, states = self.motion(r, sampled)
             views = self.views(r)
             camera = views[rng.integers(len(views))]
-            seen = {"video": self.pictures(r, camera, sampled)}
+            seen = {"video": self.pictures(r, camera, sampled, rng)}
         if self.scaler is not None:
             actions = self.scaler.transform(actions)
+        if self.noise:
+            actions = actions + self.noise * rng.standard_normal(actions.shape)
         clip = {"actions": actions, "states": states}
         clip = {k: torch.from_numpy(np.float32(x)) for k, x in clip.items()}
         return clip | seen | {"key": r.key}

@@ -89,6 +89,11 @@ flag("--success", default="all", choices=["all", "only"], help="only: leave out 
 # a robot whose actions are no poses of a gripper
 flag("--state_keys", nargs="+", action="extend", help="fields of the state (default: the 7-D pose); other ones need --action_keys")  # fmt: skip
 flag("--action_keys", nargs="+", action="extend", help="fields of the action (default: differences of the pose)")  # fmt: skip
+# augmentation, off by default; all but --action_noise need pixels, not stored features
+flag("--random_resize_scale", type=float, default=1.0, help="smallest part of the crop that a clip shows, as a share of its sides")  # fmt: skip
+flag("--color_jitter", type=float, default=0.0, help="change brightness, contrast and saturation of a clip by up to this share")  # fmt: skip
+flag("--temporal_jitter", type=int, default=0, help="move each sampled frame by up to this many rows")  # fmt: skip
+flag("--action_noise", type=float, default=0.0, help="std of noise on the scaled actions")  # fmt: skip
 # reading
 flag("--verify", action=switch, help="first read all TFRecords once to check their checksums (default: for files up to 50 GB)")  # fmt: skip
 flag("--max_bad_fraction", type=float, default=0.01, help="stop if more than this share of clips cannot be read (after 100 clips)")  # fmt: skip
@@ -436,6 +441,25 @@ if __name__ == "__main__":
     scaler.check(args.scaler, action_names, args.fps, 1, args.stride or 0)
     reader.scaler = scaler
 
+    # augmentation is for training; validation takes clips as they are
+    augmentation = {
+        "random_resize_scale": args.random_resize_scale,
+        "color_jitter": args.color_jitter,
+        "temporal_jitter": args.temporal_jitter,
+        "action_noise": args.action_noise,
+    }
+    val_reader = reader
+    reader = reader.augmented(**augmentation)
+
+    # stored features are of unaugmented pixels: too late to cut, colour or move them
+    if train[0].kind == "features":
+        for name, value in augmentation.items():
+            if value != parser.get_default(name) and name != "action_noise":
+                raise ValueError(
+                    f"--{name} needs pixels, and these files hold features: train on the episodes,"
+                    " or drop the flag"
+                )
+
     # the scaler must not have seen the held-out episodes. It lists its episodes if they are at
     # most 1000; otherwise it only knows which share was held out when it was fitted
     held_out_names = {record.name for record in val}
@@ -454,7 +478,7 @@ if __name__ == "__main__":
     # validation sees each clip once, in the same order whatever the number of ranks. Its action gap
     # gives a clip the actions of another one, so two clips are the least
     clips = DroidClips(train, reader, args.seed)
-    val_set = DroidClips(val, reader, args.seed)
+    val_set = DroidClips(val, val_reader, args.seed)
     if args.val_clips and sum(map(len, windows(val_set, 1, 2))) < 2:
         raise ValueError(
             "the held-out episodes contain fewer than two clips: hold out more, pass --val_data, or"
@@ -462,7 +486,8 @@ if __name__ == "__main__":
         )
 
     # std of the unscaled actions, on 16 clips: scale_warnings compares it with that of the base
-    sample = [clips[i]["actions"] for items in windows(clips, 16, 16) for i in items]
+    plain = DroidClips(train, val_reader, args.seed)
+    sample = [plain[i]["actions"] for items in windows(plain, 16, 16) for i in items]
     action_std = torch.cat(sample).std(0).double().numpy() * scaler.scale
 
     # --- model ---

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -1524,6 +1525,91 @@ def test_scaled_actions_come_out_of_the_reader(shards):
     torch.testing.assert_close(
         scaled * torch.tensor(scale).float() + torch.tensor(mean).float(), plain, atol=1e-5, rtol=0
     )
+
+
+# --- augmentation ---
+
+
+def test_augmentation_is_off_unless_it_is_asked_for(shards):
+    """Bug: a new draw changes the clips of all earlier runs; a value that makes no picture."""
+    train = opened(str(shards))[0]
+    reader = DroidReader(4, 5, **SMALL)
+    plain = take(loader_of(train, reader=reader), 2)
+    assert take(loader_of(train, reader=reader.augmented(1.0, 0.0, 0, 0.0)), 2) == plain
+    for values, message in [
+        ((0.0, 0.0, 0, 0.0), "--random_resize_scale 0.0: give above 0, at most 1"),
+        ((1.0, 1.0, 0, 0.0), "--color_jitter 1.0: give from 0 to below 1"),
+        ((1.0, 0.0, -1, 0.0), "--temporal_jitter -1: give 0 or more rows"),
+        ((1.0, 0.0, 0, math.nan), "--action_noise nan: give 0 or more"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            reader.augmented(*values)
+
+
+def test_moved_rows_keep_pictures_states_and_actions_together(shards):
+    """Bug: pictures move and actions do not; rows twice, out of order or out of the episode."""
+    train = opened(str(shards))[0]
+    reader = DroidReader(4, 5, **SMALL).augmented(1.0, 0.0, 2, 0.0)
+    steps = set()
+    for batch in itertools.islice(loader_of(train, 16, reader), 3):
+        assert not batch["bad"]
+        for video, states, actions in zip(batch["video"], batch["states"], batch["actions"]):
+            numbers = [read_number(f) for f in video]
+            assert numbers == (1000 * states[:, 6]).round().int().tolist()
+            np.testing.assert_allclose(actions, expected_actions(states), atol=1e-4)
+            steps |= set(np.diff(numbers).tolist())
+    assert min(steps) >= 1 and max(steps) <= 7 and len(steps) > 3
+
+    # at the ends of an episode there is less room
+    for last, start in ((3, 0), (40, 37)):
+        rows = droid.jittered(np.arange(start, start + 4), 9, last, np.random.default_rng(0))
+        assert rows[0] >= 0 and rows[-1] <= last and (np.diff(rows) > 0).all()
+
+
+def test_a_part_of_the_crop_is_one_window():
+    """Bug: a window of another shape, outside the crop, or another one in each frame."""
+    # red grows downwards, green to the right
+    frame = np.zeros((100, 140, 3), np.uint8)
+    frame[..., 0] = np.arange(100)[:, None]
+    frame[..., 1] = np.arange(140)
+    whole = droid.crop_resize([frame], 100, 1, 1)
+    assert torch.equal(droid.crop_resize([frame], 100, 1, 1, 1.0, (0, 1)), whole)
+    for place, top, left in (((0, 0), 0, 20), ((1, 1), 50, 70), ((0, 1), 0, 70)):
+        part = droid.crop_resize([frame, frame], 50, 1, 1, 0.5, place)
+        assert torch.equal(part[0], part[1])
+        assert part[0, 0, :, 0].tolist() == list(range(top, top + 50))
+        assert part[0, 1, 0].tolist() == list(range(left, left + 50))
+
+
+def test_colours_of_a_clip_change_alike():
+    """Bug: channels or frames get other changes, grey pictures get a colour, 255 wraps to 0."""
+    video = torch.randint(60, 190, (3, 3, 8, 8), dtype=torch.uint8)
+    video[2] = video[0]
+    grey = video[:, :1].expand(-1, 3, -1, -1)
+    means = []
+    for seed in range(20):
+        changed = droid.recoloured(video, 0.5, np.random.default_rng(seed))
+        assert torch.equal(changed[0], changed[2]) and not torch.equal(changed, video)
+        still_grey = droid.recoloured(grey, 0.5, np.random.default_rng(seed)).int()
+        assert (still_grey - still_grey[:, :1]).abs().max() <= 1
+        means.append(changed.float().mean() / video.float().mean())
+    assert min(means) < 0.8 and max(means) > 1.2
+    assert torch.equal(droid.recoloured(video, 0.0, np.random.default_rng(0)), video)
+    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    assert droid.recoloured(white, 0.9, np.random.default_rng(2)).min() > 20
+
+
+def test_action_noise_is_in_scaled_units(shards):
+    """Bug: noise of metres, or before the scaling; the states get it too."""
+    train = opened(str(shards))[0]
+    scale = np.full(7, 1e-3)
+    scaler = ActionScaler(np.zeros(7), scale**2, scale, 1, {})
+    reader = DroidReader(4, 5, **SMALL, scaler=scaler)
+    noisy = next(iter(loader_of(train, 64, reader.augmented(1.0, 0.0, 0, 0.5))))
+    plain = next(iter(loader_of(train, 64, reader)))
+    assert torch.equal(noisy["states"], plain["states"])
+    noise = noisy["actions"] - plain["actions"]
+    assert 0.45 < noise.std() < 0.55 and noise.mean().abs() < 0.05
 
 
 # --- scripts ---

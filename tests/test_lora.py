@@ -733,6 +733,17 @@ def test_what_a_run_leaves(world, tuned):
     assert "of them trained" in text
 
 
+def test_augmentation_is_for_training_alone(world, tuned, tmp_path):
+    """Bug: held-out clips are augmented too, so that the base's error depends on the flags; the
+    flags change nothing."""
+    flags = "--color_jitter 0.9 --random_resize_scale 0.3 --temporal_jitter 2 --action_noise 2"
+    run(tmp_path, "train_lora.py", *world.lora, flags, "--max_steps 1 --out_dir", tmp_path / "out")
+    base = [column(out, "base_tf", log="val.csv")[0] for out in (tmp_path / "out", tuned.out)]
+    assert base[0] == base[1]
+    first = [column(out, "jloss")[0] for out in (tmp_path / "out", tuned.out)]
+    assert first[0] != first[1]
+
+
 def test_the_export_is_the_adapted_model(world, tuned):
     """Bug: an export without the adapters, or for scaled actions, so that Meta's code or the next
     run sees other units."""
@@ -1149,6 +1160,10 @@ def test_training_on_features_is_training_on_episodes(world, encoded, tmp_path):
         tmp_path / "x",
     ]
     assert "holds features of encoder" in fails(tmp_path, "train_lora.py", *wrong)
+
+    # what changes pixels comes too late
+    wrong = ["--data", encoded["bf16"], *flags[2:], "--color_jitter 0.2 --out_dir", tmp_path / "x"]
+    assert "--color_jitter needs pixels" in fails(tmp_path, "train_lora.py", *wrong)
 
     options = ["--checkpoint", tmp_path / "int8", "--samples 8 --val_clips 16 --num_workers 0"]
     text = run(tmp_path, "eval.py", *options)
