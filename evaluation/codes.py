@@ -58,7 +58,8 @@ MEANINGS = {
     "codebook_usage": "entries of a table in use",
     "purity": "share of transitions whose true action is the commonest one of their code, learned"
     " on the other recordings (a code that those lack counts as wrong)",
-    "nmi": "normalised mutual information of codes and true actions",
+    "nmi": "normalised mutual information of the true actions and those that codes are named by, as"
+    " for purity",
     "ami": "the same above chance",
     "purity_one_code": "the purity of a single code for everything: the bar for purity",
 }
@@ -211,15 +212,10 @@ def interleaved(everyone):
 # --- numbers ---
 
 
-def purity(codes, actions, recordings):
-    """Share of the transitions whose action is the commonest one of their code (n,) in the other
-    recordings (n,): what the literature calls purity, but learned on some recordings and scored on
-    others, each in its turn. A code that the others lack counts as wrong: many codes gain nothing.
-    nan with fewer than two recordings."""
-    names = np.unique(recordings)
-    if len(names) < 2:
-        return math.nan
-
+def named_by_others(codes, actions, recordings):
+    """(the commonest action of each transition's code (n,) in the other recordings (n,), the true
+    actions), both as numbers from 0: what codes say, learned where it is not scored. -1 where the
+    others lack the code, or there are no others."""
     # how often each code goes with each action
     code = np.unique(codes, return_inverse=True)[1].ravel()
     action = np.unique(actions, return_inverse=True)[1].ravel()
@@ -227,14 +223,25 @@ def purity(codes, actions, recordings):
     np.add.at(total, (code, action), 1)
 
     # name a recording's transitions by what the others say about their codes
-    right = 0
-    for name in names:
+    named = np.empty(len(code), dtype=int)
+    for name in np.unique(recordings):
         rows = recordings == name
         others = total.copy()
         np.subtract.at(others, (code[rows], action[rows]), 1)
         commonest = np.where(others.max(1) > 0, others.argmax(1), -1)
-        right += int((commonest[code[rows]] == action[rows]).sum())
-    return right / len(code)
+        named[rows] = commonest[code[rows]]
+    return named, action
+
+
+def purity(codes, actions, recordings):
+    """Share of the transitions whose action is the commonest one of their code (n,) in the other
+    recordings (n,): what the literature calls purity, but learned on some recordings and scored on
+    others, each in its turn. A code that the others lack counts as wrong: many codes gain nothing.
+    nan with fewer than two recordings."""
+    if len(np.unique(recordings)) < 2:
+        return math.nan
+    named, action = named_by_others(codes, actions, recordings)
+    return float((named == action).mean())
 
 
 def joint(labels):
@@ -279,9 +286,9 @@ def decibels(ratio):
 
 def code_summary(measured, K):
     """What `held_out_codes` returns -> {RATIOS, CODES}: errors against the baselines, delta PSNR in
-    dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of codes and
-    actions (nan without, and where there is only one action). K: codes a slot, None for a model
-    whose decoder does not use codes."""
+    dB (positive: its own are better), codes in use, with labels purity, NMI and AMI of what codes
+    are named by and true actions (nan without, and where there is only one action). K: codes a
+    slot, None for a model whose decoder does not use codes."""
     # errors
     summary = {f"mse_over_{k}": over(measured, "own", k) for k in ("copy", "zero", "marginal")}
     summary["nmse"] = quotient(measured["own"].mean(), measured["var"].mean())
@@ -315,8 +322,12 @@ def code_summary(measured, K):
             # here, because sklearn takes a second to import and training does not need it
             from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-            summary["nmi"] = float(normalized_mutual_info_score(actions, ids))
-            summary["ami"] = float(adjusted_mutual_info_score(actions, ids))
+            # of codes and actions alone these could be bought: a code for each place of each
+            # recording says much about the action there, and nothing elsewhere
+            if len(np.unique(recordings)) > 1:
+                named, true = named_by_others(ids, actions, recordings)
+                summary["nmi"] = float(normalized_mutual_info_score(true, named))
+                summary["ami"] = float(adjusted_mutual_info_score(true, named))
     return summary
 
 
