@@ -1962,15 +1962,61 @@ class SpaceTimeBlock(nn.Module):
         return (x + self.mlp(self.norm2(x))).unflatten(0, (B, T))
 
 
-def shift_patches(pairs, shift, grid):
-    """Pairs (n, 2, N, D) with the patches of each moved by `shift` (n, 2) whole patches, down and
-    right, around the edges."""
-    H, W = grid
-    down, right = shift.unsqueeze(-1).unbind(1)  # (n, 1)
-    rows = (torch.arange(H, device=pairs.device) - down) % H
-    columns = (torch.arange(W, device=pairs.device) - right) % W
-    source = (rows.unsqueeze(2) * W + columns.unsqueeze(1)).flatten(1)  # (n, N)
-    return pairs.gather(2, source[:, None, :, None].expand_as(pairs))
+def moved(x, move, kind="wrap"):
+    """Pictures x (n, ..., H, W), each moved by its own `move` (n, 2) pixels, down and right. What
+    leaves at an edge enters at the other one ("wrap"), or pictures continue as in a mirror
+    ("reflect")."""
+    # from which row and which column each pixel comes
+    for axis, distance in ((-2, move[:, :1]), (-1, move[:, 1:])):
+        length = x.shape[axis]
+        source = torch.arange(length, device=x.device) - distance  # (n, length)
+        if kind == "reflect":
+            source = source % (2 * length)
+            source = torch.minimum(source, 2 * length - 1 - source)
+        source = source % length
+        shape = [len(x)] + [1] * (x.ndim - 1)
+        shape[axis] = length
+        x = x.gather(axis, source.view(shape).expand_as(x))
+    return x
+
+
+def nearby(length, reach, device):
+    """For each place of a line of `length`, which begins again at its end: the places at most
+    `reach` before and behind it (length, 2 reach + 1), that behind it first."""
+    places = torch.arange(length, device=device)
+    return (places[:, None] - torch.arange(-reach, reach + 1, device=device)) % length
+
+
+def match(before, after, reach, patch_size):
+    """How well each patch of `after` (n, C, H, W) fits to `before`, moved by at most `reach`
+    pixels, around the edges: (n, N, (2 reach + 1)^2), the first of which are moves up. About 1
+    where a patch comes from. FlowNet's correlation (arXiv 1504.06852), of whole patches."""
+    n, C, H, W = after.shape
+    columns = nearby(W, reach, after.device).expand(n, H, -1, -1)
+    rows = after.permute(0, 2, 3, 1)  # (n, H, W, C)
+
+    # products of each pixel and those of one row of `before`, from which the near ones are kept
+    products = []
+    for down in range(-reach, reach + 1):
+        others = torch.roll(before, down, 2).transpose(1, 2)  # (n, H, C, W)
+        products.append((rows @ others).gather(3, columns))
+    products = torch.cat(products, dim=3).permute(0, 3, 1, 2) / C
+
+    # relative to the energy of the patch; a patch without structure fits to none
+    fits = F.avg_pool2d(products, patch_size).flatten(2).transpose(1, 2)
+    energy = F.avg_pool2d(after.square().mean(1, keepdim=True), patch_size).flatten(2)
+    energy = energy.transpose(1, 2)
+    return fits / (energy + 0.1 * energy.mean(1, keepdim=True) + 1e-6)
+
+
+def mix_columns(z, weights):
+    """Pictures z (n, C, H, W), each pixel a mixture of those left and right of it, around the
+    edges. weights (n, H, W, 2 reach + 1), the first is that of the rightmost."""
+    # as attention: a matrix for each row of pixels, zero beyond reach
+    n, H, W, K = weights.shape
+    source = nearby(W, K // 2, z.device).expand(n, H, -1, -1)
+    matrix = weights.new_zeros(n, H, W, W).scatter_add(3, source, weights)
+    return (matrix @ z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class LatentActionModel(nn.Module):
@@ -1982,7 +2028,13 @@ class LatentActionModel(nn.Module):
 
     The encoder sees one pair of steps at a time: no code knows the future or how its clip began. In
     training both steps of a pair are moved by a random `shift`, the decoder's input is not:
-    otherwise a code can name places instead of motion. Errors are of standardised latents."""
+    otherwise a code can name places instead of motion. Errors are of standardised latents.
+
+    `warp` says how the decoder can move what the last step shows, by at most `reach` latent pixels:
+    "neighbours" (each pixel is a mixture of those around it, of rows and columns in turn), "flow"
+    (each pixel is read at one place nearby, between pixels if need be) or "none". With `reach` the
+    encoder also sees how well each patch fits to the step before it, at each place within reach.
+    Both are needed where the whole picture moves: patches do not hold enough to draw it again."""
 
     activation_checkpointing = False
 
@@ -2002,6 +2054,9 @@ class LatentActionModel(nn.Module):
         codebook_dim=128,
         commitment_weight=0.25,
         rollout_horizon=2,
+        warp="none",
+        reach=0,
+        shift_kind="patches",
         quantizer="vq",
         codebook="ema",
         shared_codebook=False,
@@ -2017,6 +2072,10 @@ class LatentActionModel(nn.Module):
                 f"latents of {size[0]}x{size[1]} are no whole number of patches of {patch_size}"
             )
         self.grid = (size[0] // patch_size, size[1] // patch_size)
+        self.patch_size = patch_size
+        self.warp = warp
+        self.reach = reach
+        self.shift_kind = shift_kind
         self.num_codes = num_codes
         self.commitment_weight = commitment_weight
         self.rollout_horizon = rollout_horizon
@@ -2063,6 +2122,19 @@ class LatentActionModel(nn.Module):
         self.decoder_out = nn.Linear(embed_dim, patch_dim)
         self.out_adapter = nn.ConvTranspose2d(patch_dim, channels, patch_size, patch_size)
 
+        # where things went, and where they come from
+        self.match_embed = nn.Linear((2 * reach + 1) ** 2, embed_dim) if reach else None
+        places = {"none": 0, "neighbours": 2 * (2 * reach + 1), "flow": 2}[warp]
+        if warp != "none":
+            self.warp_out = nn.Linear(embed_dim, places * patch_size**2)
+
+            # at first all things stay where they are
+            nn.init.zeros_(self.warp_out.weight)
+            nn.init.zeros_(self.warp_out.bias)
+            if warp == "neighbours":
+                with torch.no_grad():
+                    self.warp_out.bias.view(2, 2 * reach + 1, -1)[:, reach] = 4
+
     def normalize(self, z):
         """Latents -> standardised latents."""
         return (z.float() - self.scale[0]) / self.scale[1]
@@ -2072,20 +2144,25 @@ class LatentActionModel(nn.Module):
         x = self.adapter(z.flatten(0, 1))
         return x.flatten(2).transpose(1, 2).unflatten(0, z.shape[:2])
 
-    def encode_pairs(self, x, shift=None):
-        """Patches x (B, T, N, patch_dim) -> z_e (B, T-1, num_codes, codebook_dim), not quantised.
-        `shift` (B, T-1, 2) moves each pair by whole patches."""
-        B, T = x.shape[:2]
-        pairs = torch.stack([x[:, :-1], x[:, 1:]], dim=2).flatten(
-            0, 1
-        )  # (B*(T-1), 2, N, patch_dim)
+    def encode_pairs(self, z, shift=None):
+        """Standardised z (B, T, C, H, W) -> z_e (B, T-1, num_codes, codebook_dim), not quantised.
+        `shift` (B, T-1, 2) moves each pair by that many latent pixels, down and right."""
+        B, T = z.shape[:2]
+        pairs = torch.stack([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1)  # (n, 2, C, H, W)
         if shift is not None:
-            pairs = shift_patches(pairs, shift.flatten(0, 1), self.grid)
+            pairs = moved(pairs, shift.flatten(0, 1), self.shift_kind)
+        x = self.patches(pairs)  # (n, 2, N, patch_dim)
 
         # each step beside the one before it, so the encoder need not learn to compare the same
         # patch of two steps; the first step is beside zeros
-        before = F.pad(pairs[:, :1], (0, 0, 0, 0, 1, 0))
-        h = self.encoder_embed(torch.cat([pairs, before], dim=-1)) + self.encoder_pos
+        before = F.pad(x[:, :1], (0, 0, 0, 0, 1, 0))
+        h = self.encoder_embed(torch.cat([x, before], dim=-1)) + self.encoder_pos
+
+        # and where each of its patches was before
+        if self.reach:
+            with torch.no_grad():
+                fits = match(pairs[:, 0], pairs[:, 1], self.reach, self.patch_size)
+            h = h + F.pad(self.match_embed(fits).unsqueeze(1), (0, 0, 0, 0, 1, 0))
 
         # codes are read from the query tokens of the second step
         h = torch.cat([self.query.expand(len(h), 2, -1, -1), h], dim=2)
@@ -2094,25 +2171,52 @@ class LatentActionModel(nn.Module):
         z_e = self.to_code(self.encoder_norm(h[:, 1, : self.num_codes]))
         return z_e.unflatten(0, (B, T - 1)).float()
 
-    def quantize_pairs(self, x, shift=None):
-        """Patches x (B, T, N, patch_dim) -> z_e, z_q (B, T-1, num_codes, codebook_dim), indices (B,
+    def quantize_pairs(self, z, shift=None):
+        """Standardised z (B, T, C, H, W) -> z_e, z_q (B, T-1, num_codes, codebook_dim), indices (B,
         T-1, num_codes), codebook loss, commitment loss."""
-        z_e = self.encode_pairs(x, shift)
+        z_e = self.encode_pairs(z, shift)
         if self.quantizer is not None:
             return z_e, *self.quantizer(z_e)
         indices = torch.zeros(z_e.shape[:-1], dtype=torch.long, device=z_e.device)
         return z_e, z_e, indices, 0 * z_e.sum(), 0 * z_e.sum()
 
-    def predict(self, z, codes, x=None):
+    def predict(self, z, codes):
         """Standardised z (B, T, C, H, W), codes (B, T, num_codes, codebook_dim) -> the step after
-        each of z. `x` are z's patches, if they are known."""
-        x = self.patches(z) if x is None else x
-        h = self.decoder_embed(x) + self.decoder_pos
+        each of z."""
+        h = self.decoder_embed(self.patches(z)) + self.decoder_pos
         for blk in self.decoder:
             h = run_block(self, blk, h, codes.flatten(2).to(h.dtype))
-        h = self.decoder_out(self.decoder_norm(h)).flatten(0, 1)  # (B*T, N, patch_dim)
-        change = self.out_adapter(h.transpose(1, 2).unflatten(2, self.grid))
-        return z + change.unflatten(0, z.shape[:2]).float()
+        h = self.decoder_norm(h).flatten(0, 1)  # (B*T, N, embed_dim)
+
+        # what moves, then what changes
+        z = self.carry(z.flatten(0, 1), h).unflatten(0, z.shape[:2])
+        change = self.decoder_out(h).transpose(1, 2).unflatten(2, self.grid)
+        return z + self.out_adapter(change).unflatten(0, z.shape[:2]).float()
+
+    def carry(self, z, h):
+        """Steps z (n, C, H, W), moved as decoder tokens h (n, N, embed_dim) say, around the
+        edges."""
+        if self.warp == "none":
+            return z
+        places = self.warp_out(h).float().transpose(1, 2).unflatten(2, self.grid)
+        places = F.pixel_shuffle(places, self.patch_size)  # (n, numbers of a pixel, H, W)
+
+        # a mixture of the pixels above and below, then of those left and right
+        if self.warp == "neighbours":
+            vertical, horizontal = places.chunk(2, dim=1)
+            z = mix_columns(z.transpose(2, 3), vertical.softmax(1).permute(0, 3, 2, 1))
+            return mix_columns(z.transpose(2, 3), horizontal.softmax(1).permute(0, 2, 3, 1))
+
+        # one place: the picture is continued around its edges, then read between its pixels
+        H, W = z.shape[2:]
+        r = self.reach
+        wide = F.pad(z, (r, r, r, r), mode="circular")
+        rows = torch.arange(H, device=z.device).view(H, 1) + r + r * places[:, 0].tanh()
+        columns = torch.arange(W, device=z.device) + r + r * places[:, 1].tanh()
+        where = torch.stack(
+            [(2 * columns + 1) / (W + 2 * r) - 1, (2 * rows + 1) / (H + 2 * r) - 1], dim=-1
+        )
+        return F.grid_sample(wide, where, align_corners=False)
 
     def codes(self, indices):
         """Indices -> vectors. Those of a continuous model are vectors already."""
@@ -2121,7 +2225,7 @@ class LatentActionModel(nn.Module):
     def encode(self, z, shift=None):
         """z (B, T, C, H, W) -> indices (B, T-1, num_codes), z_e and z_q (B, T-1, num_codes,
         codebook_dim)."""
-        z_e, z_q, indices, _, _ = self.quantize_pairs(self.patches(self.normalize(z)), shift)
+        z_e, z_q, indices, _, _ = self.quantize_pairs(self.normalize(z), shift)
         return indices, z_e, z_q
 
     def decode(self, z, indices):
@@ -2156,9 +2260,8 @@ class LatentActionModel(nn.Module):
 
         # one step ahead
         z = self.normalize(z)
-        x = self.patches(z)
-        _, z_q, indices, codebook, commitment = self.quantize_pairs(x, shift)
-        prediction = self.predict(z[:, :-1], z_q, x[:, :-1])
+        _, z_q, indices, codebook, commitment = self.quantize_pairs(z, shift)
+        prediction = self.predict(z[:, :-1], z_q)
         mse = F.mse_loss(prediction, z[:, 1:])
         mae = F.l1_loss(prediction, z[:, 1:])
 

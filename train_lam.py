@@ -84,6 +84,9 @@ flag("--encoder_depth", type=int, default=3, help="blocks of the encoder")
 flag("--decoder_depth", type=int, default=3, help="blocks of the decoder")
 flag("--num_heads", type=int, default=8, help="attention heads")
 flag("--patch_dim", type=int, default=256, help="channels of a patch of 4x4 latents")
+# what moves, and how far: patches alone cannot carry a whole picture
+flag("--warp", default="neighbours", choices=["neighbours", "flow", "none"], help="how the decoder moves the last step: each pixel is a mixture of its neighbours, or read at one place")  # fmt: skip
+flag("--reach", type=int, default=4, help="latent pixels that a step may move things by; 0: the encoder does not look for them, the decoder cannot move them")  # fmt: skip
 # an action is --num_codes codes with --num_embeddings values each: 12^3 = 1728 actions
 flag("--num_codes", type=int, default=3, help="codes of an action")
 flag("--num_embeddings", type=int, default=12, help="possible values of each code")
@@ -96,6 +99,7 @@ flag("--vq_warmup_steps", type=int, help="steps before vq quantises (default: a 
 flag("--kmeans", action=switch, default=True, help="after that warm-up, start the tables of vq from clusters of encoder outputs")  # fmt: skip
 flag("--revive", action=switch, default=True, help="replace dead codes, until the last tenth of the run")  # fmt: skip
 flag("--encoder_shift", action=switch, default=True, help="move what the encoder sees at random: codes then cannot name places")  # fmt: skip
+flag("--shift_kind", default="wrap", choices=["wrap", "reflect", "patches"], help="by latent pixels around the edges, mirrored at the edges, or by whole patches around the edges")  # fmt: skip
 # the loss: the next step, further steps rolled out, and how close outputs are to codes
 flag("--commitment_weight", type=float, default=0.25, help="weight of the commitment loss")
 flag("--rollout_horizon", type=int, default=2, help="steps of the rollout loss; 1 turns it off")
@@ -263,6 +267,12 @@ if __name__ == "__main__":
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is too small: use 1 or more")
 
+    # without reach nothing can move
+    if args.reach < 0:
+        parser.error(f"--reach {args.reach} is below 0")
+    if args.reach == 0:
+        args.warp = "none"
+
     # a code with one value says nothing
     if args.num_embeddings < 2:
         parser.error(f"--num_embeddings {args.num_embeddings} is too small: use 2 or more")
@@ -416,6 +426,9 @@ if __name__ == "__main__":
         "revive": args.revive,
         "commitment_weight": args.commitment_weight,
         "rollout_horizon": args.rollout_horizon,
+        "warp": args.warp,
+        "reach": args.reach,
+        "shift_kind": args.shift_kind,
         "channels": meta["channels"],
         "size": meta["size"],
         "vq_warmup_steps": vq_warmup,
@@ -465,7 +478,8 @@ if __name__ == "__main__":
 
     # resume: every option of the model is compared by name, so the error can name it
     if state is not None:
-        before = state | state["lam"]
+        # what a run is that was begun before there were these options
+        before = {"warp": "none", "reach": 0, "shift_kind": "patches"} | state | state["lam"]
         now = must_match | size
         for name, value in now.items():
             if name != "lam" and before.get(name) != value:
@@ -678,8 +692,9 @@ if __name__ == "__main__":
     data_seconds = 0.0
     log_started = time.perf_counter()
 
-    # the patches of a step: shifts are given as a share of them
-    grid = torch.tensor(model.grid, device=device)
+    # shifts are drawn as a share of the picture. By whole patches, if asked for
+    unit = model.patch_size if args.shift_kind == "patches" else 1
+    whole = torch.tensor(meta["size"], device=device) // unit
 
     # codes chosen since the last log line
     used = torch.zeros(args.num_codes, args.num_embeddings, device=device)
@@ -716,7 +731,7 @@ if __name__ == "__main__":
             # what the encoder sees is moved, what the decoder sees is not: no code can name a place
             shift = None
             if args.encoder_shift and not args.test_mode:
-                shift = (batch["shift"].to(device) * grid).long()
+                shift = unit * (batch["shift"].to(device) * whole).long()
 
             # the bar of the overfit test depends on the noise of its batch
             if args.test_mode and noise is None:

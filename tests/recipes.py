@@ -38,13 +38,16 @@ SMALL = (
 )
 RUN = f"{SMALL} --batch_size 8 --epochs 3 --ipe 500"
 PLAIN = f"{RUN} --codebook loss --vq_warmup_steps 0 --no-kmeans --no-revive"
+# patches alone: an encoder that is not told where things were, a decoder that draws all it shows
+NO_WARP = "--warp none --reach 0"
 ROWS = {  # name -> (world, flags of train_lam.py)
     "default": ("sprite", RUN),
     # all as the guide has it, then its quantizer alone
-    "guide": ("sprite", f"{PLAIN} --shared_codebook --no-encoder_shift"),
+    "guide": ("sprite", f"{PLAIN} --shared_codebook --no-encoder_shift {NO_WARP}"),
     "plain": ("sprite", f"{PLAIN} --shared_codebook"),
     "plain_apart": ("sprite", PLAIN),
-    "no_shift": ("sprite", f"{RUN} --no-encoder_shift"),
+    "no_shift": ("sprite", f"{RUN} --no-encoder_shift {NO_WARP}"),
+    "no_warp": ("sprite", f"{RUN} {NO_WARP}"),
     "no_warmup": ("sprite", f"{RUN} --vq_warmup_steps 0"),
     "no_kmeans": ("sprite", f"{RUN} --no-kmeans"),
     "no_revive": ("sprite", f"{RUN} --no-revive"),

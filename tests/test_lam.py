@@ -2,6 +2,7 @@
 codes are the actions."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,10 +14,11 @@ import torch
 
 import checkpoint
 import evaluation.codes as code_measures
+import prepare.latents as make_latents
 from data import Latents, latent_sequences
 from files import latents
 from files.latents import open_manifest, pack_codes, unpack_codes
-from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans
+from model import FiniteScalars, LatentActionModel, VectorQuantizer, kmeans, match, moved
 from prepare.manifest import split_counts
 from tests.harness import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
 
@@ -241,7 +243,8 @@ def test_codes_do_not_know_the_future_nor_the_past():
 def test_decoding_at_once_is_decoding_step_by_step():
     """Bug: generation runs another path than training (the guide's origin has two decoders), or the
     decoder sees later steps."""
-    model = tiny()
+    model = tiny(warp="neighbours", reach=2)
+    torch.nn.init.normal_(model.warp_out.weight)
     z = torch.randn(2, 6, 16, 8, 12)
     indices = model.encode(z)[0]
     whole = model.decode(z[:, :-1], indices)
@@ -262,27 +265,75 @@ def test_decoding_at_once_is_decoding_step_by_step():
 
 
 def test_the_shift_moves_what_the_encoder_sees_and_nothing_else():
-    """Bug: the two steps of a pair move differently, by parts of a patch, or the decoder's input
-    moves too."""
-    model = tiny(quantizer="none", rollout_horizon=1)
+    """Bug: the two steps of a pair move differently, by whole patches only, so that codes can name
+    places inside a patch, or the decoder's input moves too."""
+    model = tiny(quantizer="none", rollout_horizon=1, reach=2, warp="neighbours")
     z = torch.randn(2, 3, 16, 8, 12)
-    shift = torch.tensor([[[1, 2], [0, 1]], [[1, 0], [0, 0]]])
-    found = model.encode(z, shift)[1]
+    shift = torch.tensor([[[1, 2], [0, 5]], [[3, 0], [7, 11]]])
+    z_e = model.encode(z, shift)[1]
     for b in range(2):
         for t in range(2):
-            rolled = torch.roll(
-                z[b : b + 1, t : t + 2],
-                (4 * shift[b, t, 0].item(), 4 * shift[b, t, 1].item()),
-                (3, 4),
-            )
+            rolled = torch.roll(z[b : b + 1, t : t + 2], shift[b, t].tolist(), (3, 4))
             torch.testing.assert_close(
-                model.encode(rolled)[1][0, 0], found[b, t], atol=1e-5, rtol=1e-5
+                model.encode(rolled)[1][0, 0], z_e[b, t], atol=1e-5, rtol=1e-5
             )
 
     with torch.no_grad():
         # the code says nothing: only the decoder's input is left
         model.to_code.weight.zero_()
     assert model(z, shift)["mse"] == model(z)["mse"]
+
+
+def test_a_mirrored_shift_continues_the_picture():
+    """Bug: "reflect" wraps, or repeats the pixel at the edge."""
+    x = torch.randn(2, 3, 5, 6)
+    move = torch.tensor([[2, -1], [0, 4]])
+    mirrored = moved(x, move, "reflect")
+    for n, (down, right) in enumerate(move.tolist()):
+        wide = np.pad(x[n].numpy(), ((0, 0), (5, 5), (6, 6)), mode="symmetric")
+        place = wide[:, 5 - down : 10 - down, 6 - right : 12 - right]
+        np.testing.assert_array_equal(mirrored[n], place)
+    assert torch.equal(moved(x, move)[0], torch.roll(x[0], (2, -1), (1, 2)))
+
+
+def test_each_patch_is_found_where_it_was():
+    """Bug: the encoder is told of another place than a patch came from (left for right, rows for
+    columns), or edges have no other side; a patch of noise matches as well as any."""
+    before = torch.randn(3, 16, 16, 32)
+    for down, right in ((0, 0), (2, -3), (-4, 4)):
+        fits = match(before, torch.roll(before, (down, right), (2, 3)), 4, 4)
+        assert fits.shape == (3, 32, 81)
+        assert (fits.argmax(-1) == 9 * (down + 4) + right + 4).all()
+        assert 0.8 < fits.amax(-1).min() <= 1
+
+    faint = before.clone()
+    faint[:, :, :4, :4] *= 1e-3
+    assert match(faint, faint, 4, 4)[:, 0].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("warp", ["neighbours", "flow"])
+def test_a_warp_can_move_the_whole_picture(warp):
+    """Bug: a decoder that reads from another side than it is told to, or not around the edges; one
+    that moves things before it has learned to."""
+    model = tiny(warp=warp, reach=3, size=(8, 12))
+    z = torch.randn(2, 16, 8, 12)
+    h = torch.zeros(2, 6, 16)
+    kept = model.carry(z, h)
+    assert (kept - z).abs().mean() < (0.4 if warp == "neighbours" else 1e-5)
+
+    # bias alone: two down, one to the left
+    with torch.no_grad():
+        if warp == "neighbours":
+            places = model.warp_out.bias.view(2, 7, 16)
+            places.zero_()
+            places[0, 3 + 2] = 50
+            places[1, 3 - 1] = 50
+        else:
+            places = model.warp_out.bias.view(2, 16)
+            places[0] = math.atanh(-2 / 3)
+            places[1] = math.atanh(1 / 3)
+    rolled = torch.roll(z, (2, -1), (2, 3))
+    torch.testing.assert_close(model.carry(z, h), rolled, atol=1e-4, rtol=1e-4)
 
 
 def test_rollout_loss():
@@ -317,8 +368,9 @@ def test_rollout_loss():
 def test_every_parameter_gets_a_gradient(quantizer, codebook):
     """Bug: a layer that nothing uses: DistributedDataParallel then waits for it, and `none` or the
     warm-up trains only half."""
-    for warmup in (0, 5):
-        model = tiny(quantizer=quantizer, codebook=codebook, vq_warmup_steps=warmup).train()
+    for warmup, warp in ((0, "none"), (5, "neighbours"), (5, "flow")):
+        more = {"vq_warmup_steps": warmup, "warp": warp, "reach": 0 if warp == "none" else 2}
+        model = tiny(quantizer=quantizer, codebook=codebook, **more).train()
         model(torch.randn(2, 4, 16, 8, 12))["loss"].backward()
         assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -429,53 +481,65 @@ def test_the_warmup_of_a_quantiser_is_not_judged_as_codes(folder):
     assert code_measures.quantises(model)
 
 
+class Oracle(LatentActionModel):
+    """Steps count up by 1, 2 or 3 everywhere; codes say which."""
+
+    deaf = False
+
+    def encode(self, z, shift=None):
+        step = (z[:, 1:] - z[:, :-1]).mean((2, 3, 4))
+        z_q = step[:, :, None, None].expand(-1, -1, 3, 8).clone()
+        return step.round().long().unsqueeze(-1).expand(-1, -1, 3), z_q, z_q
+
+    def codes(self, indices):
+        if indices.is_floating_point():
+            return indices
+        return indices.unsqueeze(-1).expand(*indices.shape, 8).float()
+
+    def predict(self, z, codes, x=None):
+        return z + (2.0 if self.deaf else codes.mean((2, 3))[:, :, None, None, None] + 0.01)
+
+
+class NamesPlaces(Oracle):
+    """The control: codes name (recording, place), by the value of the next step. They are all that
+    its decoder needs, and say nothing in another recording."""
+
+    def encode(self, z, shift=None):
+        value = z[:, 1:].mean((2, 3, 4))
+        z_q = value[:, :, None, None].expand(-1, -1, 3, 8).clone()
+        return latents.unpack_codes(value.round().long(), 12, 3), z_q, z_q
+
+    def predict(self, z, codes, x=None):
+        return 0 * z + codes.mean((2, 3))[:, :, None, None, None] + 0.01
+
+
+class CountingWindows(Latents):
+    """Two recordings that count up, by steps of 1 to 3; each begins at a value of its own. `turns`:
+    after so many counts a recording is where it began, as a picture on a torus."""
+
+    def __init__(self, turns=None):
+        self.files = [latents.LatentFile("", 200, ()) for _ in range(2)]
+        self.length, self.seed = 4, 0
+        self.starts = np.array([197, 197])
+        self.labels = ["step"]
+        self.step = np.random.default_rng(0).integers(1, 4, 399)
+        self.turns = turns
+
+    def __getitem__(self, item):
+        number, first = item[2:]
+        value = np.concatenate([[0], self.step.cumsum()])[first : first + 4]
+        if self.turns:
+            value = number * self.turns + value % self.turns
+        z = torch.tensor(value, dtype=torch.float32)[:, None, None, None].expand(4, 16, 8, 12)
+        labels = torch.tensor(self.step[first : first + 3, None])
+        return {"z": z.clone(), "labels": labels, "key": "", "bad": []}
+
+
 def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     """Bug: the baselines are mixed up: a decoder that ignores its code, or codes that name the next
     frame, look good."""
-
-    class Oracle(LatentActionModel):
-        """Steps count up by 1, 2 or 3 everywhere; codes say which."""
-
-        deaf = False
-
-        def encode(self, z, shift=None):
-            step = (z[:, 1:] - z[:, :-1]).mean((2, 3, 4))
-            z_q = step[:, :, None, None].expand(-1, -1, 3, 8).clone()
-            return step.round().long().unsqueeze(-1).expand(-1, -1, 3), z_q, z_q
-
-        def codes(self, indices):
-            return (
-                indices
-                if indices.is_floating_point()
-                else indices.unsqueeze(-1).expand(*indices.shape, 8).float()
-            )
-
-        def predict(self, z, codes, x=None):
-            return z + (2.0 if self.deaf else codes.mean((2, 3))[:, :, None, None, None] + 0.01)
-
-    class Windows(Latents):
-        def __init__(self):
-            self.files = [latents.LatentFile("", 200, ()) for _ in range(2)]
-            self.length, self.seed = 4, 0
-            self.labels = ["step"]
-            self.step = np.random.default_rng(0).integers(1, 4, 399)
-
-        def __getitem__(self, item):
-            at = np.concatenate([[0], self.step.cumsum()])[item[3] : item[3] + 4]
-            z = (
-                torch.tensor(at, dtype=torch.float32)[:, None, None, None]
-                .expand(4, 16, 8, 12)
-                .clone()
-            )
-            return {
-                "z": z,
-                "labels": torch.tensor(self.step[item[3] : item[3] + 3, None]),
-                "key": "",
-                "bad": [],
-            }
-
     model = Oracle(**TINY, vq_warmup_steps=0).eval()
-    found = code_measures.held_out_codes(model, Windows(), 10, 60)
+    found = code_measures.held_out_codes(model, CountingWindows(), 10, 60)
     s = code_measures.code_summary(found, 12)
     assert len(found["own"]) == 180
     assert found["own"].mean() == pytest.approx(1e-4, rel=0.01)
@@ -490,7 +554,8 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     assert not list(code_measures.complaints(s, True))
 
     model.deaf = True
-    s = code_measures.code_summary(code_measures.held_out_codes(model, Windows(), 10, 60), 12)
+    found_deaf = code_measures.held_out_codes(model, CountingWindows(), 10, 60)
+    s = code_measures.code_summary(found_deaf, 12)
     assert s["mse_over_zero"] == pytest.approx(1)
     assert "ignores the code" in " ".join(code_measures.complaints(s, True))
 
@@ -503,6 +568,41 @@ def test_the_measures_of_a_perfect_and_of_a_deaf_decoder():
     assert "codes are no actions" in " ".join(
         code_measures.complaints(code_measures.code_summary(positions, 12), True)
     )
+
+
+def test_codes_that_name_recording_and_place_fail_every_measure():
+    """Bug: AMI and NMI were of codes and actions of the same transitions: a code for each place of
+    each recording, which says nothing anywhere else, gained by that. Its error is perfect."""
+    from eval_lam import linear_probe
+
+    model = NamesPlaces(**TINY, vq_warmup_steps=0).eval()
+    windows = CountingWindows(turns=40)
+    found = code_measures.held_out_codes(model, windows, 10, 100)
+    s = code_measures.code_summary(found, 12)
+    assert s["mse_over_copy"] < 1e-3 and s["joint_codes"] > 60
+    assert s["purity"] == 0
+    assert abs(s["nmi"]) < 0.01 and abs(s["ami"]) < 0.01
+    assert s["same_over_own"] > 100
+
+    # what the measures saw before: codes and actions of the same transitions
+    from sklearn.metrics import normalized_mutual_info_score
+
+    ids = latents.pack_codes(found["codes"], 12)
+    actions = found["labels"][:, 0]
+    assert normalized_mutual_info_score(actions, ids) > 0.1
+
+    # a probe that is fitted on one recording is at chance on the other
+    one_hot = np.float64(ids[:, None] == np.unique(ids))
+    rows = found["recording"] == 0
+    probe = linear_probe(one_hot[rows], actions[rows], one_hot[~rows], actions[~rows])
+    assert abs(probe - 1 / 3) < 0.02
+
+    # codes that name actions pass all of them
+    honest = code_measures.held_out_codes(
+        Oracle(**TINY, vq_warmup_steps=0).eval(), windows, 10, 100
+    )
+    s = code_measures.code_summary(honest, 12)
+    assert s["purity"] > 0.9
 
 
 # --- files ---
@@ -925,6 +1025,84 @@ def test_a_failing_disk_does_not_make_another_split(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(latents.read_steps(str(tmp_path / "a.h5"), 0, 4)) == 4
+
+
+@pytest.mark.parametrize("world", ["grid", "half", "together", "roll"])
+def test_labels_say_how_the_picture_moves(world):
+    """Bug: a move is labelled as another one, or has another length: purity would still be 1, and
+    what a world shows would be something else."""
+    rng = np.random.default_rng(0)
+    z, labels = make_latents.world_file(world, rng, 30, 8, (16, 32), 0.0, "none")
+    assert z.shape == (30, 8, 16, 32) and z.dtype == np.float32
+    length = 2 if world == "half" else 4
+    for t, move in enumerate(labels["move"]):
+        down, right = move // 3 - 1, move % 3 - 1
+        np.testing.assert_array_equal(
+            np.roll(z[t], (length * down, length * right), (1, 2)), z[t + 1]
+        )
+    assert len(np.unique(labels["move"])) == 9
+
+    # all of the picture moves, or squares of a sixteenth of it
+    filled = (z[0] != 0).mean()
+    share = {"roll": (0.99, 1), "together": (0.07, 0.125), "grid": (0.06, 0.0625)}
+    low, high = share.get(world, share["grid"])
+    assert low <= filled <= high
+
+
+def test_a_camera_turns_and_a_picture_zooms_as_their_labels_say():
+    """Bug: left is labelled right, a turn of 0 changes the picture, rooms are the same in all
+    files, or the largest picture still grows."""
+    rng = np.random.default_rng(0)
+    z, labels = make_latents.world_file("camera", rng, 40, 8, (16, 32), 0.0, "none")
+    assert set(labels["yaw"]) == {-2, -1, 0, 1, 2}
+    for t, turn in enumerate(labels["yaw"]):
+        # a turn to the right moves what is in the middle to the left
+        before = z[t][:, 4:12, 12:20]
+        moves = range(-8, 9)
+        errors = [np.square(z[t + 1][:, 4:12, 12 + m : 20 + m] - before).mean() for m in moves]
+        assert np.sign(moves[int(np.argmin(errors))]) == -np.sign(turn)
+        if turn == 0:
+            np.testing.assert_allclose(z[t + 1], z[t], atol=1e-4)
+    other = make_latents.world_file("camera", np.random.default_rng(1), 2, 8, (16, 32), 0.0, "none")
+    assert np.square(other[0][0] - z[0]).mean() > 0.5
+
+    z, labels = make_latents.world_file("zoom", rng, 60, 8, (16, 16), 0.0, "none")
+    assert set(labels["zoom"]) == {-1, 0, 1}
+    level = labels["zoom"].cumsum()
+    assert level.max() - level.min() <= 6
+
+    # larger: less changes from one pixel to the next
+    detail = np.square(np.diff(z, axis=3)).mean((1, 2, 3))
+    assert np.corrcoef(detail[1:], level)[0, 1] < -0.8
+
+
+def test_eight_channels_that_are_not_square_work_to_the_end(tmp_path):
+    """Bug: a room of (8, 16, 32) is written, split, trained on or judged as if it were square, or
+    had 16 channels."""
+    folder = tmp_path / "room"
+    more = "--world camera --size 16 32 --channels 8 --files 10 --chunks 8"
+    run(tmp_path, "prepare/latents.py", "--out", folder, more, env={"PYTHONPATH": ROOT})
+    made = [folder, "--size 16 32 --channels 8"]
+    run(tmp_path, "prepare/manifest.py", *made, env={"PYTHONPATH": ROOT})
+    plan = "--epochs 1 --ipe 4 --log_every 1 --vq_warmup_steps 2 --sequence_length 4"
+    flags = ["--data_dir", folder, SMALL, plan, "--out_dir", tmp_path / "run"]
+    text = run(tmp_path, "train_lam.py", *flags)
+    assert "steps of 4x8 patches" in text and "held out after epoch 1" in text
+    text = run(tmp_path, "eval_lam.py", "--no-ceiling --checkpoint", tmp_path / "run")
+    assert "balanced accuracy of a probe" in text and "  yaw " in text
+
+
+def test_worlds_refuse_what_they_do_not_have(tmp_path):
+    """Bug: a flag of another world is ignored in silence."""
+    cases = [
+        ("--world roll --distractor steady", "--distractor is for squares, --world roll has none"),
+        ("--size 16 24", "--size 24 is no multiple of 16"),
+        ("--size 16 16 16", "--size 16 16 16: give height and width, or one number"),
+        ("--data x.tar --channels 8", "play is square and has 16 channels"),
+    ]
+    for words, sentence in cases:
+        flags = [words, "--out", tmp_path / "new"]
+        assert sentence in fails(tmp_path, "prepare/latents.py", *flags, env={"PYTHONPATH": ROOT})
 
 
 def test_the_manifest_says_which_size_would_fit(tmp_path):
