@@ -17,7 +17,8 @@ Robots, for train_lora.py: writes one shard per TFRecord, or per episode that is
 
 --vae, for train_lam.py: writes KEY.h5, `latents` (chunks, C, 2, h, w) float16 of chunks of 8
 frames, each encoded alone, at 8 frames a second and 512 pixels unless told otherwise. Beside it
-KEY.actions.npz contains yaw and forward between latent steps, for eval_lam.py.
+KEY.actions.npz contains yaw and forward between latent steps, for eval_lam.py. A VAE of pictures
+(AutoencoderTiny, AutoencoderKL, TAESD) makes a step of each frame, and a chunk of two.
 
 A run that was killed continues with the same command. What cannot be read is listed in
 left_out.jsonl."""
@@ -47,7 +48,8 @@ flag("--out", required=True, help="folder to write to")
 flag = parser.add_argument_group("encoder").add_argument
 # the encoder must be the one of the training run
 flag("--encoder", default="vjepa2_vitl", help="path, URL, name (%(default)s; droid: ..._ac_vitg)")
-flag("--vae", metavar="diffusers:FOLDER", help="write H5 latents of this VAE (Wan, CogVideoX)")
+of_vaes = "write H5 latents of this VAE: Wan, CogVideoX, or of pictures (Tiny, KL; taesd:FOLDER)"
+flag("--vae", metavar="diffusers:FOLDER", help=of_vaes)
 # stored once for many runs: float32 by default
 modes = ["tubelet", "frame", "clip"]
 seen = "what the encoder sees at once: a step, a frame or a clip (%(default)s; droid: frame)"
@@ -159,7 +161,7 @@ from files.features import (
     reader_settings,
     tar_names,
 )
-from files.latents import encode_latents, find_files, open_vae
+from files.latents import encode_latents, find_files, merged_frames
 from files.logs import append_jsonl
 from files.progress import tqdm
 from files.remote import Shard, cached
@@ -168,7 +170,7 @@ from files.video import WrongDecoder
 from files.vpt import ClipReader
 from kernels import describe_kernels
 from model import encode_steps
-from weights import encoder_hash, open_encoder
+from weights import encoder_hash, open_encoder, open_latent_vae
 
 # beside the shards: what they were made with, and what is not in them and why
 SETTINGS = "encode.json"
@@ -568,7 +570,7 @@ def announce(job, how, records, runs, what, kind, meta, phases):
 
 
 def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size):
-    """VPT shards -> KEY.h5 with latents of the video VAE `vae`, and KEY.actions.npz."""
+    """VPT shards -> KEY.h5 with latents of the VAE `vae`, and KEY.actions.npz."""
     # latents of two VAEs in one folder would be trained on as one
     check_settings(job.out, made_with)
 
@@ -591,12 +593,17 @@ def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size):
         )
 
     # a VAE is large: it is loaded when nothing else can go wrong
-    model = open_vae(vae, dtype).to(job.device)
+    model = open_latent_vae(vae, dtype).to(job.device)
+    merged = merged_frames(model)
+    if merged == 1 and crop_size % model.factor:
+        raise ValueError(
+            f"--crop_size {crop_size} is no multiple of {model.factor}, as --vae needs"
+        )
     if job.rank == 0:
         write_settings(job.out, made_with)
 
-    # a chunk is 8 frames: fewer of them are encoded at once than steps
-    chunks = max(batch_size // 8, 1)
+    # a chunk is two latent steps of several frames: fewer of them are encoded at once than steps
+    chunks = max(batch_size // (2 * merged), 1)
     encode_latents(records, bad, model, job.out, fps, crop_size, chunks, job.device)
     print(f"rank {job.rank}: peak memory {peak_memory(job.device):.0f} MiB")
 

@@ -40,7 +40,7 @@ def parse_flags():
     # how much of it; what takes long can be left out
     flag = parser.add_argument_group("what to evaluate").add_argument
     flag("--val_clips", type=int, default=512, help="windows to judge on, and to fit probes on")
-    flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' video VAE")
+    flag("--vae", metavar="diffusers:FOLDER", help="decode frames with the latents' VAE")
     flag("--metrics", nargs="+", choices=METRICS, help="of frames, with --vae (default: psnr ssim)")
     ceiling = "train a small network with the labels on raw latents: what they give away (minutes)"
     flag("--ceiling", action=switch, default=True, help=ceiling)
@@ -97,11 +97,11 @@ from files.latents import (
     check_metrics,
     decoded_scores,
     open_manifest,
-    open_vae,
     pack_codes,
     unpack_codes,
 )
 from files.progress import tqdm
+from weights import open_latent_vae
 
 # codes that codes.png shows: more rows could not be read
 SHOWN_CODES = 16
@@ -399,7 +399,7 @@ if __name__ == "__main__":
     if args.vae:
         args.metrics = args.metrics or ["psnr", "ssim"]
         check_metrics(args.metrics)
-        vae = open_vae(args.vae, torch.float32)
+        vae = open_latent_vae(args.vae, torch.float32)
 
     # --- run and data ---
     model, state, path = open_lam(args.checkpoint)

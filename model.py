@@ -2128,12 +2128,12 @@ class LatentActionModel(nn.Module):
         if warp != "none":
             self.warp_out = nn.Linear(embed_dim, places * patch_size**2)
 
-            # at first all things stay where they are
-            nn.init.zeros_(self.warp_out.weight)
+            # at first things tend to stay where they are. Not more than that: a neighbour that has
+            # next to no weight gets next to no gradient
             nn.init.zeros_(self.warp_out.bias)
             if warp == "neighbours":
                 with torch.no_grad():
-                    self.warp_out.bias.view(2, 2 * reach + 1, -1)[:, reach] = 4
+                    self.warp_out.bias.view(2, 2 * reach + 1, -1)[:, reach] = 2
 
     def normalize(self, z):
         """Latents -> standardised latents."""

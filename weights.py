@@ -34,6 +34,7 @@ import checkpoint
 from data import STD_RANGE, ActionScaler
 from files.disk import CACHE, is_storage_error, storage_sentence, write_atomically
 from files.features import feature_settings
+from files.latents import open_vae
 from files.progress import tqdm
 from model import (
     CONDITION,
@@ -928,6 +929,18 @@ def open_picture_vae(spec):
             " or AutoencoderKL, or taesd:FOLDER, with NAME_encoder.pth and NAME_decoder.pth"
         )
     return vae.requires_grad_(False).eval()
+
+
+def open_latent_vae(spec, dtype):
+    """The VAE whose latents train_lam.py reads, frozen: of pictures (open_picture_vae) or of video
+    (files.latents.open_vae). ValueError for anything else."""
+    kind, _, folder = spec.partition(":")
+    config = os.path.join(folder, "config.json")
+    of_pictures = kind == "taesd"
+    if kind == "diffusers" and os.path.exists(config):
+        with open(config) as f:
+            of_pictures = json.load(f).get("_class_name") in ("AutoencoderTiny", "AutoencoderKL")
+    return open_picture_vae(spec).to(dtype) if of_pictures else open_vae(spec, dtype)
 
 
 def open_diffusers_pictures(spec, folder):

@@ -408,9 +408,10 @@ def unpack_codes(ids, K, slots):
 # --- from video ---
 
 
-def latent_frames(record, fps, crop_size, part=64):
-    """A recording for a video VAE: (frames, labels). frames is a generator of uint8 (n, 4, 3, crop,
-    crop), n <= part latent steps. Labels say what happened between the steps, from the last frame
+def latent_frames(record, fps, crop_size, part=64, merged=VAE_FRAMES):
+    """A recording for a VAE: (frames, labels). frames is a generator of uint8 (n, merged, 3, crop,
+    crop), n <= part latent steps, each of `merged` frames (a video VAE merges four, one of pictures
+    none). Labels say what happened between the steps, from the last frame
     of one to that of the next: yaw -1 (left), 0 (under 3 degrees), 1 (right), and whether forward
     was pressed. Raises what read_frames raises, and ValueError if lines and frames do not belong
     together."""
@@ -425,8 +426,8 @@ def latent_frames(record, fps, crop_size, part=64):
     # the ticks that are shown (steps, 4): whole latent steps only
     lines = min(len(ticks.motion), len(times) // ratio)
     sampled = np.arange(lines * fps / ticks.rate - 1e-9) * ticks.rate / fps
-    sampled = sampled[: len(sampled) // VAE_FRAMES * VAE_FRAMES]
-    steps = np.floor(sampled).astype(int).reshape(-1, VAE_FRAMES)
+    sampled = sampled[: len(sampled) // merged * merged]
+    steps = np.floor(sampled).astype(int).reshape(-1, merged)
     if len(steps) < 2:
         raise ValueError(f"{lines} usable lines are less than two latent steps")
 
@@ -445,7 +446,7 @@ def latent_frames(record, fps, crop_size, part=64):
                 top = (x.shape[1] - crop_size) // 2
                 left = (x.shape[2] - crop_size) // 2
                 x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
-                yield x.reshape(-1, VAE_FRAMES, *x.shape[1:])
+                yield x.reshape(-1, merged, *x.shape[1:])
 
     return frames(), labels
 
@@ -456,8 +457,8 @@ def open_vae(spec, dtype):
     kind, _, folder = spec.partition(":")
     if kind != "diffusers" or not os.path.exists(os.path.join(folder, "config.json")):
         raise ValueError(
-            f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of AutoencoderKLWan"
-            " or AutoencoderKLCogVideoX"
+            f"--vae {spec}: give diffusers:FOLDER, with config.json and weights of"
+            " AutoencoderKLWan, AutoencoderKLCogVideoX, AutoencoderTiny or AutoencoderKL"
         )
     try:
         import diffusers
@@ -467,10 +468,17 @@ def open_vae(spec, dtype):
         name = json.load(f).get("_class_name")
     if name not in ("AutoencoderKLWan", "AutoencoderKLCogVideoX"):
         raise ValueError(
-            f"--vae {spec} is a {name}: AutoencoderKLWan and AutoencoderKLCogVideoX are known"
+            f"--vae {spec} is a {name}: AutoencoderKLWan, AutoencoderKLCogVideoX, AutoencoderTiny"
+            " and AutoencoderKL are known"
         )
     vae_class = getattr(diffusers, name)
     return vae_class.from_pretrained(folder, local_files_only=True, torch_dtype=dtype).eval()
+
+
+def merged_frames(vae):
+    """How many frames a VAE merges into one latent step. One of pictures has a `factor`
+    (weights.open_picture_vae)."""
+    return 1 if hasattr(vae, "factor") else VAE_FRAMES
 
 
 def repeat_first(x, vae):
@@ -483,8 +491,11 @@ def repeat_first(x, vae):
 
 @torch.inference_mode()
 def vae_latents(vae, frames):
-    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means: 4 frames go into
-    each."""
+    """uint8 (B, 8, 3, H, W), each chunk alone -> (B, 2, C, h, w), the means: 4 frames go into each.
+    With a VAE of pictures it is (B, 2, 3, H, W), each picture alone."""
+    if merged_frames(vae) == 1:
+        pictures = (frames.flatten(0, 1).float() / 255).to(next(vae.parameters()))
+        return vae.encode(pictures).unflatten(0, frames.shape[:2]).float()
     x = (frames.transpose(1, 2).float() / 127.5 - 1).to(next(vae.parameters()))  # (B, 3, 8, H, W)
     z = vae.encode(repeat_first(x, vae)).latent_dist.mode()
     return z[:, :, -2:].transpose(1, 2).float()
@@ -492,8 +503,11 @@ def vae_latents(vae, frames):
 
 @torch.inference_mode()
 def vae_frames(vae, z):
-    """The inverse of vae_latents: (B, 2, C, h, w) -> frames (B, 8, 3, H, W) in [0, 1]. A VAE that
-    makes fewer frames of two latents gives its last ones."""
+    """The inverse of vae_latents: (B, 2, C, h, w) -> frames (B, 8, 3, H, W), or (B, 2, 3, H, W), in
+    [0, 1]. A VAE that makes fewer frames of two latents gives its last ones."""
+    if merged_frames(vae) == 1:
+        pictures = vae.decode(z.flatten(0, 1).to(next(vae.parameters())))
+        return pictures.unflatten(0, z.shape[:2]).float().clamp(0, 1)
     x = z.transpose(1, 2).to(next(vae.parameters()))  # (B, C, 2, h, w)
     frames = vae.decode(repeat_first(x, vae)).sample
     frames = frames[:, :, -2 * VAE_FRAMES :]
@@ -526,9 +540,9 @@ def decoded_scores(model, batches, vae, metrics):
         return tm.LearnedPerceptualImagePatchSimilarity(normalize=True)
 
     def last_frames(before, step):
-        """Frames (B * 4, 3, H, W) of a step."""
+        """Frames (B * 4, 3, H, W), or (B, 3, H, W), of a step."""
         frames = vae_frames(vae, torch.stack([before, step], dim=1))
-        return frames[:, -VAE_FRAMES:].flatten(0, 1)
+        return frames[:, -merged_frames(vae) :].flatten(0, 1)
 
     device = model.scale.device
     of_predictions = {name: new_metric(name).to(device) for name in metrics}
@@ -555,16 +569,17 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
     `bad` [(file, key, reason)] and what else cannot be read. Raises ValueError if nothing can be
     encoded, OSError if the disk fails."""
     done = 0
+    merged = merged_frames(vae)
     for record in tqdm(records, unit="recording", desc="encode"):
         if os.path.exists(os.path.join(out, record.key + ".h5")):
             done += 1
             continue
         try:
-            frames, labels = latent_frames(record, fps, crop_size)
+            frames, labels = latent_frames(record, fps, crop_size, merged=merged)
             z = []
             for x in frames:
                 x = x[: len(x) // 2 * 2]
-                chunks = torch.from_numpy(x).reshape(-1, 2 * VAE_FRAMES, *x.shape[2:])
+                chunks = torch.from_numpy(x).reshape(-1, 2 * merged, *x.shape[2:])
                 for batch in chunks.split(batch_size):
                     z.append(vae_latents(vae, batch.to(device)).flatten(0, 1).cpu())
             write_latents(out, record.key, torch.cat(z).numpy(), labels)
