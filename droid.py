@@ -907,7 +907,8 @@ def read_as_made(reader, paths):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description="look into episodes: shapes, ranges, mean and std of one batch",
+        description="look into episodes: shapes, ranges, mean and std of one batch; of a LeRobot"
+        " data set also its cameras, fields, idle rows, and what would be left out",
         allow_abbrev=False,
     )
     several = {"nargs": "+", "action": "extend"}
@@ -928,6 +929,16 @@ if __name__ == "__main__":
     paths = find_episodes(args.inspect)
     if all(path.endswith(".tar") for path in paths):
         read_as_made(reader, paths)
+
+    # a LeRobot data set is described whole: which --camera and fields there are is not known before
+    for root in dict.fromkeys(lerobot.root_of(p) for p in paths if p.endswith(".parquet")):
+        found = lerobot.look(root)
+        for line in lerobot.describe(found):
+            print(line)
+        for file, key, reason in found.bad[:20]:
+            print(f"would be left out: {file} {key}: {reason}")
+        if len(found.bad) > 20:
+            print(f"and {len(found.bad) - 20} more")
     records, _, bad = open_droid(args.inspect, reader=reader, idle_filter="off", verify=args.verify)
     batch = next(iter(droid_clips(records, args.batch_size, reader=reader, num_workers=0)))
 

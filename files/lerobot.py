@@ -33,6 +33,7 @@ from files.disk import CACHE, DAMAGE, is_storage_error, read_cache, with_retries
 from files.episodes import (
     PLACES,
     VELOCITY,
+    Episode,
     camera_name,
     fetch,
     filesystem,
@@ -40,7 +41,8 @@ from files.episodes import (
     stillness,
     truth,
 )
-from files.shards import Slice, stamp
+from files.progress import tqdm
+from files.shards import Slice, spread, stamp
 from files.video import film_times, open_video, read_frames
 
 DATA = {
@@ -928,3 +930,120 @@ def read_images(r, name, wanted):
         except Image.DecompressionBombError as e:
             raise ValueError(f"a picture of {name}: {e}") from e
     return pictures
+
+
+# --- what is in a data set ---
+
+
+class Look(NamedTuple):
+    """What `look` found in a data set."""
+
+    dataset: DataSet
+    episodes: list  # of files.episodes.Episode, whole
+    success: int  # how many of them succeeded
+    idle: int  # rows in which nothing moves, of the episodes of which it is known
+    known: int  # rows of those episodes
+    bad: list  # (file, key, reason) of what would be left out, whatever the camera
+
+
+def look(root):
+    """Index a data set and open each of its videos."""
+    dataset = open_set(root)
+    episodes = []
+    bad = []
+    success = idle = known = 0
+    for path in tqdm(dataset.files, "index", unit=" files", delay=10):
+        try:
+            entries, of_file = index_data_file(path)
+        except (*DAMAGE, MemoryError) as e:
+            if is_storage_error(e):
+                raise
+            bad.append((path, "", str(e)))
+            continue
+        bad += of_file
+        for entry in entries:
+            steps = entry["steps"]
+            success += entry["success"]
+            if entry["still"] is not None:
+                known += steps
+                idle += sum(b - a for a, b in entry["still"])
+            about = (entry["key"], "lerobot", entry["members"], steps, entry["rate"])
+            episodes.append(Episode(path, *about, 0, steps, steps, place=entry["place"]))
+    for r in tqdm(episodes, "videos", unit=" episodes", delay=10):
+        bad += video_flaws(r)
+    return Look(dataset, episodes, success, idle, known, bad)
+
+
+def video_flaws(r):
+    """[(file, key, reason)] of the videos of an episode that lack some of its frames."""
+    bad = []
+    for kind, path, *place in r.members.values():
+        try:
+            if kind == "missing":
+                raise ValueError(f"{path} is not there")
+            if kind == "video":
+                frames_of_rows(r, [path, *place], video_clock(path), np.arange(r.steps))
+        except ValueError as e:
+            bad.append((r.shard, r.key, str(e)))
+    return bad
+
+
+def describe(found):
+    """What `look` found, as lines of text."""
+    dataset = found.dataset
+    rows = sum(r.steps for r in found.episodes)
+    hours = rows / dataset.fps / 3600
+    robot = dataset.info.get("robot_type") or "unknown"
+    yield (
+        f"{dataset.root}: LeRobot {dataset.version}, robot {robot}, {len(found.episodes)} episodes,"
+        f" {rows} rows at {dataset.fps:g} a second, {hours:.2f} h"
+    )
+    idle = f"{found.idle / found.known:.1%} of rows" if found.known else "not known"
+    lengths = [r.steps for r in found.episodes] or [0]
+    yield (
+        f"idle: {idle}; success: {found.success} of {len(found.episodes)} episodes;"
+        f" {min(lengths)} to {max(lengths)} rows an episode"
+    )
+
+    # cameras: as the files are, not as the metadata say
+    yield f"{'camera':24} {'picture':>10} {'kind':>8} {'frames/s':>9} {'files':>6}  feature"
+    for camera, feature in dataset.cameras.items():
+        members = [r.members[camera] for r in found.episodes if camera in r.members]
+        videos = list(dict.fromkeys(m[1] for m in members if m[0] == "video"))
+        size, kind, rate = picture_of(found, camera, videos)
+        line = f"{camera:24} {size:>10} {kind:>8} {rate:>9} {len(videos):6}"
+        yield f"{line}  {feature}"
+
+    # numbers: of at most 20 data files, spread over all
+    paths = list(dict.fromkeys(r.shard for r in found.episodes))
+    if paths:
+        paths = spread(paths, 20)
+    yield f"{'numbers':44} {'a row':>5} {'least':>10} {'largest':>10}  of {len(paths)} data files"
+    for name, size in dataset.numbers.items():
+        try:
+            values = [numbers(path, [name])[0] for path in paths]
+        except ValueError as e:
+            yield f"{name:44} {size:5} cannot be read: {e}"
+            continue
+        if values:
+            low = min(x.min() for x in values if len(x))
+            high = max(x.max() for x in values if len(x))
+            yield f"{name:44} {size:5} {low:10.4g} {high:10.4g}"
+
+
+def picture_of(found, camera, videos):
+    """Texts about the pictures of a camera: their size, codec or "image", frames a second."""
+    for path in videos:
+        try:
+            clock = video_clock(path)
+        except ValueError:
+            continue  # it is among what would be left out
+        rate = "?"
+        if len(clock.times) > 1:
+            rate = f"{1 / (np.median(np.diff(clock.times)) * clock.unit):.4g}"
+        return "{}x{}".format(*clock.size), clock.codec, rate
+    for r in found.episodes:
+        if r.members.get(camera, [""])[0] == "image":
+            [picture] = read_pictures(r, camera, [0])
+            return f"{picture.shape[1]}x{picture.shape[0]}", "image", f"{r.rate:g}"
+    return "?", "missing", "?"

@@ -19,7 +19,7 @@ from droid import DroidReader, find_episodes, open_droid
 from files import lerobot
 from files.episodes import read_pictures
 from prepare.lerobot import column, join_mp4s, table_of, write_tables
-from tests.harness import HEIGHT, WIDTH, picture, read_number
+from tests.harness import HEIGHT, WIDTH, Run, picture, read_number, run
 
 pytestmark = pytest.mark.usefixtures("deadline", "forkserver")
 
@@ -564,3 +564,28 @@ def test_folders_of_data_sets_and_globs_are_found(sets, tmp_path):
         assert {p.split("/data/")[0] for p in found} >= {str(sets / "three"), str(sets / "two")}
     [path] = find_episodes(str(sets / "three/data/chunk-000/file-000.parquet"))
     assert sorted(map(number_of, opened(path)[0])) == [0, 1]
+
+
+def test_inspect_tells_what_is_there_and_what_would_be_left_out(sets, tmp_path):
+    """Bug: what is wrong with a data set shows after a day of training; a user without DROID's
+    fields learns nothing about those that are there."""
+    root = copy(sets, "three", tmp_path)
+    wrist = "observation.images.wrist_left"
+    path = root / f"videos/{wrist}/chunk-000/file-000.mp4"
+    path.write_bytes(numbered(shown(0, wrist, 20)))
+    text = run(tmp_path, "droid.py", "--inspect", root, "--batch_size 2")
+    assert "LeRobot 3.0, robot arm, 4 episodes, 144 rows at 15 a second" in text
+    assert "success: 2 of 4 episodes; 30 to 43 rows an episode" in text
+    assert f"80x64     h264        15      2  {wrist}" in text
+    assert "observation.state.gripper_position               1          0      0.042" in text
+    [line] = [line for line in text.splitlines() if line.startswith("would be left out")]
+    assert "episode_000000-" in line
+    assert "it has 20 frames, and its episodes 30 rows" in line
+
+    # fields of another robot: the description comes before the error
+    flags = "--state_keys states --batch_size 2"
+    code, text = Run(tmp_path, "droid.py", "--inspect", sets / "two", flags).wait()
+    assert code == 1
+    assert "LeRobot 2.1" in text
+    assert "mpeg4" in text
+    assert "error: no usable episode" in text.splitlines()[-1]
