@@ -505,23 +505,39 @@ def still_runs(velocity, places):
         limits = np.full(velocity.shape[1], 1e-3)
         where[where >= 1e-3] = np.nan
 
+    # a row that is far from the one before ends a run, whatever came earlier
+    near = np.zeros(len(where), dtype=bool)
+    near[1:] = (np.abs(np.diff(where, axis=0)) <= limits).all(1)
+
     out = []
     for first, last in idle_runs(velocity):
         # step t leads from row t - 1 to row t, so a run of steps covers one row more
-        start = first
-        low = high = where[first - 1]
-        for t in range(first, last):
-            low = np.minimum(low, where[t])
-            high = np.maximum(high, where[t])
-            if (high - low <= limits).all():  # never where a number is missing
-                continue
-            if t > start:
-                out.append([start, t])
-            start = t + 1
-            low = high = where[t]
-        if last > start:
-            out.append([start, last])
+        edges = np.diff(near[first:last].astype(int), prepend=0, append=0)
+        starts = first + np.flatnonzero(edges == 1)
+        ends = first + np.flatnonzero(edges == -1)
+        for start, end in zip(starts.tolist(), ends.tolist()):
+            while start < end:
+                moved = first_moved(where, start, end, limits)
+                if moved > start:
+                    out.append([start, moved])
+                start = moved + 1
     return out
+
+
+def first_moved(where, start, end, limits):
+    """The first of the steps start..end at which positions (rows, d) have drifted further than
+    their limits since row start - 1; `end` if none has."""
+    low = high = where[start - 1]
+    for at in range(start, end, 64):
+        rows = where[at : min(at + 64, end)]
+        lows = np.minimum(np.minimum.accumulate(rows), low)
+        highs = np.maximum(np.maximum.accumulate(rows), high)
+        still = (highs - lows <= limits).all(1)  # never where a number is missing
+        if not still.all():
+            return at + int(still.argmin())
+        low = lows[-1]
+        high = highs[-1]
+    return end
 
 
 def stillness(velocity, places):
