@@ -69,7 +69,7 @@ cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 # --- flags of this stage ---
 flag = parser.add_argument_group("data").add_argument
 # what to train on, and what to hold out
-flag("--data", "--data_path", nargs="+", action="extend", required=True, help="TFRecords, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs; may be repeated")  # fmt: skip
+flag("--data", "--data_path", nargs="+", action="extend", required=True, help="TFRecords, LeRobot data sets, trajectory.h5, NAME.npz, features (.tar), folders, globs, URLs; may be repeated")  # fmt: skip
 flag("--val_data", nargs="+", action="extend", help="held-out episodes; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the episodes held out")
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip

@@ -589,3 +589,57 @@ def test_inspect_tells_what_is_there_and_what_would_be_left_out(sets, tmp_path):
     assert "LeRobot 2.1" in text
     assert "mpeg4" in text
     assert "error: no usable episode" in text.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_simulated_arm_goes_through_all_commands(tmp_path):
+    """Bug: prepare.robot writes what our reader takes and nobody else does, or other episodes than
+    as TFRecords; a command that does not know the kind of episodes."""
+    pytest.importorskip("mujoco")
+    size = "--episodes 4 --steps 40 60 --shards 2 --workers 1"
+    text = run(tmp_path, "prepare/robot.py", size, "--format lerobot --out", tmp_path / "set")
+    assert "in 2 files, 0 there already" in text
+    run(tmp_path, "prepare/robot.py", size, "--out", tmp_path / "rlds")
+
+    # the same motion and pictures as TFRecords, but for their compression
+    reader = DroidReader(4, 5, 64, camera=("exterior_1", "wrist"))
+    train, _, bad = opened(tmp_path / "set", reader)
+    others = opened(tmp_path / "rlds", reader)[0]
+    assert (len(train), bad) == (4, [])
+    for r in train:
+        other = sorted(others, key=lambda x: x.key)[number_of(r)]
+        rows = np.array([0, 7, r.steps - 1])
+        for a, b in zip(reader.motion(r, rows), reader.motion(other, rows)):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+        for camera in ("exterior_1", "wrist"):
+            both = [np.float32(read_pictures(x, camera, rows)) for x in (r, other)]
+            assert np.abs(both[0] - both[1]).mean() < 4
+
+    # a part that is there is kept, one that is not is made again, to the byte
+    lost = tmp_path / "set/meta/episodes/chunk-000/file-001.parquet"
+    before = lost.read_bytes()
+    lost.unlink()
+    text = run(tmp_path, "prepare/robot.py", size, "--format lerobot --out", tmp_path / "set")
+    assert "in 2 files, 1 there already" in text
+    assert lost.read_bytes() == before
+
+    data = ["--data", tmp_path / "set", "--val_fraction 0.5"]
+    scaler = tmp_path / "scaler.pkl"
+    run(tmp_path, "fit_scaler.py", "--dataset droid", *data, "--output", scaler)
+    clips = "--crop_size 32 --crop square --frames_per_clip 4 --num_workers 0 --batch_size 4"
+    small = "--base none --full --pred_dim 48 --pred_depth 2 --pred_heads 3 --grad_accum 1"
+    flags = [*data, "--scaler", scaler, clips, small, "--val_clips 8 --warmup_steps 1"]
+    video = ["--encoder vit_tiny --out_dir", tmp_path / "run"]
+    run(tmp_path, "train_lora.py", *flags, *video, "--max_steps 3")
+    run(tmp_path, "train_lora.py", *flags, *video, "--max_steps 5 --resume")
+    judged = ["--checkpoint", tmp_path / "run"]
+    text = run(tmp_path, "eval.py", *judged, "--samples 4 --batch_size 4 --num_workers 0")
+    assert "skill" in text
+    run(tmp_path, "plan.py", *judged, "--num_samples 8 --iterations 1")
+
+    settings = "--encoder vit_tiny --crop_size 32 --crop square --phases 2 --out"
+    run(tmp_path, "encode.py", "--dataset droid", *data[:2], settings, tmp_path / "f")
+    names = sorted(p.name for p in (tmp_path / "f").glob("*.tar"))
+    assert names == [f"set--data--chunk-000--file-{i:03d}.parquet.tar" for i in range(2)]
+    features = ["--data", tmp_path / "f/*.tar", *flags[2:], "--max_steps 3 --out_dir"]
+    run(tmp_path, "train_lora.py", *features, tmp_path / "of-features")
