@@ -427,6 +427,10 @@ def read_info(root):
     features = info.get("features")
     if not isinstance(features, dict) or not all(isinstance(f, dict) for f in features.values()):
         raise ValueError(f"{path} lists no features, each with a dtype and a shape")
+    for name, feature in features.items():
+        shape = feature.get("shape", [1])
+        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+            raise ValueError(f"{path}: the shape of {name} is {shape!r}, not a list of numbers")
     return info
 
 

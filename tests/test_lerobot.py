@@ -487,6 +487,10 @@ def test_damaged_metadata_are_named(sets, tmp_path):
         ({"codebase_version": None}, "codebase_version None"),
         ({"fps": 0}, "says fps 0"),
         ({"features": []}, "lists no features"),
+        (
+            {"features": {"action": {"dtype": "float32", "shape": "8"}}},
+            "the shape of action is '8'",
+        ),
         ({"data_path": "data/{chunk}.parquet"}, "is no template"),
         ({"codebase_version": "v2.1"}, "no .*episodes.jsonl, which lists"),
     ):
