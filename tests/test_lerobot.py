@@ -19,7 +19,7 @@ from droid import DroidReader, find_episodes, open_droid
 from files import lerobot
 from files.episodes import read_pictures
 from prepare.lerobot import column, join_mp4s, table_of, write_tables
-from tests.harness import HEIGHT, WIDTH, Run, picture, read_number, run
+from tests.harness import HEIGHT, WIDTH, Run, picture, read_number, run, run_bench
 
 pytestmark = pytest.mark.usefixtures("deadline", "forkserver")
 
@@ -647,3 +647,15 @@ def test_the_simulated_arm_goes_through_all_commands(tmp_path):
     assert names == [f"set--data--chunk-000--file-{i:03d}.parquet.tar" for i in range(2)]
     features = ["--data", tmp_path / "f/*.tar", *flags[2:], "--max_steps 3 --out_dir"]
     run(tmp_path, "train_lora.py", *features, tmp_path / "of-features")
+
+
+@pytest.mark.slow
+def test_the_benchmark_reads_all_that_it_made(tmp_path):
+    """Bug: the speed of our reader is that of reading something else, or of leaving it out."""
+    size = "--episodes 2 --steps 40 --clips 2 --many 120"
+    rows, text = run_bench(tmp_path, "lerobot", size)
+    by_reader = {row["reader"]: row for row in rows if "reader" in row}
+    assert "lerobot" in by_reader or "lerobot: left out" in text
+    assert all(row.get("clips that differ", 0) == 0 for row in by_reader.values())
+    opened = [(row["opening"], row["usable"], row["bad"]) for row in rows if "opening" in row]
+    assert opened == [("first time", 120, 0), ("again", 120, 0)]
