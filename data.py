@@ -2,6 +2,7 @@
 the split into training and validation, and the loaders.
 
     python -m data --inspect demo/train/shard-000000.tar  # shapes, ranges, mean and std of a batch
+    python -m data --inspect latents/a.h5                 # any file: what it is, and what reads it
 
 Local shards (tar files of KEY.mp4 + KEY.jsonl) are indexed, not streamed. The order of clips
 depends only on (seed, epoch), and clips are dealt to ranks by index. A run therefore resumes
@@ -50,9 +51,10 @@ from files.disk import (
     with_storage_retries,
     write_atomically,
 )
-from files.features import feature_rows
+from files.features import feature_rows, feature_settings
 from files.films import film_paths, index_films, is_tar, read_clock
-from files.latents import NO_LABEL, read_labels, read_steps
+from files.kinds import kind_of, sentence_of
+from files.latents import NO_LABEL, open_dataset, read_labels, read_steps
 from files.pixels import open_pixels, pixels_path, store_pixels
 from files.progress import tqdm
 from files.remote import cached
@@ -835,6 +837,42 @@ def held_count(names, val_fraction):
     return min(max(round(len(names) * val_fraction), 1), len(names) - 1)
 
 
+def read_names(path):
+    """The file of --recordings: names of recordings, one a line; what follows a # is a comment.
+    ValueError if it names none."""
+    names = []
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            name = line.partition("#")[0].strip()
+            if name:
+                names.append(name)
+    if not names:
+        raise ValueError(f"--recordings {path} names no recording: write one a line")
+    return names
+
+
+def pick(records, only, group):
+    """Those of [Record] whose names are in `only`. ValueError if there are none."""
+    wanted = set(only)
+    picked = [r for r in records if r.recording in wanted]
+    if records and not picked:
+        raise ValueError(
+            f"--recordings picks none of the {len(records)} recordings in {group}, such as"
+            f" {records[0].recording}: leave that --data out, or check the names"
+        )
+    return picked
+
+
+def refuse_unknown(only, records):
+    """ValueError if names of --recordings are those of no recording in --data."""
+    missing = sorted(set(only) - {r.recording for r in records})
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(set(only))} names in --recordings are in no --data,"
+            f" {missing[0]} among them: python -m data --inspect SHARD prints names"
+        )
+
+
 def open_records(data):
     """Shards -> ([Record], [(file, key, reason)] of what cannot be used). Raises ValueError if
     nothing can be used."""
@@ -851,23 +889,24 @@ def open_records(data):
     return each_once(records), bad
 
 
-def open_lines(data, max_shards, val_fraction):
+def open_lines(data, max_shards, val_fraction, only=None):
     """--data for what needs only the JSONL members -> ([Record or URL], [(file, key, reason)] of
-    what cannot be read). Reads tar headers.
+    what cannot be read). Reads tar headers. only: names of the recordings to take.
 
     The split comes before max_shards, so nothing held out is used whatever max_shards is. Below ten
     shards the split counts recordings, so videos that cannot be read must be known."""
     paths = expand([p for group in data for p in group])
     streams = [p for p in paths if is_stream(p)]
     if streams:
-        if len(streams) < len(paths) or val_fraction:
+        if len(streams) < len(paths) or val_fraction or only:
             raise ValueError(
                 f"{streams[0]} cannot be sought: it goes neither with local shards nor with"
-                " --val_fraction; copy it to a file"
+                " --val_fraction or --recordings; copy it to a file"
             )
         return spread(streams, max_shards), []
 
     records = []
+    all_records = []
     bad = []
     wanted = set(paths if val_fraction else spread(paths, max_shards))
     for group in data:
@@ -885,7 +924,12 @@ def open_lines(data, max_shards, val_fraction):
                 with_lines.append(r)
             else:
                 bad.append((r.shard, r.key, "features: fit on the recordings they were made from"))
+        all_records += with_lines
+        if only:
+            with_lines = pick(with_lines, only, " ".join(map(str, group)))
         records += split_records(with_lines, val_fraction)[0]
+    if only:
+        refuse_unknown(only, all_records)
     kept_shards = set(spread(sorted({r.shard for r in records}), max_shards))
     return [r for r in records if r.shard in kept_shards], bad
 
@@ -913,19 +957,28 @@ def refuse_shared(sources):
         before = before + records
 
 
-def open_split(data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0):
+def open_split(
+    data, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0, only=None
+):
     """--data as given ([[pattern, ...], ...], or simpler) and --val_data, or a val_fraction of each
-    --data -> (train [Record], [share of the clips], val [Record], [bad]).
+    --data -> (train [Record], [share of the clips], val [Record], [bad]). only: names of the
+    recordings to take of --data.
 
     Shares follow length and data_weights. train is empty for streams, which their loader opens.
     Raises ValueError if train and val share a recording, if a --data gives none to train on, or if
     too many are bad."""
     groups = [data] if isinstance(data, str) else data
     check_weights(data_weights, groups)
-    if any(map(is_stream, expand(data))):
+    streams = [path for path in expand(data) if is_stream(path)]
+    if streams and only:
+        raise ValueError(
+            f"--recordings does not go with streams, {streams[0]} is one: name a --cache_dir to"
+            " copy it to, or copy it to a file"
+        )
+    if streams:
         groups = []
     return split_groups(
-        groups, open_records, data_weights, val_data, val_fraction, max_bad_fraction
+        groups, open_records, data_weights, val_data, val_fraction, max_bad_fraction, only
     )
 
 
@@ -1010,7 +1063,9 @@ def check_weights(data_weights, groups):
             )
 
 
-def split_groups(groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction):
+def split_groups(
+    groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction, only=None
+):
     """open_split and open_films, after their checks. open_group: one --data -> ([Record],
     [bad])."""
     # each --data is split and weighed by itself
@@ -1021,6 +1076,9 @@ def split_groups(groups, open_group, data_weights, val_data, val_fraction, max_b
     sources = []
     for i, group in enumerate(groups):
         records, flaws = open_group(group)
+        sources.append(records)
+        if only:
+            records = pick(records, only, " ".join(expand(group)))
         kept, held_out = split_records(records, 0 if val_data else val_fraction)
         total = sum(r.duration for r in kept)
         weight = data_weights[i] / total if data_weights else 1.0
@@ -1028,8 +1086,9 @@ def split_groups(groups, open_group, data_weights, val_data, val_fraction, max_b
         train += kept
         val += held_out
         bad += flaws
-        sources.append(records)
     refuse_shared(sources)
+    if only and groups:
+        refuse_unknown(only, [r for records in sources for r in records])
 
     if val_data:
         val, flaws = open_group(val_data)
@@ -1339,11 +1398,25 @@ def on_device(batch, device):
     return moved
 
 
-# --- a look into a shard ---
+# --- a look into a file ---
+
+
+def inspect_latents(path):
+    """Print what is in a file of latents. ValueError for what train_lam.py would refuse."""
+    latents = open_dataset(path)
+    steps = latents.shape[0] * latents.shape[2]
+    layout = f"chunks of {latents.chunks}" if latents.chunks else "contiguous"
+    first = latents[0].astype(np.float32)
+    print(f"latents  {latents.shape} {latents.dtype}, {layout}: {steps} steps")
+    print(f"first    from {first.min():.3f} to {first.max():.3f}, std {first.std():.3f}")
+    for name, values in read_labels(path, steps).items():
+        print(f"labels   {name}: {len(np.unique(values))} values, {values.min()} to {values.max()}")
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        description="look into a shard: shapes, ranges, mean and std of one batch",
+        description="look into a file: what it is; of a shard shapes, ranges, mean and std of one"
+        " batch",
         allow_abbrev=False,
     )
     spaces = tuple(ACTION_SPACES)
@@ -1353,7 +1426,32 @@ if __name__ == "__main__":
     args = parser.parse_args()
     sys.excepthook = short_excepthook
 
+    # a file that holds no play: what it is, and what reads it
+    path = expand(args.inspect)[0]
+    kind = "play" if is_stream(path) else kind_of(path)
+    if kind not in ("play", "features", "latents"):
+        raise ValueError(sentence_of(path, kind))
+    if not is_stream(path):
+        print(sentence_of(path, kind))
+    if kind == "latents":
+        inspect_latents(path)
+        sys.exit()
+
+    # features are cut as they were made
     reader = ClipReader(action_space=args.action_space)
+    if kind == "features":
+        settings = feature_settings(index_shards([path])[0])
+        if settings.get("dataset") == "droid":
+            raise ValueError(sentence_of(path, "robot"))
+        print("made     " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        reader = ClipReader(
+            frames_per_clip=int(settings["frames_per_clip"]),
+            fps=float(settings["fps"]),
+            frames_per_step=int(settings["frames_per_step"]),
+            crop_size=int(settings["crop_size"]),
+            encode=settings["encode"],
+            action_space=args.action_space,
+        )
     loader = vpt_loader(args.inspect, args.batch_size, num_workers=0, reader=reader)
 
     # what is odd in the lines, and their clocks (streams have no records)

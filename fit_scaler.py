@@ -29,6 +29,7 @@ flag("--data", "--data_path", **repeated, help="paths, globs, {a..b}, URLs (VPT/
 flag("--output", default="vpt_action_scaler.pkl", help=".pkl or .safetensors file (%(default)s)")
 flag("--max_shards", type=int, help="use this many shards, spread evenly over --data (all)")
 flag("--val_fraction", type=float, default=0.0, help="leave out what this holds out in training")
+flag("--recordings", metavar="FILE", help="take only these: a file of names, one a line (all)")
 
 flag = parser.add_argument_group("what a step is").add_argument
 # must be those of the training run: the actions of a longer step are larger sums
@@ -65,6 +66,9 @@ def read_flags():
         parser.set_defaults(output="droid_action_scaler.pkl", fps=4.0, frames_per_step=1)
         args = parser.parse_args()
 
+    if args.recordings and args.dataset == "droid":
+        raise SystemExit("--recordings picks recordings of play: it does not go with droid")
+
     # the ending decides the format
     if not args.output.endswith((".pkl", ".safetensors")):
         raise SystemExit(f"--output {args.output} must end in .pkl or .safetensors")
@@ -98,7 +102,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import peak_memory, short_excepthook
-from data import STD_RANGE, ActionScaler, open_lines
+from data import STD_RANGE, ActionScaler, open_lines, read_names
 from droid import DroidSteps
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence
 from files.progress import tqdm
@@ -370,7 +374,8 @@ if __name__ == "__main__":
         print0 = print if rank == 0 else str
         jobs, bad, names, units = robots.open(patterns, args.max_shards, args.val_fraction, print0)
     else:
-        jobs, bad = open_lines(data, args.max_shards, args.val_fraction)
+        only = read_names(args.recordings) if args.recordings else None
+        jobs, bad = open_lines(data, args.max_shards, args.val_fraction, only)
 
     # in random order, so the first samples are from all over the data
     jobs = [jobs[i] for i in np.random.default_rng(args.seed).permutation(len(jobs))]

@@ -71,6 +71,7 @@ flag("--data_weights", type=float, nargs="+", help="share of the clips from each
 flag("--val_data", nargs="+", action="append", help="held-out shards; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the shards held out (below ten shards: of the recordings)")  # fmt: skip
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip
+flag("--recordings", metavar="FILE", help="take only these recordings of --data: a file of names, one a line")  # fmt: skip
 # shards at URLs
 flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed; without it they are streamed")  # fmt: skip
 flag("--cache_size", type=float, default=100.0, help="size limit of --cache_dir in GB; the least recently used shards are deleted first")  # fmt: skip
@@ -168,7 +169,17 @@ from torch.nn.parallel import DistributedDataParallel
 # opens other people's weights, checkpoint.py saves and finds those of this run
 import checkpoint
 import weights
-from data import ActionScaler, Clips, StopSignal, collate, open_split, prefetch, vpt_loader, windows
+from data import (
+    ActionScaler,
+    Clips,
+    StopSignal,
+    collate,
+    open_split,
+    prefetch,
+    read_names,
+    vpt_loader,
+    windows,
+)
 from evaluation.held_out import (
     METERS,
     MOVES_GAP,
@@ -315,12 +326,16 @@ if __name__ == "__main__":
     if args.init_from and not os.path.exists(args.init_from):
         raise FileNotFoundError(f"--init_from {args.init_from}: no such file or run folder")
 
+    only = read_names(args.recordings) if args.recordings else None
+
     # the scaler must be of the same actions and the same step; if the file is missing, the error
     # shows the command that fits one
     suggested_flags = (
         f"--data {' '.join(sum(data, []))} --fps {args.fps:g} --frames_per_step"
         f" {args.frames_per_step} --val_fraction {val_fraction:g}"
     )
+    if args.recordings:
+        suggested_flags += f" --recordings {args.recordings}"
     scaler = ActionScaler.load(args.scaler, suggested_flags)
     scaler.check(args.scaler, CONTINUOUS, args.fps, args.frames_per_step)
 
@@ -368,7 +383,7 @@ if __name__ == "__main__":
 
     # recordings are held out whole: clips of one recording resemble each other
     train, shares, val, bad = open_split(
-        groups, args.data_weights, val_data, val_fraction, args.max_bad_fraction
+        groups, args.data_weights, val_data, val_fraction, args.max_bad_fraction, only
     )
     if bad:
         print0(
@@ -644,6 +659,7 @@ if __name__ == "__main__":
         "stage": "ac",
         "data": data,
         "val_data": args.val_data,
+        "recordings": only,
         "val_fraction": args.val_fraction,
         "val_clips": args.val_clips,
         "cache_dir": args.cache_dir,

@@ -73,6 +73,7 @@ def training_records(settings, data, held_out):
             None,
             through_cache(settings["val_data"], settings),
             settings["val_fraction"],
+            only=settings.get("recordings"),
         )
 
     # a probe that has seen a recording says nothing about it

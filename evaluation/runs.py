@@ -423,6 +423,7 @@ def open_play(state, scaler, data, decoder, print0):
             None,
             through_cache(settings["val_data"], settings),
             settings["val_fraction"],
+            only=settings.get("recordings"),
         )
 
     # cut as in training, without its augmentation

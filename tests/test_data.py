@@ -17,10 +17,12 @@ import tarfile
 import threading
 import types
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 
 from data import (
     ActionScaler,
@@ -29,6 +31,7 @@ from data import (
     open_lines,
     open_records,
     open_split,
+    read_names,
     split_records,
     vpt_loader,
     windows,
@@ -39,6 +42,7 @@ from files import disk, vpt
 from files import features as feature_files
 from files import shards as shard_files
 from files.features import feature_settings
+from files.kinds import kind_of
 from files.shards import (
     Record,
     Slice,
@@ -52,7 +56,17 @@ from files.shards import (
 from files.streams import StreamedClips, stream_recordings
 from files.video import read_frames
 from files.vpt import ClipReader
-from tests.harness import HEIGHT, contractor, film, jsonl, read_number, run, write_tar
+from tests.harness import (
+    HEIGHT,
+    contractor,
+    fails,
+    film,
+    jsonl,
+    read_number,
+    run,
+    tfrecord,
+    write_tar,
+)
 
 READER = ClipReader(crop_size=HEIGHT)
 
@@ -1033,6 +1047,70 @@ def test_inspect_names_what_nobody_knows_and_the_clock(tmp_path, mp4, forkserver
     text = run(tmp_path, "data.py", "--inspect", path, "--batch_size 1")
     assert 'WARNING: key "space_bar2" (nearest known name: "key.keyboard.space")' in text
     assert "1 recording of 5 lines a second, 4 frames a line" in text
+
+
+def test_a_file_of_another_kind_is_named(tmp_path, shards, forkserver):
+    """Bug: a file that is no shard of play is an error of tarfile; a kind is told by its name."""
+    with h5py.File(tmp_path / "a.tar", "w") as f:
+        f["z"] = np.zeros((2, 4, 2, 8, 8), np.float16)
+    with h5py.File(tmp_path / "robot.h5", "w") as f:
+        f["observation/robot_state/cartesian_position"] = np.zeros((5, 6))
+    (tmp_path / "b.tar").write_bytes(tfrecord(0, 20))
+    np.savez(tmp_path / "c.npz", states=np.zeros((4, 7)))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "d.pt")
+    write_tar(tmp_path / "e.tar", {"notes.txt": b"x"})
+    write_tar(tmp_path / "f.tar", {"x.mp4": film(20)})
+    (tmp_path / "g.mp4").write_bytes(film(20))
+    (tmp_path / "h.jsonl").write_bytes(jsonl(contractor(3)))
+    (tmp_path / "i.tar").write_bytes(b"")
+    (tmp_path / "j.parquet").write_bytes(b"PAR1 and more")
+    save_file({"a": torch.zeros(2)}, tmp_path / "k.safetensors")
+    expected = "latents robot robot robot weights unknown films film lines empty parquet weights"
+    files = (
+        "a.tar robot.h5 b.tar c.npz d.pt e.tar f.tar g.mp4 h.jsonl i.tar j.parquet k.safetensors"
+    )
+    assert [kind_of(tmp_path / name) for name in files.split()] == expected.split()
+    assert kind_of(shards / "shard-000000.tar") == "play"
+
+    # of latents it prints what is inside, of others it says what to do
+    text = run(tmp_path, "data.py", "--inspect", tmp_path / "a.tar")
+    assert "latents  (2, 4, 2, 8, 8) float16" in text and "4 steps" in text
+    assert "python -m droid --inspect" in fails(
+        tmp_path, "data.py", "--inspect", tmp_path / "b.tar"
+    )
+
+
+def test_recordings_are_picked_by_name(tmp_path, shards, forkserver):
+    """Bug: a name that is nowhere is no error; the scaler is fitted on recordings that training
+    leaves out, or the other way round; what is held out is not among the picked ones."""
+    path = str(shards / "shard-*.tar")
+    keys = sorted(r.recording for r in open_records(path)[0])
+    names = tmp_path / "names.txt"
+    names.write_text(f"# a task\n{keys[0]}\n\n{keys[-1]}  # the best\n")
+    only = read_names(names)
+    train, _, val, _ = open_split(path, val_fraction=0.5, only=only)
+    assert sorted(r.recording for r in train + val) == [keys[0], keys[-1]]
+    assert len(train) == len(val) == 1
+    lines, _ = open_lines([[path]], None, 0.5, only)
+    assert [r.name for r in lines] == [r.name for r in train]
+
+    for text, message in ((f"{keys[0]}\nnone", "1 of the 2 .*none"), ("none", "picks none")):
+        names.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            open_split(path, only=read_names(names))
+        with pytest.raises(ValueError, match=message):
+            open_lines([[path]], None, 0.0, read_names(names))
+    names.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="names no recording"):
+        read_names(names)
+    with pytest.raises(ValueError, match="does not go with streams"):
+        open_split("http://127.0.0.1/a.tar", only=["a"])
+
+    # the commands
+    names.write_text(keys[0] + "\n")
+    flags = ["--data", shards / "shard-*.tar", "--recordings", names, "--num_workers 0"]
+    text = run(tmp_path, "fit_scaler.py", *flags, "--output", tmp_path / "s.pkl")
+    assert "1 recordings" in text
 
 
 # --- streams ---
