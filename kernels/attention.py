@@ -58,6 +58,11 @@ TILES = {
 }
 
 
+def delta_rows(width):
+    """Rows of a tile of the delta kernel; more would spill where heads are widest."""
+    return PAD if width <= 128 else PAD // 2
+
+
 def tile_key(device, dtype, head_dim, length, block):
     """Which row of the table serves these inputs. sm_86, 89 and 120 have the instructions of sm_80,
     whose rows fit their shared memory too."""
@@ -390,8 +395,9 @@ def _attention_backward(
         width,
     )
     with torch.cuda.device_of(q):
-        _delta[(padded // PAD * B * nh,)](
-            o, do, lse.contiguous(), lse_pad, delta, *_strides(o, do), nh, B * nh, L, padded, hd, width, PAD, num_warps=8
+        rows = delta_rows(width)
+        _delta[(padded // rows * B * nh,)](
+            o, do, lse.contiguous(), lse_pad, delta, *_strides(o, do), nh, B * nh, L, padded, hd, width, rows, num_warps=8
         )  # fmt: skip
         _dkdv[(triton.cdiv(L, BN) * B * nh,)](
             q, k, v, do, dk, dv, lse_pad, delta, *shared, BM, BN, num_warps=warps, num_stages=stages
@@ -467,7 +473,7 @@ def compile_rows(arch):
             continue
         kernels = [(_forward, forward), (_dkdv, dkdv), (_dq, dq)]
         if kind != "short":
-            kernels.append((_delta, (PAD, 0, 8, 3)))
+            kernels.append((_delta, (delta_rows(width), 0, 8, 3)))
         for dtype in ("fp32",) if kind == "fp32" else ("bf16", "fp16"):
             for hd in (h for h in HEAD_DIMS if triton.next_power_of_2(h) == width):
                 for kernel, (BM, BN, warps, stages) in kernels:

@@ -4,9 +4,11 @@ equal before it is timed."""
 import json
 import shutil
 
+import numpy as np
 import pytest
 
-from bench import lewm
+from bench import laws, lewm
+from files.shards import Record
 from tests.harness import fails, run, run_bench
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -113,6 +115,78 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
     loader = json.loads((day / "loader.json").read_text())
     assert not loader["is_finished"] and "--minutes" in loader["error"]
     assert "continues with them" in text
+
+
+def test_the_law_that_made_the_errors_is_found():
+    """Bug: an exponent belongs to another axis; a term that does nothing gets a weight; the best
+    width of a budget is that of another one."""
+    law = {"floor": 0.6, "weights": np.array([0.02, 0.05, 0.0])}
+    law["exponents"] = np.array([0.5, 0.3, 0.7])
+    sides = ((0.1, 0.4, 1.0), (0.1, 0.3, 1.0), (0.25, 0.5, 1.0))
+    x = np.stack(np.meshgrid(*sides), axis=-1).reshape(-1, 3)
+    fitted = laws.fit(x, laws.predicted(law, x))
+    assert fitted["floor"] == pytest.approx(0.6, abs=1e-6)
+    assert np.allclose(fitted["weights"], law["weights"], atol=1e-6)
+    assert np.allclose(fitted["exponents"][:2], [0.5, 0.3])
+    assert np.allclose(laws.gains(fitted), [0.02 * (1 - 2**-0.5), 0.05 * (1 - 2**-0.3), 0])
+
+    # steps and parameters alike: a hundred times the compute is ten times of each
+    law["weights"] = np.array([0.1, 0.0, 0.1])
+    law["exponents"] = np.array([0.5, 0.5, 0.5])
+    sizes = {width: (width**2, width**2) for width in (10, 100, 1000)}
+    best = laws.best_sizes(law, np.ones(3), sizes, [1e4, 1e8], sizes.get)
+    assert [row["width"] for row in best] == [10, 100]
+    assert [row["steps"] for row in best] == [100, 10_000]
+
+
+def test_minutes_count_no_play_twice():
+    """Bug: four phases of a recording count as four times the play; a larger set of minutes is
+    other play, so that runs differ in what they saw and not in how much."""
+    settings = {"fps": "10", "frames_per_step": "2"}
+    records = []
+    for i in range(6):
+        for tick in (0, 1, 200):
+            records.append(Record("a.tar", f"map-{i}@{tick:05}", {"safetensors": (0, 1)}, 25))
+    minutes = laws.minutes_of_play(records, settings)
+    assert minutes == pytest.approx({f"map-{i}": (5.05 + 5) / 60 for i in range(6)})
+    few, _ = laws.choose(minutes, 0.3, 0)
+    more, total = laws.choose(minutes, 0.8, 0)
+    assert (len(few), len(more)) == (2, 5) and few == more[:2]
+    assert total == pytest.approx(5 * 10.05 / 60)
+    with pytest.raises(ValueError, match="--minutes 2.*1.0 minutes"):
+        laws.choose(minutes, 2, 0)
+
+
+@pytest.mark.slow
+def test_laws_from_the_command_line(tmp_path, shards):
+    """Bug: a finished run is trained again; points of a run are those of another one."""
+    for part in ("train", "held"):
+        number = "{000000..000001}" if part == "train" else "000002"
+        data = ["--data", shards / f"shard-{number}.tar"]
+        run(
+            tmp_path,
+            "encode.py",
+            *data,
+            "--out",
+            tmp_path / part,
+            "--encoder vit_tiny --crop_size 32",
+        )
+    fit = ["--data", shards / "shard-00000?.tar", "--num_workers 0 --output"]
+    run(tmp_path, "fit_scaler.py", *fit, tmp_path / "s.pkl")
+    flags = ["--data", tmp_path / "train" / "*.tar", "--val_data", tmp_path / "held" / "*.tar"]
+    flags += ["--scaler", tmp_path / "s.pkl", "--out", tmp_path / "laws"]
+    flags += ["--minutes 0.3 --widths 32 64 --depth 1 --steps 8 --batch_size 2 --val_clips 4"]
+    rows, text = run_bench(tmp_path, "laws", *flags)
+    points = [row for row in rows if "action gap" in row]
+    assert [(row["width"], row["steps"]) for row in points] == [
+        (width, steps) for width in (32, 64) for steps in (1, 2, 4, 8)
+    ]
+    assert "doubled, the error falls by" in text
+    assert (tmp_path / "laws" / "laws.png").read_bytes().startswith(b"\x89PNG")
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "laws").glob("*/val.csv")}
+    again, _ = run_bench(tmp_path, "laws", *flags)
+    assert again == rows
+    assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "laws").glob("*/val.csv")}
 
 
 def test_pretrain_needs_a_checkout_of_the_reference(tmp_path):
