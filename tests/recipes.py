@@ -47,7 +47,7 @@ ROWS = {  # name -> (world, flags of train_lam.py)
     "plain": ("sprite", f"{PLAIN} --shared_codebook"),
     "plain_apart": ("sprite", PLAIN),
     "no_shift": ("sprite", f"{RUN} --no-encoder_shift {NO_WARP}"),
-    "no_warp": ("sprite", f"{RUN} {NO_WARP}"),
+    "before": ("sprite", f"{RUN} {NO_WARP} --shift_kind patches"),
     "no_warmup": ("sprite", f"{RUN} --vq_warmup_steps 0"),
     "no_kmeans": ("sprite", f"{RUN} --no-kmeans"),
     "no_revive": ("sprite", f"{RUN} --no-revive"),
