@@ -15,7 +15,7 @@ DECODER = --crop_size 48 --fps 10 --frames_per_clip 4 --picture_size 96 --featur
 	--batch_size 16 --lr 2e-3 --epochs 4 --ipe 100 --warmup 1 --anneal 2 --val_clips 64 --val_every 4 --log_every 50 --num_workers 0 \
 	--pixels_cache demo/pixels --resume
 
-.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora play encoder test test-all lint clean
+.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora demo-transfer demo-arm play encoder test test-all lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -89,22 +89,36 @@ demo-lam: .venv/installed  # latent actions of nine known moves: do the codes na
 		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume
 	$(PY) eval_lam.py --checkpoint out/demo-lam
 
-ROBOT = --encoder vit_tiny --crop_size 64 --crop square --frames_per_clip 6 --num_workers 0 --batch_size 8 --grad_accum 1 --val_clips 64 \
-	--log_every 100 --resume
-ADAPT = train_lora.py --data 'robot/b/*.tfrecord*' --scaler robot/b.pkl --base robot/base.pt $(ROBOT) --max_steps 200 --warmup_steps 20 \
-	--anneal_steps 60
+# a step is 15 rows, one second: in a quarter of a second an arm moves less than its features show
+ROBOT_STEP = --stride 15 --crop square --crop_size 64
+ROBOT = $(ROBOT_STEP) --frames_per_clip 4 --num_workers 0 --batch_size 16 --grad_accum 1 --val_clips 64 --log_every 50 --resume
+ADAPT = train_lora.py --scaler robot/b.pkl --base robot/base.pt $(ROBOT) --max_steps 150 --warmup_steps 20 --anneal_steps 60
+LORA = --lora_r 16 --dropout 0 --lr 3e-3
 
 demo-lora: .venv/installed-dev  # a predictor of one robot arm, adapted to another arm and camera: LoRA of four ranks beside full fine-tuning
 	$(PY) -m prepare.robot --episodes 60 --world a --out robot/a
 	$(PY) -m prepare.robot --episodes 40 --world b --seed 1 --out robot/b
-	$(PY) fit_scaler.py --dataset droid --data 'robot/a/*.tfrecord*' --val_fraction 0.1 --output robot/a.pkl
-	$(PY) fit_scaler.py --dataset droid --data 'robot/b/*.tfrecord*' --val_fraction 0.1 --output robot/b.pkl
-	$(PY) train_lora.py --data 'robot/a/*.tfrecord*' --scaler robot/a.pkl --base none --full $(ROBOT) --feature_norm standardize \
-		--pred_dim 128 --pred_depth 4 --pred_heads 4 --max_steps 600 --warmup_steps 50 --anneal_steps 200 --lr 2e-3 \
+	for w in a b; do $(PY) fit_scaler.py --dataset droid --data "robot/$$w/*.tfrecord*" --stride 15 --val_fraction 0.1 \
+		--output robot/$$w.pkl || exit 1; done
+	for w in a b; do $(PY) encode.py --dataset droid --data "robot/$$w/*.tfrecord*" --out robot/features/$$w --encoder vit_tiny \
+		$(ROBOT_STEP) --phases 15 || exit 1; done
+	$(PY) train_lora.py --data 'robot/features/a/*.tar' --scaler robot/a.pkl --base none --full $(ROBOT) --feature_norm standardize \
+		--predict change --pred_dim 192 --pred_depth 4 --pred_heads 4 --max_steps 300 --warmup_steps 30 --anneal_steps 120 --lr 2e-3 \
 		--out_dir out/robot/base --export robot/base.pt
-	$(PY) $(ADAPT) --full --lr 1e-3 --out_dir out/robot/full
-	for r in 4 8 16 32; do $(PY) $(ADAPT) --lora_r $$r --dropout 0 --lr 3e-3 --out_dir out/robot/r$$r || exit 1; done
+	$(PY) $(ADAPT) --data 'robot/features/b/*.tar' --full --lr 1e-3 --out_dir out/robot/full
+	for r in 4 8 16 32; do $(PY) $(ADAPT) --data 'robot/features/b/*.tar' $(LORA) --lora_r $$r --out_dir out/robot/r$$r || exit 1; done
 	$(PY) -m bench.lora --runs out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
+
+demo-transfer: demo-lora  # how many episodes of another arm are enough? 5, 20 and 35 of arm b, judged on five others, beside none (the base)
+	for shards in 0 0-3 0-6; do $(PY) $(ADAPT) --data "robot/features/b/*-0000[$$shards]-of-*.tar" $(LORA) \
+		--val_data 'robot/features/b/*-00007-of-*.tar' --out_dir out/robot/shards-$$shards || exit 1; done
+
+demo-arm: demo-lora  # do they plan? each reaches and pushes, in closed loop: the base on its own arm, then base, LoRA and full on the other
+	$(PY) plan.py --checkpoint out/robot/base --landscape 6 --maxnorm 0.2
+	$(PY) -m evaluation.benchmark --checkpoint out/robot/base $(REACH)
+	$(PY) -m evaluation.benchmark --checkpoint out/robot/base out/robot/r16 out/robot/full --arm b --out out/robot/benchmark-b.json $(REACH)
+
+REACH = --encoder vit_tiny --horizon 1 --num_samples 64 --num_elites 8
 
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 

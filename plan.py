@@ -5,6 +5,10 @@ Recorded: are the recorded actions found?
 
     python plan.py --checkpoint out/demo --data 'demo/features/val/*.tar'
 
+The energy around eight of them, as a picture:
+
+    python plan.py --checkpoint out/demo --data 'demo/features/val/*.tar' --landscape 8
+
 Between two pictures:
 
     python plan.py --checkpoint out/demo --encoder doom_tiny --start a.png --goal b.png
@@ -49,6 +53,8 @@ def parse_flags():
     flag = parser.add_argument_group("plan in recordings").add_argument
     flag("--data", "--data_path", **repeated, help="held-out data (default: the run's)")
     flag("--clips", type=int, default=100, help="clips to plan in")
+    landscape_help = "draw the energy around the actions of so many clips, and plan nothing"
+    flag("--landscape", type=int, default=0, metavar="CLIPS", help=landscape_help)
 
     flag = parser.add_argument_group("plan between two pictures").add_argument
     flag("--start", metavar="IMAGE", help="plan from this picture to --goal")
@@ -85,6 +91,10 @@ def parse_flags():
     for name in ("trials", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} makes no plan: at least 1")
+    if args.landscape < 0:
+        parser.error(f"--landscape {args.landscape} draws nothing: at least 1")
+    if args.landscape and (args.start or args.play):
+        parser.error("--landscape is of recordings: leave --start and --play out")
     # one clip has no interval
     if args.clips < 2:
         parser.error(f"--clips {args.clips} makes no plan: at least 2")
@@ -124,6 +134,8 @@ from evaluation.held_out import (
     recording_of,
     states_from,
 )
+from evaluation.landscape import distances, landscape, motion_pairs
+from evaluation.landscape import draw as draw_landscapes
 from evaluation.runs import features_of_pictures, load_run, open_held_out, print_left_out
 from evaluation.search import draw, droid_space, energy, rest, search, vpt_space
 from files.disk import write_atomically
@@ -300,6 +312,47 @@ def plan_in_recordings(plan_in_clips, horizons, robot):
             f" not above 1): {', '.join(doubts)}"
         )
     return rows
+
+
+def landscapes_in_recordings(predictor, dataset, features_of, compose, pairs, clips, autocast):
+    """Landscapes of the first step of `clips` clips: a row for each pair of motions, which share
+    their clips."""
+    rows = [[] for _ in pairs]
+    items = sum(windows(dataset, 1, clips), [])
+    for item in tqdm(items, unit=" clips", desc="landscape"):
+        z, actions, states = features_of(collate([dataset[item]]))
+
+        # from the first step to the second, of which the action is known
+        cost = energy(
+            predictor,
+            z[:, :1],
+            actions[:, :0],
+            seen_from_first(states[:, :1]),
+            z[0, 1],
+            compose,
+            autocast=autocast,
+        )
+        for row, pair in zip(rows, pairs):
+            row.append(landscape(cost, actions[0, 0], pair, dataset.reader.scaler))
+    return rows
+
+
+def report_landscapes(rows, file):
+    """Draw rows of Landscapes to a file, and print how far their lowest energies are off -> rows of
+    the report."""
+    draw_landscapes(rows, file)
+    report = []
+    for row in rows:
+        off, still = distances(row)
+        first, second = row[0].motions
+        print(
+            f"{first.name} and {second.name}: the lowest energy is {np.median(off):.1f}"
+            f" {first.unit} from the recorded action (median of {count_text(len(off), 'clip')}),"
+            f" no motion {np.median(still):.1f}; nearer in {(off < still).mean():.0%}"
+        )
+        report.append({"of": [first.name, second.name], "off": off, "still": still})
+    print(f"drawn in {file}")
+    return [{k: v if k == "of" else v.tolist() for k, v in x.items()} for x in report]
 
 
 # --- plans between pictures, and in the game ---
@@ -556,6 +609,17 @@ if __name__ == "__main__":
         # which function serves
         compose = states_from(compose_from, scaler, device)
 
+        # the picture lies beside the file of numbers
+        if args.landscape:
+            pairs = motion_pairs(robot, args.maxnorm, args.reach * scaler.scale[:2])
+            rows = landscapes_in_recordings(
+                predictor, dataset, features_of, compose, pairs, args.landscape, run.autocast
+            )
+            file_name = "plan-landscape.json"
+            file = args.out or os.path.join(os.path.dirname(run.path), file_name)
+            picture = os.path.splitext(file)[0] + ".png"
+            report["landscape"] = report_landscapes(rows, picture)
+
         def plan_in_clips(horizon):
             """`recorded` of this run, for one horizon."""
             return recorded(
@@ -574,8 +638,9 @@ if __name__ == "__main__":
                 args.energy,
             )
 
-        report["recorded"] = plan_in_recordings(plan_in_clips, args.horizon, robot)
-        file_name = "plan.json"
+        if not args.landscape:
+            report["recorded"] = plan_in_recordings(plan_in_clips, args.horizon, robot)
+            file_name = "plan.json"
 
     # --- plan.json ---
     # with all flags: the numbers depend on most of them

@@ -1,10 +1,13 @@
-"""Can it plan? Tasks in ViZDoom on held-out maps, with goals given by picture.
+"""Can it plan? Tasks with goals given by picture: in ViZDoom on held-out maps, or with a simulated
+robot arm.
 
     python -m evaluation.benchmark --checkpoint out/lewm
     python -m evaluation.benchmark --checkpoint out/ac out/lewm --tasks turn --trials 20
+    python -m evaluation.benchmark --checkpoint out/robot/base --tasks reach --encoder vit_tiny
     python -m evaluation.benchmark --compare a.json b.json
 
-Reads runs of train_ac.py and train_lewm.py. Each task is played with the plans of each run, with
+Reads runs of train_ac.py, train_lewm.py and train_lora.py; those on robot episodes move the arm of
+prepare.robot. Each task is played with the plans of each run, with
 random actions, at rest, repeating the last action, and by an oracle that knows true positions. All
 play the same trials. Prints success at the end with 95 % intervals, and how much better a plan is
 than the best policy without a model.
@@ -13,11 +16,14 @@ Writes one JSON file, after each task and policy. The same command again plays w
 it. --compare prints the difference of two files trial by trial."""
 
 import argparse
+import math
 import os
 
 from evaluation.flags import Help, check_planner, planner_flags, search_options
 
-TASKS = ["turn", "walk", "turn-and-walk", "find-again"]
+# those of the game, and those of the arm
+GAME = ["turn", "walk", "turn-and-walk", "find-again"]
+ARM = ["reach", "push"]
 
 # names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -44,10 +50,14 @@ def parse_flags():
 
     # what is played
     flag = parser.add_argument_group("trials").add_argument
-    flag("--tasks", nargs="+", default=TASKS, choices=TASKS, help="what to play (default: all)")
+    tasks_help = "what to play (default: all of the game, or of the arm)"
+    flag("--tasks", nargs="+", choices=GAME + ARM, help=tasks_help)
     flag("--trials", type=int, default=100, help="trials of a task")
+    flag("--arm", default="a", choices=["a", "b"], help="arm and cameras, as prepare.robot --world")
     flag("--seed", type=int, default=0, help="seed of trials and samples")
     flag("--out", help="file to write (default: benchmark.json beside the first checkpoint)")
+    maxnorm_help = "of the arm: metres a step along each axis (default: 0.2 a second, Meta's)"
+    flag("--maxnorm", type=float, help=maxnorm_help)
     planner_flags(parser, [3], "steps ahead: one number, or one for each of --tasks")
 
     # what does not go together
@@ -56,7 +66,9 @@ def parse_flags():
         parser.error("give --checkpoint to play, or --compare with two files")
     if args.trials < 1:
         parser.error(f"--trials {args.trials} plays nothing: at least 1")
-    if len(args.horizon) not in (1, len(args.tasks)):
+    if args.maxnorm is not None and not 0 < args.maxnorm < math.inf:
+        parser.error(f"--maxnorm {args.maxnorm} makes no plan: above 0, and finite")
+    if args.tasks and len(args.horizon) not in (1, len(args.tasks)):
         parser.error(
             f"--horizon has {len(args.horizon)} numbers and --tasks {len(args.tasks)} names: give"
             " one number, or as many as tasks"
@@ -69,12 +81,14 @@ def parse_flags():
 if __name__ == "__main__":
     args = parse_flags()
 
+import contextlib
 import json
 import sys
 
 import numpy as np
 
 import checkpoint
+from droid import compose_poses
 from evaluation.closed_loop import (
     check_steps,
     chooser,
@@ -87,7 +101,7 @@ from evaluation.closed_loop import (
 )
 from evaluation.held_out import precision_text, states_from
 from evaluation.runs import features_of_pictures, load_run
-from evaluation.search import vpt_space
+from evaluation.search import DROID_NORM, droid_space, vpt_space
 from evaluation.trials import paired_difference, points, same_start, successes, wilson
 from files.disk import write_atomically
 from files.logs import count_text, to_json
@@ -230,17 +244,83 @@ def print_comparison(paths):
                 print(f"{name:14} {a} - {b}: {rates} = {points(*paired_difference(*ends))}")
 
 
-# --- one run ---
+# --- a world, and how a run plans in it ---
+
+
+def check_runs(runs, same):
+    """ValueError for runs that cannot play the same trials. same: what they must have in common,
+    by its name in a checkpoint or in its settings."""
+    first = runs[0]
+    for run in runs:
+        for name in same:
+            values = [{**r.settings, **r.state}.get(name) for r in (run, first)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"{run.path} has {name} {values[0]}, {first.path} {values[1]}: play them into"
+                    " two files, and --compare those"
+                )
+
+
+def game_arena(runs, args):
+    """The game for these Runs -> (context manager of its World, seconds of a step, settings for the
+    file). ValueError for runs that cannot play it."""
+    # ViZDoom is needed here only
+    from evaluation.doom import check_playable, open_doom
+
+    for run in runs:
+        check_playable(run.state, run.path)
+    check_runs(runs, ["fps", "frames_per_step", "action_names"])
+
+    # what random actions are depends on the scaler, and on the planner's bounds
+    state = runs[0].state
+    settings = {
+        "action_names": state["action_names"],
+        "scaler_hash": runs[0].scaler.hash,
+        "reach": args.reach,
+        "keys": args.keys,
+    }
+    seconds_of_step = state["frames_per_step"] / state["fps"]
+    return open_doom(state, args.seed), seconds_of_step, {"world": "doom", **settings}
+
+
+def arm_arena(runs, args):
+    """`game_arena` for the arm: its actions are metres, whatever the scaler."""
+    # MuJoCo is needed here only
+    from evaluation.robot import Arm, check_arm, stride_of_arm
+
+    for run in runs:
+        check_arm(run.state, run.path)
+    check_runs(runs, ["fps", "stride", "cameras"])
+
+    settings = runs[0].settings
+    stride = stride_of_arm(settings)
+    seconds_of_step = stride / 15
+    if args.maxnorm is None:
+        args.maxnorm = 4 * DROID_NORM * seconds_of_step
+    arm = Arm(args.arm, settings["cameras"][0], stride, args.maxnorm)
+    settings = {"world": arm.name, "camera": arm.camera, "maxnorm": args.maxnorm}
+    return contextlib.nullcontext(arm), seconds_of_step, settings
+
+
+def space_for(run, task, args):
+    """The Space of a run's actions in a task. args: flags of the planner."""
+    # neither task of the arm needs the gripper
+    if run.state["dataset"] == "droid":
+        return droid_space(run.scaler, args.maxnorm, grips=False)
+
+    # in the units of the run: a std of mouse motion is that of what it was trained on
+    keys = args.keys or task.keys
+    return vpt_space(run.state["action_names"], run.scaler, keys, args.reach)
 
 
 def plan_policy(run, features, space, horizon, args):
     """The Policy that plans with a Run. features: of features_of_pictures; args: flags of the
     planner."""
-    compose = states_from(compose_states, run.scaler, run.device)
+    compose = compose_poses if run.state["dataset"] == "droid" else compose_states
     choose = chooser(
         run.predictor,
         space,
-        compose,
+        states_from(compose, run.scaler, run.device),
         horizon,
         args.context,
         args.chunk,
@@ -260,83 +340,70 @@ if __name__ == "__main__":
         sys.exit()
 
     # --- runs ---
-    # ViZDoom is needed here only
-    from evaluation.doom import TASKS as TASKS_OF_DOOM
-    from evaluation.doom import check_playable, open_doom
-
     runs = {}
     for path in args.checkpoint:
         run = load_run(path, args.dtype)
-        check_playable(run.state, run.path)
         runs[f"plan {os.path.normpath(path)}"] = run
         print(f"{run.path}: {precision_text(run.dtype, run.device, run.predictor, args.context)}")
-
-    # trials are counted in steps, so all runs must have the same
     first = next(iter(runs.values()))
-    names = first.state["action_names"]
-    cut = ("fps", "frames_per_step", "action_names")
-    for run in runs.values():
-        for name in cut:
-            if run.state[name] != first.state[name]:
-                raise ValueError(
-                    f"{run.path} has {name} {run.state[name]}, {first.path} {first.state[name]}:"
-                    " play them into two files, and --compare those"
-                )
-    seconds_of_step = first.state["frames_per_step"] / first.state["fps"]
+
+    # the game or the arm, as the first run was trained; others are refused there
+    robot = first.state["dataset"] == "droid"
+    args.tasks = args.tasks or (ARM if robot else GAME)
+    open_arena = arm_arena if robot else game_arena
+    arena, seconds_of_step, settings = open_arena(list(runs.values()), args)
 
     # --- resume ---
     # what the numbers depend on: a file holds results of one setting
-    settings = {
-        "world": "doom",
+    settings |= {
         "seed": args.seed,
         "trials": args.trials,
         "seconds_of_step": seconds_of_step,
-        "action_names": names,
-        "scaler_hash": first.scaler.hash,
         "context": args.context,
-        "reach": args.reach,
-        "keys": args.keys,
         "energy": args.energy,
         **search_options(args),
     }
     file = args.out or os.path.join(os.path.dirname(first.path), "benchmark.json")
     results = continued(file, settings)
 
-    # --- policies ---
-    # what cannot be played shows before encoders are opened and the first task is played
-    horizons = dict(zip(args.tasks, args.horizon * len(args.tasks)))
-    keys_of = {}
-    for name in args.tasks:
-        for run in runs.values():
-            check_steps(run.state, args.context, horizons[name])
-        keys_of[name] = args.keys or TASKS_OF_DOOM[name].keys
-        lacking = [key for key in keys_of[name] if key not in names]
-        if lacking:
-            raise ValueError(
-                f"{name} needs {' '.join(lacking)}, which the actions of {first.path} lack: leave"
-                " it out of --tasks"
-            )
+    with arena as world:
+        # --- policies ---
+        # what cannot be played shows before encoders are opened and the first task is played
+        horizons = dict(zip(args.tasks, args.horizon * len(args.tasks)))
+        for name in args.tasks:
+            if name not in world.tasks:
+                raise ValueError(
+                    f"--tasks {name} is not in the world of {first.path}, which has"
+                    f" {' '.join(world.tasks)}"
+                )
+            for run in runs.values():
+                check_steps(run.state, args.context, horizons[name])
+            needed = args.keys or world.tasks[name].keys
+            lacking = [key for key in needed if key not in first.state["action_names"]]
+            if lacking:
+                raise ValueError(
+                    f"{name} needs {' '.join(lacking)}, which the actions of {first.path} lack:"
+                    " leave it out of --tasks"
+                )
 
-    # an encoder is opened once for all tasks
-    features_of = {plan: features_of_pictures(run, args.encoder) for plan, run in runs.items()}
-    policies_of = {}
-    for name, keys in keys_of.items():
-        # in the units of each run: a std of mouse motion is that of what it was trained on
-        space = vpt_space(names, first.scaler, keys, args.reach)
-        policies_of[name] = {
-            "random": random_actions(space, first.scaler),
-            "rest": resting(space, first.scaler),
-            "same action": same_action(space, first.scaler),
-            "oracle": oracle(),
-        }
-        for plan, run in runs.items():
-            own_space = vpt_space(names, run.scaler, keys, args.reach)
-            policies_of[name][plan] = plan_policy(
-                run, features_of[plan], own_space, horizons[name], args
-            )
+        # an encoder is opened once for all tasks
+        features_of = {plan: features_of_pictures(run, args.encoder) for plan, run in runs.items()}
+        policies_of = {}
+        for name in args.tasks:
+            space = space_for(first, world.tasks[name], args)
+            policies_of[name] = {
+                "random": random_actions(space, first.scaler),
+                "rest": resting(space, first.scaler),
+                "same action": same_action(space, first.scaler),
+                "oracle": oracle(),
+            }
+            for plan, run in runs.items():
+                own_space = space_for(run, world.tasks[name], args)
+                policies_of[name][plan] = plan_policy(
+                    run, features_of[plan], own_space, horizons[name], args
+                )
 
-    # --- play ---
-    with open_doom(first.state, args.seed) as world:
+        # --- play ---
         for name, policies in policies_of.items():
             task = world.tasks[name]
 
@@ -376,7 +443,8 @@ if __name__ == "__main__":
 
     # --- report ---
     print(
-        f"{count_text(args.trials, 'trial')} of each task on held-out maps; same action: a random"
+        f"{count_text(args.trials, 'trial')} of each task on"
+        f" {'scenes of their own' if robot else 'held-out maps'}; same action: a random"
     )
     print("one, repeated; left: median distance at the end")
     doubts = []

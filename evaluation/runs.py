@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import checkpoint
 from checkpoint import settings_of
 from data import ActionScaler, Clips, open_records, open_split, windows
-from droid import POSE, DroidClips, DroidReader, compose_poses, open_droid
+from droid import ASPECTS, POSE, DroidClips, DroidReader, compose_poses, crop_resize, open_droid
 from evaluation.held_out import encoder_dtype, hold_state, precision_of
 from files.remote import cached
 from files.shards import expand
@@ -21,7 +22,9 @@ from model import (
     LatentActionModel,
     Predictor,
     compose_states,
+    encode_steps,
     make_features_of,
+    normalize_features,
     picture_features,
     predict_of,
 )
@@ -302,6 +305,19 @@ def features_of_pictures(run, name=None):
 
     # weights in bf16 need no autocast, as in make_features_of
     precision = run.autocast if weights_dtype == torch.float32 else contextlib.nullcontext
+
+    def features_of_robot(frames):
+        # cut as frames of episodes are, and not as those of play
+        pictures = [
+            f if isinstance(f, np.ndarray) else f.to_ndarray(format="rgb24") for f in frames
+        ]
+        video = crop_resize(pictures, settings["crop_size"], *ASPECTS[settings["crop"]])[None]
+        with precision():
+            h = encode_steps(encoder, video.to(run.device), settings["encode"], len(frames))
+        return normalize_features(h, **feature_stats)[0, 0]
+
+    if run.state["dataset"] == "droid":
+        return features_of_robot
 
     def features(frames):
         with precision():

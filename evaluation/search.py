@@ -76,12 +76,13 @@ def vpt_space(names, scaler, keys=(), reach=1.0, slot=0):
     )
 
 
-def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
+def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None, grips=True):
     """Metres along x, y, z within +-maxnorm and the gripper within +-0.75, no rotation; from step
-    `close_gripper` on it closes (vjepa2 notebooks/utils/mpc_utils.py)."""
+    `close_gripper` on it closes (vjepa2 notebooks/utils/mpc_utils.py). grips=False: the gripper
+    stays as it is, which is easier to search."""
     mean = torch.as_tensor(scaler.mean, dtype=torch.float32)
     scale = torch.as_tensor(scaler.scale, dtype=torch.float32)
-    bound = torch.tensor([maxnorm] * 3 + [0.75])
+    bound = torch.tensor([maxnorm] * 3 + [0.75 * grips])
 
     def clamp(u):
         u = u.clamp(-bound.to(u), bound.to(u))
@@ -94,7 +95,7 @@ def droid_space(scaler, maxnorm=DROID_NORM, close_gripper=None):
         moves = torch.cat([u[..., :3], no_rotation, u[..., 3:]], dim=-1)
         return (moves - mean.to(u)) / scale.to(u)
 
-    std = torch.tensor([maxnorm] * 3 + [1.0])
+    std = torch.tensor([maxnorm] * 3 + [1.0 * grips])
     return Space(std=std, clamp=clamp, prob=torch.zeros(0), actions=actions)
 
 

@@ -21,7 +21,7 @@ With --format lerobot it writes a LeRobot data set (3.0) with the columns of ler
 --shards parts: an mp4 contains all episodes of its part.
 
 OUT/robot.json contains the arguments. Run it again after a kill: finished files are kept.
-prepare/arm.py describes the worlds. Some episodes fail, and in all of them the operator rests.
+evaluation/arm.py describes the worlds. Some episodes fail, and in all of them the operator rests.
 Episode i depends on --seed, --world and i alone, to the bit on one machine with one driver."""
 
 import argparse
@@ -40,11 +40,11 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import short_excepthook
+from evaluation.arm import COLOURS, HEIGHT, RATE, WIDTH, WORLDS, play
 from files.disk import write_atomically
 from files.episodes import CAMERAS, masked_crc
 from files.progress import tqdm
 from prepare import lerobot
-from prepare.arm import COLOURS, HEIGHT, RATE, WIDTH, WORLDS, play
 
 # DROID's cameras and fields as lerobot/droid_1.0.1 calls them
 VIEWS = {

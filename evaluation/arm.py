@@ -1,5 +1,5 @@
-"""The arm of prepare.robot: Franka's kinematics in MuJoCo, a table with four blocks, an operator
-who moves one of them, and three cameras.
+"""A simulated arm, for prepare.robot and evaluation.benchmark: Franka's kinematics in MuJoCo, a
+table with four blocks, an operator who moves one of them, and three cameras.
 
 Poses are measured at the moment of the picture. A row's action_dict is what is commanded then; the
 arm follows it with a lag. The tool frame is chosen so that a gripper that points down has angles 0
@@ -316,7 +316,34 @@ def reach(mujoco, model, ghost, joints, position, rotation):
     return joints
 
 
+def joints_for(mujoco, model, ghost, position, rotation):
+    """Joint angles (7,) that bring the tool to a pose, from HOME."""
+    joints = HOME.copy()
+    for _ in range(20):
+        joints = reach(mujoco, model, ghost, joints, position, rotation)
+    return joints
+
+
 # --- an episode ---
+
+
+def put_blocks(data, spots, turns):
+    """Put the four blocks to their spots (4 or more, 3), turned by radians (4,)."""
+    for i in range(4):
+        turn = [np.cos(turns[i] / 2), 0, 0, np.sin(turns[i] / 2)]
+        data.qpos[9 + 7 * i :][:7] = [*spots[i], *turn]
+
+
+def steer(data, joints, grip):
+    """Tell the motors: joint angles (7,), and the gripper from 0, open, to 1."""
+    data.ctrl[:7] = joints
+    data.ctrl[7:] = 0.04 * (1 - grip)
+
+
+def put_arm(data, joints, grip):
+    """Put the arm there, at rest, and tell it to stay."""
+    steer(data, joints, grip)
+    data.qpos[:9] = data.ctrl
 
 
 def play(world, seed, number, steps):
@@ -333,9 +360,7 @@ def play(world, seed, number, steps):
     spots = free_spots(rng, w["size"])
     wanted = int(rng.integers(4))
     turns = rng.uniform(0, np.pi, 4)
-    for i in range(4):
-        turn = [np.cos(turns[i] / 2), 0, 0, np.sin(turns[i] / 2)]
-        data.qpos[9 + 7 * i :][:7] = [*spots[i], *turn]
+    put_blocks(data, spots, turns)
     goal = spots[4]
     path = waypoints(rng, spots[wanted], turns[wanted], goal)
     views = cameras(mujoco, rng, w)
@@ -344,16 +369,9 @@ def play(world, seed, number, steps):
     # the arm starts somewhere above the table, with the gripper open
     position = rng.uniform((0.35, -0.15, 0.2), (0.5, 0.15, 0.38)) * w["size"]
     angles = rng.uniform(-0.2, 0.2, 3)
-
-    # the joints that this pose needs
     operator = Operator(path, w["speed"], position, angles)
-    joints = HOME.copy()
-    for _ in range(20):
-        joints = reach(mujoco, model, ghost, joints, operator.position, operator.rotation())
-    data.qpos[:7] = joints
-    data.ctrl[:7] = joints
-    data.qpos[7:9] = 0.04
-    data.ctrl[7:] = 0.04
+    joints = joints_for(mujoco, model, ghost, operator.position, operator.rotation())
+    put_arm(data, joints, grip=0)
 
     rows = {}
     pictures = {name: [] for name in views}
@@ -375,8 +393,7 @@ def play(world, seed, number, steps):
         else:
             operator.move()
             joints = reach(mujoco, model, ghost, joints, operator.position, operator.rotation())
-        data.ctrl[:7] = joints
-        data.ctrl[7:] = 0.04 * (1 - operator.grip)
+        steer(data, joints, operator.grip)
 
         row = measured | commanded(operator.command(), command_before, joints, joints_before)
         for name, values in row.items():
