@@ -134,15 +134,16 @@ def test_the_valley_is_where_the_energy_says():
 def base(tmp_path_factory, forkserver):
     """A run on two short episodes of the arm."""
     folder = tmp_path_factory.mktemp("arm")
-    short = "--steps 30 30 --shards 1 --workers 1"
-    run(folder, "prepare/robot.py", "--episodes 2 --out robot", short)
-    data = "--data robot/*.tfrecord*"
-    scaler = "--output s.safetensors --stride 4 --num_workers 0"
-    run(folder, "fit_scaler.py", "--dataset droid", data, scaler)
+    short = "--steps 30 30 --shards 1 --workers 1 --out"
+    run(folder, "prepare/robot.py", "--episodes 2", short, folder / "robot")
+    data = ["--data", folder / "robot" / "*.tfrecord*"]
+    scaler = ["--output", folder / "s.safetensors", "--stride 4 --num_workers 0"]
+    run(folder, "fit_scaler.py", "--dataset droid", *data, *scaler)
     size = "--pred_dim 48 --pred_depth 1 --pred_heads 3 --encoder vit_tiny --crop_size 32"
     clip = "--stride 4 --frames_per_clip 3 --crop square --idle_filter off --batch_size 2"
-    plan = "--base none --full --max_steps 1 --val_fraction 0.5 --num_workers 0 --out_dir out"
-    run(folder, "train_lora.py", data, "--scaler s.safetensors", size, clip, plan, "--grad_accum 1")
+    plan = "--base none --full --max_steps 1 --val_fraction 0.5 --num_workers 0 --grad_accum 1"
+    flags = [*data, "--scaler", folder / "s.safetensors", size, clip, plan]
+    run(folder, "train_lora.py", *flags, "--out_dir", folder / "out")
     return folder
 
 
@@ -163,27 +164,27 @@ def test_runs_play_the_arm(base):
     a task of the other world is played."""
     quick = "--trials 2 --num_samples 4 --num_elites 2 --iterations 1 --horizon 1 --tasks"
     flags = ["--checkpoint", base / "out", quick]
-    text = run(base, "evaluation/benchmark.py", *flags, "reach --arm b --out b.json")
+    text = run(base, "evaluation/benchmark.py", *flags, "reach --arm b --out", base / "b.json")
     (row,) = [line for line in text.splitlines() if line.startswith("oracle ")]
     assert row.split()[1] == "100%"
     results = json.loads((base / "b.json").read_text())
     assert results["settings"]["world"] == "arm b"
     assert results["settings"]["maxnorm"] == pytest.approx(0.2 * 4 / 15)
     assert results["tasks"]["reach"]["steps"] == 19
-    assert list(results["tasks"]["reach"]["policies"])[-1] == "plan out"
+    assert list(results["tasks"]["reach"]["policies"])[-1] == f"plan {base / 'out'}"
 
-    refused = fails(base, "evaluation/benchmark.py", *flags, "turn --out c.json")
-    assert "--tasks turn is not in the world of out" in refused
+    refused = fails(base, "evaluation/benchmark.py", *flags, "turn --out", base / "c.json")
+    assert "--tasks turn is not in the world of" in refused
     assert "reach push" in refused
 
 
 def test_the_landscape_is_drawn(base):
     """Bug: --landscape plans too, or draws nothing."""
-    text = run(base, "plan.py", "--checkpoint out --landscape 2 --maxnorm 0.2")
+    flags = ["--checkpoint", base / "out", "--landscape 2 --maxnorm 0.2"]
+    text = run(base, "plan.py", *flags)
     assert "x and y: the lowest energy is" in text and "x and z: the lowest" in text
     assert (base / "out" / "plan-landscape.png").read_bytes()[:4] == b"\x89PNG"
     report = json.loads((base / "out" / "plan-landscape.json").read_text())
     assert [len(row["off"]) for row in report["landscape"]] == [2, 2] and "recorded" not in report
-    assert "leave --start and --play out" in fails(
-        base, "plan.py", "--checkpoint out --landscape 2 --play turn"
-    )
+    refused = fails(base, "plan.py", *flags, "--play turn")
+    assert "leave --start and --play out" in refused
