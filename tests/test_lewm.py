@@ -297,7 +297,13 @@ def test_resume_is_exact_and_frames_may_be_stored_or_not(world, tmp_path, traine
     same_run(trained.out, tmp_path / "cut")
 
 
-@pytest.mark.parametrize("kind", ["--sigreg 0.05 --sigreg_directions 32", "--pool mean"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "--sigreg 0.05 --sigreg_directions 32",
+        pytest.param("--pool mean", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_are_one(world, tmp_path, kind):
     """Bug: each rank regularises its own few clips; a batch norm of half the batch; a monitor or a
     held-out number that depends on who reads which clip."""
@@ -377,6 +383,7 @@ def test_every_checkpoint_has_its_own_encoder(tmp_path, trained):
     assert state["encoder_hash"] in hashes and len(hashes) == 2
 
 
+@pytest.mark.slow
 def test_later_stages_take_one_vector_a_step(world, tmp_path):
     """Bug: the MLP and its running means are lost on the way, or later stages get patch tokens."""
     folder = tmp_path / "run"

@@ -270,7 +270,7 @@ def test_wrong_options(options, message):
     "backend, checkpointing",
     [
         (None, True),
-        ("aot_eager", False),
+        pytest.param("aot_eager", False, marks=pytest.mark.slow),
         *(pytest.param("inductor", c, marks=pytest.mark.slow) for c in (False, True)),
     ],
 )

@@ -835,6 +835,7 @@ def test_a_run_that_predicts_changes(world, trained, tmp_path):
     assert "resumed from" in text and "nothing left to do" in text
 
 
+@pytest.mark.slow
 def test_the_spread_is_that_of_the_runs(world, tmp_path):
     """Bug: tests.spread trains every run with one seed or one number of threads, reports another
     row than the last, counts a failed run, or trains finished runs again."""
