@@ -68,29 +68,31 @@ class DataSet(NamedTuple):
     # data file: [(episode index, its length, {camera: (mp4, seconds, first frame, frames)})]. The
     # episode begins at that second of the mp4, which has that many frames in all its episodes
     files: dict
+    numbers: dict  # {name: numbers a row} of the features that are numbers
+    cameras: dict  # {name of a camera: its feature}
 
     @property
     def features(self):
         return self.info["features"]
 
-    @property
-    def numbers(self):
-        """{name: numbers a row} of the features that are numbers, less LeRobot's counters."""
-        counters = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-        out = {}
-        for name, feature in self.features.items():
-            if name not in counters and NUMBERS.fullmatch(str(feature.get("dtype"))):
-                out[name] = int(np.prod(feature.get("shape") or [1]))
-        return out
 
-    @property
-    def cameras(self):
-        """{name of a camera: its feature}."""
-        found = {}
-        for name, feature in self.features.items():
-            if feature.get("dtype") in ("video", "image"):
-                found[camera_name(name)] = name
-        return found
+def number_features(features):
+    """{name: numbers a row} of the features that are numbers, less LeRobot's counters."""
+    counters = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+    out = {}
+    for name, feature in features.items():
+        if name not in counters and NUMBERS.fullmatch(str(feature.get("dtype"))):
+            out[name] = int(np.prod(feature.get("shape") or [1]))
+    return out
+
+
+def camera_features(features):
+    """{name of a camera: its feature}."""
+    found = {}
+    for name, feature in features.items():
+        if feature.get("dtype") in ("video", "image"):
+            found[camera_name(name)] = name
+    return found
 
 
 # --- files, on a disk or at a URL ---
@@ -402,7 +404,9 @@ def open_set_of_version(root, version):
         raise ValueError(
             f"{root}/meta lists no episode: nothing was recorded, or meta/ is not whole"
         )
-    return DataSet(root, layout, info, float(info["fps"]), files)
+    features = info["features"]
+    kinds = (number_features(features), camera_features(features))
+    return DataSet(root, layout, info, float(info["fps"]), files, *kinds)
 
 
 def read_info(root):

@@ -200,7 +200,12 @@ def finish(root, parts, tasks, fps, robot_type):
     # the index column is pandas' own, so that pandas finds the tasks by their text
     index = "__index_level_0__"
     of_tasks = pa.table({"task_index": pa.array(range(len(tasks))), index: pa.array(tasks)})
-    about = {"index_columns": [index], "columns": [], "column_indexes": []}
+    kinds = [("task_index", "int64", "int64"), (None, "unicode", "object")]
+    columns = []
+    for name, kind, of_numpy in kinds:
+        column_about = {"name": name, "field_name": name or index, "pandas_type": kind}
+        columns.append(column_about | {"numpy_type": of_numpy, "metadata": None})
+    about = {"index_columns": [index], "columns": columns, "column_indexes": []}
     of_tasks = of_tasks.replace_schema_metadata({"pandas": json.dumps(about)})
     write_tables(os.path.join(root, "meta/tasks.parquet"), [of_tasks])
 
