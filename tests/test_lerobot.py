@@ -639,7 +639,7 @@ def test_the_simulated_arm_goes_through_all_commands(tmp_path):
     judged = ["--checkpoint", tmp_path / "run"]
     text = run(tmp_path, "eval.py", *judged, "--samples 4 --batch_size 4 --num_workers 0")
     assert "skill" in text
-    run(tmp_path, "plan.py", *judged, "--num_samples 8 --iterations 1")
+    run(tmp_path, "plan.py", *judged, "--num_samples 8 --num_elites 2 --iterations 1")
 
     settings = "--encoder vit_tiny --crop_size 32 --crop square --phases 2 --out"
     run(tmp_path, "encode.py", "--dataset droid", *data[:2], settings, tmp_path / "f")
