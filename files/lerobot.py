@@ -438,7 +438,7 @@ def read_info(root):
     return info
 
 
-def fill(template, root, **values):
+def fill(template, root, values):
     """The path that a template of meta/info.json makes of an episode's numbers."""
     try:
         return os.path.join(root, template.format(**values))
@@ -503,7 +503,7 @@ def files_of_3(root, info):
     chunks = columns["data/chunk_index"].astype(int).tolist()
     numbers_in_chunk = columns["data/file_index"].astype(int).tolist()
     for i, (chunk, number) in enumerate(zip(chunks, numbers_in_chunk)):
-        path = fill(template, root, chunk_index=chunk, file_index=number)
+        path = fill(template, root, {"chunk_index": chunk, "file_index": number})
         videos = {camera: places[i] for camera, places in cameras.items()}
         files.setdefault(path, []).append((int(indices[i]), int(lengths[i]), videos))
     return files
@@ -549,7 +549,7 @@ def video_places(root, info, name, columns, lengths):
         if not np.isfinite(chunk[first_of] + number[first_of]):
             continue
         file = {"chunk_index": int(chunk[first_of]), "file_index": int(number[first_of])}
-        path = fill(template, root, video_key=name, **file)
+        path = fill(template, root, {"video_key": name} | file)
         ends = np.cumsum(lengths[group])
         for i, end in zip(group.tolist(), ends.tolist()):
             out[i] = (path, float(seconds[i]), end - int(lengths[i]), int(ends[-1]))
@@ -589,9 +589,9 @@ def files_of_2(root, info):
         numbers_of = {"episode_chunk": chunk, "episode_index": index}
         cameras = {}
         for name in videos:
-            mp4 = fill(video_path, root, video_key=name, **numbers_of)
+            mp4 = fill(video_path, root, {"video_key": name} | numbers_of)
             cameras[camera_name(name)] = (mp4, 0.0, 0, length)
-        data = fill(data_path, root, **numbers_of)
+        data = fill(data_path, root, numbers_of)
         files.setdefault(data, []).append((index, length, cameras))
     return files
 
@@ -891,7 +891,8 @@ def frames_of_rows(r, place, clock, rows):
     second at which the episode begins, its first frame, frames of all episodes in the mp4).
 
     ValueError where the nearest frame is more than half a frame away: the video lacks it."""
-    path, seconds, first, frames = place
+    path, seconds = place[:2]
+    first, frames = place[2:]
     if len(clock.times) == frames:
         return first + rows
 
