@@ -547,14 +547,15 @@ def lora(sizes, device):
 
 def lam(sizes, device):
     """A step of the latent action model. It quantises from the start."""
-    B, T, C, *size = sizes.latents
+    B, T, C = tuple(sizes.latents[:3])
+    size = sizes.latents[3:]
     z = torch.randn(sizes.latents, device=device)
     shift = torch.randint(-1, 2, (B, T - 1, 2), device=device)
 
     def build(is_compiled):
         torch.manual_seed(0)
         with torch.device(device):
-            model = LatentActionModel(C, tuple(size), vq_warmup_steps=0, kmeans=False, **sizes.lam)
+            model = LatentActionModel(C, size, vq_warmup_steps=0, kmeans=False, **sizes.lam)
         return TrainingStep(model, (z, shift), lam_loss, device, is_compiled)
 
     for mode in modes_of(sizes):
@@ -593,7 +594,7 @@ def encoder(sizes, device):
 
 def planning(sizes, device):
     """Candidates a second of one iteration of CEM, from one step of the past."""
-    width, depth, _ = sizes.predictors[0]
+    width, depth, _ = tuple(sizes.predictors[0])
     problem = problem_of(width, depth, sizes.grid, 1, device)
     cost_of = functools.partial(energy, autocast=autocast_of(device))
     for horizon in sizes.horizons:
