@@ -28,7 +28,6 @@ import sys
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 from bench import report
@@ -38,6 +37,7 @@ from data import open_records
 from files.disk import write_atomically
 from files.features import feature_settings
 from files.logs import read_csv
+from files.progress import tqdm
 from model import Predictor
 from weights import build_encoder
 
