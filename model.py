@@ -1991,7 +1991,7 @@ def match(before, after, reach, patch_size):
     """How well each patch of `after` (n, C, H, W) fits to `before`, moved by at most `reach`
     pixels, around the edges: (n, N, (2 reach + 1)^2), the first of which are moves up. About 1
     where a patch comes from. FlowNet's correlation (arXiv 1504.06852), of whole patches."""
-    n, C, H, W = after.shape
+    n, C, H, W = after.size()
     columns = nearby(W, reach, after.device).expand(n, H, -1, -1)
     rows = after.permute(0, 2, 3, 1)  # (n, H, W, C)
 
@@ -2013,7 +2013,7 @@ def mix_columns(z, weights):
     """Pictures z (n, C, H, W), each pixel a mixture of those left and right of it, around the
     edges. weights (n, H, W, 2 reach + 1), the first is that of the rightmost."""
     # as attention: a matrix for each row of pixels, zero beyond reach
-    n, H, W, K = weights.shape
+    n, H, W, K = weights.size()
     source = nearby(W, K // 2, z.device).expand(n, H, -1, -1)
     matrix = weights.new_zeros(n, H, W, W).scatter_add(3, source, weights)
     return (matrix @ z.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
