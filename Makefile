@@ -86,7 +86,8 @@ demo-lam: .venv/installed  # latent actions of nine known moves: do the codes na
 	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --chunks 256
 	test -e demo-lam/manifest.json || $(PY) -m prepare.manifest demo-lam --size 16
 	$(PY) train_lam.py --data_dir demo-lam --out_dir out/demo-lam --embed_dim 48 --encoder_depth 2 --decoder_depth 2 --num_heads 4 \
-		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume
+		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume \
+		--warp none --reach 0 --shift_kind patches
 	$(PY) eval_lam.py --checkpoint out/demo-lam
 
 # a step is 15 rows, one second: in a quarter of a second an arm moves less than its features show

@@ -1437,7 +1437,7 @@ def test_nine_moves_are_recovered_and_the_controls_fail(tmp_path):
     codebook and from codes of places."""
     import tests.recipes as recipes
 
-    good = recipes.measure(str(tmp_path), "default", 0)
+    good = recipes.measure(str(tmp_path), "before", 0)
     assert recipes.passes(good), good
     for row in ("guide", "no_shift"):
         trap = recipes.measure(str(tmp_path), row, 0)
