@@ -286,7 +286,7 @@ def game_arena(runs, args):
 def arm_arena(runs, args):
     """`game_arena` for the arm: its actions are metres, whatever the scaler."""
     # MuJoCo is needed here only
-    from evaluation.robot import Arm, check_arm, stride_of_arm
+    from evaluation.robot import RATE, Arm, check_arm, stride_of_arm
 
     for run in runs:
         check_arm(run.state, run.path)
@@ -294,7 +294,9 @@ def arm_arena(runs, args):
 
     settings = runs[0].settings
     stride = stride_of_arm(settings)
-    seconds_of_step = stride / 15
+    seconds_of_step = stride / RATE
+
+    # as Meta's planner, which has 4 steps a second
     if args.maxnorm is None:
         args.maxnorm = 4 * DROID_NORM * seconds_of_step
     arm = Arm(args.arm, settings["cameras"][0], stride, args.maxnorm)
