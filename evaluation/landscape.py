@@ -46,8 +46,8 @@ def motion_pairs(robot, maxnorm, std):
     """Pairs of Motions to vary: of a robot x with y and x with z, of play yaw with pitch. maxnorm:
     metres of a step; std: (2,) pixels of mouse motion in a step."""
     if robot:
-        x, y, z = (Motion(name, {i: 0.01}, 100 * maxnorm, "cm") for i, name in enumerate("xyz"))
-        return [(x, y), (x, z)]
+        along = [Motion(name, {i: 0.01}, 100 * maxnorm, "cm") for i, name in enumerate("xyz")]
+        return [(along[0], along[1]), (along[0], along[2])]
 
     # the camera follows the mouse: a degree is so many pixels, and an angle in radians
     pair = []
