@@ -692,9 +692,8 @@ if __name__ == "__main__":
     data_seconds = 0.0
     log_started = time.perf_counter()
 
-    # shifts are drawn as a share of the picture. By whole patches, if asked for
-    unit = model.patch_size if args.shift_kind == "patches" else 1
-    whole = torch.tensor(meta["size"], device=device) // unit
+    # shifts are drawn as a share of the picture
+    size = torch.tensor(meta["size"], device=device)
 
     # codes chosen since the last log line
     used = torch.zeros(args.num_codes, args.num_embeddings, device=device)
@@ -731,7 +730,15 @@ if __name__ == "__main__":
             # what the encoder sees is moved, what the decoder sees is not: no code can name a place
             shift = None
             if args.encoder_shift and not args.test_mode:
-                shift = unit * (batch["shift"].to(device) * whole).long()
+                pixels = batch["shift"].to(device) * size
+                shift = pixels.long()
+                patches = shift // model.patch_size * model.patch_size
+
+                # half of the pairs keep where their patches begin, as pictures that are not moved
+                # do: all codes are read from those
+                share = 1.0 if args.shift_kind == "patches" else 0.5
+                is_whole = (pixels - shift)[..., :1] < share
+                shift = torch.where(is_whole, patches, shift)
 
             # the bar of the overfit test depends on the noise of its batch
             if args.test_mode and noise is None:
