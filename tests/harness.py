@@ -13,6 +13,7 @@ studies tests.intervals, tests.recipes, tests.spread and tests.page.
 
 import csv
 import functools
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -31,6 +32,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -52,6 +54,13 @@ WIDTH = 80
 HEIGHT = 64
 BLOCK = 16
 LEFT = 8
+
+
+def needs_mujoco():
+    """Skip a test where MuJoCo is not installed. It is not imported here: how it draws is chosen at
+    its first import, by evaluation/arm.py."""
+    if importlib.util.find_spec("mujoco") is None:
+        pytest.skip("MuJoCo is not installed")
 
 
 def picture(number):

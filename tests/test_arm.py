@@ -16,7 +16,7 @@ from evaluation.robot import TASKS, Arm, check_arm, stride_of_arm
 from evaluation.runs import features_of_pictures, load_run
 from evaluation.trials import successes
 from model import encode_steps, normalize_features
-from tests.harness import fails, run
+from tests.harness import fails, needs_mujoco, run
 from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 @pytest.fixture(scope="module")
 def world():
+    needs_mujoco()
     return Arm("a", "exterior_1", 15, 0.2)
 
 

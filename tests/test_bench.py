@@ -38,7 +38,7 @@ def test_a_row_says_whether_training_ended_in_a_collapse(tmp_path):
 
     # 48 clips at 0.8 a second take a minute
     log = tmp_path / "train.csv"
-    log.write_text("effective_rank,smallest_std,clips_per_s\n12,0.3,0.8\n1.2,0.3,1.6\n")
+    log.write_text("effective_rank,smallest_std,clips_per_s\n12,0.3,0.8\n5,0.05,1.6\n")
     row = lewm.row_of("nothing", 0, tmp_path, lewm.minutes_of(tmp_path, 48))
     assert row["interval"] == "0.050 to 0.150"
     assert row["collapsed"] == "yes" and row["minutes"] == pytest.approx(1.5)

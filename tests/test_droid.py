@@ -54,6 +54,7 @@ from tests.harness import (
     Run,
     film,
     jpeg,
+    needs_mujoco,
     read_number,
     run,
     tfrecord,
@@ -1641,7 +1642,7 @@ def test_inspect_prints_what_is_in_a_file(tmp_path):
 def robot(tmp_path_factory, forkserver):
     """Two episodes of the simulated arm in each form, and the same again by another number of
     processes."""
-    pytest.importorskip("mujoco")
+    needs_mujoco()
     folder = tmp_path_factory.mktemp("robot")
     for name, flags in (
         ("a", ""),

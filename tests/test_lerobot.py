@@ -19,7 +19,7 @@ from droid import DroidReader, find_episodes, open_droid
 from files import lerobot
 from files.episodes import read_pictures
 from prepare.lerobot import column, join_mp4s, table_of, write_tables
-from tests.harness import HEIGHT, WIDTH, Run, picture, read_number, run, run_bench
+from tests.harness import HEIGHT, WIDTH, Run, needs_mujoco, picture, read_number, run, run_bench
 
 pytestmark = pytest.mark.usefixtures("deadline", "forkserver")
 
@@ -599,7 +599,7 @@ def test_inspect_tells_what_is_there_and_what_would_be_left_out(sets, tmp_path):
 def test_the_simulated_arm_goes_through_all_commands(tmp_path):
     """Bug: prepare.robot writes what our reader takes and nobody else does, or other episodes than
     as TFRecords; a command that does not know the kind of episodes."""
-    pytest.importorskip("mujoco")
+    needs_mujoco()
     size = "--episodes 4 --steps 40 60 --shards 2 --workers 1"
     text = run(tmp_path, "prepare/robot.py", size, "--format lerobot --out", tmp_path / "set")
     assert "in 2 files, 0 there already" in text
