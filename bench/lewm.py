@@ -275,7 +275,7 @@ if __name__ == "__main__":
     seeds_help = "the first one is that of ablations and frozen (default 0 1 2)"
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds_help)
     # how long a row takes
-    flag("--steps", type=int, default=1000, help="training steps of a row (default 1000)")
+    flag("--steps", type=int, default=2500, help="training steps of a row (default 2500)")
     flag("--batch_size", type=int, default=24, help="clips a step, in every row (default 24)")
     crop_help = "pixels of rows that train their encoder; frozen ones see 48 (default 32)"
     flag("--crop_size", type=int, default=32, help=crop_help)
