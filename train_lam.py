@@ -99,7 +99,7 @@ flag("--vq_warmup_steps", type=int, help="steps before vq quantises (default: a 
 flag("--kmeans", action=switch, default=True, help="after that warm-up, start the tables of vq from clusters of encoder outputs")  # fmt: skip
 flag("--revive", action=switch, default=True, help="replace dead codes, until the last tenth of the run")  # fmt: skip
 flag("--encoder_shift", action=switch, default=True, help="move what the encoder sees at random: codes then cannot name places")  # fmt: skip
-flag("--shift_kind", default="wrap", choices=["wrap", "reflect", "patches"], help="by latent pixels around the edges, mirrored at the edges, or by whole patches around the edges")  # fmt: skip
+flag("--shift_kind", default="wrap", choices=["wrap", "reflect", "patches"], help="by latent pixels around the edges, mirrored at the edges, or by whole patches around the edges; the first two move half of the pairs by whole patches")  # fmt: skip
 # the loss: the next step, further steps rolled out, and how close outputs are to codes
 flag("--commitment_weight", type=float, default=0.25, help="weight of the commitment loss")
 flag("--rollout_horizon", type=int, default=2, help="steps of the rollout loss; 1 turns it off")
