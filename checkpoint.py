@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import zlib
@@ -50,21 +51,30 @@ def short_excepthook(kind, error, trace):
     """For sys.excepthook: errors that the user can fix are printed as one line; everything else, or
     everything with NANOJEPA_DEBUG=1, as a traceback."""
     text = str(error).rpartition("\nValueError: ")[2]
-
-    # a loader process that the kernel killed shows up in one of two ways
+    debug = bool(os.environ.get("NANOJEPA_DEBUG"))
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
     in_a_pipe = bool(files) and "multiprocessing" in files[-1]
     pipe_broke = issubclass(kind, (OSError, EOFError)) and in_a_pipe
+
+    # a loader hands batches over in a thread of its own. It is no error there that the training,
+    # told to stop, takes no more
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if pipe_broke and not in_main_thread and not debug:
+        return
+
+    # a loader process that the kernel killed shows up in one of two ways
     killed = pipe_broke or "DataLoader worker (pid" in text
     if killed:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again at exit
+        if in_main_thread:
+            # torch's handler would raise again at exit
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         text = (
             f"a loader process was killed ({text.strip() or kind.__name__}): lower --num_workers if"
             " memory ran out; continue with --resume"
         )
 
     can_be_fixed = killed or issubclass(kind, (ValueError, OSError))
-    if can_be_fixed and not os.environ.get("NANOJEPA_DEBUG"):
+    if can_be_fixed and not debug:
         print("error:", text, "(NANOJEPA_DEBUG=1 shows where)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

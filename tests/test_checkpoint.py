@@ -126,6 +126,31 @@ def test_a_cut_file_is_known_at_every_length(tmp_path, capsys):
     assert checkpoint.load_latest(tmp_path / "nothing") == (None, None)
 
 
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_a_loader_whose_batch_is_not_taken_prints_no_error(debug):
+    """Bug: a signal stops the training while it takes a batch. The loader's thread then finds its
+    pipe broken, and what it printed ended in a traceback of its own."""
+    program = (
+        "import socket, sys, time, checkpoint, multiprocessing.resource_sharer as sharer\n"
+        "sys.excepthook = checkpoint.short_excepthook\n"
+        "where = sharer.DupFd(0)._id[0]\n"
+        "taker = socket.socket(socket.AF_UNIX)\n"
+        "taker.connect(where)\n"
+        "taker.recv(1)\n"
+        "taker.close()\n"
+        "time.sleep(0.5)\n"
+        "print('alive')"
+    )
+    env = os.environ | {"NANOJEPA_DEBUG": debug}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout == "alive\n"
+
+    # the thread did fail: whoever looks for faults sees where
+    assert ("resource_sharer" in done.stderr) == bool(debug), done.stderr
+    assert "signal only works" not in done.stderr
+
+
 def test_a_restarted_rank_waits_for_the_lock_of_a_dead_node(tmp_path):
     """Bug: NFS keeps the lock of a node that died for a minute and more, and rank 0, started again
     elsewhere, uses up --max_restarts."""
