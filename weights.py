@@ -981,6 +981,8 @@ def open_tiny_autoencoder(spec, folder):
 def open_torchscript(flag, path):
     """A network in a TorchScript file, frozen. flag: that names it. ValueError for another file,
     and OSError where there is none."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{flag} {path} is a folder: it takes one TorchScript file")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{flag} {path}: no such file (it names a TorchScript file)")
     try:
