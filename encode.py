@@ -733,7 +733,8 @@ if __name__ == "__main__":
         # the next command
         script = "train_lora.py" if robots else "train_ac.py"
         print(
-            f"next: python {script} --data {args.out}/*.tar, with the --fps and sizes of this run"
+            f"to train on them: python {script} --data {args.out}/*.tar, with the --fps and sizes"
+            " of this run"
         )
 
     # all ranks leave together; a process that just exits can hang the others

@@ -36,13 +36,12 @@ import argparse
 import json
 import math
 import os
-import resource
-import subprocess
 import sys
 
 import torch
 
 from bench import report
+from bench.trainings import check_flags, run
 from files.disk import write_atomically
 from files.progress import tqdm
 
@@ -71,21 +70,6 @@ METHODS |= {
     "by_patches": "--shift_kind patches",
     "continuous": "--quantizer none",
 }
-
-
-def run(log, *words):
-    """One of our scripts as a process of its own, its output added to the file `log`; CPU
-    seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = list(map(str, words))
-    with open(log, "a") as f:
-        done = subprocess.run([sys.executable, *words], stdout=f, stderr=subprocess.STDOUT)
-    if done.returncode:
-        with open(log) as f:
-            last_lines = "".join(f.readlines()[-20:])
-        raise SystemExit(f"{' '.join(words)} failed, see {log}:\n{last_lines}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 class Bench:
@@ -120,32 +104,18 @@ class Bench:
             run(log, "-m", "prepare.manifest", out, *WORLD[:2])
         return out
 
-    def check_flags(self, run_folder, words):
-        """Remember what a row is made with. Ends the program if it was made with other flags: its
-        numbers would mean something else."""
-        path = run_folder + ".flags.json"
-        words = json.dumps(list(map(str, words)))
-        if not os.path.exists(path):
-            write_atomically(path, words.encode())
-        with open(path) as f:
-            before = f.read()
-        if before != words:
-            raise SystemExit(
-                f"{run_folder} was made with {before}, now it is {words}: give another --out"
-            )
-
     def row(self, world, method, seed):
         """Train and judge a row, unless that is done; the table's row."""
         run_folder = self.run_folder(world, method, seed)
         log = run_folder + ".txt"
         flags = [*SIZE, *PLAN, "--epochs", EPOCHS, "--ipe", max(self.steps // EPOCHS, 1)]
         flags += ["--val_every", EPOCHS, "--seed", seed, *METHODS[method].split(), *self.extra]
-        self.check_flags(run_folder, [self.val_clips, *flags])
+        check_flags(run_folder, [self.val_clips, *flags])
         if not self.is_finished(world, method, seed):
             # how long an interrupted run had taken before is not known
             was_interrupted = os.path.exists(os.path.join(run_folder, "train.csv"))
             data = ["--data_dir", self.world(world), "--out_dir", run_folder, "--resume"]
-            cpu = run(log, "train_lam.py", *data, *flags)
+            _, cpu = run(log, "train_lam.py", *data, *flags)
             limit = ["--val_clips", self.val_clips, "--no-ceiling"]
             run(log, "eval_lam.py", "--checkpoint", run_folder, *limit)
 

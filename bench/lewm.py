@@ -8,8 +8,8 @@ prints one table at the end. --of says which rows:
 
 seeds      the default with each of --seeds
 ablations  with the first seed: one thing left out or changed
-frozen     with the first seed: encode.py and train_ac.py on the same play with encoders that are
-           not trained here, for as many minutes (encoding included) as the default took
+frozen     with each of --seeds: encode.py and train_ac.py on the same play with encoders that are
+           not trained here, for as many minutes (encoding included) as the first default took
 
 Columns of the table. `yaw R2`, `pitch R2`, `keys AUROC` and both ranks compare all rows; skill and
 gap are in the space of each row's own encoder and compare none.
@@ -32,14 +32,13 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 
 from bench import report
+from bench.trainings import check_flags, run
 from evaluation.pretraining import OF_WORLDS, collapse_sentence
 from files.disk import write_atomically
 from files.logs import read_csv
@@ -77,19 +76,6 @@ FROZEN = "--crop_size 48 --feature_norm standardize --predict change --lr 2e-3".
 # epochs of a run, of which the first warms up and the last three anneal
 EPOCHS = 10
 PLAN = f"--epochs {EPOCHS} --warmup 1 --anneal 3 --val_every {EPOCHS}".split()
-
-
-def run(log, *words):
-    """One of our scripts as a process of its own, its output added to the file `log`; seconds."""
-    began = time.perf_counter()
-    words = list(map(str, words))
-    with open(log, "a") as f:
-        done = subprocess.run([sys.executable, *words], stdout=f, stderr=subprocess.STDOUT)
-    if done.returncode:
-        with open(log) as f:
-            last_lines = "".join(f.readlines()[-20:])
-        raise SystemExit(f"{' '.join(words)} failed, see {log}:\n{last_lines}")
-    return time.perf_counter() - began
 
 
 def minutes_of(run_folder, batch_size):
@@ -177,25 +163,12 @@ class Bench:
         data = ["--data", *self.shards("val"), "--train_data", *self.shards("train")]
         run(log, "eval.py", "--checkpoint", run_folder, *data, *self.limits, *self.workers, *flags)
 
-    def check_flags(self, run_folder, words):
-        """Remember what a row is made with. Ends the program if it was made with other flags: its
-        numbers would mean something else."""
-        path = run_folder + ".flags.json"
-        words = json.dumps(list(map(str, [self.data, self.batch_size, *self.limits, *words])))
-        if not os.path.exists(path):
-            write_atomically(path, words.encode())
-        with open(path) as f:
-            before = f.read()
-        if before != words:
-            raise SystemExit(
-                f"{run_folder} was made with {before}, now it is {words}: give another --out"
-            )
-
     def lewm(self, name, seed, flags):
         """Train and judge a row of train_lewm.py; the table's row."""
         run_folder = self.path(f"{name}-{seed}")
         log = run_folder + ".txt"
-        self.check_flags(run_folder, [self.steps, self.crop_size, *self.extra, *flags])
+        made_with = [self.data, self.batch_size, *self.limits, self.steps, self.crop_size]
+        check_flags(run_folder, [*made_with, *self.extra, *flags])
         if not is_trained(run_folder):
             data = ["--data", *self.shards("train"), "--val_data", *self.shards("val")]
             files = ["--scaler", os.path.join(self.data, "scaler.pkl"), "--out_dir", run_folder]
@@ -219,9 +192,8 @@ class Bench:
             seconds = 0
             for part, phases in (("train", 4), ("val", 1)):
                 shards = ["--data", *self.shards(part), "--out", os.path.join(features, part)]
-                seconds += run(
-                    self.path(f"{encoder}.txt"), "encode.py", *shards, *flags, "--phases", phases
-                )
+                log = self.path(f"{encoder}.txt")
+                seconds += run(log, "encode.py", *shards, *flags, "--phases", phases)[0]
             write_atomically(note, json.dumps(seconds / 60).encode())
         with open(note) as f:
             return features, json.load(f)
@@ -237,7 +209,7 @@ class Bench:
         """Train and judge a predictor on frozen features, for `minutes` with the encoding."""
         run_folder = self.path(f"{encoder}-{seed}")
         log = run_folder + ".txt"
-        self.check_flags(run_folder, FROZEN)
+        check_flags(run_folder, [self.data, self.batch_size, *self.limits, *FROZEN])
         features, encoding = self.features(encoder)
         data = ["--data", f"{features}/train/*.tar", "--val_data", f"{features}/val/*.tar"]
         data += ["--scaler", os.path.join(self.data, "scaler.pkl"), "--seed", seed]
@@ -272,7 +244,7 @@ if __name__ == "__main__":
     rows_help = f"ablations, of {', '.join(ABLATIONS)} (default: the first {len(DEFAULT_ROWS)})"
     flag("--rows", nargs="+", default=DEFAULT_ROWS, choices=ABLATIONS, help=rows_help)
     flag("--encoders", nargs="+", default=ENCODERS, help="of frozen (default: doom_tiny vit_tiny)")
-    seeds_help = "the first one is that of ablations and frozen (default 0 1 2)"
+    seeds_help = "the first one is that of ablations (default 0 1 2)"
     flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds_help)
     # how long a row takes
     flag("--steps", type=int, default=2500, help="training steps of a row (default 2500)")
@@ -311,7 +283,8 @@ if __name__ == "__main__":
     if "ablations" in args.of:
         runs += [(name, first, ABLATIONS[name]) for name in args.rows]
     if "frozen" in args.of:
-        runs += [(encoder, first, None) for encoder in args.encoders]
+        for seed in args.seeds:
+            runs += [(encoder, seed, None) for encoder in args.encoders]
         default = os.path.join(args.out, f"default-{first}")
         if not (args.minutes or "seeds" in args.of or is_trained(default)):
             parser.error("--of frozen takes as long as the default: add seeds, or --minutes")
