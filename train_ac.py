@@ -152,6 +152,7 @@ flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps bet
 # the same seed gives the same weights and the same order of clips
 flag("--seed", type=int, default=239, help="seed of weights and clip order")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--peak_tflops", type=float, help="TFLOP/s that the device can reach in --dtype, for MFU in the log (default: from its data sheet, for A100, H100 and a few more)")  # fmt: skip
 # extras
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
@@ -207,6 +208,7 @@ from files.remote import cached
 from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader, hotbar_columns
 from kernels import describe_kernels
+from kernels.flops import forward_flops, peak_to_assume
 from model import ACModel, Encoder, Predictor, channel_stats, copy_fitting, make_features_of
 from weights import decoder_of, open_source
 
@@ -499,6 +501,10 @@ if __name__ == "__main__":
         encoder, args.encode, args.frames_per_step, feature_stats, device, autocast
     )
 
+    # MFU in the log is the share of this that training reaches; None: not known
+    peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
+    step_flops = None
+
     # --- optimizer, resume ---
     # weight decay on matrices only: biases and norms should not shrink
     params = [p for p in model.parameters() if p.requires_grad]
@@ -638,7 +644,7 @@ if __name__ == "__main__":
     # columns of train.csv and val.csv; a resumed run drops rows after its checkpoint
     losses_of_a_row = ["jloss", "sloss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
-    train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s", "mfu"]
     val_columns = ["epoch", *losses_of_a_row, *METERS, *MOVES_GAP]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
@@ -848,6 +854,12 @@ if __name__ == "__main__":
                 loss = (jloss + sloss) / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
+            # once, for MFU: the encoder goes forward, the predictor also backward: twice as much
+            if peak and not step_flops:
+                flops = 3 * forward_flops(model, z, actions, states)
+                flops += forward_flops(features_of, batch)
+                step_flops = args.grad_accum * flops
+
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
 
@@ -880,11 +892,12 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            mfu = step_flops / seconds / peak if peak else None
             for row in mean_over_ranks(steps_to_log, world, torch.float64):
                 jloss, sloss = row.losses
                 place = f"epoch {row.epoch}, itr {row.itr}"
                 check_finite(row, jloss + sloss, place, args.out_dir, args.dtype)
-                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory, mfu)
                 columns["total_loss"] = jloss + sloss
                 columns["bytes_per_s"] = row.bytes_read / seconds
                 if writes:
@@ -893,7 +906,7 @@ if __name__ == "__main__":
             # the terminal shows the last of these steps
             place = f"epoch {epochs_done:3d} itr {inside:4d}"
             text = f"jloss {jloss:.4f}  sloss {sloss:.4f}"
-            print0(log_line(place, text, columns, (last_step - step) * seconds))
+            print0(log_line(place, text, columns, (last_step - step) * seconds, device))
 
             # start the next stretch
             steps_to_log = []

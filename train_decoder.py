@@ -161,6 +161,7 @@ flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps bet
 # the same seed gives the same weights, the same order of clips and the same noise
 flag("--seed", type=int, default=239, help="seed of weights, clip order and noise")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--peak_tflops", type=float, help="TFLOP/s that the device can reach in --dtype, for MFU in the log (default: from its data sheet, for A100, H100 and a few more)")  # fmt: skip
 # extras
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
@@ -225,6 +226,7 @@ from files.logs import (
     train_row,
 )
 from files.vpt import ClipReader
+from kernels.flops import forward_flops, peak_to_assume
 from model import DecoderModel, PictureDecoder, channel_stats, make_features_of
 from weights import decoder_of, open_source
 
@@ -523,6 +525,10 @@ if __name__ == "__main__":
     # batch -> pictures in [0, 1], and pictures <-> what the decoder gives
     pictures = Pictures(size, args.frames_per_step, args.encode, args.every_frame, vae, device)
 
+    # MFU in the log is the share of this that training reaches; None: not known
+    peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
+    step_flops = None
+
     # --- optimizer, resume ---
     # weight decay on matrices only: biases and norms should not shrink
     params = [p for p in model.parameters() if p.requires_grad]
@@ -636,7 +642,7 @@ if __name__ == "__main__":
     loss_weights = [1.0, args.gradient, args.lpips_weight if args.lpips else 0.0]
     loss_weights = torch.tensor(loss_weights, device=device)
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
-    train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s", "mfu"]
     val_columns = ["epoch", *losses_of_a_row, *PICTURES]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
@@ -819,6 +825,12 @@ if __name__ == "__main__":
                 loss = (parts * loss_weights).sum() / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
+            # once, for MFU: the encoder goes forward, the decoder also backward: twice as much
+            if peak and not step_flops:
+                flops = 3 * forward_flops(model, z, targets)
+                flops += forward_flops(features_of, batch)
+                step_flops = args.grad_accum * flops
+
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += parts.detach() / args.grad_accum
 
@@ -851,11 +863,12 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            mfu = step_flops / seconds / peak if peak else None
             for row in mean_over_ranks(steps_to_log, world, torch.float64):
                 total = sum(w * x for w, x in zip(loss_weights.tolist(), row.losses))
                 place = f"epoch {row.epoch}, itr {row.itr}"
                 check_finite(row, total, place, args.out_dir, args.dtype)
-                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory, mfu)
                 columns["total_loss"] = total
                 columns["bytes_per_s"] = row.bytes_read / seconds
                 if writes:
@@ -866,7 +879,7 @@ if __name__ == "__main__":
             text = f"l1 {columns['l1_loss']:.4f}  gradient {columns['gradient_loss']:.4f}"
             if args.lpips:
                 text += f"  lpips {columns['lpips_loss']:.4f}"
-            print0(log_line(place, text, columns, (last_step - step) * seconds))
+            print0(log_line(place, text, columns, (last_step - step) * seconds, device))
 
             # start the next stretch
             steps_to_log = []

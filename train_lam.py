@@ -143,6 +143,7 @@ flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps bet
 # the same seed gives the same weights and the same order of windows
 flag("--seed", type=int, default=239, help="seed of weights and order of windows")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--peak_tflops", type=float, help="TFLOP/s that the device can reach in --dtype, for MFU in the log (default: from its data sheet, for A100, H100 and a few more)")  # fmt: skip
 # extras
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
@@ -184,6 +185,7 @@ from files.logs import (
     open_logs,
     train_row,
 )
+from kernels.flops import forward_flops, peak_to_assume
 from model import LatentActionModel, VectorQuantizer
 
 
@@ -451,6 +453,10 @@ if __name__ == "__main__":
         f" {'x'.join(map(str, model.grid))} patches"
     )
 
+    # MFU in the log is the share of this that training reaches; None: not known
+    peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
+    step_flops = None
+
     # --- optimizer, resume ---
     # weight decay on matrices and patch embeddings only: biases and norms should not shrink
     params = [p for p in model.parameters() if p.requires_grad]
@@ -525,7 +531,7 @@ if __name__ == "__main__":
     losses_of_a_row = ["loss", "mse_loss", "mae_loss", "vq_loss", "codebook_loss"]
     losses_of_a_row += ["commitment_loss", "rollout_loss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "codebook_usage", "lr", "grad_norm"]
-    train_columns += ["clips_per_s", "data_wait", "memory_mib"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib", "mfu"]
     val_columns = ["epoch", *losses_of_a_row, *RATIOS, *CODES]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
@@ -757,6 +763,11 @@ if __name__ == "__main__":
                     out = ddp(z, shift)
                 loss_scaler.scale(out["loss"] / args.grad_accum).backward()
 
+            # once, for MFU: backward takes twice as much as forward
+            if peak and not step_flops:
+                flops = 3 * forward_flops(model, z, shift)
+                step_flops = args.grad_accum * flops
+
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += loss_terms(out) / args.grad_accum
             if model.quantizer:
@@ -798,6 +809,7 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            mfu = step_flops / seconds / peak if peak else None
 
             # how many values of each code any rank has chosen: few means a collapsed codebook
             if world > 1:
@@ -809,7 +821,7 @@ if __name__ == "__main__":
             for row in mean_over_ranks(steps_to_log, world):
                 place = f"epoch {row.epoch}, itr {row.itr}"
                 check_finite(row, row.losses[0], place, args.out_dir, args.dtype)
-                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory, mfu)
                 columns["codebook_usage"] = usage
                 if writes:
                     log("train", columns, row.epoch * args.ipe + row.itr)
@@ -820,7 +832,7 @@ if __name__ == "__main__":
                 f"mse {columns['mse_loss']:.4f}  rollout {columns['rollout_loss']:.4f}"
                 f"  vq {columns['vq_loss']:.4f}  codes {usage:4.1f}"
             )
-            print0(log_line(place, text, columns, (last_step - step) * seconds))
+            print0(log_line(place, text, columns, (last_step - step) * seconds, device))
 
             # start the next stretch
             steps_to_log = []

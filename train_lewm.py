@@ -182,6 +182,7 @@ flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps bet
 # the same seed gives the same weights and the same order of clips
 flag("--seed", type=int, default=239, help="seed of weights and clip order")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--peak_tflops", type=float, help="TFLOP/s that the device can reach in --dtype, for MFU in the log (default: from its data sheet, for A100, H100 and a few more)")  # fmt: skip
 # extras
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
@@ -269,6 +270,7 @@ from files.remote import cached
 from files.shards import expand, line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader, hotbar_columns
 from kernels import describe_kernels
+from kernels.flops import forward_flops, peak_to_assume
 from model import (
     Encoder,
     InverseDynamics,
@@ -721,6 +723,10 @@ if __name__ == "__main__":
         encoder, args.encode, args.frames_per_step, feature_stats, device, autocast
     )
 
+    # MFU in the log is the share of this that training reaches; None: not known
+    peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
+    step_flops = None
+
     # --- optimizer, resume ---
     # weight decay on matrices only: biases and norms should not shrink
     params = [p for p in model.parameters() if p.requires_grad]
@@ -864,7 +870,7 @@ if __name__ == "__main__":
     loss_weights = [args.prediction, rollout, args.sigreg, args.variance, args.covariance]
     loss_weights = torch.tensor([*loss_weights, args.idm], device=device)
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", *SPREAD, "lr", "grad_norm"]
-    train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib", "bytes_per_s", "mfu"]
     val_columns = ["epoch", "jloss", "sloss", *METERS, *SPREAD]
     val_columns += [*probe_columns(action_names), *MOVES_GAP]
     headers = {
@@ -1141,6 +1147,11 @@ if __name__ == "__main__":
                 loss = (parts * loss_weights).sum() / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
+            # once, for MFU: backward takes twice as much as forward
+            if peak and not step_flops:
+                flops = 3 * forward_flops(model, *inputs)
+                step_flops = args.grad_accum * flops
+
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += parts.detach() / args.grad_accum
             if not recent_features:
@@ -1175,13 +1186,14 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            mfu = step_flops / seconds / peak if peak else None
             spread = dict(zip(SPREAD, feature_spread(torch.cat(recent_features))))
             recent_features = []
             for row in mean_over_ranks(steps_to_log, world, torch.float64):
                 total = sum(w * x for w, x in zip(loss_weights.tolist(), row.losses))
                 place = f"epoch {row.epoch}, itr {row.itr}"
                 check_finite(row, total, place, args.out_dir, args.dtype)
-                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory, mfu)
                 columns["total_loss"] = total
                 columns |= spread
                 columns["bytes_per_s"] = row.bytes_read / seconds
@@ -1199,7 +1211,7 @@ if __name__ == "__main__":
             if args.idm:
                 text += f"  idm {columns['inverse_loss']:.4f}"
             text += f"  rank {spread['effective_rank']:.1f} std {spread['smallest_std']:.3f}"
-            print0(log_line(place, text, columns, (last_step - step) * seconds))
+            print0(log_line(place, text, columns, (last_step - step) * seconds, device))
 
             # the loss falls when features collapse, so something else must tell. During the warm-up
             # healthy features are as narrow for a while

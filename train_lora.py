@@ -162,6 +162,7 @@ flag("--sync_minutes", type=float, default=30.0, help="minutes between copies")
 # the same seed gives the same weights and the same order of clips
 flag("--seed", type=int, default=239, help="seed of weights and clip order")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--peak_tflops", type=float, help="TFLOP/s that the device can reach in --dtype, for MFU in the log (default: from its data sheet, for A100, H100 and a few more)")  # fmt: skip
 # extras
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 # trying it out
@@ -216,6 +217,7 @@ from files.logs import (
 )
 from files.mirror import Mirror
 from kernels import describe_kernels
+from kernels.flops import forward_flops, peak_to_assume
 from model import (
     TARGETS,
     ACModel,
@@ -621,6 +623,10 @@ if __name__ == "__main__":
         )
         feature_stats |= channel_stats(raw, feature_source["embed_dim"], device)
 
+    # MFU in the log is the share of this that training reaches; None: not known
+    peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
+    step_flops = None
+
     # --- optimizer, resume ---
     # weight decay on matrices only: biases and norms should not shrink
     matrices = [p for p in trained.values() if p.ndim > 1]
@@ -761,7 +767,7 @@ if __name__ == "__main__":
     # columns of train.csv and val.csv; a resumed run drops rows after its checkpoint
     losses_of_a_row = ["jloss", "sloss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", "lr", "grad_norm"]
-    train_columns += ["clips_per_s", "data_wait", "memory_mib"]
+    train_columns += ["clips_per_s", "data_wait", "memory_mib", "mfu"]
     val_columns = ["epoch", "itr", *base_columns(args.frames_per_clip - 1)]
     headers = {
         "train": (train_columns, *divmod(step, ipe)),
@@ -941,6 +947,13 @@ if __name__ == "__main__":
                 loss = (jloss + sloss) / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
+            # once, for MFU: the encoder goes forward, the predictor also backward. There frozen
+            # weights take as much again, trained ones twice as much
+            if peak and not step_flops:
+                flops = (3 if args.full else 2) * forward_flops(model, z, actions, states)
+                flops += forward_flops(features_of, batch)
+                step_flops = args.grad_accum * flops
+
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += torch.stack([jloss.detach(), sloss.detach()]) / args.grad_accum
 
@@ -974,18 +987,19 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            mfu = step_flops / seconds / peak if peak else None
             for row in mean_over_ranks(steps_to_log, world):
                 jloss, sloss = row.losses
                 place = f"step {row.epoch * ipe + row.itr}"
                 check_finite(row, jloss + sloss, place, args.out_dir, args.dtype)
-                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory, mfu)
                 columns["total_loss"] = jloss + sloss
                 if writes:
                     log("train", columns, row.epoch * ipe + row.itr)
 
             # the terminal shows the last of these steps
             text = f"jloss {jloss:.4f}  sloss {sloss:.4f}"
-            print0(log_line(f"step {step:6d}", text, columns, (last_step - step) * seconds))
+            print0(log_line(f"step {step:6d}", text, columns, (last_step - step) * seconds, device))
 
             # start the next stretch
             steps_to_log = []

@@ -146,6 +146,7 @@ flag("--val_every", type=int, default=1, help="epochs between validations")
 flag("--log_every", "--log_every_n_steps", type=int, default=10, help="steps between log lines")
 flag("--seed", type=int, default=239, help="seed of weights, clip order and masks")
 flag("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+flag("--peak_tflops", type=float, help="TFLOP/s that the device can reach in --dtype, for MFU in the log (default: from its data sheet, for A100, H100 and a few more)")  # fmt: skip
 flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
 
@@ -201,6 +202,7 @@ from files.logs import (
 from files.remote import cached
 from files.shards import line_warnings
 from files.vpt import ACTION_SPACES, CONTINUOUS, ClipReader, hotbar_columns
+from kernels.flops import forward_flops, peak_to_assume
 from model import (
     Encoder21,
     InverseDynamics,
@@ -660,6 +662,10 @@ if __name__ == "__main__":
         # blocks also return keys and values, which are views; nothing here writes into them
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
+    # MFU in the log is the share of this that training reaches; None: not known
+    peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
+    step_flops = None
+
     # --- optimizer, resume ---
     # weight decay on matrices only: biases and norms should not shrink
     params = [p for p in model.parameters() if p.requires_grad]
@@ -793,9 +799,9 @@ if __name__ == "__main__":
     losses_of_a_row += ["inverse_loss"]
     train_columns = ["epoch", "itr", *losses_of_a_row, "total_loss", *SPREAD, "momentum", "lr"]
     train_columns += ["grad_norm", "clips_per_s", "data_wait", "memory_mib", "bytes_per_s"]
-    # a new column comes last: then the rows of an earlier run still fit
+    # new columns come last: then the rows of an earlier run still fit
     losses_of_a_row.append("context_loss")
-    train_columns.append("context_loss")
+    train_columns += ["context_loss", "mfu"]
     val_columns = ["epoch", "masked_loss", *PROBE]
     headers = {
         "train": (train_columns, *divmod(step, args.ipe)),
@@ -1036,6 +1042,13 @@ if __name__ == "__main__":
                 loss = (parts * loss_weights).sum() / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
+            # once, for MFU: the teacher goes forward, the rest also backward: twice as much
+            if peak and not step_flops:
+                flops = 3 * forward_flops(model, video, targets, masks, actions)
+                if args.masked:
+                    flops += forward_flops(targets_of, video)
+                step_flops = args.grad_accum * flops
+
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += parts.detach() / args.grad_accum
 
@@ -1072,6 +1085,7 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
+            mfu = step_flops / seconds / peak if peak else None
             spread = dict(zip(SPREAD, feature_spread(torch.cat(recent_targets))))
             recent_targets = []
             for row in mean_over_ranks(steps_to_log, world, torch.float64):
@@ -1079,7 +1093,7 @@ if __name__ == "__main__":
                 total = sum(w * x for w, x in zip(loss_weights_at(number), row.losses))
                 place = f"epoch {row.epoch}, itr {row.itr}"
                 check_finite(row, total, place, args.out_dir, args.dtype)
-                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory)
+                columns = train_row(row, losses_of_a_row, seconds, wait, world, memory, mfu)
                 columns["total_loss"] = total
                 columns["momentum"] = momentum_at(number, total_steps, *args.ema)
                 columns["bytes_per_s"] = row.bytes_read / seconds
@@ -1098,7 +1112,7 @@ if __name__ == "__main__":
             if args.idm:
                 text += f"  idm {columns['inverse_loss']:.4f}"
             text += f"  rank {spread['effective_rank']:.1f} std {spread['smallest_std']:.3f}"
-            print0(log_line(place, text, columns, (last_step - step) * seconds))
+            print0(log_line(place, text, columns, (last_step - step) * seconds, device))
 
             # the loss falls when features collapse, so something else must tell
             first_rank = first_rank or spread["effective_rank"]

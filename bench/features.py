@@ -36,11 +36,11 @@ from bench.step import useful_flops
 from files.features import PLAY, estimate, play_runs
 from files.logs import read_csv
 from files.shards import expand, index_shards
+from kernels.flops import PEAKS
 from model import Predictor
 from weights import build_encoder
 
 PARTS = ["speed", "encode", "storage", "flops", "int8"]
-PEAKS = {"H100": 989e12, "A100": 312e12}  # FLOP/s of dense bf16, from the data sheets
 SIZES = "--encoder vit_tiny --crop_size 32 --fps 10".split()
 TRAIN = (
     "--action_space 36 --crop_size 32 --fps 10 --feature_norm standardize --pred_dim 192"

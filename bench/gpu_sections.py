@@ -15,13 +15,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench
-from bench.features import PEAKS
 from bench.kernels import apart, attend, flex_attend, forward_backward, relative_error
 from bench.plan import plan, problem_of
 from bench.step import useful_flops
 from evaluation.memory import estimate
 from evaluation.search import energy
 from kernels import ATTENTION, attention_impl
+from kernels.flops import peak_of
 from kernels.reference import attention_dense, moments_two_pass, rope_plain
 from model import (
     ACModel,
@@ -126,16 +126,6 @@ TINY = Sizes(
     seconds_of_play=3,
     workers=(0,),
 )
-
-
-def peak_of(device):
-    """FLOP/s of dense bf16 in the data sheet of this GPU, or None: MFU is a share of it."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for model, flops in PEAKS.items():
-            if model in name:
-                return flops
-    return None
 
 
 def compute_dtype(device):

@@ -77,9 +77,9 @@ def check_finite(row, loss, place, out_dir, dtype):
     )
 
 
-def train_row(row, names, seconds, data_wait, world, memory):
+def train_row(row, names, seconds, data_wait, world, memory, mfu=None):
     """Columns of train.csv that all scripts have. seconds and data_wait: of one step; names: of the
-    losses; memory: MiB."""
+    losses; memory: MiB; mfu: the share of the device's peak FLOP/s, None where that is unknown."""
     columns = {
         "epoch": row.epoch,
         "itr": row.itr,
@@ -88,6 +88,7 @@ def train_row(row, names, seconds, data_wait, world, memory):
         "clips_per_s": len(row.keys) * world / seconds,
         "data_wait": data_wait / seconds,
         "memory_mib": memory,
+        "mfu": mfu,
     }
     return columns | dict(zip(names, row.losses))
 
@@ -95,13 +96,15 @@ def train_row(row, names, seconds, data_wait, world, memory):
 # --- what a person reads ---
 
 
-def log_line(place, losses, columns, seconds_left):
+def log_line(place, losses, columns, seconds_left, device):
     """The line of a training step. place: how far the run is; losses: a text; columns: what
-    train_row gives."""
-    return (
-        f"{place}  {losses}  lr {columns['lr']:.2e}  {columns['clips_per_s']:6.1f} clips/s"
-        f"  data wait {columns['data_wait']:4.0%}  ETA {eta(seconds_left)}"
-    )
+    train_row gives. On a GPU its memory at the peak is shown, and MFU where it is known."""
+    speed = f"{columns['clips_per_s']:6.1f} clips/s  data wait {columns['data_wait']:4.0%}"
+    if columns["mfu"] is not None:
+        speed += f"  MFU {columns['mfu']:5.1%}"
+    if device.type == "cuda":
+        speed += f"  GPU {columns['memory_mib'] / 1024:.1f} GiB"
+    return f"{place}  {losses}  lr {columns['lr']:.2e}  {speed}  ETA {eta(seconds_left)}"
 
 
 def eta(seconds):

@@ -13,6 +13,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # those between powers of two are computed as the next one, the rest of every row masked at the load
@@ -358,6 +359,17 @@ def _attention(
 @_attention.register_fake
 def _(q, k, v, block):
     return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.nanojepa.attention)
+def flops(q_shape, k_shape, v_shape, block, out_shape=None):
+    """Two products for every pair of tokens that the mask lets through."""
+    L = q_shape[2]
+    pairs = 0
+    for start in range(0, L, block):
+        end = min(start + block, L)
+        pairs += (end - start) * end
+    return 4 * q_shape[0] * q_shape[1] * q_shape[3] * pairs
 
 
 @torch.library.custom_op("nanojepa::attention_backward", mutates_args=())

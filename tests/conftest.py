@@ -17,6 +17,7 @@ os.environ["NANOJEPA_CACHE"] = tempfile.mkdtemp(prefix="nanojepa-cache-")
 import pytest  # noqa: E402
 
 from tests.harness import (  # noqa: E402
+    PEAK,
     ROOT,
     film,
     fit_robot_scaler,
@@ -154,7 +155,7 @@ def arm(tmp_path_factory, forkserver):
     # this scaler is not the base's: it must be folded in
     adapt = ["--base", folder / "base", "--max_steps 6 --lr 1e-2"]
     wide = ["--scaler", folder / "wide.safetensors"]
-    run(folder, "train_lora.py", *flags, *wide, *adapt, "--out_dir", folder / "lora")
+    run(folder, "train_lora.py", *flags, *wide, *adapt, PEAK, "--out_dir", folder / "lora")
 
     command = ["--scaler", folder / "command.safetensors", "--action_keys command"]
     adapt.append("--train_condition_encoders")

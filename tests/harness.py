@@ -452,6 +452,24 @@ def numbers(folder, *names, log="train.csv"):
     return np.array([[cell or "nan" for cell in row] for row in rows], dtype=float)
 
 
+# the test runs that read the FLOPs of a step from the log: MFU of this many FLOP/s
+PEAK = "--peak_tflops 0.01"
+
+
+def step_flops(folder, clips):
+    """FLOPs of a step of `clips` clips, from the log of a run with PEAK."""
+    share, clips_per_s = numbers(folder, "mfu", "clips_per_s").T
+    flops = 1e10 * share * clips / clips_per_s
+    np.testing.assert_allclose(flops, flops[0], rtol=1e-6)
+    return flops[0]
+
+
+def weight_count(folder, *parts):
+    """Numbers in the matrices of parts of a checkpoint."""
+    state, _ = checkpoint.load_latest(str(folder))
+    return sum(x.numel() for part in parts for x in state[part].values() if x.ndim > 1)
+
+
 def moments_of(state):
     """Adam's moments and step of every parameter of a checkpoint."""
     names = ("exp_avg", "exp_avg_sq", "step")

@@ -37,7 +37,19 @@ from model import (
     growth_of,
     normalize_features,
 )
-from tests.harness import Run, column, error_line, fails, numbers, read_number, run, start_ranks
+from tests.harness import (
+    PEAK,
+    Run,
+    column,
+    error_line,
+    fails,
+    numbers,
+    read_number,
+    run,
+    start_ranks,
+    step_flops,
+    weight_count,
+)
 
 LOSSES = ("l1_loss", "gradient_loss", "grad_norm")
 TINY = (
@@ -272,7 +284,7 @@ def world(game):
 def trained(world, tmp_path_factory):
     """A finished run, its folder and what it printed."""
     out = tmp_path_factory.mktemp("decoder") / "run"
-    text = run(out.parent, "train_decoder.py", *world, PLAN, "--out_dir", out)
+    text = run(out.parent, "train_decoder.py", *world, PLAN, PEAK, "--out_dir", out)
     return types.SimpleNamespace(out=out, text=text)
 
 
@@ -323,6 +335,9 @@ def test_a_run_logs_and_shows_pictures(trained):
     assert f"python eval.py --checkpoint RUN --decoder {out}" in trained.text
     for name in ("curves.png", "pictures.png"):
         assert (out / name).stat().st_size > 10_000
+
+    # MFU: every weight meets at least one token of a step, and a clip has 8 steps
+    assert step_flops(out, 4) > 6 * 4 * 8 * weight_count(out, "decoder")
 
     # the run opens again, and its pictures are as good as those that were validated
     decoder = Decoder(str(out), torch.device("cpu"))

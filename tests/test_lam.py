@@ -30,7 +30,19 @@ from model import (
     moved,
 )
 from prepare.manifest import split_counts
-from tests.harness import ROOT, Run, column, fails, numbers, rows_of, run, start_ranks
+from tests.harness import (
+    PEAK,
+    ROOT,
+    Run,
+    column,
+    fails,
+    numbers,
+    rows_of,
+    run,
+    start_ranks,
+    step_flops,
+    weight_count,
+)
 
 TINY = {
     "embed_dim": 16,
@@ -1156,7 +1168,8 @@ def same_run(a, b):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    run(folder, "train_lam.py", "--data_dir", folder, SMALL, PLAN, "--out_dir", folder / "run")
+    flags = ["--data_dir", folder, SMALL, PLAN, PEAK, "--out_dir", folder / "run"]
+    run(folder, "train_lam.py", *flags)
     return folder / "run"
 
 
@@ -1424,6 +1437,7 @@ def test_every_metric_of_the_guide_is_logged(trained):
     for name in ("lr", "grad_norm", "rollout_loss"):
         assert len(np.unique(numbers(trained, name))) > 3
 
+    assert step_flops(trained, 4) > 6 * 4 * weight_count(trained, "lam")
     vq = numbers(trained, "vq_loss")
     codebook = numbers(trained, "codebook_loss")
     commitment = numbers(trained, "commitment_loss")

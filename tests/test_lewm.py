@@ -32,12 +32,15 @@ from model import (
     sigreg,
 )
 from tests.harness import (
+    PEAK,
     column,
     fails,
     numbers,
     run,
     start_ranks,
+    step_flops,
     tfrecord,
+    weight_count,
     write_file,
 )
 
@@ -249,7 +252,7 @@ def trained(world):
     folder = world.folder / "trained"
     flags = [*world.flags, PLAN, "--sigreg 0.05 --sigreg_directions 32 --auto_steps 2"]
     flags += ["--pixels_cache", world.folder / "pixels"]
-    text = run(world.folder, "train_lewm.py", *flags, "--out_dir", folder)
+    text = run(world.folder, "train_lewm.py", *flags, PEAK, "--out_dir", folder)
     return types.SimpleNamespace(out=folder, text=text, flags=flags)
 
 
@@ -272,6 +275,7 @@ def test_a_run_learns_logs_and_says_what_comes_next(trained):
     assert rows[-1, 5] < rows[0, 5]  # inverse dynamics
     names = ("epoch", "tf_skill", "tf_gap", "effective_rank", "smallest_std", "probe_yaw")
     val = numbers(trained.out, *names, "moves_gap", log="val.csv")
+    assert step_flops(trained.out, 4) > 6 * 4 * weight_count(trained.out, "encoder", "predictor")
     assert val[:, 0].tolist() == [1, 2] and np.isfinite(val).all()
     for text in ("held out after epoch 2: skill", "action gap", "effective rank", "yaw R2"):
         assert text in trained.text

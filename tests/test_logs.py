@@ -68,6 +68,31 @@ def test_numbers_are_written_as_people_read_them():
     assert logs.changed_flags(old, old) == "the same flags as before"
 
 
+def test_the_log_line_says_how_well_a_gpu_is_used():
+    """Bug: MFU as a share of one or of nothing; MiB as GiB; the memory of a process as that of
+    a GPU."""
+    row = a_row(losses=[0.5, 0.25])
+    columns = logs.train_row(row, ["jloss", "sloss"], 0.5, 0.02, 2, 61.25 * 1024, 0.4123)
+    gpu = logs.log_line("epoch 0", "jloss 1", columns, 60, torch.device("cuda", 0))
+    assert "8.0 clips/s  data wait   4%  MFU 41.2%  GPU 61.2 GiB  ETA 0:01:00" in gpu
+    columns["mfu"] = None
+    cpu = logs.log_line("epoch 0", "jloss 1", columns, 60, torch.device("cpu"))
+    assert "data wait   4%  ETA" in cpu
+
+
+def test_a_resumed_log_may_be_older_than_a_column(tmp_path):
+    """Bug: rows of a run that was begun before there was MFU are lost or shifted; an unknown MFU
+    stops the log."""
+    path = str(tmp_path / "train.csv")
+    (tmp_path / "train.csv").write_text("epoch,itr,jloss\n0,0,0.5\n0,1,0.25\n")
+    log = logs.open_csv(path, ["epoch", "itr", "jloss", "mfu"], 0, 1, keep=True)
+    log({"epoch": 0, "itr": 1, "jloss": 0.125, "mfu": None})
+    log({"epoch": 0, "itr": 2, "jloss": 0.5, "mfu": 0.375})
+    table = logs.read_csv(path)
+    assert table["jloss"].tolist() == [0.5, 0.125, 0.5]
+    assert np.isnan(table["mfu"]).tolist() == [True, True, False] and table["mfu"][2] == 0.375
+
+
 def test_the_disk_is_judged_before_the_folder_exists(tmp_path):
     """Bug: the free space of another disk, or an error, where --out_dir is new."""
     text = checkpoint.disk_text(str(tmp_path / "a" / "b"), 2, 3 * 2**20)

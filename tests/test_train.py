@@ -23,6 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 
 import checkpoint
 import weights
+from bench.step import useful_flops
 from data import ActionScaler, Clips, split_records
 from evaluation.held_out import METERS, held_out, meter_summary
 from evaluation.runs import open_run
@@ -33,6 +34,7 @@ from files.video import mp4_times, read_frames
 from model import Predictor, encode_steps, make_features_of
 from tests.harness import (
     FIXTURES,
+    PEAK,
     PLAN,
     ROOT,
     TINY,
@@ -47,6 +49,7 @@ from tests.harness import (
     run,
     same_run,
     start_ranks,
+    step_flops,
     words,
     write_tar,
 )
@@ -89,7 +92,7 @@ def trained(world):
     """A finished run on features, saved after epochs 1, 2 and 3 of 25 steps; .flags are what makes
     it."""
     flags = [*world.features, PLAN, "--ipe 25 --keep_last 9"]
-    run(world.folder, "train_ac.py", *flags, "--out_dir", world.folder / "trained")
+    run(world.folder, "train_ac.py", *flags, PEAK, "--out_dir", world.folder / "trained")
     return types.SimpleNamespace(out=world.folder / "trained", flags=flags)
 
 
@@ -1108,6 +1111,13 @@ def test_pictures_and_arguments_of_a_run(trained):
     assert (rows[:, 6] >= 0).all()
     assert (rows[:, 6] <= 1).all()
     assert rows[-10:, 2].mean() < 0.9 * rows[:5, 2].mean()
+
+    # MFU: the FLOPs are those that bench/step.py writes down. It leaves out the condition encoders,
+    # and counts what a fused attention computes again
+    predictor = open_run(str(trained.out))[0]
+    encoder = weights.build_encoder("vit_tiny", 32)
+    _, expected = useful_flops(encoder, predictor, args["batch_size"], 8)
+    assert step_flops(trained.out, args["batch_size"]) == pytest.approx(expected, rel=0.03)
     assert numbers(trained.out, "epoch", log="val.csv")[:, 0].tolist() == [1, 2, 3]
 
 

@@ -46,7 +46,19 @@ from model import (
     update_teacher,
     variance_and_covariance,
 )
-from tests.harness import FORK, Run, column, fails, film, numbers, run, start_ranks
+from tests.harness import (
+    FORK,
+    PEAK,
+    Run,
+    column,
+    fails,
+    film,
+    numbers,
+    run,
+    start_ranks,
+    step_flops,
+    weight_count,
+)
 
 FIXTURES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fixtures")
 TINY = (
@@ -650,7 +662,7 @@ def world(tmp_path_factory, shards):
 def trained(world):
     """A finished run of six steps with every term; its folder and what it printed."""
     out = world.folder / "trained"
-    text = run(world.folder, "train_vjepa.py", *world.all, PLAN, "--out_dir", out)
+    text = run(world.folder, "train_vjepa.py", *world.all, PLAN, PEAK, "--out_dir", out)
     return types.SimpleNamespace(out=out, text=text)
 
 
@@ -683,6 +695,12 @@ def test_a_run_learns_logs_and_says_what_comes_next(trained):
         moved = weights.without_prefix(state[part])["blocks.1.mlp.fc1.weight"]
         assert not torch.equal(moved, new["blocks.1.mlp.fc1.weight"])
     assert (trained.out / "curves.png").stat().st_size > 10_000
+
+    # MFU: every weight meets at least one token of a clip, forward and backward, those of the
+    # teacher 64
+    trained_weights = weight_count(trained.out, "encoder", "predictor")
+    of_teacher = 2 * 64 * weight_count(trained.out, "target_encoder")
+    assert step_flops(trained.out, 4) > 4 * (6 * trained_weights + of_teacher)
 
 
 def test_resume_is_exact(world, tmp_path, trained):
