@@ -138,7 +138,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import holds_play, open_films, open_records, open_split, split_records
+from data import holds_play, open_films, open_records, split_records
 from evaluation.heads import (
     anticipation,
     anticipation_table,
@@ -163,7 +163,7 @@ from evaluation.runs import (
     pick_device,
     play_reader,
     print_left_out,
-    through_cache,
+    split_of_run,
     warn_of_training_data,
 )
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
@@ -611,12 +611,7 @@ if __name__ == "__main__":
         reader = FilmReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size)
         train_records, _, val_records, bad = open_films(args.data, reader, val_data=args.val_data)
     else:
-        train_records, _, val_records, bad = open_split(
-            through_cache(args.data or settings["data"], settings),
-            None,
-            through_cache(args.val_data or settings["val_data"], settings),
-            settings["val_fraction"],
-        )
+        train_records, _, val_records, bad = split_of_run(settings, args.data, args.val_data)
 
     # both are needed: heads learn recordings by heart, and a score on those says nothing
     if not (train_records and val_records):

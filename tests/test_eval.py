@@ -37,7 +37,7 @@ from evaluation.held_out import (
     precision_text,
     ratio_interval,
 )
-from evaluation.runs import open_held_out, open_run
+from evaluation.runs import open_held_out, open_run, split_of_run
 from files import logs
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, HOTBAR, SLOTS, ClipReader
@@ -305,6 +305,20 @@ def test_a_probe_without_training_data(game, tmp_path):
         training_records(gone, [str(game.video)], held)
     run_of.state["dataset"] = "droid"
     assert "gameplay" in report.probe_section(judged, dataset, None, None, None, options)[1]
+
+
+def test_a_run_is_judged_on_the_recordings_that_it_picked(shards):
+    """Bug: what a run with --recordings held out is split from all recordings: it was trained on
+    some of them; names of its own data are looked for in other data."""
+    path = str(shards / "shard-*.tar")
+    settings = {"data": [[path]], "val_data": None, "val_fraction": 0.5, "cache_dir": None}
+    names = sorted(record.recording for record in index_shards(sorted(glob.glob(path)))[0])
+    picked = [names[0], names[-1]]
+    train, _, val, _ = split_of_run(settings | {"recordings": picked})
+    assert sorted(record.recording for record in train + val) == picked
+    other, held = ([[str(shards / f"shard-00000{i}.tar")]] for i in (1, 2))
+    train, _, val, _ = split_of_run(settings | {"recordings": picked}, other, held)
+    assert (len(train), len(val)) == (2, 2)
 
 
 @pytest.mark.parametrize("recordings", [3, 5, 12])
