@@ -4,6 +4,7 @@ on held-out gameplay or robot episodes.
     python eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
     python eval.py --checkpoint out/lewm --train_data 'demo/train/*.tar' --data 'demo/val/*.tar'
     python eval.py --checkpoint out/robot/r16 --landscape x z
+    torchrun --nproc_per_node=8 eval.py --checkpoint out/ac         # the same numbers on 8 GPUs
 
 Reads a run folder or checkpoint and held-out data (VPT video or features of the run's encoder,
 robot episodes; default: what the run held out). Of gameplay it also reads training clips, to fit a
@@ -90,6 +91,7 @@ def parse_flags():
 if __name__ == "__main__":
     args = parse_flags()
 
+import itertools
 import math
 import os
 import sys
@@ -124,6 +126,7 @@ from evaluation.held_out import (
     signed,
     states_from,
 )
+from evaluation.ranks import gathered, join, leave, print0, share
 from evaluation.runs import Run, load_run, open_held_out, print_left_out
 from files.disk import write_atomically
 from files.logs import count_text, to_json
@@ -332,15 +335,18 @@ def explore(judged, dims, axes, samples, clips):
     plain = to_units(judged.actions, run.scaler)[..., dims]  # (n, K, 2)
     generator = torch.Generator().manual_seed(0)
     hotbar = hotbar_columns(names)
-    ranks, lands = [], []
-    misses = []
-
     count = min(len(judged.actions), clips)
-    for i in tqdm(range(count), "rank, landscape", delay=10, unit=" clips"):
+    drawn = []
+    for i in range(count):
+        others = drawn_from_others(judged.actions, i, judged.recordings, samples, generator)
+        drawn.append(others)
+
+    results = []
+    for i in tqdm(share(range(count)), "rank, landscape", delay=10, unit=" clips"):
         # the truth, actions of other recordings and the grid, all at once
         z, a, s = one_clip(judged.clips, i)
         true = judged.actions[i, -1]
-        others = drawn_from_others(judged.actions, i, judged.recordings, samples, generator)
+        others = drawn[i]
         grid = swept(true, names, run.scaler, dims, axes)
 
         # the hotbar is in every picture: with another one an action would be told too easily
@@ -351,19 +357,20 @@ def explore(judged, dims, axes, samples, clips):
             e = energies(run.predictor, z, a, s, candidates).float().cpu()
 
         # the true action's place among the others, and the grid as a picture
-        ranks.append(rank_of(e[0], e[1 : len(others) + 1]))
+        rank = rank_of(e[0], e[1 : len(others) + 1])
         land = e[len(others) + 1 :].view(GRID, GRID).numpy()
-        lands.append(land)
 
         # how far the least energy is from the truth, and how far a random action is
         least = np.unravel_index(land.argmin(), land.shape)
         best = np.array([[axis[k] for axis, k in zip(axes, least)]])
-        drawn = to_units(others, run.scaler)[:, dims]
-        misses.append([np.abs(x - plain[i, -1]).mean(0) for x in (best, drawn)])
+        random = to_units(others, run.scaler)[:, dims]
+        misses = [np.abs(x - plain[i, -1]).mean(0) for x in (best, random)]
+        results.append((rank, land, misses))
 
     # over all clips, for each dimension
+    ranks, lands, misses = zip(*gathered(results))
     argmin, random = np.mean(misses, axis=0)
-    return Landscapes(ranks, lands, argmin, random)
+    return Landscapes(list(ranks), list(lands), argmin, random)
 
 
 def landscape_lines(landscapes, dims, units, samples, recordings):
@@ -415,10 +422,8 @@ def retrieval(predictor, places, T, batch_size, compose, load):
     for i, (number, _) in places.items():
         groups.setdefault(number, []).append(i)
 
-    nearest_of = {}
-    names = ("hit", "offset", "rank", "copy_hit", "copy_offset", "copy_rank", "chance")
-    rows = {name: [] for name in names}
-    for group in tqdm(groups.values(), "retrieval", delay=10, unit=" recordings"):
+    results = []
+    for group in tqdm(share(list(groups.values())), "retrieval", delay=10, unit=" recordings"):
         # roll out, a batch at a time: a recording may hold more clips than fit at once
         parts = [load(group[k : k + batch_size]) for k in range(0, len(group), batch_size)]
         rolled_out = [predictor.rollout(h[:, :1], a, compose(s[:, 0], a)) for h, a, s in parts]
@@ -433,23 +438,31 @@ def retrieval(predictor, places, T, batch_size, compose, load):
         # nearest to the prediction, and to the first step: a model that stands still is a copy
         copied, copy_rank = retrieve(z[:, :1].expand_as(ahead), pool, true)
         nearest, rank = retrieve(ahead, pool, true)
-        rows["rank"].append(rank)
-        rows["copy_rank"].append(copy_rank)
-
-        # places in the pool as (clip, step)
-        for i, row in zip(group, nearest.tolist()):
-            nearest_of[i] = [(group[j // T], j % T) for j in row]
-        for name, index in (("", nearest), ("copy_", copied)):
-            rows[name + "hit"].append((index == true).double())
-            rows[name + "offset"].append((time[index] - time[true]).abs())
+        of_group = {}
+        for who, index, ranks in (("", nearest, rank), ("copy_", copied, copy_rank)):
+            of_group[who + "hit"] = (index == true).double()
+            of_group[who + "offset"] = (time[index] - time[true]).abs()
+            of_group[who + "rank"] = ranks
 
         # a step drawn blindly from the pool: how hard a hit is depends on its size
-        rows["chance"].append(torch.full((len(group),), 1 / len(time)))
+        of_group["chance"] = torch.full((len(group),), 1 / len(time))
+
+        # places in the pool as (clip, step)
+        found = {}
+        for i, row in zip(group, nearest.tolist()):
+            found[i] = [(group[j // T], j % T) for j in row]
+        results.append((found, of_group))
+
+    # of all recordings
+    results = gathered(results)
+    nearest_of = {}
+    for found, _ in results:
+        nearest_of |= found
 
     # offsets have long tails, so a median; hits are 0 or 1, so a mean
     means = {}
-    for name, parts in rows.items():
-        values = torch.cat(parts)
+    for name in results[0][1]:
+        values = torch.cat([of_group[name] for _, of_group in results])
         mean = values.median(0).values if "offset" in name else values.mean(0)
         means[name] = mean.tolist()
     return nearest_of, means
@@ -507,6 +520,17 @@ class StoredClips:
                 clip[name] = values[i].clone() if torch.is_tensor(values) else values[i]
             self.as_read.append(clip)
         return self.features_of(batch)
+
+    def gather(self):
+        """Add the clips that other ranks have read, in the order of one rank."""
+        batches = []
+        first = 0
+        for size in self.sizes:
+            batches.append(self.as_read[first : first + size])
+            first += size
+        batches = gathered(batches)
+        self.as_read = sum(batches, [])
+        self.sizes = [len(batch) for batch in batches]
 
     def load(self, numbers):
         """The clips with these numbers, as one batch."""
@@ -584,6 +608,10 @@ def meet(run, dataset, features_of, compose, batch_size, val_clips, num_workers)
         compose=compose,
         hotbar=hotbar_columns(run.state["action_names"]),
     )
+
+    # every rank has read a share; what comes later looks at any clip
+    stored.gather()
+    bad = sum(gathered([bad]), [])
 
     # the losses are of training; here errors count, which all models have in common
     errors = {k: v for k, v in errors.items() if k.startswith(("tf_", "ro_"))}
@@ -742,9 +770,10 @@ def groups_section(judged):
 
     # in the batches of the meter, because those decide whose actions a clip gets: the gap of all
     # groups together is then the meter's
+    sizes = judged.clips.sizes
+    batches = list(zip(itertools.accumulate(sizes, initial=0), sizes))
     rows = []
-    first = 0
-    for size in tqdm(judged.clips.sizes, "groups of actions", delay=10, unit=" batches"):
+    for first, size in tqdm(share(batches), "groups of actions", delay=10, unit=" batches"):
         z, actions, states = judged.clips.load(range(first, first + size))
         others = judged.others_of(recordings[first : first + size], actions)
         with run.autocast():
@@ -752,7 +781,7 @@ def groups_section(judged):
                 run.predictor, z, actions, states, others, judged.states_of, groups
             )
         rows.append({k: v.cpu() for k, v in errors.items()})
-        first += size
+    rows = gathered(rows)
     shuffled = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
 
     # one step ahead and rolled out: [gap, low, high]
@@ -966,6 +995,8 @@ if __name__ == "__main__":
     sys.excepthook = checkpoint.short_excepthook
 
     # --- run and data ---
+    # with torchrun each rank takes a share of what is slow
+    join()
     run = load_run(args.checkpoint, args.dtype)
     names = run.state["action_names"]
 
@@ -982,7 +1013,7 @@ if __name__ == "__main__":
     warnings = []
 
     def warn(line):
-        print(line)
+        print0(line)
         warnings.append(line)
 
     dataset, features_of, compose, bad = open_held_out(
@@ -1020,7 +1051,7 @@ if __name__ == "__main__":
         f" {count_text(len(set(recordings)), 'recording')};"
         f" {precision_text(run.dtype, run.device, run.predictor, K)}"
     )
-    print(about)
+    print0(about)
 
     # --- actions, landscapes, retrieval ---
     # the same clips, seen from three more sides
@@ -1040,6 +1071,10 @@ if __name__ == "__main__":
     probed, why, bad_clips = probe_section(
         judged, dataset, features_of, train_data, args.encoder, options
     )
+
+    # --- the first rank draws and writes ---
+    if not leave():
+        sys.exit()
     print_left_out(dict.fromkeys(bad + also_bad + bad_clips))
 
     # first what can be compared with other runs, then what is of this one alone

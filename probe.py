@@ -138,7 +138,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import holds_play, open_films, open_records, open_split, split_records
+from data import holds_play, open_films, open_records, split_records
 from evaluation.heads import (
     anticipation,
     anticipation_table,
@@ -155,6 +155,7 @@ from evaluation.heads import (
     pool,
 )
 from evaluation.held_out import precision_of, precision_text
+from evaluation.ranks import join, leave, print0, rank_and_world
 from evaluation.runs import (
     decoder_for,
     features_of_records,
@@ -162,7 +163,7 @@ from evaluation.runs import (
     pick_device,
     play_reader,
     print_left_out,
-    through_cache,
+    split_of_run,
     warn_of_training_data,
 )
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
@@ -537,6 +538,9 @@ if __name__ == "__main__":
             )
 
     # --- run ---
+    # with torchrun each rank reads and encodes a share; the first one fits the heads
+    join()
+
     # without one, flags say how clips are cut, and there are no predictions to probe
     run = load_run(args.checkpoint, args.dtype) if args.checkpoint else None
     if run is not None:
@@ -586,10 +590,10 @@ if __name__ == "__main__":
     # what computes it: numbers of two machines differ in their last digits
     steps = settings["frames_per_clip"] // settings["frames_per_step"]
     if predictor is not None:
-        print(precision_text(dtype, device, predictor, steps - 1))
+        print0(precision_text(dtype, device, predictor, steps - 1))
     else:
         kernels = describe_kernels(device, getattr(torch, dtype))
-        print(f"{dtype} on {device.type}; {kernels}")
+        print0(f"{dtype} on {device.type}; {kernels}")
 
     # the actions to anticipate must lie inside of a clip, after the two steps that are seen
     if {"anticipation", "motion"} & set(tasks) and steps < args.horizon + 2:
@@ -607,12 +611,7 @@ if __name__ == "__main__":
         reader = FilmReader(args.frames_per_clip, args.fps, args.frames_per_step, args.crop_size)
         train_records, _, val_records, bad = open_films(args.data, reader, val_data=args.val_data)
     else:
-        train_records, _, val_records, bad = open_split(
-            through_cache(args.data or settings["data"], settings),
-            None,
-            through_cache(args.val_data or settings["val_data"], settings),
-            settings["val_fraction"],
-        )
+        train_records, _, val_records, bad = split_of_run(settings, args.data, args.val_data)
 
     # both are needed: heads learn recordings by heart, and a score on those says nothing
     if not (train_records and val_records):
@@ -621,7 +620,7 @@ if __name__ == "__main__":
             " local --data and --val_data"
         )
     if run is not None:
-        warn_of_training_data(val_records, state, scaler)
+        warn_of_training_data(val_records, state, scaler, print0)
 
     # features need the encoder only where new videos are labelled; a run may know its own
     records = train_records + val_records
@@ -636,19 +635,19 @@ if __name__ == "__main__":
         remedy = "name the shards that the features were made from with --lines"
         if tasks == ["motion"]:
             raise ValueError(f"--task motion: features have no lines; {remedy}")
-        print(f"note: no motion, because features have no lines; {remedy}")
+        print0(f"note: no motion, because features have no lines; {remedy}")
         tasks.remove("motion")
 
     # frames are cut as the run was trained on them
     if not plain_video:
-        decoder = decoder_for(records, None, settings)
+        decoder = decoder_for(records, None, settings, print0)
         reader = play_reader(settings, None, decoder)
 
     # --- the same clips for each encoder ---
     reports = {}
     for encoder in encoders:
         if len(encoders) > 1:
-            print(f"\nencoder {encoder}")
+            print0(f"\nencoder {encoder}")
 
         # cut, decoded and encoded as the run was trained on them, but with actions as recorded
         features_of = features_of_records(records, encoder, settings, device, dtype, state)
@@ -670,6 +669,8 @@ if __name__ == "__main__":
 
         train, bad_train = load_clips(train_records, args.clips)
         val, bad_val = load_clips(val_records, args.val_clips)
+        if rank_and_world()[0] > 0:
+            continue
         print_left_out(bad + bad_train + bad_val)
 
         # which of them choose penalties and thresholds; the held-out ones must not
@@ -742,6 +743,10 @@ if __name__ == "__main__":
             y, y_val = (motion_labels(c, shards, reader, args.horizon) for c in (train, val))
             report["motion"] = motion(train, val, dev, y, y_val, args.steps, args.horizon)
             print(*motion_table(report["motion"], args.horizon * step_seconds), sep="\n")
+
+    # --- the first rank has the heads ---
+    if not leave():
+        sys.exit()
 
     # several encoders, side by side
     if len(reports) > 1:

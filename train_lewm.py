@@ -77,6 +77,7 @@ flag("--data_weights", type=float, nargs="+", help="share of the clips from each
 flag("--val_data", nargs="+", action="append", help="held-out shards; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the shards held out (below ten shards: of the recordings)")  # fmt: skip
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip
+flag("--recordings", metavar="FILE", help="take only these recordings of --data: a file of names, one a line")  # fmt: skip
 # shards at URLs
 flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed; without it they are streamed")  # fmt: skip
 flag("--cache_size", type=float, default=100.0, help="size limit of --cache_dir in GB; the least recently used shards are deleted first")  # fmt: skip
@@ -190,7 +191,7 @@ flag("--dry_run", action=switch, default=False, help="check everything, run thre
 # flags of one dataset only
 OF_PLAY = ["data_weights", "cache_dir", "cache_size", "frames_per_step", "action_space", "gui"]
 OF_PLAY += ["decoder", "pixels_cache", "horizontal_flip", "random_resize_scale", "motion_shift"]
-OF_PLAY += ["temporal_jitter", "action_noise", "idm_hotbar"]
+OF_PLAY += ["temporal_jitter", "action_noise", "idm_hotbar", "recordings"]
 OF_ROBOTS = ["stride", "crop", "camera", "idle_filter", "success", "state_keys", "action_keys"]
 OF_ROBOTS += ["verify"]
 
@@ -220,6 +221,7 @@ from data import (
     fill_pixels_cache,
     open_split,
     prefetch,
+    read_names,
     vpt_loader,
     windows,
 )
@@ -440,6 +442,8 @@ if __name__ == "__main__":
     if args.init_from and not os.path.exists(args.init_from):
         raise FileNotFoundError(f"--init_from {args.init_from}: no such file or run folder")
 
+    only = read_names(args.recordings) if args.recordings else None
+
     # the scaler must be of the same actions and the same step; if the file is missing, the error
     # shows the command that fits one
     suggested_flags = (
@@ -448,6 +452,8 @@ if __name__ == "__main__":
     )
     if robots:
         suggested_flags = f"--dataset droid {suggested_flags}"
+    if args.recordings:
+        suggested_flags += f" --recordings {args.recordings}"
     scaler = ActionScaler.load(args.scaler, suggested_flags)
 
     # one process at a time may write to the folder
@@ -533,7 +539,7 @@ if __name__ == "__main__":
             groups = local[: len(data)]
             val_data = local[len(data) :] or None
         train, shares, val, bad = open_split(
-            groups, args.data_weights, val_data, val_fraction, args.max_bad_fraction
+            groups, args.data_weights, val_data, val_fraction, args.max_bad_fraction, only
         )
     hotbar = hotbar_columns(action_names)
     if bad:
@@ -890,6 +896,7 @@ if __name__ == "__main__":
     # what a judge of the checkpoint must know, by names that stay when a flag is renamed
     settings_of_dataset = {
         "val_data": args.val_data,
+        "recordings": only,
         "action_space": args.action_space,
         "gui": args.gui,
     }

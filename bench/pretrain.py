@@ -72,9 +72,17 @@ def groups_of(modules):
 # --- the reference ---
 
 
-def import_reference(folder):
-    """Its networks, from a checkout: (VisionTransformer, vit_predictor, MultiSeqWrapper,
-    PredictorMultiSeqWrapper, apply_masks)."""
+def open_checkout(folder, parser):
+    """Make the packages of a checkout of vjepa2 importable. Ends the program if it is none."""
+    if not os.path.exists(os.path.join(folder, "src", "models", "vision_transformer.py")):
+        parser.error(
+            f"--vjepa2 {folder} is no checkout of facebookresearch/vjepa2: it has no"
+            " src/models/vision_transformer.py; git clone"
+            " https://github.com/facebookresearch/vjepa2"
+        )
+    if not importlib.util.find_spec("einops"):
+        parser.error("the reference needs the package einops: pip install einops")
+
     # it takes from timm only what drops whole paths, which its pretraining does not do
     if not importlib.util.find_spec("timm"):
         layers = types.ModuleType("timm.models.layers")
@@ -83,18 +91,11 @@ def import_reference(folder):
         sys.modules["timm.models"] = types.ModuleType("timm.models")
         sys.modules["timm.models.layers"] = layers
     sys.path.insert(0, folder)
-    from src.masks.utils import apply_masks
-    from src.models.predictor import vit_predictor
-    from src.models.vision_transformer import VisionTransformer
-    from src.utils.wrappers import MultiSeqWrapper, PredictorMultiSeqWrapper
-
-    return VisionTransformer, vit_predictor, MultiSeqWrapper, PredictorMultiSeqWrapper, apply_masks
 
 
-def reference_networks(folder, encoder, predictor, frames, crop_size):
-    """(encoder, predictor, apply_masks) of the reference, with our weights."""
-    VisionTransformer, vit_predictor, OfEncoder, OfPredictor, apply_masks = import_reference(folder)
-    shared = {
+def shared_options(encoder, frames, crop_size):
+    """What the reference's encoder and predictor are both built with."""
+    return {
         "img_size": crop_size,
         "patch_size": encoder.patch_size,
         "num_frames": frames,
@@ -103,14 +104,30 @@ def reference_networks(folder, encoder, predictor, frames, crop_size):
         "use_rope": True,
         "use_sdpa": True,
     }
-    reference_encoder = VisionTransformer(
+
+
+def encoder_of_reference(encoder, frames, crop_size):
+    """The reference's encoder of clips of so many frames, with the weights of ours."""
+    from src.models.vision_transformer import VisionTransformer
+
+    theirs = VisionTransformer(
         embed_dim=encoder.embed_dim,
         depth=len(encoder.blocks),
         num_heads=encoder.num_heads,
         norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
-        **shared,
+        **shared_options(encoder, frames, crop_size),
     )
-    reference_encoder.load_state_dict(encoder.state_dict())
+    theirs.load_state_dict(encoder.state_dict())
+    return theirs
+
+
+def reference_networks(encoder, predictor, frames, crop_size):
+    """(encoder, predictor, apply_masks) of the reference, with our weights."""
+    from src.masks.utils import apply_masks
+    from src.models.predictor import vit_predictor
+    from src.utils.wrappers import MultiSeqWrapper, PredictorMultiSeqWrapper
+
+    reference_encoder = encoder_of_reference(encoder, frames, crop_size)
 
     # the predictor, with as many mask tokens
     reference_predictor = vit_predictor(
@@ -120,10 +137,11 @@ def reference_networks(folder, encoder, predictor, frames, crop_size):
         num_heads=predictor.num_heads,
         use_mask_tokens=True,
         num_mask_tokens=len(predictor.mask_tokens),
-        **shared,
+        **shared_options(encoder, frames, crop_size),
     )
     reference_predictor.load_state_dict(predictor.state_dict())
-    return OfEncoder(reference_encoder), OfPredictor(reference_predictor), apply_masks
+    wrapped = PredictorMultiSeqWrapper(reference_predictor)
+    return MultiSeqWrapper(reference_encoder), wrapped, apply_masks
 
 
 def reference_step(encoder, predictor, apply_masks, pixels, all_masks, autocast, device):
@@ -237,6 +255,16 @@ def loss_and_gradients(step, *modules):
     return loss, gradients
 
 
+def gradients_off(gradients, wanted):
+    """How far apart two dicts of gradients by name are in all, as a share of the wanted norm. Ends
+    the program if they are of other weights."""
+    if gradients.keys() != wanted.keys():
+        raise SystemExit(f"other weights are trained: {gradients.keys() ^ wanted.keys()}")
+    squares = sum((gradients[name] - g).square().sum() for name, g in wanted.items())
+    norm = sum(g.square().sum() for g in wanted.values())
+    return (squares / norm).sqrt().item()
+
+
 if __name__ == "__main__":
     # --- flags ---
     parser = argparse.ArgumentParser(
@@ -259,14 +287,7 @@ if __name__ == "__main__":
     flag("--repeats", type=int, default=10, help="steps timed of each (default 10)")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
-    if not os.path.exists(os.path.join(args.vjepa2, "src", "models", "vision_transformer.py")):
-        parser.error(
-            f"--vjepa2 {args.vjepa2} is no checkout of facebookresearch/vjepa2: it has no"
-            " src/models/vision_transformer.py; git clone"
-            " https://github.com/facebookresearch/vjepa2"
-        )
-    if not importlib.util.find_spec("einops"):
-        parser.error("the reference needs the package einops: pip install einops")
+    open_checkout(args.vjepa2, parser)
 
     # --- networks and a batch of noise ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -294,7 +315,7 @@ if __name__ == "__main__":
 
     # --- both must compute the same ---
     reference_encoder, reference_predictor, apply_masks = reference_networks(
-        args.vjepa2, encoder, predictor, args.frames_per_clip, args.crop_size
+        encoder, predictor, args.frames_per_clip, args.crop_size
     )
     step_of_reference = reference_step(
         reference_encoder, reference_predictor, apply_masks, pixels, all_masks, autocast, device
@@ -308,20 +329,16 @@ if __name__ == "__main__":
     loss, gradients = loss_and_gradients(step_of_ours, encoder, predictor)
 
     # gradients by name, and how far apart they are in all
-    if gradients.keys() != wanted_gradients.keys():
-        raise SystemExit(f"other weights are trained: {gradients.keys() ^ wanted_gradients.keys()}")
-    squares = sum((gradients[k] - g).square().sum() for k, g in wanted_gradients.items())
-    norm = sum(g.square().sum() for g in wanted_gradients.values())
+    apart = gradients_off(gradients, wanted_gradients)
     loss_off = abs(loss - wanted) / wanted
-    gradients_off = (squares / norm).sqrt().item()
     print(
         f"first step: loss {wanted:.7f} of the reference, ours {loss:.7f}, off by {loss_off:.1e};"
-        f" gradients by {gradients_off:.1e}"
+        f" gradients by {apart:.1e}"
     )
 
     # rounding explains no more than this
     bound = 1e-4 if dtype == torch.float32 else 5e-2
-    if max(loss_off, gradients_off) > bound:
+    if max(loss_off, apart) > bound:
         raise SystemExit("ours computes something else than the reference")
 
     # --- time ---

@@ -190,6 +190,21 @@ def useful_flops(encoder, predictor, B, T):
 # --- the two steps that are compared ---
 
 
+def training_step(losses, optimizer):
+    """A function that makes one step on what `losses()` gives, the loss of teacher forcing and that
+    of the rollout, and returns both. With update=False it leaves gradients and changes nothing."""
+
+    def step(update=True):
+        jloss, sloss = losses()
+        (jloss + sloss).backward()
+        if update:
+            optimizer.step()
+            optimizer.zero_grad()
+        return jloss.detach(), sloss.detach()
+
+    return step
+
+
 def reference_step(encoder, predictor, batch, autocast):
     """A function that makes one step on a batch and returns both losses."""
     device = next(predictor.parameters()).device
@@ -200,48 +215,45 @@ def reference_step(encoder, predictor, batch, autocast):
     step_of = torch.arange(T).repeat_interleave(math.prod(predictor.grid) + 2)
     mask = step_of[None, :] <= step_of[:, None]
 
-    def step(update=True):
-        # both forward passes
+    def losses():
         inputs = {k: v.to(device) for k, v in batch.items()}
         with autocast():
             z = reference_encode(encoder, inputs["video"])
-            jloss, sloss = reference_losses(predictor, z, inputs["actions"], inputs["states"], mask)
+            return reference_losses(predictor, z, inputs["actions"], inputs["states"], mask)
 
-        # upstream reads the losses back in every step, which makes a GPU wait
-        (jloss + sloss).backward()
-        if update:
-            optimizer.step()
-            optimizer.zero_grad()
+    # upstream reads the losses back in every step, which makes a GPU wait
+    train = training_step(losses, optimizer)
+
+    def step(update=True):
+        jloss, sloss = train(update)
         return jloss.item(), sloss.item()
 
     return step
 
 
 def our_step(encoder, predictor, batch, autocast, dtype, is_compiled):
-    """The same, as train_ac.py makes it."""
+    """The same, as train_ac.py makes it. encoder: None for a batch of features."""
     device = next(predictor.parameters()).device
     model = ACModel(predictor)
-    frozen = copy.deepcopy(encoder).to(dtype)
+    frozen = None
+    if encoder is not None:
+        frozen = copy.deepcopy(encoder).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     # one size of input: nothing need be compiled again
     if is_compiled:
         model.compile(dynamic=False)
-        frozen.compile(dynamic=False)
+        if frozen is not None:
+            frozen.compile(dynamic=False)
     stats = {"mean": None, "std": None}
     features_of = make_features_of(frozen, "tubelet", 2, stats, device, autocast)
 
-    def step(update=True):
+    def losses():
         z, actions, states = features_of(batch)
         with autocast():
-            jloss, sloss = model(z, actions, states)
-        (jloss + sloss).backward()
-        if update:
-            optimizer.step()
-            optimizer.zero_grad()
-        return jloss.detach(), sloss.detach()
+            return model(z, actions, states)
 
-    return step
+    return training_step(losses, optimizer)
 
 
 def losses_and_gradients(step, predictor):

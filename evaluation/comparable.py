@@ -10,10 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import open_records, open_split
+from data import open_records
 from evaluation.heads import load
 from evaluation.pretraining import PROBE, SPREAD, inverse_probe
-from evaluation.runs import encoder_name, features_of_records, play_reader, through_cache
+from evaluation.runs import (
+    encoder_name,
+    features_of_records,
+    play_reader,
+    split_of_run,
+    through_cache,
+)
 from files.logs import count_text
 from files.vpt import ACTION_SPACES
 from model import feature_spread
@@ -68,13 +74,7 @@ def training_records(settings, data, held_out):
     if data:
         records, bad = open_records(through_cache([data], settings))
     else:
-        records, _, _, bad = open_split(
-            through_cache(settings["data"], settings),
-            None,
-            through_cache(settings["val_data"], settings),
-            settings["val_fraction"],
-            only=settings.get("recordings"),
-        )
+        records, _, _, bad = split_of_run(settings)
 
     # a probe that has seen a recording says nothing about it
     names = {record.recording for record in held_out}

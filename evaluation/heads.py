@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import Clips, collate, ignore_signals_in_worker, windows
+from evaluation.ranks import gathered, share
 from files.disk import READ_ERRORS, Unreachable, with_storage_retries
 from files.progress import tqdm
 from files.video import WrongDecoder
@@ -81,24 +82,24 @@ def load(
     num_workers,
     autocast=contextlib.nullcontext,
 ):
-    """At most `limit` windows -> (clips, [bad]). clips: "z" (n, T, M, D); "ahead" (n, T-1, M, D),
-    with a predictor: one step ahead of the true context under the true action, else None; "actions"
-    (n, T-1, A) as recorded; "place" [(Record, window)]. ValueError if no window can be read."""
+    """At most `limit` windows -> (clips, [bad]). Each rank reads a share, and gets all. clips: "z"
+    (n, T, M, D); "ahead" (n, T-1, M, D), with a predictor: one step ahead of the true context under
+    the true action, else None; "actions" (n, T-1, A) as recorded; "place" [(Record, window)].
+    ValueError if no window can be read."""
     # windows that are spread over all recordings
     dataset = Windows(records, [1.0] * len(records), reader)
     loader = DataLoader(
         dataset,
-        batch_sampler=windows(dataset, batch_size, limit),
+        batch_sampler=share(windows(dataset, batch_size, limit)),
         num_workers=num_workers,
         collate_fn=list,
         worker_init_fn=ignore_signals_in_worker,
     )
-    steps, ahead = [], []  # tokens, of all clips of a batch
-    recorded, places = [], []
-    bad = []
+    batches = []
     for rows in tqdm(loader, desc="features", unit=" batches", delay=10):
         # what cannot be read is left out, and nothing is read in its place
-        bad += [reason for _, _, reason in rows if reason]
+        result = {"bad": [reason for _, _, reason in rows if reason]}
+        batches.append(result)
         good = [(item, clip) for item, clip, _ in rows if clip]
         if not good:
             continue
@@ -110,29 +111,38 @@ def load(
             nothing = torch.zeros(len(good), reader.frames // reader.frames_per_step - 1, 0)
             batch |= {"actions": nothing, "states": nothing}
         z, actions, states = features_of(batch)
-        steps.append(pool(z, side))
+        result["z"] = pool(z, side)
 
         # and those that the predictor expects under the true actions, scaled as it takes them
         if predictor is not None:
             scaled = np.float32(scaler.transform(batch["actions"].numpy()))
             scaled = torch.from_numpy(scaled).to(z.device)
             with torch.no_grad(), autocast():
-                ahead.append(pool(predict(predictor, z[:, :-1], scaled, states), side))
+                result["ahead"] = pool(predict(predictor, z[:, :-1], scaled, states), side)
 
         # labels are the actions as they were recorded
-        recorded.append(batch["actions"].numpy())
-        places += [(records[item[2]], item[3]) for item, _ in good]
-    if not steps:
+        result["actions"] = batch["actions"].numpy()
+        result["items"] = [item for item, _ in good]
+
+    # all ranks know all batches
+    batches = gathered(batches)
+    bad = sum((result["bad"] for result in batches), [])
+    batches = [result for result in batches if "z" in result]
+    if not batches:
         raise ValueError(
             f"{records[0].shard} and the others give no clip of {reader.frames} frames at"
             f" {reader.fps:g} fps: {bad[:1]}"
         )
     clips = {
-        "z": torch.cat(steps),
-        "ahead": torch.cat(ahead) if ahead else None,
-        "actions": np.concatenate(recorded),
-        "place": places,
+        "z": torch.cat([result["z"] for result in batches]),
+        "ahead": None,
+        "actions": np.concatenate([result["actions"] for result in batches]),
+        "place": [],
     }
+    if predictor is not None:
+        clips["ahead"] = torch.cat([result["ahead"] for result in batches])
+    for result in batches:
+        clips["place"] += [(records[item[2]], item[3]) for item in result["items"]]
     return clips, bad
 
 

@@ -8,12 +8,12 @@ import zlib
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from scipy.special import stdtrit
 from torch.utils.data import DataLoader
 
 from checkpoint import settings_of
 from data import collate, ignore_signals_in_worker, windows
+from evaluation.ranks import gathered, share
 from kernels import describe_kernels
 from model import ac_losses, compose_states, lora_layers, merge_lora, predict, without_lora
 
@@ -335,10 +335,6 @@ def held_out(
     as in action_meter. Shuffled actions are those of another recording (`from_other_recordings`);
     their errors are nan where there is only one."""
     # each rank takes every world-th batch; dropout is off until the end
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        world = dist.get_world_size()
     training = predictor.training
     predictor.eval()
 
@@ -347,7 +343,7 @@ def held_out(
     others = from_other_recordings(dataset, sum(items, []))
     loader = DataLoader(
         dataset,
-        batch_sampler=items[rank::world],
+        batch_sampler=share(items),
         num_workers=num_workers,
         collate_fn=collate,
         worker_init_fn=ignore_signals_in_worker,
@@ -372,10 +368,7 @@ def held_out(
     predictor.train(training)
 
     # all ranks know all rows
-    if dist.is_initialized():
-        everyone = [None] * world
-        dist.all_gather_object(everyone, rows)
-        rows = [row for part in everyone for row in part]
+    rows = gathered(rows)
     names = rows[0][0]
     errors = {k: torch.cat([errors[k] for errors, _ in rows]) for k in names}
     recordings = [name for _, part in rows for name in part]

@@ -43,8 +43,12 @@ from weights import (
 
 
 def pick_device():
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one. The ranks of a node share its GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def read_checkpoint(path, flag="--checkpoint"):
@@ -391,6 +395,18 @@ def through_cache(groups, settings):
     return cached([expand(g) for g in groups], settings["cache_dir"], settings["cache_size"])
 
 
+def split_of_run(settings, data=None, val_data=None):
+    """Play that a run was trained on and play that it held out, or the patterns named in their
+    place -> what data.open_split returns. The --recordings of the run pick from its own data."""
+    return open_split(
+        through_cache(data or settings["data"], settings),
+        None,
+        through_cache(val_data or settings["val_data"], settings),
+        settings["val_fraction"],
+        only=None if data else settings.get("recordings"),
+    )
+
+
 def decoder_for(records, asked, settings, print0=print):
     """The video decoder to judge a run with: `asked` (--video_decoder), or the run's. Other
     decoders give other pixels, so a warning is printed for another one."""
@@ -434,13 +450,7 @@ def open_play(state, scaler, data, decoder, print0):
     if data:
         records, bad = open_records(through_cache([data], settings))
     else:
-        _, _, records, bad = open_split(
-            through_cache(settings["data"], settings),
-            None,
-            through_cache(settings["val_data"], settings),
-            settings["val_fraction"],
-            only=settings.get("recordings"),
-        )
+        _, _, records, bad = split_of_run(settings)
 
     # cut as in training, without its augmentation
     reader = play_reader(settings, scaler, decoder_for(records, decoder, settings, print0))

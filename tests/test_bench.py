@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bench import laws, lewm
+from bench import laws, lewm, peers
 from files.shards import Record
 from tests.harness import fails, run, run_bench
 
@@ -189,7 +189,33 @@ def test_laws_from_the_command_line(tmp_path, shards):
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "laws").glob("*/val.csv")}
 
 
-def test_pretrain_needs_a_checkout_of_the_reference(tmp_path):
+@pytest.mark.parametrize("program", ["pretrain", "peers"])
+def test_a_folder_that_is_no_checkout_of_the_reference(program, tmp_path):
     """Bug: an ImportError about "src" where the folder of the reference is wrong."""
-    line = fails(tmp_path, "bench/pretrain.py", "--vjepa2", tmp_path)
+    line = fails(tmp_path, f"bench/{program}.py", "--vjepa2", tmp_path)
     assert "--vjepa2" in line and "git clone" in line
+
+
+def test_peers_that_are_there_are_timed_and_the_others_named(tmp_path):
+    """Bug: a peer that is not installed ends the run, or is left out without a word; PEFT's time is
+    taken for ours."""
+    rows, text = run_bench(tmp_path, "peers", "--size tiny --repeats 1")
+    left_out = {line.partition(":")[0] for line in text.splitlines() if ": left out, " in line}
+    assert left_out | {row["peer"] for row in rows} == set(peers.PEERS)
+    assert "vjepa2" in left_out
+
+    # PEFT is a development package; bench.lora has compared losses and gradients
+    of_peft = [row for row in rows if row["peer"] == "peft"]
+    assert [row["what"] for row in of_peft] == ["LoRA, split", "LoRA, fused qkv"]
+    assert "fused qkv, ours: loss" in text
+    for row in of_peft:
+        assert row["its / ours"] == pytest.approx(row["its ms"] / row["our ms"])
+
+
+def test_what_differs_from_a_peer_is_not_timed(capsys):
+    """Bug: a ratio of two programs that compute different things."""
+    peers.check("a step", 2e-6, 1e-5)
+    assert "off by 2.0e-06" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="a step.*something else"):
+        peers.check("a step", 2e-5, 1e-5)
+    assert peers.losses_off((1.0, 3.0), (1.0, 2.0)) == 0.5

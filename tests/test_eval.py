@@ -37,7 +37,7 @@ from evaluation.held_out import (
     precision_text,
     ratio_interval,
 )
-from evaluation.runs import open_held_out, open_run
+from evaluation.runs import open_held_out, open_run, split_of_run
 from files import logs
 from files.shards import index_shards
 from files.vpt import ACTION_SPACES, HOTBAR, SLOTS, ClipReader
@@ -52,6 +52,7 @@ from tests.harness import (
     numbers,
     read_number,
     run,
+    start_ranks,
     write_tar,
 )
 
@@ -304,6 +305,20 @@ def test_a_probe_without_training_data(game, tmp_path):
         training_records(gone, [str(game.video)], held)
     run_of.state["dataset"] = "droid"
     assert "gameplay" in report.probe_section(judged, dataset, None, None, None, options)[1]
+
+
+def test_a_run_is_judged_on_the_recordings_that_it_picked(shards):
+    """Bug: what a run with --recordings held out is split from all recordings: it was trained on
+    some of them; names of its own data are looked for in other data."""
+    path = str(shards / "shard-*.tar")
+    settings = {"data": [[path]], "val_data": None, "val_fraction": 0.5, "cache_dir": None}
+    names = sorted(record.recording for record in index_shards(sorted(glob.glob(path)))[0])
+    picked = [names[0], names[-1]]
+    train, _, val, _ = split_of_run(settings | {"recordings": picked})
+    assert sorted(record.recording for record in train + val) == picked
+    other, held = ([[str(shards / f"shard-00000{i}.tar")]] for i in (1, 2))
+    train, _, val, _ = split_of_run(settings | {"recordings": picked}, other, held)
+    assert (len(train), len(val)) == (2, 2)
 
 
 @pytest.mark.parametrize("recordings", [3, 5, 12])
@@ -616,6 +631,48 @@ def test_sampled_actions_are_of_other_recordings():
         assert set(drawn.tolist()) == set(range(12)) - set(own)
         alone = report.drawn_from_others(actions, i, "aaaa", 500, torch.Generator().manual_seed(i))
         assert set(alone.flatten().tolist()) == set(range(12)) - set(range(3 * i, 3 * i + 3))
+
+
+# prints what the ranks make of lists that do not divide evenly
+RANKS = """
+from evaluation.ranks import gathered, join, leave, print0, share
+
+join()
+for count in (1, 4, 5):
+    print0(gathered([10 * i for i in share(range(count))]))
+own = gathered([share(range(5))])
+print0([list(items) for items in own])
+if leave():
+    print(gathered([7]))
+"""
+
+
+def test_ranks_share_all_items_and_keep_their_order(tmp_path):
+    """Bug: an item is computed twice or by nobody, or results come back in the order of ranks: they
+    are then of other clips; a rank that has left still waits for the others."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    results = [rank.wait() for rank in start_ranks(tmp_path, tmp_path / "ranks.py")]
+    assert [code for code, _ in results] == [0, 0]
+    lines = [json.loads(line) for line in results[0][1].splitlines() if line.startswith("[")]
+    assert lines[:3] == [[10 * i for i in range(count)] for count in (1, 4, 5)]
+    assert lines[3:] == [[[0, 2, 4], [1, 3]], [7]]
+    assert "[" not in results[1][1].replace("[Gloo]", "")
+
+
+def test_two_ranks_give_the_report_of_one(game, tmp_path):
+    """Bug: ranks judge the same clips, or what they found comes back in another order: errors,
+    intervals, ranks and nearest steps are then of other clips. Lines are printed twice."""
+    flags = ["--checkpoint", game.out, "--video", game.video, "--out", tmp_path / "report"]
+    flags += ["--samples 8 --batch_size 4 --num_workers 0"]
+    results = [rank.wait() for rank in start_ranks(tmp_path, "eval.py", *flags)]
+    assert [code for code, _ in results] == [0, 0], results
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == game.report
+
+    # what one rank prints, but for memory and the folder
+    def printed(text):
+        return [line for line in text.splitlines() if line.startswith(("  ", "The ", "WARNING"))]
+
+    assert printed(results[0][1]) == printed(game.text) and printed(results[1][1]) == []
 
 
 def test_rank_and_landscape_in_the_report(game):

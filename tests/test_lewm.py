@@ -16,7 +16,7 @@ from droid import DroidReader, droid_clips, open_droid
 from evaluation.pretraining import OF_WORLDS, collapse_sentence, inverse_probe
 from evaluation.runs import open_run
 from files.pixels import open_pixels, pixels_path
-from files.shards import index_shards
+from files.shards import expand, index_shards
 from files.vpt import ACTION_SPACES, ClipReader, hotbar_columns
 from model import (
     Encoder,
@@ -474,11 +474,15 @@ def test_more_of_the_same_training(world, tmp_path, trained):
 
 
 def test_a_dry_run_writes_nothing(world, tmp_path):
-    """Bug: --dry_run leaves a folder that a real run then refuses, or skips what can go wrong."""
+    """Bug: --dry_run leaves a folder that a real run then refuses, or skips what can go wrong;
+    --recordings picks nothing, or picks among the held-out ones too."""
+    names = [record.recording for record in index_shards(expand(str(world.video)))[0]]
+    (tmp_path / "names.txt").write_text("\n".join(names[:3]))
     flags = [*world.flags, "--dry_run --batch_size 2 --out_dir", tmp_path / "run"]
+    flags += ["--recordings", tmp_path / "names.txt"]
     text = run(tmp_path, "train_lewm.py", *flags)
     assert not (tmp_path / "run").exists()
-    assert "dry run, nothing written; 4 recordings to train on, 2 held out" in text
+    assert "dry run, nothing written; 3 recordings to train on, 2 held out" in text
     assert "held out after 3 steps: skill" in text
 
 

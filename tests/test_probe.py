@@ -23,7 +23,7 @@ from files.features import feature_rows
 from files.shards import read_ticks
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions
 from model import encode_steps, normalize_features
-from tests.harness import ROOT, contractor, fails, film, jsonl, run, write_tar
+from tests.harness import ROOT, contractor, fails, film, jsonl, run, start_ranks, write_tar
 from weights import open_encoder
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -288,6 +288,22 @@ def test_motion_is_seen_from_the_first_step(tmp_path):
     np.testing.assert_allclose(labels[1], np.tile([0, 0, 0, 0.8], (6, 1)), atol=1e-9)
     turned = np.tile([math.radians(12), 0, 0, 0], (6, 1))
     np.testing.assert_allclose(labels[2], turned, atol=1e-9)
+
+
+def test_two_ranks_probe_as_one(world):
+    """Bug: ranks encode the same windows, or tokens come back beside other actions; the second
+    encoder waits for ranks that have left."""
+    flags = ["--encoder vit_tiny vit_tiny", "--crop_size 32 --fps 10 --task inverse --steps 5"]
+    flags += ["--clips 50 --val_clips 30 --batch_size 8 --num_workers 0"]
+    flags += ["--data", world.folder / "train" / "*.tar"]
+    flags += ["--val_data", world.folder / "val" / "*.tar", "--out"]
+    run(world.folder, "probe.py", *flags, world.folder / "one")
+    ranks = start_ranks(world.folder, "probe.py", *flags, world.folder / "two")
+    results = [rank.wait() for rank in ranks]
+    assert [code for code, _ in results] == [0, 0], results
+    one, two = ((world.folder / name / "probe.json").read_text() for name in ("one", "two"))
+    assert json.loads(one) == json.loads(two)
+    assert "fitted on 50 clips" in results[0][1] and "fitted" not in results[1][1]
 
 
 def test_encoders_are_compared(world):
