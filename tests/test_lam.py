@@ -1437,7 +1437,7 @@ def test_every_metric_of_the_guide_is_logged(trained):
     for name in ("lr", "grad_norm", "rollout_loss"):
         assert len(np.unique(numbers(trained, name))) > 3
 
-    assert step_flops(trained, 4) > 6 * 4 * weight_count(trained, "lam")
+    assert step_flops(trained, 4) > 6 * 4 * weight_count(trained, "model")
     vq = numbers(trained, "vq_loss")
     codebook = numbers(trained, "codebook_loss")
     commitment = numbers(trained, "commitment_loss")
