@@ -337,7 +337,7 @@ def test_a_run_logs_and_shows_pictures(trained):
         assert (out / name).stat().st_size > 10_000
 
     # MFU: every weight meets at least one token of a step, and a clip has 8 steps
-    assert step_flops(out, 4) > 6 * 4 * 8 * weight_count(out, "decoder")
+    assert step_flops(out, 4) > 6 * 4 * 8 * weight_count(out, "picture_decoder_weights")
 
     # the run opens again, and its pictures are as good as those that were validated
     decoder = Decoder(str(out), torch.device("cpu"))
