@@ -53,6 +53,7 @@ from tests.harness import (
     read_number,
     run,
     start_ranks,
+    step_flops,
     write_tar,
 )
 
@@ -110,8 +111,11 @@ def test_a_robot_run_opens_as_it_was_trained(arm, name):
     np.testing.assert_allclose(found, logged, rtol=1e-5)
     assert len(set(recordings)) == 2
 
-    # the adapters do something
+    # the adapters do something. In MFU every weight of the base counts twice: forward, and backward
+    # to its input
     if name == "lora":
+        in_matrices = sum(p.numel() for p in predictor.parameters() if p.ndim > 1)
+        assert step_flops(arm / name, 4) > 2 * 2 * 4 * in_matrices
         base = open_run(str(arm / "base"))[0]
         z = torch.randn(1, 8, 192)
         given = z, torch.randn(1, 2, 7), torch.randn(1, 2, 7)
