@@ -16,11 +16,11 @@ vjepa2      A training step of facebookresearch/vjepa2's VisionTransformerPredic
             order. Left out, in its favour: DDP, normalising pixels (its loader does that).
 vq          vector-quantize-pytorch's VectorQuantize: forward, backward and the moving average of
             the codes. Codes, gradients and the new tables are compared.
-peft        Hugging Face PEFT's LoRA, by what `python -m bench.lora` compares and times.
+peft        Hugging Face PEFT's LoRA, by what bench.lora compares and times.
 torchcodec  The sixteen frames of a clip from an mp4 of 640x360, decoded with one thread and resized
             to a short side of 256. Ours decodes with PyAV. The frames are compared.
-lerobot     Clips of a LeRobot data set, by what `python -m bench.lerobot` compares and counts: CPU
-            seconds, where the others are seconds."""
+lerobot     Clips of a LeRobot data set, by what bench.lerobot compares and counts: CPU seconds,
+            where the others are seconds."""
 
 import argparse
 import contextlib
