@@ -25,6 +25,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 
 import torch
 
@@ -93,8 +94,9 @@ def set_dropout(models, dropout):
                 module.dropout = dropout
 
 
-def peft_rows(base, inputs, rank, dropout, dtype, repeats):
-    """Rows of ours and PEFT's, with adapters of q, k, v apart and of the fused qkv."""
+def peft_rows(base, inputs, rank, dropout, dtype, repeats, clock=time.perf_counter):
+    """Rows of ours and PEFT's, with adapters of q, k, v apart and of the fused qkv. clock: as in
+    bench.medians."""
     device = inputs[0].device
 
     def autocast():
@@ -119,7 +121,7 @@ def peft_rows(base, inputs, rank, dropout, dtype, repeats):
             with autocast():
                 kept[name] = activation_bytes(model, *inputs) / 2**20
         calls = {name: functools.partial(step, model) for name, model in models.items()}
-        seconds = bench.medians(calls, device, repeats)
+        seconds = bench.medians(calls, device, repeats, clock=clock)
 
         for name, s in seconds.items():
             row = {"adapters": form, "by": name, "ms": 1e3 * s, "kept MiB": kept[name]}

@@ -16,11 +16,11 @@ vjepa2      A training step of facebookresearch/vjepa2's VisionTransformerPredic
             order. Left out, in its favour: DDP, normalising pixels (its loader does that).
 vq          vector-quantize-pytorch's VectorQuantize: forward, backward and the moving average of
             the codes. Codes, gradients and the new tables are compared.
-peft        Hugging Face PEFT's LoRA, by what `python -m bench.lora` compares and times.
+peft        Hugging Face PEFT's LoRA, by what bench.lora compares and times.
 torchcodec  The sixteen frames of a clip from an mp4 of 640x360, decoded with one thread and resized
             to a short side of 256. Ours decodes with PyAV. The frames are compared.
-lerobot     Clips of a LeRobot data set, by what `python -m bench.lerobot` compares and counts: CPU
-            seconds, where the others are seconds."""
+lerobot     Clips of a LeRobot data set, by what bench.lerobot compares and counts: CPU seconds,
+            where the others are seconds."""
 
 import argparse
 import contextlib
@@ -29,6 +29,7 @@ import functools
 import importlib.util
 import os
 import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +162,7 @@ def vjepa2_step(features_of, predictor, batch, tokens, autocast):
     return lambda update=True: [float(x) for x in train(update)]
 
 
-def vjepa2_rows(size, device, dtype, repeats, is_compiled):
+def vjepa2_rows(size, device, dtype, repeats, clock, is_compiled):
     """Rows of a step on features and of one on pixels."""
     # our networks, with random weights, and a batch of noise
     torch.manual_seed(0)
@@ -215,7 +216,7 @@ def vjepa2_rows(size, device, dtype, repeats, is_compiled):
         check(f"{name}, gradients", gradients_off(gradients, wanted_gradients), bound)
 
         # time, and whether both have learned the same by then
-        seconds = bench.medians(steps, device, repeats)
+        seconds = bench.medians(steps, device, repeats, clock=clock)
         last = {which: step(update=False) for which, step in steps.items()}
         off = losses_off(last["ours"], last["peer"])
         check(f"{name}, losses after all steps", off, 100 * bound)
@@ -271,7 +272,7 @@ def quantizers(rows, slots, K, dim, device):
     return steps, {"peer": codes.embed, "ours": ours.codebook}
 
 
-def vq_rows(size, device, repeats):
+def vq_rows(size, device, repeats, clock):
     """Rows of a step of vector quantisation."""
     rows = []
     for count, slots, K in size.tables:
@@ -293,14 +294,15 @@ def vq_rows(size, device, repeats):
 
         leaf = z.clone().requires_grad_()
         calls = {which: functools.partial(step, leaf) for which, step in steps.items()}
-        rows.append(row_of("vq", what, bench.medians(calls, device, 10 * repeats)))
+        seconds = bench.medians(calls, device, 10 * repeats, clock=clock)
+        rows.append(row_of("vq", what, seconds))
     return rows
 
 
 # --- PEFT ---
 
 
-def peft_rows(size, device, dtype, repeats):
+def peft_rows(size, device, dtype, repeats, clock):
     """Rows of a forward and backward pass with adapters."""
     from bench import lora
 
@@ -315,7 +317,7 @@ def peft_rows(size, device, dtype, repeats):
     inputs = [torch.randn(*shape, device=device) for shape in shapes]
 
     # its rows are one for PEFT and one for ours, of each form of adapter
-    measured = lora.peft_rows(base, inputs, size.rank, 0.05, dtype, repeats)
+    measured = lora.peft_rows(base, inputs, size.rank, 0.05, dtype, repeats, clock)
     rows = []
     for theirs, ours in zip(measured[::2], measured[1::2]):
         seconds = {"peer": theirs["ms"] / 1e3, "ours": ours["ms"] / 1e3}
@@ -326,7 +328,7 @@ def peft_rows(size, device, dtype, repeats):
 # --- torchcodec ---
 
 
-def torchcodec_rows(size):
+def torchcodec_rows(size, clock):
     """A row of reading clips of video."""
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
@@ -362,7 +364,7 @@ def torchcodec_rows(size):
 
     calls = {"peer": by_peer, "ours": by_ours}
     calls = {which: functools.partial(all_clips, read) for which, read in calls.items()}
-    seconds = bench.medians(calls, torch.device("cpu"), 3, 1)
+    seconds = bench.medians(calls, torch.device("cpu"), 3, 1, clock)
     of_clip = {which: s / len(clips) for which, s in seconds.items()}
     return [row_of("torchcodec", "a clip of video", of_clip)]
 
@@ -424,6 +426,8 @@ if __name__ == "__main__":
     flag("--dtype", default="float32", choices=["float32", "bfloat16"], help=dtype_help)
     flag("--compile", action="store_true", help="compile our training step")
     flag("--repeats", type=int, default=10, help="steps timed of each (default 10)")
+    clock_help = "count seconds of the CPU (on one that others use too), not those that pass"
+    flag("--cpu_seconds", action="store_true", help=clock_help)
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     if args.vjepa2:
@@ -433,11 +437,12 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     size = SIZES[args.size]
+    clock = time.process_time if args.cpu_seconds else time.perf_counter
     measure = {
-        "vjepa2": lambda: vjepa2_rows(size, device, dtype, args.repeats, args.compile),
-        "vq": lambda: vq_rows(size, device, args.repeats),
-        "peft": lambda: peft_rows(size, device, dtype, args.repeats),
-        "torchcodec": lambda: torchcodec_rows(size),
+        "vjepa2": lambda: vjepa2_rows(size, device, dtype, args.repeats, clock, args.compile),
+        "vq": lambda: vq_rows(size, device, args.repeats, clock),
+        "peft": lambda: peft_rows(size, device, dtype, args.repeats, clock),
+        "torchcodec": lambda: torchcodec_rows(size, clock),
         "lerobot": lambda: lerobot_rows(size),
     }
     rows = []

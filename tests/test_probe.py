@@ -290,6 +290,7 @@ def test_motion_is_seen_from_the_first_step(tmp_path):
     np.testing.assert_allclose(labels[2], turned, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_ranks_probe_as_one(world):
     """Bug: ranks encode the same windows, or tokens come back beside other actions; the second
     encoder waits for ranks that have left."""
