@@ -225,8 +225,8 @@ def opening(root):
     before = time.process_time()
     reader = DroidReader(camera=CAMERAS)
     train, val, bad = open_droid(root, val_fraction=0.1, reader=reader, log=quiet)
-    row = {"to train on": len({r.key for r in train}), "held out": len({r.key for r in val})}
-    row |= {"bad": len(bad), "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    row = {"usable": len({r.key for r in train + val}), "bad": len(bad), "seconds": seconds}
     return row | {"CPU seconds": time.process_time() - before}
 
 
