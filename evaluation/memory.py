@@ -13,6 +13,10 @@ from model import ACModel, Predictor, add_lora, lora_layers, size_of
 # 2 MiB
 LIBRARIES = 435 * 2**20
 
+# on a CPU, what activations take of the system's heap for each byte of them: blocks of many sizes
+# leave gaps that no later one fits into. 1.18 and 1.26 were measured with glibc (docs/robots.md)
+HEAP = 1.2
+
 # the part that is held while a checkpointed block is computed again
 RECOMPUTED = "one block, recomputed"
 
@@ -24,8 +28,10 @@ def activation_bytes(model, *inputs):
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}  # storage -> (its bytes, a tensor on it)
 
-    # views of one storage count once
+    # views of one storage count once. Without detach a tensor would hold the graph that holds it,
+    # and neither would ever be freed
     def keep(tensor):
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             # the tensor is held too, or another one could get its address
@@ -113,13 +119,18 @@ def peak_of(parts, checkpointing, accumulates, device):
     accumulates: whether a step has several micro-batches; then the gradients of the earlier ones
     are there at the start, too."""
     lasting = sum(parts[name] for name in ("encoder", "predictor", "adapters", "optimizer"))
+    kept = parts["activations"]
+    block = 0
+    if checkpointing:
+        kept = parts["activations, checkpointed"]
+        block = parts[RECOMPUTED]
     if device.type == "cpu":
         lasting += LIBRARIES
-    at_start = parts["activations"]
-    at_end = parts["gradients"]
-    if checkpointing:
-        at_start = parts["activations, checkpointed"] + parts[RECOMPUTED]
-        at_end += parts[RECOMPUTED]
+        kept *= HEAP
+        block *= HEAP
+
+    at_start = kept + block
+    at_end = parts["gradients"] + block
     if accumulates:
         at_start += parts["gradients"]
     return lasting + max(at_start, at_end)
@@ -220,5 +231,8 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast, grad_ac
         expected = peak_of(estimated, checkpointing, True, device)
         print(f"{f'with --grad_accum {grad_accum}':26} {expected / 2**20:14.1f} {math.nan:13.1f}")
     if device.type == "cpu":
-        print(f"on a CPU {LIBRARIES / 2**20:.0f} MiB of the peak are Python and its libraries")
+        print(
+            f"of the peak on a CPU {LIBRARIES / 2**20:.0f} MiB are Python and its libraries, and"
+            f" activations count {HEAP} times, for the gaps of the heap"
+        )
     print(f"peak of the run before that: {peak_so_far:.0f} MiB")

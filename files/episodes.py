@@ -169,8 +169,8 @@ def filesystem(url):
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as e:
         raise ValueError(
-            f"{url} cannot be read: {e} (pip install gcsfs for gs://, huggingface_hub for hf://),"
-            " or copy it to a disk"
+            f"{url} cannot be read: {e} (pip install gcsfs for gs://, s3fs for s3://,"
+            " huggingface_hub for hf://), or copy it to a disk"
         ) from e
 
 

@@ -879,7 +879,7 @@ def test_estimated_activations_are_those_that_are_kept():
 def test_the_memory_report_foretells_the_peak_of_a_step(world, tmp_path, trained, checkpointing):
     """Bug: a step holds what the report does not count, such as a block that is computed again, or
     the pages of the base's file; the report adds up what is never held at once."""
-    base = Predictor(192, 7, 7, (8, 8), pred_dim=512, depth=12, num_heads=8)
+    base = Predictor(192, 7, 7, (8, 8), pred_dim=512, depth=8, num_heads=8)
     layer = base.action_encoder.state_dict()
     weights.export(base, tmp_path / "base.pt", layer, "none", {"num_heads": 8})
 
