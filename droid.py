@@ -21,6 +21,7 @@ import argparse
 import collections
 import copy
 import fnmatch
+import functools
 import hashlib
 import math
 import os
@@ -145,13 +146,16 @@ def index_episodes(paths, reader, verify, log):
         results = pool.map(lambda path: index_file(path, verify), paths)
         indexed = list(tqdm(results, "index", len(paths), unit=" files", delay=10))
 
+    # the metadata of a LeRobot data set are looked at once, not for each of its episodes
+    open_set = functools.cache(lerobot.open_set)
+
     found = []
     bad = []
     for path, (kind, episodes, of_file) in zip(paths, indexed):
         bad += [tuple(b) for b in of_file]
         for entry in episodes:
             r = episode_of(path, kind, entry, reader)
-            flaw = reader.flaw(r)
+            flaw = reader.flaw(r, open_set)
             if flaw:
                 bad.append((path, r.key, flaw))
             else:
@@ -644,10 +648,11 @@ class DroidReader:
             return [c for c in self.cameras if r.members.get(c, ["missing"])[0] != "missing"]
         return [c for c in self.camera if c in r.members] or [c for c in r.members if c == "video"]
 
-    def flaw(self, r):
-        """Why an episode cannot be used, or ''."""
+    def flaw(self, r, open_set=lerobot.open_set):
+        """Why an episode cannot be used, or ''. open_set: what opens the metadata of its data set,
+        if it is one of LeRobot's."""
         if r.kind == "lerobot":
-            return self.lerobot_flaw(r)
+            return self.lerobot_flaw(r, open_set(r.place[0]))
         needed = []
         if r.kind == "rlds":
             needed = [*(self.state_keys or STATES["rlds"]), *(self.action_keys or ())]
@@ -666,11 +671,10 @@ class DroidReader:
             return f"no camera {' or '.join(self.camera)} in it{has} (--camera)"
         return ""
 
-    def lerobot_flaw(self, r):
+    def lerobot_flaw(self, r, dataset):
         """`flaw` of an episode of a LeRobot data set."""
         if not r.steps:
             return "no steps in it"
-        dataset = lerobot.open_set(r.place[0])
         for key in [*(self.state_keys or STATES["lerobot"]), *(self.action_keys or ())]:
             if key not in dataset.numbers:
                 has = ", ".join(f"{name} ({size})" for name, size in dataset.numbers.items())

@@ -1036,14 +1036,23 @@ if __name__ == "__main__":
     if args.memory_report and rank == 0:
         from evaluation.memory import compare
 
-        compare(encoder, model, optimizer, features_of(batch), lora_options, args.dtype, autocast)
+        compare(
+            encoder,
+            model,
+            optimizer,
+            features_of(batch),
+            lora_options,
+            args.dtype,
+            autocast,
+            args.grad_accum,
+        )
 
     # one file without adapters, for programs that know only Meta's layout
     if args.export and writes and step >= last_step:
         if predictor.predict == "change":
             print0(f"{args.export} predicts changes: our --base reads it, Meta's own code does not")
         facts = must_match | {"feature_stats": feature_stats}
-        export(predictor, args.export, action_encoder_for(None), base_facts, facts)
+        export(predictor, args.export, action_encoder_for(None), base, facts)
 
     # the run is complete when its last files are at --sync_to too
     if mirror:

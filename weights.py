@@ -1543,8 +1543,8 @@ class Base(NamedTuple):
     predictor: Predictor
     # the ActionScaler that it was trained with, None for unscaled actions
     scaler: ActionScaler
-    # the dictionary of its file, {} of random weights
-    file: dict
+    # what its file says beside weights, {} of random weights
+    facts: dict
     # names of the condition encoders that have new random weights, since the file's are of another
     # size
     reinitialised: list
@@ -1591,9 +1591,23 @@ def open_base(path, source, action_dim, state_dim, size, predict=None):
     scaler = None
     s = state.get("action_scaler")
     if s:
-        arrays = [s[k].numpy() for k in ("mean", "var", "scale")]
+        arrays = [s[k].clone().numpy() for k in ("mean", "var", "scale")]
         scaler = ActionScaler(*arrays, s["n"], s["meta"])
-    return Base(predictor, scaler, state, reinitialised)
+    return Base(predictor, scaler, facts_of(state), reinitialised)
+
+
+def facts_of(state):
+    """What the dictionary of a file says beside weights. Its tensors are copied: one that is mapped
+    would keep the whole file in memory."""
+    facts = {}
+    for name, value in state.items():
+        if not isinstance(value, dict | torch.Tensor):
+            facts[name] = value
+    if state.get("feature_stats"):
+        facts["feature_stats"] = {}
+        for name, value in state["feature_stats"].items():
+            facts["feature_stats"][name] = None if value is None else value.clone()
+    return facts
 
 
 def check_base(file, state, predictor, source, predict):
@@ -1687,12 +1701,13 @@ def mean_and_scale(scaler, layer):
     return mean.to(layer.weight.device), scale.to(layer.weight.device)
 
 
-def export(predictor, path, action_encoder, base_file, facts):
-    """Write the merged predictor in Meta's layout, with the encoders of the file it started from
-    (`base_file`, its dictionary) if that has them. action_encoder: {"weight", "bias"} of
-    fold_scaler; facts: plain values that our --base reads and Meta's loader passes over."""
+def export(predictor, path, action_encoder, base, facts):
+    """Write the merged predictor in Meta's layout, with the encoders of the file that it started
+    from (`base`, or "none") if that has them. action_encoder: {"weight", "bias"} of fold_scaler;
+    facts: plain values that our --base reads and Meta's loader passes over."""
     folded = {f"action_encoder.{k}": v for k, v in action_encoder.items()}
     state = with_extrinsics(merged_state(predictor) | folded, predictor)
+    base_file = {} if base == "none" else read_file(base)
     file = {k: base_file[k] for k in ("encoder", "target_encoder") if k in base_file}
     file |= facts
     file["predictor"] = {f"module.{k}": v.cpu() for k, v in state.items()}

@@ -1,5 +1,6 @@
 """Memory of a training step by part: estimated from shapes, and measured on a model that trains."""
 
+import gc
 import math
 
 import torch
@@ -7,6 +8,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 from model import ACModel, Predictor, add_lora, lora_layers, size_of
+
+# Python, PyTorch and the other libraries of a process on a CPU: the peak of a run whose model takes
+# 2 MiB
+LIBRARIES = 435 * 2**20
+
+# on a CPU, what activations take of the system's heap for each byte of them: blocks of many sizes
+# leave gaps that no later one fits into. 1.18 and 1.26 were measured with glibc (docs/robots.md)
+HEAP = 1.2
+
+# the part that is held while a checkpointed block is computed again
+RECOMPUTED = "one block, recomputed"
 
 
 def activation_bytes(model, *inputs):
@@ -16,8 +28,10 @@ def activation_bytes(model, *inputs):
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}  # storage -> (its bytes, a tensor on it)
 
-    # views of one storage count once
+    # views of one storage count once. Without detach a tensor would hold the graph that holds it,
+    # and neither would ever be freed
     def keep(tensor):
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             # the tensor is held too, or another one could get its address
@@ -43,6 +57,9 @@ def estimate(
     state_dim=7,
 ):
     """{part: bytes} of a step on batch_size clips of this many steps.
+
+    "activations" and the two parts after it belong to two ways to train: "activations,
+    checkpointed" and "one block, recomputed" to --activation_checkpointing.
 
     size: the Predictor's (`size_of`); options: those of add_lora, or None to train the whole
     predictor; optimizer_bytes: of one trained parameter."""
@@ -86,14 +103,43 @@ def estimate(
     # every further block, and every further clip, keeps the same
     for checkpointing, name in ((False, "activations"), (True, "activations, checkpointed")):
         one = activations(1, checkpointing)
-        two = activations(2, checkpointing)
-        parts[name] = batch_size * (one + (size["depth"] - 1) * (two - one))
+        block = activations(2, checkpointing) - one
+        parts[name] = batch_size * (one + (size["depth"] - 1) * block)
+        if not checkpointing:
+            recomputed = batch_size * block
+    parts[RECOMPUTED] = recomputed
     return parts
 
 
+def peak_of(parts, checkpointing, accumulates, device):
+    """Bytes at the fullest moment of a step, from the parts of `estimate`. The backward pass frees
+    activations block by block and makes gradients, so it is fullest where it starts or where it
+    ends.
+
+    accumulates: whether a step has several micro-batches; then the gradients of the earlier ones
+    are there at the start, too."""
+    lasting = sum(parts[name] for name in ("encoder", "predictor", "adapters", "optimizer"))
+    kept = parts["activations"]
+    block = 0
+    if checkpointing:
+        kept = parts["activations, checkpointed"]
+        block = parts[RECOMPUTED]
+    if device.type == "cpu":
+        lasting += LIBRARIES
+        kept *= HEAP
+        block *= HEAP
+
+    at_start = kept + block
+    at_end = parts["gradients"] + block
+    if accumulates:
+        at_start += parts["gradients"]
+    return lasting + max(at_start, at_end)
+
+
 def measure(encoder, model, optimizer, inputs, autocast):
-    """{part: bytes} of a model after some steps; one more forward and backward on inputs (z,
-    actions, states) are made for activations and gradients. Those are not stepped on."""
+    """{part: bytes} of a model after some steps, and the bytes at the fullest moment of a step (nan
+    where the system does not say). For them one more forward and backward on inputs (z, actions,
+    states) are made, whose gradients are not stepped on."""
     # adapters are parameters of the predictor, counted apart
     predictor = model.predictor
     adapters = sum(m.lora_A.nbytes + m.lora_B.nbytes for m in lora_layers(predictor).values())
@@ -110,23 +156,48 @@ def measure(encoder, model, optimizer, inputs, autocast):
             if isinstance(value, torch.Tensor) and value.numel() > 1:
                 parts["optimizer"] += value.nbytes
 
-    # one more forward and backward
+    # what is kept for the backward pass
     name = "activations"
     if predictor.activation_checkpointing:
         name = "activations, checkpointed"
     with autocast():
         parts[name] = activation_bytes(model, *inputs)
+
+    # one more forward and backward
+    gc.collect()
+    can_measure = restart_peak(inputs[0].device)
+    with autocast():
         sum(model(*inputs)).backward()
+    peak = math.nan
+    if can_measure:
+        peak = checkpoint.peak_memory(inputs[0].device) * 2**20
     parts["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
     optimizer.zero_grad(set_to_none=True)
-    return parts
+    return parts, peak
 
 
-def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
+def restart_peak(device):
+    """Forget the peak so far of what checkpoint.peak_memory tells. Whether that was possible."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        # on Linux: man 5 proc, /proc/pid/clear_refs
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def compare(encoder, model, optimizer, inputs, options, dtype, autocast, grad_accum):
     """Print the estimate for a run of train_lora.py beside what its parts take after some steps.
-    inputs (z, actions, states); options: of add_lora, or None; dtype: a name."""
+    inputs (z, actions, states); options: of add_lora, or None; dtype: a name; grad_accum:
+    micro-batches of a step."""
     # measured first: the estimate uses what the optimizer really keeps for a parameter
-    measured = measure(encoder, model, optimizer, inputs, autocast)
+    device = inputs[0].device
+    peak_so_far = checkpoint.peak_memory(device)
+    measured, peak = measure(encoder, model, optimizer, inputs, autocast)
     predictor = model.predictor
     z = inputs[0]
     actions = inputs[1]
@@ -151,5 +222,17 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast):
     for part, nbytes in estimated.items():
         taken = measured.get(part, math.nan)
         print(f"{part:26} {nbytes / 2**20:14.1f} {taken / 2**20:13.1f}")
-    what = "the GPU" if z.device.type == "cuda" else "the process, Python and loader included"
-    print(f"peak of {what}: {checkpoint.peak_memory(z.device):.0f} MiB")
+
+    # the fullest moment: one micro-batch is measured, and more of them keep their gradients
+    checkpointing = predictor.activation_checkpointing
+    expected = peak_of(estimated, checkpointing, False, device)
+    print(f"{'peak of a step':26} {expected / 2**20:14.1f} {peak / 2**20:13.1f}")
+    if grad_accum > 1:
+        expected = peak_of(estimated, checkpointing, True, device)
+        print(f"{f'with --grad_accum {grad_accum}':26} {expected / 2**20:14.1f} {math.nan:13.1f}")
+    if device.type == "cpu":
+        print(
+            f"of the peak on a CPU {LIBRARIES / 2**20:.0f} MiB are Python and its libraries, and"
+            f" activations count {HEAP} times, for the gaps of the heap"
+        )
+    print(f"peak of the run before that: {peak_so_far:.0f} MiB")

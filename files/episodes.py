@@ -169,8 +169,8 @@ def filesystem(url):
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as e:
         raise ValueError(
-            f"{url} cannot be read: {e} (pip install gcsfs for gs://, huggingface_hub for hf://),"
-            " or copy it to a disk"
+            f"{url} cannot be read: {e} (pip install gcsfs for gs://, s3fs for s3://,"
+            " huggingface_hub for hf://), or copy it to a disk"
         ) from e
 
 
@@ -480,25 +480,33 @@ def camera_name(feature):
 def idle_runs(velocity):
     """Joint velocities (steps, joints) -> [[start, end)] of idle steps: no joint's command is 1e-3
     off that of the step before (openpi)."""
-    same = np.all(np.abs(np.diff(velocity, axis=0)) < 1e-3, axis=1)  # steps 1, 2, ...
-    idle = np.pad(same, (2, 1)).astype(int)
-    return np.flatnonzero(np.diff(idle)).reshape(-1, 2).tolist()
+    same = (np.abs(velocity[1:] - velocity[:-1]) < 1e-3).all(1)  # steps 1, 2, ...
+    idle = np.zeros(len(same) + 3, dtype=bool)
+    idle[2:-1] = same
+    return np.flatnonzero(idle[1:] != idle[:-1]).reshape(-1, 2).tolist()
 
 
 def still_runs(velocity, places):
     """Joint velocities (steps, joints), [(positions (steps, d), their units)] -> [[start, end)] of
     those idle steps in which nothing moves either: a constant command moves the arm. Where no
     position is known, the command must be zero."""
+    runs = idle_runs(velocity)
+    if not runs:
+        return []
+
     # the columns that must not move, and how far each may drift
-    where = []
+    columns = []
     limits = []
     for x, units in places:
         units = units if len(units) == x.shape[1] else units[:1] * x.shape[1]
-        for column, unit in zip(x.T, units):
-            where.append(np.unwrap(column) if unit == "rad" else column)
-            limits.append(DRIFT[unit])
-    if where:
-        where = np.stack(where, axis=1)
+        angles = [unit == "rad" for unit in units]
+        if any(angles):
+            x = x.copy()
+            x[:, angles] = np.unwrap(x[:, angles], axis=0)
+        columns.append(x)
+        limits += [DRIFT[unit] for unit in units]
+    if columns:
+        where = np.concatenate(columns, axis=1)
         limits = np.array(limits)
     else:
         where = np.abs(velocity)
@@ -510,7 +518,7 @@ def still_runs(velocity, places):
     near[1:] = (np.abs(np.diff(where, axis=0)) <= limits).all(1)
 
     out = []
-    for first, last in idle_runs(velocity):
+    for first, last in runs:
         # step t leads from row t - 1 to row t, so a run of steps covers one row more
         edges = np.diff(near[first:last].astype(int), prepend=0, append=0)
         starts = first + np.flatnonzero(edges == 1)

@@ -328,10 +328,15 @@ def flat_numbers(column, name):
     return array.to_numpy(zero_copy_only=False).reshape(rows, -1)
 
 
-@functools.lru_cache(8)
-def numbers_of_version(path, version, names, groups):
+def decode(path, names, groups):
+    """Columns of numbers of some row groups -> [(rows, d)]. ValueError for what is none."""
     table = read_groups(path, names, list(groups))
     return [flat_numbers(table.column(name), name) for name in names]
+
+
+@functools.lru_cache(8)
+def numbers_of_version(path, version, names, groups):
+    return decode(path, names, groups)
 
 
 def numbers(path, names, first=0, after=None):
@@ -735,15 +740,21 @@ def read_episodes(dataset, path, ranges):
     success = [n for n in ("is_episode_successful", "next.success") if n in columns][:1]
     velocity = [n for n in [VELOCITY["lerobot"]] if n in columns]
 
-    index, frame = (x[:, 0] for x in numbers(path, ["episode_index", "frame_index"]))
-    names = dict.fromkeys([*motion, *positions, *velocity])
+    groups = range(len(footer(path).starts) - 1)
+    index, frame = (x[:, 0] for x in decode(path, ["episode_index", "frame_index"], groups))
+    names = list(dict.fromkeys([*motion, *positions, *velocity]))
     values = {}
     flaw = ""
-    for name in names:
-        try:
-            values[name] = numbers(path, [name])[0]
-        except ValueError as e:
-            flaw = flaw or (str(e) if name in motion else "")
+    try:
+        # all columns at once: an episode is often a row group, and each has its price
+        values = dict(zip(names, decode(path, names, groups)))
+    except ValueError:
+        # one of them holds no numbers: which?
+        for name in names:
+            try:
+                values[name] = decode(path, [name], groups)[0]
+            except ValueError as e:
+                flaw = flaw or (str(e) if name in motion else "")
     succeeded = None
     if success:
         succeeded = success_column(path, success[0])
