@@ -18,7 +18,7 @@ import bench
 from bench.kernels import apart, attend, flex_attend, forward_backward, relative_error
 from bench.plan import plan, problem_of
 from bench.step import useful_flops
-from evaluation.memory import RECOMPUTED, estimate
+from evaluation.memory import BLOCK, estimate
 from evaluation.search import energy
 from kernels import ATTENTION, attention_impl
 from kernels.flops import peak_of
@@ -472,7 +472,7 @@ def predicted_mib(sizes, device, width, predictor, lora, checkpointing=False):
     dtype = compute_dtype(device)
     numbers = (sizes.batch, 8, dtype)
     parts = estimate(0, width, sizes.grid, size_of(module), lora, *numbers, 8, 13, 2)
-    left_out = ["activations"] if checkpointing else ["activations, checkpointed", RECOMPUTED]
+    left_out = ["activations"] if checkpointing else ["activations, checkpointed", BLOCK]
     return sum(nbytes for part, nbytes in parts.items() if part not in left_out) / 2**20
 
 

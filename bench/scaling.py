@@ -42,7 +42,7 @@ import bench
 import bench.data  # sets a cache of its own before data.py is imported, and makes recordings
 from bench.step import useful_flops
 from data import Clips
-from evaluation.memory import RECOMPUTED, activation_bytes, estimate
+from evaluation.memory import BLOCK, activation_bytes, estimate
 from files.disk import write_atomically
 from files.features import pack_features
 from files.shards import Slice, index_shards
@@ -414,9 +414,9 @@ def lora_memory_rows(encoder_shape, crop_size, size, options, batch_size, steps,
     )
 
     # activations appear twice, kept whole or checkpointed
-    rest = sum(v for k, v in parts.items() if "activ" not in k and k != RECOMPUTED)
+    rest = sum(v for k, v in parts.items() if "activ" not in k)
     parts["total"] = rest + parts["activations"]
-    parts["total, checkpointed"] = rest + parts["activations, checkpointed"] + parts[RECOMPUTED]
+    parts["total, checkpointed"] = rest + parts["activations, checkpointed"] + parts[BLOCK]
     return [{"part": k, "GB": v / 1e9, "GiB": v / 2**30} for k, v in parts.items()]
 
 

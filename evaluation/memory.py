@@ -13,12 +13,9 @@ from model import ACModel, Predictor, add_lora, lora_layers, size_of
 # 2 MiB
 LIBRARIES = 435 * 2**20
 
-# on a CPU, what activations take of the system's heap for each byte of them: blocks of many sizes
-# leave gaps that no later one fits into. 1.18 and 1.26 were measured with glibc (docs/robots.md)
-HEAP = 1.2
-
-# the part that is held while a checkpointed block is computed again
-RECOMPUTED = "one block, recomputed"
+# the part that is held twice where the backward pass works: as gradients, and with checkpointing as
+# what is computed again
+BLOCK = "activations of a block"
 
 
 def activation_bytes(model, *inputs):
@@ -58,8 +55,8 @@ def estimate(
 ):
     """{part: bytes} of a step on batch_size clips of this many steps.
 
-    "activations" and the two parts after it belong to two ways to train: "activations,
-    checkpointed" and "one block, recomputed" to --activation_checkpointing.
+    "activations" and "activations, checkpointed" are of two ways to train, without and with
+    --activation_checkpointing.
 
     size: the Predictor's (`size_of`); options: those of add_lora, or None to train the whole
     predictor; optimizer_bytes: of one trained parameter."""
@@ -106,8 +103,8 @@ def estimate(
         block = activations(2, checkpointing) - one
         parts[name] = batch_size * (one + (size["depth"] - 1) * block)
         if not checkpointing:
-            recomputed = batch_size * block
-    parts[RECOMPUTED] = recomputed
+            whole_block = batch_size * block
+    parts[BLOCK] = whole_block
     return parts
 
 
@@ -116,21 +113,23 @@ def peak_of(parts, checkpointing, accumulates, device):
     activations block by block and makes gradients, so it is fullest where it starts or where it
     ends.
 
+    Gaps in the heap of a CPU process are not in it: glibc seldom reuses a block that was freed for
+    an aligned one of the same size. MALLOC_MMAP_THRESHOLD_=1048576 leaves none.
+
     accumulates: whether a step has several micro-batches; then the gradients of the earlier ones
     are there at the start, too."""
     lasting = sum(parts[name] for name in ("encoder", "predictor", "adapters", "optimizer"))
-    kept = parts["activations"]
-    block = 0
-    if checkpointing:
-        kept = parts["activations, checkpointed"]
-        block = parts[RECOMPUTED]
     if device.type == "cpu":
         lasting += LIBRARIES
-        kept *= HEAP
-        block *= HEAP
 
-    at_start = kept + block
-    at_end = parts["gradients"] + block
+    # what the backward pass works on: the gradients of a block's activations, and with
+    # checkpointing these activations
+    lasting += parts[BLOCK]
+    at_start = parts["activations"]
+    at_end = parts["gradients"]
+    if checkpointing:
+        at_start = parts["activations, checkpointed"] + parts[BLOCK]
+        at_end += parts[BLOCK]
     if accumulates:
         at_start += parts["gradients"]
     return lasting + max(at_start, at_end)
@@ -232,7 +231,7 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast, grad_ac
         print(f"{f'with --grad_accum {grad_accum}':26} {expected / 2**20:14.1f} {math.nan:13.1f}")
     if device.type == "cpu":
         print(
-            f"of the peak on a CPU {LIBRARIES / 2**20:.0f} MiB are Python and its libraries, and"
-            f" activations count {HEAP} times, for the gaps of the heap"
+            f"{LIBRARIES / 2**20:.0f} MiB of the estimated peak are Python and its libraries; gaps"
+            " in glibc's heap come on top, unless MALLOC_MMAP_THRESHOLD_=1048576 is set"
         )
     print(f"peak of the run before that: {peak_so_far:.0f} MiB")
