@@ -1,0 +1,216 @@
+"""Two Rooms of stable-worldmodel as a world for evaluation.closed_loop: an agent seen from above, a
+wall with a door, a goal given by picture.
+
+    rooms        the goal is where an episode was 25 of the environment's steps later; 50 may be taken
+    rooms-far    100 steps later; 150 may be taken
+
+A trial is a success as soon as the agent is within 16 pixels of the goal, which is the
+environment's own rule: then it ends. `rooms` is the protocol of LeWM's released code and of the
+third version of its paper (arXiv 2603.19312), `rooms-far` that of the first version.
+
+The two numbers of an action are mouse motion: how far the agent is told to move, in pixels of the
+environment's 224. One of its steps is a line of a recording, and a line moves 5 pixels at most
+along each axis. The camera turns with the mouse, as in every recording, and shows nothing of it."""
+
+import importlib.util
+import math
+import os
+import sys
+import types
+
+import numpy as np
+from PIL import Image
+
+from evaluation.closed_loop import Task, World
+from files.vpt import DEGREES_PER_PIXEL
+
+FPS = 20  # lines a second of a recording
+
+# {task: steps of the environment from start to goal}
+GOAL_AFTER = {"rooms": 25, "rooms-far": 100}
+NEAR = {"pixels": 16}
+TASKS = {"rooms": Task(NEAR, 50 / FPS), "rooms-far": Task(NEAR, 150 / FPS)}
+
+# steps of an episode before a trial starts, at most
+STEPS_BEFORE = 60
+
+# of the policy that plays: std of the noise on a direction of length 1, and the share of steps
+# that repeat the action before (stable-worldmodel, scripts/data/collect_tworooms.py)
+NOISE = 2.0
+REPEATS = 0.1
+
+# of the picture that a recording shows, which has 224 pixels a side
+SIZE = 64
+
+
+# --- the environment ---
+
+
+def open_rooms():
+    """The environment of stable-worldmodel. ValueError if it is not installed."""
+    # the package itself imports torchvision and data bases; its environment needs none of them
+    name = "stable_worldmodel"
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ValueError(
+                "Two Rooms needs stable-worldmodel, which is not installed: pip install --no-deps"
+                " stable-worldmodel==0.1.1, and pip install gymnasium loguru"
+            )
+        package = types.ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules[name] = package
+        importlib.import_module(f"{name}.utils")
+
+    # the file of the environment, without the one beside it that knows policies
+    path = os.path.join(sys.modules[name].__path__[0], "envs", "two_room", "env.py")
+    spec = importlib.util.spec_from_file_location("two_room_env", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.TwoRoomEnv()
+
+
+def speed_of(env):
+    """Pixels that the agent moves in a step along each axis, at most."""
+    return env.variation_space["agent"]["speed"].value.item()
+
+
+def place_of(env):
+    """(2,): where the agent is."""
+    return env.agent_position.numpy().astype(float)
+
+
+def picture(env):
+    """What is seen: (SIZE, SIZE, 3) uint8."""
+    image = Image.fromarray(env.render())
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def new_target(env, rng):
+    """Another place to go to, anywhere in the two rooms."""
+    env.reset(seed=int(rng.integers(2**31)), options={"state": env.agent_position})
+
+
+def way(env):
+    """(2,): from the agent to where it must go first: through the door if the goal is in the other
+    room, and then to the goal."""
+    place = place_of(env)
+    goal = env.target_position.numpy().astype(float)
+    wall = env.WALL_CENTER
+    side = 1 if goal[0] > wall else -1
+    beyond = 1.5 * env.BORDER_SIZE
+    if side * (place[0] - wall) > beyond - 1:
+        return goal - place
+
+    # in the door, or in front of it: straight through; elsewhere to the front of it
+    door = float(env.door_positions[0])
+    if abs(place[1] - door) < 8:
+        return np.array([wall + side * beyond, door]) - place
+    if side * (place[0] - wall) > 0:
+        return goal - place
+    return np.array([wall - side * beyond, door]) - place
+
+
+class Wanderer:
+    """The player: goes to the goal by way of the door, with so much noise that most of its motion
+    is random."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.action = None
+
+    def act(self, env):
+        """The next action (2,), from -1 to 1."""
+        ahead = way(env)
+        direction = ahead / max(np.hypot(*ahead), 1e-6)
+        noisy = np.clip(direction + self.rng.normal(0, NOISE, 2), -1, 1)
+        if self.action is None or self.rng.random() >= REPEATS:
+            self.action = noisy
+        return self.action
+
+
+# --- the world ---
+
+
+class Rooms(World):
+    """The rooms in steps of `stride` lines. names: of the actions of a run."""
+
+    name = "two rooms"
+    tasks = TASKS
+
+    def __init__(self, names, stride):
+        self.names = names
+        self.stride = stride
+        self.env = open_rooms()
+
+    def begin(self, task, seed, trial, look=True):
+        self.look = look
+        rng = np.random.default_rng([seed, trial])
+
+        # an episode: somewhere on the way, and so many steps later
+        self.env.reset(seed=int(rng.integers(2**31)))
+        player = Wanderer(rng)
+        starts = int(rng.integers(STEPS_BEFORE))
+        for t in range(starts + GOAL_AFTER[task]):
+            if t == starts:
+                start = place_of(self.env)
+            reached = self.env.step(player.act(self.env))[2]
+            if reached:
+                new_target(self.env, rng)
+        goal = place_of(self.env)
+
+        # what is seen there, and back to the start
+        if look:
+            self.goal = [picture(self.env)]
+        options = {"variation": [], "state": start, "target_state": goal}
+        self.env.reset(options=options)
+        self.ended = False
+        self.angles = np.zeros(2)
+        self.look_around()
+
+    def look_around(self):
+        if self.look:
+            self.picture = picture(self.env)
+
+    def act(self, action):
+        # spread over the lines of the step; a trial that has succeeded is over
+        motion = action[:2] / self.stride / speed_of(self.env)
+        for _ in range(self.stride):
+            if not self.ended:
+                self.ended = self.env.step(motion)[2]
+        self.angles = self.angles + np.radians(action[:2] * DEGREES_PER_PIXEL)
+        self.look_around()
+
+    def seen(self):
+        return [self.picture]
+
+    def state(self):
+        return self.angles
+
+    def distance(self):
+        goal = self.env.target_position.numpy()
+        return {"pixels": math.dist(place_of(self.env), goal)}
+
+    def oracle(self):
+        # as far as the step goes, and not further than the goal or the door
+        farthest = self.stride * speed_of(self.env)
+        ahead = way(self.env)
+        action = np.zeros(len(self.names))
+        action[:2] = ahead * min(1, farthest / max(np.abs(ahead).max(), 1e-6))
+        return action
+
+
+def check_rooms(state, path="this run"):
+    """ValueError for a run that cannot be played in the rooms. state: of its checkpoint."""
+    if state["dataset"] != "vpt":
+        raise ValueError(f"{path} was trained on robot episodes: the rooms need a run on play")
+    if state["frames_per_step"] != 1:
+        raise ValueError(
+            f"{path} has {state['frames_per_step']} frames a step: the rooms show one, train with"
+            " --frames_per_step 1"
+        )
+    if FPS % state["fps"]:
+        raise ValueError(
+            f"{path} was trained with --fps {state['fps']:g}: the rooms need a rate that divides"
+            f" {FPS} lines a second"
+        )
