@@ -1,9 +1,10 @@
-"""Can it plan? Tasks with goals given by picture: in ViZDoom on held-out maps, or with a simulated
-robot arm.
+"""Can it plan? Tasks with goals given by picture: in ViZDoom on held-out maps, with a simulated
+robot arm, or in Two Rooms of stable-worldmodel.
 
     python -m evaluation.benchmark --checkpoint out/lewm
     python -m evaluation.benchmark --checkpoint out/ac out/lewm --tasks turn --trials 20
     python -m evaluation.benchmark --checkpoint out/robot/base --tasks reach --encoder vit_tiny
+    python -m evaluation.benchmark --checkpoint out/rooms --tasks rooms
     python -m evaluation.benchmark --compare a.json b.json
 
 Reads runs of train_ac.py, train_lewm.py and train_lora.py; those on robot episodes move the arm of
@@ -21,9 +22,10 @@ import os
 
 from evaluation.flags import Help, check_planner, planner_flags, search_options
 
-# those of the game, and those of the arm
+# those of the game, of the arm, and of Two Rooms
 GAME = ["turn", "walk", "turn-and-walk", "find-again"]
 ARM = ["reach", "push"]
+ROOMS = ["rooms", "rooms-far"]
 
 # names of torch, which is not imported yet
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -51,7 +53,7 @@ def parse_flags():
     # what is played
     flag = parser.add_argument_group("trials").add_argument
     tasks_help = "what to play (default: all of the game, or of the arm)"
-    flag("--tasks", nargs="+", choices=GAME + ARM, help=tasks_help)
+    flag("--tasks", nargs="+", choices=GAME + ARM + ROOMS, help=tasks_help)
     flag("--trials", type=int, default=100, help="trials of a task")
     flag("--arm", default="a", choices=["a", "b"], help="arm and cameras, as prepare.robot --world")
     flag("--seed", type=int, default=0, help="seed of trials and samples")
@@ -304,6 +306,20 @@ def arm_arena(runs, args):
     return contextlib.nullcontext(arm), seconds_of_step, settings
 
 
+def rooms_arena(runs, args):
+    """`game_arena` for Two Rooms of stable-worldmodel."""
+    from evaluation.rooms import FPS, Rooms, check_rooms
+
+    for run in runs:
+        check_rooms(run.state, run.path)
+    check_runs(runs, ["fps", "action_names"])
+
+    state = runs[0].state
+    rooms = Rooms(state["action_names"], round(FPS / state["fps"]))
+    settings = {"world": rooms.name, "scaler_hash": runs[0].scaler.hash, "reach": args.reach}
+    return contextlib.nullcontext(rooms), 1 / state["fps"], settings
+
+
 def space_for(run, task, args):
     """The Space of a run's actions in a task. args: flags of the planner."""
     # neither task of the arm needs the gripper
@@ -349,10 +365,15 @@ if __name__ == "__main__":
         print(f"{run.path}: {precision_text(run.dtype, run.device, run.predictor, args.context)}")
     first = next(iter(runs.values()))
 
-    # the game or the arm, as the first run was trained; others are refused there
+    # the game or the arm, as the first run was trained, or the rooms if they are asked for; others
+    # are refused there
     robot = first.state["dataset"] == "droid"
     args.tasks = args.tasks or (ARM if robot else GAME)
     open_arena = arm_arena if robot else game_arena
+    trials_are_on = "scenes of their own" if robot else "held-out maps"
+    if args.tasks[0] in ROOMS:
+        open_arena = rooms_arena
+        trials_are_on = "episodes of their own"
     arena, seconds_of_step, settings = open_arena(list(runs.values()), args)
 
     # --- resume ---
@@ -445,8 +466,7 @@ if __name__ == "__main__":
 
     # --- report ---
     print(
-        f"{count_text(args.trials, 'trial')} of each task on"
-        f" {'scenes of their own' if robot else 'held-out maps'}; same action: a random"
+        f"{count_text(args.trials, 'trial')} of each task on {trials_are_on}; same action: a random"
     )
     print("one, repeated; left: median distance at the end")
     doubts = []

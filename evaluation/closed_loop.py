@@ -46,6 +46,9 @@ class World:
     # what `seen` would give at the goal, set by `begin`
     goal = None
 
+    # whether the trial is over before its time is: nothing moves any more
+    ended = False
+
     def begin(self, task, seed, trial, look=True):
         """Begin a trial of a task (its name). It depends on these numbers alone, so that all
         policies begin alike. Afterwards a first step has been seen. look=False: nobody will ask
@@ -240,7 +243,8 @@ def play_trials(world, task, policy, seed, trials, steps, title):
         # the distances after each step
         distances = [world.distance()]
         for _ in range(steps):
-            world.act(act())
+            if not world.ended:
+                world.act(act())
             distances.append(world.distance())
         for unit, track in tracks.items():
             track.append([round(d[unit], 3) for d in distances])

@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 from checkpoint import short_excepthook
-from evaluation.rooms import FPS, SIZE, Wanderer, new_target, open_rooms, picture, speed_of
+from evaluation.rooms import FPS, SIZE, Wanderer, open_rooms, picture, play_step, speed_of
 from files.disk import write_atomically
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
@@ -52,8 +52,7 @@ def play(env, seed, number):
         for t in range(LENGTH):
             # the frame, and what is done now
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(env), format="rgb24")))
-            action = player.act(env)
-            motion = action * speed_of(env)
+            motion = play_step(env, player, rng) * speed_of(env)
             lines.append(
                 {
                     "timestamp": t / FPS,
@@ -64,9 +63,6 @@ def play(env, seed, number):
                 }
             )
             angles = angles + np.radians(motion * DEGREES_PER_PIXEL)
-            reached = env.step(action)[2]
-            if reached:
-                new_target(env, rng)
         container.mux(stream.encode())
     return video.getvalue(), lines
 
