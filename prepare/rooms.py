@@ -34,8 +34,8 @@ LENGTH = 20 * FPS
 RECORDINGS = 5
 
 
-def play(env, seed, number):
-    """One recording -> (mp4 bytes, list of lines)."""
+def play(env, seed, number, length=LENGTH):
+    """One recording of so many lines -> (mp4 bytes, list of lines)."""
     rng = np.random.default_rng([seed, number])
     env.reset(seed=int(rng.integers(2**31)))
     player = Wanderer(rng)
@@ -49,7 +49,7 @@ def play(env, seed, number):
 
         # one thread: the same bytes on every machine
         stream.codec_context.thread_count = 1
-        for t in range(LENGTH):
+        for t in range(length):
             # the frame, and what is done now
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(env), format="rgb24")))
             motion = play_step(env, player, rng) * speed_of(env)
