@@ -6,7 +6,9 @@ Writes OUT/train/shard-%06d.tar and OUT/val/shard-%06d.tar with recordings of 20
 and KEY.jsonl, of which every sixth is held out. A line is a step of the environment, and the
 recording plays 20 of them a second. The agent goes to a goal, by way of the door if it is in the
 other room, and then to the next one; its motion is mostly noise, as in LeWM's data.
-evaluation/rooms.py describes the actions and needs to know what to install.
+
+Needs two packages more: pip install --no-deps stable-worldmodel==0.1.1, pip install gymnasium
+loguru. evaluation/rooms.py describes the actions.
 
 Recording i depends on --seed and i alone. Run it again after a kill: finished shards are kept."""
 
