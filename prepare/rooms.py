@@ -1,6 +1,6 @@
 """Makes play in Two Rooms, an environment of stable-worldmodel, as shards that every stage reads.
 
-    python -m prepare.rooms --minutes 40 --out rooms     # seven minutes on one core
+    python -m prepare.rooms --minutes 30 --out rooms     # five minutes on one core
 
 Writes OUT/train/shard-%06d.tar and OUT/val/shard-%06d.tar with recordings of 20 seconds, KEY.mp4
 and KEY.jsonl, of which every sixth is held out. A line is a step of the environment, and the
@@ -91,7 +91,7 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--minutes", type=float, default=40, help="of play, held-out included")
+    parser.add_argument("--minutes", type=float, default=30, help="of play, held-out included")
     parser.add_argument("--seed", type=int, default=0, help="of play")
     parser.add_argument("--out", default="rooms", help="folder; its finished shards are kept")
     args = parser.parse_args()
