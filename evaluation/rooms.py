@@ -44,6 +44,9 @@ REPEATS = 0.1
 SIZE = 64
 
 
+INSTALL = "pip install --no-deps stable-worldmodel==0.1.1, and pip install gymnasium loguru"
+
+
 # --- the environment ---
 
 
@@ -54,10 +57,7 @@ def open_rooms():
     if name not in sys.modules:
         spec = importlib.util.find_spec(name)
         if spec is None:
-            raise ValueError(
-                "Two Rooms needs stable-worldmodel, which is not installed: pip install --no-deps"
-                " stable-worldmodel==0.1.1, and pip install gymnasium loguru"
-            )
+            raise ValueError(f"stable-worldmodel is not installed: {INSTALL}")
         package = types.ModuleType(name)
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules[name] = package
