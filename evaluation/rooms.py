@@ -43,7 +43,6 @@ REPEATS = 0.1
 # of the picture that a recording shows, which has 224 pixels a side
 SIZE = 64
 
-
 INSTALL = "pip install --no-deps stable-worldmodel==0.1.1, and pip install gymnasium loguru"
 
 
