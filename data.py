@@ -839,7 +839,9 @@ def held_count(names, val_fraction):
 
 def read_names(path):
     """The file of --recordings: names of recordings, one a line; what follows a # is a comment.
-    ValueError if it names none."""
+    ValueError if it names none, FileNotFoundError if it is none."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--recordings {path}: no such file")
     names = []
     with open(path, encoding="utf-8") as f:
         for line in f:

@@ -95,10 +95,12 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of play")
     parser.add_argument("--out", default="rooms", help="folder; its finished shards are kept")
     args = parser.parse_args()
+    count = round(args.minutes * 60 * FPS / LENGTH)
+    if count < 6:
+        parser.error(f"--minutes {args.minutes:g} is too little: at least 2, for 6 recordings")
     sys.excepthook = short_excepthook
 
     # --- which recordings go into which shard ---
-    count = max(round(args.minutes * 60 * FPS / LENGTH), 6)
     held_out = list(range(0, count, 6))
     train = [i for i in range(count) if i not in held_out]
     shards = {}
