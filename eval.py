@@ -4,7 +4,7 @@ on held-out gameplay or robot episodes.
     python eval.py --checkpoint out/demo --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
     python eval.py --checkpoint out/lewm --train_data 'demo/train/*.tar' --data 'demo/val/*.tar'
     python eval.py --checkpoint out/robot/r16 --landscape x z
-    torchrun --nproc_per_node=8 eval.py --checkpoint out/ac         # the same numbers on 8 GPUs
+    torchrun --nproc_per_node=8 eval.py --checkpoint out/ac         # shared by 8 GPUs
 
 Reads a run folder or checkpoint and held-out data (VPT video or features of the run's encoder,
 robot episodes; default: what the run held out). Of gameplay it also reads training clips, to fit a

@@ -854,7 +854,8 @@ if __name__ == "__main__":
                 loss = (jloss + sloss) / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
-            # once, for MFU: the encoder goes forward, the predictor also backward: twice as much
+            # once, for MFU: the encoder only goes forward; the predictor's backward pass takes twice
+            # as much as its forward pass
             if peak and not step_flops:
                 flops = 3 * forward_flops(model, z, actions, states)
                 flops += forward_flops(features_of, batch)

@@ -825,10 +825,13 @@ if __name__ == "__main__":
                 loss = (parts * loss_weights).sum() / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
-            # once, for MFU: the encoder goes forward, the decoder also backward: twice as much
+            # once, for MFU: encoder and VAE only go forward; the decoder's backward pass takes twice
+            # as much as its forward pass. LPIPS sees two pictures, and goes back to one of them
             if peak and not step_flops:
-                flops = 3 * forward_flops(model, z, targets)
-                flops += forward_flops(features_of, batch)
+                decoder_flops = forward_flops(model.decoder, z)
+                lpips_flops = forward_flops(model, z, targets) - decoder_flops
+                flops = 3 * decoder_flops + 1.5 * lpips_flops
+                flops += forward_flops(features_of, batch) + forward_flops(pictures.targets, batch)
                 step_flops = args.grad_accum * flops
 
             # a mean over micro-batches, left on the GPU: reading it here would wait

@@ -532,7 +532,8 @@ if __name__ == "__main__":
     )
 
     # features of another encoder would give a bad start that looks like a bad base
-    if has_features and not args.encoder and base_facts and "encoder_hash" not in base_facts:
+    has_base = base != "none"
+    if has_features and not args.encoder and has_base and "encoder_hash" not in base_facts:
         print0(
             f"{base} does not say which encoder it belongs to: features are of"
             f" {feature_source['encoder_hash']}; name --encoder to compare"
@@ -545,7 +546,7 @@ if __name__ == "__main__":
 
     # actions in other units than the base knows: the commonest mistake with a new robot
     new_scaler = None if args.no_scale else scaler
-    for line in scale_warnings(reader, action_std, bool(base_facts), base_scaler, new_scaler):
+    for line in scale_warnings(reader, action_std, has_base, base_scaler, new_scaler):
         print0(line)
 
     # put adapters into it, or train all of it. The scaler is folded into the action encoder, so
@@ -947,8 +948,8 @@ if __name__ == "__main__":
                 loss = (jloss + sloss) / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
-            # once, for MFU: the encoder goes forward, the predictor also backward. There frozen
-            # weights take as much again, trained ones twice as much
+            # once, for MFU: the encoder only goes forward. The predictor's backward pass takes as
+            # much as its forward pass where weights are frozen, twice as much where they are trained
             if peak and not step_flops:
                 flops = (3 if args.full else 2) * forward_flops(model, z, actions, states)
                 flops += forward_flops(features_of, batch)

@@ -15,8 +15,8 @@ from kernels import linear
 
 def medians(calls, device, repeats=10, warmup=2, clock=time.perf_counter):
     """Median seconds of each of {name: function}, called in turn, round after round: a slow minute
-    then hits all of them alike. clock: of a CPU; time.process_time counts what other programs on
-    the machine do not take."""
+    then hits all of them alike. clock: tells the time on a CPU; time.process_time counts the CPU
+    seconds of this process alone, all its threads together."""
     times = {name: [] for name in calls}
     events = []
     if device.type == "cuda":

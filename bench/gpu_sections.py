@@ -467,7 +467,8 @@ def build_step(sizes, device, width, predictor, is_compiled, lora, checkpointing
 
 
 def predicted_mib(sizes, device, width, predictor, lora, checkpointing=False):
-    """MiB that `--memory_report` would estimate for such a step."""
+    """MiB of all parts of such a step together; --memory_report says what its fullest moment
+    takes."""
     module = predictor_of(sizes, width, predictor, "meta")
     dtype = compute_dtype(device)
     numbers = (sizes.batch, 8, dtype)

@@ -102,7 +102,8 @@ SAME_PICTURE = 6
 def check(name, off, bound):
     """Say how far ours is from the peer's. Ends the program if that is more than rounding."""
     print(f"{name}: ours is off by {off:.1e}")
-    if off > bound:
+    # nan is not the same, either
+    if not off <= bound:
         raise SystemExit(f"{name}: ours computes something else (at most {bound:.0e} is rounding)")
 
 
@@ -226,7 +227,7 @@ def vjepa2_rows(size, device, dtype, repeats, clock, is_compiled):
 
 def losses_off(losses, wanted):
     """The largest difference of two pairs of losses, as a share."""
-    return max(abs(float(a) / float(b) - 1) for a, b in zip(losses, wanted))
+    return float(np.max([abs(float(a) / float(b) - 1) for a, b in zip(losses, wanted)]))
 
 
 # --- vector-quantize-pytorch ---
@@ -288,7 +289,7 @@ def vq_rows(size, device, repeats, clock):
             results[which] = (z_q.detach(), own.grad, tables[which].detach().clone())
             results[which] += (indices.view(1, count, slots).float(),)
         pairs = list(zip(results["ours"], results["peer"]))
-        off = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+        off = float(np.max([((a - b).norm() / b.norm()).item() for a, b in pairs]))
         what = f"{slots} x {K} codes, {count} rows"
         check(f"vq, {what}", off, 1e-4)
 
@@ -426,7 +427,9 @@ if __name__ == "__main__":
     flag("--dtype", default="float32", choices=["float32", "bfloat16"], help=dtype_help)
     flag("--compile", action="store_true", help="compile our training step")
     flag("--repeats", type=int, default=10, help="steps timed of each (default 10)")
-    clock_help = "count seconds of the CPU (on one that others use too), not those that pass"
+    clock_help = (
+        "count CPU seconds of this process, all its threads together: for a CPU that others use"
+    )
     flag("--cpu_seconds", action="store_true", help=clock_help)
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()

@@ -52,7 +52,7 @@ def parse_flags():
 
     # what is played
     flag = parser.add_argument_group("trials").add_argument
-    tasks_help = "what to play (default: all of the game, or of the arm)"
+    tasks_help = "what to play (default: all of the game, or of the arm; never the rooms)"
     flag("--tasks", nargs="+", choices=GAME + ARM + ROOMS, help=tasks_help)
     flag("--trials", type=int, default=100, help="trials of a task")
     flag("--arm", default="a", choices=["a", "b"], help="arm and cameras, as prepare.robot --world")
@@ -316,7 +316,8 @@ def rooms_arena(runs, args):
 
     state = runs[0].state
     rooms = Rooms(state["action_names"], round(FPS / state["fps"]))
-    settings = {"world": rooms.name, "scaler_hash": runs[0].scaler.hash, "reach": args.reach}
+    settings = {"world": rooms.name, "action_names": state["action_names"], "keys": args.keys}
+    settings |= {"scaler_hash": runs[0].scaler.hash, "reach": args.reach}
     return contextlib.nullcontext(rooms), 1 / state["fps"], settings
 
 

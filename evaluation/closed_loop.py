@@ -46,7 +46,7 @@ class World:
     # what `seen` would give at the goal, set by `begin`
     goal = None
 
-    # whether the trial is over before its time is: nothing moves any more
+    # whether the trial has ended early: then nothing moves any more
     ended = False
 
     def begin(self, task, seed, trial, look=True):

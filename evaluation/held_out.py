@@ -334,13 +334,15 @@ def held_out(
     compose: model.compose_states, or what computes states from actions on another robot. hotbar:
     as in action_meter. Shuffled actions are those of another recording (`from_other_recordings`);
     their errors are nan where there is only one."""
-    # each rank takes every world-th batch; dropout is off until the end
+    # dropout is off until the end
     training = predictor.training
     predictor.eval()
 
     # at least two clips in a batch, so that most can serve each other
     items = windows(dataset, max(batch_size, 2), clips)
     others = from_other_recordings(dataset, sum(items, []))
+
+    # each rank takes a share of the batches
     loader = DataLoader(
         dataset,
         batch_sampler=share(items),

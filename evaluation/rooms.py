@@ -50,7 +50,7 @@ INSTALL = "pip install --no-deps stable-worldmodel==0.1.1, and pip install gymna
 
 
 def open_rooms():
-    """The environment of stable-worldmodel. ValueError if it is not installed."""
+    """The environment of stable-worldmodel. ValueError if it or what it needs is not installed."""
     # the package itself imports torchvision and data bases; its environment needs none of them
     name = "stable_worldmodel"
     if name not in sys.modules:
@@ -60,13 +60,20 @@ def open_rooms():
         package = types.ModuleType(name)
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules[name] = package
-        importlib.import_module(f"{name}.utils")
+        try:
+            importlib.import_module(f"{name}.utils")
+        except ImportError as e:
+            del sys.modules[name]
+            raise ValueError(f"Two Rooms cannot be opened ({e}): {INSTALL}") from e
 
     # the file of the environment, without the one beside it that knows policies
     path = os.path.join(sys.modules[name].__path__[0], "envs", "two_room", "env.py")
     spec = importlib.util.spec_from_file_location("two_room_env", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as e:
+        raise ValueError(f"Two Rooms cannot be opened ({e}): {INSTALL}") from e
     return module.TwoRoomEnv()
 
 

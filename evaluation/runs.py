@@ -43,7 +43,7 @@ from weights import (
 
 
 def pick_device():
-    """The GPU if there is one. The ranks of a node share its GPUs."""
+    """The GPU if there is one; with torchrun each rank of a node has its own."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -91,14 +91,28 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--minutes", type=float, default=30, help="of play, held-out included")
-    parser.add_argument("--seed", type=int, default=0, help="of play")
-    parser.add_argument("--out", default="rooms", help="folder; its finished shards are kept")
+    parser.add_argument("--minutes", type=float, default=30, help="of play (default 30)")
+    parser.add_argument("--seed", type=int, default=0, help="of play (default 0)")
+    parser.add_argument("--out", default="rooms", help="folder, continued with the same arguments")
     args = parser.parse_args()
     count = round(args.minutes * 60 * FPS / LENGTH)
     if count < 6:
         parser.error(f"--minutes {args.minutes:g} is too little: at least 2, for 6 recordings")
     sys.excepthook = short_excepthook
+
+    # --- resume ---
+    # a folder is continued only with the arguments that it was made with
+    made = {"minutes": args.minutes, "seed": args.seed}
+    note = os.path.join(args.out, "rooms.json")
+    made_before = "something else"
+    if os.path.exists(note):
+        with open(note) as f:
+            made_before = json.load(f)
+    if made_before != made and os.path.isdir(args.out) and os.listdir(args.out):
+        raise ValueError(
+            f"{args.out} contains {made_before}, not play made with {made}: give another --out or"
+            " remove that folder"
+        )
 
     # --- which recordings go into which shard ---
     held_out = list(range(0, count, 6))
@@ -112,6 +126,7 @@ if __name__ == "__main__":
 
     # --- play ---
     env = open_rooms()
+    write_atomically(note, json.dumps(made).encode() + b"\n")
     todo = {path: numbers for path, numbers in shards.items() if not os.path.exists(path)}
     lines = LENGTH * sum(map(len, todo.values()))
     with tqdm(total=lines, unit=" lines") as bar:

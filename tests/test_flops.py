@@ -77,6 +77,7 @@ def test_counting_leaves_the_model_and_the_dice_alone():
     [
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200 NVL", 835),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A10", None),
         ("NVIDIA H20", None),
