@@ -25,7 +25,7 @@ import numpy as np
 
 from checkpoint import short_excepthook
 from evaluation.rooms import FPS, SIZE, Wanderer, open_rooms, picture, play_step, speed_of
-from files.disk import write_atomically
+from files.disk import make_folder, write_atomically
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
 
@@ -126,6 +126,7 @@ if __name__ == "__main__":
 
     # --- play ---
     env = open_rooms()
+    make_folder("--out", args.out)
     write_atomically(note, json.dumps(made).encode() + b"\n")
     todo = {path: numbers for path, numbers in shards.items() if not os.path.exists(path)}
     lines = LENGTH * sum(map(len, todo.values()))
