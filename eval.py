@@ -126,7 +126,7 @@ from evaluation.held_out import (
     signed,
     states_from,
 )
-from evaluation.ranks import gathered, join, leave, print0, share
+from evaluation.ranks import gathered, join, leave, print0, rank_and_world, share
 from evaluation.runs import Run, load_run, open_held_out, print_left_out
 from files.disk import write_atomically
 from files.logs import count_text, to_json
@@ -691,15 +691,29 @@ def probe_section(judged, dataset, features_of, train_data, encoder, options):
 
     # the report can be made without the training data, or without the encoder that would see them,
     # but not with wrong ones
+    why = ""
     try:
         train, bad = training_records(run.settings, train_data, dataset.records)
-        probed, failed = probe_run(run, dataset, features_of, train, encoder, **options)
+        features_of_train = features_of_training(run, dataset, features_of, train, encoder)
     except FileNotFoundError as e:
         if train_data:
             raise
-        return None, f"{e}; name shards to fit on with --train_data", []
+        why = f"{e}; name shards to fit on with --train_data"
     except ValueError as e:
         if train_data:
+            raise
+        why = str(e)
+
+    # ranks go on together: what one of them lacks, none reads
+    reasons = [reason for reason in gathered([why]) if reason]
+    if reasons:
+        return None, reasons[0], []
+    try:
+        probed, failed = probe_run(run, dataset, features_of, train, features_of_train, **options)
+    except ValueError as e:
+        # clips that nobody can read. Where ranks share them an error ends all, since the others
+        # wait for what this one has read
+        if train_data or rank_and_world()[1] > 1:
             raise
         return None, str(e), []
     return probed, "", bad + failed

@@ -6,9 +6,9 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data import latent_sequences
+from evaluation.ranks import gathered, rank_and_world
 from files.disk import write_atomically
 from files.latents import NO_LABEL, pack_codes
 from files.logs import read_csv
@@ -96,11 +96,7 @@ def held_out_codes(
     variance of z."""
     # each rank takes every world-th batch
     device = next(model.parameters()).device
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        world = dist.get_world_size()
-
+    rank, world = rank_and_world()
     items = dataset.windows(max(batch_size, 2), clips, rank, world)
     rows = []
     for batch in latent_sequences(dataset, batch_size, num_workers=num_workers, items=items):
@@ -134,10 +130,7 @@ def held_out_codes(
         rows.append({k: to_numpy(v) for k, v in row.items()})
 
     # all ranks know all rows, in the order of one process
-    if dist.is_initialized():
-        everyone = [None] * world
-        dist.all_gather_object(everyone, rows)
-        rows = interleaved(everyone)
+    rows = gathered(rows)
     return {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
 
 
@@ -197,16 +190,6 @@ def same_action_error(model, z, z_q, labels, names, own):
 def to_numpy(x):
     """A tensor as an array; half precision becomes float32."""
     return x.cpu().float().numpy() if x.is_floating_point() else x.cpu().numpy()
-
-
-def interleaved(everyone):
-    """Rows of all ranks, one list a rank, in the order of one process: first of rank 0, first of
-    rank 1, ... Some ranks may have one row less."""
-    # the k-th batch of each rank in turn
-    rows = []
-    for k in range(max(map(len, everyone))):
-        rows += [part[k] for part in everyone if k < len(part)]
-    return rows
 
 
 # --- numbers ---

@@ -110,15 +110,15 @@ class Probed(NamedTuple):
     tested: ClipSet
 
 
-def probe_run(run, dataset, features_of, train, encoder, clips, val_clips, batch_size, num_workers):
+def probe_run(
+    run, dataset, features_of, train, features_of_train, clips, val_clips, batch_size, num_workers
+):
     """Fit the ridge probe of inverse dynamics on training clips, test it on held-out ones ->
     (Probed, [bad]).
 
-    dataset, features_of: of runs.open_held_out. train: of training_records, at most `clips` windows
-    are read; of the held-out ones at most val_clips. encoder: weights for video, or None: the
-    run's."""
-    features_of_train = features_of_training(run, dataset, features_of, train, encoder)
-
+    dataset, features_of: of runs.open_held_out. train, features_of_train: of training_records and
+    features_of_training; at most `clips` windows are read, of the held-out ones at most
+    val_clips."""
     # cut as the run was trained on them, with the same actions for every run
     reader = play_reader(run.settings | {"action_space": PROBED}, None, dataset.reader.decoder)
     sets = []

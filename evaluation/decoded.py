@@ -5,7 +5,6 @@ import math
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
@@ -13,6 +12,7 @@ from checkpoint import settings_of
 from data import collate, ignore_signals_in_worker, shown_frames, windows
 from evaluation.held_out import recording_of
 from evaluation.pictures import plot_rows
+from evaluation.ranks import gathered, rank_and_world
 from evaluation.runs import read_checkpoint, stats_on
 from files.disk import write_atomically
 from files.logs import read_csv
@@ -140,10 +140,7 @@ def decoded_rows(model, dataset, features_of, pictures, batch_size, clips, num_w
     Pictures are those after the first step of each clip, beside a copy of the step before and the
     mean picture. Each rank decodes a share of the clips; every rank returns all errors."""
     # each rank takes every world-th batch
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        world = dist.get_world_size()
+    rank, world = rank_and_world()
     loader = DataLoader(
         dataset,
         batch_sampler=windows(dataset, batch_size, clips, rank, world),
@@ -194,10 +191,7 @@ def decoded_rows(model, dataset, features_of, pictures, batch_size, clips, num_w
     model.train()
 
     # all ranks know all rows
-    if dist.is_initialized():
-        everyone = [None] * world
-        dist.all_gather_object(everyone, rows)
-        rows = [row for part in everyone for row in part]
+    rows = gathered(rows)
     errors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     return errors, dict(list(shown.items())[:SHOWN]), bad
 

@@ -7,12 +7,12 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from sklearn.metrics import r2_score
 from torch.utils.data import DataLoader
 
 from data import collate, ignore_signals_in_worker, windows
 from evaluation.heads import RidgeHead, group_means, pool, score
+from evaluation.ranks import gathered, rank_and_world
 from files.disk import write_atomically
 from files.logs import plot_errors, plot_gap, read_csv
 from files.vpt import CONTINUOUS, hotbar_columns
@@ -88,10 +88,7 @@ def context_sentence(total_steps, weight, start, end):
 def share_of_rank(batches):
     """[(number of the batch, items, whether they count)] for this rank. Every rank gets as many, so
     that ranks that share a model call it equally often; what fills up does not count."""
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        world = dist.get_world_size()
+    rank, world = rank_and_world()
 
     # every world-th batch; where there is none left, the first one again
     share = []
@@ -100,20 +97,6 @@ def share_of_rank(batches):
         counts = number < len(batches)
         share.append((number, batches[number if counts else 0], counts))
     return share
-
-
-def gather(rows):
-    """Rows of all ranks, each beginning with the number of its batch, in order of that number."""
-    # ranks take turns, so their rows are put in order again
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, rows)
-        rows = [row for part in everyone for row in part]
-    return sorted(rows, key=first_of)
-
-
-def first_of(row):
-    return row[0]
 
 
 @torch.no_grad()
@@ -164,17 +147,17 @@ def read_windows(
                 tokens = pool(tokens.float(), side)
         actions = batch["actions"].numpy() if with_actions else None
         if counts:
-            rows.append((number, batch["key"], loss, tokens, actions))
+            rows.append((batch["key"], loss, tokens, actions))
 
     # all ranks know all rows; the last batch may be smaller, so a loss counts by its clips
-    rows = gather(rows)
-    recordings = np.concatenate([row[1] for row in rows])
-    losses = [row[2] * len(row[1]) for row in rows]
+    rows = gathered(rows)
+    recordings = np.concatenate([row[0] for row in rows])
+    losses = [row[1] * len(row[0]) for row in rows]
     clips = {"recording": recordings, "bad": bad}
     clips["loss"] = sum(losses) / len(recordings)
     if with_actions:
-        clips["z"] = torch.cat([row[3] for row in rows])
-        clips["actions"] = np.concatenate([row[4] for row in rows])
+        clips["z"] = torch.cat([row[2] for row in rows])
+        clips["actions"] = np.concatenate([row[3] for row in rows])
     return clips
 
 
