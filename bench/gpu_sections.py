@@ -18,7 +18,7 @@ import bench
 from bench.kernels import apart, attend, flex_attend, forward_backward, relative_error
 from bench.plan import plan, problem_of
 from bench.step import useful_flops
-from evaluation.memory import BLOCK, estimate
+from evaluation.memory import estimate, fullest_moment
 from evaluation.search import energy
 from kernels import ATTENTION, attention_impl
 from kernels.flops import peak_of
@@ -467,14 +467,12 @@ def build_step(sizes, device, width, predictor, is_compiled, lora, checkpointing
 
 
 def predicted_mib(sizes, device, width, predictor, lora, checkpointing=False):
-    """MiB of all parts of such a step together; --memory_report says what its fullest moment
-    takes."""
+    """MiB at the fullest moment of such a step, as train_lora.py --memory_report foretells it."""
     module = predictor_of(sizes, width, predictor, "meta")
     dtype = compute_dtype(device)
     numbers = (sizes.batch, 8, dtype)
     parts = estimate(0, width, sizes.grid, size_of(module), lora, *numbers, 8, 13, 2)
-    left_out = ["activations"] if checkpointing else ["activations, checkpointed", BLOCK]
-    return sum(nbytes for part, nbytes in parts.items() if part not in left_out) / 2**20
+    return fullest_moment(parts, checkpointing, False, device) / 2**20
 
 
 def predictor_flops(sizes, width, predictor):

@@ -108,7 +108,7 @@ def estimate(
     return parts
 
 
-def peak_of(parts, checkpointing, accumulates, device):
+def fullest_moment(parts, checkpointing, accumulates, device):
     """Bytes at the fullest moment of a step, from the parts of `estimate`. The backward pass frees
     activations block by block and makes gradients, so it is fullest where it starts or where it
     ends.
@@ -224,10 +224,10 @@ def compare(encoder, model, optimizer, inputs, options, dtype, autocast, grad_ac
 
     # the fullest moment: one micro-batch is measured, and more of them keep their gradients
     checkpointing = predictor.activation_checkpointing
-    expected = peak_of(estimated, checkpointing, False, device)
+    expected = fullest_moment(estimated, checkpointing, False, device)
     print(f"{'peak of a step':26} {expected / 2**20:14.1f} {peak / 2**20:13.1f}")
     if grad_accum > 1:
-        expected = peak_of(estimated, checkpointing, True, device)
+        expected = fullest_moment(estimated, checkpointing, True, device)
         print(f"{f'with --grad_accum {grad_accum}':26} {expected / 2**20:14.1f} {math.nan:13.1f}")
     if device.type == "cpu":
         print(
