@@ -15,7 +15,7 @@ DECODER = --crop_size 48 --fps 10 --frames_per_clip 4 --picture_size 96 --featur
 	--batch_size 16 --lr 2e-3 --epochs 4 --ipe 100 --warmup 1 --anneal 2 --val_clips 64 --val_every 4 --log_every 50 --num_workers 0 \
 	--pixels_cache demo/pixels --resume
 
-.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora demo-transfer demo-arm play encoder test test-all lint clean
+.PHONY: demo demo-random demo-spread demo-long demo-clip demo-probe demo-plan demo-lam demo-lora demo-transfer demo-arm play encoder encoder-arm test test-all lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -82,6 +82,15 @@ encoder: .venv/installed  # an encoder like encoders/doom_tiny, from 150 minutes
 		--out_dir out/encoder --resume
 	$(PY) -m prepare.encoder out/encoder out/encoder/doom_tiny.safetensors
 
+encoder-arm: .venv/installed-dev  # an encoder like encoders/arm_tiny, from 80 episodes of each arm that the demo does not have
+	$(PY) -m prepare.robot --episodes 80 --world a --seed 10 --out robot-encoder/a
+	$(PY) -m prepare.robot --episodes 80 --world b --seed 11 --out robot-encoder/b
+	$(PY) fit_scaler.py --dataset droid --data 'robot-encoder/*/*.tfrecord*' --stride 15 --val_fraction 0.1 --output robot-encoder/scaler.pkl
+	$(PY) train_lewm.py --dataset droid --data 'robot-encoder/*/*.tfrecord*' --scaler robot-encoder/scaler.pkl $(ROBOT_STEP) \
+		--frames_per_clip 4 --batch_size 16 --num_workers 0 --epochs 16 --ipe 100 --warmup 1 --anneal 6 --lr 1e-3 --idm 2 \
+		--val_every 4 --val_clips 64 --probe_clips 128 --log_every 50 --out_dir out/encoder-arm --resume
+	$(PY) -m prepare.encoder out/encoder-arm out/encoder-arm/arm_tiny.safetensors
+
 demo-lam: .venv/installed  # latent actions of nine known moves: do the codes name them? 3 minutes
 	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --chunks 256
 	test -e demo-lam/manifest.json || $(PY) -m prepare.manifest demo-lam --size 16
@@ -101,10 +110,10 @@ demo-lora: .venv/installed-dev  # a predictor of one robot arm, adapted to anoth
 	$(PY) -m prepare.robot --episodes 40 --world b --seed 1 --out robot/b
 	for w in a b; do $(PY) fit_scaler.py --dataset droid --data "robot/$$w/*.tfrecord*" --stride 15 --val_fraction 0.1 \
 		--output robot/$$w.pkl || exit 1; done
-	for w in a b; do $(PY) encode.py --dataset droid --data "robot/$$w/*.tfrecord*" --out robot/features/$$w --encoder vit_tiny \
+	for w in a b; do $(PY) encode.py --dataset droid --data "robot/$$w/*.tfrecord*" --out robot/features/$$w --encoder arm_tiny \
 		$(ROBOT_STEP) --phases 15 || exit 1; done
 	$(PY) train_lora.py --data 'robot/features/a/*.tar' --scaler robot/a.pkl --base none --full $(ROBOT) --feature_norm standardize \
-		--predict change --pred_dim 192 --pred_depth 4 --pred_heads 4 --max_steps 300 --warmup_steps 30 --anneal_steps 120 --lr 2e-3 \
+		--predict change --pred_dim 192 --pred_depth 4 --pred_heads 4 --max_steps 400 --warmup_steps 40 --anneal_steps 160 --lr 2e-3 \
 		--out_dir out/robot/base --export robot/base.pt
 	$(PY) $(ADAPT) --data 'robot/features/b/*.tar' --full --lr 1e-3 --out_dir out/robot/full
 	for r in 4 8 16 32; do $(PY) $(ADAPT) --data 'robot/features/b/*.tar' $(LORA) --lora_r $$r --out_dir out/robot/r$$r || exit 1; done
@@ -119,7 +128,7 @@ demo-arm: demo-lora  # do they plan? each reaches and pushes, in closed loop: th
 	$(PY) -m evaluation.benchmark --checkpoint out/robot/base $(REACH)
 	$(PY) -m evaluation.benchmark --checkpoint out/robot/base out/robot/r16 out/robot/full --arm b --out out/robot/benchmark-b.json $(REACH)
 
-REACH = --encoder vit_tiny --horizon 1 --num_samples 64 --num_elites 8
+REACH = --encoder arm_tiny --horizon 1 --num_samples 64 --num_elites 8 --iterations 4
 
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 

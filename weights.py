@@ -69,7 +69,7 @@ class Architecture(NamedTuple):
     mlp_dim: int
 
 
-# vit_tiny is ours: the size of doom_tiny, or random weights
+# vit_tiny is ours: the size of doom_tiny and arm_tiny, or random weights
 ARCHITECTURES = {
     "vit_tiny": Architecture(192, 4, 3, 768),
     "vit_base_16": Architecture(768, 12, 12, 3072),
@@ -79,7 +79,10 @@ ARCHITECTURES = {
     "vit_gigantic_xformers": Architecture(1664, 48, 26, 8192),
 }
 # encoders in this repository, in half precision; encoders/README.md says how they were made
-SHIPPED = {"doom_tiny": "encoders/doom_tiny.safetensors"}
+SHIPPED = {
+    "doom_tiny": "encoders/doom_tiny.safetensors",
+    "arm_tiny": "encoders/arm_tiny.safetensors",
+}
 # places of the released files on Meta's server
 RELEASED = {
     "vjepa2_vitl": "vjepa2/vitl.pt",
