@@ -853,25 +853,28 @@ def read_names(path):
     return names
 
 
-def pick(records, only, group):
-    """Those of [Record] whose names are in `only`. ValueError if there are none."""
+def pick(records, only):
+    """Those of the [Record] of one --data whose names are in `only`. ValueError if there are
+    none."""
     wanted = set(only)
     picked = [r for r in records if r.recording in wanted]
     if records and not picked:
         raise ValueError(
-            f"--recordings picks none of the {len(records)} recordings in {group}, such as"
-            f" {records[0].recording}: leave that --data out, or check the names"
+            f"--recordings picks none of the {len(records)} recordings of a --data, such as"
+            f" {records[0].recording} in {records[0].shard}: leave that --data out, or check the"
+            " names"
         )
     return picked
 
 
-def refuse_unknown(only, records):
-    """ValueError if names of --recordings are those of no recording in --data."""
-    missing = sorted(set(only) - {r.recording for r in records})
+def refuse_unknown(only, names):
+    """ValueError if --recordings has others than the names of the recordings in --data."""
+    missing = sorted(set(only) - set(names))
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(set(only))} names in --recordings are in no --data,"
-            f" {missing[0]} among them: python -m data --inspect SHARD prints names"
+            f" {missing[0]} among them: python -m data --inspect SHARD prints names; a file of"
+            " plain video is called FOLDER/NAME, without its ending"
         )
 
 
@@ -928,10 +931,10 @@ def open_lines(data, max_shards, val_fraction, only=None):
                 bad.append((r.shard, r.key, "features: fit on the recordings they were made from"))
         all_records += with_lines
         if only:
-            with_lines = pick(with_lines, only, " ".join(map(str, group)))
+            with_lines = pick(with_lines, only)
         records += split_records(with_lines, val_fraction)[0]
     if only:
-        refuse_unknown(only, all_records)
+        refuse_unknown(only, [r.recording for r in all_records])
     kept_shards = set(spread(sorted({r.shard for r in records}), max_shards))
     return [r for r in records if r.shard in kept_shards], bad
 
@@ -1039,7 +1042,13 @@ def holds_play(paths):
 
 
 def open_films(
-    data, reader, data_weights=None, val_data=None, val_fraction=0.0, max_bad_fraction=1.0
+    data,
+    reader,
+    data_weights=None,
+    val_data=None,
+    val_fraction=0.0,
+    max_bad_fraction=1.0,
+    only=None,
 ):
     """open_split for plain video: files, folders (searched to the bottom), globs, and tars of
     videos -> (train [Record], [share of the clips], val [Record], [bad]).
@@ -1050,7 +1059,9 @@ def open_films(
     groups = [data] if isinstance(data, str) else data
     check_weights(data_weights, groups)
     open_group = functools.partial(open_film_group, reader=reader)
-    return split_groups(groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction)
+    return split_groups(
+        groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction, only
+    )
 
 
 def check_weights(data_weights, groups):
@@ -1080,7 +1091,7 @@ def split_groups(
         records, flaws = open_group(group)
         sources.append(records)
         if only:
-            records = pick(records, only, " ".join(expand(group)))
+            records = pick(records, only)
         kept, held_out = split_records(records, 0 if val_data else val_fraction)
         total = sum(r.duration for r in kept)
         weight = data_weights[i] / total if data_weights else 1.0
@@ -1090,7 +1101,7 @@ def split_groups(
         bad += flaws
     refuse_shared(sources)
     if only and groups:
-        refuse_unknown(only, [r for records in sources for r in records])
+        refuse_unknown(only, [r.recording for records in sources for r in records])
 
     if val_data:
         val, flaws = open_group(val_data)

@@ -38,6 +38,7 @@ flag = parser.add_argument_group("data").add_argument
 # what is read, and where the features go
 flag("--dataset", default="vpt", choices=["vpt", "droid"], help="gameplay shards or robot episodes")
 flag("--data", "--data_path", **repeated, required=True, help="paths, globs, {a..b}")
+flag("--recordings", metavar="FILE", help="take only these of --data: a file of names, one a line")
 flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed")
 limit = (
     "size limit of --cache_dir in GB (%(default)g); least recently used shards are deleted first"
@@ -88,7 +89,7 @@ threads = min(8, os.cpu_count())
 flag("--num_workers", type=int, default=threads, help="decoding threads of a rank (%(default)s)")
 
 # flags of one dataset only
-OF_PLAY = ["vae", "encode", "frames_per_step", "frames_per_clip", "decoder"]
+OF_PLAY = ["recordings", "vae", "encode", "frames_per_step", "frames_per_clip", "decoder"]
 OF_ROBOTS = ["stride", "crop", "camera", "state_keys", "action_keys", "verify"]
 
 
@@ -108,8 +109,7 @@ def read_flags():
     # a flag of the other dataset would do nothing: refuse it
     for name in OF_PLAY if robots else OF_ROBOTS:
         if getattr(args, name) != parser.get_default(name):
-            which = "vpt: robots have one frame a step" if robots else "droid"
-            parser.error(f"--{name} is for --dataset {which}")
+            parser.error(f"--{name} is for --dataset {'vpt' if robots else 'droid'}")
 
     # each message names one flag
     for name in ("phases", "batch_size", "crop_size", "frames_per_step", "frames_per_clip", "fps"):
@@ -125,6 +125,7 @@ if __name__ == "__main__":
 import collections
 import concurrent.futures
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -139,6 +140,7 @@ import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 
 from checkpoint import lock, peak_memory, short_excepthook
+from data import read_names, refuse_unknown
 from droid import DroidReader, find_episodes, index_episodes
 from files.disk import (
     READ_ERRORS,
@@ -261,6 +263,38 @@ def play_keys(path):
     # peek: the index is enough, the video need not be copied for it
     source = path.peek() if isinstance(path, Shard) else path
     return {r.key for r in shard_index(source)[0]}
+
+
+def files_with(job, only):
+    """The Job with those of its input files that contain a recording of `only`, names. ValueError
+    if a name is in no file of any rank. Collective."""
+    # files without one are not written: an empty shard would say that it is finished
+    names = set()
+    share = []
+    for path in job.share:
+        keys = play_keys(path)
+        names |= keys
+        if keys & set(only):
+            share.append(path)
+
+    # a rank sees its own files alone
+    of_ranks = [names]
+    if job.world > 1:
+        of_ranks = [None] * job.world
+        dist.all_gather_object(of_ranks, names)
+    refuse_unknown(only, set().union(*of_ranks))
+    return job._replace(share=share)
+
+
+def index_picked(paths, only):
+    """index_play, of the recordings in `only` (names), or of all if that is None. What is wrong
+    with a whole file is always among the flaws."""
+    records, bad = index_play(paths)
+    if only is None:
+        return records, bad
+    wanted = {*only, ""}
+    records = [r for r in records if r.key in wanted]
+    return records, [flaw for flaw in bad if flaw[1] in wanted]
 
 
 def robot_keys(path):
@@ -490,9 +524,9 @@ def write_shards(job, targets, records, bad, plan, how, meta):
 # --- the three programs ---
 
 
-def encode_play(job, how, meta, made_with, reader, phases):
+def encode_play(job, how, meta, made_with, reader, phases, only):
     """VPT shards -> feature shards of the same names. meta: metadata of each member; made_with:
-    further settings that all shards of a folder share."""
+    further settings that all shards of a folder share; only: names of the recordings, or None."""
     # the folder must be empty, or of an earlier run with the same settings and input
     names = {p: os.path.basename(p.split("?")[0]) for p in job.paths}
     targets = target_files(names, job.out)
@@ -500,7 +534,8 @@ def encode_play(job, how, meta, made_with, reader, phases):
     check_finished(job.share, targets, job.out, play_keys)
 
     # only what is left to do is opened
-    records, bad = index_play([p for p in job.share if not os.path.exists(targets[p])])
+    todo = [p for p in job.share if not os.path.exists(targets[p])]
+    records, bad = index_picked(todo, only)
     runs = play_runs(
         records,
         fps=reader.fps,
@@ -569,13 +604,14 @@ def announce(job, how, records, runs, what, kind, meta, phases):
     print(f"to encode: {room}")
 
 
-def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size):
-    """VPT shards -> KEY.h5 with latents of the VAE `vae`, and KEY.actions.npz."""
+def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size, only):
+    """VPT shards -> KEY.h5 with latents of the VAE `vae`, and KEY.actions.npz. only: of
+    encode_play."""
     # latents of two VAEs in one folder would be trained on as one
     check_settings(job.out, made_with)
 
     # what is odd in the recordings is known before hours of encoding
-    records, bad = index_play(job.share)
+    records, bad = index_picked(job.share, only)
     if job.rank == 0:
         for line in line_warnings(records):
             print(f"WARNING: {line}")
@@ -625,6 +661,7 @@ if __name__ == "__main__":
     # when SLURM ends the job, the half-written shard is removed
     signal.signal(signal.SIGTERM, stop)
     robots = args.dataset == "droid"
+    only = read_names(args.recordings) if args.recordings else None
 
     # --- distributed ---
     # torchrun sets these; ranks share the files and otherwise work alone
@@ -669,6 +706,13 @@ if __name__ == "__main__":
     job = Job(paths, share, args.out, rank, world, device)
     dtype = getattr(torch, args.dtype)
 
+    # a shard with some of its recordings would pass for a finished one with others
+    chosen = {}
+    if only:
+        job = files_with(job, only)
+        digest = hashlib.sha256("\n".join(sorted(set(only))).encode()).hexdigest()
+        chosen["recordings"] = f"{len(set(only))} names, sha256 {digest[:16]}"
+
     # --- latents of a VAE ---
     if args.vae:
         if args.decoder != "pyav":
@@ -676,7 +720,8 @@ if __name__ == "__main__":
 
         # latents of another of these would not belong into the same folder
         made_with = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
-        encode_vae(job, made_with, args.vae, args.fps, args.crop_size, dtype, args.batch_size)
+        sizes = args.fps, args.crop_size, dtype, args.batch_size
+        encode_vae(job, made_with, args.vae, *sizes, only)
         if rank == 0:
             print(f"next: python -m prepare.manifest {args.out}")
         sys.exit()
@@ -693,7 +738,7 @@ if __name__ == "__main__":
         meta["store"] = args.store
 
     # not in the members, but the same for a whole folder
-    made_with = {"phases": args.phases, "dtype": args.dtype}
+    made_with = {"phases": args.phases, "dtype": args.dtype} | chosen
 
     # the hash above is of the weights before this cast
     how = Encoding(
@@ -728,7 +773,7 @@ if __name__ == "__main__":
         meta["action_space"] = "38"
         if args.decoder != "pyav":
             meta["decoder"] = args.decoder
-        encode_play(job, how, meta, made_with, reader, args.phases)
+        encode_play(job, how, meta, made_with, reader, args.phases, only)
     if rank == 0:
         # the next command
         script = "train_lora.py" if robots else "train_ac.py"

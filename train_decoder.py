@@ -79,6 +79,7 @@ flag("--data_weights", type=float, nargs="+", help="share of the clips from each
 flag("--val_data", nargs="+", action="append", help="held-out shards or videos; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the shards held out (below ten shards: of the recordings)")  # fmt: skip
 flag("--val_clips", type=int, default=128, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip
+flag("--recordings", metavar="FILE", help="take only these recordings of --data: a file of names, one a line")  # fmt: skip
 # pictures: the frames that features were made from
 flag("--video", nargs="+", help="shards of video that the features were made from, those of --val_data included")  # fmt: skip
 flag("--picture_size", type=int, help="side of the decoded picture in pixels (default: --crop_size)")  # fmt: skip
@@ -167,7 +168,8 @@ flag("--wandb_project", help="also log to Weights & Biases (pip install wandb)")
 flag("--dry_run", action=switch, default=False, help="check everything, run three steps, write nothing")  # fmt: skip
 
 # flags of one dataset only
-OF_PLAY = ["data_weights", "frames_per_step", "video", "video_decoder", "pixels_cache"]
+OF_PLAY = ["data_weights", "recordings", "frames_per_step", "video", "video_decoder"]
+OF_PLAY += ["pixels_cache"]
 OF_ROBOTS = ["stride", "crop", "camera", "idle_filter", "success", "state_keys", "action_keys"]
 
 if __name__ == "__main__":
@@ -198,6 +200,7 @@ from data import (
     open_films,
     open_split,
     prefetch,
+    read_names,
     vpt_loader,
     windows,
 )
@@ -343,6 +346,7 @@ if __name__ == "__main__":
     # a pattern or a path without a file is an error now, not after the model is built
     find_files = find_episodes if robots else film_paths
     paths = [find_files(group) for group in [*data, *(val_data or [])]]
+    only = read_names(args.recordings) if args.recordings else None
     vae = weights.open_picture_vae(args.vae).to(device) if args.vae else None
     lpips = weights.Lpips(args.lpips).to(device) if args.lpips else None
 
@@ -405,6 +409,7 @@ if __name__ == "__main__":
             val_data=val_data,
             val_fraction=val_fraction,
             max_bad_fraction=args.max_bad_fraction,
+            only=only,
         )
     if bad:
         print0(
@@ -664,6 +669,7 @@ if __name__ == "__main__":
         "dataset": args.dataset,
         "data": data,
         "val_data": args.val_data,
+        "recordings": only,
         "val_fraction": args.val_fraction,
         "val_clips": args.val_clips,
         "video": args.video,

@@ -74,6 +74,7 @@ flag("--data_weights", type=float, nargs="+", help="share of the clips from each
 flag("--val_data", nargs="+", action="append", help="held-out shards or videos; may be repeated (default: --val_fraction of --data)")  # fmt: skip
 flag("--val_fraction", type=float, default=0.1, help="share of the shards held out (below ten shards: of the recordings)")  # fmt: skip
 flag("--val_clips", type=int, default=256, help="held-out clips to validate on; 0 turns validation off")  # fmt: skip
+flag("--recordings", metavar="FILE", help="take only these recordings of --data: a file of names, one a line")  # fmt: skip
 flag("--probe_clips", type=int, default=256, help="training clips that each validation fits its probe of actions on; 0 is off")  # fmt: skip
 flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed; without it they are streamed")  # fmt: skip
 flag("--cache_size", type=float, default=100.0, help="size limit of --cache_dir in GB; the least recently used shards are deleted first")  # fmt: skip
@@ -171,6 +172,7 @@ from data import (
     open_films,
     open_split,
     prefetch,
+    read_names,
     vpt_loader,
     windows,
 )
@@ -373,6 +375,8 @@ if __name__ == "__main__":
     if args.init_from and not os.path.exists(args.init_from):
         raise FileNotFoundError(f"--init_from {args.init_from}: no such file or run folder")
 
+    only = read_names(args.recordings) if args.recordings else None
+
     # only --idm looks at actions while it trains
     scaler = None
     if args.idm:
@@ -380,6 +384,8 @@ if __name__ == "__main__":
             f"--data {' '.join(sum(data, []))} --fps {args.fps:g} --frames_per_step"
             f" {args.tubelet_size} --val_fraction {val_fraction:g}"
         )
+        if args.recordings:
+            suggested_flags += f" --recordings {args.recordings}"
         scaler = ActionScaler.load(args.scaler, suggested_flags)
         scaler.check(args.scaler, CONTINUOUS, args.fps, args.tubelet_size)
 
@@ -443,6 +449,7 @@ if __name__ == "__main__":
         val_data=val_data,
         val_fraction=val_fraction,
         max_bad_fraction=args.max_bad_fraction,
+        only=only,
     )
     if bad:
         print0(
@@ -823,6 +830,7 @@ if __name__ == "__main__":
         "is_play": is_play,
         "data": data,
         "val_data": args.val_data,
+        "recordings": only,
         "val_fraction": args.val_fraction,
         "val_clips": args.val_clips,
         "cache_dir": args.cache_dir,

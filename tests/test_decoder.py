@@ -401,13 +401,16 @@ def test_latents_of_an_autoencoder_are_learned(world, tmp_path):
 
 def test_on_the_fly_from_video_and_a_dry_run(shards, vgg, tmp_path):
     """Bug: without feature shards the encoder's own crop is not what is decoded; --dry_run leaves a
-    folder; LPIPS is not in the loss."""
+    folder; LPIPS is not in the loss; --recordings picks nothing, or among the held-out ones too."""
     flags = ["--data", shards / "shard-{000000..000001}.tar", TINY, "--encoder vit_tiny"]
     flags += ["--val_data", shards / "shard-000002.tar", "--lpips", vgg, "--lpips_weight 2"]
     plan = "--epochs 1 --warmup 0 --anneal 0 --ipe 2"
-    text = run(tmp_path, "train_decoder.py", *flags, plan, "--dry_run --out_dir", tmp_path / "run")
+    names = [r.recording for r in index_shards([str(shards / "shard-000000.tar")])[0]]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    dry = ["--dry_run --recordings", tmp_path / "names.txt", "--out_dir", tmp_path / "run"]
+    text = run(tmp_path, "train_decoder.py", *flags, plan, *dry)
     assert not (tmp_path / "run").exists()
-    assert "dry run, nothing written; 4 recordings to train on, 2 held out" in text
+    assert "dry run, nothing written; 2 recordings to train on, 2 held out" in text
     run(tmp_path, "train_decoder.py", *flags, plan, "--out_dir", tmp_path / "run")
     names = ("l1_loss", "gradient_loss", "lpips_loss", "total_loss")
     rows = numbers(tmp_path / "run", *names)
@@ -423,6 +426,7 @@ def test_on_the_fly_from_video_and_a_dry_run(shards, vgg, tmp_path):
         ("--vae y", "--vae y: give diffusers:FOLDER"),
         ("--picture_size 63", "a picture of 63 pixels cannot be cut into 2 x 2 patches"),
         ("--warmup 2 --anneal 9 --epochs 10", "do not fit into --epochs 10"),
+        ("--recordings no.txt", "--recordings no.txt: no such file"),
         ("--fps 10", "was made with --fps 5.0, this run has 10.0"),
     ],
 )

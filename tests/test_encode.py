@@ -479,6 +479,30 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     )
 
 
+def test_recordings_are_encoded_by_name(shards, tmp_path):
+    """Bug: an empty shard, or one with a part of its recordings, passes for finished when others
+    are picked; a misspelt name is left out without a word."""
+    keys = [r.key for r in index_shards([str(shards / "shard-000001.tar")])[0]]
+    names = tmp_path / "names.txt"
+    names.write_text(f"# the second\n{keys[1]}\n")
+    flags = ["--data", shards / "shard-{000000..000001}.tar", HOW, "--recordings", names]
+    run(tmp_path, "encode.py", *flags, "--out", tmp_path / "f")
+    assert list(tars(tmp_path / "f")) == ["shard-000001.tar"]
+    records, _ = index_shards([str(tmp_path / "f" / "shard-000001.tar")])
+    assert {r.recording for r in records} == {keys[1]}
+
+    names.write_text("\n".join(keys))
+    again = fails(tmp_path, "encode.py", *flags, "--out", tmp_path / "f")
+    assert "holds what other settings made" in again and "1 names, sha256" in again
+    names.write_text(f"{keys[0]}\nnone\n")
+    unknown = fails(tmp_path, "encode.py", *flags, "--out", tmp_path / "g")
+    assert "1 of the 2 names in --recordings are in no --data, none among them" in unknown
+    names.write_text("# nothing\n")
+    empty = fails(tmp_path, "encode.py", *flags, "--out", tmp_path / "g")
+    assert f"--recordings {names} names no recording" in empty
+    assert not tars(tmp_path / "g")
+
+
 def test_the_decoder_is_part_of_features(shards, tmp_path):
     """Bug: a folder holds features of two decoders, whose pixels differ, or training does not know
     which; --vae takes no notice of --decoder; a recording that decord misreads is left out."""

@@ -408,6 +408,13 @@ def test_the_split_is_by_name_however_files_are_named(folder, monkeypatch):
         with pytest.raises(ValueError, match="--val_fraction"):
             open_films(str(folder), READER, val_fraction=value)
 
+    # of those that are picked
+    keys = sorted(r.key for r in one[0])[:3]
+    three = open_films(str(folder), READER, val_fraction=0.3, only=keys)
+    assert sorted(r.key for r in three[0] + three[2]) == keys and len(three[2]) == 1
+    with pytest.raises(ValueError, match="1 of the 2 .*none among them"):
+        open_films(str(folder), READER, only=[keys[0], "none"])
+
 
 @pytest.mark.parametrize("again", [os.symlink, os.link, shutil.copy, "tar"])
 def test_the_same_video_twice_is_taken_once(tmp_path, again):

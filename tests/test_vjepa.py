@@ -18,7 +18,7 @@ import weights
 from data import Clips
 from evaluation.pretraining import collapse_sentence, context_sentence, inverse_probe
 from files.features import feature_rows
-from files.shards import index_shards
+from files.shards import expand, index_shards
 from files.vpt import ClipReader
 from model import (
     BatchNorm,
@@ -1048,6 +1048,7 @@ def test_steps_encoded_alone(world, tmp_path):
         ("--context_loss -1", "--context_loss -1.0 is below 0"),
         ("--sigreg -1", "--sigreg -1.0 is below 0"),
         ("--pixels_cache p --motion_shift 0.1", "--pixels_cache holds the centre alone"),
+        ("--recordings no.txt", "--recordings no.txt: no such file"),
         ("--init_from no.pt", "--encoder_arch: the encoder's size is that of --init_from"),
     ],
 )
@@ -1059,11 +1060,15 @@ def test_what_makes_no_sense_is_refused(world, tmp_path, flags, sentence):
 
 
 def test_a_dry_run_writes_nothing(world, tmp_path):
-    """Bug: --dry_run leaves a folder that a real run then refuses, or skips what can go wrong."""
+    """Bug: --dry_run leaves a folder that a real run then refuses, or skips what can go wrong;
+    --recordings picks nothing, or picks among the held-out ones too."""
+    names = [record.recording for record in index_shards(expand(str(world.video)))[0]]
+    (tmp_path / "names.txt").write_text("\n".join(names[:3]))
     flags = [*world.all, "--dry_run --batch_size 2 --out_dir", tmp_path / "run"]
+    flags += ["--recordings", tmp_path / "names.txt"]
     text = run(tmp_path, "train_vjepa.py", *flags)
     assert not (tmp_path / "run").exists()
-    assert "dry run, nothing written; 4 recordings to train on, 2 held out" in text
+    assert "dry run, nothing written; 3 recordings to train on, 2 held out" in text
     assert "held out after 3 steps: masked loss" in text
 
 
