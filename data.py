@@ -1055,7 +1055,8 @@ def open_films(
 
     reader: the FilmReader of the run, which says how long a clip is. A shard of play is taken as
     plain video: its lines are not read. Held-out videos are chosen by a hash of their names
-    (files/films.py, key_of). Copies of a video are found under any name. Raises as open_split."""
+    (files/films.py, key_of), which `only` lists too. Copies of a video are found under any name.
+    Raises as open_split."""
     groups = [data] if isinstance(data, str) else data
     check_weights(data_weights, groups)
     open_group = functools.partial(open_film_group, reader=reader)

@@ -18,7 +18,8 @@ vq          vector-quantize-pytorch's VectorQuantize: forward, backward and the 
             the codes. Codes, gradients and the new tables are compared.
 peft        Hugging Face PEFT's LoRA, by what bench.lora compares and times.
 torchcodec  The sixteen frames of a clip from an mp4 of 640x360, decoded with one thread and resized
-            to a short side of 256. Ours decodes with PyAV. The frames are compared.
+            to a short side of 256. Ours decodes with PyAV. The frames are compared. Once as its
+            guide says, and once as our reader would use it: frames by our index, our resize.
 lerobot     Clips of a LeRobot data set, by what bench.lerobot compares and counts: CPU seconds,
             where the others are seconds."""
 
@@ -27,11 +28,13 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import json
 import os
 import sys
 import time
 from typing import NamedTuple
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -46,7 +49,7 @@ from bench.pretrain import (
     shared_options,
 )
 from bench.step import our_step, training_step
-from files.video import largest_difference, mp4_times, read_frames
+from files.video import largest_difference, mp4_times, open_video, read_frames, upright
 from model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -329,45 +332,91 @@ def peft_rows(size, device, dtype, repeats, clock):
 # --- torchcodec ---
 
 
+def index_of(path):
+    """What torchcodec wants to know of each frame of an mp4, so that it need not scan the file."""
+    frames = []
+    with open_video(path) as container:
+        for packet in container.demux(video=0):
+            if packet.size:
+                key_frame = int(packet.is_keyframe)
+                frame = {"pts": packet.pts, "duration": packet.duration, "key_frame": key_frame}
+                frames.append(frame)
+    frames.sort(key=lambda frame: frame["pts"])
+    return json.dumps({"frames": frames})
+
+
 def torchcodec_rows(size, clock):
-    """A row of reading clips of video."""
+    """Rows of reading clips of a minute that pans, or of a few seconds, by key frames."""
+    if size.clips == 1:
+        return clip_rows(60, 5, size.clips, clock)
+    return clip_rows(60, 60, size.clips, clock) + clip_rows(250, 60, size.clips, clock)
+
+
+def clip_rows(gop, seconds, count, clock):
+    """Two rows of reading `count` clips of a video of so many seconds with a key frame every `gop`
+    frames."""
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import Resize
 
-    # a minute that pans, or a few seconds
-    path = os.path.join(bench.data.SCRATCH, "clip.mp4")
-    seconds = 60 if size.clips > 1 else 5
-    bench.data.write_video(path, 20 * seconds, (640, 360), 60, np.random.default_rng(0))
+    path = os.path.join(bench.data.SCRATCH, f"clip-{gop}.mp4")
+    bench.data.write_video(path, 20 * seconds, (640, 360), gop, np.random.default_rng(0))
     with open(path, "rb") as f:
         times = mp4_times(f)
+    index = index_of(path)
+    options = {"num_ffmpeg_threads": 1, "dimension_order": "NHWC"}
 
     # clips at random places, every fourth of 20 frames a second
-    rng = np.random.default_rng(1)
-    starts = rng.integers(len(times) - 60, size=size.clips)
+    starts = np.random.default_rng(1).integers(len(times) - 60, size=count)
     clips = [(start + 4 * np.arange(16)).tolist() for start in starts]
 
-    def by_ours(numbers):
+    def by_ours(numbers, short_side=256):
         with open(path, "rb") as f:
-            return read_frames(f, times, numbers, 256)
+            return read_frames(f, times, numbers, short_side)
 
-    # without a scan of the whole file: ours has the index from a cache
+    # as its guide says, without a scan of the whole file: ours has the index from a cache
     def by_peer(numbers):
-        options = {"num_ffmpeg_threads": 1, "seek_mode": "approximate", "dimension_order": "NHWC"}
-        options["transforms"] = [Resize((256, 455))]
-        return VideoDecoder(path, **options).get_frames_at(numbers).data.numpy()
+        resized = {"seek_mode": "approximate", "transforms": [Resize((256, 455))]}
+        return VideoDecoder(path, **options, **resized).get_frames_at(numbers).data.numpy()
 
-    off = max(largest_difference(by_ours(clip), by_peer(clip)) for clip in clips)
-    check("torchcodec, frames (of 255)", off, SAME_PICTURE)
+    # as our reader would have to use it: exact frames, out of an open file
+    def whole_frames(numbers):
+        with open(path, "rb") as f:
+            decoder = VideoDecoder(f, custom_frame_mappings=index, **options)
+            return decoder.get_frames_at(numbers).data.numpy()
+
+    def by_index(numbers):
+        pictures = []
+        for picture in whole_frames(numbers):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            pictures.append(upright(frame, 256, np.eye(2)))
+        return np.stack(pictures)
+
+    # decoded frames are the same; resized ones are alike
+    for clip in clips:
+        off = np.abs(by_ours(clip, 360).astype(np.int16) - whole_frames(clip)).max()
+        check("torchcodec, whole frames", off, 1)
+        for name, read in (("frames", by_peer), ("frames by our index", by_index)):
+            off = largest_difference(by_ours(clip), read(clip))
+            check(f"torchcodec, {name} (of 255)", off, SAME_PICTURE)
+    off = np.abs(by_ours(clips[0]).astype(np.int16) - by_index(clips[0]))
+    print(f"torchcodec, the first clip: pixels differ by {off.mean():.1f}, at most {off.max()}")
 
     def all_clips(read):
         for clip in clips:
             read(clip)
 
-    calls = {"peer": by_peer, "ours": by_ours}
+    calls = {"peer": by_peer, "by our index": by_index, "ours": by_ours}
     calls = {which: functools.partial(all_clips, read) for which, read in calls.items()}
-    seconds = bench.medians(calls, torch.device("cpu"), 3, 1, clock)
-    of_clip = {which: s / len(clips) for which, s in seconds.items()}
-    return [row_of("torchcodec", "a clip of video", of_clip)]
+    taken = bench.medians(calls, torch.device("cpu"), 3, 1, clock)
+    of_clip = {which: s / len(clips) for which, s in taken.items()}
+
+    # a row a way
+    what = f"a clip, key frames every {gop}"
+    as_we_would = {"peer": of_clip["by our index"], "ours": of_clip["ours"]}
+    return [
+        row_of("torchcodec", what, of_clip),
+        row_of("torchcodec", f"{what}, by our index, our resize", as_we_would),
+    ]
 
 
 # --- lerobot ---
