@@ -3,7 +3,7 @@ robot arm, or in Two Rooms of stable-worldmodel.
 
     python -m evaluation.benchmark --checkpoint out/lewm
     python -m evaluation.benchmark --checkpoint out/ac out/lewm --tasks turn --trials 20
-    python -m evaluation.benchmark --checkpoint out/robot/base --tasks reach --encoder vit_tiny
+    python -m evaluation.benchmark --checkpoint out/robot/base --tasks reach --encoder arm_tiny
     python -m evaluation.benchmark --checkpoint out/rooms --tasks rooms
     python -m evaluation.benchmark --compare a.json b.json
 
