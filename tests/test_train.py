@@ -213,7 +213,10 @@ def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
         run(tmp_path, "train_ac.py", *flags, whole)
     cut = tmp_path / "cut"
     killed = Run(tmp_path, "train_ac.py", *flags, cut)
-    killed.signal_when(cut / "train.csv", lambda rows: len(rows) >= 29, signal.SIGKILL)
+    saved = cut / checkpoint.LATEST  # written while the next steps are made
+    killed.signal_when(
+        cut / "train.csv", lambda rows: len(rows) >= 29 and saved.exists(), signal.SIGKILL
+    )
     assert killed.wait()[0] == -signal.SIGKILL
     assert os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar"
     assert 29 <= len(rows_of(cut / "train.csv")) < 50
