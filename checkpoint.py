@@ -223,9 +223,12 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
 class Writer:
     """Writes checkpoints in a thread: training waits for a copy of the tensors in host memory, and
     not for the disk. One is written at a time. Python ends only after the thread has, whatever
-    ends the run; a process that is killed keeps its previous checkpoint."""
+    ends the run; a process that is killed keeps its previous checkpoint.
 
-    def __init__(self):
+    writes: whether this rank does. With FSDP all ranks call `save`, since each has a part."""
+
+    def __init__(self, writes=True):
+        self.writes = writes
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
         self.pending = None
         writers.append(self)
@@ -233,11 +236,18 @@ class Writer:
     def save(self, out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
         """`save`, which begins now, once the one before is done. Returns the path. Raises what the
         one before raised."""
+        # first wait, then copy: there are never two copies
         self.wait()
         gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
         state = on_host(state, {})
-        self.pending = self.pool.submit(save, out_dir, state, epoch, itr, keep_last, keep_every)
+        if self.writes:
+            self.pending = self.pool.submit(save, out_dir, state, epoch, itr, keep_last, keep_every)
         return path_of(out_dir, epoch, itr)
+
+    def check(self):
+        """Raises what `save` raised in the thread, once. Does not wait."""
+        if self.pending and self.pending.done():
+            self.wait()
 
     def wait(self):
         """Return when nothing is being written. Raises what `save` raised, once."""
@@ -260,10 +270,14 @@ def errors_of_writers():
 
 def on_host(value, copies):
     """A copy of a checkpoint's dictionary that training does not change, tensors on the CPU. Those
-    that share memory share it in the copy too: it is written once. copies: {}, filled."""
+    that share memory share it in the copy too: it is written once. copies: {}, filled. With sharded
+    tensors a collective: their copies are whole."""
+    if isinstance(value, DTensor):
+        # what is gathered is gone after this line, and others may get its address
+        return on_host(value.full_tensor(), {})
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
-        place = (storage.device, storage.data_ptr())
+        place = (storage.device, storage.data_ptr(), storage.nbytes())
         if place not in copies:
             copies[place] = storage.clone() if value.device.type == "cpu" else storage.cpu()
         twin = torch.empty(0, dtype=value.dtype)
@@ -388,21 +402,8 @@ def newest_good(out_dir):
 
 # --- sharded weights ---
 #
-# With FSDP each rank holds a part of every tensor. In a checkpoint tensors are whole, so that it
-# opens on any number of ranks, with FSDP or without.
-
-
-def whole(state):
-    """A tensor, or dicts and lists of them, with whole tensors in place of sharded ones, on the
-    CPU. With sharded ones a collective; other values stay as they are."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
-    if isinstance(state, DTensor):
-        full = state.full_tensor()
-        return full.cpu() if full.ndim else full
-    return state
+# With FSDP each rank holds a part of every tensor. In a checkpoint tensors are whole (on_host), so
+# that it opens on any number of ranks, with FSDP or without.
 
 
 def part_like(tensor, like):

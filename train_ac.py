@@ -887,6 +887,9 @@ if __name__ == "__main__":
         epochs_done, inside = divmod(step, args.ipe)
         must_save = inside == 0 or step == last_step or halt
 
+        # a checkpoint that could not be written ends the run
+        writer.check()
+
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
         if steps_to_log and (must_save or step % args.log_every == 0):

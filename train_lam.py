@@ -803,6 +803,9 @@ if __name__ == "__main__":
         # the losses are checked first
         clusters = vq is not None and vq.kmeans and int(vq.seen[0]) + 1 == max(vq.warmup, 1)
 
+        # a checkpoint that could not be written ends the run
+        writer.check()
+
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
         if must_save or step % args.log_every == 0 or clusters:

@@ -984,6 +984,9 @@ if __name__ == "__main__":
         must_save = step % args.save_every_n_steps == 0 or step == last_step or halt
         must_evaluate = step % args.eval_every_n_steps == 0 or step == last_step
 
+        # a checkpoint that could not be written ends the run
+        writer.check()
+
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
         if must_save or must_evaluate or step % args.log_every == 0:
