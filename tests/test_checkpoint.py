@@ -278,7 +278,7 @@ def test_one_checkpoint_is_written_at_a_time(tmp_path):
 MANY = """
 import sys, torch, checkpoint
 cpu = torch.device("cpu")
-state = {"w": [torch.ones(10, 2**18) for _ in range(10)]}
+state = {"w": [torch.ones(40, 2**18) for _ in range(3)]}
 writer = checkpoint.Writer()
 before = checkpoint.peak_memory(cpu)
 for epoch in range(1, 4):
@@ -295,8 +295,8 @@ def test_a_copy_is_made_once_and_freed(forkserver, tmp_path):
     script.write_text(MANY)
     text = run(tmp_path, script, tmp_path / "run")
 
-    # 100 MiB, and the pieces in which a file is written and read
-    assert 95 < float(text.split("MiB:")[1]) < 170
+    # 120 MiB, and one of the pieces in which a file is written and read
+    assert 115 < float(text.split("MiB:")[1]) < 200
 
 
 FULL = """
