@@ -234,9 +234,9 @@ class Writer:
         writers.append(self)
 
     def save(self, out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
-        """`save`, which begins now, once the one before is done. Returns the path. Raises what the
-        one before raised."""
-        # first wait, then copy: there are never two copies
+        """Copy `state`, and `save` the copy in the thread. Returns the path. Waits until the one
+        before is written, and raises what that raised."""
+        # wait first, then copy: there are never two copies
         self.wait()
         gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
         state = on_host(state, {})
@@ -273,7 +273,8 @@ def on_host(value, copies):
     that share memory share it in the copy too: it is written once. copies: {}, filled. With sharded
     tensors a collective: their copies are whole."""
     if isinstance(value, DTensor):
-        # what is gathered is gone after this line, and others may get its address
+        # the gathered tensor is gone after this line, and the next one may get its address: it does
+        # not go into `copies`
         return on_host(value.full_tensor(), {})
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()

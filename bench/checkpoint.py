@@ -4,8 +4,8 @@
     python -m bench.checkpoint --pred_dim 384 --pred_depth 6
 
 A checkpoint holds the weights of a predictor and two moments of Adam for each. Both ways write
-the same file in the same folder, in turns; rows are medians. "waits" is the time in the call;
-"on the disk" is when the file is whole, its checksum and its rename included."""
+the same file in turns, in the folder for temporary files (TMPDIR); rows are medians. "waits" is the
+time in the call; "on the disk" is when the file is whole, its checksum and its rename included."""
 
 import argparse
 import shutil

@@ -422,9 +422,9 @@ def start_ranks(folder, script, *flags, **options):
     return [Run(folder, script, *flags, env=env, **options) for env in ranks]
 
 
-def run_bench(folder, name, *flags):
+def run_bench(folder, name, *flags, **options):
     """(JSON rows, everything printed) of `python -m bench.NAME --json FLAGS`."""
-    text = run(folder, f"bench/{name}.py", "--json", *flags)
+    text = run(folder, f"bench/{name}.py", "--json", *flags, **options)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert rows and all(row["torch"] and row["device"] for row in rows)
     return rows, text
