@@ -59,7 +59,9 @@ def short_excepthook(kind, error, trace):
     if in_main_thread:
         for late in errors_of_writers():
             if isinstance(error, OSError):
-                kind, error, trace = type(late), late, late.__traceback__
+                kind = type(late)
+                error = late
+                trace = late.__traceback__
             else:
                 print("error:", late, file=sys.stderr)
 
