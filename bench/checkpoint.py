@@ -1,6 +1,6 @@
 """How long does training wait for a checkpoint: written in the loop, and in a thread?
 
-    python -m bench.checkpoint                                # 102 million weights, 1.2 GB a file
+    python -m bench.checkpoint                                # 103 million weights, 1.2 GB a file
     python -m bench.checkpoint --pred_dim 384 --pred_depth 6
 
 A checkpoint holds the weights of a predictor and two moments of Adam for each. Both ways write
