@@ -6,6 +6,8 @@ symlink to the newest. It is what torch.save writes and then, in eight hex digit
 that: the CRCs inside the zip do not cover its directory, where one flipped bit makes torch.load
 return garbage."""
 
+import concurrent.futures
+import copy
 import fcntl
 import gc
 import glob
@@ -45,11 +47,24 @@ BROKEN = (
     ArithmeticError,
 )
 open_locks = []  # open files of `lock`: a lock lives as long as its file is open
+writers = []  # each Writer: an error that ends the run waits for it
 
 
 def short_excepthook(kind, error, trace):
     """For sys.excepthook: errors that the user can fix are printed as one line; everything else, or
     everything with NANOJEPA_DEBUG=1, as a traceback."""
+    # a checkpoint that is being written becomes whole first. On a full disk the log may fail before
+    # it does: the checkpoint's sentence says more
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        for late in errors_of_writers():
+            if isinstance(error, OSError):
+                kind = type(late)
+                error = late
+                trace = late.__traceback__
+            else:
+                print("error:", late, file=sys.stderr)
+
     text = str(error).rpartition("\nValueError: ")[2]
     debug = bool(os.environ.get("NANOJEPA_DEBUG"))
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
@@ -58,7 +73,6 @@ def short_excepthook(kind, error, trace):
 
     # a loader hands batches over in a thread of its own. It is no error there that the training,
     # told to stop, takes no more
-    in_main_thread = threading.current_thread() is threading.main_thread()
     if pipe_broke and not in_main_thread and not debug:
         return
 
@@ -170,18 +184,20 @@ def _crc(f, size):
     return b"%08x" % crc
 
 
+def path_of(out_dir, epoch, itr):
+    """The path of the checkpoint of a moment: N whole epochs, and steps inside the next one."""
+    inside_epoch = f"-itr{itr:05d}" if itr else ""
+    return os.path.join(out_dir, f"checkpoint-epoch{epoch:03d}{inside_epoch}.pth.tar")
+
+
 def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
     """Write a checkpoint, point `latest` at it, then delete older ones except the last `keep_last`
     and each `keep_every`-th epoch. Raises OSError naming the last good checkpoint when it cannot be
     written (disk full); that one is then untouched."""
-    inside_epoch = f"-itr{itr:05d}" if itr else ""
-    name = f"checkpoint-epoch{epoch:03d}{inside_epoch}.pth.tar"
-    path = os.path.join(out_dir, name)
+    path = path_of(out_dir, epoch, itr)
     link = os.path.join(out_dir, LATEST)
     last_good = next(reversed(list_checkpoints(out_dir)), "none")
-
     remove_leftovers(out_dir, "checkpoint-*.tmp")
-    gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
 
     def write(f):
         torch.save(state, f)
@@ -194,7 +210,7 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
         raise OSError(
             f"could not write {path} ({reason}); last good checkpoint: {last_good}"
         ) from e
-    os.symlink(name, link + ".tmp")
+    os.symlink(os.path.basename(path), link + ".tmp")
     os.replace(link + ".tmp", link)
 
     # rotate: the newest ones stay, and each keep_every-th whole epoch
@@ -204,6 +220,81 @@ def save(out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
         if old != path and not kept_for_good:
             os.unlink(old)
     return path
+
+
+class Writer:
+    """Writes checkpoints in a thread: training waits for a copy of the tensors in host memory, and
+    not for the disk. One is written at a time. Python ends only after the thread has, whatever
+    ends the run; a process that is killed keeps its previous checkpoint.
+
+    writes: whether this rank does. With FSDP all ranks call `save`, since each has a part."""
+
+    def __init__(self, writes=True):
+        self.writes = writes
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending = None
+        writers.append(self)
+
+    def save(self, out_dir, state, epoch, itr=0, keep_last=2, keep_every=25):
+        """Copy `state`, and `save` the copy in the thread. Returns the path. Waits until the one
+        before is written, and raises what that raised."""
+        # wait first, then copy: there are never two copies
+        self.wait()
+        gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
+        state = on_host(state, {})
+        if self.writes:
+            self.pending = self.pool.submit(save, out_dir, state, epoch, itr, keep_last, keep_every)
+        return path_of(out_dir, epoch, itr)
+
+    def check(self):
+        """Raises what `save` raised in the thread, once. Does not wait."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self):
+        """Return when nothing is being written. Raises what `save` raised, once."""
+        pending = self.pending
+        self.pending = None
+        if pending:
+            pending.result()
+
+
+def errors_of_writers():
+    """What went wrong in the threads of all Writers, after waiting for them: OSErrors."""
+    errors = []
+    for writer in writers:
+        try:
+            writer.wait()
+        except OSError as e:
+            errors.append(e)
+    return errors
+
+
+def on_host(value, copies):
+    """A copy of a checkpoint's dictionary that training does not change, tensors on the CPU. Those
+    that share memory share it in the copy too: it is written once. copies: {}, filled. With sharded
+    tensors a collective: their copies are whole."""
+    if isinstance(value, DTensor):
+        # the gathered tensor is gone after this line, and the next one may get its address: it does
+        # not go into `copies`
+        return on_host(value.full_tensor(), {})
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        place = (storage.device, storage.data_ptr(), storage.nbytes())
+        if place not in copies:
+            copies[place] = storage.clone() if value.device.type == "cpu" else storage.cpu()
+        twin = torch.empty(0, dtype=value.dtype)
+        return twin.set_(copies[place], value.storage_offset(), value.size(), value.stride())
+
+    # a state_dict has versions beside its entries: a shallow copy keeps them
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        for name, entry in value.items():
+            twin[name] = on_host(entry, copies)
+        return twin
+    if isinstance(value, list | tuple):
+        return type(value)([on_host(entry, copies) for entry in value])
+    return value
 
 
 def load(path):
@@ -314,21 +405,8 @@ def newest_good(out_dir):
 
 # --- sharded weights ---
 #
-# With FSDP each rank holds a part of every tensor. In a checkpoint tensors are whole, so that it
-# opens on any number of ranks, with FSDP or without.
-
-
-def whole(state):
-    """A tensor, or dicts and lists of them, with whole tensors in place of sharded ones, on the
-    CPU. With sharded ones a collective; other values stay as they are."""
-    if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [whole(value) for value in state]
-    if isinstance(state, DTensor):
-        full = state.full_tensor()
-        return full.cpu() if full.ndim else full
-    return state
+# With FSDP each rank holds a part of every tensor. In a checkpoint tensors are whole (on_host), so
+# that it opens on any number of ranks, with FSDP or without.
 
 
 def part_like(tensor, like):

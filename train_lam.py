@@ -541,6 +541,7 @@ if __name__ == "__main__":
     # rank 0 writes; the id in the checkpoint continues the same W&B run
     wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not dry
+    writer = checkpoint.Writer()
     log = None
     if writes:
         log = open_logs(
@@ -584,10 +585,9 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint
-        path = checkpoint.save(
-            args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq
-        )
+        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
+        # while the next steps are made
+        path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         plot_curves(args.out_dir, args.ipe)
         return path
 
@@ -803,6 +803,9 @@ if __name__ == "__main__":
         # the losses are checked first
         clusters = vq is not None and vq.kmeans and int(vq.seen[0]) + 1 == max(vq.warmup, 1)
 
+        # a checkpoint that could not be written ends the run
+        writer.check()
+
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
         if must_save or step % args.log_every == 0 or clusters:
@@ -887,6 +890,9 @@ if __name__ == "__main__":
         # stopped by a signal: all is saved
         if halt:
             break
+
+    # the last checkpoint is on the disk, or an error says why not
+    writer.wait()
 
     # what was done, and what to do next
     print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")

@@ -887,6 +887,7 @@ if __name__ == "__main__":
     # rank 0 writes; the id in the checkpoint continues the same W&B run
     wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not args.dry_run
+    writer = checkpoint.Writer()
     log = None
     if writes:
         log = open_logs(
@@ -989,10 +990,9 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint
-        path = checkpoint.save(
-            args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq
-        )
+        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
+        # while the next steps are made
+        path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         plot_world_curves(args.out_dir, args.ipe)
         return path
 
@@ -1187,6 +1187,9 @@ if __name__ == "__main__":
         epochs_done, inside = divmod(step, args.ipe)
         must_save = inside == 0 or step == last_step or halt
 
+        # a checkpoint that could not be written ends the run
+        writer.check()
+
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
         if steps_to_log and (must_save or step % args.log_every == 0):
@@ -1259,6 +1262,9 @@ if __name__ == "__main__":
         # stopped by a signal: all is saved
         if halt:
             break
+
+    # the last checkpoint is on the disk, or an error says why not
+    writer.wait()
 
     # what was done, and what to do next
     print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")

@@ -778,6 +778,7 @@ if __name__ == "__main__":
     # rank 0 writes; the id in the checkpoint continues the same W&B run
     wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not dry
+    writer = checkpoint.Writer()
     log = None
     if writes:
         log = open_logs(
@@ -847,8 +848,9 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint
-        path = checkpoint.save(args.out_dir, state, epoch, itr, args.keep_last, keep_every=0)
+        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
+        # while the next steps are made
+        path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, keep_every=0)
 
         # PEFT's files, which other programs read too
         if not args.full:
@@ -982,6 +984,9 @@ if __name__ == "__main__":
         must_save = step % args.save_every_n_steps == 0 or step == last_step or halt
         must_evaluate = step % args.eval_every_n_steps == 0 or step == last_step
 
+        # a checkpoint that could not be written ends the run
+        writer.check()
+
         # once in a while: read the losses back, check them, log them
         # (a row for every step since the last time)
         if must_save or must_evaluate or step % args.log_every == 0:
@@ -1030,6 +1035,9 @@ if __name__ == "__main__":
         # stopped by a signal: all is saved
         if halt:
             break
+
+    # the last checkpoint is on the disk, or an error says why not
+    writer.wait()
 
     # the checks of --debug, and measured memory beside the estimate
     if args.debug:

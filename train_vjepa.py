@@ -818,6 +818,7 @@ if __name__ == "__main__":
     # rank 0 writes; the id in the checkpoint continues the same W&B run
     wandb_id = (state or {}).get("wandb_id") or os.urandom(4).hex()
     writes = rank == 0 and not args.dry_run
+    writer = checkpoint.Writer(writes)
     log = None
     if writes:
         log = open_logs(
@@ -871,16 +872,14 @@ if __name__ == "__main__":
     def save(epoch, itr):
         """Write a checkpoint and the curves (rank 0). With --fsdp all ranks take part."""
         state = weights.pretraining_state(
-            checkpoint.whole(encoder.state_dict()),
-            checkpoint.whole(teacher.state_dict()),
-            checkpoint.whole(predictor.state_dict()),
+            encoder.state_dict(), teacher.state_dict(), predictor.state_dict()
         )
         state |= {
             "format": checkpoint.FORMAT,
             "settings": settings,
-            "projector": checkpoint.whole(projector.state_dict()) if args.sigreg else None,
-            "inverse": checkpoint.whole(inverse.state_dict()) if args.idm else None,
-            "optimizer": checkpoint.whole(optimizer.state_dict()),
+            "projector": projector.state_dict() if args.sigreg else None,
+            "inverse": inverse.state_dict() if args.idm else None,
+            "optimizer": optimizer.state_dict(),
             "scaler": loss_scaler.state_dict(),
             "epoch": epoch,
             "itr": itr,
@@ -894,14 +893,12 @@ if __name__ == "__main__":
             "wandb_id": wandb_id,
             **must_match,
         }
-        if rank > 0:
-            return None
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint
-        path = checkpoint.save(
-            args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq
-        )
-        plot_curves(args.out_dir, args.ipe)
+        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
+        # while the next steps are made
+        path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
+        if writes:
+            plot_curves(args.out_dir, args.ipe)
         return path
 
     def validate(epoch):
@@ -1066,7 +1063,8 @@ if __name__ == "__main__":
             loss_scaler.unscale_(optimizer)
             max_norm = args.grad_clip or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            grad_norm = checkpoint.whole(grad_norm)
+            if args.fsdp:
+                grad_norm = grad_norm.full_tensor()
 
             # step; in float16 a step with overflowed gradients is skipped
             loss_scaler.step(optimizer)
@@ -1087,6 +1085,9 @@ if __name__ == "__main__":
         # save at the end of each epoch and wherever the run ends
         epochs_done, inside = divmod(step, args.ipe)
         must_save = inside == 0 or step == last_step or halt
+
+        # a checkpoint that could not be written ends the run
+        writer.check()
 
         # once in a while: read the losses back, check them, log them
         if steps_to_log and (must_save or step % args.log_every == 0):
@@ -1145,6 +1146,9 @@ if __name__ == "__main__":
             log_started = time.perf_counter()  # validating and saving are no training time
         if halt:
             break
+
+    # the last checkpoint is on the disk, or an error says why not
+    writer.wait()
 
     # what was done, and what to do next
     print0(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")

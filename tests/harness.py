@@ -412,19 +412,19 @@ def fails(folder, script, *flags, **options):
     return error_line(*Run(folder, script, *flags, **options).wait())
 
 
-def start_ranks(folder, script, *flags):
+def start_ranks(folder, script, *flags, **options):
     """Two processes as torchrun would start them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [env | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
-    return [Run(folder, script, *flags, env=env) for env in ranks]
+    return [Run(folder, script, *flags, env=env, **options) for env in ranks]
 
 
-def run_bench(folder, name, *flags):
+def run_bench(folder, name, *flags, **options):
     """(JSON rows, everything printed) of `python -m bench.NAME --json FLAGS`."""
-    text = run(folder, f"bench/{name}.py", "--json", *flags)
+    text = run(folder, f"bench/{name}.py", "--json", *flags, **options)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert rows and all(row["torch"] and row["device"] for row in rows)
     return rows, text

@@ -79,6 +79,19 @@ def test_attention_rows_say_what_auto_takes(tmp_path):
     assert "triton: needs a GPU" in text
 
 
+def test_a_checkpoint_in_the_loop_and_in_a_thread(tmp_path):
+    """Bug: the two ways write other states, or a file counts as written while the thread writes;
+    what was written stays on the disk."""
+    flags = "--pred_dim 64 --pred_depth 1 --rounds 2"
+    rows, _ = run_bench(tmp_path, "checkpoint", flags, env={"TMPDIR": str(tmp_path)})
+    loop, thread = rows
+    assert (loop["written"], thread["written"]) == ("in the loop", "in a thread")
+    assert loop["weights"] == thread["weights"] > 50_000
+    assert loop["waits, s"] <= loop["on the disk, s"]
+    assert thread["waits, s"] <= thread["on the disk, s"]
+    assert not list(tmp_path.glob("nanojepa-bench-*"))
+
+
 @pytest.mark.slow
 def test_scaling_measures_each_row_by_itself(tmp_path):
     """Bug: memory of a row holds what earlier rows left behind, so that it never falls."""

@@ -721,10 +721,15 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
     logs = [tmp_path / "node0.txt", tmp_path / "node1.txt"]
     nodes = [agent(port, log, [*flags, tmp_path / "run", "--resume"]) for log in logs]
 
-    def until(rows):
+    def until(rows, saved="train.csv"):
+        # a checkpoint is written while the next steps are made
         path = tmp_path / "run" / "train.csv"
         end = time.monotonic() + 100
-        while not (os.path.exists(path) and len(rows_of(path)) >= rows):
+        while not (
+            os.path.exists(path.with_name(saved))
+            and os.path.exists(path)
+            and len(rows_of(path)) >= rows
+        ):
             assert time.monotonic() < end, said()
             assert None in [n.poll() for n in nodes], said()
             time.sleep(0.002)
@@ -733,13 +738,13 @@ def test_two_nodes_survive_a_dead_rank_and_a_dead_node(world, tmp_path):
         return logs[0].read_text() + logs[1].read_text()
 
     # of 180, saved at 60
-    until(80)
+    until(80, "checkpoint-epoch001.pth.tar")
     os.kill(worker_of(nodes[1]), signal.SIGKILL)
     while said().count("resumed from") < 1:
         until(1)
 
     # saved at 120
-    until(130)
+    until(130, "checkpoint-epoch002.pth.tar")
 
     # the agent that keeps the store cannot be spared
     hosts = [p for p in nodes if holds(p.pid, port)]

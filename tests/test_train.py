@@ -42,6 +42,7 @@ from tests.harness import (
     Run,
     column,
     contractor,
+    error_line,
     fails,
     jsonl,
     numbers,
@@ -213,7 +214,10 @@ def test_resume_after_kill_is_exact(world, tmp_path, trained, dtype):
         run(tmp_path, "train_ac.py", *flags, whole)
     cut = tmp_path / "cut"
     killed = Run(tmp_path, "train_ac.py", *flags, cut)
-    killed.signal_when(cut / "train.csv", lambda rows: len(rows) >= 29, signal.SIGKILL)
+    saved = cut / checkpoint.LATEST  # written while the next steps are made
+    killed.signal_when(
+        cut / "train.csv", lambda rows: len(rows) >= 29 and saved.exists(), signal.SIGKILL
+    )
     assert killed.wait()[0] == -signal.SIGKILL
     assert os.readlink(cut / checkpoint.LATEST) == "checkpoint-epoch001.pth.tar"
     assert 29 <= len(rows_of(cut / "train.csv")) < 50
@@ -473,6 +477,22 @@ def test_a_full_disk_spares_the_checkpoint_before(trained, tmp_path, how):
     finally:
         if how == "disk":
             subprocess.run(["umount", out])
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks(world, tmp_path):
+    """Bug: the rank that writes learns of a full disk from its thread, and the other trains on or
+    waits for ever; or the run ends only where the next checkpoint is due."""
+    out = tmp_path / "run"
+    flags = [*world.features, PLAN, "--ipe 60 --batch_size 2 --val_clips 0 --out_dir", out]
+    run(tmp_path, "train_ac.py", *flags, "--max_steps 2 --batch_size 4")
+    flags += ["--resume --max_steps 122"]
+    ranks = start_ranks(tmp_path, "train_ac.py", *flags, file_limit=500_000)
+    code, text = ranks[0].wait()
+    sentence = error_line(code, text)
+    assert f"could not write {out}/checkpoint-epoch001.pth.tar" in sentence
+    assert f"last good checkpoint: {out}/checkpoint-epoch000-itr00002.pth.tar" in sentence
+    assert ranks[1].wait()[0] not in (0, None), ranks[1].text()
+    assert 60 <= len(rows_of(out / "train.csv")) < 120
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, trained, tmp_path):

@@ -116,7 +116,8 @@ def lost(out, spared=()):
             best = max(best, epoch * IPE + itr)
         except ValueError as e:
             complaints.append(str(e))
-    promised = (rows(out) - 1) // IPE * IPE - IPE * len(spared)
+    # that of the last whole epoch may still be being written when a kill comes
+    promised = (rows(out) - 1) // IPE * IPE - IPE - IPE * len(spared)
     if best < promised:
         complaints.append(f"step {promised} was saved, {best} is the newest")
     return complaints
