@@ -491,3 +491,21 @@ def test_a_run_on_a_frozen_encoder_of_another_kind(tmp_path, shards, scaler, kin
         data = ["--data", shards / "shard-000000.tar", "--val_clips 0", "--encoder", encoder]
         error = fails(tmp_path, "train_ac.py", *flags, *data, "--save_encoder")
         assert f"--save_encoder writes Meta's layout, and --encoder {encoder} is no V-JEPA" in error
+
+
+# --- those in this repository ---
+
+
+@pytest.mark.parametrize("name", weights.SHIPPED)
+def test_a_shipped_encoder_is_trained(name):
+    """Bug: its file is missing, or holds the random weights of its architecture."""
+    encoder = open_encoder(name, 64, 2)
+    random = open_encoder("vit_tiny", 64, 2)
+    pictures = torch.randn(2, 3, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = encoder(pictures)
+        of_random = random(pictures)
+    assert features.shape == of_random.shape
+    assert features.isfinite().all()
+    assert not torch.allclose(features, of_random, atol=0.1)
+    assert not torch.allclose(features[0], features[1], atol=0.1)
