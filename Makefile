@@ -85,7 +85,7 @@ encoder: .venv/installed  # an encoder like encoders/doom_tiny, from 150 minutes
 encoder-arm: .venv/installed-dev  # an encoder like encoders/arm_tiny, from 80 episodes of each arm that the demo does not have
 	$(PY) -m prepare.robot --episodes 80 --world a --seed 10 --out robot-encoder/a
 	$(PY) -m prepare.robot --episodes 80 --world b --seed 11 --out robot-encoder/b
-	$(PY) fit_scaler.py --dataset droid --data 'robot-encoder/*/*.tfrecord*' --stride 15 --val_fraction 0.1 --output robot-encoder/scaler.pkl
+	$(PY) fit_scaler.py --dataset droid --data 'robot-encoder/*/*.tfrecord*' --stride 15 --frames_per_clip 4 --val_fraction 0.1 --output robot-encoder/scaler.pkl
 	$(PY) train_lewm.py --dataset droid --data 'robot-encoder/*/*.tfrecord*' --scaler robot-encoder/scaler.pkl $(ROBOT_STEP) \
 		--frames_per_clip 4 --batch_size 16 --num_workers 0 --epochs 16 --ipe 100 --warmup 1 --anneal 6 --lr 1e-3 --idm 2 \
 		--val_every 4 --val_clips 64 --probe_clips 128 --log_every 50 --out_dir out/encoder-arm --resume
@@ -108,7 +108,7 @@ LORA = --lora_r 16 --dropout 0 --lr 3e-3
 demo-lora: .venv/installed-dev  # a predictor of one robot arm, adapted to another arm and camera: LoRA of four ranks beside full fine-tuning
 	$(PY) -m prepare.robot --episodes 60 --world a --out robot/a
 	$(PY) -m prepare.robot --episodes 40 --world b --seed 1 --out robot/b
-	for w in a b; do $(PY) fit_scaler.py --dataset droid --data "robot/$$w/*.tfrecord*" --stride 15 --val_fraction 0.1 \
+	for w in a b; do $(PY) fit_scaler.py --dataset droid --data "robot/$$w/*.tfrecord*" --stride 15 --frames_per_clip 4 --val_fraction 0.1 \
 		--output robot/$$w.pkl || exit 1; done
 	for w in a b; do $(PY) encode.py --dataset droid --data "robot/$$w/*.tfrecord*" --out robot/features/$$w --encoder arm_tiny \
 		$(ROBOT_STEP) --phases 15 || exit 1; done

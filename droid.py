@@ -777,11 +777,13 @@ def check_pose(keys, fields, states):
 
 class DroidSteps:
     """Actions alone, for fit_scaler.py: all those between frames a stride apart, from each
-    episode's first row on. No picture is read."""
+    episode's first row on. No picture is read. Episodes shorter than frames_per_clip are left out
+    before any are held out: training, which has no use for them, then holds out the same ones."""
 
-    def __init__(self, fps, stride, state_keys, action_keys):
+    def __init__(self, fps, stride, state_keys, action_keys, frames_per_clip=8):
         keys = {"state_keys": state_keys, "action_keys": action_keys}
-        self.reader = DroidReader(fps=fps, stride=stride, camera=(), **keys)
+        clip = {"frames_per_clip": frames_per_clip, "fps": fps, "stride": stride}
+        self.reader = DroidReader(**clip, camera=(), **keys)
 
     def open(self, data, max_shards, val_fraction, log):
         """-> [Episode] less those that open_droid holds out, of max_shards files spread over all;

@@ -39,6 +39,8 @@ flag("--frames_per_step", "--tubelet_size", type=int, default=2, help=frames)
 flag("--action_space", type=int, default=13, help="recorded for training, unused in the fit (13)")
 # robots: as in train_lora.py
 flag("--stride", type=int, help="droid: rows between sampled frames instead of --fps")
+clip = "droid: leave out episodes shorter than this many sampled frames, as training does (8)"
+flag("--frames_per_clip", type=int, help=clip)
 flag("--state_keys", **several, help="droid: fields of the state (the pose)")
 flag("--action_keys", **several, help="droid: fields of the action (differences of the pose)")
 
@@ -68,6 +70,8 @@ def read_flags():
 
     if args.recordings and args.dataset == "droid":
         raise SystemExit("--recordings picks recordings of play: it does not go with droid")
+    if args.frames_per_clip is not None and args.dataset == "vpt":
+        raise SystemExit("--frames_per_clip chooses robot episodes: it needs --dataset droid")
 
     # the ending decides the format
     if not args.output.endswith((".pkl", ".safetensors")):
@@ -369,7 +373,8 @@ if __name__ == "__main__":
     names = CONTINUOUS
     units = UNITS
     if args.dataset == "droid":
-        robots = DroidSteps(args.fps, args.stride, args.state_keys, args.action_keys)
+        frames = 8 if args.frames_per_clip is None else args.frames_per_clip
+        robots = DroidSteps(args.fps, args.stride, args.state_keys, args.action_keys, frames)
         patterns = [p for group in data for p in group]
         print0 = print if rank == 0 else str
         jobs, bad, names, units = robots.open(patterns, args.max_shards, args.val_fraction, print0)

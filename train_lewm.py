@@ -573,7 +573,8 @@ if __name__ == "__main__":
     if scaler_saw_them:
         print0(
             "warning: the scaler was fitted on recordings held out here; fit it on the training"
-            " shards only (fit_scaler.py --val_fraction)"
+            " shards only (fit_scaler.py --val_fraction; of robots with the --stride and"
+            " --frames_per_clip of the training)"
         )
 
     # validation sees each clip once, in the same order whatever the number of ranks. Its action gap

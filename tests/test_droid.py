@@ -1451,6 +1451,25 @@ def fit(folder, *flags, output="s.safetensors"):
     return ActionScaler.load(folder / output), text
 
 
+def test_the_scaler_holds_out_what_training_does(tmp_path):
+    """Bug: episodes that fill a clip of training, but not one of 8 frames, change who is held
+    out."""
+    # at 4 rows a frame 8 frames take 29 rows, and 4 take 13
+    lengths = [20, 60, 20, 60, 20, 60, 20, 60]
+    for seed, rows in enumerate(lengths):
+        write_file(tmp_path / f"{seed}.tfrecord", tfrecord(seed, rows))
+    data = str(tmp_path / "*.tfrecord")
+    train, val, _ = opened(data, val_fraction=0.3, reader=DroidReader(4), idle_filter="off")
+
+    # half of the episodes are short
+    assert len({r.recording for r in train + val}) == len(lengths)
+    same = ["--data", data, "--val_fraction", 0.3, "--frames_per_clip", 4]
+    scaler, _ = fit(tmp_path, *same)
+    assert set(scaler.meta["recordings"]) == {r.name for r in train}
+    with pytest.raises(ValueError, match="make no clip of two frames"):
+        DroidSteps(5, None, None, None, 1)
+
+
 def test_statistics_of_poses_without_a_picture(tmp_path):
     """Bug: actions go in unscaled (they are some 55 times too small); rows between episodes count
     as motion; a picture is decoded."""
