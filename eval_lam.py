@@ -7,7 +7,8 @@ Reads a run folder or checkpoint of train_lam.py and the H5 files of its manifes
 beside them holds the truth, where there is one). Prints a table, writes report.json and codes.png
 (what each of the most used codes moves, and how codes and actions go together) beside the
 checkpoint, then adds to the report what takes longer: probes, decoded frames, and the ceiling (a
-network trained with the labels; --no-ceiling leaves it out)."""
+network trained with the labels; --no-ceiling leaves it out). With --vae also codes/CODE.mp4, what
+a code does to four held-out steps, again and again, and codes_decoded.png, a sheet of them."""
 
 import argparse
 
@@ -80,6 +81,7 @@ from torch import nn
 
 import checkpoint
 from data import Latents, latent_sequences
+from evaluation.code_films import write_films
 from evaluation.codes import (
     MEANINGS,
     code_summary,
@@ -105,6 +107,10 @@ from weights import open_latent_vae
 
 # codes that codes.png shows: more rows could not be read
 SHOWN_CODES = 16
+
+# transitions whose label is known where labels are few, and how often they are drawn
+FEW_LABELS = 100
+DRAWS = 10
 
 
 # --- run and data ---
@@ -221,6 +227,22 @@ def linear_probe(x, y, x_test, y_test):
     probe = LogisticRegression(max_iter=3000, class_weight="balanced")
     probe.fit((x - mean) / std, y)
     return balanced_accuracy(y_test, probe.predict((x_test - mean) / std))
+
+
+def few_labels(inputs, y, y_test):
+    """Mean balanced accuracy of a probe that saw FEW_LABELS labelled transitions, over DRAWS draws
+    of them: {name: accuracy}. inputs: {name: (x, x_test)}; y, y_test: the labels of the rows."""
+    scores = {name: [] for name in inputs}
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        chosen = rng.choice(len(y), min(FEW_LABELS, len(y)), replace=False)
+
+        # of a rare action a draw may have no example
+        if len(np.unique(y[chosen])) < 2:
+            continue
+        for name, (x, x_test) in inputs.items():
+            scores[name].append(linear_probe(x[chosen], y[chosen], x_test, y_test))
+    return {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
 
 
 def balanced_accuracy(y, guess):
@@ -407,6 +429,8 @@ if __name__ == "__main__":
     splits = open_split_of(state, path, args.split, manifest, folder)
     device = pick_device()
     model.to(device)
+    if vae is not None:
+        vae.to(device)
     dtype, autocast = precision_of(args.dtype, state, device)
 
     # windows of the files to judge on, as long as those of training
@@ -485,6 +509,12 @@ if __name__ == "__main__":
     # --- probes: what a classifier reads from codes and vectors ---
     train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
 
+    # what the most used codes do, as films
+    if K and vae is not None:
+        by_numbers = {tuple(names[code]): share for code, share in shares.items()}
+        with autocast():
+            write_films(out_dir, model, vae, z, by_numbers)
+
     # labels that both splits have: a probe is fitted on training files
     labels = [k for k in test.labels if train is not None and k in train.labels]
     for name in test.labels:
@@ -500,6 +530,18 @@ if __name__ == "__main__":
         ids_test = pack_codes(judged["codes"], K or 1)
         one_hot_fit = np.float64(ids_fit[:, None] == np.unique(ids_fit))
         one_hot_test = np.float64(ids_test[:, None] == np.unique(ids_fit))
+
+        # where labels are few, most codes have none: each number of a code gets a column instead.
+        # Raw latents need no run: they are the bar
+        numbers = np.arange(K or 1)
+        few = {"codes": [], "z_e": [], "raw latents": []}
+        for rows in (fit, judged):
+            columns = np.float64(rows["codes"][:, :, None] == numbers)
+            few["codes"].append(columns.reshape(len(columns), -1))
+            few["z_e"].append(rows["z_e"].reshape(len(columns), -1))
+            few["raw latents"].append(rows["pairs"].reshape(len(columns), -1))
+        if not K:
+            del few["codes"]
         print("balanced accuracy of a probe      chance   codes     z_e")
 
     # one probe for each label
@@ -527,6 +569,11 @@ if __name__ == "__main__":
         z_test = judged["z_e"].reshape(len(y_test), -1)
         row["z_e"] = linear_probe(z_fit, y, z_test, y_test)
         print(f"  {name:30} " + " ".join(f"{v:7.3f}" for v in row.values()), flush=True)
+
+        # and from few labels: what latent actions are for
+        row["few labels"] = few_labels(few, y, y_test)
+        text = ", ".join(f"{source} {value:.3f}" for source, value in row["few labels"].items())
+        print(f"    from {min(FEW_LABELS, len(y))} labelled transitions: {text}", flush=True)
         report[f"probe_{name}"] = row
         probed.append((name, y, y_test))
         write_report(out_dir, report)
@@ -534,7 +581,6 @@ if __name__ == "__main__":
     # --- frames ---
     # what the errors mean to the eye, where the video VAE is at hand
     if vae is not None:
-        vae.to(device)
         sample = (batch["z"] for batch in latent_sequences(test, 4, items=test.windows(4, 32)))
         report["decoded"] = decoded_scores(model, sample, vae, args.metrics)
         for name, (decoded, copied) in report["decoded"].items():
@@ -555,4 +601,6 @@ if __name__ == "__main__":
             write_report(out_dir, report)
 
     print(f"peak memory {checkpoint.peak_memory(device):.0f} MiB")
-    print(f"written to {out_dir}: report.json{', codes.png' if K else ''}")
+    pictures = ", codes.png" if K else ""
+    films = ", codes_decoded.png, codes/*.mp4" if K and vae is not None else ""
+    print(f"written to {out_dir}: report.json{pictures}{films}")

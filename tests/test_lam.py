@@ -7,6 +7,7 @@ import os
 import re
 import signal
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import checkpoint
 import evaluation.codes as code_measures
 import prepare.latents as make_latents
 from data import Latents, latent_sequences
+from evaluation import code_films
 from files import latents
 from files.latents import open_manifest, pack_codes, unpack_codes
 from files.shards import Slice, index_shards, read_ticks
@@ -1470,6 +1472,7 @@ def test_probe_reads_a_run(folder, trained, tmp_path):
     assert f"{report['transitions']} transitions of 1 files (test)" in text
     assert report["probe_move"]["chance"] == pytest.approx(1 / 9)
     assert 0 <= report["probe_move"]["codes"] < 0.5
+    assert set(report["probe_move"]["few labels"]) == {"codes", "z_e", "raw latents"}
     assert (trained / "codes.png").stat().st_size > 10_000 and report["codes"]
     assert "is a run of train_lam.py: judge it with eval_lam.py" in fails(
         tmp_path, "eval.py", "--checkpoint", trained
@@ -1639,6 +1642,11 @@ def test_a_vae_of_pictures_writes_the_guides_format(tmp_path, shards):
     latents are those of pictures in [-1, 1]."""
     torch.manual_seed(0)
     vae = TinyAutoencoder(8)
+
+    # random weights draw black pictures: these have all shades of grey
+    with torch.no_grad():
+        vae.decoder[-1].weight *= 0.3 / vae.decode(torch.randn(8, 8, 4, 4)).std()
+        vae.decoder[-1].bias.fill_(0.5)
     (tmp_path / "vae").mkdir()
     for part in ("encoder", "decoder"):
         state = getattr(vae, part).state_dict()
@@ -1671,6 +1679,24 @@ def test_a_vae_of_pictures_writes_the_guides_format(tmp_path, shards):
     # and back, for eval_lam.py
     back = latents.vae_frames(vae, torch.from_numpy(stored)[None])
     assert back.shape == (1, 2, 3, 32, 32)
+
+    # what codes do to them, as films
+    model = tiny(channels=8, size=(4, 4), patch_size=4)
+    z = torch.from_numpy(steps[:8, :, 0].astype(np.float32))
+    code_films.write_films(tmp_path, model, vae, z, {(1, 0, 2): 0.5, (0, 0, 0): 0.25})
+    film = tmp_path / "codes" / "1-0-2.mp4"
+    with av.open(str(film)) as container:
+        pages = [page.to_image() for page in container.decode(video=0)]
+    assert len(pages) == code_films.REPEATS + 5
+
+    # the first page shows the starts as the VAE draws them, four of eight
+    with torch.no_grad():
+        drawn = vae.decode(z[::2]).clamp(0, 1)[0].permute(1, 2, 0).numpy() * 255
+    shown = np.asarray(pages[0])[28 : 28 + 160, 4 : 4 + 160][2::5, 2::5]
+    assert np.abs(shown - drawn).mean() < 12
+    changed = np.asarray(pages[-1])[28 : 28 + 160, 4 : 4 + 160][2::5, 2::5]
+    assert np.abs(changed - drawn).mean() > 24
+    assert (tmp_path / "codes_decoded.png").stat().st_size > 1000
     sentence = "--crop_size 36 is no multiple of 8, as --vae needs"
     assert sentence in fails(tmp_path, "encode.py", *flags, "--crop_size 36 --out", tmp_path / "x")
 
