@@ -212,6 +212,7 @@ def recorded(
             chunk,
             autocast=autocast,
             measure=measure,
+            still=rest(space, horizon, device),
         )
         plan = search(cost, space, horizon, generator=generator, device=device, **options)
 

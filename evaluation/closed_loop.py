@@ -189,8 +189,9 @@ def chooser(
         actions = all_done[len(done) + 1 - len(z) :]
 
         # the plan, from here to the goal
+        of_rest = "distance" if measure == "direction" else measure
         costs = {}
-        for name in {measure, "distance"}:
+        for name in {measure, of_rest}:
             costs[name] = energy(
                 predictor,
                 torch.stack(z)[None],
@@ -201,6 +202,7 @@ def chooser(
                 chunk,
                 autocast=autocast,
                 measure=name,
+                still=still,
             )
         plan = search(
             costs[measure], space, horizon, generator=generator, device=goal.device, **options
@@ -209,7 +211,7 @@ def chooser(
         # a plan that does not come nearer is not followed: at the goal it is best to rest, and
         # there no direction is better than another. Both are predictions, because a predicted step
         # is never exactly what will be seen
-        after_plan, after_rest = costs["distance"](torch.stack([plan, still])).tolist()
+        after_plan, after_rest = costs[of_rest](torch.stack([plan, still])).tolist()
         return plan if after_plan < after_rest else still
 
     return choose

@@ -27,7 +27,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 # --- the planner ---
 
 # what a plan is judged by: see evaluation.search.energy
-MEASURES = ["distance", "direction"]
+MEASURES = ["distance", "change", "direction"]
 
 
 def planner_flags(parser, horizon, horizon_help):
@@ -42,7 +42,10 @@ def planner_flags(parser, horizon, horizon_help):
     # more samples and iterations find better plans, and take longer
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=horizon, help=horizon_help)
-    energy_help = "distance of its end to the goal, or whether it changes what is seen that way"
+    energy_help = (
+        "distance of its end to the goal; the same with what the actions change added to what is"
+        " seen; or whether it changes what is seen that way"
+    )
     flag("--energy", default="distance", choices=MEASURES, help=energy_help)
     flag("--context", type=int, default=1, help="past steps that the predictor sees")
     flag("--num_samples", type=int, default=128, help="candidates of an iteration")

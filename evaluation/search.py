@@ -112,11 +112,15 @@ def energy(
     chunk=512,
     autocast=contextlib.nullcontext,
     measure="distance",
+    still=None,
 ):
     """A function from candidates (n, H, A) to their energies (n,), low where the step predicted
     after the last action is like the goal.
 
-    measure "distance": the mean |difference| of the two. "direction": minus the cosine between the
+    measure "distance": the mean |difference| of the two. "change": the same, with the last seen
+    step and what the actions change in place of the prediction: predicted less what is predicted
+    for `still`, the actions (H, A) of rest. What the predictor gets wrong at rest too cancels out;
+    where things move by themselves it is no measure. "direction": minus the cosine between the
     predicted change since the last seen step and the change that is wanted. Predictions far ahead
     are blurred, which changes how large a predicted change is more than where it points to.
 
@@ -129,21 +133,30 @@ def energy(
         with autocast(), torch.no_grad():
             _, cache = predict_on(predictor, z[:, :-1], actions, states)
 
+    def last_of(part):
+        """The step (n, N, E) predicted after the last action of candidates (n, H, A)."""
+        # one past for all of them
+        n = len(part)
+        states_ahead = compose(states[:, -1].expand(n, -1), part)
+        all_actions = torch.cat([actions.expand(n, -1, -1), part], dim=1)
+        all_states = torch.cat([states[:, :-1].expand(n, -1, -1), states_ahead], dim=1)
+        steps = z.expand(n, -1, -1, -1)
+        with autocast():
+            return predictor.rollout(steps, all_actions, all_states, cache=cache)[:, -1]
+
+    # what actions change is counted from rest, once for all candidates
+    error_at_rest = 0.0
+    if measure == "change":
+        with torch.no_grad():
+            error_at_rest = last_of(still[None]) - z[:, -1]
+
     def cost(candidates):
+        # only where a candidate ends is compared with the goal
         energies = []
         for part in candidates.split(chunk):
-            # one past for all candidates of this part
-            n = len(part)
-            states_ahead = compose(states[:, -1].expand(n, -1), part)
-            all_actions = torch.cat([actions.expand(n, -1, -1), part], dim=1)
-            all_states = torch.cat([states[:, :-1].expand(n, -1, -1), states_ahead], dim=1)
-            steps = z.expand(n, -1, -1, -1)
-
-            # only where a candidate ends is compared with the goal
-            with autocast():
-                last = predictor.rollout(steps, all_actions, all_states, cache=cache)[:, -1]
-            if measure == "distance":
-                energies.append((last - goal).abs().mean((1, 2)))
+            last = last_of(part)
+            if measure != "direction":
+                energies.append((last - error_at_rest - goal).abs().mean((1, 2)))
             else:
                 change = (last - z[:, -1]).flatten(1)
                 wanted = (goal - z[:, -1]).flatten(1)

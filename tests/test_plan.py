@@ -207,6 +207,8 @@ def test_energy_is_the_same_by_cache_chunk_and_hand(context):
         whole = energy(predictor, *given)(candidates)
         close(energy(predictor, *given, chunk=2)(candidates), whole)
         by_direction = energy(predictor, *given, chunk=2, measure="direction")(candidates)
+        from_rest = {"measure": "change", "still": candidates[0]}
+        by_change = energy(predictor, *given, chunk=2, **from_rest)(candidates)
         future = compose(states[:, context - 1].expand(5, -1), candidates)
         s = torch.cat([states[:, : context - 1].expand(5, -1, -1), future], dim=1)
         a = torch.cat([actions[:, : context - 1].expand(5, -1, -1), candidates], dim=1)
@@ -217,6 +219,11 @@ def test_energy_is_the_same_by_cache_chunk_and_hand(context):
     wanted = (z[:, -1] - z[:, context - 1]).flatten(1)
     cosine = (change * wanted).sum(1) / (change.norm(dim=1) * wanted.norm(dim=1))
     close(by_direction, -cosine)
+
+    # the prediction of rest stands for what is seen, whatever it is
+    arrived = z[0, context - 1] + ahead[:, -1] - ahead[:1, -1]
+    close(by_change, (arrived - z[0, -1]).abs().mean((1, 2)))
+    close(by_change[0], (z[0, context - 1] - z[0, -1]).abs().mean())
     assert whole.std() > 1e-4 and B > 1
 
 
