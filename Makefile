@@ -92,11 +92,10 @@ encoder-arm: .venv/installed-dev  # an encoder like encoders/arm_tiny, from 80 e
 	$(PY) -m prepare.encoder out/encoder-arm out/encoder-arm/arm_tiny.safetensors
 
 demo-lam: .venv/installed  # latent actions of nine known moves: do the codes name them? 3 minutes
-	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --chunks 256
+	test -e demo-lam/manifest.json || $(PY) -m prepare.latents --out demo-lam --size 16 --files 40 --chunks 64
 	test -e demo-lam/manifest.json || $(PY) -m prepare.manifest demo-lam --size 16
 	$(PY) train_lam.py --data_dir demo-lam --out_dir out/demo-lam --embed_dim 48 --encoder_depth 2 --decoder_depth 2 --num_heads 4 \
-		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 500 --log_every 50 --resume \
-		--warp none --reach 0 --shift_kind patches
+		--patch_dim 64 --lr 2e-3 --batch_size 8 --epochs 3 --ipe 200 --val_every 3 --log_every 50 --num_workers 0 --resume
 	$(PY) eval_lam.py --checkpoint out/demo-lam
 
 # a step is 15 rows, one second: in a quarter of a second an arm moves less than its features show

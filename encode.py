@@ -18,7 +18,8 @@ Robots, for train_lora.py: writes one shard per TFRecord, or per episode that is
 --vae, for train_lam.py: writes KEY.h5, `latents` (chunks, C, 2, h, w) float16 of chunks of 8
 frames, each encoded alone, at 8 frames a second and 512 pixels unless told otherwise. Beside it
 KEY.actions.npz contains yaw and forward between latent steps, for eval_lam.py. A VAE of pictures
-(AutoencoderTiny, AutoencoderKL, TAESD) makes a step of each frame, and a chunk of two.
+(AutoencoderTiny, AutoencoderKL, TAESD) makes a step of each frame, and a chunk of two. Plain video
+will do as well (files, folders, tars of them): it has no actions, so no KEY.actions.npz.
 
 A run that was killed continues with the same command. What cannot be read is listed in
 left_out.jsonl."""
@@ -140,7 +141,7 @@ import torch.distributed as dist
 from safetensors.torch import save as safetensors_bytes
 
 from checkpoint import lock, peak_memory, short_excepthook
-from data import read_names, refuse_unknown
+from data import holds_play, read_names, refuse_unknown
 from droid import DroidReader, find_episodes, index_episodes
 from files.disk import (
     READ_ERRORS,
@@ -163,6 +164,7 @@ from files.features import (
     reader_settings,
     tar_names,
 )
+from files.films import film_paths, index_films
 from files.latents import encode_latents, find_files, merged_frames
 from files.logs import append_jsonl
 from files.progress import tqdm
@@ -265,14 +267,14 @@ def play_keys(path):
     return {r.key for r in shard_index(source)[0]}
 
 
-def files_with(job, only):
-    """The Job with those of its input files that contain a recording of `only`, names. ValueError
-    if a name is in no file of any rank. Collective."""
+def files_with(job, only, keys_of):
+    """The Job with those of its input files that contain a recording of `only`, names. keys_of:
+    from a file to the keys in it. ValueError if a name is in no file of any rank. Collective."""
     # files without one are not written: an empty shard would say that it is finished
     names = set()
     share = []
     for path in job.share:
-        keys = play_keys(path)
+        keys = keys_of(path)
         names |= keys
         if keys & set(only):
             share.append(path)
@@ -295,6 +297,11 @@ def index_picked(paths, only):
     wanted = {*only, ""}
     records = [r for r in records if r.key in wanted]
     return records, [flaw for flaw in bad if flaw[1] in wanted]
+
+
+def film_keys(path):
+    """Keys of the videos in a file."""
+    return {record.key for record in index_films([path])[0]}
 
 
 def robot_keys(path):
@@ -616,6 +623,21 @@ def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size, only):
         for line in line_warnings(records):
             print(f"WARNING: {line}")
 
+    encode_records(records, bad, job, made_with, vae, fps, crop_size, dtype, batch_size)
+
+
+def encode_film_vae(job, made_with, vae, fps, crop_size, dtype, batch_size, only):
+    """Plain video -> KEY.h5 with latents of the VAE `vae`. only: names to take, None: all."""
+    check_settings(job.out, made_with)
+    records, bad = index_films(job.share)
+    if only is not None:
+        records = [r for r in records if r.key in only]
+        bad = [flaw for flaw in bad if flaw[1] in only]
+    encode_records(records, bad, job, made_with, vae, fps, crop_size, dtype, batch_size)
+
+
+def encode_records(records, bad, job, made_with, vae, fps, crop_size, dtype, batch_size):
+    """The common part of encode_vae and encode_film_vae."""
     # files are named by the keys alone, so no two ranks may have one
     keys = [r.key for r in records]
     if job.world > 1:
@@ -677,7 +699,13 @@ if __name__ == "__main__":
     # --- data ---
     # output beside the recordings would be found as input by the next run
     patterns = [p for group in args.data for p in group]
-    paths = find_episodes(patterns) if robots else expand(patterns)
+    films = False
+    if args.vae:
+        # shards of play, or plain video, which has no lines
+        paths = film_paths(patterns)
+        films = not holds_play(paths)
+    if not films:
+        paths = find_episodes(patterns) if robots else expand(patterns)
     if os.path.realpath(args.out) in {os.path.dirname(os.path.realpath(p)) for p in paths}:
         raise ValueError(f"--out {args.out} is where the recordings are: choose another folder")
 
@@ -709,7 +737,7 @@ if __name__ == "__main__":
     # a shard with some of its recordings would pass for a finished one with others
     chosen = {}
     if only:
-        job = files_with(job, only)
+        job = files_with(job, only, film_keys if films else play_keys)
         digest = hashlib.sha256("\n".join(sorted(set(only))).encode()).hexdigest()
         chosen["recordings"] = f"{len(set(only))} names, sha256 {digest[:16]}"
 
@@ -721,7 +749,8 @@ if __name__ == "__main__":
         # latents of another of these would not belong into the same folder
         made_with = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         sizes = args.fps, args.crop_size, dtype, args.batch_size
-        encode_vae(job, made_with, args.vae, *sizes, only)
+        encode = encode_film_vae if films else encode_vae
+        encode(job, made_with, args.vae, *sizes, only)
         if rank == 0:
             print(f"next: python -m prepare.manifest {args.out}")
         sys.exit()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
+from files.films import read_clock
 from files.progress import tqdm
 from files.shards import Slice, read_ticks
 from files.video import mp4_times, read_frames, video_rate
@@ -374,7 +375,7 @@ def wrong_manifest(manifest):
 
 def write_latents(folder, key, z, labels):
     """Write steps (S, C, H, W) as KEY.h5 of chunks of two, without the last one if S is odd, and
-    labels {name: (S - 1,)} as KEY.actions.npz."""
+    labels {name: (S - 1,)}, if there are any, as KEY.actions.npz."""
     S = len(z) // 2 * 2
     chunks = z[:S].reshape(-1, 2, *z.shape[1:]).swapaxes(1, 2).astype(np.float16)
     labels = {name: values[: S - 1] for name, values in labels.items()}
@@ -389,7 +390,8 @@ def write_latents(folder, key, z, labels):
     # the labels first: a recording whose KEY.h5 exists is complete
     if os.path.isabs(key) or ".." in key.split("/"):
         raise ValueError(f"the name {key} leads out of {folder}: rename that recording")
-    write_atomically(os.path.join(folder, key + SUFFIX), write_npz)
+    if labels:
+        write_atomically(os.path.join(folder, key + SUFFIX), write_npz)
     write_atomically(os.path.join(folder, f"{key}.h5"), write_h5)
 
 
@@ -409,12 +411,11 @@ def unpack_codes(ids, K, slots):
 
 
 def latent_frames(record, fps, crop_size, part=64, merged=VAE_FRAMES):
-    """A recording for a VAE: (frames, labels). frames is a generator of uint8 (n, merged, 3, crop,
-    crop), n <= part latent steps, each of `merged` frames (a video VAE merges four, one of pictures
-    none). Labels say what happened between the steps, from the last frame
-    of one to that of the next: yaw -1 (left), 0 (under 3 degrees), 1 (right), and whether forward
-    was pressed. Raises what read_frames raises, and ValueError if lines and frames do not belong
-    together."""
+    """A recording of play for a VAE: (frames, labels). frames is a generator of uint8 (n, merged,
+    3, crop, crop), n <= part latent steps, each of `merged` frames (a video VAE merges four, one of
+    pictures none). Labels say what happened between the steps, from the last frame of one to that
+    of the next: yaw -1 (left), 0 (under 3 degrees), 1 (right), and whether forward was pressed.
+    Raises what read_frames raises, and ValueError if lines and frames do not belong together."""
     with Slice(record.shard, *record.members["mp4"]) as f:
         times = mp4_times(f)
         ticks = read_ticks(record)
@@ -439,16 +440,37 @@ def latent_frames(record, fps, crop_size, part=64, merged=VAE_FRAMES):
         "forward": forward.astype(int),
     }
 
-    def frames():
-        with Slice(record.shard, *record.members["mp4"]) as f:
-            for i in range(0, len(steps), part):
-                x = read_frames(f, times, steps[i : i + part].ravel() * ratio, crop_size)
-                top = (x.shape[1] - crop_size) // 2
-                left = (x.shape[2] - crop_size) // 2
-                x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
-                yield x.reshape(-1, merged, *x.shape[1:])
+    numbers = steps * ratio
+    return cropped_frames(record, record.members["mp4"], times, numbers, crop_size, part), labels
 
-    return frames(), labels
+
+def film_latent_frames(record, fps, crop_size, part=64, merged=VAE_FRAMES):
+    """latent_frames of plain video, which has no labels: ({frames}, {}). Of a film with pauses its
+    longest stretch, because nothing happens between two steps around a pause. ValueError for a film
+    that is too short or too slow."""
+    clock = read_clock(record)
+    if clock.rate < 0.98 * fps:
+        raise ValueError(f"{clock.rate:.4g} frames a second: --fps {fps:g} would show frames twice")
+    first, last = max(clock.stretches(), key=lambda stretch: stretch[1] - stretch[0])
+
+    # whole latent steps only
+    shown = clock.shown(np.arange(first, last - 0.5 * clock.interval, 1 / fps))
+    steps = shown[: len(shown) // merged * merged].reshape(-1, merged)
+    if len(steps) < 2:
+        raise ValueError(f"{last - first:.3g} s without a pause are less than two latent steps")
+    return cropped_frames(record, record.members["film"], clock.times, steps, crop_size, part), {}
+
+
+def cropped_frames(record, member, times, steps, crop_size, part):
+    """The middle of the frames `steps` (n, merged) of a video, `part` steps at once: uint8 (part,
+    merged, 3, crop_size, crop_size). times: of its frames."""
+    with Slice(record.shard, *member) as f:
+        for i in range(0, len(steps), part):
+            x = read_frames(f, times, steps[i : i + part].ravel(), crop_size)
+            top = (x.shape[1] - crop_size) // 2
+            left = (x.shape[2] - crop_size) // 2
+            x = x[:, top : top + crop_size, left : left + crop_size].transpose(0, 3, 1, 2)
+            yield x.reshape(-1, steps.shape[1], *x.shape[1:])
 
 
 def open_vae(spec, dtype):
@@ -575,7 +597,8 @@ def encode_latents(records, bad, vae, out, fps, crop_size, batch_size, device):
             done += 1
             continue
         try:
-            frames, labels = latent_frames(record, fps, crop_size, merged=merged)
+            of_record = film_latent_frames if record.is_film else latent_frames
+            frames, labels = of_record(record, fps, crop_size, merged=merged)
             z = []
             for x in frames:
                 x = x[: len(x) // 2 * 2]

@@ -1697,6 +1697,18 @@ def test_a_vae_of_pictures_writes_the_guides_format(tmp_path, shards):
     changed = np.asarray(pages[-1])[28 : 28 + 160, 4 : 4 + 160][2::5, 2::5]
     assert np.abs(changed - drawn).mean() > 24
     assert (tmp_path / "codes_decoded.png").stat().st_size > 1000
+    # plain video of the same frames has the same latents, and no actions
+    with Slice(record.shard, *record.members["mp4"]) as f:
+        (tmp_path / "films").mkdir()
+        (tmp_path / "films" / "a.mp4").write_bytes(f.read(f.size))
+    ten = ["--vae", spec, "--crop_size 32 --fps 10 --out"]
+    run(tmp_path, "encode.py", "--data", tmp_path / "films", *ten, tmp_path / "of-film")
+    run(tmp_path, "encode.py", *flags[:2], *ten, tmp_path / "of-play")
+    of_film = latents.open_dataset(str(tmp_path / "of-film" / "films" / "a.h5"))
+    of_play = latents.open_dataset(str(tmp_path / "of-play" / f"{path.stem}.h5"))
+    assert np.array_equal(of_film[:], of_play[:])
+    assert not list((tmp_path / "of-film").rglob("*.npz"))
+
     sentence = "--crop_size 36 is no multiple of 8, as --vae needs"
     assert sentence in fails(tmp_path, "encode.py", *flags, "--crop_size 36 --out", tmp_path / "x")
 
