@@ -101,20 +101,20 @@ demo-lam: .venv/installed  # latent actions of nine known moves: do the codes na
 # a step is 15 rows, one second: in a quarter of a second an arm moves less than its features show
 ROBOT_STEP = --stride 15 --crop square --crop_size 64
 ROBOT = $(ROBOT_STEP) --frames_per_clip 4 --num_workers 0 --batch_size 16 --grad_accum 1 --val_clips 64 --log_every 50 --resume
-ADAPT = train_lora.py --scaler robot/b.pkl --base robot/base.pt $(ROBOT) --max_steps 150 --warmup_steps 20 --anneal_steps 60
-LORA = --lora_r 16 --dropout 0 --lr 3e-3
+ADAPT = train_lora.py --scaler robot/b.pkl --base robot/base.pt $(ROBOT) --max_steps 400 --warmup_steps 20 --anneal_steps 200 --lr 1e-3
+LORA = --lora_r 16 --dropout 0
 
 demo-lora: .venv/installed-dev  # a predictor of one robot arm, adapted to another arm and camera: LoRA of four ranks beside full fine-tuning
-	$(PY) -m prepare.robot --episodes 60 --world a --out robot/a
+	$(PY) -m prepare.robot --episodes 240 --world a --out robot/a
 	$(PY) -m prepare.robot --episodes 40 --world b --seed 1 --out robot/b
 	for w in a b; do $(PY) fit_scaler.py --dataset droid --data "robot/$$w/*.tfrecord*" --stride 15 --frames_per_clip 4 --val_fraction 0.1 \
 		--output robot/$$w.pkl || exit 1; done
 	for w in a b; do $(PY) encode.py --dataset droid --data "robot/$$w/*.tfrecord*" --out robot/features/$$w --encoder arm_tiny \
 		$(ROBOT_STEP) --phases 15 || exit 1; done
 	$(PY) train_lora.py --data 'robot/features/a/*.tar' --scaler robot/a.pkl --base none --full $(ROBOT) --feature_norm standardize \
-		--predict change --pred_dim 192 --pred_depth 4 --pred_heads 4 --max_steps 400 --warmup_steps 40 --anneal_steps 160 --lr 2e-3 \
+		--predict change --pred_dim 192 --pred_depth 4 --pred_heads 4 --max_steps 1200 --warmup_steps 40 --anneal_steps 400 --lr 2e-3 \
 		--out_dir out/robot/base --export robot/base.pt
-	$(PY) $(ADAPT) --data 'robot/features/b/*.tar' --full --lr 1e-3 --out_dir out/robot/full
+	$(PY) $(ADAPT) --data 'robot/features/b/*.tar' --full --out_dir out/robot/full
 	for r in 4 8 16 32; do $(PY) $(ADAPT) --data 'robot/features/b/*.tar' $(LORA) --lora_r $$r --out_dir out/robot/r$$r || exit 1; done
 	$(PY) -m bench.lora --runs out/robot/full out/robot/r4 out/robot/r8 out/robot/r16 out/robot/r32
 
@@ -127,7 +127,7 @@ demo-arm: demo-lora  # do they plan? each reaches and pushes, in closed loop: th
 	$(PY) -m evaluation.benchmark --checkpoint out/robot/base $(REACH)
 	$(PY) -m evaluation.benchmark --checkpoint out/robot/base out/robot/r16 out/robot/full --arm b --out out/robot/benchmark-b.json $(REACH)
 
-REACH = --encoder arm_tiny --horizon 1 --num_samples 64 --num_elites 8 --iterations 4
+REACH = --encoder arm_tiny --horizon 1 --energy change --num_samples 128 --num_elites 8 --iterations 4
 
 KERNELS = tests/test_attention.py tests/test_stats.py  # in a process of their own: Triton's interpreter is chosen at import
 
