@@ -1,5 +1,5 @@
-"""Films of what latent actions do, made visible by the latents' VAE: a code is put to some steps
-again and again."""
+"""Films of what latent actions do, made visible by the latents' VAE: a code is applied to some
+steps again and again."""
 
 import os
 
@@ -12,7 +12,7 @@ from evaluation.pictures import plot_rows
 from files.disk import write_atomically
 from files.latents import vae_frames
 
-# starts that a film shows side by side, and how often a code is put to them
+# starts that a film shows side by side, and how often a code is applied to them
 STARTS = 4
 REPEATS = 6
 
@@ -67,7 +67,7 @@ def write_films(folder, model, vae, z, codes):
     """A film of each code, FOLDER/codes/1-2-3.mp4, and a sheet of their pictures,
     FOLDER/codes_decoded.png.
 
-    z (n, C, H, W): the steps that each code is put to, STARTS of which are shown; codes {(number,
+    z (n, C, H, W): the steps that each code is applied to, STARTS of which are shown; codes {(number,
     ...): share of the transitions}, the most used first."""
     os.makedirs(os.path.join(folder, "codes"), exist_ok=True)
     z = z[:: max(len(z) // STARTS, 1)][:STARTS]
@@ -81,7 +81,7 @@ def write_films(folder, model, vae, z, codes):
         pages = []
         for t in range(1 + REPEATS):
             images = [as_image(picture) for picture in frames[:, t]]
-            text = f"code {name}, {share:.0%} of all steps: put {t} times"
+            text = f"code {name}, {share:.0%} of all steps: applied {t} times"
             pages += [page_of(images, text)] * (3 if t in (0, REPEATS) else 1)
         write_atomically(os.path.join(folder, "codes", f"{name}.mp4"), mp4_bytes(pages, RATE))
 
