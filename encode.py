@@ -749,8 +749,8 @@ if __name__ == "__main__":
         # latents of another of these would not belong into the same folder
         made_with = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         sizes = args.fps, args.crop_size, dtype, args.batch_size
-        encode = encode_film_vae if films else encode_vae
-        encode(job, made_with, args.vae, *sizes, only)
+        make_latents = encode_film_vae if films else encode_vae
+        make_latents(job, made_with, args.vae, *sizes, only)
         if rank == 0:
             print(f"next: python -m prepare.manifest {args.out}")
         sys.exit()

@@ -431,6 +431,13 @@ if __name__ == "__main__":
     model.to(device)
     if vae is not None:
         vae.to(device)
+        # a VAE of pictures says how many channels its latents have
+        channels = getattr(vae, "channels", state["lam"]["channels"])
+        if channels != state["lam"]["channels"]:
+            raise ValueError(
+                f"--vae {args.vae} has latents of {channels} channels, {path} was trained on"
+                f" {state['lam']['channels']}: name the VAE that made them"
+            )
     dtype, autocast = precision_of(args.dtype, state, device)
 
     # windows of the files to judge on, as long as those of training

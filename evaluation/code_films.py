@@ -67,8 +67,8 @@ def write_films(folder, model, vae, z, codes):
     """A film of each code, FOLDER/codes/1-2-3.mp4, and a sheet of their pictures,
     FOLDER/codes_decoded.png.
 
-    z (n, C, H, W): the steps that each code is applied to, STARTS of which are shown; codes {(number,
-    ...): share of the transitions}, the most used first."""
+    z (n, C, H, W): the steps that each code is applied to, STARTS of which are shown; codes
+    {(number, ...): share of the transitions}, the most used first."""
     os.makedirs(os.path.join(folder, "codes"), exist_ok=True)
     z = z[:: max(len(z) // STARTS, 1)][:STARTS]
     rows = {}

@@ -451,7 +451,14 @@ def film_latent_frames(record, fps, crop_size, part=64, merged=VAE_FRAMES):
     clock = read_clock(record)
     if clock.rate < 0.98 * fps:
         raise ValueError(f"{clock.rate:.4g} frames a second: --fps {fps:g} would show frames twice")
-    first, last = max(clock.stretches(), key=lambda stretch: stretch[1] - stretch[0])
+    stretches = clock.stretches()
+    first, last = max(stretches, key=lambda stretch: stretch[1] - stretch[0])
+    if len(stretches) > 1:
+        seconds = sum(end - begin for begin, end in stretches)
+        print(
+            f"{record.shard} {record.key}: {len(stretches) - 1} pauses; only the longest stretch is"
+            f" taken, {last - first:.3g} of {seconds:.3g} s"
+        )
 
     # whole latent steps only
     shown = clock.shown(np.arange(first, last - 0.5 * clock.interval, 1 / fps))
