@@ -1,8 +1,9 @@
 """How fast are we beside the programs that people would use in our place, on this machine?
 
     git clone https://github.com/facebookresearch/vjepa2
+    git clone https://github.com/facebookresearch/jepa-wms
     pip install einops vector-quantize-pytorch peft torchcodec lerobot
-    python -m bench.peers --vjepa2 vjepa2                    # a CPU: sizes of bench.step
+    python -m bench.peers --vjepa2 vjepa2 --jepa_wms jepa-wms    # a CPU: sizes of bench.step
     python -m bench.peers --vjepa2 vjepa2 --size released    # a GPU: the released ViT-L's sizes
 
 Their code is theirs: a checkout is named by its folder, packages are those that can be imported,
@@ -14,6 +15,8 @@ vjepa2      A training step of facebookresearch/vjepa2's VisionTransformerPredic
             gradients are compared, and the losses after all steps. The step is a closure in
             app/vjepa_droid/train.py and cannot be imported: `vjepa2_step` says the same in its
             order. Left out, in its favour: DDP, normalising pixels (its loader does that).
+jepa_wms    The same step on features with facebookresearch/jepa-wms's VisionTransformerPredictorAC,
+            conditioned by tokens as V-JEPA 2-AC is, with our weights.
 vq          vector-quantize-pytorch's VectorQuantize: forward, backward and the moving average of
             the codes. Codes, gradients and the new tables are compared.
 peft        Hugging Face PEFT's LoRA, by what bench.lora compares and times.
@@ -66,7 +69,11 @@ PACKAGES = {
     "torchcodec": ("torchcodec", "torchcodec"),
     "lerobot": ("lerobot", "lerobot"),
 }
-PEERS = ["vjepa2", *PACKAGES]
+CHECKOUTS = {
+    "vjepa2": ("--vjepa2", "facebookresearch/vjepa2"),
+    "jepa_wms": ("--jepa_wms", "facebookresearch/jepa-wms"),
+}
+PEERS = [*CHECKOUTS, *PACKAGES]
 
 
 class Size(NamedTuple):
@@ -116,7 +123,7 @@ def row_of(peer, what, seconds):
     return row | {"our ms": 1e3 * seconds["ours"], "its / ours": seconds["peer"] / seconds["ours"]}
 
 
-# --- vjepa2 ---
+# --- vjepa2 and jepa-wms ---
 
 
 def vjepa2_predictor(predictor, frames, crop_size, encoder):
@@ -135,6 +142,32 @@ def vjepa2_predictor(predictor, frames, crop_size, encoder):
     # a layer for camera poses, which it makes and does not use
     del theirs.extrinsics_encoder
     theirs.load_state_dict(predictor.state_dict())
+    return theirs
+
+
+def jepa_wms_predictor(predictor, frames, crop_size, encoder):
+    """Its action-conditioned predictor, with the weights of ours."""
+    from src.models.ac_predictor import vit_ac_predictor
+
+    width = predictor.predictor_embed.out_features
+    theirs = vit_ac_predictor(
+        embed_dim=encoder.embed_dim,
+        predictor_embed_dim=width,
+        depth=len(predictor.predictor_blocks),
+        num_heads=width // predictor.head_dim,
+        action_dim=7,
+        proprio_dim=7,
+        proprio_encoder_inpred=True,
+        **shared_options(encoder, frames, crop_size),
+    )
+    # it calls the state "proprio"
+    weights = {}
+    for name, weight in predictor.state_dict().items():
+        weights[name.replace("state_encoder", "proprio_encoder")] = weight
+    theirs.load_state_dict(weights)
+
+    # it also returns what it makes of the condition tokens
+    theirs.register_forward_hook(lambda module, inputs, outputs: outputs[0])
     return theirs
 
 
@@ -166,14 +199,25 @@ def vjepa2_step(features_of, predictor, batch, tokens, autocast):
     return lambda update=True: [float(x) for x in train(update)]
 
 
-def vjepa2_rows(size, device, dtype, repeats, clock, is_compiled):
-    """Rows of a step on features and of one on pixels."""
-    # our networks, with random weights, and a batch of noise
+class Setting(NamedTuple):
+    """What both are trained on: networks of ours with random weights, and a batch of noise."""
+
+    encoder: torch.nn.Module
+    predictor: Predictor
+    batch: dict
+    on_device: dict
+    frames: tuple
+    autocast: object
+
+
+def a_setting(size, device, dtype):
+    """The Setting of a size."""
     torch.manual_seed(0)
     encoder = build_encoder(size.encoder, size.crop_size, 2).to(device)
     side = size.crop_size // encoder.patch_size
     shape = {"pred_dim": size.pred_dim, "depth": size.pred_depth, "num_heads": size.pred_heads}
-    base = Predictor(encoder.embed_dim, 7, 7, (side, side), **shape).to(device)
+    predictor = Predictor(encoder.embed_dim, 7, 7, (side, side), **shape).to(device)
+
     B = size.batch_size
     T = size.steps
     frames = (B, 2 * T, 3, size.crop_size, size.crop_size)
@@ -181,51 +225,94 @@ def vjepa2_rows(size, device, dtype, repeats, clock, is_compiled):
     batch["actions"] = torch.randn(B, T - 1, 7)
     batch["states"] = torch.randn(B, T, 7)
 
-    # the same clips for its encoder: pairs of frames, as its loader normalises them
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    pairs = ((batch["video"].float() / 255 - mean) / std).view(B * T, 2, *frames[2:])
-    pairs = pairs.transpose(1, 2).to(device)
-    their_encoder = encoder_of_reference(encoder, 2, size.crop_size).to(device)
+    # features of both, made once by ours
+    no_stats = {"mean": None, "std": None}
+    z = make_features_of(encoder, "tubelet", 2, no_stats, device)(batch, normalize=False)[0]
+    on_device = {name: batch[name].to(device) for name in ("actions", "states")}
 
     def autocast():
         if dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype)
 
-    # and the features of both, made once by ours
-    no_stats = {"mean": None, "std": None}
-    z = make_features_of(encoder, "tubelet", 2, no_stats, device)(batch, normalize=False)[0]
-    on_device = {name: batch[name].to(device) for name in ("actions", "states")}
-    steps_of = {
-        "on features": (None, on_device | {"z": z}, lambda: z.flatten(1, 2)),
-        "on pixels": (encoder, batch, lambda: their_encoder(pairs).reshape(B, T * side**2, -1)),
-    }
+    return Setting(encoder, predictor, batch, on_device | {"z": z}, frames, autocast)
 
+
+def step_row(peer, what, steps, networks, device, dtype, repeats, clock):
+    """The row of a training step, once both have given the same. steps, networks: {"peer",
+    "ours"}."""
+    name = f"{peer}, a {what}"
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+
+    # losses and gradients of the first step
+    wanted, found = loss_and_gradients(steps["peer"], networks["peer"])
+    wanted_gradients = {name.replace("proprio_", "state_"): g for name, g in found.items()}
+    losses, gradients = loss_and_gradients(steps["ours"], networks["ours"])
+    check(f"{name}, losses", losses_off(losses, wanted), bound)
+    check(f"{name}, gradients", gradients_off(gradients, wanted_gradients), bound)
+
+    # time, and whether both have learned the same by then
+    seconds = bench.medians(steps, device, repeats, clock=clock)
+    last = {which: step(update=False) for which, step in steps.items()}
+    off = losses_off(last["ours"], last["peer"])
+    check(f"{name}, losses after all steps", off, 100 * bound)
+    return row_of(peer, what, seconds)
+
+
+def vjepa2_rows(size, device, dtype, repeats, clock, is_compiled):
+    """Rows of a step on features and of one on pixels."""
+    setting = a_setting(size, device, dtype)
+    encoder = setting.encoder
+    side = size.crop_size // encoder.patch_size
+    B, frames, *picture = setting.frames
+
+    # the same clips for its encoder: pairs of frames, as its loader normalises them
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    pairs = (setting.batch["video"].float() / 255 - mean) / std
+    pairs = pairs.view(B * size.steps, 2, *picture).transpose(1, 2).to(device)
+    their_encoder = encoder_of_reference(encoder, 2, size.crop_size).to(device)
+
+    def encoded():
+        return their_encoder(pairs).reshape(B, size.steps * side**2, -1)
+
+    z = setting.on_device["z"].flatten(1, 2)
+    ways = {
+        "step on features": (None, setting.on_device, lambda: z),
+        "step on pixels": (encoder, setting.batch, encoded),
+    }
     rows = []
-    for what, (our_encoder, our_batch, features_of) in steps_of.items():
-        theirs = vjepa2_predictor(base, 2 * T, size.crop_size, encoder).to(device)
-        ours = copy.deepcopy(base)
+    for what, (our_encoder, our_batch, features_of) in ways.items():
+        theirs = vjepa2_predictor(setting.predictor, frames, size.crop_size, encoder).to(device)
+        ours = copy.deepcopy(setting.predictor)
+        autocast = setting.autocast
         steps = {
-            "peer": vjepa2_step(features_of, theirs, on_device, side**2, autocast),
+            "peer": vjepa2_step(features_of, theirs, setting.on_device, side**2, autocast),
             "ours": our_step(our_encoder, ours, our_batch, autocast, dtype, is_compiled),
         }
-
-        # losses and gradients of the first step
-        name = f"vjepa2, a step {what}"
-        bound = 1e-4 if dtype == torch.float32 else 5e-2
-        wanted, wanted_gradients = loss_and_gradients(steps["peer"], theirs)
-        losses, gradients = loss_and_gradients(steps["ours"], ours)
-        check(f"{name}, losses", losses_off(losses, wanted), bound)
-        check(f"{name}, gradients", gradients_off(gradients, wanted_gradients), bound)
-
-        # time, and whether both have learned the same by then
-        seconds = bench.medians(steps, device, repeats, clock=clock)
-        last = {which: step(update=False) for which, step in steps.items()}
-        off = losses_off(last["ours"], last["peer"])
-        check(f"{name}, losses after all steps", off, 100 * bound)
-        rows.append(row_of("vjepa2", f"step {what}", seconds))
+        networks = {"peer": theirs, "ours": ours}
+        rows.append(step_row("vjepa2", what, steps, networks, device, dtype, repeats, clock))
     return rows
+
+
+def jepa_wms_rows(size, device, dtype, repeats, clock, is_compiled):
+    """The row of a step on features."""
+    setting = a_setting(size, device, dtype)
+    encoder = setting.encoder
+    side = size.crop_size // encoder.patch_size
+    frames = setting.frames[1]
+    theirs = jepa_wms_predictor(setting.predictor, frames, size.crop_size, encoder).to(device)
+    ours = copy.deepcopy(setting.predictor)
+
+    z = setting.on_device["z"].flatten(1, 2)
+    autocast = setting.autocast
+    steps = {
+        "peer": vjepa2_step(lambda: z, theirs, setting.on_device, side**2, autocast),
+        "ours": our_step(None, ours, setting.on_device, autocast, dtype, is_compiled),
+    }
+    networks = {"peer": theirs, "ours": ours}
+    what = "step on features"
+    return [step_row("jepa_wms", what, steps, networks, device, dtype, repeats, clock)]
 
 
 def losses_off(losses, wanted):
@@ -440,12 +527,14 @@ def lerobot_rows(size):
     return [row_of("lerobot", "a clip, CPU seconds", seconds)]
 
 
-def is_there(peer, vjepa2):
-    """Whether a peer can be timed. If not, a line says what is missing."""
-    if peer == "vjepa2":
-        if not vjepa2:
-            print("vjepa2: left out, name a checkout of facebookresearch/vjepa2 with --vjepa2")
-        return bool(vjepa2)
+def is_there(peer, folders):
+    """Whether a peer can be timed. If not, a line says what is missing. folders: {peer: folder of
+    its checkout, or None}."""
+    if peer in CHECKOUTS:
+        flag, repository = CHECKOUTS[peer]
+        if not folders[peer]:
+            print(f"{peer}: left out, name a checkout of {repository} with {flag}")
+        return bool(folders[peer])
     package, module = PACKAGES[peer]
     if not importlib.util.find_spec(module):
         print(f"{peer}: left out, pip install {package}")
@@ -469,7 +558,8 @@ if __name__ == "__main__":
         allow_abbrev=False,
     )
     flag = parser.add_argument
-    flag("--vjepa2", help="folder of a checkout of facebookresearch/vjepa2")
+    for name, repository in CHECKOUTS.values():
+        flag(name, help=f"folder of a checkout of {repository}")
     flag("--only", nargs="+", default=PEERS, choices=PEERS, help="peers to time (default: all)")
     flag("--size", default="small", choices=SIZES, help="of what is timed (default small)")
     dtype_help = "autocast of networks, both of ours and theirs (default float32)"
@@ -482,16 +572,20 @@ if __name__ == "__main__":
     flag("--cpu_seconds", action="store_true", help=clock_help)
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
-    if args.vjepa2:
-        open_checkout(args.vjepa2, parser)
+    folders = {peer: getattr(args, peer) for peer in CHECKOUTS}
+    for peer, folder in folders.items():
+        if folder:
+            open_checkout(folder, parser, *CHECKOUTS[peer])
 
     # --- one peer after the other ---
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
     size = SIZES[args.size]
     clock = time.process_time if args.cpu_seconds else time.perf_counter
+    of_step = (size, device, dtype, args.repeats, clock, args.compile)
     measure = {
-        "vjepa2": lambda: vjepa2_rows(size, device, dtype, args.repeats, clock, args.compile),
+        "vjepa2": lambda: vjepa2_rows(*of_step),
+        "jepa_wms": lambda: jepa_wms_rows(*of_step),
         "vq": lambda: vq_rows(size, device, args.repeats, clock),
         "peft": lambda: peft_rows(size, device, dtype, args.repeats, clock),
         "torchcodec": lambda: torchcodec_rows(size, clock),
@@ -499,8 +593,12 @@ if __name__ == "__main__":
     }
     rows = []
     for peer in args.only:
-        if is_there(peer, args.vjepa2):
-            rows += measure[peer]()
+        if not is_there(peer, folders):
+            continue
+        # the last checkout that was opened is the one that is imported
+        if peer in CHECKOUTS:
+            open_checkout(folders[peer], parser, *CHECKOUTS[peer])
+        rows += measure[peer]()
     if not rows:
         sys.exit("no peer is there: nothing was timed")
 

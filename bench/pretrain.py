@@ -72,24 +72,31 @@ def groups_of(modules):
 # --- the reference ---
 
 
-def open_checkout(folder, parser):
-    """Make the packages of a checkout of vjepa2 importable. Ends the program if it is none."""
-    if not os.path.exists(os.path.join(folder, "src", "models", "vision_transformer.py")):
+def open_checkout(folder, parser, flag="--vjepa2", repository="facebookresearch/vjepa2"):
+    """Make the packages of a checkout importable. Ends the program if it is none.
+
+    Meta's repositories all call their package `src`: what was imported from another checkout keeps
+    working, and is not found again."""
+    if not os.path.exists(os.path.join(folder, "src", "models", "ac_predictor.py")):
         parser.error(
-            f"--vjepa2 {folder} is no checkout of facebookresearch/vjepa2: it has no"
-            " src/models/vision_transformer.py; git clone"
-            " https://github.com/facebookresearch/vjepa2"
+            f"{flag} {folder} is no checkout of {repository}: it has no"
+            f" src/models/ac_predictor.py; git clone https://github.com/{repository}"
         )
     if not importlib.util.find_spec("einops"):
         parser.error("the reference needs the package einops: pip install einops")
 
-    # it takes from timm only what drops whole paths, which its pretraining does not do
-    if not importlib.util.find_spec("timm"):
-        layers = types.ModuleType("timm.models.layers")
+    # they take from timm only what drops whole paths, which nothing here does
+    if "timm" not in sys.modules and not importlib.util.find_spec("timm"):
+        layers = types.ModuleType("timm.layers")
         layers.drop_path = lambda x, drop_prob=0.0, training=False: x
-        sys.modules["timm"] = types.ModuleType("timm")
-        sys.modules["timm.models"] = types.ModuleType("timm.models")
-        sys.modules["timm.models.layers"] = layers
+        for name in ("timm", "timm.models"):
+            sys.modules[name] = types.ModuleType(name)
+        for name in ("timm.layers", "timm.models.layers"):
+            sys.modules[name] = layers
+
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "src":
+            del sys.modules[name]
     sys.path.insert(0, folder)
 
 

@@ -202,11 +202,13 @@ def test_laws_from_the_command_line(tmp_path, shards):
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "laws").glob("*/val.csv")}
 
 
-@pytest.mark.parametrize("program", ["pretrain", "peers"])
-def test_a_folder_that_is_no_checkout_of_the_reference(program, tmp_path):
+@pytest.mark.parametrize(
+    "program, flag", [("pretrain", "--vjepa2"), ("peers", "--vjepa2"), ("peers", "--jepa_wms")]
+)
+def test_a_folder_that_is_no_checkout_of_the_reference(program, flag, tmp_path):
     """Bug: an ImportError about "src" where the folder of the reference is wrong."""
-    line = fails(tmp_path, f"bench/{program}.py", "--vjepa2", tmp_path)
-    assert "--vjepa2" in line and "git clone" in line
+    line = fails(tmp_path, f"bench/{program}.py", flag, tmp_path)
+    assert flag in line and "git clone" in line
 
 
 def test_peers_that_are_there_are_timed_and_the_others_named(tmp_path):
@@ -215,7 +217,7 @@ def test_peers_that_are_there_are_timed_and_the_others_named(tmp_path):
     rows, text = run_bench(tmp_path, "peers", "--size tiny --repeats 1")
     left_out = {line.partition(":")[0] for line in text.splitlines() if ": left out, " in line}
     assert left_out | {row["peer"] for row in rows} == set(peers.PEERS)
-    assert "vjepa2" in left_out
+    assert {"vjepa2", "jepa_wms"} <= left_out
 
     # PEFT is a development package; bench.lora has compared losses and gradients
     of_peft = [row for row in rows if row["peer"] == "peft"]
