@@ -3,6 +3,10 @@ slope of the memory of its processes; and what loaders hold at most while the mo
 
     python -m tests.leak
     python -m tests.leak --reads features --steps 2000
+    python -m tests.leak --reads video --workers 0 --steps 50000 --heap heap.csv
+
+--heap runs training under tests.heap, which says whether it is the program that grows, or free
+memory that malloc keeps.
 
 Exit code 1 when a run grows by 1 MB or more per 1,000 steps, or loaders hold more than computed."""
 
@@ -39,10 +43,10 @@ def resident(pid):
     return 1 + sum(n for n, _ in children), own + sum(size for _, size in children)
 
 
-def leak(world, reads, steps, workers):
+def leak(world, reads, steps, workers, heap=None):
     """Train for `steps` steps in a process of its own, with logs, checkpoints, curves and
     validation -> a row: memory over steps. reads: "features", or "video", decoded and encoded on
-    the fly."""
+    the fly. heap: a CSV file for what tests.heap sees."""
     out = f"{world.folder}/leak-{reads}-{workers}"
     ipe = max(steps // 20, 1)
     data = world.data()
@@ -50,6 +54,8 @@ def leak(world, reads, steps, workers):
         data = [*world.data(world.shards), "--encoder vit_tiny"]
     plan = f"--num_workers {workers} --epochs 20 --ipe {ipe} --val_every 2 --keep_last 2"
     command = ["train_ac.py", *words([*world.flags, *data, plan, "--out_dir", out])]
+    if heap:
+        command = ["-m", "tests.heap", os.path.abspath(heap), *command]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out + ".log", "w") as log:
         p = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=env)
@@ -152,15 +158,18 @@ if __name__ == "__main__":
         help="what training reads; video takes 25 minutes",
     )
     flag("--workers", type=int, nargs="+", default=[0, 2], help="loader processes of the runs")
+    flag("--heap", help="a CSV file for what tests.heap sees of the only run")
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
+    if args.heap and len(args.reads) * len(args.workers) > 1:
+        parser.error("--heap is of one run: name one of --reads and one of --workers")
     folder = tempfile.mkdtemp(prefix="nanojepa-memory-")
     os.environ["NANOJEPA_CACHE"] = os.path.join(folder, "cache")
     start_server()
     world = World(folder)
     table = []
     for reads in args.reads:
-        table += [leak(world, reads, args.steps, workers) for workers in args.workers]
+        table += [leak(world, reads, args.steps, workers, args.heap) for workers in args.workers]
     bench.report(table, args.json, torch.device("cpu"))
     loaders = loader_rows(folder)
     bench.report(loaders, args.json, torch.device("cpu"))
