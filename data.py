@@ -747,17 +747,91 @@ class Order(torch.utils.data.Sampler):
         self.world = world
 
     def __iter__(self):
-        n = self.batches * self.batch_size * self.world
         for epoch in itertools.count(self.epoch):
-            # one random place in each n-th of the timeline
-            rng = np.random.default_rng([self.dataset.seed, epoch])
-            u = (rng.permutation(n) + rng.random(n)) / n
-
             first_batch = self.itr if epoch == self.epoch else 0
-            for batch in range(first_batch, self.batches):
-                first = (batch * self.world + self.rank) * self.batch_size
-                indices = range(first, first + self.batch_size)
-                yield [(epoch, i, *self.dataset.locate(u[i])) for i in indices]
+            yield from self.of_epoch(epoch, self.batches, first_batch)
+
+    def of_epoch(self, epoch, batches, first_batch):
+        """Batches of an epoch that has `batches` of them, from `first_batch` on."""
+        # one random place in each n-th of the timeline
+        n = batches * self.batch_size * self.world
+        rng = np.random.default_rng([self.dataset.seed, epoch])
+        u = (rng.permutation(n) + rng.random(n)) / n
+
+        for batch in range(first_batch, batches):
+            first = (batch * self.world + self.rank) * self.batch_size
+            indices = range(first, first + self.batch_size)
+            yield [(epoch, i, *self.dataset.locate(u[i])) for i in indices]
+
+
+class MixedClips(torch.utils.data.Dataset):
+    """Clips of several data sets, each with its own frames and fps: Meta's dataset_fpcs.
+
+    parts: a Clips for each, with one seed; shares: how many of all clips are of each. Clips of
+    different lengths do not fit into one batch, so every batch is of one data set. An item is the
+    number of a part and an item of that part."""
+
+    def __init__(self, parts, shares):
+        self.parts = parts
+        self.shares = np.asarray(shares, dtype=np.float64)
+        self.seed = parts[0].seed
+
+    @property
+    def records(self):
+        return [record for part in self.parts for record in part.records]
+
+    def __getitem__(self, item):
+        part, *item_of_part = item
+        return self.parts[part][item_of_part]
+
+
+class MixedOrder(Order):
+    """The Order of MixedClips: each data set has its share of the global batches of an epoch, up to
+    one batch, and all ranks are at the same data set."""
+
+    def turns(self, epoch):
+        """The data set of each global batch of an epoch: (batches,)."""
+        # places at equal distances along the shares, in random order
+        rng = np.random.default_rng([self.dataset.seed, epoch])
+        places = (np.arange(self.batches) + rng.random()) / self.batches
+        ends = np.cumsum(self.dataset.shares) / self.dataset.shares.sum()
+        turns = np.searchsorted(ends[:-1], places, side="right")
+        return rng.permutation(turns)
+
+    def of_epoch(self, epoch, batches, first_batch):
+        turns = self.turns(epoch)
+        parts = self.dataset.parts
+        in_all = np.bincount(turns, minlength=len(parts))
+        before = np.bincount(turns[:first_batch], minlength=len(parts))
+        streams = []
+        for part, count, first in zip(parts, in_all, before):
+            order = Order(part, self.batch_size, count, epoch, rank=self.rank, world=self.world)
+            streams.append(order.of_epoch(epoch, count, first))
+
+        for part in turns[first_batch:]:
+            yield [(part, *item) for item in next(streams[part])]
+
+
+def clips_by_data(records, shares, groups, readers, seed=0, pixels_cache=None):
+    """MixedClips of records: those of a file in groups[i] are read by readers[i], and those of
+    other files (--val_data) by the first reader.
+
+    groups: the paths of each --data. A group without a record has no part."""
+    group_of = {}
+    for number, paths in enumerate(groups):
+        for path in paths:
+            group_of[path] = number
+
+    parts = []
+    shares_of_parts = []
+    for number, reader in enumerate(readers):
+        mine = [i for i, r in enumerate(records) if group_of.get(r.shard, 0) == number]
+        if mine:
+            shares_of_mine = [shares[i] for i in mine]
+            of_group = [records[i] for i in mine]
+            parts.append(Clips(of_group, shares_of_mine, reader, seed, pixels_cache))
+            shares_of_parts.append(sum(shares_of_mine))
+    return MixedClips(parts, shares_of_parts)
 
 
 def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
@@ -765,7 +839,17 @@ def windows(dataset, batch_size, limit, rank=0, world=1, seed=0):
     spread over all recordings.
 
     The batches do not depend on the number of ranks that share them. With a batch_size above 1 no
-    batch has a single clip unless there is only one: the action gap shuffles clips of a batch."""
+    batch has a single clip unless there is only one: the action gap shuffles clips of a batch.
+
+    Each data set of MixedClips gives the same number of windows, if it has as many."""
+    if isinstance(dataset, MixedClips):
+        batches = []
+        for i, part in enumerate(dataset.parts):
+            limit_of_part = math.ceil(limit / len(dataset.parts))
+            for items in windows(part, batch_size, limit_of_part, seed=seed):
+                batches.append([(i, *item) for item in items])
+        return batches[rank::world]
+
     every_window = []
     for number, record in enumerate(dataset.records):
         for k in range(dataset.windows_in(record)):
@@ -982,8 +1066,12 @@ def open_split(
         )
     if streams:
         groups = []
+
+    def open_group(group, number=0):
+        return open_records(group)
+
     return split_groups(
-        groups, open_records, data_weights, val_data, val_fraction, max_bad_fraction, only
+        groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction, only
     )
 
 
@@ -1053,13 +1141,18 @@ def open_films(
     """open_split for plain video: files, folders (searched to the bottom), globs, and tars of
     videos -> (train [Record], [share of the clips], val [Record], [bad]).
 
-    reader: the FilmReader of the run, which says how long a clip is. A shard of play is taken as
+    reader: the FilmReader of the run, which says how long a clip is, or one for each --data (the
+    first is that of --val_data). A shard of play is taken as
     plain video: its lines are not read. Held-out videos are chosen by a hash of their names
     (files/films.py, key_of), which `only` lists too. Copies of a video are found under any name.
     Raises as open_split."""
     groups = [data] if isinstance(data, str) else data
     check_weights(data_weights, groups)
-    open_group = functools.partial(open_film_group, reader=reader)
+    readers = reader if isinstance(reader, list) else [reader] * len(groups)
+
+    def open_group(group, number=0):
+        return open_film_group(group, readers[number])
+
     return split_groups(
         groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction, only
     )
@@ -1080,8 +1173,8 @@ def check_weights(data_weights, groups):
 def split_groups(
     groups, open_group, data_weights, val_data, val_fraction, max_bad_fraction, only=None
 ):
-    """open_split and open_films, after their checks. open_group: one --data -> ([Record],
-    [bad])."""
+    """open_split and open_films, after their checks. open_group: one --data and its number ->
+    ([Record], [bad])."""
     # each --data is split and weighed by itself
     train = []
     shares = []
@@ -1089,7 +1182,7 @@ def split_groups(
     bad = []
     sources = []
     for i, group in enumerate(groups):
-        records, flaws = open_group(group)
+        records, flaws = open_group(group, i)
         sources.append(records)
         if only:
             records = pick(records, only)
@@ -1242,11 +1335,11 @@ def vpt_loader(
     "actions" (B, T-1, A), "states" (B, T, 2), "key", "bad", "bytes". Plain video has no actions and
     no states.
 
-    data: patterns, (records, shares) of open_split or open_films, or Clips, which have their own
-    reader and seed. cache_dir: URLs among the patterns are copied there, at most cache_size GB.
-    reader: a ClipReader, default ClipReader(), or a FilmReader for plain video. batches_per_epoch:
-    by default one pass of non-overlapping clips. loader.bad lists the recordings that were left out
-    while indexing."""
+    data: patterns, (records, shares) of open_split or open_films, or Clips or MixedClips, which
+    have their own readers and seed (MixedClips also need batches_per_epoch). cache_dir: URLs among
+    the patterns are copied there, at most cache_size GB. reader: a ClipReader, default
+    ClipReader(), or a FilmReader for plain video. batches_per_epoch: by default one pass of
+    non-overlapping clips. loader.bad lists the recordings that were left out while indexing."""
     reader = reader or ClipReader()
     if cache_dir:
         groups = [data] if isinstance(data, str) else data
@@ -1259,7 +1352,7 @@ def vpt_loader(
         "worker_init_fn": ignore_signals_in_worker,
     }
 
-    is_opened = isinstance(data, tuple | Clips)
+    is_opened = isinstance(data, tuple | Clips | MixedClips)
     urls = [] if is_opened else expand(data)
     if any(map(is_stream, urls)):
         if data_weights or not all(map(is_stream, urls)):
@@ -1272,7 +1365,7 @@ def vpt_loader(
         options |= {"batch_size": batch_size, "drop_last": True}
     else:
         bad = []
-        if isinstance(data, Clips):
+        if isinstance(data, Clips | MixedClips):
             dataset = data
         elif is_opened:
             dataset = Clips(*data, reader, seed, pixels_cache)
@@ -1282,7 +1375,8 @@ def vpt_loader(
         if batches_per_epoch is None:
             clips = one_pass(dataset.records, dataset.reader)
             batches_per_epoch = max(clips // (batch_size * world), 1)
-        order = Order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
+        kind_of_order = MixedOrder if isinstance(dataset, MixedClips) else Order
+        order = kind_of_order(dataset, batch_size, batches_per_epoch, epoch, itr, rank, world)
         options["batch_sampler"] = order
 
     loader = torch.utils.data.DataLoader(dataset, **options)

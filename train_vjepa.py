@@ -79,8 +79,8 @@ flag("--probe_clips", type=int, default=256, help="training clips that each vali
 flag("--cache_dir", help="copy shards at URLs into this folder (of each node) when first needed; without it they are streamed")  # fmt: skip
 flag("--cache_size", type=float, default=100.0, help="size limit of --cache_dir in GB; the least recently used shards are deleted first")  # fmt: skip
 flag("--scaler", default="vpt_action_scaler.pkl", help="action statistics from fit_scaler.py, for --idm")  # fmt: skip
-flag("--frames_per_clip", type=int, default=16, help="sampled frames of a clip")
-flag("--fps", type=float, default=5.0, help="sampled frames a second")
+flag("--frames_per_clip", "--dataset_fpcs", type=int, nargs="+", default=16, help="sampled frames of a clip; one number, or one for each --data")  # fmt: skip
+flag("--fps", type=float, nargs="+", default=5.0, help="sampled frames a second; one number, or one for each --data")  # fmt: skip
 flag("--tubelet_size", type=int, default=2, help="frames that the patch embedding merges into a step")  # fmt: skip
 flag("--crop_size", type=int, default=256, help="pixels of the square crop")
 flag("--action_space", type=int, default=36, help="actions of --idm and of the probe: 13, 18, 36 or 38 (see docs/data.md)")  # fmt: skip
@@ -167,6 +167,7 @@ from data import (
     ActionScaler,
     Clips,
     StopSignal,
+    clips_by_data,
     fill_pixels_cache,
     holds_play,
     open_films,
@@ -247,6 +248,25 @@ if __name__ == "__main__":
                     f"--{name} moves the crop, and --pixels_cache holds the centre alone: drop one"
                 )
 
+    # --frames_per_clip and --fps: one number for all --data, or one for each
+    data = args.data or [["VPT/*.tar"]]
+    clips_of_data = []
+    for name in ("frames_per_clip", "fps"):
+        numbers = getattr(args, name)
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        if len(numbers) not in (1, len(data)):
+            parser.error(
+                f"--{name} has {len(numbers)} numbers for {len(data)} --data: give one for all, or"
+                " one for each; --data is repeated for each data set"
+            )
+        numbers = numbers * len(data) if len(numbers) == 1 else numbers
+        clips_of_data.append(numbers)
+
+        # the first data set is what later stages are told, and what --val_data is read as
+        setattr(args, name, numbers[0])
+    clips_of_data = list(zip(*clips_of_data))
+    is_mixed = len(set(clips_of_data)) > 1
+
     # one check, one message
     for name in ("batch_size", "grad_accum", "epochs", "ipe", "log_every", "val_every"):
         if getattr(args, name) < 1:
@@ -277,11 +297,14 @@ if __name__ == "__main__":
         parser.error(
             f"--crop_size {args.crop_size} is no multiple of --patch_size {args.patch_size}"
         )
-    if args.frames_per_clip % args.tubelet_size:
-        parser.error(
-            f"--frames_per_clip {args.frames_per_clip} is no multiple of --tubelet_size"
-            f" {args.tubelet_size}"
-        )
+    for frames, _ in clips_of_data:
+        if frames < 1:
+            parser.error(f"--frames_per_clip {frames} is too small: 1 is the least")
+        if frames % args.tubelet_size:
+            parser.error(
+                f"--frames_per_clip {frames} is no multiple of --tubelet_size {args.tubelet_size}"
+            )
+    shortest = min(frames for frames, _ in clips_of_data)
     if len(args.mask_blocks) != len(args.mask_scale):
         parser.error(
             f"--mask_blocks has {len(args.mask_blocks)} numbers and --mask_scale"
@@ -293,7 +316,7 @@ if __name__ == "__main__":
         parser.error(f"--mask_scale {args.mask_scale}: shares are above 0 and below 1")
     if args.mask_steps and not 0 < min(args.mask_steps) <= max(args.mask_steps) < 1:
         parser.error(f"--mask_steps {args.mask_steps}: shares are above 0 and below 1")
-    if args.mask_steps and args.frames_per_clip < 2 * args.tubelet_size:
+    if args.mask_steps and shortest < 2 * args.tubelet_size:
         parser.error("--mask_steps needs clips of two steps: more --frames_per_clip")
     if not 0 < args.mask_aspect[0] <= args.mask_aspect[1]:
         parser.error(f"--mask_aspect {args.mask_aspect}: give two numbers above 0, the least first")
@@ -309,8 +332,10 @@ if __name__ == "__main__":
         )
     if args.idm and args.horizontal_flip:
         parser.error("--horizontal_flip mirrors what --idm has to read the turns from: drop one")
-    if args.idm and args.frames_per_clip < 2 * args.tubelet_size:
+    if args.idm and shortest < 2 * args.tubelet_size:
         parser.error("--idm needs clips of two steps: more --frames_per_clip")
+    if args.idm and is_mixed:
+        parser.error("--idm reads actions of one length: give one --frames_per_clip and one --fps")
     if args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         parser.error("--fsdp shards over several processes: start it with torchrun")
     if args.fsdp and args.dtype == "float16":
@@ -366,7 +391,6 @@ if __name__ == "__main__":
         checkpoint.check_unused(args.out_dir)
 
     # --val_data takes the place of a split of --data; --val_clips 0 turns both off
-    data = args.data or [["VPT/*.tar"]]
     val_data = args.val_data if args.val_clips else None
     val_fraction = args.val_fraction if args.val_clips and not args.val_data else 0.0
 
@@ -433,14 +457,20 @@ if __name__ == "__main__":
             "decoder": args.decoder,
             "gui": args.gui,
         }
-        val_reader = ClipReader(**clip_settings, **options)
         augmentation["temporal_jitter"] = args.temporal_jitter
-        reader = ClipReader(**clip_settings, **options, **augmentation, scaler=scaler)
-        open_data = open_split
-    else:
-        val_reader = FilmReader(**clip_settings)
-        reader = FilmReader(**clip_settings, **augmentation)
-        open_data = functools.partial(open_films, reader=reader)
+
+    # a reader for each --data
+    readers = []
+    val_readers = []
+    for frames, fps in clips_of_data:
+        own = clip_settings | {"frames_per_clip": frames, "fps": fps}
+        if is_play:
+            val_readers.append(ClipReader(**own, **options))
+            readers.append(ClipReader(**own, **options, **augmentation, scaler=scaler))
+        else:
+            val_readers.append(FilmReader(**own))
+            readers.append(FilmReader(**own, **augmentation))
+    open_data = open_split if is_play else functools.partial(open_films, reader=readers)
 
     # recordings are held out whole: clips of one recording resemble each other
     train, shares, val, bad = open_data(
@@ -481,10 +511,27 @@ if __name__ == "__main__":
                 "warning: the scaler was fitted on recordings held out here; fit it on the training"
                 " shards only (fit_scaler.py --val_fraction)"
             )
-    val_set = Clips(val, [1.0] * len(val), val_reader, args.seed, args.pixels_cache)
-    probes = bool(is_play and args.probe_clips and train and val)
+    # where clips differ, a batch is of one --data
+    if is_mixed and not train:
+        raise ValueError(
+            "--frames_per_clip and --fps of each --data need local shards: give one number for"
+            " streams, or a --cache_dir"
+        )
+    seed_and_cache = (args.seed, args.pixels_cache)
+    train_set = (train, shares) if train else groups
+    val_shares = [1.0] * len(val)
+    val_set = Clips(val, val_shares, val_readers[0], *seed_and_cache)
+    if is_mixed:
+        train_set = clips_by_data(train, shares, groups, readers, *seed_and_cache)
+    if is_mixed and val:
+        val_set = clips_by_data(val, val_shares, groups, val_readers, *seed_and_cache)
+
+    # an action of one data set is another one at another rate
+    probes = bool(is_play and args.probe_clips and train and val and not is_mixed)
     validates = bool(val and (probes or args.masked))
-    probe_set = Clips(train, [1.0] * len(train), val_reader, args.seed, args.pixels_cache)
+    probe_set = Clips(train, [1.0] * len(train), val_readers[0], *seed_and_cache)
+    if is_mixed and is_play and args.probe_clips:
+        print0("clips of different lengths or rates: only the loss is validated, not actions")
     if val and not windows(val_set, 1, 1):
         raise ValueError(
             "the held-out recordings hold no whole clip: hold out more, or pass --val_clips 0"
@@ -618,18 +665,20 @@ if __name__ == "__main__":
         "pred_heads": predictor.num_heads,
         "mask_tokens": len(predictor.mask_tokens),
     }
-    steps_of_clip = args.frames_per_clip // args.tubelet_size
+    lengths = sorted({frames // args.tubelet_size for frames, _ in clips_of_data})
     num_parameters = sum(p.numel() for p in model.parameters())
     encoder_parameters = sum(p.numel() for p in encoder.parameters())
     print0(
         f"encoder {encoder_parameters:,} parameters, with predictor and heads"
-        f" {num_parameters:,}; clips of {steps_of_clip} steps x {grid}x{grid} patches"
+        f" {num_parameters:,}; clips of {' or '.join(map(str, lengths))} steps x {grid}x{grid}"
+        " patches"
     )
 
-    def masks_of(clips, step_seed, group):
-        """Masks of each kind for some clips. Ranks that share step_seed have blocks of one size;
-        `group` tells apart what one step draws."""
-        shape = (steps_of_clip, grid, grid)
+    def masks_of(video, step_seed, group):
+        """Masks of each kind for a video (B, 3, T, H, W). Ranks that share step_seed have blocks of
+        one size; `group` tells apart what one step draws."""
+        clips = len(video)
+        shape = (video.shape[2] // args.tubelet_size, grid, grid)
         masks = []
         for kind in range(kinds):
             seed = [args.seed, step_seed, kind]
@@ -671,7 +720,7 @@ if __name__ == "__main__":
 
     # MFU in the log is the share of this that training reaches; None: not known
     peak = peak_to_assume(device, args.dtype, args.peak_tflops, print0)
-    step_flops = None
+    flops_of_shape = {}
 
     # --- optimizer, resume ---
     # weight decay on matrices only: biases and norms should not shrink
@@ -704,6 +753,7 @@ if __name__ == "__main__":
         "decoder": args.decoder,
         "fps": args.fps,
         "frames_per_clip": args.frames_per_clip,
+        "clips_of_data": clips_of_data if is_mixed else None,  # None: runs from before, too
         "crop_size": args.crop_size,
         "encode": args.encode,
         "mask_blocks": args.mask_blocks,
@@ -838,6 +888,7 @@ if __name__ == "__main__":
         "cache_size": args.cache_size,
         "encode": args.encode,
         **clip_settings,
+        "clips_of_data": clips_of_data,
         **size,
         "init_from": args.init_from,
         "gui": args.gui,
@@ -906,7 +957,7 @@ if __name__ == "__main__":
         line about it)."""
 
         def loss_of(video, number):
-            masks = masks_of(len(video), 0, number)  # step 0: no step of training has its masks
+            masks = masks_of(video, 0, number)  # step 0: no step of training has its masks
             return model(video, targets_of(video), masks, regularise=False)[0]
 
         options = {
@@ -940,9 +991,9 @@ if __name__ == "__main__":
 
     # the loader starts where the checkpoint stopped: the order of clips depends on the seed alone
     loader = vpt_loader(
-        (train, shares) if train else groups,
+        train_set,
         args.batch_size,
-        reader=reader,
+        reader=readers[0],
         data_weights=args.data_weights,
         num_workers=args.num_workers,
         batches_per_epoch=args.ipe * args.grad_accum,
@@ -974,6 +1025,7 @@ if __name__ == "__main__":
     steps_to_log = []  # a StepRow for each step since the last log line
     recent_targets = []  # some of the teacher's features since the last log line
     data_seconds = 0.0
+    flops_to_log = 0
     log_started = time.perf_counter()
 
     while step < last_step:
@@ -1032,7 +1084,7 @@ if __name__ == "__main__":
                 actions = batch["actions"].to(device, non_blocking=True)
             masks = []
             if args.masked:
-                masks = masks_of(len(video), step + 1, group)
+                masks = masks_of(video, step + 1, group)
             targets = None
             if args.masked or not recent_targets:
                 targets = targets_of(video)
@@ -1048,11 +1100,12 @@ if __name__ == "__main__":
                 loss_scaler.scale(loss).backward()
 
             # once, for MFU: the teacher goes forward, the rest also backward: twice as much
-            if peak and not step_flops:
+            if peak and video.shape not in flops_of_shape:
                 flops = 3 * forward_flops(model, video, targets, masks, actions)
                 if args.masked:
                     flops += forward_flops(targets_of, video)
-                step_flops = args.grad_accum * flops
+                flops_of_shape[video.shape] = flops
+            flops_to_log += flops_of_shape.get(video.shape, 0)
 
             # a mean over micro-batches, left on the GPU: reading it here would wait
             losses += parts.detach() / args.grad_accum
@@ -1094,7 +1147,7 @@ if __name__ == "__main__":
             seconds = (time.perf_counter() - log_started) / len(steps_to_log)
             wait = data_seconds / len(steps_to_log)
             memory = checkpoint.peak_memory(device)
-            mfu = step_flops / seconds / peak if peak else None
+            mfu = flops_to_log / len(steps_to_log) / seconds / peak if peak else None
             spread = dict(zip(SPREAD, feature_spread(torch.cat(recent_targets))))
             recent_targets = []
             for row in mean_over_ranks(steps_to_log, world, torch.float64):
@@ -1130,6 +1183,7 @@ if __name__ == "__main__":
                 print0(f"WARNING: {warning}")
             steps_to_log = []
             data_seconds = 0.0
+            flops_to_log = 0
             log_started = time.perf_counter()
 
         # once an epoch: validate (all ranks), save (rank 0)

@@ -923,6 +923,8 @@ class ClipReader:
                 f"--frames_per_clip {frames_per_clip} is not two or more steps of --frames_per_step"
                 f" {frames_per_step}"
             )
+        if not 0 < fps < math.inf:
+            raise ValueError(f"--fps {fps:g}: sampled frames a second are above 0")
         if action_space not in ACTION_SPACES:
             raise ValueError(f"--action_space {action_space} is not one of {list(ACTION_SPACES)}")
         if horizontal_flip and len({"key.a", "key.d"} & set(ACTION_SPACES[action_space])) == 1:

@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 from data import (
     ActionScaler,
     Clips,
+    MixedOrder,
     Order,
+    clips_by_data,
     open_lines,
     open_records,
     open_split,
@@ -601,6 +603,37 @@ def test_data_weights_are_shares_of_clips(shards, tmp_path, mp4):
         assert keys.count("c") / 400 == pytest.approx(share * 0.25, abs=0.006)
     with pytest.raises(ValueError, match="--data_weights has 1 numbers for 2 --data"):
         open_split(groups, [1.0])
+
+
+def test_data_sets_take_turns_by_their_shares(shards):
+    """Bug: clips of different lengths in one batch; ranks at different data sets; shares that are
+    not kept; a stopped run that goes on elsewhere."""
+    paths = [str(path) for path in sorted(shards.glob("*.tar"))]
+    groups = [paths[:1], paths[1:]]
+    records, shares, _, _ = open_split(groups, [1, 3])
+    readers = [ClipReader(frames_per_clip=8), ClipReader(frames_per_clip=4)]
+    dataset = clips_by_data(records, shares, groups, readers)
+
+    # both ranks of an epoch of 40 batches
+    ranks = []
+    for rank in range(2):
+        order = MixedOrder(dataset, 3, 40, epoch=2, rank=rank, world=2)
+        ranks.append(list(itertools.islice(order, 40)))
+    turns = [{item[0] for item in one + two} for one, two in zip(*ranks)]
+    assert all(len(parts) == 1 for parts in turns)
+    assert sum(parts == {0} for parts in turns) == 10
+    items = [tuple(item) for batches in ranks for batch in batches for item in batch]
+    assert len(set(items)) == len(items)
+
+    # resumed, and another epoch
+    later = MixedOrder(dataset, 3, 40, epoch=2, itr=25, world=2)
+    assert list(itertools.islice(later, 15)) == ranks[0][25:]
+    other = MixedOrder(dataset, 3, 40, epoch=3, world=2)
+    assert list(itertools.islice(other, 40)) != ranks[0]
+
+    # what is read
+    lengths = {batch[0][0]: len(dataset[batch[0]]["video"]) for batch in ranks[0][:12]}
+    assert lengths == {0: 8, 1: 4}
 
 
 def test_each_data_is_split_and_weighed_by_itself(shards, tmp_path, mp4):

@@ -966,6 +966,35 @@ def test_plain_video_needs_no_lines(world, tmp_path):
     assert "--idm needs shards of play" in fails(tmp_path, "train_vjepa.py", *flags)
 
 
+def test_each_data_set_has_clips_of_its_own(world, tmp_path):
+    """Bug: clips of two data sets are cut alike; after a stop the data sets come in another order;
+    a run is resumed with other clips."""
+    out = tmp_path / "whole"
+    halves = [world.video.parent / f"shard-00000{i}.tar" for i in range(2)]
+    flags = ["--data", halves[0], "--data", halves[1], TINY, "--val_fraction 0.5 --mask_steps 0.5"]
+    flags += ["--frames_per_clip 8 4 --fps 5 10 --epochs 2 --warmup 1 --anneal 1 --ipe 4"]
+    flags += ["--data_weights 1 1"]
+    text = run(tmp_path, "train_vjepa.py", *flags, PEAK, "--out_dir", out)
+    assert "clips of 2 or 4 steps x 4x4 patches" in text
+    assert "only the loss is validated, not actions" in text
+    assert np.isfinite(numbers(out, "masked_loss", log="val.csv")).all()
+
+    state, _ = checkpoint.load_latest(out)
+    assert state["settings"]["clips_of_data"] == [(8, 5.0), (4, 10.0)]
+
+    # each has half of the batches, and MFU knows that a long clip costs more
+    share, clips_per_s = numbers(out, "mfu", "clips_per_s").T
+    cost = np.sort(share / clips_per_s)
+    np.testing.assert_allclose(cost, np.repeat([cost[0], cost[-1]], 4), rtol=1e-6)
+    assert cost[-1] > 1.5 * cost[0]
+
+    run(tmp_path, "train_vjepa.py", *flags, "--max_steps 3 --out_dir", tmp_path / "cut")
+    run(tmp_path, "train_vjepa.py", *flags, "--resume --out_dir", tmp_path / "cut")
+    same_run(out, tmp_path / "cut")
+    other = [*flags, "--frames_per_clip 8 6 --resume --out_dir", out]
+    assert "was trained with clips_of_data" in fails(tmp_path, "train_vjepa.py", *other)
+
+
 def test_regularisers_alone_can_train(world, tmp_path):
     """Bug: without the masked loss DDP waits for the predictor's gradients, or it is trained on."""
     flags = [*world.all, "--epochs 1 --warmup 0 --anneal 0 --ipe 3 --masked 0 --batch_size 2"]
@@ -1048,6 +1077,8 @@ def test_steps_encoded_alone(world, tmp_path):
         ("--context_loss -1", "--context_loss -1.0 is below 0"),
         ("--sigreg -1", "--sigreg -1.0 is below 0"),
         ("--pixels_cache p --motion_shift 0.1", "--pixels_cache holds the centre alone"),
+        ("--frames_per_clip 8 4", "--frames_per_clip has 2 numbers for 1 --data: give one for all"),
+        ("--fps 0", "--fps 0: sampled frames a second are above 0"),
         ("--recordings no.txt", "--recordings no.txt: no such file"),
         ("--init_from no.pt", "--encoder_arch: the encoder's size is that of --init_from"),
     ],
