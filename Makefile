@@ -39,7 +39,7 @@ demo: .venv/installed
 play: .venv/installed  # play inside the demo's model in a browser, after make demo
 	$(PY) play.py --checkpoint out/demo --decoder out/decoder --data 'demo/features/val/*.tar' --video 'demo/val/*.tar'
 
-demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? hours
+demo-spread: demo  # the demo's training with five seeds on one and two threads: how far apart do its runs end? 45 minutes and more
 	$(PY) -m tests.spread --seeds 0 1 2 3 239 --threads 1 2 --out out/spread -- $(DEMO_DATA) $(DEMO)
 
 demo-long: .venv/installed  # an hour of play, seven times the training: more than an hour on two cores
@@ -152,4 +152,4 @@ lint: .venv/installed-dev
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv demo demo-long demo-encoder demo-lam robot out
+	rm -rf .venv demo demo-long demo-encoder demo-lam robot robot-encoder out

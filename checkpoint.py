@@ -8,6 +8,7 @@ return garbage."""
 
 import concurrent.futures
 import copy
+import errno
 import fcntl
 import gc
 import glob
@@ -56,9 +57,10 @@ def short_excepthook(kind, error, trace):
     # a checkpoint that is being written becomes whole first. On a full disk the log may fail before
     # it does: the checkpoint's sentence says more
     in_main_thread = threading.current_thread() is threading.main_thread()
+    disk_is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if in_main_thread:
         for late in errors_of_writers():
-            if isinstance(error, OSError):
+            if disk_is_full:
                 kind = type(late)
                 error = late
                 trace = late.__traceback__
@@ -241,9 +243,11 @@ class Writer:
         # wait first, then copy: there are never two copies
         self.wait()
         gc.collect()  # matplotlib's figures are cycles of 3 MB, and Python would wait many epochs
-        state = on_host(state, {})
         if self.writes:
+            state = on_host(state, {})
             self.pending = self.pool.submit(save, out_dir, state, epoch, itr, keep_last, keep_every)
+        else:
+            gather(state)
         return path_of(out_dir, epoch, itr)
 
     def check(self):
@@ -270,10 +274,24 @@ def errors_of_writers():
     return errors
 
 
+def gather(value):
+    """This rank's part in the `on_host` of another one, of which it keeps no copy: gathering the
+    sharded tensors, in the same order."""
+    if isinstance(value, DTensor):
+        value.full_tensor()
+    elif isinstance(value, dict):
+        for entry in value.values():
+            gather(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            gather(entry)
+
+
 def on_host(value, copies):
     """A copy of a checkpoint's dictionary that training does not change, tensors on the CPU. Those
-    that share memory share it in the copy too: it is written once. copies: {}, filled. With sharded
-    tensors a collective: their copies are whole."""
+    that share memory share it in the copy too: it is written once. copies: an empty dict, for the
+    memory that is copied so far. With sharded tensors a collective, and every rank gets whole
+    copies."""
     if isinstance(value, DTensor):
         # the gathered tensor is gone after this line, and the next one may get its address: it does
         # not go into `copies`

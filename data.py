@@ -952,7 +952,7 @@ def pick(records, only):
 
 
 def refuse_unknown(only, names):
-    """ValueError if --recordings has others than the names of the recordings in --data."""
+    """ValueError if a name in `only` (--recordings) is none of `names`, those in all --data."""
     missing = sorted(set(only) - set(names))
     if missing:
         raise ValueError(

@@ -164,7 +164,7 @@ from files.features import (
     reader_settings,
     tar_names,
 )
-from files.films import film_paths, index_films
+from files.films import film_index, film_paths, index_films
 from files.latents import encode_latents, find_files, merged_frames
 from files.logs import append_jsonl
 from files.progress import tqdm
@@ -276,7 +276,8 @@ def files_with(job, only, keys_of):
     for path in job.share:
         keys = keys_of(path)
         names |= keys
-        if keys & set(only):
+        # a file without readable recordings stays: what is wrong with it is told later
+        if not keys or keys & set(only):
             share.append(path)
 
     # a rank sees its own files alone
@@ -288,20 +289,19 @@ def files_with(job, only, keys_of):
     return job._replace(share=share)
 
 
-def index_picked(paths, only):
-    """index_play, of the recordings in `only` (names), or of all if that is None. What is wrong
-    with a whole file is always among the flaws."""
-    records, bad = index_play(paths)
+def picked(records, bad, only):
+    """Records and flaws, (file, key, reason), of the recordings in `only` (names), or all if that
+    is None. What is wrong with a whole file has no key, and stays."""
     if only is None:
         return records, bad
-    wanted = {*only, ""}
+    wanted = set(only)
     records = [r for r in records if r.key in wanted]
-    return records, [flaw for flaw in bad if flaw[1] in wanted]
+    return records, [flaw for flaw in bad if not flaw[1] or flaw[1] in wanted]
 
 
 def film_keys(path):
-    """Keys of the videos in a file."""
-    return {record.key for record in index_films([path])[0]}
+    """Keys of the videos in a file. Nothing is measured for them."""
+    return {record.key for record in film_index(path)[0]}
 
 
 def robot_keys(path):
@@ -542,7 +542,7 @@ def encode_play(job, how, meta, made_with, reader, phases, only):
 
     # only what is left to do is opened
     todo = [p for p in job.share if not os.path.exists(targets[p])]
-    records, bad = index_picked(todo, only)
+    records, bad = picked(*index_play(todo), only)
     runs = play_runs(
         records,
         fps=reader.fps,
@@ -618,7 +618,7 @@ def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size, only):
     check_settings(job.out, made_with)
 
     # what is odd in the recordings is known before hours of encoding
-    records, bad = index_picked(job.share, only)
+    records, bad = picked(*index_play(job.share), only)
     if job.rank == 0:
         for line in line_warnings(records):
             print(f"WARNING: {line}")
@@ -629,15 +629,14 @@ def encode_vae(job, made_with, vae, fps, crop_size, dtype, batch_size, only):
 def encode_film_vae(job, made_with, vae, fps, crop_size, dtype, batch_size, only):
     """Plain video -> KEY.h5 with latents of the VAE `vae`. only: names to take, None: all."""
     check_settings(job.out, made_with)
-    records, bad = index_films(job.share)
-    if only is not None:
-        records = [r for r in records if r.key in only]
-        bad = [flaw for flaw in bad if flaw[1] in only]
+    records, bad = picked(*index_films(job.share), only)
+    if job.rank == 0:
+        print("plain video: no lines are read, so there is no KEY.actions.npz")
     encode_records(records, bad, job, made_with, vae, fps, crop_size, dtype, batch_size)
 
 
 def encode_records(records, bad, job, made_with, vae, fps, crop_size, dtype, batch_size):
-    """The common part of encode_vae and encode_film_vae."""
+    """Encode records and write KEY.h5 of each. Collective: no two ranks may have the same key."""
     # files are named by the keys alone, so no two ranks may have one
     keys = [r.key for r in records]
     if job.world > 1:
@@ -748,9 +747,9 @@ if __name__ == "__main__":
 
         # latents of another of these would not belong into the same folder
         made_with = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
-        sizes = args.fps, args.crop_size, dtype, args.batch_size
         make_latents = encode_film_vae if films else encode_vae
-        make_latents(job, made_with, args.vae, *sizes, only)
+        cut = (args.fps, args.crop_size)
+        make_latents(job, made_with, args.vae, *cut, dtype, args.batch_size, only)
         if rank == 0:
             print(f"next: python -m prepare.manifest {args.out}")
         sys.exit()

@@ -513,14 +513,14 @@ if __name__ == "__main__":
         ]
         write_report(out_dir, report)
 
-    # --- probes: what a classifier reads from codes and vectors ---
-    train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
-
-    # what the most used codes do, as films
+    # --- films: what the most used codes do, again and again ---
     if K and vae is not None:
         by_numbers = {tuple(names[code]): share for code, share in shares.items()}
         with autocast():
             write_films(out_dir, model, vae, z, by_numbers)
+
+    # --- probes: what a classifier reads from codes and vectors ---
+    train = Latents(splits["train"], state["sequence_length"]) if splits["train"] else None
 
     # labels that both splits have: a probe is fitted on training files
     labels = [k for k in test.labels if train is not None and k in train.labels]

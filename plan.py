@@ -95,6 +95,8 @@ def parse_flags():
         parser.error(f"--landscape {args.landscape} draws nothing: at least 1")
     if args.landscape and (args.start or args.play):
         parser.error("--landscape is of recordings: leave --start and --play out")
+    if args.landscape and args.energy != "distance":
+        parser.error(f"--landscape draws distances: leave --energy {args.energy} out")
     # one clip has no interval
     if args.clips < 2:
         parser.error(f"--clips {args.clips} makes no plan: at least 2")

@@ -726,8 +726,8 @@ if __name__ == "__main__":
         if args.save_encoder:
             state |= weights.meta_state(encoder, predictor)
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
-        # while the next steps are made
+        # written in a thread while training continues. The write is atomic: a run that is killed
+        # keeps its previous checkpoint
         path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         plot_curves(args.out_dir, args.ipe)
         return path

@@ -716,8 +716,8 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
-        # while the next steps are made
+        # written in a thread while training continues. The write is atomic: a run that is killed
+        # keeps its previous checkpoint
         path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         plot_decoder_curves(args.out_dir, args.ipe)
         return path
@@ -832,7 +832,8 @@ if __name__ == "__main__":
                 loss_scaler.scale(loss).backward()
 
             # once, for MFU: encoder and VAE only go forward; the decoder's backward pass takes twice
-            # as much as its forward pass. LPIPS sees two pictures, and goes back to one of them
+            # as much as its forward pass. LPIPS is frozen and sees two pictures; its backward pass
+            # goes through the decoded one alone, so it takes half as much as its forward pass
             if peak and not step_flops:
                 decoder_flops = forward_flops(model.decoder, z)
                 lpips_flops = forward_flops(model, z, targets) - decoder_flops

@@ -452,6 +452,12 @@ if __name__ == "__main__":
     )
     if robots:
         suggested_flags = f"--dataset droid {suggested_flags}"
+        suggested_flags += f" --frames_per_clip {args.frames_per_clip}"
+    if robots and args.stride:
+        suggested_flags += f" --stride {args.stride}"
+    for name in ("state_keys", "action_keys") if robots else ():
+        if getattr(args, name):
+            suggested_flags += f" --{name} {' '.join(getattr(args, name))}"
     if args.recordings:
         suggested_flags += f" --recordings {args.recordings}"
     scaler = ActionScaler.load(args.scaler, suggested_flags)
@@ -991,8 +997,8 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
-        # while the next steps are made
+        # written in a thread while training continues. The write is atomic: a run that is killed
+        # keeps its previous checkpoint
         path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         plot_world_curves(args.out_dir, args.ipe)
         return path

@@ -386,9 +386,14 @@ if __name__ == "__main__":
 
     # if there is no scaler yet, the error shows the command that fits one
     suggested_flags = (
-        f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g} --val_fraction"
-        f" {val_fraction:g}"
+        f"--dataset droid --data {' '.join(args.data)} --fps {args.fps:g} --frames_per_clip"
+        f" {args.frames_per_clip} --val_fraction {val_fraction:g}"
     )
+    if args.stride:
+        suggested_flags += f" --stride {args.stride}"
+    for name in ("state_keys", "action_keys"):
+        if getattr(args, name):
+            suggested_flags += f" --{name} {' '.join(getattr(args, name))}"
     scaler = None if args.no_scale else ActionScaler.load(args.scaler, suggested_flags)
 
     # one process at a time may write to the folder. On a new machine it is filled from --sync_to
@@ -849,8 +854,8 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
-        # while the next steps are made
+        # written in a thread while training continues. The write is atomic: a run that is killed
+        # keeps its previous checkpoint
         path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, keep_every=0)
 
         # PEFT's files, which other programs read too

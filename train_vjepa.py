@@ -945,8 +945,8 @@ if __name__ == "__main__":
             **must_match,
         }
 
-        # the write is atomic: a run that is killed here keeps its previous checkpoint. It goes on
-        # while the next steps are made
+        # written in a thread while training continues. The write is atomic: a run that is killed
+        # keeps its previous checkpoint
         path = writer.save(args.out_dir, state, epoch, itr, args.keep_last, args.save_every_freq)
         if writes:
             plot_curves(args.out_dir, args.ipe)

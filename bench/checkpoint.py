@@ -8,7 +8,6 @@ the same file in turns, in the folder for temporary files (TMPDIR); rows are med
 time in the call; "on the disk" is when the file is whole, its checksum and its rename included."""
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
@@ -46,11 +45,11 @@ def rows(state, rounds):
     writer = checkpoint.Writer()
     ways = {"in the loop": checkpoint.save, "in a thread": writer.save}
     seconds = {way: [] for way in ways}
-    folder = tempfile.mkdtemp(prefix="nanojepa-bench-")
-    for epoch in range(1, rounds + 1):
-        for way, write in ways.items():
-            seconds[way].append(seconds_of(write, writer.wait, folder, state, epoch))
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="nanojepa-bench-") as folder:
+        for i in range(rounds):
+            # each file has a name of its own
+            for epoch, (way, write) in enumerate(ways.items(), len(ways) * i + 1):
+                seconds[way].append(seconds_of(write, writer.wait, folder, state, epoch))
 
     weights = sum(x.numel() for x in state["predictor"].values())
     for way, measured in seconds.items():

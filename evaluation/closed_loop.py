@@ -189,9 +189,10 @@ def chooser(
         actions = all_done[len(done) + 1 - len(z) :]
 
         # the plan, from here to the goal
-        of_rest = "distance" if measure == "direction" else measure
+        # a cosine does not say how near a plan comes: whether to follow it is judged by distance
+        rest_measure = "distance" if measure == "direction" else measure
         costs = {}
-        for name in {measure, of_rest}:
+        for name in {measure, rest_measure}:
             costs[name] = energy(
                 predictor,
                 torch.stack(z)[None],
@@ -211,7 +212,7 @@ def chooser(
         # a plan that does not come nearer is not followed: at the goal it is best to rest, and
         # there no direction is better than another. Both are predictions, because a predicted step
         # is never exactly what will be seen
-        after_plan, after_rest = costs[of_rest](torch.stack([plan, still])).tolist()
+        after_plan, after_rest = costs[rest_measure](torch.stack([plan, still])).tolist()
         return plan if after_plan < after_rest else still
 
     return choose

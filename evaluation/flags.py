@@ -43,8 +43,9 @@ def planner_flags(parser, horizon, horizon_help):
     flag = parser.add_argument_group("search").add_argument
     flag("--horizon", type=int, nargs="+", default=horizon, help=horizon_help)
     energy_help = (
-        "distance of its end to the goal; the same with what the actions change added to what is"
-        " seen; or whether it changes what is seen that way"
+        "what a plan is judged by. distance: from its predicted end to the goal; change: the same,"
+        " with its end taken as what is seen now and what the plan changes; direction: whether its"
+        " change points to the goal"
     )
     flag("--energy", default="distance", choices=MEASURES, help=energy_help)
     flag("--context", type=int, default=1, help="past steps that the predictor sees")

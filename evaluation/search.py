@@ -117,16 +117,20 @@ def energy(
     """A function from candidates (n, H, A) to their energies (n,), low where the step predicted
     after the last action is like the goal.
 
-    measure "distance": the mean |difference| of the two. "change": the same, with the last seen
-    step and what the actions change in place of the prediction: predicted less what is predicted
-    for `still`, the actions (H, A) of rest. What the predictor gets wrong at rest too cancels out;
-    where things move by themselves it is no measure. "direction": minus the cosine between the
-    predicted change since the last seen step and the change that is wanted. Predictions far ahead
-    are blurred, which changes how large a predicted change is more than where it points to.
+    measure: what is compared
+      "distance"   the predicted step and the goal: their mean |difference|
+      "change"     the same of the goal and z[-1] + (prediction - prediction for `still`), the
+                   actions (H, A) of rest: what the predictor gets wrong at rest too cancels out.
+                   It is no measure where things move by themselves
+      "direction"  minus the cosine of (prediction - z[-1]) and (goal - z[-1]): blur far ahead
+                   changes how large a predicted change is more than where it points
 
     z (1, c, N, E): the steps until now, actions (1, c-1, A) between them, states (1, c, S), goal
     (N, E). compose(state0, actions) gives the states before each action. The past is computed once,
     and its keys and values serve all candidates, which run `chunk` at a time."""
+    if measure == "change" and still is None:
+        raise ValueError('energy "change" needs `still`, the actions of rest')
+
     # keys and values of all steps but the last
     cache = None
     if z.shape[1] > 1:

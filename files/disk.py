@@ -3,6 +3,7 @@ try again."""
 
 import errno
 import hashlib
+import json
 import os
 import random
 import re
@@ -55,6 +56,40 @@ def write_atomically(path, data):
     finally:
         if os.path.exists(tmp):
             os.unlink(tmp)
+
+
+def continue_folder(folder, note, arguments):
+    """A folder is continued only with the arguments that it was made with: {flag: value}, kept in
+    its file `note` (JSON). ValueError if it contains anything else."""
+    path = os.path.join(folder, note)
+    there = None
+    if os.path.exists(path):
+        with open(path) as f:
+            try:
+                there = json.load(f)
+            except ValueError as e:
+                raise ValueError(
+                    f"{path} is damaged: give another --out, or remove that folder"
+                ) from e
+    if there != arguments and os.path.isdir(folder) and os.listdir(folder):
+        made_with = "other files"
+        if isinstance(there, dict):
+            made_with = "what was made with " + flags_text(there)
+        raise ValueError(
+            f"{folder} contains {made_with}, this is {flags_text(arguments)}: give another --out,"
+            " or remove that folder"
+        )
+    make_folder("--out", folder)
+    write_atomically(path, json.dumps(arguments).encode() + b"\n")
+
+
+def flags_text(arguments):
+    """{"minutes": 30, "size": [9, 9]} -> "--minutes 30 --size 9 9"."""
+    texts = []
+    for name, value in arguments.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        texts.append(" ".join([f"--{name}", *map(str, values)]))
+    return " ".join(texts)
 
 
 # --- arrays of an npz file ---

@@ -21,6 +21,7 @@ import torch
 
 from files.disk import READ_ERRORS, is_storage_error, storage_sentence, write_atomically
 from files.films import read_clock
+from files.logs import count_text
 from files.progress import tqdm
 from files.shards import Slice, read_ticks
 from files.video import mp4_times, read_frames, video_rate
@@ -456,8 +457,8 @@ def film_latent_frames(record, fps, crop_size, part=64, merged=VAE_FRAMES):
     if len(stretches) > 1:
         seconds = sum(end - begin for begin, end in stretches)
         print(
-            f"{record.shard} {record.key}: {len(stretches) - 1} pauses; only the longest stretch is"
-            f" taken, {last - first:.3g} of {seconds:.3g} s"
+            f"{record.shard} {record.key}: it has {count_text(len(stretches) - 1, 'pause')}; the"
+            f" longest stretch without one is taken, {last - first:.3g} of {seconds:.3g} s"
         )
 
     # whole latent steps only

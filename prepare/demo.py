@@ -47,7 +47,7 @@ from evaluation.game import (
     start_points,
     tick,
 )
-from files.disk import write_atomically
+from files.disk import continue_folder, write_atomically
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
 
@@ -456,19 +456,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     # --- resume ---
-    # a folder is continued only with the arguments that it was made with
     made = {"minutes": args.minutes, "size": args.size, "seed": args.seed, "lines": args.lines}
-    note = os.path.join(args.out, "demo.json")
-    made_before = "something else"
-    if os.path.exists(note):
-        with open(note) as f:
-            made_before = json.load(f)
-    if made_before != made and os.path.isdir(args.out) and os.listdir(args.out):
-        raise SystemExit(
-            f"{args.out} contains {made_before}, not a demo made with {made}: give another --out"
-            " or remove that folder"
-        )
-    write_atomically(note, json.dumps(made).encode() + b"\n")
+    try:
+        continue_folder(args.out, "demo.json", made)
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
 
     # which recordings go into which shard: the same on every run
     length, shards = plan(args.minutes, os.path.abspath(args.out), args.seed)

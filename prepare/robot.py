@@ -29,7 +29,6 @@ import concurrent.futures
 import functools
 import glob
 import io
-import json
 import os
 import struct
 import sys
@@ -41,7 +40,7 @@ from PIL import Image
 
 from checkpoint import short_excepthook
 from evaluation.arm import COLOURS, HEIGHT, RATE, WIDTH, WORLDS, play
-from files.disk import write_atomically
+from files.disk import continue_folder, write_atomically
 from files.episodes import CAMERAS, masked_crc
 from files.progress import tqdm
 from prepare import lerobot
@@ -259,19 +258,8 @@ if __name__ == "__main__":
         raise ValueError(f"--steps {least} {most}: give the smaller number first")
 
     # --- resume ---
-    # a folder is continued only with the arguments that it was made with
     arguments = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
-    note = os.path.join(args.out, "robot.json")
-    arguments_there = "something else"
-    if os.path.exists(note):
-        with open(note) as f:
-            arguments_there = json.load(f)
-    if arguments_there != arguments and os.path.isdir(args.out) and os.listdir(args.out):
-        raise ValueError(
-            f"{args.out} holds {arguments_there}, not what is made with {arguments}: give another"
-            " --out or remove that folder"
-        )
-    write_atomically(note, json.dumps(arguments).encode() + b"\n")
+    continue_folder(args.out, "robot.json", arguments)
 
     # what a run that was killed left behind
     for path in glob.glob(os.path.join(glob.escape(args.out), "**/*.tmp"), recursive=True):

@@ -25,7 +25,7 @@ import numpy as np
 
 from checkpoint import short_excepthook
 from evaluation.rooms import FPS, SIZE, Wanderer, open_rooms, picture, play_step, speed_of
-from files.disk import make_folder, write_atomically
+from files.disk import continue_folder, write_atomically
 from files.progress import tqdm
 from files.vpt import DEGREES_PER_PIXEL
 
@@ -101,18 +101,8 @@ if __name__ == "__main__":
     sys.excepthook = short_excepthook
 
     # --- resume ---
-    # a folder is continued only with the arguments that it was made with
     made = {"minutes": args.minutes, "seed": args.seed}
-    note = os.path.join(args.out, "rooms.json")
-    made_before = "something else"
-    if os.path.exists(note):
-        with open(note) as f:
-            made_before = json.load(f)
-    if made_before != made and os.path.isdir(args.out) and os.listdir(args.out):
-        raise ValueError(
-            f"{args.out} contains {made_before}, not play made with {made}: give another --out or"
-            " remove that folder"
-        )
+    continue_folder(args.out, "rooms.json", made)
 
     # --- which recordings go into which shard ---
     held_out = list(range(0, count, 6))
@@ -126,8 +116,6 @@ if __name__ == "__main__":
 
     # --- play ---
     env = open_rooms()
-    make_folder("--out", args.out)
-    write_atomically(note, json.dumps(made).encode() + b"\n")
     todo = {path: numbers for path, numbers in shards.items() if not os.path.exists(path)}
     lines = LENGTH * sum(map(len, todo.values()))
     with tqdm(total=lines, unit=" lines") as bar:
