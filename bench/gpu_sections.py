@@ -145,6 +145,11 @@ def modes_of(sizes):
     return ("eager", "compiled") if sizes.with_compiler else ("eager",)
 
 
+def name_of(dtype):
+    """As rows show it: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def reason(error):
     """The first line of an error, shortened."""
     text = str(error).strip() or type(error).__name__
@@ -155,6 +160,8 @@ def reason(error):
 
 
 def facts(sizes, device):
+    """What the device is, then a row for each dtype: its matmuls and copies now."""
+    peak = peak_of(device)
     row = bench.machine(device)
     row |= {"CPUs": os.cpu_count(), "CUDA": str(torch.version.cuda)}
     if device.type == "cuda":
@@ -163,15 +170,20 @@ def facts(sizes, device):
         row["multiprocessors"] = properties.multi_processor_count
         row["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
         row["cuDNN"] = torch.backends.cudnn.version()
-        row["peak assumed, TFLOP/s"] = (peak_of(device) or 0) / 1e12
+        row["peak assumed, TFLOP/s"] = (peak or 0) / 1e12
         row |= nvidia_smi()
     yield row
 
-    for dtype in DTYPES if device.type == "cuda" else DTYPES[:1]:
+    # most CPUs compute 16 bits far slower than fp32: nobody trains in them there
+    dtypes = DTYPES if device.type == "cuda" else DTYPES[:1]
+    for dtype in dtypes:
         flops, bandwidth = bench.ceilings(device, dtype, sizes.ceilings)
-        row = {"dtype": str(dtype).removeprefix("torch."), "matmul TFLOP/s": flops / 1e12}
-        row["of the data sheet"] = flops / peak_of(device) if peak_of(device) else ""
-        yield row | {"copy GB/s": bandwidth / 1e9}
+        yield {
+            "dtype": name_of(dtype),
+            "matmul TFLOP/s": flops / 1e12,
+            "of the data sheet": flops / peak if peak else "",
+            "copy GB/s": bandwidth / 1e9,
+        }
 
 
 def nvidia_smi():
@@ -222,36 +234,53 @@ def check_attention(sizes, device):
         qkv = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         grad = torch.randn(B, nh, L, hd, device=device).to(dtype)
 
+        # the specification in float64, and what PyTorch makes of the same 16 bits
         exact = attention_results(attention_dense, [x.double() for x in qkv], grad, block)
         plain = None
         if device.type == "cuda" and dtype != torch.float32:
             plain = attention_results(ATTENTION["prefix"], qkv, grad, block)
+
+        # twice, because the same input must give the same bits
         results = attention_results(attention_triton, qkv, grad, block)
         again = attention_results(attention_triton, qkv, grad, block)
-
-        kind, width = tile_key(device, dtype, hd, L, block)
-        row = {"check": "attention", "dtype": str(dtype).removeprefix("torch.")}
-        row |= {"case": f"hd {hd}, {T} x {block}, tiles {kind} {width}"}
-        row["error"] = worst_error(results, exact)
-        row["bound"] = attention_bound(dtype, plain, exact)
         is_repeated = all(torch.equal(a, b) for a, b in zip(results, again))
-        yield row | {"ok": row["error"] <= row["bound"] and is_repeated}
+
+        # the case names its row of the tile table
+        kind, width = tile_key(device, dtype, hd, L, block)
+        error = worst_error(results, exact)
+        bound = attention_bound(dtype, plain, exact)
+        yield {
+            "check": "attention",
+            "dtype": name_of(dtype),
+            "case": f"hd {hd}, {T} x {block}, tiles {kind} {width}",
+            "error": error,
+            "bound": bound,
+            "ok": error <= bound and is_repeated,
+        }
 
 
 def check_moments(sizes, device):
+    """A row for each dtype, shape and order in memory."""
     from kernels.stats import moments_triton
 
+    # sums are in float64 whatever the matrix is in
+    bound = 1e-11
     for dtype, (n, d) in itertools.product((*DTYPES, torch.float64), sizes.moments):
         x = (100 + torch.randn(n, d, device=device)).to(dtype)
-        for columns_first in (False, True):
-            matrix = x.T.contiguous().T if columns_first else x
+        _, exact_mean, exact_squares = moments_two_pass(x.double().cpu())
+        orders = {"": x, ", by columns": x.T.contiguous().T}
+        for order, matrix in orders.items():
             _, mean, squares = moments_triton(matrix)
-            _, exact_mean, exact_squares = moments_two_pass(x.double().cpu())
-            row = {"check": "moments", "dtype": str(dtype).removeprefix("torch.")}
-            row["case"] = f"{n} x {d}{', by columns' if columns_first else ''}"
-            row["error"] = relative_error(squares.cpu(), exact_squares)
-            row["error"] = max(row["error"], relative_error(mean.cpu(), exact_mean))
-            yield row | {"bound": 1e-11, "ok": row["error"] <= 1e-11}
+            mean_error = relative_error(mean.cpu(), exact_mean)
+            error = max(relative_error(squares.cpu(), exact_squares), mean_error)
+            yield {
+                "check": "moments",
+                "dtype": name_of(dtype),
+                "case": f"{n} x {d}{order}",
+                "error": error,
+                "bound": bound,
+                "ok": error <= bound,
+            }
 
 
 def rope_results(function, qkv, grads, cos, sin):
@@ -263,24 +292,37 @@ def rope_results(function, qkv, grads, cos, sin):
 
 
 def check_rope(sizes, device):
+    """A row for each dtype and size of a head."""
     from kernels.rope import rope_triton
 
+    # two steps: more would be the same code on more rows
     B, nh, block = tuple(sizes.attention)
+    L = 2 * block
     for dtype, hd in itertools.product(DTYPES, (*sizes.head_dims, 128)):
-        L = 2 * block
-        cos, sin = rope_tables(torch.randint(16, (L, 3), device=device).float(), hd)
+        # time, row and column of each token
+        positions = torch.randint(16, (L, 3), device=device).float()
+        cos, sin = rope_tables(positions, hd)
         qkv = torch.randn(B, L, 3, nh, hd, device=device).to(dtype)
         grads = [torch.randn(B, nh, L, hd, device=device).to(dtype) for _ in range(3)]
 
+        # 16 bits differ by the rounding of what is returned
         exact = rope_results(rope_plain, qkv.double(), grads, cos.double(), sin.double())
-        error = worst_error(rope_results(rope_triton, qkv, grads, cos, sin), exact)
+        results = rope_results(rope_triton, qkv, grads, cos, sin)
+        error = worst_error(results, exact)
         bound = 1e-6 if dtype == torch.float32 else 5e-3
-        row = {"check": "rope", "dtype": str(dtype).removeprefix("torch."), "case": f"hd {hd}"}
-        yield row | {"error": error, "bound": bound, "ok": error <= bound}
+        yield {
+            "check": "rope",
+            "dtype": name_of(dtype),
+            "case": f"hd {hd}",
+            "error": error,
+            "bound": bound,
+            "ok": error <= bound,
+        }
 
 
 def checks(sizes, device):
     """Attention, moments and RoPE in Triton, forward and backward, against float64."""
+    # there is no Triton for every system, and the other sections need none
     if "triton" not in ATTENTION:
         yield {"error": "Triton is not installed: pip install triton"}
         return
@@ -301,26 +343,29 @@ def with_backend(function, backend):
     return held
 
 
-def attention_functions(sizes, device, block, L):
+def attention_functions(device, block):
     """{name: function of (q, k, v)}: ours, and PyTorch's with a dense mask or a call a step."""
+    # on a CPU Triton has its interpreter only, whose time says nothing
     functions = {}
     for name in ATTENTION:
         if name != "triton" or device.type == "cuda":
             functions[name] = functools.partial(attend, block=block, impl=name)
-    if device.type == "cuda":
-        # Flash takes no mask; the others do
-        for name, backend, of in (
-            ("prefix, Flash", SDPBackend.FLASH_ATTENTION, "prefix"),
-            ("prefix, cuDNN", SDPBackend.CUDNN_ATTENTION, "prefix"),
-            ("dense, cuDNN", SDPBackend.CUDNN_ATTENTION, "reference"),
-            ("dense, efficient", SDPBackend.EFFICIENT_ATTENTION, "reference"),
-        ):
-            functions[name] = with_backend(functions[of], backend)
+    if device.type != "cuda":
+        return functions
+
+    # by itself PyTorch picks one of these. Flash takes no mask; the others do
+    prefix = functions["prefix"]
+    dense = functions["reference"]
+    functions["prefix, Flash"] = with_backend(prefix, SDPBackend.FLASH_ATTENTION)
+    functions["prefix, cuDNN"] = with_backend(prefix, SDPBackend.CUDNN_ATTENTION)
+    functions["dense, cuDNN"] = with_backend(dense, SDPBackend.CUDNN_ATTENTION)
+    functions["dense, efficient"] = with_backend(dense, SDPBackend.EFFICIENT_ATTENTION)
     return functions
 
 
 def attention_case(sizes, device, T, hd, functions, matmul_flops):
     """Rows of these functions on one shape. functions: {name: function}."""
+    # q, k and v, strided as a fused projection leaves them
     B, nh, block = tuple(sizes.attention)
     L = T * block
     dtype = compute_dtype(device)
@@ -330,9 +375,9 @@ def attention_case(sizes, device, T, hd, functions, matmul_flops):
     grad = torch.randn(B, nh, L, hd, device=device).to(dtype)
     shape = {"T": T, "hd": hd}
     chosen = attention_impl(device, dtype, hd, block, L)
-    exact = functools.partial(attend, block=block, impl="reference")(qkv).double()
+    exact = attend(qkv, block, "reference").double()
 
-    # what runs at all, and computes the same
+    # what does not run, or computes something else, gives a row that says so
     forward = {}
     both = {}
     for name, function in functions.items():
@@ -353,16 +398,25 @@ def attention_case(sizes, device, T, hd, functions, matmul_flops):
     # forward, then forward and backward
     forward_seconds = bench.medians(forward, device, sizes.repeats)
     both_seconds = bench.medians(both, device, sizes.repeats)
-    useful = 4 * hd * B * nh * block**2 * T * (T + 1) / 2
+
+    # a step sees itself and all before it: T (T + 1) / 2 blocks of scores
+    scores = B * nh * block**2 * T * (T + 1) / 2
+    useful = 4 * hd * scores
     for name, seconds in forward_seconds.items():
+        # on tiny sizes the noise is larger than the backward pass
         total = both_seconds[name]
         backward = max(total - seconds, 1e-9)
-        row = shape | {"impl": name, "auto": name == chosen}
-        row |= {"fwd ms": 1e3 * seconds, "fwd TFLOP/s": useful / seconds / 1e12}
-        row["fwd of matmul"] = useful / seconds / matmul_flops
-        row |= {"fwd+bwd ms": 1e3 * total, "bwd TFLOP/s": 2.5 * useful / backward / 1e12}
-        row["bwd of matmul"] = 2.5 * useful / backward / matmul_flops
-        yield row | bench.peak_memory(both[name], device)
+        row = {
+            "impl": name,
+            "auto": name == chosen,
+            "fwd ms": 1e3 * seconds,
+            "fwd TFLOP/s": useful / seconds / 1e12,
+            "fwd of matmul": useful / seconds / matmul_flops,
+            "fwd+bwd ms": 1e3 * total,
+            "bwd TFLOP/s": 2.5 * useful / backward / 1e12,
+            "bwd of matmul": 2.5 * useful / backward / matmul_flops,
+        }
+        yield shape | row | bench.peak_memory(both[name], device)
 
 
 def attention(sizes, device):
@@ -371,8 +425,8 @@ def attention(sizes, device):
     matmul_flops, _ = bench.ceilings(device, compute_dtype(device), sizes.ceilings)
     block = sizes.attention[2]
     shapes = list(itertools.product(sizes.attention_steps, sizes.head_dims))
+    functions = attention_functions(device, block)
     for T, hd in shapes:
-        functions = attention_functions(sizes, device, block, T * block)
         yield from attention_case(sizes, device, T, hd, functions, matmul_flops)
 
     # FlexAttention is compiled for each shape, which takes longest: it comes last
@@ -422,6 +476,7 @@ def lam_loss(model, inputs):
 
 def timed_step(build, device, repeats):
     """(seconds, MiB at the peak, weights and optimizer included) of the step that build() makes."""
+    # what earlier steps left behind is not this one's
     before = 0
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -445,7 +500,9 @@ def batch_of(sizes, width, device):
     """Features, actions and states of a batch of noise."""
     B = sizes.batch
     z = torch.randn(B, 8, sizes.grid**2, width, device=device)
-    return z, torch.randn(B, 7, 13, device=device), torch.randn(B, 8, 2, device=device)
+    actions = torch.randn(B, 7, 13, device=device)
+    states = torch.randn(B, 8, 2, device=device)
+    return z, actions, states
 
 
 def predictor_of(sizes, width, shape, device):
@@ -469,26 +526,45 @@ def build_step(sizes, device, width, predictor, is_compiled, lora, checkpointing
 def predicted_mib(sizes, device, width, predictor, lora, checkpointing=False):
     """MiB at the fullest moment of such a step, as train_lora.py --memory_report foretells it."""
     module = predictor_of(sizes, width, predictor, "meta")
-    dtype = compute_dtype(device)
-    numbers = (sizes.batch, 8, dtype)
-    parts = estimate(0, width, sizes.grid, size_of(module), lora, *numbers, 8, 13, 2)
+    parts = estimate(
+        encoder_bytes=0,
+        embed_dim=width,
+        grid=sizes.grid,
+        size=size_of(module),
+        options=lora,
+        batch_size=sizes.batch,
+        steps=8,
+        dtype=compute_dtype(device),
+        action_dim=13,
+        state_dim=2,
+    )
     return fullest_moment(parts, checkpointing, False, device) / 2**20
 
 
 def predictor_flops(sizes, width, predictor):
     """Useful FLOPs of a training step of the predictor alone."""
+    # any encoder will do: what it costs is left out
     module = predictor_of(sizes, width, predictor, "meta")
     with torch.device("meta"):
         encoder = build_encoder("vit_tiny")
-    return useful_flops(encoder, module, sizes.batch, 8)[1]
+    _, flops = useful_flops(encoder, module, sizes.batch, 8)
+    return flops
+
+
+def text_of(predictor):
+    """(width, depth, heads) as rows show it."""
+    width, depth, heads = tuple(predictor)
+    return f"{width}x{depth}, {heads} heads"
 
 
 def speed_of(useful, seconds, device, matmul_flops):
     """Columns of a row: useful TFLOP/s, their share of the data sheet (MFU) and of a matmul."""
-    columns = {"useful TFLOP/s": useful / seconds / 1e12}
     peak = peak_of(device)
-    columns["MFU"] = useful / seconds / peak if peak else ""
-    return columns | {"of matmul": useful / seconds / matmul_flops}
+    return {
+        "useful TFLOP/s": useful / seconds / 1e12,
+        "MFU": useful / seconds / peak if peak else "",
+        "of matmul": useful / seconds / matmul_flops,
+    }
 
 
 def step(sizes, device):
@@ -496,42 +572,53 @@ def step(sizes, device):
     matmul_flops, _ = bench.ceilings(device, compute_dtype(device), sizes.ceilings)
     cases = []
     for mode in modes_of(sizes):
-        for (name, width), predictor in itertools.product(sizes.features.items(), sizes.predictors):
-            cases.append((mode, name, width, predictor, False))
+        for name, predictor in itertools.product(sizes.features, sizes.predictors):
+            cases.append((mode, name, predictor, False))
 
-    # one of them recomputed in the backward pass
-    name, width = next(iter(sizes.features.items()))
-    cases.insert(1, ("eager", name, width, sizes.predictors[0], True))
-    for mode, name, width, predictor, checkpointing in cases:
+    # one of them recomputed in the backward pass: second, so that it is there if time runs out
+    cases.insert(1, ("eager", next(iter(sizes.features)), sizes.predictors[0], True))
+    for mode, name, predictor, checkpointing in cases:
+        width = sizes.features[name]
+        is_compiled = mode == "compiled"
         build = functools.partial(
-            build_step, sizes, device, width, predictor, mode == "compiled", None, checkpointing
+            build_step, sizes, device, width, predictor, is_compiled, None, checkpointing
         )
-        row = {"features": name, "predictor": "{}x{}, {} heads".format(*predictor), "mode": mode}
+        row = {"features": name, "predictor": text_of(predictor), "mode": mode}
         row["checkpointing"] = checkpointing
+
+        # the largest need not fit into the memory of this device
         try:
             seconds, peak = timed_step(build, device, sizes.repeats)
         except UNFIT as e:
             yield row | {"error": reason(e)}
             continue
         row |= {"ms": 1e3 * seconds, "clips/s": sizes.batch / seconds}
-        row |= speed_of(predictor_flops(sizes, width, predictor), seconds, device, matmul_flops)
-        estimated = predicted_mib(sizes, device, width, predictor, None, checkpointing)
-        yield row | {"peak MiB": peak, "estimated MiB": estimated}
+        useful = predictor_flops(sizes, width, predictor)
+        row |= speed_of(useful, seconds, device, matmul_flops)
+        row["peak MiB"] = peak
+        row["estimated MiB"] = predicted_mib(sizes, device, width, predictor, None, checkpointing)
+        yield row
 
 
 def lora(sizes, device):
     """A step of adapters of rank 16 on all layers of the predictor."""
     options = {"r": 16, "alpha": 32, "dropout": 0.05}
-    name, width = list(sizes.features.items())[-1]
+    name = list(sizes.features)[-1]
+    width = sizes.features[name]
+    predictor = sizes.predictors[0]
     for mode in modes_of(sizes):
-        predictor = sizes.predictors[0]
-        build = functools.partial(
-            build_step, sizes, device, width, predictor, mode == "compiled", options
-        )
+        is_compiled = mode == "compiled"
+        build = functools.partial(build_step, sizes, device, width, predictor, is_compiled, options)
         seconds, peak = timed_step(build, device, sizes.repeats)
-        row = {"features": name, "predictor": "{}x{}, {} heads".format(*predictor), "mode": mode}
-        row |= {"ms": 1e3 * seconds, "clips/s": sizes.batch / seconds, "peak MiB": peak}
-        yield row | {"estimated MiB": predicted_mib(sizes, device, width, predictor, options)}
+        yield {
+            "features": name,
+            "predictor": text_of(predictor),
+            "mode": mode,
+            "ms": 1e3 * seconds,
+            "clips/s": sizes.batch / seconds,
+            "peak MiB": peak,
+            "estimated MiB": predicted_mib(sizes, device, width, predictor, options),
+        }
 
 
 def lam(sizes, device):
@@ -541,6 +628,7 @@ def lam(sizes, device):
     z = torch.randn(sizes.latents, device=device)
     shift = torch.randint(-1, 2, (B, T - 1, 2), device=device)
 
+    # without a warm-up and k-means: the first step does what all others do
     def build(is_compiled):
         torch.manual_seed(0)
         with torch.device(device):
@@ -550,8 +638,13 @@ def lam(sizes, device):
     for mode in modes_of(sizes):
         make = functools.partial(build, mode == "compiled")
         seconds, peak = timed_step(make, device, sizes.repeats)
-        row = {"latents": "x".join(map(str, sizes.latents)), "mode": mode, "ms": 1e3 * seconds}
-        yield row | {"windows/s": B / seconds, "peak MiB": peak}
+        yield {
+            "latents": "x".join(map(str, sizes.latents)),
+            "mode": mode,
+            "ms": 1e3 * seconds,
+            "windows/s": B / seconds,
+            "peak MiB": peak,
+        }
 
 
 # --- encoder, planning, loading ---
@@ -562,22 +655,31 @@ def encoder(sizes, device):
     dtype = compute_dtype(device)
     matmul_flops, _ = bench.ceilings(device, dtype, sizes.ceilings)
     pixels = 16 * sizes.grid
-    shape = (sizes.batch, 16, 3, pixels, pixels)
+    frames = 16
+    shape = (sizes.batch, frames, 3, pixels, pixels)
     video = torch.randint(256, shape, dtype=torch.uint8, device=device)
     for mode, name in itertools.product(modes_of(sizes), sizes.encoders):
         with torch.device(device):
             module = build_encoder(name).to(dtype)
+
+        # any predictor will do: what it costs is left out
         predictor = predictor_of(sizes, module.embed_dim, (64, 1, 1), "meta")
-        useful = useful_flops(module, predictor, sizes.batch, 8)[0]
+        useful, _ = useful_flops(module, predictor, sizes.batch, 8)
         if mode == "compiled":
             module.compile(dynamic=False)
 
+        # a frozen encoder keeps nothing for a backward pass
         encode = functools.partial(encode_steps, module, video, "tubelet", 2)
         with torch.inference_mode():
             seconds = bench.medians({name: encode}, device, sizes.repeats)[name]
             memory = bench.peak_memory(encode, device)
-        row = {"encoder": name, "mode": mode, "ms": 1e3 * seconds}
-        row |= {"clips/s": sizes.batch / seconds, "frames/s": 16 * sizes.batch / seconds}
+        row = {
+            "encoder": name,
+            "mode": mode,
+            "ms": 1e3 * seconds,
+            "clips/s": sizes.batch / seconds,
+            "frames/s": frames * sizes.batch / seconds,
+        }
         yield row | speed_of(useful, seconds, device, matmul_flops) | memory
 
 
@@ -586,12 +688,19 @@ def planning(sizes, device):
     width, depth, _ = tuple(sizes.predictors[0])
     problem = problem_of(width, depth, sizes.grid, 1, device)
     cost_of = functools.partial(energy, autocast=autocast_of(device))
+
+    # an iteration takes long, so it is timed less often than a step
+    repeats = max(sizes.repeats // 3, 1)
     for horizon in sizes.horizons:
         call = functools.partial(plan, cost_of, problem, horizon, sizes.samples, 1, device)
-        seconds = bench.medians({"plan": call}, device, max(sizes.repeats // 3, 1), warmup=1)
-        row = {"predictor": f"{width}x{depth}", "tokens of a step": sizes.grid**2}
-        row |= {"horizon": horizon, "samples": sizes.samples}
-        yield row | {"candidates/s": sizes.samples / seconds["plan"]}
+        seconds = bench.medians({"plan": call}, device, repeats, warmup=1)["plan"]
+        yield {
+            "predictor": f"{width}x{depth}",
+            "tokens of a step": sizes.grid**2,
+            "horizon": horizon,
+            "samples": sizes.samples,
+            "candidates/s": sizes.samples / seconds,
+        }
 
 
 def loader(sizes, device):
@@ -602,26 +711,43 @@ def loader(sizes, device):
     from files.vpt import ClipReader
 
     with tempfile.TemporaryDirectory(prefix="nanojepa-bench-") as folder:
+        # a recording as large as the contractors'
         path = os.path.join(folder, "play.tar")
         make_recording(path, 20 * sizes.seconds_of_play, (640, 360), 60)
         records, _ = open_records(path)
         for workers in sizes.workers:
             if workers > os.cpu_count():
                 continue
-            batches = 4 * max(workers, 1)
+
+            # without workers this process reads, which makes one as well
+            processes = max(workers, 1)
+            batches = 4 * processes
             reader = ClipReader(crop_size=16 * sizes.grid, fps=20)
-            options = {"reader": reader, "batches_per_epoch": batches + workers + 1}
-            loaded = iter(vpt_loader((records, [1.0]), sizes.batch, num_workers=workers, **options))
+            loader_of_clips = vpt_loader(
+                (records, [1.0]),
+                sizes.batch,
+                num_workers=workers,
+                reader=reader,
+                batches_per_epoch=batches + workers + 1,
+            )
+            loaded = iter(loader_of_clips)
 
             # a batch of each is taken while they start
-            for _ in range(max(workers, 1)):
+            for _ in range(processes):
                 next(loaded)
+
+            # then all of them work
             began = time.perf_counter()
             for _ in range(batches):
                 next(loaded)
-            rate = batches * sizes.batch / (time.perf_counter() - began)
-            row = {"reads": "640x360, 20 fps", "processes": max(workers, 1), "clips/s": rate}
-            yield row | {"clips/s a process": rate / max(workers, 1)}
+            seconds = time.perf_counter() - began
+            rate = batches * sizes.batch / seconds
+            yield {
+                "reads": "640x360, 20 fps",
+                "processes": processes,
+                "clips/s": rate,
+                "clips/s a process": rate / processes,
+            }
 
 
 SECTIONS = {

@@ -31,8 +31,8 @@ import torch
 
 import checkpoint
 from bench import report
-from bench.lewm import run
 from bench.step import useful_flops
+from bench.trainings import run
 from data import open_records
 from files.disk import write_atomically
 from files.features import feature_settings
@@ -41,12 +41,20 @@ from files.progress import tqdm
 from model import Predictor
 from weights import build_encoder
 
-PARTS = 8  # epochs of a run
-READ = (1, 2, 4, 8)  # after which of them the held-out error is read
+# epochs of a run, and after which of them the held-out error is read
+PARTS = 8
+READ = (1, 2, 4, 8)
+
+# settings of the features, which train_ac.py needs as flags
 CUT = ("fps", "frames_per_step", "frames_per_clip", "crop_size", "encode")
+
+# features and target as in make demo, at a constant learning rate
 FIXED = "--feature_norm standardize --predict change --log_every 50 --warmup 1 --anneal 0".split()
 
-# the exponents that are tried
+# what the law is about, in the order of its columns
+AXES = ("parameters", "minutes", "steps")
+
+# the exponents that are tried, and how often the law is fitted to runs drawn again
 EXPONENTS = np.linspace(0.1, 1.2, 12)
 REFITS = 200
 
@@ -56,14 +64,17 @@ REFITS = 200
 
 def minutes_of_play(records, settings):
     """{recording: minutes} of features. Those of several phases lie over one another."""
+    # from when to when each record lasts: its key names the tick where it starts
     seconds_a_step = int(settings["frames_per_step"]) / float(settings["fps"])
-    pieces = {}
+    spans_of = {}
     for r in records:
         start = int(r.key.rpartition("@")[2]) / 20
-        pieces.setdefault(r.recording, []).append((start, start + r.length * seconds_a_step))
+        stop = start + r.length * seconds_a_step
+        spans_of.setdefault(r.recording, []).append((start, stop))
 
+    # each span adds what lies behind the end of those before it
     minutes = {}
-    for name, spans in pieces.items():
+    for name, spans in spans_of.items():
         seconds = 0.0
         end = 0.0
         for start, stop in sorted(spans):
@@ -76,9 +87,12 @@ def minutes_of_play(records, settings):
 def choose(minutes_of, wanted, seed):
     """(names, minutes): recordings in a random order that depends on the seed alone, until there
     are enough. Smaller sets are inside larger ones. ValueError where there is less play."""
+    # recordings are taken whole, so 2 % more or less is as good as what was asked for
     total = sum(minutes_of.values())
     if wanted > 1.02 * total:
         raise ValueError(f"--minutes {wanted:g}: --data has {total:.1f} minutes of play")
+
+    # the order knows nothing of `wanted`
     names = sorted(minutes_of)
     order = np.random.default_rng(seed).permutation(len(names))
     chosen = []
@@ -93,14 +107,18 @@ def choose(minutes_of, wanted, seed):
 
 def sizes_of(width, depth, settings, action_dim, batch_size):
     """(parameters, useful FLOPs of a training step) of a predictor."""
+    # on the meta device, where weights have a shape and take no memory
     side = int(settings["grid"])
     size = {"pred_dim": width, "depth": depth, "num_heads": width // 32}
     with torch.device("meta"):
         predictor = Predictor(settings["embed_dim"], action_dim, 2, (side, side), **size)
         encoder = build_encoder("vit_tiny")
+    parameters = sum(p.numel() for p in predictor.parameters())
+
+    # features are stored, so the encoder costs nothing
     steps = int(settings["frames_per_clip"]) // int(settings["frames_per_step"])
-    count = sum(p.numel() for p in predictor.parameters())
-    return count, useful_flops(encoder, predictor, batch_size, steps)[1]
+    _, flops = useful_flops(encoder, predictor, batch_size, steps)
+    return parameters, flops
 
 
 def is_trained(folder):
@@ -110,14 +128,22 @@ def is_trained(folder):
 
 
 def points_of(folder, point, ipe):
-    """Rows of a finished run, at each of READ. point: what is known of it."""
+    """Rows of a finished run, at each of READ. point: what is known of it; ipe: steps an epoch."""
     log = read_csv(os.path.join(folder, "val.csv"))
+    epochs = list(log["epoch"])
     rows = []
     for epoch in READ:
-        i = list(log["epoch"]).index(epoch)
-        row = point | {"steps": epoch * ipe, "error / copying": float(log["tf_skill"][i])}
-        row |= {"error": float(log["tf_true"][i]), "action gap": float(log["tf_gap"][i])}
-        rows.append(row | {"FLOPs": point["FLOPs a step"] * epoch * ipe})
+        # the learning rate is constant: a point on the way is a shorter run's end
+        i = epochs.index(epoch)
+        steps = epoch * ipe
+        row = {
+            "steps": steps,
+            "error / copying": float(log["tf_skill"][i]),
+            "error": float(log["tf_true"][i]),
+            "action gap": float(log["tf_gap"][i]),
+            "FLOPs": point["FLOPs a step"] * steps,
+        }
+        rows.append(point | row)
     return rows
 
 
@@ -125,9 +151,10 @@ def points_of(folder, point, ipe):
 
 
 def terms_of(rows):
-    """(n, 3): parameters, minutes and steps in units of their largest, and the errors (n,)."""
-    x = np.array([[row["parameters"], row["minutes"], row["steps"]] for row in rows], float)
-    return x, np.array([row["error / copying"] for row in rows])
+    """What the law is fitted to: the AXES of each row (n, 3), and its error (n,)."""
+    x = [[row[axis] for axis in AXES] for row in rows]
+    y = [row["error / copying"] for row in rows]
+    return np.array(x, float), np.array(y)
 
 
 def fit(x, y):
@@ -136,9 +163,11 @@ def fit(x, y):
 
     No weight may be negative. So every set of terms is fitted with all exponents, and the best of
     those without a negative weight is taken. A grid cannot end in a local minimum."""
+    # with the exponents fixed the law is linear: a column for each term, and one for the floor
     exponents = np.array(list(itertools.product(EXPONENTS, repeat=3)))
     columns = x[None] ** -exponents[:, None]  # (exponents, n, 3)
     floor = np.ones((*columns.shape[:2], 1))
+    truth = y[:, None]
     best = {"loss": np.inf}
     for count in range(4):
         for terms in itertools.combinations(range(3), count):
@@ -146,28 +175,39 @@ def fit(x, y):
             matrix = np.concatenate([floor, columns[:, :, terms]], axis=2)
             transposed = matrix.transpose(0, 2, 1)
             square = transposed @ matrix + 1e-9 * np.eye(1 + count)
-            solutions = np.linalg.solve(square, transposed @ y[:, None])
-            losses = np.square(matrix @ solutions - y[:, None]).sum((1, 2))
-            losses[(solutions < 0).any((1, 2))] = np.inf
+            solutions = np.linalg.solve(square, transposed @ truth)
 
+            # a negative weight would say that more of it does harm
+            losses = np.square(matrix @ solutions - truth).sum((1, 2))
+            is_negative = (solutions < 0).any((1, 2))
+            losses[is_negative] = np.inf
+
+            # terms that are left out have no weight
             i = losses.argmin()
             if losses[i] < best["loss"]:
                 weights = np.zeros(3)
                 weights[list(terms)] = solutions[i, 1:, 0]
-                best = {"loss": losses[i], "floor": solutions[i, 0, 0], "weights": weights}
-                best["exponents"] = exponents[i]
+                best = {
+                    "loss": losses[i],
+                    "floor": solutions[i, 0, 0],
+                    "weights": weights,
+                    "exponents": exponents[i],
+                }
     return best
 
 
 def predicted(law, x):
     """Errors (n,) of the law at x (n, 3)."""
-    return law["floor"] + (law["weights"] * x ** -law["exponents"]).sum(-1)
+    terms = law["weights"] * x ** -law["exponents"]
+    return law["floor"] + terms.sum(-1)
 
 
 def gains(law):
     """By how much the error falls if parameters, minutes or steps double, each from its largest."""
-    here = predicted(law, np.ones((1, 3)))[0]
-    return here - predicted(law, 1 + np.eye(3))
+    # the largest of each is 1; a row of `doubled` has one of them at 2
+    largest = np.ones((1, 3))
+    doubled = 1 + np.eye(3)
+    return predicted(law, largest)[0] - predicted(law, doubled)
 
 
 def interval(values):
@@ -180,15 +220,25 @@ def best_sizes(law, scale, widths, budgets, size_of):
     the minutes. scale (3,): the units of the law; size_of(width): parameters, FLOPs a step."""
     rows = []
     for budget in budgets:
+        # a wider predictor gets fewer steps for the same budget
         candidates = []
         for width in widths:
             parameters, flops = size_of(width)
             steps = budget / flops
             x = np.array([[parameters, scale[1], steps]]) / scale
-            candidates.append((predicted(law, x)[0], width, parameters, round(steps)))
+            error = predicted(law, x)[0]
+            candidates.append((error, width, parameters, round(steps)))
+
+        # the lowest error; the narrower one of equals
         error, width, parameters, steps = min(candidates)
-        row = {"FLOPs": budget, "width": width, "parameters": parameters, "steps": steps}
-        rows.append(row | {"error / copying": error})
+        row = {
+            "FLOPs": budget,
+            "width": width,
+            "parameters": parameters,
+            "steps": steps,
+            "error / copying": error,
+        }
+        rows.append(row)
     return rows
 
 
@@ -198,28 +248,32 @@ def plot(rows, best, doubled, low, high, path):
 
     fig = Figure(figsize=(13, 4.2), layout="constrained")
     by_minutes, by_flops, by_doubling = fig.subplots(1, 3)
+
+    # a line for each width: over the minutes at the end, over the FLOPs on all of the minutes
+    error = "error / copying"
     last = max(row["steps"] for row in rows)
     most = max(row["minutes"] for row in rows)
     for width in sorted({row["width"] for row in rows}):
         of_width = [row for row in rows if row["width"] == width]
-        ends = sorted((r["minutes"], r["error / copying"]) for r in of_width if r["steps"] == last)
-        by_minutes.plot(*zip(*ends), "o-", label=f"width {width}")
-        on_all = [(r["FLOPs"], r["error / copying"]) for r in of_width if r["minutes"] == most]
+        at_the_end = [(row["minutes"], row[error]) for row in of_width if row["steps"] == last]
+        on_all = [(row["FLOPs"], row[error]) for row in of_width if row["minutes"] == most]
+        by_minutes.plot(*zip(*sorted(at_the_end)), "o-", label=f"width {width}")
         by_flops.plot(*zip(*sorted(on_all)), "o-", label=f"width {width}")
 
-    line = [(row["FLOPs"], row["error / copying"]) for row in best]
+    # the compute-optimal line, beside the runs that it is to beat
+    line = [(row["FLOPs"], row[error]) for row in best]
     by_flops.plot(*zip(*line), "k--", label="the law's best width")
-    by_minutes.set(title=f"after {last} steps", xlabel="minutes of play", ylabel="error / copying")
+    by_minutes.set(title=f"after {last} steps", xlabel="minutes of play", ylabel=error)
     by_flops.set(title=f"on {most:.3g} minutes", xlabel="FLOPs of training")
     for ax in (by_minutes, by_flops):
         ax.set_xscale("log")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9)
 
-    names = ["parameters", "minutes", "steps"]
+    # intervals of refits need not contain the fit itself, and a bar of error has no negative length
     reach = [np.maximum(doubled - low, 0), np.maximum(high - doubled, 0)]
-    by_doubling.bar(names, doubled, yerr=reach, capsize=4)
-    by_doubling.set(title="doubled, the error falls by (95 %)", ylabel="error / copying")
+    by_doubling.bar(AXES, doubled, yerr=reach, capsize=4)
+    by_doubling.set(title="doubled, the error falls by (95 %)", ylabel=error)
     by_doubling.axhline(0, color="grey", lw=0.5)
     write_atomically(path, lambda f: fig.savefig(f, dpi=110))
 
@@ -255,6 +309,8 @@ if __name__ == "__main__":
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
     sys.excepthook = checkpoint.short_excepthook
+
+    # what no run could be made with
     if args.steps < PARTS:
         parser.error(f"--steps {args.steps} is too small: at least {PARTS}")
     for width in args.widths:
@@ -267,6 +323,14 @@ if __name__ == "__main__":
     minutes_of = minutes_of_play(records, settings)
     ipe = args.steps // PARTS
     os.makedirs(args.out, exist_ok=True)
+
+    # sizes of all widths that may be asked for, trained or not
+    size_of = {}
+    for width in range(32, 2 * max(args.widths) + 1, 32):
+        sizes = sizes_of(width, args.depth, settings, args.action_space, args.batch_size)
+        size_of[width] = sizes
+
+    # a run for each cell of the grid
     rows = []
     cells = list(itertools.product(args.minutes, args.widths))
     for wanted, width in tqdm(cells, desc="laws", unit="run"):
@@ -278,65 +342,86 @@ if __name__ == "__main__":
         run_name = f"m{wanted:g}-w{width}-d{args.depth}-s{args.steps}-b{args.batch_size}"
         folder = os.path.join(args.out, f"{run_name}-lr{args.lr:g}-{args.seed}")
         if not is_trained(folder):
-            data = ["--data", *args.data, "--val_data", *args.val_data, "--recordings", listed]
-            data += ["--scaler", args.scaler, "--action_space", args.action_space]
+            # the clips, cut as the features were made
+            flags = ["--data", *args.data, "--val_data", *args.val_data]
+            flags += ["--recordings", listed, "--scaler", args.scaler]
+            flags += ["--action_space", args.action_space]
             for name in CUT:
-                data += [f"--{name}", settings[name]]
-            size = ["--pred_dim", width, "--pred_depth", args.depth, "--pred_heads", width // 32]
-            plan = ["--epochs", PARTS, "--ipe", ipe, "--lr", args.lr, "--seed", args.seed]
-            plan += ["--batch_size", args.batch_size, "--num_workers", args.num_workers]
-            plan += ["--val_clips", args.val_clips, "--keep_last", 1, "--save_every_freq", 0]
-            command = [*data, *size, *plan, *FIXED, "--out_dir", folder, "--resume"]
-            run(folder + ".txt", "train_ac.py", *command)
+                flags += [f"--{name}", settings[name]]
+
+            # the predictor, with heads of 32 channels
+            flags += ["--pred_dim", width, "--pred_depth", args.depth]
+            flags += ["--pred_heads", width // 32]
+
+            # how long, and how it is judged
+            flags += ["--epochs", PARTS, "--ipe", ipe, "--lr", args.lr, "--seed", args.seed]
+            flags += ["--batch_size", args.batch_size, "--num_workers", args.num_workers]
+            flags += ["--val_clips", args.val_clips, "--keep_last", 1, "--save_every_freq", 0]
+            flags += [*FIXED, "--out_dir", folder, "--resume"]
+            run(folder + ".txt", "train_ac.py", *flags)
 
         # where it ended, and on the way there
-        sizes = settings, args.action_space, args.batch_size
-        parameters, flops = sizes_of(width, args.depth, *sizes)
-        point = {"minutes": minutes, "width": width, "parameters": parameters}
-        rows += points_of(folder, point | {"FLOPs a step": flops}, ipe)
+        parameters, flops = size_of[width]
+        point = {
+            "minutes": minutes,
+            "width": width,
+            "parameters": parameters,
+            "FLOPs a step": flops,
+        }
+        rows += points_of(folder, point, ipe)
     report(rows, args.json, torch.device("cpu"))
 
     # --- the law ---
     x, y = terms_of(rows)
     scale = x.max(0)
-    law = fit(x / scale, y)
-    off = np.abs(predicted(law, x / scale) - y).mean()
+    x = x / scale
+    law = fit(x, y)
+    off = np.abs(predicted(law, x) - y).mean()
 
     # runs drawn again: the points of a run stay together
     generator = np.random.default_rng(args.seed)
     refits = []
     for _ in tqdm(range(REFITS), desc="refits", unit="fit"):
         drawn = generator.integers(len(cells), size=len(cells))
-        points = (drawn[:, None] * len(READ) + np.arange(len(READ))).flatten()
-        refits.append(fit(x[points] / scale, y[points]))
+        points = drawn[:, None] * len(READ) + np.arange(len(READ))
+        points = points.flatten()
+        refits.append(fit(x[points], y[points]))
 
+    # what doubling gains is in the units of the error, which an exponent alone is not
+    exponents = law["exponents"]
     doubled = gains(law)
     low, high = interval([gains(refit) for refit in refits])
     exponents_low, exponents_high = interval([refit["exponents"] for refit in refits])
     print(f"floor {law['floor']:.4f}; the law is off by {off:.4f} on average")
-    for i, name in enumerate(("parameters", "minutes", "steps")):
+    for i, name in enumerate(AXES):
         print(
-            f"{name}: exponent {law['exponents'][i]:.2f} [{exponents_low[i]:.2f},"
-            f" {exponents_high[i]:.2f}]; doubled, the error falls by {doubled[i]:.4f}"
-            f" [{low[i]:.4f}, {high[i]:.4f}]"
+            f"{name}: exponent {exponents[i]:.2f}"
+            f" [{exponents_low[i]:.2f}, {exponents_high[i]:.2f}];"
+            f" doubled, the error falls by {doubled[i]:.4f} [{low[i]:.4f}, {high[i]:.4f}]"
         )
 
     # --- the compute-optimal line ---
+    # a little beyond the runs, to show where they point
     least = min(row["FLOPs"] for row in rows)
     most = max(row["FLOPs"] for row in rows)
     budgets = np.geomspace(least, 4 * most, 8)
-    widths = range(32, 2 * max(args.widths) + 1, 32)
-    table = {}
-    for width in widths:
-        table[width] = sizes_of(width, args.depth, settings, args.action_space, args.batch_size)
-    best = best_sizes(law, scale, widths, budgets, table.get)
+    best = best_sizes(law, scale, list(size_of), budgets, size_of.get)
     report(best, args.json, torch.device("cpu"))
 
     # --- files ---
-    plot(rows, best, doubled, low, high, os.path.join(args.out, "laws.png"))
-    numbers = {"rows": rows, "floor": law["floor"], "off": off, "units": scale.tolist()}
-    for name, values in (("weights", law["weights"]), ("exponents", law["exponents"])):
-        numbers[name] = values.tolist()
-    numbers |= {"doubled": doubled.tolist(), "low": low.tolist(), "high": high.tolist()}
-    write_atomically(os.path.join(args.out, "laws.json"), json.dumps(numbers, indent=1).encode())
-    print(f"the plot is {os.path.join(args.out, 'laws.png')}")
+    plot_path = os.path.join(args.out, "laws.png")
+    plot(rows, best, doubled, low, high, plot_path)
+    numbers = {
+        "rows": rows,
+        "floor": law["floor"],
+        "off": off,
+        "units": scale.tolist(),
+        "weights": law["weights"].tolist(),
+        "exponents": law["exponents"].tolist(),
+        "doubled": doubled.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
+    text = json.dumps(numbers, indent=1)
+    write_atomically(os.path.join(args.out, "laws.json"), text.encode())
+    print(f"the plot is {plot_path}")

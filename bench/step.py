@@ -37,12 +37,12 @@ def dense(layer, x):
 
 def rotate(x, pos):
     """x (B, nh, L, d) turned by the angles of integer positions (L,), all of them computed here."""
-    # a frequency for each pair of channels
-    half = x.shape[-1] // 2
-    pairs = torch.arange(half, dtype=x.dtype, device=x.device)
-    omega = 1.0 / 10000 ** (pairs / (x.shape[-1] / 2))
+    # a frequency for each pair of channels, built again in every call as upstream does
+    d = x.shape[-1]
+    pairs = torch.arange(d // 2, dtype=x.dtype, device=x.device)
+    omega = 1.0 / 10000 ** (pairs / (d / 2))
 
-    # angles of all positions, for both channels of a pair
+    # angles of all positions; both channels of a pair turn by the same one
     angle = torch.einsum("l,f->lf", pos.to(x.dtype), omega)
     sin = angle.sin().repeat(1, 2)
     cos = angle.cos().repeat(1, 2)
@@ -55,14 +55,16 @@ def rotate(x, pos):
 
 def rotate_all(x, *positions):
     """The leading dims by time, the next by row, the next by column; the rest stay."""
-    # a third of the channels each, an even number
+    # a third of the channels each, an even number because they turn in pairs
     d = x.shape[-1] // 3 // 2 * 2
     parts = []
     for i, pos in enumerate(positions):
         channels = x[..., i * d : (i + 1) * d]
         parts.append(rotate(channels, pos))
-    rest = x[..., len(parts) * d :]
-    return torch.cat([*parts, rest], dim=-1)
+
+    # condition tokens have a time only, so more of their channels stay
+    parts.append(x[..., len(positions) * d :])
+    return torch.cat(parts, dim=-1)
 
 
 def attention(layer, x, T, H, W, conditions=0, mask=None):
@@ -75,27 +77,33 @@ def attention(layer, x, T, H, W, conditions=0, mask=None):
     positions = (step, row, column)
 
     def project(tokens, *pos):
-        qkv = dense(layer.qkv, tokens).unflatten(-1, (3, layer.num_heads, -1))
+        qkv = dense(layer.qkv, tokens)
+        qkv = qkv.unflatten(-1, (3, layer.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, L, hd) each
         return rotate_all(q, *pos), rotate_all(k, *pos), v
 
-    # condition tokens have a time and no place: each is projected apart, before its patches
     if conditions:
+        # condition tokens have a time and no place: each is projected apart from the patches
         steps = x.unflatten(1, (T, -1))
         times = torch.arange(T, device=x.device)
         apart = [project(steps[:, :, i], times) for i in range(conditions)]
-        patches = project(steps[:, :, conditions:].flatten(1, 2), *positions)
+        patches = steps[:, :, conditions:].flatten(1, 2)
+        of_patches = project(patches, *positions)
 
         # back in order: the condition tokens of a step, then its patches
         qkv = []
         for i in range(3):
             condition_part = torch.stack([parts[i] for parts in apart], dim=3)
-            patch_part = patches[i].unflatten(2, (T, -1))
-            qkv.append(torch.cat([condition_part, patch_part], dim=3).flatten(2, 3))
+            patch_part = of_patches[i].unflatten(2, (T, -1))
+            part = torch.cat([condition_part, patch_part], dim=3)
+            qkv.append(part.flatten(2, 3))
     else:
         qkv = project(x, *positions)
+
+    # the mask is a dense matrix: what cannot be seen is computed all the same
     x = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-    return dense(layer.proj, x.transpose(1, 2).flatten(2))
+    x = x.transpose(1, 2).flatten(2)
+    return dense(layer.proj, x)
 
 
 def blocks(layers, x, *args):
@@ -117,13 +125,16 @@ def reference_encode(encoder, video):
     video = (video.float() / 255 - mean) / std
 
     # every step is a clip of two frames
-    clip = video.unflatten(1, (frames // 2, 2)).flatten(0, 1)
-    x = encoder.patch_embed(clip.transpose(1, 2))  # (B*T, D, 1, H, W)
+    clips = video.unflatten(1, (frames // 2, 2)).flatten(0, 1)
+    x = encoder.patch_embed(clips.transpose(1, 2))  # (B*T, D, 1, H, W)
     _, _, T, H, W = x.size()
     x = x.flatten(2).transpose(1, 2)
-    h = encoder.norm(blocks(encoder.blocks, x, T, H, W))
-    h = F.layer_norm(h.float(), h.shape[-1:])
-    return h.view(B, frames // 2, H * W, -1)
+    x = blocks(encoder.blocks, x, T, H, W)
+    x = encoder.norm(x)
+
+    # features without a scale of their own, back in clips
+    x = F.layer_norm(x.float(), x.shape[-1:])
+    return x.view(B, frames // 2, H * W, -1)
 
 
 def reference_predict(predictor, z, actions, states, mask):
@@ -137,25 +148,30 @@ def reference_predict(predictor, z, actions, states, mask):
     patches = dense(predictor.predictor_embed, z)
     x = torch.cat([tokens, patches], dim=2).flatten(1, 2)
 
-    # one mask for the longest clip, cut to this one
-    mask = mask[: x.shape[1], : x.shape[1]].to(x.device, non_blocking=True)
+    # one mask for the longest clip, cut to this one; upstream moves it in every call
+    L = x.shape[1]
+    mask = mask[:L, :L].to(x.device, non_blocking=True)
     x = blocks(predictor.predictor_blocks, x, T, *predictor.grid, 2, mask)
-    x = x.unflatten(1, (T, -1))[:, :, 2:]  # patches only
-    x = dense(predictor.predictor_proj, predictor.predictor_norm(x))
+
+    # the next features stand where the patches were; condition tokens predict nothing
+    x = x.unflatten(1, (T, -1))[:, :, 2:]
+    x = predictor.predictor_norm(x)
+    x = dense(predictor.predictor_proj, x)
     return F.layer_norm(x.float(), z.shape[-1:])
 
 
 def reference_losses(predictor, z, actions, states, mask):
     """(teacher-forcing loss, rollout loss of two steps)."""
-    # on true steps
+    # teacher forcing: every context is true
     z_tf = reference_predict(predictor, z[:, :-1], actions, states, mask)
 
-    # and on its own first prediction, all of it run again
-    start = torch.cat([z[:, :1], z_tf[:, :1]], dim=1)
-    second = reference_predict(predictor, start, actions, states, mask)[:, -1:]
-    z_ar = torch.cat([z_tf[:, :1], second], dim=1)
+    # rollout: the second step follows its own first prediction, and all of it runs again
+    first = z_tf[:, :1]
+    context = torch.cat([z[:, :1], first], dim=1)
+    second = reference_predict(predictor, context, actions, states, mask)[:, -1:]
+    z_ar = torch.cat([first, second], dim=1)
 
-    # mean absolute errors
+    # mean absolute errors, as upstream trains with
     jloss = (z_tf - z[:, 1:]).abs().mean()
     sloss = (z_ar - z[:, 1:3]).abs().mean()
     return jloss, sloss
@@ -165,10 +181,12 @@ def useful_flops(encoder, predictor, B, T):
     """(of the encoder, of the predictor) in one training step. The encoder runs forward; the
     predictor forward and backward, for T-1 steps of teacher forcing and one of rollout."""
 
+    # biases and norms are vectors: what they cost is not counted
     def weights(module):
         return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
     N = math.prod(predictor.grid)
+    S = N + 2  # with the condition tokens
     D = encoder.embed_dim
     width = predictor.predictor_embed.out_features
 
@@ -179,12 +197,16 @@ def useful_flops(encoder, predictor, B, T):
 
     # the predictor: the scores of teacher forcing that the mask lets through, and of the rollout
     pairs_of_steps = (T - 1) * T / 2 + 2
-    scores = 4 * width * (N + 2) ** 2 * pairs_of_steps
+    scores = 4 * width * S**2 * pairs_of_steps
     scores *= B * len(predictor.predictor_blocks)
 
     # its weights, for each step; embedding and projection see patches only
-    step_flops = 2 * weights(predictor.predictor_blocks) * (N + 2) + 4 * D * width * N
-    return encode, 3 * B * T * step_flops + 3.5 * scores
+    step_flops = 2 * weights(predictor.predictor_blocks) * S
+    step_flops += 4 * D * width * N
+
+    # backward costs twice the forward pass, and 2.5 times for scores: they are computed once more
+    predict = 3 * B * T * step_flops + 3.5 * scores
+    return encode, predict
 
 
 # --- the two steps that are compared ---
@@ -195,8 +217,10 @@ def training_step(losses, optimizer):
     of the rollout, and returns both. With update=False it leaves gradients and changes nothing."""
 
     def step(update=True):
+        # both losses weigh the same
         jloss, sloss = losses()
-        (jloss + sloss).backward()
+        loss = jloss + sloss
+        loss.backward()
         if update:
             optimizer.step()
             optimizer.zero_grad()
@@ -212,14 +236,18 @@ def reference_step(encoder, predictor, batch, autocast):
 
     # the dense mask: a token sees its own step and those before
     T = batch["states"].shape[1]
-    step_of = torch.arange(T).repeat_interleave(math.prod(predictor.grid) + 2)
+    tokens_of_a_step = math.prod(predictor.grid) + 2
+    step_of = torch.arange(T).repeat_interleave(tokens_of_a_step)
     mask = step_of[None, :] <= step_of[:, None]
 
     def losses():
-        inputs = {k: v.to(device) for k, v in batch.items()}
+        # the way to the device is part of a step, for ours too
+        video = batch["video"].to(device)
+        actions = batch["actions"].to(device)
+        states = batch["states"].to(device)
         with autocast():
-            z = reference_encode(encoder, inputs["video"])
-            return reference_losses(predictor, z, inputs["actions"], inputs["states"], mask)
+            z = reference_encode(encoder, video)
+            return reference_losses(predictor, z, actions, states, mask)
 
     # upstream reads the losses back in every step, which makes a GPU wait
     train = training_step(losses, optimizer)
@@ -233,11 +261,12 @@ def reference_step(encoder, predictor, batch, autocast):
 
 def our_step(encoder, predictor, batch, autocast, dtype, is_compiled):
     """The same, as train_ac.py makes it. encoder: None for a batch of features."""
+    # a frozen encoder needs no weights in fp32; the caller's stays as it is
     device = next(predictor.parameters()).device
-    model = ACModel(predictor)
     frozen = None
     if encoder is not None:
         frozen = copy.deepcopy(encoder).to(dtype)
+    model = ACModel(predictor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     # one size of input: nothing need be compiled again
@@ -245,6 +274,8 @@ def our_step(encoder, predictor, batch, autocast, dtype, is_compiled):
         model.compile(dynamic=False)
         if frozen is not None:
             frozen.compile(dynamic=False)
+
+    # features stay as the encoder gives them: the reference does not standardize
     stats = {"mean": None, "std": None}
     features_of = make_features_of(frozen, "tubelet", 2, stats, device, autocast)
 
@@ -260,6 +291,8 @@ def losses_and_gradients(step, predictor):
     """(losses (2,), all gradients in one vector) of a step that changes nothing."""
     losses = torch.tensor([float(x) for x in step(update=False)])
     gradients = torch.cat([p.grad.flatten() for p in predictor.parameters()])
+
+    # the timed steps start without them
     predictor.zero_grad()
     return losses, gradients
 
@@ -301,12 +334,15 @@ if __name__ == "__main__":
     size = {"pred_dim": args.pred_dim, "depth": args.pred_depth, "num_heads": args.pred_heads}
     base = Predictor(encoder.embed_dim, 13, 2, grid, **size).to(device)
 
-    # a batch as the loader gives it
-    frames = (B, 2 * T, 3, args.crop_size, args.crop_size)
-    batch = {"video": torch.randint(256, frames, dtype=torch.uint8)}
-    batch["actions"] = torch.randn(B, T - 1, 13)
-    batch["states"] = torch.randn(B, T, 2)
+    # a batch as the loader gives it, on the CPU
+    shape = (B, 2 * T, 3, args.crop_size, args.crop_size)
+    batch = {
+        "video": torch.randint(256, shape, dtype=torch.uint8),
+        "actions": torch.randn(B, T - 1, 13),
+        "states": torch.randn(B, T, 2),
+    }
 
+    # mixed precision as in train_ac.py; none in fp32
     def autocast():
         if dtype == torch.float32:
             return contextlib.nullcontext()
@@ -316,6 +352,9 @@ if __name__ == "__main__":
     names = ["reference", "ours"]
     if args.compile:
         names.append("ours, --compile")
+
+    # rounding explains no more than this
+    bound = 1e-5 if args.dtype == "float32" else 5e-2
     steps = {}
     for name in names:
         # each has weights of its own, equal at the start
@@ -323,37 +362,42 @@ if __name__ == "__main__":
         if name == "reference":
             step = reference_step(encoder, predictor, batch, autocast)
         else:
-            step = our_step(encoder, predictor, batch, autocast, dtype, name != "ours")
+            is_compiled = name != "ours"
+            step = our_step(encoder, predictor, batch, autocast, dtype, is_compiled)
         losses, gradients = losses_and_gradients(step, predictor)
 
         # the reference comes first, and is what the others are compared with
         if name == "reference":
             wanted_losses = losses
             wanted_gradients = gradients
-        losses_off = ((losses - wanted_losses) / wanted_losses).abs().max().item()
-        gradients_off = ((gradients - wanted_gradients).norm() / wanted_gradients.norm()).item()
-        print(
-            f"{name}: losses {losses.tolist()}, off by {losses_off:.1e}, gradients by"
-            f" {gradients_off:.1e}"
-        )
 
-        # rounding explains no more than this
-        bound = 1e-5 if args.dtype == "float32" else 5e-2
+        # relative errors: of the worse loss, and of the gradients as one vector
+        losses_off = ((losses - wanted_losses) / wanted_losses).abs().max().item()
+        difference = (gradients - wanted_gradients).norm()
+        gradients_off = (difference / wanted_gradients.norm()).item()
+        print(
+            f"{name}: losses {losses.tolist()},"
+            f" off by {losses_off:.1e}, gradients by {gradients_off:.1e}"
+        )
         if max(losses_off, gradients_off) > bound:
             raise SystemExit(f"{name} computes something else than the reference")
         steps[name] = step
 
     # --- time ---
-    seconds = bench.medians(steps, device, args.repeats)
+    seconds_of = bench.medians(steps, device, args.repeats)
 
     # a row each, beside the peak that a large matmul reaches in this run
     useful = sum(useful_flops(encoder, base, B, T))
     matmul_flops, _ = bench.ceilings(device, dtype)
     rows = []
-    for name, s in seconds.items():
-        row = {"step": name, "ms": 1e3 * s, "clips/s": B / s}
-        row["reference / it"] = seconds["reference"] / s
-        row["useful TFLOP/s"] = useful / s / 1e12
-        row["of matmul"] = useful / s / matmul_flops
+    for name, seconds in seconds_of.items():
+        row = {
+            "step": name,
+            "ms": 1e3 * seconds,
+            "clips/s": B / seconds,
+            "reference / it": seconds_of["reference"] / seconds,
+            "useful TFLOP/s": useful / seconds / 1e12,
+            "of matmul": useful / seconds / matmul_flops,
+        }
         rows.append(row | bench.peak_memory(steps[name], device))
     bench.report(rows, args.json, device)
