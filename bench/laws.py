@@ -294,7 +294,7 @@ if __name__ == "__main__":
     flag("--scaler", default="demo/scaler.pkl", help="of the actions (default demo/scaler.pkl)")
     flag("--action_space", type=int, default=36, help="of train_ac.py (default 36)")
     # the grid
-    flag("--minutes", type=float, **several, default=[3, 9, 27], help="of play (default 3 9 27)")
+    flag("--minutes", type=float, **several, default=[3, 9, 24], help="of play (default 3 9 24)")
     widths_help = "of the predictor, multiples of 32 (default 64 128 192)"
     flag("--widths", type=int, **several, default=[64, 128, 192], help=widths_help)
     flag("--steps", type=int, default=400, help="of the longest runs, 8 or more (default 400)")
@@ -330,11 +330,14 @@ if __name__ == "__main__":
         sizes = sizes_of(width, args.depth, settings, args.action_space, args.batch_size)
         size_of[width] = sizes
 
+    # the play of all runs, before the first one is trained: there may be too little
+    play = {wanted: choose(minutes_of, wanted, args.seed) for wanted in args.minutes}
+
     # a run for each cell of the grid
     rows = []
     cells = list(itertools.product(args.minutes, args.widths))
     for wanted, width in tqdm(cells, desc="laws", unit="run"):
-        names, minutes = choose(minutes_of, wanted, args.seed)
+        names, minutes = play[wanted]
         listed = os.path.join(args.out, f"minutes-{wanted:g}.txt")
         write_atomically(listed, "\n".join(names).encode())
 

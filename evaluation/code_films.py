@@ -1,6 +1,7 @@
 """Films of what latent actions do, made visible by the latents' VAE: a code is applied to some
 steps again and again."""
 
+import glob
 import math
 import os
 
@@ -12,6 +13,7 @@ from evaluation.films import mp4_bytes
 from evaluation.pictures import plot_rows
 from files.disk import write_atomically
 from files.latents import vae_frames
+from files.progress import tqdm
 
 # starts that a film shows side by side, and how often a code is applied to them
 STARTS = 4
@@ -106,8 +108,12 @@ def write_films(folder, model, vae, z, codes):
     titles = ["start", "code once", f"{REPEATS // 2} times"] * len(sheet_starts)
 
     os.makedirs(os.path.join(folder, "codes"), exist_ok=True)
+
+    # those of an earlier report may be of other codes
+    for old in glob.glob(os.path.join(glob.escape(folder), "codes", "*.mp4")):
+        os.unlink(old)
     rows = {}
-    for code, share in codes.items():
+    for code, share in tqdm(codes.items(), desc="films", unit=" codes"):
         steps = repeated(model, z, torch.tensor(code, device=z.device))
         frames = frames_of(vae, steps)
 
