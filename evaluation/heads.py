@@ -45,6 +45,7 @@ class Windows(Clips):
     this window and to no other."""
 
     def __getitem__(self, item):
+        # always seed 0: every encoder is shown the same frames of a window
         r = self.records[item[2]]
         read_again = functools.partial(self.read_seeded, *item[2:], 0, False)
         try:
@@ -63,8 +64,10 @@ def pool(z, side):
     # features of a ViT-g have 256 tokens a step: all windows of them would fill the memory
     grid = math.isqrt(z.shape[-2])
     if grid > side:
-        cells = z.flatten(0, -3).transpose(1, 2).unflatten(2, (grid, grid))
-        means = F.adaptive_avg_pool2d(cells, side).flatten(2).transpose(1, 2)
+        cells = z.flatten(0, -3).transpose(1, 2)
+        cells = cells.unflatten(2, (grid, grid))  # (..., D, grid, grid)
+        means = F.adaptive_avg_pool2d(cells, side)
+        means = means.flatten(2).transpose(1, 2)
         z = means.unflatten(0, z.shape[:-2])
     return z.half().cpu()
 
@@ -88,9 +91,10 @@ def load(
     ValueError if no window can be read."""
     # windows that are spread over all recordings
     dataset = Windows(records, [1.0] * len(records), reader)
+    batches_of_this_rank = share(windows(dataset, batch_size, limit))
     loader = DataLoader(
         dataset,
-        batch_sampler=share(windows(dataset, batch_size, limit)),
+        batch_sampler=batches_of_this_rank,
         num_workers=num_workers,
         collate_fn=list,
         worker_init_fn=ignore_signals_in_worker,
@@ -108,9 +112,10 @@ def load(
         batch = collate([clip | {"bad": []} for _, clip in good])
         if "actions" not in batch:
             # plain video: nobody knows what was done
-            nothing = torch.zeros(len(good), reader.frames // reader.frames_per_step - 1, 0)
+            steps = reader.frames // reader.frames_per_step
+            nothing = torch.zeros(len(good), steps - 1, 0)
             batch |= {"actions": nothing, "states": nothing}
-        z, actions, states = features_of(batch)
+        z, _, states = features_of(batch)
         result["z"] = pool(z, side)
 
         # and those that the predictor expects under the true actions, scaled as it takes them
@@ -118,7 +123,8 @@ def load(
             scaled = np.float32(scaler.transform(batch["actions"].numpy()))
             scaled = torch.from_numpy(scaled).to(z.device)
             with torch.no_grad(), autocast():
-                result["ahead"] = pool(predict(predictor, z[:, :-1], scaled, states), side)
+                ahead = predict(predictor, z[:, :-1], scaled, states)
+                result["ahead"] = pool(ahead, side)
 
         # labels are the actions as they were recorded
         result["actions"] = batch["actions"].numpy()
@@ -141,6 +147,8 @@ def load(
     }
     if predictor is not None:
         clips["ahead"] = torch.cat([result["ahead"] for result in batches])
+
+    # labels from elsewhere are looked up by the place of a clip
     for result in batches:
         clips["place"] += [(records[item[2]], item[3]) for item in result["items"]]
     return clips, bad
@@ -161,29 +169,32 @@ class RidgeHead:
         # main components of a token, on 50,000 tokens at most
         fit = ~dev
         tokens = a[fit].flatten(0, 1)
-        every = max(len(tokens) // 50_000, 1)
-        tokens = tokens[::every].float().numpy()
-        self.pca = PCA(min(RANK, *tokens.shape), random_state=0)
-        self.pca.fit(tokens)
+        stride = max(len(tokens) // 50_000, 1)
+        tokens = tokens[::stride].float().numpy()
+        rank = min(RANK, *tokens.shape)
+        self.pca = PCA(rank, random_state=0).fit(tokens)
 
         # all inputs in the same units, or the penalty would favour some of them
         x = self.inputs(a, b)
         self.scaler = StandardScaler().fit(x[fit])
         x = self.scaler.transform(x)
 
-        # one penalty for each column: the one with the least error on the dev rows
-        ridges = [Ridge(alpha=share * fit.sum()).fit(x[fit], y[fit]) for share in PENALTIES]
+        # a ridge of all columns for each penalty; one of a single column leaves its dimension out
+        weights = []
+        biases = []
         errors = []
-        for ridge in ridges:
-            # a ridge of one column answers (n,), not (n, 1)
+        for penalty in PENALTIES:
+            ridge = Ridge(alpha=penalty * fit.sum()).fit(x[fit], y[fit])
             guess = ridge.predict(x[dev]).reshape(y[dev].shape)
-            errors.append(((guess - y[dev]) ** 2).mean(0))
-        best = np.argmin(errors, axis=0)
+            errors.append(np.square(guess - y[dev]).mean(0))
+            weights.append(np.atleast_2d(ridge.coef_))
+            biases.append(np.atleast_1d(ridge.intercept_))
 
-        # weights and bias of each column, of the ridge with that penalty
+        # columns differ in how hard they are, so each has the penalty of its least dev error
+        best = np.argmin(errors, axis=0)
         columns = np.arange(len(best))
-        self.weight = np.stack([np.atleast_2d(r.coef_) for r in ridges])[best, columns]
-        self.bias = np.stack([np.atleast_1d(r.intercept_) for r in ridges])[best, columns]
+        self.weight = np.stack(weights)[best, columns]
+        self.bias = np.stack(biases)[best, columns]
         return self
 
     def components(self, x):
@@ -194,15 +205,22 @@ class RidgeHead:
     def inputs(self, a, b):
         """What the regression is on, (n, RANK (RANK - 1) / 2 + 2 D)."""
         # all products of a component of one step with one of the next
-        products = self.components(a).transpose(1, 2) @ self.components(b)  # (n, RANK, RANK)
-        i, j = torch.triu_indices(*products.shape[1:], 1)
+        before = self.components(a)
+        after = self.components(b)
+        products = before.transpose(1, 2) @ after  # (n, RANK, RANK)
 
         # what changes its sign with the direction of time: half of the matrix holds all of it
+        i, j = torch.triu_indices(*products.shape[1:], 1)
         turned = (products - products.mT)[:, i, j]
-        return torch.cat([turned, a.float().mean(1), b.float().mean(1)], dim=1).numpy()
+
+        # what the pictures show: a key need not move anything
+        a_mean = a.float().mean(1)
+        b_mean = b.float().mean(1)
+        return torch.cat([turned, a_mean, b_mean], dim=1).numpy()
 
     def predict(self, a, b):
-        return self.scaler.transform(self.inputs(a, b)) @ self.weight.T + self.bias
+        x = self.scaler.transform(self.inputs(a, b))
+        return x @ self.weight.T + self.bias
 
 
 class Attentive(nn.Module):
@@ -232,10 +250,14 @@ class Attentive(nn.Module):
     def forward(self, x):
         # one block over the tokens, then the queries attend to them
         x = self.embed(self.drop(x)) + self.pos
-        x = self.norm(self.block(x)[0])
+        x, _ = self.block(x)
+        x = self.norm(x)
         queries = self.query.expand(len(x), -1, -1)
-        x = self.attend(queries, x, x, need_weights=False)[0]
-        return self.head(self.drop(self.out_norm(x.flatten(1))))
+        x, _ = self.attend(queries, x, x, need_weights=False)
+
+        # what all queries have collected tells the action
+        x = self.out_norm(x.flatten(1))
+        return self.head(self.drop(x))
 
     def train_on(self, inputs, n, loss, steps):
         """AdamW on random batches; inputs(rows) -> (rows, tokens, dim), loss(outputs, rows)."""
@@ -245,7 +267,8 @@ class Attentive(nn.Module):
         generator = torch.Generator().manual_seed(0)
         for _ in tqdm(range(steps), desc="attentive head", unit=" steps", delay=10):
             rows = torch.randint(n, (min(n, 128),), generator=generator)
-            loss(self(inputs(rows)), rows).backward()
+            outputs = self(inputs(rows))
+            loss(outputs, rows).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -266,11 +289,13 @@ class Attentive(nn.Module):
         y = ((y - self.mean.cpu()) / self.std.cpu()).to(device)
 
         def inputs(rows):
-            return torch.cat([a[fit[rows]], b[fit[rows]]], dim=2).float().to(device)
+            rows = fit[rows]
+            return torch.cat([a[rows], b[rows]], dim=2).float().to(device)
 
         def loss(outputs, rows):
             truth = y[rows]
-            camera, pressed = 0, 0
+            camera = 0
+            pressed = 0
             if (~keys).any():
                 camera = F.mse_loss(outputs[:, ~keys], truth[:, ~keys])
             if keys.any():
@@ -296,9 +321,9 @@ class Attentive(nn.Module):
         # in parts, because the features of all clips need not fit on the GPU
         device = self.mean.device
         outputs = []
-        for part in zip(a.split(1024), b.split(1024)):
-            x = torch.cat(part, 2).float().to(device)
-            outputs.append(self(x))
+        for a_part, b_part in zip(a.split(1024), b.split(1024)):
+            x = torch.cat([a_part, b_part], dim=2)
+            outputs.append(self(x.float().to(device)))
         outputs = torch.cat(outputs)
 
         # camera in its units, keys as probabilities
@@ -320,11 +345,12 @@ def fit_heads(a, b, y, dev, keys, steps):
         "attentive": attentive.fit(a, b, y, dev, keys, steps),
     }
 
-    # thresholds: as often above them as the key is pressed
-    shares = y[dev].mean(0).clip(0)
+    # thresholds: as often above them as the key is pressed. Motion has a mean, not a share: its
+    # threshold is not used
+    shares = y[dev].mean(0).clip(0, 1)
     for head in heads.values():
         scores = head.predict(a[dev], b[dev])
-        levels = [np.quantile(p, 1 - min(share, 1)) for p, share in zip(scores.T, shares)]
+        levels = [np.quantile(p, 1 - pressed) for p, pressed in zip(scores.T, shares)]
         head.threshold = np.array(levels)
     return heads
 
@@ -335,13 +361,16 @@ def score(y, p, names, threshold):
     # a key that is never pressed, or always, has no AUROC
     scores = {}
     for i, name in enumerate(names):
+        truth = y[:, i]
+        guess = p[:, i]
         if name in CONTINUOUS:
-            scores[name] = {"r2": float(r2_score(y[:, i], p[:, i]))}
-        elif 0 < y[:, i].mean() < 1:
+            scores[name] = {"r2": float(r2_score(truth, guess))}
+        elif 0 < truth.mean() < 1:
+            is_pressed = guess > threshold[i]
             scores[name] = {
-                "auroc": float(roc_auc_score(y[:, i], p[:, i])),
-                "share": float(y[:, i].mean()),
-                "f1": float(f1_score(y[:, i], p[:, i] > threshold[i], zero_division=0)),
+                "auroc": float(roc_auc_score(truth, guess)),
+                "share": float(truth.mean()),
+                "f1": float(f1_score(truth, is_pressed, zero_division=0)),
             }
     return scores
 
@@ -352,16 +381,16 @@ def group_means(scores):
 
     The hotbar is apart because it can be read at the bottom of every picture."""
     groups = {"camera": [], "keys": [], "hotbar": [], "gui": []}
-    for name, s in scores.items():
-        if "r2" in s:
-            groups["camera"].append(s["r2"])
+    for name, of_action in scores.items():
+        if "r2" in of_action:
+            groups["camera"].append(of_action["r2"])
         elif name in HOTBAR + SLOTS:
-            groups["hotbar"].append(s["auroc"])
+            groups["hotbar"].append(of_action["auroc"])
         elif name == "gui_open":
-            groups["gui"].append(s["auroc"])
+            groups["gui"].append(of_action["auroc"])
         else:
-            groups["keys"].append(s["auroc"])
-    return {k: float(np.mean(v)) for k, v in groups.items() if v}
+            groups["keys"].append(of_action["auroc"])
+    return {group: float(np.mean(values)) for group, values in groups.items() if values}
 
 
 # --- tasks ---
@@ -370,10 +399,11 @@ def group_means(scores):
 def pairs(clips, second="z"):
     """Tokens of steps t and t+1 (of "ahead": predicted) and action t of all clips: (n, M, D), (n,
     M, D), (n, A)."""
-    a = clips["z"][:, :-1].flatten(0, 1)
+    # "ahead" has no first step, which nothing precedes
+    a = clips["z"][:, :-1]
     b = clips["ahead"] if second == "ahead" else clips["z"][:, 1:]
     actions = clips["actions"]
-    return a, b.flatten(0, 1), actions.reshape(-1, actions.shape[-1])
+    return a.flatten(0, 1), b.flatten(0, 1), actions.reshape(-1, actions.shape[-1])
 
 
 def inverse(train, val, dev, names, columns, steps):
@@ -398,6 +428,8 @@ def inverse(train, val, dev, names, columns, steps):
         heads = fit_heads(a, b, y[:, columns], dev, keys, steps)
         if fitted == "real":
             on_real = heads
+
+        # judged on recordings that no head has seen
         for tested, test_kind in kinds.items():
             a, b, y = pairs(val, test_kind)
             of_heads = {}
@@ -419,31 +451,40 @@ def anticipation(train, val, dev, names, columns, steps, horizon):
 
     def cut(clips):
         """Tokens of steps t-1 and t, and actions (n, horizon + 1, A) from t-1 on."""
-        actions = clips["actions"]
-        following = [actions[:, 1 + k : 1 + k + last, columns] for k in range(-1, horizon)]
-        y = np.stack(following, axis=2).reshape(-1, horizon + 1, A)
-        before = clips["z"][:, :last].flatten(0, 1)
-        now = clips["z"][:, 1 : last + 1].flatten(0, 1)
-        return before, now, y
+        actions = clips["actions"][:, :, columns]
+        following = [actions[:, k : k + last] for k in range(horizon + 1)]
+        y = np.stack(following, axis=2)
+        before = clips["z"][:, :last]
+        now = clips["z"][:, 1 : last + 1]
+        return before.flatten(0, 1), now.flatten(0, 1), y.reshape(-1, horizon + 1, A)
 
+    # action t-1 is known at step t: it is what "repeat" says, and no head is asked for it
     a, b, y = cut(train)
     a_val, b_val, y_val = cut(val)
-    heads = fit_heads(a, b, y[:, 1:].reshape(len(y), -1), np.repeat(dev, last), keys, steps)
+    ahead = y[:, 1:]
+    ahead_val = y_val[:, 1:]
+    dev = np.repeat(dev, last)
+    heads = fit_heads(a, b, ahead.reshape(len(ahead), -1), dev, keys, steps)
 
-    # guesses and their thresholds, of heads and of baselines that see no picture
-    guesses = {k: h.predict(a_val, b_val).reshape(-1, horizon, A) for k, h in heads.items()}
-    levels = {k: h.threshold.reshape(horizon, A) for k, h in heads.items()}
-    guesses["repeat"] = np.repeat(y_val[:, :1], horizon, 1)
-    guesses["mean"] = np.broadcast_to(y[:, 1:].mean(0), y_val[:, 1:].shape)
-    levels["repeat"] = levels["mean"] = np.full((horizon, A), 0.5)
+    # guesses and their thresholds
+    guesses = {}
+    levels = {}
+    for name, head in heads.items():
+        guesses[name] = head.predict(a_val, b_val).reshape(-1, horizon, A)
+        levels[name] = head.threshold.reshape(horizon, A)
+
+    # baselines that see no picture
+    guesses["repeat"] = np.repeat(y_val[:, :1], horizon, axis=1)
+    guesses["mean"] = np.broadcast_to(ahead.mean(0), ahead_val.shape)
+    for name in ("repeat", "mean"):
+        levels[name] = np.full((horizon, A), 0.5)
 
     # a row for each action ahead
     rows = []
-    for t in range(horizon):
-        truth = y_val[:, 1 + t]
+    for k in range(horizon):
         row = {}
         for name, guess in guesses.items():
-            row[name] = score(truth, guess[:, t], labels, levels[name][t])
+            row[name] = score(ahead_val[:, k], guess[:, k], labels, levels[name][k])
         rows.append(row)
     return rows
 
@@ -479,12 +520,13 @@ def motion(train, val, dev, y, y_val, steps, ahead):
     a_val = val["z"][:, :-ahead].flatten(0, 1)
     b_val = val["z"][:, ahead:].flatten(0, 1)
     scores = {}
-    for head, fitted in heads.items():
-        guess = fitted.predict(a_val, b_val)
-        scores[head] = {
-            MOVES[column]: {"r2": float(r2_score(y_val[:, column], guess[:, i]))}
-            for i, column in enumerate(columns)
-        }
+    for name, head in heads.items():
+        guess = head.predict(a_val, b_val)
+        of_moves = {}
+        for i, column in enumerate(columns):
+            r2 = r2_score(y_val[:, column], guess[:, i])
+            of_moves[MOVES[column]] = {"r2": float(r2)}
+        scores[name] = of_moves
     return scores
 
 
@@ -516,13 +558,15 @@ def order(train, val, dev, steps):
 
     # judged on recordings that neither head has seen
     scores = {}
-    for head, fitted in heads.items():
-        guess = fitted.predict(a_val, b_val)
-        scores[head] = {
-            "first": {"auroc": float(roc_auc_score(y_val[:, 0], guess[:, 0]))},
-            # two steps are always as far apart
-            "apart": {"r2": float(r2_score(y_val[:, 1], guess[:, 1])) if T > 2 else math.nan},
-        }
+    for name, head in heads.items():
+        guess = head.predict(a_val, b_val)
+        auroc = roc_auc_score(y_val[:, 0], guess[:, 0])
+
+        # two steps are always as far apart: there is nothing to explain
+        r2 = math.nan
+        if T > 2:
+            r2 = r2_score(y_val[:, 1], guess[:, 1])
+        scores[name] = {"first": {"auroc": float(auroc)}, "apart": {"r2": float(r2)}}
     return scores
 
 
@@ -530,7 +574,7 @@ def classes_in_both(y, y_val, column):
     """Labels that clips to fit on and clips to test on have ("": none). Prints which only one of
     them has; ValueError if there is nothing to tell apart."""
     # one value in all clips can be told from nothing
-    values = set(y) | set(y_val) - {""}
+    values = set(y) | (set(y_val) - {""})
     if len(values) < 2:
         raise ValueError(
             f"the label {column} is {min(values, default='empty')} in every clip: there is nothing"
@@ -540,7 +584,8 @@ def classes_in_both(y, y_val, column):
     # classes that only one split has cannot be learned, or not be tested
     both = sorted((set(y) & set(y_val)) - {""})
     for name in sorted(values - set(both) - {""}):
-        print(f"left out: {column} {name} occurs in {'--data' if name in y else '--val_data'} only")
+        split = "--data" if name in y else "--val_data"
+        print(f"left out: {column} {name} occurs in {split} only")
     if len(both) < 2 or len(both) > len(y) / 4:
         raise ValueError(
             f"the label {column} has {len(both)} values that both splits hold, for {len(y)} clips:"
@@ -567,35 +612,40 @@ def classify(train, val, y, y_val, column, steps):
     x = over_steps(train, fit)
     x_val = over_steps(val, test)
 
-    # the linear head, on the mean token
+    # the linear head, on the mean token; rare classes weigh as much as common ones
     regression = LogisticRegression(C=0.01, max_iter=1000, class_weight="balanced")
     linear = make_pipeline(StandardScaler(), regression)
     linear.fit(x.float().mean(1).numpy(), y)
-    guess = {"linear": linear.predict(x_val.float().mean(1).numpy())}
+    guesses = {"linear": linear.predict(x_val.float().mean(1).numpy())}
 
-    # the attentive head; rare classes weigh as much as common ones
+    # the attentive head, with the same weights of classes
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = np.bincount(y)
+    weight = torch.from_numpy(len(y) / (len(classes) * counts)).float().to(device)
     target = torch.from_numpy(y)
-    weight = torch.from_numpy(len(y) / (len(classes) * np.bincount(y))).float().to(device)
+
+    def inputs(rows):
+        return x[rows].float().to(device)
+
+    def loss(outputs, rows):
+        return F.cross_entropy(outputs, target[rows].to(device), weight)
+
     head = Attentive(x.shape[1], x.shape[2], len(classes)).to(device)
-    head.train_on(
-        lambda rows: x[rows].float().to(device),
-        len(x),
-        lambda scores, rows: F.cross_entropy(scores, target[rows].to(device), weight),
-        steps,
-    )
+    head.train_on(inputs, len(x), loss, steps)
+
+    # in parts, because the features of all clips need not fit on the GPU
     with torch.no_grad():
         parts = [head(part.float().to(device)).argmax(1).cpu() for part in x_val.split(256)]
-    guess["attentive"] = torch.cat(parts).numpy()
+    guesses["attentive"] = torch.cat(parts).numpy()
 
     # the bar: always the commonest class of the fitting clips
-    guess["chance"] = np.full(len(y_val), np.bincount(y).argmax())
+    guesses["chance"] = np.full(len(y_val), counts.argmax())
     scores = {}
-    for name, p in guess.items():
+    for name, guess in guesses.items():
         scores[name] = {
-            "accuracy": accuracy_score(y_val, p),
-            "balanced": balanced_accuracy_score(y_val, p),
+            "accuracy": accuracy_score(y_val, guess),
+            "balanced": balanced_accuracy_score(y_val, guess),
         }
     return scores | {"classes": classes, "clips": [len(y), len(y_val)]}
 
@@ -612,10 +662,12 @@ def inverse_table(scores):
     for name, linear in real["linear"].items():
         attentive = real["attentive"][name]
         if "r2" in linear:
-            yield f"  {name:18} R2                     {linear['r2']:11.3f} {attentive['r2']:11.3f}"
+            yield f"  {name:18} R2 {'':20}{linear['r2']:11.3f} {attentive['r2']:11.3f}"
         else:
-            cells = "".join(f" {s['auroc']:7.3f} {s['f1']:.2f}" for s in (linear, attentive))
-            yield f"  {name:18} AUROC, F1 (pressed {linear['share']:5.1%}) {cells}"
+            # F1 depends on how often a key is pressed, AUROC does not
+            pressed = f"{linear['share']:5.1%}"
+            cells = [f"{s['auroc']:7.3f} {s['f1']:.2f}" for s in (linear, attentive)]
+            yield f"  {name:18} AUROC, F1 (pressed {pressed})  {' '.join(cells)}"
 
     # means of the groups, for all four ways
     yield "fitted on -> tested on     camera R2: linear  attentive   keys AUROC: linear  attentive"
@@ -623,8 +675,10 @@ def inverse_table(scores):
         linear = group_means(heads["linear"])
         attentive = group_means(heads["attentive"])
         yield (
-            f"  {way:25} {linear.get('camera', math.nan):16.3f}"
-            f" {attentive.get('camera', math.nan):10.3f} {linear.get('keys', math.nan):20.3f}"
+            f"  {way:25}"
+            f" {linear.get('camera', math.nan):16.3f}"
+            f" {attentive.get('camera', math.nan):10.3f}"
+            f" {linear.get('keys', math.nan):20.3f}"
             f" {attentive.get('keys', math.nan):10.3f}"
         )
 
@@ -637,12 +691,15 @@ def anticipation_table(scores, seconds):
         f" {'repeat last':>12} {'mean':>8}"
     )
     for group, metric in (("camera", "R2"), ("keys", "AUROC")):
+        label = f"{group} {metric}"
         for k, ahead in enumerate(scores):
-            means = {name: group_means(s).get(group, math.nan) for name, s in ahead.items()}
+            # an action lasts a step, so it is ahead from when to when
             span = f"{k * seconds:.1f} to {(k + 1) * seconds:.1f} s ahead"
+            means = {name: group_means(s).get(group, math.nan) for name, s in ahead.items()}
             yield (
-                f"  {group + ' ' + metric:14} {span:26} {means['linear']:12.3f}"
-                f" {means['attentive']:10.3f} {means['repeat']:12.3f} {means['mean']:8.3f}"
+                f"  {label:14} {span:26}"
+                f" {means['linear']:12.3f} {means['attentive']:10.3f}"
+                f" {means['repeat']:12.3f} {means['mean']:8.3f}"
             )
 
 
@@ -665,7 +722,8 @@ def order_table(scores):
         ("first", "auroc", "which is earlier: AUROC (chance 0.5)"),
         ("apart", "r2", "how far apart: R2 (chance 0)"),
     ):
-        linear, attentive = (scores[head][name][metric] for head in ("linear", "attentive"))
+        linear = scores["linear"][name][metric]
+        attentive = scores["attentive"][name][metric]
         yield f"  {text:44} {linear:10.3f} {attentive:10.3f}"
 
 
@@ -683,31 +741,35 @@ def rows_to_compare(report):
     # means over actions, on pairs of true steps
     if "inverse" in report:
         of_heads = report["inverse"]["real -> real"]
+        yaw = {head: s.get("yaw_diff", {}) for head, s in of_heads.items()}
         real = {head: group_means(s) for head, s in of_heads.items()}
-        yaws = {head: s.get("yaw_diff", {}) for head, s in of_heads.items()}
-        add("inverse: yaw R2", yaws, "r2")
+        add("inverse: yaw R2", yaw, "r2")
         add("inverse: camera R2", real, "camera")
         add("inverse: keys AUROC", real, "keys")
         add("inverse: hotbar AUROC", real, "hotbar")
         add("inverse: GUI AUROC", real, "gui")
 
-    # the action that follows at once
+    # the action that follows at once, beside the last one again
     if "anticipation" in report:
         first = {head: group_means(s) for head, s in report["anticipation"][0].items()}
         add("anticipation: camera R2", first, "camera")
         add("anticipation: keys AUROC", first, "keys")
         add("anticipation, repeat last: keys AUROC", first, "keys", ["repeat"])
 
-    # how far, and which class
+    # how far; a move that does not vary in both splits has no score
+    of_motion = report.get("motion", {})
     for name in MOVES:
-        of_move = {head: s.get(name, {}) for head, s in report.get("motion", {}).items()}
+        of_move = {head: s.get(name, {}) for head, s in of_motion.items()}
         add(f"motion: {name} R2", of_move, "r2")
+
+    # two steps of a clip
     if "order" in report:
-        first, apart = (
-            {head: s[name] for head, s in report["order"].items()} for name in ("first", "apart")
-        )
+        first = {head: s["first"] for head, s in report["order"].items()}
+        apart = {head: s["apart"] for head, s in report["order"].items()}
         add("order: which step is earlier, AUROC", first, "auroc")
         add("order: steps between, R2", apart, "r2")
+
+    # which class, beside the commonest one
     if "classify" in report:
         add("classes: balanced accuracy", report["classify"], "balanced")
         add("classes, commonest: balanced accuracy", report["classify"], "balanced", ["chance"])
@@ -716,15 +778,18 @@ def rows_to_compare(report):
 
 def comparison_table(reports):
     """{encoder: report} -> lines for a person: the better head's score, a column an encoder."""
+    # what one encoder lacks is nan in its column
     columns = {name: rows_to_compare(report) for name, report in reports.items()}
-    names = dict.fromkeys(row for rows in columns.values() for row in rows)
+    labels = dict.fromkeys(label for rows in columns.values() for label in rows)
 
     # names of files are long: their ends tell them apart
-    width = max(12, *(min(len(name), 24) + 2 for name in columns))
-    yield f"{'the better of both heads':42}" + "".join(f"{c[-24:]:>{width}}" for c in columns)
-    for row in names:
-        cells = "".join(f"{rows.get(row, math.nan):{width}.3f}" for rows in columns.values())
-        yield f"  {row:40}" + cells
+    titles = [name[-24:] for name in columns]
+    width = max(12, *(len(title) + 2 for title in titles))
+    cells = [f"{title:>{width}}" for title in titles]
+    yield f"{'the better of both heads':42}" + "".join(cells)
+    for label in labels:
+        cells = [f"{rows.get(label, math.nan):{width}.3f}" for rows in columns.values()]
+        yield f"  {label:40}" + "".join(cells)
 
 
 def classify_table(scores, column):
@@ -732,6 +797,8 @@ def classify_table(scores, column):
     yield (
         f"clip classification: {column}, {len(scores['classes'])} classes       accuracy   balanced"
     )
-    for name in ("linear", "attentive", "chance"):
-        label = "chance (commonest)" if name == "chance" else name
-        yield f"  {label:45} {scores[name]['accuracy']:8.3f} {scores[name]['balanced']:10.3f}"
+    labels = {"linear": "linear", "attentive": "attentive", "chance": "chance (commonest)"}
+    for name, label in labels.items():
+        accuracy = scores[name]["accuracy"]
+        balanced = scores[name]["balanced"]
+        yield f"  {label:45} {accuracy:8.3f} {balanced:10.3f}"
