@@ -558,8 +558,8 @@ if __name__ == "__main__":
         allow_abbrev=False,
     )
     flag = parser.add_argument
-    for name, repository in CHECKOUTS.values():
-        flag(name, help=f"folder of a checkout of {repository}")
+    flag("--vjepa2", help="folder of a checkout of facebookresearch/vjepa2")
+    flag("--jepa_wms", help="folder of a checkout of facebookresearch/jepa-wms")
     flag("--only", nargs="+", default=PEERS, choices=PEERS, help="peers to time (default: all)")
     flag("--size", default="small", choices=SIZES, help="of what is timed (default small)")
     dtype_help = "autocast of networks, both of ours and theirs (default float32)"

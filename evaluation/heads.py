@@ -574,7 +574,7 @@ def classes_in_both(y, y_val, column):
     """Labels that clips to fit on and clips to test on have ("": none). Prints which only one of
     them has; ValueError if there is nothing to tell apart."""
     # one value in all clips can be told from nothing
-    values = set(y) | (set(y_val) - {""})
+    values = (set(y) | set(y_val)) - {""}
     if len(values) < 2:
         raise ValueError(
             f"the label {column} is {min(values, default='empty')} in every clip: there is nothing"
@@ -583,7 +583,7 @@ def classes_in_both(y, y_val, column):
 
     # classes that only one split has cannot be learned, or not be tested
     both = sorted((set(y) & set(y_val)) - {""})
-    for name in sorted(values - set(both) - {""}):
+    for name in sorted(values - set(both)):
         split = "--data" if name in y else "--val_data"
         print(f"left out: {column} {name} occurs in {split} only")
     if len(both) < 2 or len(both) > len(y) / 4:
