@@ -1,7 +1,7 @@
 """More play, a larger predictor or more steps: what lowers the held-out error?
 
-    python -m bench.laws                      # the features of make demo; about 20 minutes
-    python -m bench.laws --minutes 7 28 --widths 64 128 --steps 200
+    python -m bench.laws                      # the features of make demo; about 35 minutes
+    python -m bench.laws --widths 64 128      # about 17
     python -m bench.laws --data 'features/train/*.tar' --val_data 'features/val/*.tar' \\
         --scaler s.pkl --minutes 60 240 960 --widths 256 512 1024 --depth 12 --steps 20000
 
@@ -269,6 +269,11 @@ def plot(rows, best, doubled, low, high, path):
         ax.set_xscale("log")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9)
+
+    # a grid has few values: each is a tick
+    minutes = sorted({row["minutes"] for row in rows})
+    by_minutes.set_xticks(minutes, [f"{m:.3g}" for m in minutes])
+    by_minutes.minorticks_off()
 
     # intervals of refits need not contain the fit itself, and a bar of error has no negative length
     reach = [np.maximum(doubled - low, 0), np.maximum(high - doubled, 0)]
