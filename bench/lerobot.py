@@ -6,7 +6,7 @@
 clips  A data set is made here: two cameras of 320x180, H.264 with a key frame every second picture
        as lerobot writes it, all episodes in one mp4 a camera. A clip is 8 frames of both cameras,
        every fourth row, and their states. Both readers give the same clips in turns, in one
-       process, with PyAV; CPU seconds are counted. Frames and states must be equal.
+       process, ours with PyAV; CPU seconds are counted. Frames and states must be equal.
 open   Opening a data set of many episodes: metadata and rows, no video (its mp4s are empty files).
        The first time all rows of states are read; then the index is cached. Each opening is in a
        process of its own, whose start is not counted."""
@@ -162,12 +162,17 @@ def our_clips(root):
 
 def lerobot_clips(root):
     """The same from lerobot's loader; ImportError without it."""
+    import torchvision
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    # its reader with PyAV needs a class that torchvision has dropped; its default is torchcodec
+    backend = "pyav" if hasattr(torchvision.io, "VideoReader") else "torchcodec"
+    print(f"lerobot decodes with {backend}")
 
     seconds = [k * STRIDE / FPS for k in range(FRAMES)]
     names = [*FEATURES.values(), *POSE]
     stamps = {name: seconds for name in names}
-    dataset = LeRobotDataset("bench/made", root, delta_timestamps=stamps, video_backend="pyav")
+    dataset = LeRobotDataset("bench/made", root, delta_timestamps=stamps, video_backend=backend)
     starts = [int(x) for x in dataset.meta.episodes["dataset_from_index"]]
 
     def clip(episode, first):
