@@ -264,7 +264,8 @@ def vjepa2_rows(size, device, dtype, repeats, clock, is_compiled):
     setting = a_setting(size, device, dtype)
     encoder = setting.encoder
     side = size.crop_size // encoder.patch_size
-    B, frames, *picture = setting.frames
+    B, frames = setting.frames[:2]
+    picture = setting.frames[2:]
 
     # the same clips for its encoder: pairs of frames, as its loader normalises them
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
@@ -572,7 +573,7 @@ if __name__ == "__main__":
     flag("--cpu_seconds", action="store_true", help=clock_help)
     flag("--json", action="store_true", help="print rows as JSON lines")
     args = parser.parse_args()
-    folders = {peer: getattr(args, peer) for peer in CHECKOUTS}
+    folders = {"vjepa2": args.vjepa2, "jepa_wms": args.jepa_wms}
     for peer, folder in folders.items():
         if folder:
             open_checkout(folder, parser, *CHECKOUTS[peer])
