@@ -1511,14 +1511,38 @@ def on_device(batch, device):
 
 def inspect_latents(path):
     """Print what is in a file of latents. ValueError for what train_lam.py would refuse."""
-    latents = open_dataset(path)
+    try:
+        latents = open_dataset(path)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}: latents are one dataset, see docs/latent_actions.md") from e
+    is_usable = latents.ndim == 5 and latents.size and latents.dtype.kind == "f"
+    if not is_usable:
+        raise ValueError(
+            f"{path}: its dataset {latents.name} is {latents.shape} {latents.dtype}: latents are"
+            " floats (chunks, channels, steps, height, width)"
+        )
     steps = latents.shape[0] * latents.shape[2]
     layout = f"chunks of {latents.chunks}" if latents.chunks else "contiguous"
     first = latents[0].astype(np.float32)
+    if not np.isfinite(first).all():
+        raise ValueError(f"{path}: the first chunk is not finite: make the latents again")
     print(f"latents  {latents.shape} {latents.dtype}, {layout}: {steps} steps")
     print(f"first    from {first.min():.3f} to {first.max():.3f}, std {first.std():.3f}")
     for name, values in read_labels(path, steps).items():
         print(f"labels   {name}: {len(np.unique(values))} values, {values.min()} to {values.max()}")
+
+
+def inspect_films(path):
+    """Print how much plain video is in a file. ValueError if none of it can be read."""
+    records, bad = index_films([path])
+    if not records:
+        raise ValueError(f"{path}: no usable video: {bad[0][2]}")
+    for r in records[:8]:
+        print(f"video    {r.key}: {sum(r.stretches):.1f} s, {r.rate:.4g} frames a second")
+    if len(records) > 8:
+        print(f"         and {len(records) - 8} more")
+    for file, key, reason in bad:
+        print(f"left out: {file} {key}: {reason}")
 
 
 if __name__ == "__main__":
@@ -1533,22 +1557,29 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=8, help="clips to read")
     args = parser.parse_args()
     sys.excepthook = short_excepthook
+    if args.batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size} is too small: at least 1")
 
     # a file that holds no play: what it is, and what reads it
+    if os.path.exists(os.path.join(args.inspect, "meta", "info.json")):
+        raise ValueError(sentence_of(args.inspect, "lerobot"))
     path = expand(args.inspect)[0]
     kind = "play" if is_stream(path) else kind_of(path)
-    if kind not in ("play", "features", "latents"):
+    if kind not in ("play", "features", "latents", "film", "films"):
         raise ValueError(sentence_of(path, kind))
     if not is_stream(path):
         print(sentence_of(path, kind))
     if kind == "latents":
         inspect_latents(path)
         sys.exit()
+    if kind in ("film", "films"):
+        inspect_films(path)
+        sys.exit()
 
     # features are cut as they were made
     reader = ClipReader(action_space=args.action_space)
     if kind == "features":
-        settings = feature_settings(index_shards([path])[0])
+        settings = feature_settings(open_records(path)[0])
         if settings.get("dataset") == "droid":
             raise ValueError(sentence_of(path, "robot"))
         print("made     " + ", ".join(f"{name} {value}" for name, value in settings.items()))

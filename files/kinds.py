@@ -2,9 +2,12 @@
 
 import json
 import os
+import stat
 import struct
 import tarfile
 import zipfile
+
+from files.disk import is_storage_error
 
 # first bytes of a file -> what it is, and what reads it
 MAGIC = {
@@ -12,8 +15,9 @@ MAGIC = {
     b"PAR1": "parquet",
     b"PK\x03\x04": "zip",
     b"\x1a\x45\xdf\xa3": "film",  # Matroska, WebM
-    b"RIFF": "film",  # AVI
     b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 
@@ -26,6 +30,10 @@ KINDS = {
         "train_lam.py reads a folder of them, --data_dir",
     ),
     "robot": ("robot episodes", "look into them with: python -m droid --inspect {path}"),
+    "lerobot": (
+        "a LeRobot data set",
+        "look into it with: python -m droid --inspect {path}",
+    ),
     "film": (
         "plain video",
         "train_vjepa.py reads it; with lines of actions beside it, pack both with: python -m"
@@ -43,7 +51,11 @@ KINDS = {
     "weights": ("weights", "--encoder or --checkpoint take it, --data does not"),
     "gzip": ("compressed with gzip", "unpack it first: gunzip -k {path}"),
     "zstd": ("compressed with zstd", "unpack it first: zstd -d {path}"),
+    "bzip2": ("compressed with bzip2", "unpack it first: bunzip2 -k {path}"),
+    "xz": ("compressed with xz", "unpack it first: unxz -k {path}"),
     "empty": ("empty", "copy it again"),
+    "cut": ("cut short or damaged", "copy it again"),
+    "device": ("no file but a pipe or a device", "write it to a file first"),
     "unknown": (
         "of no kind that is read here",
         "docs/data.md says how to write shards of your own play",
@@ -53,6 +65,9 @@ KINDS = {
 
 def kind_of(path):
     """A key of KINDS for a local file. Raises OSError if it cannot be opened."""
+    # a pipe without a writer would be waited for
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return "device"
     with open(path, "rb") as f:
         head = f.read(512)
     if not head:
@@ -64,7 +79,9 @@ def kind_of(path):
             return kind_of_zip(path)
         if head.startswith(magic):
             return kind
-    if head[4:8] == b"ftyp":
+    # sounds and pictures can be RIFF too
+    is_avi = head[:4] == b"RIFF" and head[8:12] == b"AVI "
+    if head[4:8] == b"ftyp" or is_avi:
         return "film"
     if tarfile.is_tarfile(path):
         return kind_of_tar(path)
@@ -80,6 +97,7 @@ def kind_of(path):
 def kind_of_tar(path):
     """By the endings of the first members."""
     endings = set()
+    is_whole = True
     try:
         with tarfile.open(path, "r:*") as tar:
             for number, member in enumerate(tar):
@@ -88,23 +106,39 @@ def kind_of_tar(path):
                     break
     except tarfile.TarError:
         # the index says where it is damaged
-        pass
+        is_whole = False
     if ".safetensors" in endings:
         return "features"
     if ".jsonl" in endings:
         return "play"
+
+    # the lines may have stood behind the cut
+    if not is_whole:
+        return "cut"
     return "films" if endings & {".mp4", ".mkv", ".webm", ".avi", ".mov"} else "unknown"
 
 
 def kind_of_hdf5(path):
-    """Latents are one dataset of five dims; episodes of robots have groups."""
+    """Latents are a dataset of five dims; episodes of robots have groups."""
     import h5py  # takes a moment to import
 
-    with h5py.File(path, "r") as f:
-        datasets = [item for item in f.values() if isinstance(item, h5py.Dataset)]
-        if len(f) == len(datasets) == 1 and datasets[0].ndim == 5:
-            return "latents"
-        return "robot" if {"observation", "action", "data"} & set(f) else "unknown"
+    dims = []
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            dims.append(item.ndim)
+
+    # h5py has no exception of its own for what is damaged
+    try:
+        with h5py.File(path, "r") as f:
+            if {"observation", "action", "data"} & set(f):
+                return "robot"
+            f.visititems(visit)
+    except (OSError, RuntimeError, LookupError) as e:
+        if is_storage_error(e):
+            raise
+        return "cut"
+    return "latents" if 5 in dims else "unknown"
 
 
 def kind_of_zip(path):

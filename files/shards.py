@@ -215,6 +215,10 @@ def expand(patterns):
         return braces(patterns, True)
     files = []
     for pattern, found in matches(patterns):
+        if not found and os.path.islink(pattern):
+            raise FileNotFoundError(
+                f"{pattern} is a link to {os.readlink(pattern)}, which leads nowhere: fix the link"
+            )
         if not found:
             raise FileNotFoundError(
                 f"no shard matches {pattern}; make some with: python -m prepare.demo --out demo (or"

@@ -1,6 +1,7 @@
 """data.py: shards, order, windows, streams, features. Shards are real tar files of real recordings
 (tests/conftest.py)."""
 
+import bz2
 import collections
 import errno
 import gzip
@@ -1111,6 +1112,43 @@ def test_a_file_of_another_kind_is_named(tmp_path, shards, forkserver):
     assert "python -m droid --inspect" in fails(
         tmp_path, "data.py", "--inspect", tmp_path / "b.tar"
     )
+
+
+def test_a_damaged_file_is_named_and_no_other_kind(tmp_path, forkserver):
+    """Bug: a shard cut before its lines is plain video, a sound is video; features of which nothing
+    is left, latents without values, or a batch of none end in a traceback."""
+    write_tar(tmp_path / "whole.tar", {"x.mp4": film(20), "x.jsonl": jsonl(contractor(20))})
+    shard = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(shard[:2000])
+    with h5py.File(tmp_path / "none.h5", "w") as f:
+        f["latents"] = np.zeros((0, 4, 2, 8, 8), np.float16)
+    with h5py.File(tmp_path / "two.h5", "w") as f:
+        f["latents"] = np.zeros((2, 4, 2, 8, 8), np.float16)
+        f["actions"] = np.zeros(4, int)
+    (tmp_path / "cut.h5").write_bytes((tmp_path / "two.h5").read_bytes()[:1000])
+    (tmp_path / "a.bz2").write_bytes(bz2.compress(shard))
+    (tmp_path / "a.wav").write_bytes(b"RIFF1234WAVEfmt " + bytes(600))
+    (tmp_path / "a.avi").write_bytes(b"RIFF1234AVI LIST" + bytes(600))
+    os.mkfifo(tmp_path / "pipe")
+    kinds = {"cut.tar": "cut", "none.h5": "latents", "two.h5": "latents", "cut.h5": "cut"}
+    kinds |= {"a.bz2": "bzip2", "a.wav": "unknown", "a.avi": "film", "pipe": "device"}
+    assert {name: kind_of(tmp_path / name) for name in kinds} == kinds
+
+    # the sentence says what is wrong; a folder of LeRobot is no folder of shards
+    write_tar(tmp_path / "features.tar", {"a@0.safetensors": b"xx"})
+    (tmp_path / "v.mp4").write_bytes(film(20)[:900])
+    (tmp_path / "set" / "meta").mkdir(parents=True)
+    (tmp_path / "set" / "meta" / "info.json").write_text("{}")
+    (tmp_path / "loop").symlink_to("loop")
+    sentences = {
+        "none.h5": "is (0, 4, 2, 8, 8) float16: latents are",
+        "features.tar": "header is damaged",
+        "v.mp4": "no usable video: the mp4 is truncated",
+        "set": "python -m droid --inspect",
+        "loop": "leads nowhere",
+    }
+    for name, sentence in sentences.items():
+        assert sentence in fails(tmp_path, "data.py", "--inspect", tmp_path / name)
 
 
 def test_recordings_are_picked_by_name(tmp_path, shards, forkserver):
