@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -922,16 +923,22 @@ def held_count(names, val_fraction):
 
 
 def read_names(path):
-    """The file of --recordings: names of recordings, one a line; what follows a # is a comment.
-    ValueError if it names none, FileNotFoundError if it is none."""
+    """The file of --recordings: names of recordings, one a line; what follows a # at the beginning
+    or after a blank is a comment. ValueError if it names none, FileNotFoundError if it is none."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--recordings {path}: no such file")
+
+    # editors on Windows write a mark in front (sig), or UTF-16
     names = []
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            name = line.partition("#")[0].strip()
-            if name:
-                names.append(name)
+    with open(path, encoding="utf-8-sig") as f:
+        try:
+            lines = f.readlines()
+        except UnicodeDecodeError as e:
+            raise ValueError(f"--recordings {path} is no text in UTF-8: save it as UTF-8") from e
+    for line in lines:
+        name = re.split(r"(?:^|\s)#", line)[0].strip()
+        if name:
+            names.append(name)
     if not names:
         raise ValueError(f"--recordings {path} names no recording: write one a line")
     return names
@@ -944,9 +951,9 @@ def pick(records, only):
     picked = [r for r in records if r.recording in wanted]
     if records and not picked:
         raise ValueError(
-            f"--recordings picks none of the {len(records)} recordings of a --data, such as"
-            f" {records[0].recording} in {records[0].shard}: leave that --data out, or check the"
-            " names"
+            f"--recordings ({only[0]} ...) picks none of the {len(records)} recordings of a --data,"
+            f" such as {records[0].recording} in {records[0].shard}: leave that --data out, or"
+            " check the names"
         )
     return picked
 

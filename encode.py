@@ -682,7 +682,7 @@ if __name__ == "__main__":
     # when SLURM ends the job, the half-written shard is removed
     signal.signal(signal.SIGTERM, stop)
     robots = args.dataset == "droid"
-    only = read_names(args.recordings) if args.recordings else None
+    only = None if args.recordings is None else read_names(args.recordings)
 
     # --- distributed ---
     # torchrun sets these; ranks share the files and otherwise work alone

@@ -68,7 +68,7 @@ def read_flags():
         parser.set_defaults(output="droid_action_scaler.pkl", fps=4.0, frames_per_step=1)
         args = parser.parse_args()
 
-    if args.recordings and args.dataset == "droid":
+    if args.recordings is not None and args.dataset == "droid":
         raise SystemExit("--recordings picks recordings of play: it does not go with droid")
     if args.frames_per_clip is not None and args.dataset == "vpt":
         raise SystemExit("--frames_per_clip chooses robot episodes: it needs --dataset droid")
@@ -379,7 +379,7 @@ if __name__ == "__main__":
         print0 = print if rank == 0 else str
         jobs, bad, names, units = robots.open(patterns, args.max_shards, args.val_fraction, print0)
     else:
-        only = read_names(args.recordings) if args.recordings else None
+        only = None if args.recordings is None else read_names(args.recordings)
         jobs, bad = open_lines(data, args.max_shards, args.val_fraction, only)
 
     # in random order, so the first samples are from all over the data

@@ -328,7 +328,7 @@ if __name__ == "__main__":
     if args.init_from and not os.path.exists(args.init_from):
         raise FileNotFoundError(f"--init_from {args.init_from}: no such file or run folder")
 
-    only = read_names(args.recordings) if args.recordings else None
+    only = None if args.recordings is None else read_names(args.recordings)
 
     # the scaler must be of the same actions and the same step; if the file is missing, the error
     # shows the command that fits one

@@ -346,7 +346,7 @@ if __name__ == "__main__":
     # a pattern or a path without a file is an error now, not after the model is built
     find_files = find_episodes if robots else film_paths
     paths = [find_files(group) for group in [*data, *(val_data or [])]]
-    only = read_names(args.recordings) if args.recordings else None
+    only = None if args.recordings is None else read_names(args.recordings)
     vae = weights.open_picture_vae(args.vae).to(device) if args.vae else None
     lpips = weights.Lpips(args.lpips).to(device) if args.lpips else None
 

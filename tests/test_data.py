@@ -1177,6 +1177,18 @@ def test_recordings_are_picked_by_name(tmp_path, shards, forkserver):
     with pytest.raises(ValueError, match="does not go with streams"):
         open_split("http://127.0.0.1/a.tar", only=["a"])
 
+    # as editors on Windows write it; a # inside a name is no comment
+    names.write_bytes(b"\xef\xbb\xbfa b\r\nday#1 # good\r\n# end\r\n")
+    assert read_names(names) == ["a b", "day#1"]
+    names.write_bytes("a\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        read_names(names)
+
+    # an empty variable of the shell is no reason to take everything
+    for script in ("train_ac.py", "fit_scaler.py"):
+        error = fails(tmp_path, script, "--data", path, "--recordings=")
+        assert "--recordings : no such file" in error
+
     # the commands
     names.write_text(keys[0] + "\n")
     flags = ["--data", shards / "shard-*.tar", "--recordings", names, "--num_workers 0"]
