@@ -165,6 +165,7 @@ from files.features import (
     tar_names,
 )
 from files.films import film_index, film_paths, index_films
+from files.kinds import kind_of, sentence_of
 from files.latents import encode_latents, find_files, merged_frames
 from files.logs import append_jsonl
 from files.progress import tqdm
@@ -229,6 +230,24 @@ def check_settings(out, made_with):
 def write_settings(out, made_with):
     # before the first shard: a run with other settings that starts later must see them
     write_atomically(os.path.join(out, SETTINGS), json.dumps(made_with).encode())
+
+
+def refuse_other_kinds(path):
+    """ValueError if the first file of --data is nothing that has lines of actions. A shard that is
+    damaged is left out later, with its reason."""
+    if is_stream(path):
+        return
+    kind = kind_of(path)
+    if kind in ("film", "films"):
+        raise ValueError(
+            f"{path} is plain video, and features go with actions: with lines of actions beside it,"
+            " pack both with python -m prepare.shards; without any, give --vae (latents for"
+            " train_lam.py), or train_vjepa.py the video as it is"
+        )
+    if kind == "robot":
+        raise ValueError(f"{path} is robot episodes: add --dataset droid")
+    if kind in ("latents", "lines", "parquet", "weights"):
+        raise ValueError(f"{sentence_of(path, kind)}; encode.py takes shards of play")
 
 
 def target_files(names, out):
@@ -509,8 +528,8 @@ def write_shards(job, targets, records, bad, plan, how, meta):
     if todo and not written:
         for path in todo:
             os.unlink(targets[path])
-        hint = "" if meta.get("dataset") == "droid" else " (robot episodes need --dataset droid)"
-        raise ValueError(f"nothing could be encoded, see above{hint}")
+        example = f" ({' '.join(bad[0])})" if bad else ""
+        raise ValueError(f"nothing could be encoded, see above{example}")
 
     # finished shards are not tried again, even if a recording has been repaired since
     left_out = os.path.join(job.out, LEFT_OUT)
@@ -705,6 +724,8 @@ if __name__ == "__main__":
         films = not holds_play(paths)
     if not films:
         paths = find_episodes(patterns) if robots else expand(patterns)
+    if not robots and not args.vae:
+        refuse_other_kinds(paths[0])
     if os.path.realpath(args.out) in {os.path.dirname(os.path.realpath(p)) for p in paths}:
         raise ValueError(f"--out {args.out} is where the recordings are: choose another folder")
 

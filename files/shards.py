@@ -444,6 +444,8 @@ def tar_flaw(path, error):
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             return f"compressed ({name}), and a clip must be sought: unpack it to a .tar"
+    if head[4:8] == b"ftyp":
+        return "no tar but a video: pack it with its lines of actions, python -m prepare.shards"
     return f"truncated or damaged tar: {error}"
 
 

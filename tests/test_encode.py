@@ -467,8 +467,20 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     nothing = fails(
         tmp_path, "encode.py", "--data", tmp_path / "torn.tar", HOW, "--out", tmp_path / "n"
     )
-    assert "nothing could be encoded, see above (robot episodes need --dataset droid)" in nothing
+    assert f"nothing could be encoded, see above ({tmp_path / 'torn.tar'} " in nothing
     assert not tars(tmp_path / "n")
+
+    # plain video was a damaged tar, and what to do with it was not said
+    (tmp_path / "v.mp4").write_bytes(film(20))
+    write_tar(tmp_path / "v.tar", {"v.mp4": film(20)})
+    for name in ("v.mp4", "v.tar"):
+        video = fails(
+            tmp_path, "encode.py", "--data", tmp_path / name, HOW, "--out", tmp_path / "n"
+        )
+        assert f"{name} is plain video" in video and "--vae" in video
+    (tmp_path / "r.tar").write_bytes(tfrecord(0, 20))
+    robot = fails(tmp_path, "encode.py", "--data", tmp_path / "r.tar", HOW, "--out", tmp_path / "n")
+    assert "r.tar is robot episodes: add --dataset droid" in robot
 
     url = fails(tmp_path, "encode.py", "--data", "http://localhost:1/a.tar", *out)
     assert "http://localhost:1/a.tar: encode.py needs to seek: name a --cache_dir" in url
