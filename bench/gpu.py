@@ -24,9 +24,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 
-from files.disk import write_atomically
+from files.disk import make_folder, write_atomically
 
 # share of --minutes that each section may take; compiling takes most of it
 SHARES = {
@@ -42,17 +43,32 @@ SHARES = {
 }
 
 
+# what the file of a section has, whatever became of it
+PARTS = {"section", "machine", "is_finished", "error", "rows"}
+
+
 def read_section(path):
-    """What was written of a section; None if it was not measured."""
+    """What was written of a section; None if it was not measured, or if the file is damaged."""
+    if not os.path.exists(path):
+        return None
     try:
         with open(path) as f:
-            return json.load(f)
-    except FileNotFoundError:
+            section = json.load(f)
+    except ValueError:
+        section = None
+    if not isinstance(section, dict) or not PARTS <= set(section):
+        print(f"{path} is damaged and not used")
         return None
+    return section
 
 
 def write_section(path, section):
     write_atomically(path, json.dumps(section, indent=1).encode())
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def run_section(section, path, log, device_name):
@@ -61,8 +77,9 @@ def run_section(section, path, log, device_name):
 
     from bench.gpu_sections import measure
 
-    # the processes that it starts end with it
+    # the processes that it starts end with it, and it with the program, even if that is killed
     os.setsid()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with open(log, "wb") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
@@ -72,7 +89,7 @@ def run_section(section, path, log, device_name):
 
     began = time.perf_counter()
     rows = measure(section["section"], torch.device(device_name), keep)
-    section |= {"is_finished": True, "seconds": time.perf_counter() - began}
+    section |= {"is_finished": True, "seconds": time.perf_counter() - began, "error": ""}
     keep(rows)
 
 
@@ -82,8 +99,10 @@ def error_of(process, limit, log):
         return f"ended after {limit:.0f} s, its share of --minutes"
     if process.exitcode == 0:
         return ""
-    with open(log, errors="replace") as f:
-        lines = f.read().split("\n")
+    lines = []
+    if os.path.exists(log):
+        with open(log, errors="replace") as f:
+            lines = f.read().split("\n")
     last = [line for line in lines if line.strip()][-1:]
     return last[0] if last else f"ended with exit code {process.exitcode}"
 
@@ -96,6 +115,12 @@ def kill_group(process):
         # it has ended and left nobody, or has not come to os.setsid yet
         process.kill()
     process.join()
+
+
+def stop(signum, frame):
+    # as an exception, so that the section under way is ended
+    print("stopped: the same command continues", flush=True)
+    sys.exit(128 + signum)
 
 
 def cell(value):
@@ -148,12 +173,15 @@ if __name__ == "__main__":
     again_help = "measure sections again that are finished"
     flag("--again", action="store_true", help=again_help)
     args = parser.parse_args()
-    if args.minutes <= 0:
-        parser.error(f"--minutes {args.minutes:g} leaves no time: give more than 0")
+    if not 0 < args.minutes < 1e6:
+        parser.error(f"--minutes {args.minutes:g} is no time: give more than 0")
 
     # --- device ---
     # compilers and indices keep what they made in OUT, so that a second call takes less time
-    os.makedirs(args.out, exist_ok=True)
+    import checkpoint
+
+    sys.excepthook = checkpoint.short_excepthook
+    make_folder("--out", args.out)
     scratch = os.path.abspath(os.path.join(args.out, "cache"))
     os.environ["NANOJEPA_CACHE"] = os.path.join(scratch, "play")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(scratch, "inductor")
@@ -175,6 +203,8 @@ if __name__ == "__main__":
     context.set_forkserver_preload(["bench.gpu_sections"])
 
     # --- measure ---
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     names = args.only or list(SHARES)
     began = time.monotonic()
     for name in names:
@@ -189,17 +219,21 @@ if __name__ == "__main__":
         # the section, for its share of the time
         limit = 60 * args.minutes * SHARES[name] / sum(SHARES[other] for other in names)
         print(f"{name}: {limit:.0f} s at most ...", flush=True)
-        section = {"section": name, "machine": machine, "is_finished": False, "error": ""}
+        section = {"section": name, "machine": machine, "is_finished": False}
+        section["error"] = "it was interrupted"
         write_section(path, section | {"rows": []})
         process = context.Process(target=run_section, args=(section, path, log, str(device)))
         process.start()
-        process.join(limit)
-        error = error_of(process, limit, log)
-        kill_group(process)
+        try:
+            process.join(limit)
+            error = error_of(process, limit, log)
+        finally:
+            kill_group(process)
 
         # an error stands beside the rows that were measured before it
         if error:
-            write_section(path, read_section(path) | {"error": error})
+            section = read_section(path) or section | {"rows": []}
+            write_section(path, section | {"error": error})
         print(f"{name}: {error or 'done'}, {time.monotonic() - began:.0f} s so far", flush=True)
 
     # --- the table ---

@@ -2,14 +2,17 @@
 equal before it is timed."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 
-from bench import laws, lewm, peers
+from bench import gpu, laws, lewm, peers
 from files.shards import Record
-from tests.harness import fails, run, run_bench
+from tests.harness import Run, fails, run, run_bench
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -128,6 +131,42 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
     loader = json.loads((day / "loader.json").read_text())
     assert not loader["is_finished"] and "--minutes" in loader["error"]
     assert "continues with them" in text
+
+
+def test_a_damaged_section_is_measured_again(tmp_path, capsys):
+    """Bug: a section cut by a full disk or by hand ends every later call in a traceback, and so
+    does an --out that is a file."""
+    path = tmp_path / "facts.json"
+    section = {"section": "facts", "machine": {}, "is_finished": True, "error": "", "rows": []}
+    gpu.write_section(path, section)
+    assert gpu.read_section(path) == section
+    for text in ('{"section": "fa', "[]", '{"section": "facts"}'):
+        path.write_text(text)
+        assert gpu.read_section(path) is None
+        assert f"{path} is damaged" in capsys.readouterr().out
+    assert gpu.read_section(tmp_path / "none.json") is None
+    assert f"--out {path}: File exists" in fails(tmp_path, "bench/gpu.py", "--out", path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_gpu_day_leaves_nothing_behind(tmp_path, number):
+    """Bug: the section under way goes on without the program, beside that of the next call, or the
+    program waits for its end after Ctrl-C."""
+    day = Run(tmp_path, "bench/gpu.py", "--out", tmp_path, "--only checks --minutes 30")
+    path = tmp_path / "checks.json"
+    assert day.until(lambda: '"check":' in (path.read_text() if path.exists() else ""))
+    os.kill(day.process.pid, number)
+    code, text = day.wait(60)
+    assert code == (143 if number == signal.SIGTERM else -9)
+    assert "Traceback" not in text
+
+    # what was measured stays, and nothing is added: a section of its own would not be done yet
+    time.sleep(1)
+    measured = path.read_text()
+    time.sleep(4)
+    assert path.read_text() == measured and gpu.read_section(path)["rows"]
+    assert gpu.read_section(path)["error"] == "it was interrupted"
 
 
 def test_the_law_that_made_the_errors_is_found():
