@@ -51,7 +51,7 @@ def peak_of(device, dtype=torch.bfloat16):
 def peak_to_assume(device, dtype, peak_tflops, print0):
     """FLOP/s of which MFU is a share: what --peak_tflops says, otherwise `peak_of`; None if neither
     is known. Prints once what is assumed; nothing on a CPU. dtype: a name."""
-    if peak_tflops is not None and not peak_tflops > 0:
+    if peak_tflops is not None and not 0 < peak_tflops < math.inf:
         raise ValueError(f"--peak_tflops {peak_tflops} is no speed: use a number above 0")
     if peak_tflops:
         print0(f"MFU is the share of {peak_tflops:g} TFLOP/s (--peak_tflops)")

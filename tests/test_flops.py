@@ -1,5 +1,7 @@
 """kernels/flops.py: what a step computes, and the peak that MFU is a share of."""
 
+import math
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -105,5 +107,6 @@ def test_a_cpu_has_no_peak_unless_a_flag_says_one():
     assert peak_to_assume(cpu, "float32", None, lines.append) is None and not lines
     assert peak_to_assume(cpu, "float32", 0.25, lines.append) == 2.5e11
     assert "0.25 TFLOP/s (--peak_tflops)" in lines[0]
-    with pytest.raises(ValueError, match="--peak_tflops -1.0 is no speed"):
-        peak_to_assume(cpu, "float32", -1.0, lines.append)
+    for tflops in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"--peak_tflops {tflops} is no speed"):
+            peak_to_assume(cpu, "float32", tflops, lines.append)
