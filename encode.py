@@ -25,6 +25,7 @@ A run that was killed continues with the same command. What cannot be read is li
 left_out.jsonl."""
 
 import argparse
+import math
 import os
 
 # --- flags ---
@@ -114,8 +115,11 @@ def read_flags():
 
     # each message names one flag
     for name in ("phases", "batch_size", "crop_size", "frames_per_step", "frames_per_clip", "fps"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name):g} is too small")
+        value = getattr(args, name)
+        if value <= 0:
+            parser.error(f"--{name} {value:g} is too small")
+        if not value < math.inf:
+            parser.error(f"--{name} {value:g} is no number that can be used")
     return args
 
 
@@ -734,6 +738,7 @@ if __name__ == "__main__":
     if world > 1:
         dist.init_process_group("gloo")
     if rank == 0:
+        make_folder("--out", args.out)
         lock(args.out)
     if world > 1:
         dist.barrier()

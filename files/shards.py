@@ -80,9 +80,14 @@ def matches(pattern):
     """Path, glob or {a..b} range -> [(pattern without braces, [path])].
 
     A path that exists is taken as it is, whatever braces, brackets or backslashes are in its name.
-    Likewise the longest folder that exists is taken as it is, and only the rest is a pattern."""
+    Likewise the longest folder that exists is taken as it is, and only the rest is a pattern.
+    FileNotFoundError for a link to nothing."""
     if exists(pattern):
         return [(pattern, [pattern])]
+    if os.path.islink(pattern):
+        raise FileNotFoundError(
+            f"{pattern} is a link to {os.readlink(pattern)}, which leads nowhere: fix the link"
+        )
     folder, rest = os.path.split(pattern)
     while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
         folder, name = os.path.split(folder)
@@ -215,10 +220,6 @@ def expand(patterns):
         return braces(patterns, True)
     files = []
     for pattern, found in matches(patterns):
-        if not found and os.path.islink(pattern):
-            raise FileNotFoundError(
-                f"{pattern} is a link to {os.readlink(pattern)}, which leads nowhere: fix the link"
-            )
         if not found:
             raise FileNotFoundError(
                 f"no shard matches {pattern}; make some with: python -m prepare.demo --out demo (or"

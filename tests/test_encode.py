@@ -459,6 +459,12 @@ def test_what_encode_cannot_do_is_refused_in_one_sentence(encoded, shards, tmp_p
     for flag in ("--batch_size 0", "--phases 0"):
         assert f"{flag} is too small" in fails(tmp_path, "encode.py", "--data", play, *out, flag)
 
+    assert "--fps nan is no number" in fails(
+        tmp_path, "encode.py", "--data", play, *out, "--fps nan"
+    )
+    file = fails(tmp_path, "encode.py", "--data", play, HOW, "--out", play)
+    assert f"--out {play}: File exists; name a folder" in file
+
     same = fails(tmp_path, "encode.py", "--data", play, HOW, "--out", shards)
     assert f"--out {shards} is where the recordings are" in same
     assert "lock" not in os.listdir(shards)
