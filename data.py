@@ -1214,6 +1214,13 @@ def split_groups(
                 f" {shared[0].shard} {shared[0].key} among them: hold them out of --data"
             )
 
+    # clips of both cannot be in one batch
+    of_kind = {r.is_features: r.shard for r in train + val}
+    if len(of_kind) > 1:
+        raise ValueError(
+            f"{of_kind[True]} holds features, and {of_kind[False]} video: pass one kind"
+        )
+
     # a few bad recordings of a small set are a large fraction, and are listed anyway
     total = len(train) + len(val) + len(bad)
     if total >= 100 and len(bad) > max_bad_fraction * total:

@@ -28,6 +28,7 @@ from files.disk import (
     storage_sentence,
     write_cache,
 )
+from files.kinds import KINDS, kind_of
 from files.progress import tqdm
 from files.remote import Shard
 from files.streams import is_apple_double, member_kind
@@ -445,8 +446,14 @@ def tar_flaw(path, error):
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             return f"compressed ({name}), and a clip must be sought: unpack it to a .tar"
-    if head[4:8] == b"ftyp":
-        return "no tar but a video: pack it with its lines of actions, python -m prepare.shards"
+
+    # what else it is; a Shard is a copy of a URL
+    kind = "unknown" if isinstance(path, Shard) else kind_of(path)
+    if kind == "film" and str(path).endswith(".tar"):
+        return "plain video, and no tar: rename it"
+    if kind in ("film", "latents", "robot", "lines", "parquet", "weights"):
+        what, advice = KINDS[kind]
+        return f"no tar but {what}: {advice.format(path=path)}"
     return f"truncated or damaged tar: {error}"
 
 

@@ -1114,6 +1114,25 @@ def test_a_file_of_another_kind_is_named(tmp_path, shards, forkserver):
     )
 
 
+def test_shards_of_another_kind_are_refused_before_training(tmp_path, shards):
+    """Bug: features beside shards of video are found when a batch has both, after hours; a video
+    or latents in place of a shard are a damaged tar."""
+    motion = {"actions": torch.zeros(8, 38), "states": torch.zeros(9, 2, dtype=torch.float64)}
+    member = safetensors_bytes(motion | {"z": torch.zeros(9, 4, 8).bfloat16()})
+    features = write_tar(tmp_path / "f.tar", {"a@0.safetensors": member})
+    play = str(shards / "shard-000000.tar")
+    for data in ([play, features], [[features], [play]]):
+        with pytest.raises(ValueError, match="f.tar holds features, and .*video: pass one kind"):
+            open_split(data)
+
+    (tmp_path / "v.mp4").write_bytes(film(20))
+    (tmp_path / "v.tar").write_bytes(film(20))
+    (tmp_path / "r.tar").write_bytes(tfrecord(0, 20))
+    for name, reason in (("v.mp4", "prepare.shards"), ("v.tar", "rename"), ("r.tar", "droid")):
+        with pytest.raises(ValueError, match=f"no usable recording in .*{name}.*{reason}"):
+            open_records([str(tmp_path / name)])
+
+
 def test_a_damaged_file_is_named_and_no_other_kind(tmp_path, forkserver):
     """Bug: a shard cut before its lines is plain video, a sound is video; features of which nothing
     is left, latents without values, or a batch of none end in a traceback."""
