@@ -108,7 +108,7 @@ import torch.distributed as dist
 from checkpoint import peak_memory, short_excepthook
 from data import STD_RANGE, ActionScaler, open_lines, read_names
 from droid import DroidSteps
-from files.disk import READ_ERRORS, is_storage_error, storage_sentence
+from files.disk import READ_ERRORS, is_storage_error, make_folder, storage_sentence
 from files.progress import tqdm
 from files.shards import Slice, is_stream
 from files.streams import stream_recordings
@@ -367,6 +367,10 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
 
     # --- data ---
+    # a folder that cannot be written is an error now, not after the fit
+    if rank == 0:
+        make_folder("--output in", os.path.dirname(os.path.abspath(args.output)))
+
     # a job is what one worker reads at once: a recording, a stream, or a robot file
     data = args.data or [["VPT/*.tar"]]
     robots = None

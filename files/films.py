@@ -27,6 +27,8 @@ from files.disk import (
     storage_sentence,
     write_cache,
 )
+from files.kinds import KINDS as KINDS_OF_FILES
+from files.kinds import kind_of
 from files.progress import tqdm
 from files.remote import Shard
 from files.shards import (
@@ -134,6 +136,12 @@ def film_index(path):
         return tar_index(path, size)
     if not size:
         return [], [(path, key, "the video has zero bytes")]
+
+    # FFmpeg takes the pictures in a TFRecord for a film
+    kind = "film" if isinstance(path, Shard) else kind_of(path)
+    if kind in ("latents", "robot", "parquet", "weights"):
+        what, advice = KINDS_OF_FILES[kind]
+        return [], [(path, key, f"no video but {what}: {advice.format(path=path)}")]
     if is_apple_double(path, read_start(path, (0, 8))):
         return [], []
     return [Record(path, key, {"film": (0, size)})], []

@@ -18,6 +18,7 @@ from files.films import FilmReader, film_paths
 from files.remote import cached
 from files.vpt import ClipReader
 from tests.harness import (
+    FIXTURES,
     HEIGHT,
     WIDTH,
     contractor,
@@ -332,6 +333,16 @@ def test_a_file_that_is_no_video_is_named(tmp_path, monkeypatch):
         open_films(str(tmp_path), READER, max_bad_fraction=0.5)
     with pytest.raises(ValueError, match="no usable video in .*page-0.mp4"):
         open_films(str(tmp_path / "page-?.mp4"), READER)
+
+
+def test_robot_episodes_are_no_video(tmp_path):
+    """Bug: FFmpeg finds the pictures in a TFRecord, and an encoder is trained on them as a film; a
+    rate of nan is said to be too short a video."""
+    pack = os.path.join(FIXTURES, "droid_tf.tfrecord")
+    records, bad = films.index_films([pack])
+    assert not records and "no video but robot episodes: look into them" in bad[0][2]
+    with pytest.raises(ValueError, match="--fps nan: sampled frames"):
+        FilmReader(fps=float("nan"))
 
 
 def test_videos_that_are_shorter_than_a_clip_are_counted(tmp_path, capsys):

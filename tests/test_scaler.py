@@ -508,6 +508,9 @@ def test_nothing_there(tmp_path, monkeypatch):
         run()
     with pytest.raises(SystemExit, match="must end in .pkl or .safetensors"):
         run("--output", tmp_path / "scaler.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--output in .*file: File exists; name a folder"):
+        run("--output", tmp_path / "file" / "scaler.pkl")
     with pytest.raises(SystemExit, match="--max_samples 0 must be positive"):
         run("--max_samples", 0)
 
