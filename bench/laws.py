@@ -21,8 +21,10 @@ of budgets the width and the steps of the lowest error that the law gives on all
 OUT/laws.png is the plot, OUT/laws.json has all numbers."""
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 
@@ -33,8 +35,8 @@ import checkpoint
 from bench import report
 from bench.step import useful_flops
 from bench.trainings import run
-from data import open_records
-from files.disk import write_atomically
+from data import ActionScaler, open_records
+from files.disk import continue_folder, write_atomically
 from files.features import feature_settings
 from files.logs import read_csv
 from files.progress import tqdm
@@ -60,6 +62,12 @@ REFITS = 200
 
 
 # --- the runs ---
+
+
+def digest(records):
+    """A short text that tells these features from others."""
+    keys = "\n".join(sorted(r.key for r in records))
+    return f"({len(records)} members, sha256 {hashlib.sha256(keys.encode()).hexdigest()[:8]})"
 
 
 def minutes_of_play(records, settings):
@@ -321,13 +329,29 @@ if __name__ == "__main__":
     for width in args.widths:
         if width < 32 or width % 32:
             parser.error(f"--widths {width} is no multiple of 32")
+    for minutes in args.minutes:
+        if not 0 < minutes < math.inf:
+            parser.error(f"--minutes {minutes:g} is no play: give numbers above 0")
 
     # --- the runs ---
+    # what all runs need is opened before the first one is trained
     records, _ = open_records(args.data)
+    held_out, _ = open_records(args.val_data)
+    scaler = ActionScaler.load(args.scaler)
     settings = feature_settings(records)
     minutes_of = minutes_of_play(records, settings)
     ipe = args.steps // PARTS
-    os.makedirs(args.out, exist_ok=True)
+
+    # runs of other data are no points of this law
+    shared = {
+        "data": digest(records),
+        "val_data": digest(held_out),
+        "encoder": settings["encoder"],
+        "scaler": scaler.hash,
+        "action_space": args.action_space,
+        "val_clips": args.val_clips,
+    }
+    continue_folder(args.out, "made_with.json", shared)
 
     # sizes of all widths that may be asked for, trained or not
     size_of = {}
