@@ -826,12 +826,15 @@ def clips_by_data(records, shares, groups, readers, seed=0, pixels_cache=None):
     parts = []
     shares_of_parts = []
     for number, reader in enumerate(readers):
-        mine = [i for i, r in enumerate(records) if group_of.get(r.shard, 0) == number]
-        if mine:
-            shares_of_mine = [shares[i] for i in mine]
-            of_group = [records[i] for i in mine]
-            parts.append(Clips(of_group, shares_of_mine, reader, seed, pixels_cache))
-            shares_of_parts.append(sum(shares_of_mine))
+        records_of_part = []
+        shares_of_records = []
+        for record, share in zip(records, shares):
+            if group_of.get(record.shard, 0) == number:
+                records_of_part.append(record)
+                shares_of_records.append(share)
+        if records_of_part:
+            parts.append(Clips(records_of_part, shares_of_records, reader, seed, pixels_cache))
+            shares_of_parts.append(sum(shares_of_records))
     return MixedClips(parts, shares_of_parts)
 
 
@@ -1149,10 +1152,9 @@ def open_films(
     videos -> (train [Record], [share of the clips], val [Record], [bad]).
 
     reader: the FilmReader of the run, which says how long a clip is, or one for each --data (the
-    first is that of --val_data). A shard of play is taken as
-    plain video: its lines are not read. Held-out videos are chosen by a hash of their names
-    (files/films.py, key_of), which `only` lists too. Copies of a video are found under any name.
-    Raises as open_split."""
+    first is that of --val_data). A shard of play is taken as plain video: its lines are not read.
+    Held-out videos are chosen by a hash of their names (files/films.py, key_of), which `only` lists
+    too. Copies of a video are found under any name. Raises as open_split."""
     groups = [data] if isinstance(data, str) else data
     check_weights(data_weights, groups)
     readers = reader if isinstance(reader, list) else [reader] * len(groups)

@@ -774,8 +774,9 @@ if __name__ == "__main__":
         # latents of another of these would not belong into the same folder
         made_with = {k: getattr(args, k) for k in ("vae", "fps", "crop_size", "dtype")}
         make_latents = encode_film_vae if films else encode_vae
-        cut = (args.fps, args.crop_size)
-        make_latents(job, made_with, args.vae, *cut, dtype, args.batch_size, only)
+        make_latents(
+            job, made_with, args.vae, args.fps, args.crop_size, dtype, args.batch_size, only
+        )
         if rank == 0:
             print(f"next: python -m prepare.manifest {args.out}")
         sys.exit()

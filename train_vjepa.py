@@ -511,25 +511,25 @@ if __name__ == "__main__":
                 "warning: the scaler was fitted on recordings held out here; fit it on the training"
                 " shards only (fit_scaler.py --val_fraction)"
             )
+
     # where clips differ, a batch is of one --data
     if is_mixed and not train:
         raise ValueError(
             "--frames_per_clip and --fps of each --data need local shards: give one number for"
             " streams, or a --cache_dir"
         )
-    seed_and_cache = (args.seed, args.pixels_cache)
     train_set = (train, shares) if train else groups
     val_shares = [1.0] * len(val)
-    val_set = Clips(val, val_shares, val_readers[0], *seed_and_cache)
+    val_set = Clips(val, val_shares, val_readers[0], args.seed, args.pixels_cache)
     if is_mixed:
-        train_set = clips_by_data(train, shares, groups, readers, *seed_and_cache)
+        train_set = clips_by_data(train, shares, groups, readers, args.seed, args.pixels_cache)
     if is_mixed and val:
-        val_set = clips_by_data(val, val_shares, groups, val_readers, *seed_and_cache)
+        val_set = clips_by_data(val, val_shares, groups, val_readers, args.seed, args.pixels_cache)
 
     # an action of one data set is another one at another rate
     probes = bool(is_play and args.probe_clips and train and val and not is_mixed)
     validates = bool(val and (probes or args.masked))
-    probe_set = Clips(train, [1.0] * len(train), val_readers[0], *seed_and_cache)
+    probe_set = Clips(train, [1.0] * len(train), val_readers[0], args.seed, args.pixels_cache)
     if is_mixed and is_play and args.probe_clips:
         print0("clips of different lengths or rates: only the loss is validated, not actions")
     if val and not windows(val_set, 1, 1):
@@ -1099,7 +1099,8 @@ if __name__ == "__main__":
                 loss = (parts * loss_weights).sum() / args.grad_accum
                 loss_scaler.scale(loss).backward()
 
-            # once, for MFU: the teacher goes forward, the rest also backward: twice as much
+            # once for each length of clips, for MFU: the teacher goes forward, the rest also
+            # backward: twice as much
             if peak and video.shape not in flops_of_shape:
                 flops = 3 * forward_flops(model, video, targets, masks, actions)
                 if args.masked:
@@ -1219,6 +1220,11 @@ if __name__ == "__main__":
             f"{total_steps} steps x {seconds:.2f} s here make {eta(total_steps * seconds)};"
             f" {bytes_text(memory * 2**20)} of memory at the peak"
         )
+        if is_mixed:
+            print0(
+                "these steps may not have had the longest clips: try their --data alone to know"
+                " what they take"
+            )
         size_of_one = 12 * num_parameters + 4 * encoder_parameters  # with two moments; the teacher
         print0(checkpoint.disk_text(args.out_dir, checkpoints, size_of_one))
         print0("to train, run the same command without --dry_run")

@@ -174,7 +174,7 @@ if __name__ == "__main__":
     flag("--again", action="store_true", help=again_help)
     args = parser.parse_args()
     if not 0 < args.minutes < 1e6:
-        parser.error(f"--minutes {args.minutes:g} is no time: give more than 0")
+        parser.error(f"--minutes {args.minutes:g} is no time: give a number above 0, below 1e6")
 
     # --- device ---
     # compilers and indices keep what they made in OUT, so that a second call takes less time

@@ -347,6 +347,7 @@ if __name__ == "__main__":
         "data": digest(records),
         "val_data": digest(held_out),
         "encoder": settings["encoder"],
+        **{name: settings[name] for name in CUT},
         "scaler": scaler.hash,
         "action_space": args.action_space,
         "val_clips": args.val_clips,

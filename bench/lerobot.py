@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -167,7 +168,7 @@ def lerobot_clips(root):
 
     # its reader with PyAV needs a class that torchvision has dropped; its default is torchcodec
     backend = "pyav" if hasattr(torchvision.io, "VideoReader") else "torchcodec"
-    print(f"lerobot decodes with {backend}")
+    print(f"lerobot decodes with {backend}", file=sys.stderr)
 
     seconds = [k * STRIDE / FPS for k in range(FRAMES)]
     names = [*FEATURES.values(), *POSE]

@@ -245,8 +245,12 @@ def step_row(peer, what, steps, networks, device, dtype, repeats, clock):
     bound = 1e-4 if dtype == torch.float32 else 5e-2
 
     # losses and gradients of the first step
-    wanted, found = loss_and_gradients(steps["peer"], networks["peer"])
-    wanted_gradients = {name.replace("proprio_", "state_"): g for name, g in found.items()}
+    wanted, gradients_of_peer = loss_and_gradients(steps["peer"], networks["peer"])
+
+    # jepa-wms calls the state "proprio"
+    wanted_gradients = {}
+    for weight, gradient in gradients_of_peer.items():
+        wanted_gradients[weight.replace("proprio_", "state_")] = gradient
     losses, gradients = loss_and_gradients(steps["ours"], networks["ours"])
     check(f"{name}, losses", losses_off(losses, wanted), bound)
     check(f"{name}, gradients", gradients_off(gradients, wanted_gradients), bound)

@@ -127,7 +127,7 @@ def is_tar(path):
 
 def film_index(path):
     """A video file, or a tar of them -> ([Record], [(file, key, reason)] of what cannot be used).
-    Of a tar the headers are read, of a file nothing but its first bytes."""
+    Of a tar the headers are read, of a file what says of which kind it is. No frame is read."""
     key = key_of(path)
     if os.path.islink(path) and not os.path.exists(path):
         return [], [(path, key, f"a link to {os.readlink(path)}, which is not there")]

@@ -119,7 +119,7 @@ def kind_of_tar(path):
 
 
 def kind_of_hdf5(path):
-    """Latents are a dataset of five dims; episodes of robots have groups."""
+    """Latents are a dataset of five dims, of any name; episodes of robots have groups."""
     import h5py  # takes a moment to import
 
     dims = []
@@ -131,7 +131,8 @@ def kind_of_hdf5(path):
     # h5py has no exception of its own for what is damaged
     try:
         with h5py.File(path, "r") as f:
-            if {"observation", "action", "data"} & set(f):
+            groups = {name for name, item in f.items() if isinstance(item, h5py.Group)}
+            if {"observation", "action", "data"} & groups:
                 return "robot"
             f.visititems(visit)
     except (OSError, RuntimeError, LookupError) as e:

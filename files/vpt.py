@@ -924,7 +924,7 @@ class ClipReader:
                 f" {frames_per_step}"
             )
         if not 0 < fps < math.inf:
-            raise ValueError(f"--fps {fps:g}: sampled frames a second are above 0")
+            raise ValueError(f"--fps {fps:g}: sampled frames a second are above 0, and finite")
         if action_space not in ACTION_SPACES:
             raise ValueError(f"--action_space {action_space} is not one of {list(ACTION_SPACES)}")
         if horizontal_flip and len({"key.a", "key.d"} & set(ACTION_SPACES[action_space])) == 1:
