@@ -100,6 +100,9 @@ if __name__ == "__main__":
         parser.error(f"--minutes {args.minutes:g} is too little: at least 2, for 6 recordings")
     sys.excepthook = short_excepthook
 
+    # nothing is written where the package is missing
+    env = open_rooms()
+
     # --- resume ---
     made = {"minutes": args.minutes, "seed": args.seed}
     continue_folder(args.out, "rooms.json", made)
@@ -115,7 +118,6 @@ if __name__ == "__main__":
             shards[path] = [int(number) for number in part]
 
     # --- play ---
-    env = open_rooms()
     todo = {path: numbers for path, numbers in shards.items() if not os.path.exists(path)}
     lines = LENGTH * sum(map(len, todo.values()))
     with tqdm(total=lines, unit=" lines") as bar:

@@ -295,11 +295,17 @@ def test_folder_of_another_demo_is_refused(play, tmp_path):
     overwritten."""
     done = demo(play, *PLAY[:-1], "4")
     assert done.returncode != 0
-    assert "'seed': 3" in done.stderr
+    assert "--seed 3" in done.stderr and "this is --minutes 0.5" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "thesis.txt").write_text("mine")
     done = demo(tmp_path, *PLAY)
-    assert done.returncode != 0 and "contains something else" in done.stderr
+    assert done.returncode != 0 and "contains other files" in done.stderr
+
+    # a note that is damaged
+    (tmp_path / "thesis.txt").rename(tmp_path / "demo.json")
+    done = demo(tmp_path, *PLAY)
+    assert done.returncode != 0 and "demo.json is damaged" in done.stderr
+    (tmp_path / "demo.json").rename(tmp_path / "thesis.txt")
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
