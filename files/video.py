@@ -217,8 +217,9 @@ def check_avi(container, stream):
     """An AVI has no times of display. Of H.264 with B-frames FFmpeg takes those of decoding, and
     frames would be in the wrong order (ValueError). Decodes the first 64 packets."""
     times = []
-    for packet in itertools.islice(container.demux(stream), 64):
-        times += [frame.pts for frame in packet.decode()]
+    with contextlib.closing(container.demux(stream)) as packets:
+        for packet in itertools.islice(packets, 64):
+            times += [frame.pts for frame in packet.decode()]
     if None in times or times != sorted(times):
         raise ValueError(
             "an AVI does not say in which order its frames are shown: write it again as mp4, with"
@@ -373,20 +374,22 @@ def frames_from(container, stream, times, first):
         container.seek(int(times[0]), stream=stream, backward=True, any_frame=True)
     whole = not first
     start = None
-    for packet in container.demux(stream):
-        if start is None:
-            start = packet.pts
-        for frame in packet.decode():
-            number = len(times) if frame.pts is None else int(np.searchsorted(times, frame.pts))
-            if number >= len(times) or times[number] != frame.pts:
-                raise ValueError(f"frame time {frame.pts} is not in the video's index")
-            if not whole:
-                intra = frame.pict_type == av.video.frame.PictureType.I
-                whole = intra and (frame.key_frame or frame.pts == start)
-            if whole:
-                yield number, frame
-            elif start is None or frame.pts >= start:
-                return
+    # PyAV loses 150 bytes for each reader that is left in the middle and not closed
+    with contextlib.closing(container.demux(stream)) as packets:
+        for packet in packets:
+            if start is None:
+                start = packet.pts
+            for frame in packet.decode():
+                number = len(times) if frame.pts is None else int(np.searchsorted(times, frame.pts))
+                if number >= len(times) or times[number] != frame.pts:
+                    raise ValueError(f"frame time {frame.pts} is not in the video's index")
+                if not whole:
+                    intra = frame.pict_type == av.video.frame.PictureType.I
+                    whole = intra and (frame.key_frame or frame.pts == start)
+                if whole:
+                    yield number, frame
+                elif start is None or frame.pts >= start:
+                    return
 
 
 # --- frames, by decord ---

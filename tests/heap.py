@@ -25,20 +25,37 @@ class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in FIELDS.split()]
 
 
+def open_libc():
+    """The C library, whose mallinfo2 can be called; None where it has none (glibc before 2.33, and
+    others)."""
+    libc = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    if not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype = Mallinfo2
+    return libc
+
+
+def given_out(libc):
+    """Bytes that malloc has given out and not got back."""
+    heap = libc.mallinfo2()
+    return heap.uordblks + heap.hblkhd
+
+
 def sample(libc, began):
     """A row: COLUMNS."""
     with open("/proc/self/statm") as f:
         resident = int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    heap = libc.mallinfo2()
+    kept = libc.mallinfo2().fordblks
     seconds = time.monotonic() - began
-    given_out = (heap.uordblks + heap.hblkhd) / MB
-    return [seconds, resident / MB, given_out, heap.fordblks / MB, sys.getallocatedblocks()]
+    blocks = sys.getallocatedblocks()
+    return [seconds, resident / MB, given_out(libc) / MB, kept / MB, blocks]
 
 
 def profile(path, script, every=4):
     """Run a script, whose flags are in sys.argv, and write the samples to a CSV file."""
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallinfo2.restype = Mallinfo2
+    libc = open_libc()
+    if libc is None:
+        raise SystemExit("tests.heap needs the mallinfo2 of glibc 2.33 or newer")
     began = time.monotonic()
     ended = threading.Event()
     with open(path, "w", buffering=1) as f:

@@ -1,6 +1,7 @@
 """files/vpt.py and files/video.py: lines to ticks to steps, frames by number, clips. Every
 recording here is a real mp4 and real JSONL (tests/conftest.py)."""
 
+import gc
 import io
 import json
 import math
@@ -20,6 +21,7 @@ from files.shards import index_shards
 from files.streams import StreamedClips
 from files.video import WrongDecoder, largest_difference, mp4_times, read_frames, video_rate
 from files.vpt import ACTION_SPACES, ClipReader, parse_ticks, step_actions, step_size, wrap
+from tests import heap
 from tests.harness import HEIGHT, ROOT, contractor, film, jsonl, read_number, write_tar
 
 # the guides' 38 dimensions, written out: a slip in the code's lists must not slip in here too
@@ -760,6 +762,29 @@ def test_frames_are_exact_by_number(kind):
     for wanted in picks:
         pictures = read_frames(f, indexed, wanted, HEIGHT)
         assert [read_number(x) for x in pictures] == [numbers[i] for i in wanted]
+
+
+LIBC = heap.open_libc()
+
+
+@pytest.mark.skipif(LIBC is None, reason="glibc's mallinfo2 counts")
+def test_reading_a_clip_keeps_no_memory(tmp_path):
+    """Bug: PyAV loses 150 bytes for each clip, because its reader of packets is left in the
+    middle: 0.6 MB in 1,000 steps of 4 clips."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(film(frames=40))
+
+    def read(times_over):
+        for _ in range(times_over):
+            with open(path, "rb") as f:
+                read_frames(f, times, [2], HEIGHT)
+        gc.collect()
+        return heap.given_out(LIBC)
+
+    with open(path, "rb") as f:
+        times = mp4_times(f)
+    before = read(500)  # what is loaded once is loaded by then
+    assert (read(800) - before) / 800 < 75
 
 
 @pytest.mark.parametrize("kind", ["closed", "one_gop", "no_b", "vfr", "vfr_no_b", "faststart"])
