@@ -126,40 +126,36 @@ def row_of(peer, what, seconds):
 # --- vjepa2 and jepa-wms ---
 
 
-def vjepa2_predictor(predictor, frames, crop_size, encoder):
-    """Its action-conditioned predictor, with the weights of ours."""
+def size_options(predictor, frames, crop_size, encoder):
+    """What both peers' predictors are built with, to be as large as ours."""
+    width = predictor.predictor_embed.out_features
+    return {
+        "embed_dim": encoder.embed_dim,
+        "predictor_embed_dim": width,
+        "depth": len(predictor.predictor_blocks),
+        "num_heads": width // predictor.head_dim,
+        **shared_options(encoder, frames, crop_size),
+    }
+
+
+def vjepa2_predictor(predictor, *size):
+    """Its action-conditioned predictor, with the weights of ours. size: of size_options."""
     from src.models.ac_predictor import vit_ac_predictor
 
-    width = predictor.predictor_embed.out_features
-    theirs = vit_ac_predictor(
-        embed_dim=encoder.embed_dim,
-        predictor_embed_dim=width,
-        depth=len(predictor.predictor_blocks),
-        num_heads=width // predictor.head_dim,
-        action_embed_dim=7,
-        **shared_options(encoder, frames, crop_size),
-    )
+    theirs = vit_ac_predictor(action_embed_dim=7, **size_options(predictor, *size))
     # a layer for camera poses, which it makes and does not use
     del theirs.extrinsics_encoder
     theirs.load_state_dict(predictor.state_dict())
     return theirs
 
 
-def jepa_wms_predictor(predictor, frames, crop_size, encoder):
-    """Its action-conditioned predictor, with the weights of ours."""
+def jepa_wms_predictor(predictor, *size):
+    """The same of jepa-wms."""
     from src.models.ac_predictor import vit_ac_predictor
 
-    width = predictor.predictor_embed.out_features
-    theirs = vit_ac_predictor(
-        embed_dim=encoder.embed_dim,
-        predictor_embed_dim=width,
-        depth=len(predictor.predictor_blocks),
-        num_heads=width // predictor.head_dim,
-        action_dim=7,
-        proprio_dim=7,
-        proprio_encoder_inpred=True,
-        **shared_options(encoder, frames, crop_size),
-    )
+    inputs = {"action_dim": 7, "proprio_dim": 7, "proprio_encoder_inpred": True}
+    theirs = vit_ac_predictor(**inputs, **size_options(predictor, *size))
+
     # it calls the state "proprio"
     weights = {}
     for name, weight in predictor.state_dict().items():
