@@ -106,8 +106,9 @@ class ActionScaler(NamedTuple):
     def from_moments(cls, count, mean, m2, meta):
         """count samples with mean (A_c,) and sum of squared deviations m2 (A_c,) -> scaler."""
         var = np.asarray(m2, dtype=np.float64) / count
-        # a variance this small is rounding alone (the bound is scikit-learn's)
-        rounding = (count * np.finfo(np.float64).eps * mean) ** 2
+        # a variance this small is rounding alone. The bound is scikit-learn's; differences of large
+        # angles round more than it allows
+        rounding = np.maximum((count * np.finfo(np.float64).eps * mean) ** 2, 1e-20)
         var = np.where(var <= rounding, 0.0, var)
         scale = np.where(var > 0, np.sqrt(var), 1.0)
         return cls(np.asarray(mean, dtype=np.float64), var, scale, int(count), meta)
@@ -199,7 +200,7 @@ class ActionScaler(NamedTuple):
             if key in self.meta and float(self.meta[key]) != float(value):
                 raise ValueError(
                     f"{path} was fitted with --{key} {self.meta[key]:g}, this run has {value:g}:"
-                    " fit it again"
+                    f" give the run --{key} {self.meta[key]:g}, or fit it again"
                 )
 
 

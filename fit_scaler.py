@@ -492,7 +492,8 @@ if __name__ == "__main__":
     # three reasons are enough: they are mostly the same
     if not parts:
         reasons = "; ".join(" ".join(b) for b in bad[:3]) or "all recordings are held out"
-        raise ValueError(f"no usable recording in {data}: {reasons}")
+        names = " ".join(sum(data, []))
+        raise ValueError(f"no usable recording in {names}: {reasons}")
 
     # --- save, verify, report ---
     if rank == 0:
@@ -522,7 +523,11 @@ if __name__ == "__main__":
         # the file is checked as it lies on the disk
         scaler = ActionScaler.from_moments(count, mean, m2, meta)
         scaler.save(args.output)
-        off = verify(args.output, parts)
+        try:
+            off = verify(args.output, parts)
+        except RuntimeError:
+            os.unlink(args.output)  # training would take it
+            raise
 
         # the report: what is missing first, then the numbers
         print_left_out("left out", bad)

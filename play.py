@@ -502,7 +502,7 @@ if __name__ == "__main__":
     print(f"{run.path}: {precision_text(run.dtype, run.device, run.predictor, ground.window)}")
     recordings = count_text(len(set(ground.real.recordings)), "recording")
     print(f"{count_text(len(ground.real.recordings), 'clip')} of {recordings} to start from")
-    print(f"{1000 * ground.seconds:.0f} ms a step, shown {rate:g} times a second")
+    print(f"a step is {1000 * ground.seconds:.0f} ms of play; {rate:g} are shown a second")
 
     # --- page ---
     server = Server(ground, rate, args.host, args.clients)

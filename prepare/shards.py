@@ -477,4 +477,4 @@ if __name__ == "__main__":
             download(args.index, args.in_dir, args.jobs, args.max_files, *attempts)
         pack(args.in_dir, args.out, args.shard_size, args.jobs)
     except (OSError, ValueError) as e:
-        sys.exit(str(e))
+        sys.exit(f"error: {e}")

@@ -104,6 +104,12 @@ def fit(folder, *flags, output="scaler.safetensors"):
     return ActionScaler.load(path), out
 
 
+def test_the_rounding_of_large_angles_is_no_variance():
+    """Bug: a constant turn, whose differences differ in their last bits, is scaled by 1e15."""
+    scaler = ActionScaler.from_moments(100, np.array([0.05]), np.array([1.29e-28]), {})
+    assert scaler.var[0] == 0 and scaler.scale[0] == 1
+
+
 def test_statistics_are_those_of_numpy(shards, tmp_path):
     """Bug: lines lost when striding, a step shifted by a line, an unwrapped yaw difference, sample
     (n - 1) variance, degrees."""

@@ -352,7 +352,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(world, trained, tmp_path):
         ),
         (
             [*features, *new, PLAN, "--scaler", tmp_path / "fps.pkl"],
-            "fitted with --fps 10, this run has 5: fit it again",
+            "fitted with --fps 10, this run has 5: give the run --fps 10, or fit it again",
         ),
         (
             [*features, *new, PLAN, "--scaler", tmp_path / "dims.pkl"],
