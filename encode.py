@@ -228,7 +228,15 @@ def check_settings(out, made_with):
     with open(path) as f:
         old = json.load(f)
     if old != made_with:
-        raise ValueError(f"{out} holds what other settings made ({old}): choose another --out")
+        differences = []
+        for name in sorted(set(old) | set(made_with)):
+            there = old.get(name)
+            here = made_with.get(name)
+            if there != here:
+                differences.append(f"{name} is {there} there, {here} here")
+        raise ValueError(
+            f"{out} holds what other settings made ({'; '.join(differences)}): choose another --out"
+        )
 
 
 def write_settings(out, made_with):
